@@ -1,0 +1,449 @@
+"""One typed YAML for the whole pipeline: frozen dataclasses, one section per verb.
+
+`load_config(path, overrides)` reads the YAML, applies dotted overrides (`a.b=c`, the value in YAML
+syntax) and checks every key, type and bound. Every error is a `ConfigError` that names the dotted key;
+an unknown key also names the nearest valid one. `to_yaml(config)` gives the resolved config, and that
+text can be run again.
+
+A field made with `option(..., affects_result=False)` (placement, retries, logging) is left out of
+`section_digest`: two runs that differ only there make the same artifacts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+VERBS = (
+    "pack_corpus",
+    "pretrain",
+    "fit_factors",
+    "build_query",
+    "score_corpus",
+    "build_mask",
+    "evaluate",
+)
+
+
+class ConfigError(ValueError):
+    """A config file or override that cannot be used; the message starts with the dotted key."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    affects_result: bool = True,
+) -> Any:
+    """A config field with inclusive bounds (`at_least`, `at_most`) or an exclusive one (`above`)."""
+    metadata = {"at_least": at_least, "at_most": at_most, "above": above, "affects_result": affects_result}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a language model comes from: `source` (hub id, local folder, or path of a .gguf file) or
+    `architecture` (HF config fields with `model_type`, random weights). Neither: see the field's owner."""
+
+    source: str | None = None
+    architecture: dict[str, Any] | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Documents: `path` is a file, a glob, a folder, or `hf://name[:split]`.
+
+    `.jsonl` and `.parquet` give one document per row (`text_column`); `.txt` one per file; `.json` one per
+    string found anywhere in it. `rows` keeps rows start <= row < stop, counted over the whole input.
+    `spans_column` names a column of [[start, end), ...) character spans to carry along as token annotations.
+    """
+
+    path: str
+    text_column: str = "text"
+    spans_column: str | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompt rows in RealToxicityPrompts' schema (JSONL or Parquet); `rows` as in `Input`."""
+
+    path: str
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSource:
+    """A text classifier: `detoxify:original|unbiased|multilingual`, `alt-profanity-check`, or `labels`
+    (scores already in the rows). `checkpoint` is a local Detoxify checkpoint; it is unpickled by
+    Detoxify, so name only a file you trust."""
+
+    name: str = "detoxify:original"
+    checkpoint: str | None = None
+    batch_size: int = option(64, at_least=1, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The Ray cluster: `address` joins a running one, else `RAY_ADDRESS`, else a local one is started."""
+
+    address: str | None = option(None, affects_result=False)
+    num_cpus: int | None = option(None, at_least=1, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCorpus:
+    """Tokenise and pack. `interleave` mixes the inputs in proportion to their document counts."""
+
+    inputs: tuple[Input, ...] = ()
+    block_size: int = option(1024, at_least=2)
+    blocks_per_shard: int = option(4096, at_least=1)
+    interleave: bool = True
+    max_bad_rows: int = option(0, at_least=0, affects_result=False)
+    chunk_megabytes: float = option(32.0, above=0)
+    cpus_per_task: float = option(1.0, above=0, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Train the target. `use_mask` false gives the plain baseline; `penalty` is lambda of Eq. 9."""
+
+    use_mask: bool = True
+    penalty: float = option(1.0, at_least=0)
+    init_from: str | None = None
+    epochs: float = option(4.0, above=0)
+    batch_blocks: int = option(512, at_least=1)
+    micro_batch_blocks: int = option(8, at_least=1)
+    learning_rate: float = option(6e-4, above=0)
+    final_learning_rate_ratio: float = option(0.1, at_least=0, at_most=1)
+    warmup_fraction: float = option(0.01, at_least=0, at_most=1)
+    weight_decay: float = option(4e-4, at_least=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clipping: float = option(1.0, above=0)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    zero_stage: int = option(1, at_least=0, at_most=3)
+    offload_optimizer: bool = option(False, affects_result=False)
+    activation_checkpointing: bool = option(False, affects_result=False)
+    workers: int = option(1, at_least=1)
+    gpus_per_worker: float = option(1.0, at_least=0, affects_result=False)
+    cpus_per_worker: float = option(1.0, above=0, affects_result=False)
+    checkpoint_steps: int = option(500, at_least=1, affects_result=False)
+    log_steps: int = option(10, at_least=1, affects_result=False)
+    max_failures: int = option(3, at_least=-1, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitFactors:
+    """EK-FAC factors of the proxy from `sample_blocks` blocks (all of a smaller corpus)."""
+
+    sample_blocks: int = option(20_000, at_least=1)
+    data_partitions: int = option(1, at_least=1)
+    batch_size: int = option(8, at_least=1)
+    min_coverage: float = option(0.9, at_least=0, at_most=1)
+    gpus_per_task: float = option(1.0, at_least=0, affects_result=False)
+    cpus_per_task: float = option(1.0, above=0, affects_result=False)
+    max_attempts: int = option(3, at_least=1, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildQuery:
+    """The direction V = (EK-FAC + damping)^-1 [mean toxic - mean non-toxic completion gradient].
+    `damping` null means `damping_scale` * mean(lambda) per module."""
+
+    prompts: Prompts | None = None
+    classifier: ClassifierSource = ClassifierSource()
+    toxic_threshold: float = option(0.5, at_least=0, at_most=1)
+    nontoxic_threshold: float = option(0.1, at_least=0, at_most=1)
+    max_toxic: int = option(10_000, at_least=1)
+    max_nontoxic: int = option(10_000, at_least=1)
+    max_tokens: int = option(512, at_least=2)
+    batch_tokens: int = option(4096, at_least=1)
+    partitions: int = option(1, at_least=1)
+    damping: float | None = option(None, at_least=0)
+    damping_scale: float = option(0.1, at_least=0)
+    gpus_per_task: float = option(1.0, at_least=0, affects_result=False)
+    cpus_per_task: float = option(1.0, above=0, affects_result=False)
+    max_attempts: int = option(3, at_least=1, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCorpus:
+    """Score every token. `attribution: target` is the paper's Eq. 8, `position` what its code computes."""
+
+    attribution: Literal["target", "position"] = "target"
+    micro_batch_blocks: int = option(8, at_least=1)
+    actors: int = option(1, at_least=1, affects_result=False)
+    gpus_per_actor: float = option(1.0, at_least=0, affects_result=False)
+    cpus_per_actor: float = option(1.0, above=0, affects_result=False)
+    max_attempts: int = option(3, at_least=1, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildMask:
+    """Algorithm 1. `max_fraction` bounds the masked share of the corpus' predicted tokens."""
+
+    quantile: float = option(0.99, above=0, at_most=1)
+    window: int = option(1, at_least=0)
+    max_fraction: float = option(0.02, above=0, at_most=1)
+    unit: Literal["document", "block"] = "document"
+    cpus_per_task: float = option(1.0, above=0, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Generate, classify, measure, report. `models` adds models by name to those this run trained."""
+
+    behaviour: str = "toxicity"
+    prompts: Prompts | None = None
+    max_prompts: int | None = option(None, at_least=1)
+    classifier: ClassifierSource = ClassifierSource()
+    prompt_threshold: float = option(0.5, at_least=0, at_most=1)
+    continuations: int = option(25, at_least=1)
+    max_new_tokens: int = option(20, at_least=1)
+    top_p: float = option(0.9, above=0, at_most=1)
+    temperature: float = option(1.0, above=0)
+    prompts_per_shard: int = option(64, at_least=1)
+    heldout: tuple[Input, ...] = ()
+    cloze: Input | None = None
+    models: dict[str, str] = field(default_factory=dict)
+    word_list: tuple[str, ...] = ()
+    top_documents: int = option(10, at_least=0)
+    batch_size: int = option(64, at_least=1)
+    actors: int = option(1, at_least=1, affects_result=False)
+    gpus_per_actor: float = option(1.0, at_least=0, affects_result=False)
+    cpus_per_actor: float = option(1.0, above=0, affects_result=False)
+    max_attempts: int = option(3, at_least=1, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole run. `proxy` left empty means: the baseline that `pretrain` makes is the proxy."""
+
+    run_dir: str = option("runs/default", affects_result=False)
+    seed: int = option(0, at_least=0)
+    tokenizer: str | None = None
+    proxy: ModelSource = ModelSource()
+    target: ModelSource = ModelSource()
+    baseline: bool = True
+    cluster: Cluster = Cluster()
+    pack_corpus: PackCorpus = PackCorpus()
+    pretrain: Pretrain = Pretrain()
+    fit_factors: FitFactors = FitFactors()
+    build_query: BuildQuery = BuildQuery()
+    score_corpus: ScoreCorpus = ScoreCorpus()
+    build_mask: BuildMask = BuildMask()
+    evaluate: Evaluate = Evaluate()
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The tokenizer's source: `tokenizer`, else the proxy's, else the target's."""
+        source = self.tokenizer or self.proxy.source or self.target.source
+        if source is None:
+            raise ConfigError("tokenizer: name a hub id or a local folder (no proxy or target source gives one)")
+        return source
+
+    @property
+    def proxy_is_baseline(self) -> bool:
+        """True when no proxy is named, so that the baseline model of this run serves as one."""
+        return self.proxy.source is None and self.proxy.architecture is None
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file and apply `a.b=c` overrides.
+
+    Raises:
+        ConfigError: unknown key, bad type or value; names the dotted key.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_mapping(tree)
+
+
+def config_from_mapping(tree: Mapping[str, Any]) -> Config:
+    """A checked `Config` from nested mappings, as YAML or JSON give them."""
+    config = _build(Config, tree, "")
+    _check_across(config)
+    return config
+
+
+def to_mapping(section: Any) -> dict[str, Any]:
+    """Plain nested dicts and lists of a config or a section: what YAML and JSON write."""
+    return json.loads(json.dumps(dataclasses.asdict(section)))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal config."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def result_options(config: Config, keys: Iterable[str]) -> dict[str, Any]:
+    """The options under top-level `keys` that change results, as nested dicts."""
+    return {key: _result_part(getattr(config, key)) for key in keys}
+
+
+def options_digest(options: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of `result_options`, canonical JSON."""
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+
+
+def _result_part(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("affects_result", True)]
+        return {name: _result_part(getattr(value, name)) for name in kept}
+    if isinstance(value, tuple | list):
+        return [_result_part(item) for item in value]
+    return value
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected a.b=value")
+    node = tree
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {parent} is not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+
+
+def _build(cls: type, tree: Any, where: str) -> Any:
+    """An instance of dataclass `cls` from a mapping; `where` is the dotted path of the mapping."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where or 'config'}: expected a section with keys, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, raw in tree.items():
+        dotted = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            raise ConfigError(_unknown_key(dotted, str(key), fields))
+        values[key] = _convert(hints[key], raw, dotted)
+        _check_bounds(fields[key], values[key], dotted)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}.{missing[0]}: required, and not set")
+    return cls(**values)
+
+
+def _unknown_key(dotted: str, key: str, valid: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    if nearest:
+        parent = dotted.rpartition(".")[0]
+        return f"{dotted}: unknown key; did you mean {f'{parent}.' if parent else ''}{nearest[0]}?"
+    return f"{dotted}: unknown key; valid here: {', '.join(sorted(valid))}"
+
+
+def _convert(hint: Any, raw: Any, dotted: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if raw is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), raw, dotted)
+    if dataclasses.is_dataclass(hint):
+        # a bare string stands for the first field: `inputs: [a.jsonl]`, `proxy: EleutherAI/pythia-160m`
+        if isinstance(raw, str):
+            raw = {dataclasses.fields(hint)[0].name: raw}
+        return _build(hint, raw, dotted)  # type: ignore[arg-type]
+    if origin is Literal:
+        if raw not in arguments:
+            raise ConfigError(f"{dotted}: {raw!r} is not one of {', '.join(map(str, arguments))}")
+        return raw
+    if origin is tuple:
+        return _convert_tuple(arguments, raw, dotted)
+    if origin is dict:
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"{dotted}: expected a mapping, got {raw!r}")
+        return {
+            str(k): v if arguments[1] is Any else _convert(arguments[1], v, f"{dotted}.{k}") for k, v in raw.items()
+        }
+    return _convert_scalar(hint, raw, dotted)
+
+
+def _convert_tuple(arguments: tuple[Any, ...], raw: Any, dotted: str) -> tuple[Any, ...]:
+    if not isinstance(raw, list | tuple):
+        raise ConfigError(f"{dotted}: expected a list, got {raw!r}")
+    if arguments[-1] is Ellipsis:
+        return tuple(_convert(arguments[0], item, f"{dotted}[{i}]") for i, item in enumerate(raw))
+    if len(raw) != len(arguments):
+        raise ConfigError(f"{dotted}: expected {len(arguments)} values, got {len(raw)}")
+    return tuple(_convert(a, item, f"{dotted}[{i}]") for i, (a, item) in enumerate(zip(arguments, raw, strict=True)))
+
+
+def _convert_scalar(hint: Any, raw: Any, dotted: str) -> Any:
+    if hint is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
+        try:
+            return float(raw)  # YAML 1.1 reads 6e-4 as a string
+        except ValueError:
+            pass
+    elif isinstance(raw, hint) and not (hint is int and isinstance(raw, bool)):
+        return raw
+    raise ConfigError(f"{dotted}: expected {hint.__name__}, got {raw!r}")
+
+
+def _check_bounds(definition: dataclasses.Field, value: Any, dotted: str) -> None:
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    bounds = definition.metadata
+    if bounds.get("at_least") is not None and not value >= bounds["at_least"]:
+        raise ConfigError(f"{dotted}: {value} is below {bounds['at_least']}")
+    if bounds.get("at_most") is not None and not value <= bounds["at_most"]:
+        raise ConfigError(f"{dotted}: {value} is above {bounds['at_most']}")
+    if bounds.get("above") is not None and not value > bounds["above"]:
+        raise ConfigError(f"{dotted}: {value} must be above {bounds['above']}")
+
+
+def _check_across(config: Config) -> None:
+    train = config.pretrain
+    per_step = train.workers * train.micro_batch_blocks
+    if train.batch_blocks % per_step:
+        raise ConfigError(
+            f"pretrain.batch_blocks: {train.batch_blocks} is not a multiple of workers * micro_batch_blocks"
+            f" = {train.workers} * {train.micro_batch_blocks} = {per_step}"
+        )
+    if config.build_query.nontoxic_threshold > config.build_query.toxic_threshold:
+        raise ConfigError(
+            f"build_query.nontoxic_threshold: {config.build_query.nontoxic_threshold} is above"
+            f" build_query.toxic_threshold = {config.build_query.toxic_threshold}: a query would be in both sets"
+        )
+    if config.proxy_is_baseline and not config.baseline:
+        raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
+    for name in ("proxy", "target"):
+        model: ModelSource = getattr(config, name)
+        if model.source is not None and model.architecture is not None:
+            raise ConfigError(f"{name}: set either source or architecture, not both")

@@ -1,0 +1,345 @@
+"""Documents to packed blocks: reading inputs in chunks, tokenising, and laying documents end to end (pure).
+
+Reading is cut into chunks that a task can read alone: byte ranges of a JSONL file, row groups of a Parquet
+file, whole text and JSON files, shards of a hub dataset. Rows keep their number in their file, so that
+chunk size changes nothing in the result.
+
+Order: with `interleave`, document i of an input of n documents lies at (i + 1/2) / n, ties by input; so each
+run of the stream needs one contiguous range per input, and any shard can be packed without the others.
+
+Costs: one pass to count rows, one to tokenise; memory is one chunk. It does not deduplicate or filter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ifguide.config import Input
+
+HUB_PREFIX = "hf://"
+SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".json": "json"}
+TOKENISE_BATCH = 256  # documents per tokeniser call: enough for its batching, little memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A part of an input that one task reads. `start` and `stop` are bytes of a JSONL file, row groups of a
+    Parquet file, and shard index and shard count of a hub dataset; unused for text and JSON files."""
+
+    input_index: int
+    kind: Literal["jsonl", "parquet", "text", "json", "hub"]
+    path: str
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return self.path if self.kind != "hub" else f"{self.path} (shard {self.start} of {self.stop})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawDocument:
+    """One row of an input: `text`, or the `reason` for which it is a bad row."""
+
+    row: int
+    text: str = ""
+    spans: tuple[tuple[int, int], ...] = ()
+    reason: str | None = None
+
+
+def list_chunks(source: Input, input_index: int, *, chunk_bytes: int, dotted_key: str) -> list[Chunk]:
+    """Cut an input into chunks, in reading order.
+
+    Raises:
+        FileNotFoundError: nothing matches the path; names the config key.
+        ValueError: a file of a kind that is not read.
+    """
+    if source.path.startswith(HUB_PREFIX):
+        count = _open_hub(source.path).num_shards
+        return [Chunk(input_index=input_index, kind="hub", path=source.path, start=i, stop=count) for i in range(count)]
+    chunks = []
+    for path in _list_files(source.path, dotted_key):
+        kind = SUFFIXES.get(path.suffix)
+        if kind is None:
+            raise ValueError(f"{dotted_key}: {path} is none of {', '.join(SUFFIXES)}; convert it or name other files")
+        for start, stop in _cut(path, kind, chunk_bytes):
+            chunks.append(Chunk(input_index=input_index, kind=kind, path=str(path), start=start, stop=stop))  # type: ignore[arg-type]
+    return chunks
+
+
+def count_rows(chunk: Chunk) -> int:
+    """Rows of a chunk, bad ones included."""
+    if chunk.kind == "jsonl":
+        return sum(1 for _ in _read_lines(chunk))
+    if chunk.kind == "parquet":
+        metadata = _parquet(chunk.path).metadata
+        return sum(metadata.row_group(i).num_rows for i in range(chunk.start, chunk.stop))
+    if chunk.kind == "text":
+        return 1
+    if chunk.kind == "json":
+        return sum(1 for _ in _string_leaves(_load_json(chunk.path)))
+    return sum(1 for _ in _hub_shard(chunk))
+
+
+def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[RawDocument]:
+    """The rows of a chunk, numbered from `first_row`, each a text or a reason; none is left out."""
+    rows: Iterator[Any]
+    if chunk.kind == "jsonl":
+        rows = (_decode_json_line(line) for line in _read_lines(chunk))
+    elif chunk.kind == "parquet":
+        rows = _parquet_rows(chunk, source)
+    elif chunk.kind == "hub":
+        rows = _hub_shard(chunk)
+    elif chunk.kind == "json":
+        rows = ({source.text_column: text} for text in _string_leaves(_load_json(chunk.path)))
+    else:
+        rows = iter([_decode_text(Path(chunk.path).read_bytes(), source.text_column)])
+    for row, content in enumerate(rows, start=first_row):
+        yield _check_row(row, content, source)
+
+
+def tokenise(
+    documents: Sequence[RawDocument], tokenizer: Any, *, annotate: bool
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Token ids (int32, EOS appended) of good documents and, with `annotate`, whether each overlaps a span."""
+    encoded = tokenizer(
+        [document.text for document in documents],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=annotate,
+        verbose=False,
+    )
+    results = []
+    for i, document in enumerate(documents):
+        tokens = np.array([*encoded["input_ids"][i], tokenizer.eos_token_id], dtype=np.int32)
+        flags = None
+        if annotate:
+            flags = np.zeros(len(tokens), dtype=bool)
+            offsets = np.array(encoded["offset_mapping"][i], dtype=np.int64).reshape(-1, 2)
+            for start, stop in document.spans:
+                flags[:-1] |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
+        results.append((tokens, flags))
+    return results
+
+
+def token_table(
+    chunk: Chunk, source: Input, tokenizer: Any, *, first_row: int, first_input_row: int, annotate: bool
+) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Tokenise a chunk: a table `row, num_chars, tokens[, annotated]`, and the bad rows with their reasons.
+
+    `first_row` numbers rows within their file, `first_input_row` within the whole input (for `source.rows`).
+    """
+    start, stop = source.rows or (0, np.iinfo(np.int64).max)
+    good: list[RawDocument] = []
+    bad: list[dict[str, Any]] = []
+    for document in read_documents(chunk, source, first_row=first_row):
+        if not start <= first_input_row + (document.row - first_row) < stop:
+            continue
+        if document.reason is None:
+            good.append(document)
+        else:
+            bad.append({"source": chunk.name, "row": document.row, "reason": document.reason})
+    encoded = []
+    for i in range(0, len(good), TOKENISE_BATCH):
+        encoded += tokenise(good[i : i + TOKENISE_BATCH], tokenizer, annotate=annotate)
+    columns: dict[str, Any] = {
+        "row": pa.array([document.row for document in good], type=pa.int64()),
+        "num_chars": pa.array([len(document.text) for document in good], type=pa.int64()),
+        "num_tokens": pa.array([len(tokens) for tokens, _ in encoded], type=pa.int64()),
+        "tokens": pa.array([tokens for tokens, _ in encoded], type=pa.large_list(pa.int32())),
+    }
+    if annotate:
+        columns["annotated"] = pa.array([flags for _, flags in encoded], type=pa.large_list(pa.bool_()))
+    return pa.table(columns), bad
+
+
+def stream_order(counts: Sequence[int], *, interleave: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Order of all documents in the stream, from the number of documents per input.
+
+    Returns (input index int32, document index in its input int64), both of length sum(counts).
+    """
+    inputs = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    indices = np.concatenate([np.arange(n, dtype=np.int64) for n in counts]) if len(counts) else np.zeros(0, np.int64)
+    if interleave:
+        order = merge_order([(0, n) for n in counts], counts)
+        return inputs[order], indices[order]
+    return inputs, indices
+
+
+def merge_order(ranges: Sequence[tuple[int, int]], counts: Sequence[int]) -> np.ndarray:
+    """Stream order of the documents `ranges[i]` of every input i (of counts[i] documents), as indices into
+    the concatenation of the ranges. A shard calls this on its own ranges and gets the global order's part."""
+    places = [(np.arange(lo, hi) + 0.5) / max(n, 1) for (lo, hi), n in zip(ranges, counts, strict=True)]
+    return np.argsort(np.concatenate(places), kind="stable") if places else np.zeros(0, np.int64)
+
+
+def pack(
+    tokens: Sequence[np.ndarray], *, skip: int, num_tokens: int, block_size: int, fill: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay arrays end to end, leave out the first `skip` entries, keep `num_tokens`, cut into blocks.
+
+    Returns (blocks_BT of the input's dtype, the last one filled up with `fill`; lengths_B int32).
+    """
+    stream = np.concatenate(tokens)[skip : skip + num_tokens]
+    assert len(stream) == num_tokens, (len(stream), num_tokens)
+    num_blocks = -(-num_tokens // block_size)
+    blocks_BT = np.full((num_blocks, block_size), fill, dtype=stream.dtype)
+    blocks_BT.reshape(-1)[:num_tokens] = stream
+    lengths_B = np.full(num_blocks, block_size, dtype=np.int32)
+    lengths_B[-1] = num_tokens - (num_blocks - 1) * block_size
+    return blocks_BT, lengths_B
+
+
+def chunk_from_mapping(mapping: dict[str, Any]) -> Chunk:
+    """The inverse of `dataclasses.asdict`: descriptors travel as plain dicts."""
+    return Chunk(**mapping)
+
+
+def chunk_to_mapping(chunk: Chunk) -> dict[str, Any]:
+    """A chunk as a plain dict."""
+    return dataclasses.asdict(chunk)
+
+
+def _list_files(path: str, dotted_key: str) -> list[Path]:
+    expanded = Path(path).expanduser()
+    if expanded.is_dir():
+        files = sorted(p for p in expanded.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"{dotted_key}: folder {path} holds no {', '.join(SUFFIXES)} file")
+        return files
+    files = [expanded] if expanded.is_file() else sorted(Path(p) for p in glob.glob(str(expanded), recursive=True))
+    if not files:
+        raise FileNotFoundError(f"{dotted_key}: no file matches {path}")
+    return files
+
+
+def _cut(path: Path, kind: str, chunk_bytes: int) -> list[tuple[int, int]]:
+    if kind == "jsonl":
+        size = path.stat().st_size
+        return [(start, min(start + chunk_bytes, size)) for start in range(0, size, chunk_bytes)]
+    if kind == "parquet":
+        metadata = _parquet(str(path)).metadata
+        cuts, size = [0], 0
+        for i in range(metadata.num_row_groups):
+            size += metadata.row_group(i).total_byte_size
+            if size >= chunk_bytes or i + 1 == metadata.num_row_groups:
+                cuts.append(i + 1)
+                size = 0
+        return list(zip(cuts, cuts[1:], strict=False))
+    return [(0, 0)]
+
+
+def _read_lines(chunk: Chunk) -> Iterator[bytes]:
+    """Lines whose first byte lies in [start, stop): every line of the file is in exactly one chunk."""
+    with open(chunk.path, "rb") as file:
+        if chunk.start:
+            file.seek(chunk.start - 1)
+            file.readline()  # the rest of a line that began before this chunk
+        while file.tell() < chunk.stop:
+            line = file.readline()
+            if not line:
+                return
+            yield line
+
+
+def _decode_json_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start})"
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg} at column {error.colno})" if line.strip() else "empty line"
+
+
+def _decode_text(content: bytes, column: str) -> Any:
+    try:
+        return {column: content.decode("utf-8")}
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start})"
+
+
+def _parquet(path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _parquet_rows(chunk: Chunk, source: Input) -> Iterator[Any]:
+    file = _parquet(chunk.path)
+    columns = [source.text_column] + ([source.spans_column] if source.spans_column else [])
+    missing = [column for column in columns if column not in file.schema_arrow.names]
+    if missing:
+        raise ValueError(f"{chunk.path} has no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+    for batch in file.iter_batches(1024, row_groups=list(range(chunk.start, chunk.stop)), columns=columns):
+        for i in range(batch.num_rows):
+            try:
+                yield {column: batch.column(column)[i].as_py() for column in columns}
+            except UnicodeDecodeError as error:
+                yield f"not UTF-8 ({error.reason} at byte {error.start})"
+
+
+def _load_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not one JSON value in UTF-8 ({error}); one row per line is .jsonl") from error
+
+
+def _string_leaves(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from _string_leaves(item)
+
+
+def _open_hub(path: str) -> Any:
+    from datasets import load_dataset
+
+    name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
+    try:
+        return load_dataset(name, split=split or "train", streaming=True)
+    except Exception as error:  # the library raises many kinds; all mean the same to the user
+        raise FileNotFoundError(f"{path} cannot be opened ({type(error).__name__}: {error})") from error
+
+
+def _hub_shard(chunk: Chunk) -> Iterator[Any]:
+    yield from _open_hub(chunk.path).shard(num_shards=chunk.stop, index=chunk.start)
+
+
+def _check_row(row: int, content: Any, source: Input) -> RawDocument:
+    if isinstance(content, str):
+        return RawDocument(row=row, reason=content)
+    if not isinstance(content, dict):
+        return RawDocument(row=row, reason=f"a {type(content).__name__}, not an object")
+    text = content.get(source.text_column)
+    if not isinstance(text, str):
+        what = "missing" if text is None else f"a {type(text).__name__}, not a string"
+        return RawDocument(row=row, reason=f"column {source.text_column!r} is {what}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return RawDocument(row=row, reason=f"not UTF-8 (a lone surrogate at character {error.start})")
+    if source.spans_column is None:
+        return RawDocument(row=row, text=text)
+    spans = content.get(source.spans_column) or ()
+    try:
+        pairs = tuple((int(start), int(stop)) for start, stop in spans)
+    except (TypeError, ValueError):
+        return RawDocument(row=row, reason=f"column {source.spans_column!r} is not a list of [start, end) pairs")
+    if any(not 0 <= start <= stop <= len(text) for start, stop in pairs):
+        return RawDocument(row=row, reason=f"column {source.spans_column!r} has a span outside the text")
+    return RawDocument(row=row, text=text, spans=pairs)

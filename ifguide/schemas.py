@@ -1,0 +1,120 @@
+"""Arrow schema, key and alignment of every table that crosses a stage.
+
+All tables are Parquet. Token-level columns are fixed-size lists of the block size T and label-aligned:
+entry j of `token_score` and `masked` speaks of predicting token j of the block. Entry 0 has no prediction
+(score 0, never masked), and neither have padded entries j >= `length`; only a corpus' last block is padded.
+
+Documents lie end to end in one token stream cut into blocks: document d covers stream positions
+[token_start, token_start + num_tokens), its closing EOS included; position p is entry p % T of block p // T.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+DOCUMENTS = pa.schema(
+    [
+        pa.field("doc_id", pa.int64(), nullable=False),  # place in the stream: 0, 1, 2, ...
+        pa.field("source", pa.string(), nullable=False),  # input file
+        pa.field("row", pa.int64(), nullable=False),  # row in that file
+        pa.field("num_chars", pa.int64(), nullable=False),
+        pa.field("num_tokens", pa.int64(), nullable=False),  # with its EOS
+        pa.field("token_start", pa.int64(), nullable=False),  # stream position of its first token
+        pa.field("block_id", pa.int64(), nullable=False),  # token_start // T
+        pa.field("offset", pa.int32(), nullable=False),  # token_start % T
+    ]
+)
+
+RANKING = pa.schema(
+    [
+        pa.field("unit_id", pa.int64(), nullable=False),  # doc_id, or block_id when unit is block
+        pa.field("rank", pa.int64(), nullable=False),  # 0 is first
+        pa.field("rank_score", pa.float64(), nullable=False),  # 2sf / (s + f), s and f min-max normalised
+        pa.field("tokens_above", pa.int64(), nullable=False),  # s: tokens scoring above tau
+        pa.field("score_sum", pa.float64(), nullable=False),  # f: sum of their scores
+        pa.field("tokens_masked", pa.int64(), nullable=False),
+    ]
+)
+
+CONTINUATIONS = pa.schema(
+    [
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("prompt_row", pa.int64(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("continuation", pa.string(), nullable=False),
+        pa.field("scores", pa.map_(pa.string(), pa.float32()), nullable=False),  # class -> probability
+    ]
+)
+
+
+def blocks(block_size: int, *, annotated: bool) -> pa.Schema:
+    """Packed blocks, key `block_id`. `annotated[j]`: token j overlaps a span that came with its document."""
+    fields = [
+        pa.field("block_id", pa.int64(), nullable=False),
+        pa.field("length", pa.int32(), nullable=False),
+        pa.field("tokens", _per_token(pa.int32(), block_size), nullable=False),
+    ]
+    if annotated:
+        fields.append(pa.field("annotated", _per_token(pa.bool_(), block_size), nullable=False))
+    return pa.schema(fields)
+
+
+def scores(block_size: int) -> pa.Schema:
+    """Token scores, key `block_id`. A positive score: training on the token makes the behaviour likelier."""
+    return pa.schema(
+        [
+            pa.field("block_id", pa.int64(), nullable=False),
+            pa.field("token_score", _per_token(pa.float32(), block_size), nullable=False),
+        ]
+    )
+
+
+def mask(block_size: int) -> pa.Schema:
+    """Token mask, key `block_id`: the loss of predicting a masked token is penalised."""
+    return pa.schema(
+        [
+            pa.field("block_id", pa.int64(), nullable=False),
+            pa.field("masked", _per_token(pa.bool_(), block_size), nullable=False),
+        ]
+    )
+
+
+def _per_token(kind: pa.DataType, block_size: int) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False), block_size)
+
+
+def per_token_column(values_BT: np.ndarray, schema: pa.Schema, name: str) -> pa.Array:
+    """A (B, T) array as the fixed-size-list column `name` of `schema`."""
+    kind = schema.field(name).type
+    assert values_BT.shape[1] == kind.list_size, (values_BT.shape, kind)
+    flat = pa.array(np.ascontiguousarray(values_BT).reshape(-1), type=kind.value_type)
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+
+
+def per_token_array(table: pa.Table, name: str) -> np.ndarray:
+    """The fixed-size-list column `name` as a (B, T) array."""
+    column = table.column(name).combine_chunks()
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), table.schema.field(name).type.list_size)
+
+
+def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """Read one Parquet file, checking its columns.
+
+    Raises:
+        ValueError: the file is truncated or not Parquet, or has other columns than `schema`; names it.
+    """
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist") from error
+        raise ValueError(f"{path} cannot be read as Parquet ({error}); delete it and run its stage again") from error
+    if schema is not None and not table.schema.equals(schema, check_metadata=False):
+        raise ValueError(f"{path} has columns\n{table.schema}\nwhere\n{schema}\nis expected; another version made it")
+    return table

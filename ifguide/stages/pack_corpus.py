@@ -1,0 +1,357 @@
+"""`pack_corpus`: documents -> packed token blocks and a document table.
+
+Three passes, each a task per chunk or shard: count rows, tokenise chunks (scratch Parquet), pack shards.
+The driver holds one integer per document (its token count), never text or tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ifguide import schemas
+from ifguide.artifacts import Manifest, data_files, publish, read_manifest, write_text
+from ifguide.config import ConfigError, Input, to_mapping
+from ifguide.corpus import (
+    HUB_PREFIX,
+    Chunk,
+    chunk_from_mapping,
+    chunk_to_mapping,
+    count_rows,
+    list_chunks,
+    merge_order,
+    pack,
+    stream_order,
+    token_table,
+)
+from ifguide.models import load_tokenizer
+from ifguide.stages.run import Run, connect
+from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.telemetry import log
+
+VERB = "pack_corpus"
+TOKENS = "tokens"  # scratch folder of tokenised chunks
+COUNTS = "counts"  # scratch folder of the row-count pass
+
+
+def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
+    """Make `corpus/`.
+
+    Raises:
+        FileNotFoundError: an input is missing. StageError: more than `max_bad_rows` bad rows.
+        ValueError: no documents, or fewer tokens than one block.
+    """
+    config = run.config.pack_corpus
+    if not config.inputs:
+        raise ConfigError("pack_corpus.inputs: name at least one file, folder or hf:// dataset")
+    chunks = _plan_chunks(run, open_hub=not dry_run)
+    if dry_run:
+        files = sorted({chunk.path for chunk in chunks})
+        log(
+            VERB,
+            f"would tokenise {len(chunks)} chunks of {len(files)} inputs with {run.config.tokenizer_source}",
+        )
+        return None
+    artifact = run.open(
+        run.corpus,
+        VERB,
+        keys=("pack_corpus", "tokenizer"),
+        inputs={},
+        extra={"tokenizer": run.config.tokenizer_source, "files": _file_sizes(chunks)},
+    )
+    if artifact.manifest:
+        log(VERB, f"complete: {artifact.manifest.rows}")
+        return artifact.manifest
+    connect(run.config)
+    import ray
+
+    pool = Pool(size=max(1, int(ray.cluster_resources().get("CPU", 1))), cpus=config.cpus_per_task, gpus=0)
+    tokenised = _tokenise_chunks(run, chunks, pool)
+    _check_bad_rows(run, tokenised)
+    plan = _StreamPlan(run, chunks, tokenised)
+    results = run_shards(
+        VERB,
+        plan.shard_descriptors(),
+        PackShard,
+        {"folder": str(run.corpus), "plan": plan.settings(), "block_size": config.block_size},
+        folder=run.corpus,
+        pool=pool,
+        unit="tokens",
+        amount=lambda descriptor: descriptor["num_tokens"],
+    )
+    rows = {name: sum(result[name] for result in results.values()) for name in ("blocks", "documents", "tokens")}
+    expected = {"blocks": plan.num_blocks, "documents": plan.num_documents, "tokens": plan.num_tokens}
+    if rows != expected:
+        raise StageError(f"{VERB}: packed {rows} where {expected} were read")
+    summary = {
+        "tokenizer": run.config.tokenizer_source,
+        "block_size": config.block_size,
+        "vocab_size": plan.vocab_size,
+        "annotated": plan.annotate,
+        "bad_rows": sum(result["bad_rows"] for result in tokenised.values()),
+    }
+    files = [*data_files(run.corpus), *data_files(run.corpus, "documents-*.parquet")]
+    manifest = artifact.finish(files, rows=rows, summary=summary, remove=(LEDGER, TOKENS, COUNTS))
+    log(
+        VERB,
+        f"{rows['documents']:,} documents, {rows['tokens']:,} tokens, {rows['blocks']:,} blocks in {run.corpus}",
+    )
+    return manifest
+
+
+class CountRows:
+    """Worker of the first pass: rows per chunk."""
+
+    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        return {"rows": count_rows(chunk_from_mapping(descriptor["chunk"]))}
+
+
+class TokeniseChunk:
+    """Worker of the second pass: one chunk -> one scratch table, with its bad rows beside it."""
+
+    def __init__(self, inputs: list[dict[str, Any]], tokenizer: str, folder: str, annotate: bool):
+        self.inputs = [Input(**{**item, "rows": tuple(item["rows"]) if item["rows"] else None}) for item in inputs]
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.folder, self.annotate = Path(folder), annotate
+
+    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        chunk = chunk_from_mapping(descriptor["chunk"])
+        table, bad = token_table(
+            chunk,
+            self.inputs[chunk.input_index],
+            self.tokenizer,
+            first_row=descriptor["first_row"],
+            first_input_row=descriptor["first_input_row"],
+            annotate=self.annotate,
+        )
+        with publish(self.folder / f"{descriptor['key']}.parquet") as part:
+            pq.write_table(table, part, row_group_size=1024)
+        return {"documents": table.num_rows, "bad_rows": len(bad), "bad": bad[:1000]}
+
+
+class PackShard:
+    """Worker of the third pass: blocks [first_block, ...) of the stream and the documents that start in them."""
+
+    def __init__(self, folder: str, plan: dict[str, Any], block_size: int):
+        self.folder, self.plan, self.block_size = Path(folder), plan, block_size
+
+    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        table = self._documents(descriptor["ranges"])
+        lengths = table.column("num_tokens").to_numpy()
+        starts = descriptor["first_token_start"] + np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        stream_start = descriptor["first_block"] * self.block_size
+        shape = {
+            "skip": stream_start - int(starts[0]),
+            "num_tokens": descriptor["num_tokens"],
+            "block_size": self.block_size,
+        }
+        blocks_BT, lengths_B = pack([_flat(table, "tokens")], fill=self.plan["eos"], **shape)
+        schema = schemas.blocks(self.block_size, annotated=self.plan["annotate"])
+        columns = [
+            pa.array(descriptor["first_block"] + np.arange(len(blocks_BT)), type=pa.int64()),
+            pa.array(lengths_B, type=pa.int32()),
+            schemas.per_token_column(blocks_BT, schema, "tokens"),
+        ]
+        if self.plan["annotate"]:
+            flags_BT, _ = pack([_flat(table, "annotated")], fill=0, **shape)
+            columns.append(schemas.per_token_column(flags_BT, schema, "annotated"))
+        with publish(self.folder / f"shard-{descriptor['key']}.parquet") as part:
+            pq.write_table(pa.Table.from_arrays(columns, schema=schema), part)
+        documents = self._document_table(table, starts, descriptor)
+        with publish(self.folder / f"documents-{descriptor['key']}.parquet") as part:
+            pq.write_table(documents, part)
+        return {"blocks": len(blocks_BT), "documents": documents.num_rows, "tokens": int(lengths_B.sum())}
+
+    def _documents(self, ranges: list[list[int]]) -> pa.Table:
+        """The documents `ranges` (per input: [lo, hi)) in stream order."""
+        tables = []
+        for files, (lo, hi) in zip(self.plan["files"], ranges, strict=True):
+            bounds = np.concatenate([[0], np.cumsum([count for _, _, count in files])])
+            for (key, source, count), first in zip(files, bounds[:-1], strict=True):
+                start, stop = max(lo - int(first), 0), min(hi - int(first), count)
+                if start < stop:
+                    part = _read_rows(self.folder / TOKENS / f"{key}.parquet", start, stop)
+                    tables.append(part.append_column("source", pa.array([source] * part.num_rows, pa.string())))
+        table = pa.concat_tables(tables)
+        if self.plan["interleave"]:
+            table = table.take(pa.array(merge_order([tuple(r) for r in ranges], self.plan["counts"])))  # type: ignore[misc]
+        return table.combine_chunks()
+
+    def _document_table(self, table: pa.Table, starts: np.ndarray, descriptor: dict[str, Any]) -> pa.Table:
+        here = np.flatnonzero(starts >= descriptor["first_block"] * self.block_size)
+        kept, starts = table.take(pa.array(here)), starts[here]
+        return pa.Table.from_arrays(
+            [
+                pa.array(descriptor["first_doc_id"] + here, pa.int64()),
+                *(kept.column(name).combine_chunks() for name in ("source", "row", "num_chars", "num_tokens")),
+                pa.array(starts, pa.int64()),
+                pa.array(starts // self.block_size, pa.int64()),
+                pa.array(starts % self.block_size, pa.int32()),
+            ],
+            schema=schemas.DOCUMENTS,
+        )
+
+
+class _StreamPlan:
+    """Where every document lies in the stream, from the token counts alone."""
+
+    def __init__(self, run: Run, chunks: list[Chunk], tokenised: dict[str, dict[str, Any]]):
+        config = run.config.pack_corpus
+        tokenizer = load_tokenizer(run.config.tokenizer_source)
+        self.block_size, self.blocks_per_shard = config.block_size, config.blocks_per_shard
+        self.interleave, self.eos, self.vocab_size = config.interleave, tokenizer.eos_token_id, len(tokenizer)
+        self.annotate = any(source.spans_column for source in config.inputs)
+        self.files: list[list[tuple[str, str, int]]] = [[] for _ in config.inputs]
+        lengths: list[list[np.ndarray]] = [[] for _ in config.inputs]
+        for chunk, (key, result) in zip(chunks, tokenised.items(), strict=True):
+            self.files[chunk.input_index].append((key, chunk.path, result["documents"]))
+            table = pq.read_table(run.corpus / TOKENS / f"{key}.parquet", columns=["num_tokens"], partitioning=None)
+            lengths[chunk.input_index].append(table.column(0).to_numpy())
+        per_input = [np.concatenate([*arrays, np.zeros(0, np.int64)]) for arrays in lengths]
+        self.counts = [len(array) for array in per_input]
+        self.inputs, self.indices = stream_order(self.counts, interleave=self.interleave)
+        self.num_documents = len(self.inputs)
+        if not self.num_documents:
+            raise ValueError(f"pack_corpus.inputs: no document in {', '.join(i.path for i in config.inputs)}")
+        offsets = np.concatenate([[0], np.cumsum(self.counts)[:-1]]).astype(np.int64)
+        num_tokens = np.concatenate(per_input)[offsets[self.inputs] + self.indices]
+        self.bounds = np.concatenate([[0], np.cumsum(num_tokens)])
+        self.num_tokens = int(self.bounds[-1])
+        if self.num_tokens < self.block_size:
+            raise ValueError(
+                f"the corpus has {self.num_tokens} tokens, fewer than one block of pack_corpus.block_size ="
+                f" {self.block_size}: lower it or add documents"
+            )
+        self.num_blocks = -(-self.num_tokens // self.block_size)
+
+    def settings(self) -> dict[str, Any]:
+        """What every `PackShard` needs."""
+        names = ("files", "counts", "interleave", "annotate", "eos")
+        return {name: getattr(self, name) for name in names}
+
+    def shard_descriptors(self) -> list[dict[str, Any]]:
+        """One small descriptor per shard of `blocks_per_shard` blocks."""
+        descriptors = []
+        for number, first_block in enumerate(range(0, self.num_blocks, self.blocks_per_shard)):
+            start = first_block * self.block_size
+            stop = min(start + self.blocks_per_shard * self.block_size, self.num_tokens)
+            lo = int(np.searchsorted(self.bounds, start, side="right")) - 1
+            hi = int(np.searchsorted(self.bounds, stop, side="left"))
+            descriptors.append(
+                {
+                    "key": f"{number:05d}",
+                    "first_block": first_block,
+                    "num_tokens": stop - start,
+                    "first_doc_id": lo,
+                    "first_token_start": int(self.bounds[lo]),
+                    "ranges": [self._range(index, lo, hi) for index in range(len(self.counts))],
+                }
+            )
+        return descriptors
+
+    def _range(self, input_index: int, lo: int, hi: int) -> list[int]:
+        indices = self.indices[lo:hi][self.inputs[lo:hi] == input_index]
+        return [int(indices[0]), int(indices[-1]) + 1] if len(indices) else [0, 0]
+
+
+def _plan_chunks(run: Run, *, open_hub: bool) -> list[Chunk]:
+    config = run.config.pack_corpus
+    chunk_bytes = max(1, int(config.chunk_megabytes * 2**20))
+    chunks: list[Chunk] = []
+    for index, source in enumerate(config.inputs):
+        if source.path.startswith(HUB_PREFIX) and not open_hub:
+            chunks.append(Chunk(input_index=index, kind="hub", path=source.path, stop=1))
+            continue
+        key = f"pack_corpus.inputs[{index}].path"
+        chunks += list_chunks(source, index, chunk_bytes=chunk_bytes, dotted_key=key)
+    return chunks
+
+
+def _tokenise_chunks(run: Run, chunks: list[Chunk], pool: Pool) -> dict[str, dict[str, Any]]:
+    descriptors: list[dict[str, Any]] = [
+        {"key": f"chunk-{i:05d}", "chunk": chunk_to_mapping(chunk)} for i, chunk in enumerate(chunks)
+    ]
+    counted = run_shards(VERB, descriptors, CountRows, {}, folder=run.corpus / COUNTS, pool=pool, unit="chunks counted")
+    rows_of_file: dict[str, int] = {}
+    rows_of_input = [0] * len(run.config.pack_corpus.inputs)
+    for chunk, descriptor in zip(chunks, descriptors, strict=True):
+        rows = counted[descriptor["key"]]["rows"]
+        descriptor["first_row"] = rows_of_file.get(chunk.path, 0)
+        descriptor["first_input_row"] = rows_of_input[chunk.input_index]
+        rows_of_file[chunk.path] = descriptor["first_row"] + rows
+        rows_of_input[chunk.input_index] += rows
+    for index, source in enumerate(run.config.pack_corpus.inputs):
+        if source.rows and source.rows[1] > rows_of_input[index]:
+            raise ConfigError(
+                f"pack_corpus.inputs[{index}].rows: ends at {source.rows[1]}, but {source.path} has"
+                f" {rows_of_input[index]} rows"
+            )
+    settings = {
+        "inputs": [to_mapping(source) for source in run.config.pack_corpus.inputs],
+        "tokenizer": run.config.tokenizer_source,
+        "folder": str(run.corpus / TOKENS),
+        "annotate": any(source.spans_column for source in run.config.pack_corpus.inputs),
+    }
+    return run_shards(
+        VERB,
+        descriptors,
+        TokeniseChunk,
+        settings,
+        folder=run.corpus / TOKENS,
+        pool=pool,
+        unit="chunks tokenised",
+    )
+
+
+def _check_bad_rows(run: Run, tokenised: dict[str, dict[str, Any]]) -> None:
+    bad = [row for result in tokenised.values() for row in result["bad"]]
+    count = sum(result["bad_rows"] for result in tokenised.values())
+    if not count:
+        return
+    listing = run.corpus / "bad_rows.csv"
+    lines = [f"{row['source']},{row['row']},{row['reason']}" for row in bad]
+    write_text(listing, "\n".join(["source,row,reason", *lines]) + "\n")
+    shown = "\n".join(f"  {row['source']} row {row['row']}: {row['reason']}" for row in bad[:10])
+    limit = run.config.pack_corpus.max_bad_rows
+    log(VERB, f"{count} bad rows (rows count from 0), listed in {listing}:\n{shown}")
+    if count > limit:
+        raise StageError(
+            f"{VERB}: {count} bad rows, more than pack_corpus.max_bad_rows = {limit}; mend them or raise it."
+            f" They are listed in {listing}, the first:\n{shown}"
+        )
+
+
+def _file_sizes(chunks: list[Chunk]) -> dict[str, int]:
+    paths = sorted({chunk.path for chunk in chunks if chunk.kind != "hub"})
+    return {path: Path(path).stat().st_size for path in paths}
+
+
+def _read_rows(path: Path, start: int, stop: int) -> pa.Table:
+    """Rows [start, stop) of a Parquet file, reading only the row groups that hold them."""
+    with pq.ParquetFile(path) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        bounds = [0, *np.cumsum(sizes).tolist()]
+        first = bisect_right(bounds, start) - 1
+        last = bisect_right(bounds, stop - 1)
+        return file.read_row_groups(list(range(first, last))).slice(start - bounds[first], stop - start)
+
+
+def _flat(table: pa.Table, name: str) -> np.ndarray:
+    column = table.column(name).combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False)
+
+
+def document_table(corpus: Path) -> pa.Table:
+    """The whole document table of a corpus, ordered by `doc_id`."""
+    tables = [schemas.read_table(path, schemas.DOCUMENTS) for path in data_files(corpus, "documents-*.parquet")]
+    return pa.concat_tables(tables)
+
+
+def corpus_block_size(corpus: Path) -> int:
+    """T of a packed corpus."""
+    return int(read_manifest(corpus).summary["block_size"])

@@ -1,0 +1,110 @@
+"""A run: its config, its directory, and the Ray cluster it works on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ifguide import artifacts
+from ifguide.config import Config, ModelSource, result_options, to_mapping, to_yaml
+
+BASELINE, PENALISED = "baseline", "penalised"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One config in one run directory. Artifact folders are named here and nowhere else."""
+
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """The run directory, absolute: Ray workers have another working directory."""
+        return Path(self.config.run_dir).expanduser().absolute()
+
+    corpus = property(lambda self: self.folder / "corpus")
+    factors = property(lambda self: self.folder / "factors")
+    query = property(lambda self: self.folder / "query")
+    scores = property(lambda self: self.folder / "scores")
+    ranking = property(lambda self: self.folder / "ranking")
+    mask = property(lambda self: self.folder / "mask")
+    report = property(lambda self: self.folder / "report")
+
+    def model(self, name: str) -> Path:
+        """Folder of a trained model: `baseline` or `penalised`."""
+        return self.folder / "model" / name
+
+    def artifact_folders(self) -> dict[str, Path]:
+        """All artifact folders in pipeline order, whether they exist or not."""
+        return {
+            "corpus": self.corpus,
+            "model/baseline": self.model(BASELINE),
+            "factors": self.factors,
+            "query": self.query,
+            "scores": self.scores,
+            "ranking": self.ranking,
+            "mask": self.mask,
+            "model/penalised": self.model(PENALISED),
+            "report": self.report,
+        }
+
+    @property
+    def proxy_source(self) -> ModelSource:
+        """The proxy: as configured, or the baseline this run trained."""
+        if self.config.proxy_is_baseline:
+            return ModelSource(source=str(self.model(BASELINE) / "hf"))
+        return self.config.proxy
+
+    def require_proxy(self) -> None:
+        """Refuse to go on when the proxy should be this run's baseline and that is not there."""
+        if self.config.proxy_is_baseline:
+            artifacts.require(self.model(BASELINE), "pretrain --set pretrain.use_mask=false")
+
+    def open(
+        self,
+        folder: Path,
+        verb: str,
+        *,
+        keys: tuple[str, ...],
+        inputs: Mapping[str, str],
+        extra: Mapping[str, Any] = {},
+    ) -> artifacts.Artifact:
+        """Open the artifact of a verb whose result depends on the config sections `keys` and on `inputs`."""
+        options = {**result_options(self.config, keys), **extra}
+        return artifacts.open_artifact(
+            folder, verb=verb, options=options, inputs=inputs, config_yaml=to_yaml(self.config)
+        )
+
+    def with_mask(self, use_mask: bool) -> Run:
+        """The same run for one of the two models that `pretrain` makes."""
+        return Run(config=replace(self.config, pretrain=replace(self.config.pretrain, use_mask=use_mask)))
+
+
+def model_mapping(source: ModelSource) -> dict[str, Any]:
+    """A model source as a plain dict, for descriptors and settings that travel to workers."""
+    return to_mapping(source)
+
+
+def connect(config: Config) -> None:
+    """Join the cluster named by `cluster.address` or RAY_ADDRESS, or start a local one; once per process."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if address:
+        ray.init(address=address, **options)
+        return
+    ray.init(
+        num_cpus=config.cluster.num_cpus,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        **options,
+    )

@@ -1,0 +1,90 @@
+"""The pure parts of `pretrain`: which blocks a step sees, its learning rate, the DeepSpeed config.
+
+Data are sampled by index: the order is a function of (seed, epoch), so every block is seen once an epoch, the
+position is one integer (the step), and the order does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ifguide.config import Pretrain
+
+PADDING = -1  # fills up the last batch; a padding block carries no loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The blocks of every step: the epochs' permutations of `num_blocks`, end to end, cut into batches."""
+
+    num_blocks: int
+    batch_blocks: int
+    epochs: float
+    seed: int
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks seen over the whole training."""
+        return max(1, round(self.epochs * self.num_blocks))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; the last one may be short."""
+        return math.ceil(self.total_blocks / self.batch_blocks)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Block indices of a step, (batch_blocks,) int64, filled up with PADDING."""
+        start = step * self.batch_blocks
+        places = np.arange(start, min(start + self.batch_blocks, self.total_blocks))
+        epochs, within = np.divmod(places, self.num_blocks)
+        indices = np.full(self.batch_blocks, PADDING, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            order = np.random.default_rng([self.seed, int(epoch)]).permutation(self.num_blocks)
+            here = np.flatnonzero(epochs == epoch)
+            indices[here] = order[within[here]]
+        return indices
+
+
+def rank_micro_batches(batch: np.ndarray, *, rank: int, world_size: int, micro_batch_blocks: int) -> np.ndarray:
+    """A rank's part of a batch, (accumulation steps, micro_batch_blocks)."""
+    return batch.reshape(-1, world_size, micro_batch_blocks)[:, rank]
+
+
+def learning_rate(step: int, steps: int, config: Pretrain) -> float:
+    """Linear warm-up over `warmup_fraction` of the steps, then cosine to the final ratio."""
+    warmup = max(1, round(config.warmup_fraction * steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    floor = config.final_learning_rate_ratio
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def deepspeed_config(config: Pretrain) -> dict[str, Any]:
+    """The engine's config. The optimizer is ours to build: a config AdamW compiles a kernel on first use."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_blocks,
+        "gradient_accumulation_steps": config.batch_blocks // (config.workers * config.micro_batch_blocks),
+        "gradient_clipping": config.gradient_clipping,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices, none on biases and norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
