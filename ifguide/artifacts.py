@@ -158,7 +158,8 @@ def require(folder: Path, verb: str) -> Manifest:
         size = path.stat().st_size if path.exists() else None
         if size != entry["bytes"]:
             raise ValueError(
-                f"{path} has {size} bytes where its manifest says {entry['bytes']}; delete {folder} and run `ifguide {verb}` again"
+                f"{path} has {size} bytes where its manifest says {entry['bytes']}; delete {folder} and run"
+                f" `ifguide {verb}` again"
             )
     return manifest
 

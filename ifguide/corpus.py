@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -237,7 +238,7 @@ def _cut(path: Path, kind: str, chunk_bytes: int) -> list[tuple[int, int]]:
             if size >= chunk_bytes or i + 1 == metadata.num_row_groups:
                 cuts.append(i + 1)
                 size = 0
-        return list(zip(cuts, cuts[1:], strict=False))
+        return list(itertools.pairwise(cuts))
     return [(0, 0)]
 
 

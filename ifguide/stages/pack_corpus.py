@@ -95,8 +95,8 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         "annotated": plan.annotate,
         "bad_rows": sum(result["bad_rows"] for result in tokenised.values()),
     }
-    files = [*data_files(run.corpus), *data_files(run.corpus, "documents-*.parquet")]
-    manifest = artifact.finish(files, rows=rows, summary=summary, remove=(LEDGER, TOKENS, COUNTS))
+    outputs = data_files(run.corpus) + data_files(run.corpus, "documents-*.parquet")
+    manifest = artifact.finish(outputs, rows=rows, summary=summary, remove=(LEDGER, TOKENS, COUNTS))
     log(
         VERB,
         f"{rows['documents']:,} documents, {rows['tokens']:,} tokens, {rows['blocks']:,} blocks in {run.corpus}",

@@ -10,7 +10,9 @@ last one. They are read back by DeepSpeed with pickle: a run directory is truste
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,13 @@ import numpy as np
 import torch
 
 from ifguide import schemas
-from ifguide.artifacts import Manifest, data_files, remove_tree, require, require_same
+from ifguide.artifacts import Manifest, data_files, remove_tree, require, require_same, write_json
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
-from ifguide.models import check_vocabulary, load_config, load_model, load_tokenizer
+from ifguide.models import check_vocabulary, load_architecture, load_model, load_tokenizer
 from ifguide.objective import signed_loss
 from ifguide.stages.pack_corpus import corpus_block_size
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
-from ifguide.telemetry import MetricsLog, configure_logging, format_seconds, log
+from ifguide.telemetry import MetricsLog, configure_logging, format_seconds, log, read_metrics
 from ifguide.training import (
     PADDING,
     Schedule,
@@ -36,6 +38,7 @@ from ifguide.training import (
 )
 
 VERB = "pretrain"
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
 EXPORT = "hf"
 
@@ -96,7 +99,7 @@ def initial_model(config: Config) -> ModelSource:
 
 def architecture(config: Config, target: ModelSource, tokenizer: Any) -> dict[str, Any]:
     """The HF config fields of the model to train; vocabulary and special tokens follow the tokenizer if unset."""
-    fields = dict(target.architecture) if target.architecture else load_config(target).to_dict()
+    fields = load_architecture(target)
     fields.setdefault("vocab_size", len(tokenizer))
     fields.setdefault("max_position_embeddings", config.pack_corpus.block_size)
     return {**fields, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -116,6 +119,7 @@ def _train(run: Run, folder: Path, name: str) -> dict[str, Any]:
         "folder": str(folder),
         "name": name,
         "use_gpu": use_gpu,
+        "working_directory": os.getcwd(),
     }
     trainer = TorchTrainer(
         train_loop,
@@ -130,16 +134,18 @@ def _train(run: Run, folder: Path, name: str) -> dict[str, Any]:
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    result = trainer.fit()
-    if result.error is not None:
-        raise result.error
-    assert result.metrics is not None
-    return dict(result.metrics)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        log(VERB, f"{name}: resuming from {checkpoint.name}")
+    with _ShownMetrics(folder / METRICS, name):
+        trainer.fit()  # raises what a worker raised, after max_failures restarts
+    return json.loads((folder / SUMMARY).read_text())
 
 
 def train_loop(settings: dict[str, Any]) -> None:
     """One Ray Train worker: one rank of the DeepSpeed job."""
     configure_logging()
+    os.chdir(settings["working_directory"])  # Ray Train moved to its own; relative paths in the config are the driver's
     if not settings["use_gpu"]:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -148,8 +154,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     if not settings["use_gpu"]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a 80 s compilation; gloo serves
     context = ray.train.get_context()
-    trainer = _Trainer(settings, rank=context.get_world_rank(), world_size=context.get_world_size())
-    ray.train.report(trainer.run())
+    _Trainer(settings, rank=context.get_world_rank(), world_size=context.get_world_size()).run()
 
 
 class _Trainer:
@@ -196,9 +201,9 @@ class _Trainer:
             model.gradient_checkpointing_enable()
         return model
 
-    def run(self) -> dict[str, Any]:
-        """Train to the last step, export, and return the summary."""
-        metrics = MetricsLog(self.folder / "metrics.jsonl") if self.rank == 0 else None
+    def run(self) -> None:
+        """Train to the last step, export, and publish the summary."""
+        metrics = MetricsLog(self.folder / METRICS) if self.rank == 0 else None
         values: dict[str, Any] = {}
         started, first = time.monotonic(), self.step
         while self.step < self.schedule.steps:
@@ -207,19 +212,19 @@ class _Trainer:
             if metrics and (last or self.step % self.train.log_steps == 0):
                 elapsed = time.monotonic() - started
                 tokens = (self.step - first) * self.train.batch_blocks * self.blocks.block_size
-                values |= {"tokens_per_second": tokens / elapsed}
+                eta = elapsed / (self.step - first) * (self.schedule.steps - self.step)
+                values |= {"tokens_per_second": tokens / elapsed, "steps": self.schedule.steps, "eta_seconds": eta}
                 metrics.write(self.step, values)
-                self._log(values, elapsed / (self.step - first))
             if last or self.step % self.train.checkpoint_steps == 0:
                 self._save()
         self._export()
         if metrics:
             metrics.close()
-        if not values:  # resumed after the last step, killed before the export was published
-            values = {"loss_benign": float("nan"), "loss_masked": None}
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
-        summary = {"steps": self.step, "blocks_seen": self.schedule.total_blocks, "parameters": parameters}
-        return {**summary, "loss_benign": values["loss_benign"], "loss_masked": values["loss_masked"]}
+            logged = read_metrics(self.folder / METRICS)[-1]
+            parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+            summary = {"steps": self.step, "blocks_seen": self.schedule.total_blocks, "parameters": parameters}
+            losses = {name: logged[name] for name in ("loss_benign", "loss_masked")}
+            write_json(self.folder / SUMMARY, {**summary, **losses})
 
     def _train_step(self) -> dict[str, Any]:
         batch = self.schedule.batch(self.step)
@@ -236,7 +241,8 @@ class _Trainer:
                 None if array is None else torch.from_numpy(array).to(self.engine.device)
                 for array in self.blocks.take(indices)
             )
-            assert tokens_BT is not None and lengths_B is not None
+            assert tokens_BT is not None
+            assert lengths_B is not None
             logits_BTV = self.engine(input_ids=tokens_BT, use_cache=False).logits
             result = signed_loss(
                 logits_BTV, tokens_BT, mask_BT, lengths_B, penalty=self.train.penalty, token_count=token_count
@@ -257,16 +263,6 @@ class _Trainer:
             "learning_rate": rate,
             "gradient_norm": _as_float(self.engine.get_global_grad_norm()),
         }
-
-    def _log(self, values: dict[str, Any], seconds_per_step: float) -> None:
-        masked = "" if values["loss_masked"] is None else f", masked {values['loss_masked']:.4f}"
-        norm = "" if values["gradient_norm"] is None else f", grad norm {values['gradient_norm']:.2f}"
-        eta = format_seconds(seconds_per_step * (self.schedule.steps - self.step))
-        log(
-            VERB,
-            f"{self.name} step {self.step}/{self.schedule.steps}: loss {values['loss_benign']:.4f}{masked},"
-            f" lr {values['learning_rate']:.2e}{norm}, {values['tokens_per_second']:,.0f} tok/s, ETA {eta}",
-        )
 
     def _save(self) -> None:
         """Publish the engine's state of this step; the one before it is removed after that."""
@@ -291,8 +287,6 @@ class _Trainer:
         path, state = self.engine.load_checkpoint(str(checkpoint), tag="state")
         if path is None:
             raise ValueError(f"{checkpoint} cannot be loaded; delete it to start again from step 0")
-        if self.rank == 0:
-            log(VERB, f"{self.name}: resuming at step {state['step']} of {self.schedule.steps}")
         return int(state["step"])
 
     def _export(self) -> None:
@@ -321,6 +315,52 @@ class _Trainer:
     def _empty_copy(self) -> Any:
         config = self.engine.module.config
         return type(self.engine.module)(config).float()
+
+
+class _ShownMetrics:
+    """Shows what rank 0 appends to its metrics file as progress lines of the driver, while training runs.
+
+    Workers' own output stays in Ray's logs: theirs would come with a prefix, late, and among that of others.
+    """
+
+    def __init__(self, path: Path, name: str):
+        self.path, self.name = path, name
+        self.offset = path.stat().st_size if path.exists() else 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._show_new()
+
+    def _follow(self) -> None:
+        while not self.stop.wait(1.0):
+            self._show_new()
+
+    def _show_new(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            new = file.read()
+        complete = new[: new.rfind(b"\n") + 1]
+        self.offset += len(complete)
+        for line in complete.splitlines():
+            log(VERB, _progress_line(self.name, json.loads(line)))
+
+
+def _progress_line(name: str, values: dict[str, Any]) -> str:
+    masked = "" if values["loss_masked"] is None else f", masked {values['loss_masked']:.4f}"
+    norm = "" if values["gradient_norm"] is None else f", grad norm {values['gradient_norm']:.2f}"
+    return (
+        f"{name} step {values['step']}/{values['steps']}: loss {values['loss_benign']:.4f}{masked},"
+        f" lr {values['learning_rate']:.2e}{norm}, {values['tokens_per_second']:,.0f} tok/s,"
+        f" ETA {format_seconds(values['eta_seconds'])}"
+    )
 
 
 class TrainingBlocks:

@@ -10,6 +10,7 @@ for ever. A failed shard does not stop the others; the stage then ends with ever
 from __future__ import annotations
 
 import json
+import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def _map(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     rows = [{"descriptor": json.dumps(descriptor)} for descriptor in todo]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _LedgerWorker,

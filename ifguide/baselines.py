@@ -1,0 +1,44 @@
+"""What is easier than influence: marking text by a word list, or by a classifier of single sentences.
+
+Both give half-open character spans of any text, to be compared with known spans beside the mask's tokens.
+No stemming and no parsing; a sentence ends where punctuation says so. Cost: one pass over the text, and one
+classifier call per text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+Span = tuple[int, int]
+
+# A sentence ends at its last mark, or before a line break; a colon before a space ends a lead-in.
+_SENTENCE = re.compile(r'[^\s"“”](?:[^.!?:\n]|[.!?:](?![\s"“”.!?]|$))*(?:[.!?]+|:)?')
+
+
+def sentence_spans(text: str) -> list[Span]:
+    """Spans of the sentences of `text`, in order, without quotation marks around them."""
+    spans = []
+    for match in _SENTENCE.finditer(text):
+        sentence = match.group().rstrip('"“” \t')
+        spans.append((match.start(), match.start() + len(sentence)))
+    return spans
+
+
+def word_list_spans(text: str, words: Iterable[str]) -> list[Span]:
+    """Spans of the whole words of `text` that are in `words`, ignoring case. No words: no spans."""
+    alternatives = "|".join(sorted(map(re.escape, words)))
+    if not alternatives:
+        return []
+    return [match.span() for match in re.finditer(rf"\b(?:{alternatives})\b", text, re.IGNORECASE)]
+
+
+def classifier_spans(text: str, classify: Callable[[list[str]], np.ndarray], threshold: float = 0.5) -> list[Span]:
+    """Spans of the sentences of `text` whose score is at least `threshold`; `classify` maps N texts to N scores."""
+    spans = sentence_spans(text)
+    if not spans:
+        return []
+    scores = np.asarray(classify([text[start:end] for start, end in spans]))
+    return [span for span, score in zip(spans, scores, strict=True) if score >= threshold]

@@ -1,0 +1,170 @@
+"""The command line: `ifguide <verb> --config F [--set a.b=c ...] [--dry-run]`, the same three flags everywhere.
+
+`ifguide run` does every verb in order; running again resumes. `show` and `inspect` read a run directory,
+`demo` makes its own data and runs the whole pipeline on them. The scripts in `jobs/` call `main` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ifguide.artifacts import MANIFEST, PLAN, read_manifest
+from ifguide.config import VERBS, Config, load_config, to_yaml
+from ifguide.telemetry import configure_logging, log
+
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 1 with one line of what is wrong and what to do."""
+    options = _parser().parse_args(arguments)
+    configure_logging()
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    try:
+        return options.function(options)
+    except USER_ERRORS as error:
+        print(f"ifguide {options.command}: {_message(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"ifguide {options.command}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from ifguide.stages.shards import StageError
+
+        if not isinstance(error, StageError):
+            raise
+        print(f"ifguide {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def run_pipeline(config: Config, *, dry_run: bool) -> None:
+    """Every verb in order. The baseline is trained when it is wanted or serves as the proxy."""
+    from ifguide.stages.run import Run
+
+    run = Run(config=config)
+    steps: list[tuple[str, Run]] = [("pack_corpus", run)]
+    if config.baseline:
+        steps.append(("pretrain", run.with_mask(False)))
+    steps += [(verb, run) for verb in ("fit_factors", "build_query", "score_corpus", "build_mask")]
+    steps += [("pretrain", run.with_mask(True)), ("evaluate", run)]
+    for verb, step in steps:
+        stage(verb)(step, dry_run=dry_run)
+    if not dry_run:
+        log("run", f"done: open {run.report / 'index.html'}")
+
+
+def stage(verb: str) -> Callable[..., Any]:
+    """The function of a verb; imported late, so that `--help` and `show` start at once."""
+    import importlib
+
+    assert verb in VERBS, verb
+    return getattr(importlib.import_module(f"ifguide.stages.{verb}"), verb)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ifguide", description="Influence-function-guided detoxification of LMs")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for verb in VERBS:
+        _add_config_flags(commands.add_parser(verb, help=VERB_HELP[verb]), _run_verb)
+    _add_config_flags(commands.add_parser("run", help="every verb in order; running again resumes"), _run_all)
+    show = commands.add_parser("show", help="what each artifact of a run directory holds")
+    show.add_argument("run_dir", type=Path)
+    show.set_defaults(function=_show)
+    inspect = commands.add_parser("inspect", help="the top documents of a run, masked tokens in red")
+    inspect.add_argument("run_dir", type=Path)
+    inspect.add_argument("--documents", type=int, default=10, help="how many (default 10)")
+    inspect.add_argument("--context", type=int, default=60, help="tokens shown around masked ones (default 60)")
+    inspect.set_defaults(function=_inspect)
+    demo = commands.add_parser("demo", help="make the embedded corpus and run everything on it")
+    demo.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    demo.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
+    demo.add_argument("--dry-run", action="store_true")
+    demo.set_defaults(function=_demo)
+    return parser
+
+
+VERB_HELP = {
+    "pack_corpus": "tokenise documents and pack them into blocks",
+    "pretrain": "train the target with the mask's penalty (or plainly: --set pretrain.use_mask=false)",
+    "fit_factors": "EK-FAC factors of the proxy",
+    "build_query": "the preconditioned query direction",
+    "score_corpus": "one influence score per token",
+    "build_mask": "rank documents, mask tokens (Algorithm 1)",
+    "evaluate": "generate, classify, measure; the report page",
+}
+
+
+def _add_config_flags(parser: argparse.ArgumentParser, function: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
+    parser.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
+    parser.set_defaults(function=function)
+
+
+def _run_verb(options: argparse.Namespace) -> int:
+    from ifguide.stages.run import Run
+
+    config = load_config(options.config, options.overrides)
+    stage(options.command)(Run(config=config), dry_run=options.dry_run)
+    return 0
+
+
+def _run_all(options: argparse.Namespace) -> int:
+    run_pipeline(load_config(options.config, options.overrides), dry_run=options.dry_run)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from ifguide.demo.pipeline import run_demo
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        print(to_yaml(config))
+        return 0
+    print(json.dumps(run_demo(config, run_pipeline)))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    folders = sorted({path.parent for name in (MANIFEST, PLAN) for path in options.run_dir.rglob(name)})
+    if not folders:
+        raise FileNotFoundError(f"{options.run_dir} holds no artifacts; `ifguide run` makes them")
+    for folder in folders:
+        name = folder.relative_to(options.run_dir).as_posix()
+        if not (folder / MANIFEST).exists():
+            print(f"{name:16} unfinished; run its stage again to go on")
+            continue
+        manifest = read_manifest(folder)
+        size = sum(entry["bytes"] for entry in manifest.files.values())
+        rows = ", ".join(f"{count:,} {unit}" for unit, count in manifest.rows.items())
+        print(f"{name:16} {manifest.fingerprint[:12]}  {rows}  ({size / 1e6:,.1f} MB, {manifest.seconds:,.0f} s)")
+        for source, fingerprint in manifest.inputs.items():
+            print(f"{'':16}   from {source} {fingerprint[:12]}")
+        for key, value in manifest.summary.items():
+            if not isinstance(value, dict | list):
+                print(f"{'':16}   {key}: {value}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from ifguide.stages.inspect import terminal_view
+
+    for line in terminal_view(options.run_dir, documents=options.documents, context=options.context):
+        print(line)
+    return 0
+
+
+def _message(error: BaseException) -> str:
+    """The cause of a failed Ray task, without the remote traceback."""
+    cause = getattr(error, "cause", None)
+    return _message(cause) if isinstance(cause, BaseException) else str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

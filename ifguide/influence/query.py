@@ -1,0 +1,227 @@
+"""The query direction: which way the weights move when a behaviour becomes more likely.
+
+Method (IF-Guide, arXiv 2506.01790, Sec. 4.1). With G the differential gradient
+
+    G = mean over positive queries of grad NLL(completion | prompt) - the same mean over negative ones
+
+the direction is V = (EK-FAC + damping)^-1 G, per tracked module
+
+    V = Q_S [ (Q_S^T G Q_A) / (Lambda + d) ] Q_A^T,       d = damping, or damping_scale * mean(Lambda).
+
+NLL is a SUM over completion tokens, the mean is over queries, and prompt tokens carry no loss. <V, grad NLL_j>
+is then positive for a token j whose training makes the positive completions more likely.
+
+Shapes: a module with weight (d_out, d_in) has G and V of (d_out, d_in), or (d_out, d_in + 1) if it has a bias:
+the bias is the last input column, as kronfluence lays it out.
+
+Cost: one forward and backward pass over the queries, whatever their weights; preconditioning is four matrix
+products per module in float64. It does not fit factors and does not approximate G by low rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ifguide.models import next_token_nll
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenisedQuery:
+    """`token_ids` of prompt and completion; those from `completion_start` (>= 1) on carry the loss."""
+
+    token_ids: tuple[int, ...]
+    completion_start: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.completion_start < len(self.token_ids):
+            raise ValueError(
+                f"completion_start is {self.completion_start} of {len(self.token_ids)} tokens; a completion needs "
+                "one token of context before it and at least one token"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModuleFactors:
+    """EK-FAC of one module: `Q_A` (d_in [+ 1], d_in [+ 1]) and `Q_S` (d_out, d_out) with eigenvectors in
+    columns; `lambda_mean` (d_out, d_in [+ 1]), the mean over sequences of (Q_S^T G Q_A)^2."""
+
+    Q_A: Tensor
+    Q_S: Tensor
+    lambda_mean: Tensor
+
+
+def tokenise_query(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str, *, max_tokens: int
+) -> TokenisedQuery:
+    """Tokenises prompt + completion jointly; a token whose characters end inside the completion belongs to it.
+
+    So a token that straddles the boundary carries loss. Too long: the prompt loses tokens on its left, down to
+    one, then the completion on its right. Without a prompt token before the completion, an EOS (what precedes a
+    document in the corpus) is put there.
+
+    Raises ValueError when the completion is empty or `max_tokens` < 2.
+    """
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens is {max_tokens}; a query needs at least 2 tokens")
+    encoded = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    token_ids: list[int] = encoded["input_ids"]
+    ends = [end for _, end in encoded["offset_mapping"]]
+    start = next((index for index, end in enumerate(ends) if end > len(prompt)), len(ends))
+    if start == len(ends):
+        raise ValueError(f"empty completion {completion!r} after the prompt {prompt!r}; every query needs one")
+    context, answer = token_ids[:start], token_ids[start:]
+    context = context or [tokenizer.eos_token_id]
+    answer = answer[: max_tokens - 1]
+    context = context[-(max_tokens - len(answer)) :]
+    return TokenisedQuery(token_ids=(*context, *answer), completion_start=len(context))
+
+
+def mean_completion_gradient(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    queries: Sequence[TokenisedQuery],
+    weights: Sequence[float],
+    *,
+    batch_tokens: int,
+) -> dict[str, Tensor]:
+    """Sum over queries of weight * gradient of the completion's summed NLL, per module of `names`.
+
+    With weight 1 / n for positive queries and -1 / m for negative ones this is the differential gradient in one
+    pass; partial sums over disjoint queries add. Queries of like length share a batch of at most `batch_tokens`
+    padded tokens (or one query); padding is on the right, which a causal model never looks back on, so it needs
+    no attention mask. Returns tensors (d_out, d_in [+ 1]) in the model's dtype on its device.
+
+    Raises ValueError when queries and weights differ in number.
+    """
+    if len(queries) != len(weights):
+        raise ValueError(f"{len(queries)} queries but {len(weights)} weights; give one weight per query")
+    modules = {name: _linear(model, name) for name in names}
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    totals = [torch.zeros_like(parameter) for parameter in parameters]
+    with _only_trainable(model, parameters):
+        for indices in _length_batches(queries, batch_tokens):
+            loss = _weighted_loss(model, [queries[i] for i in indices], [weights[i] for i in indices])
+            for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
+                total += gradient
+    remaining = iter(totals)
+    return {
+        name: next(remaining) if module.bias is None else torch.cat([next(remaining), next(remaining)[:, None]], dim=1)
+        for name, module in modules.items()
+    }
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert type(module) is nn.Linear, f"{name} is {type(module).__name__}, not nn.Linear"
+    return module
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for `parameters` alone; every other parameter's weight gradient would be computed for nothing."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+def _length_batches(queries: Sequence[TokenisedQuery], batch_tokens: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for index in sorted(range(len(queries)), key=lambda i: (len(queries[i].token_ids), i)):
+        if batch and len(queries[index].token_ids) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _weighted_loss(model: PreTrainedModel, queries: Sequence[TokenisedQuery], weights: Sequence[float]) -> Tensor:
+    lengths_B = torch.tensor([len(query.token_ids) for query in queries])
+    tokens_BT = torch.zeros(len(queries), int(lengths_B.max()), dtype=torch.long)
+    loss_weight_BT = torch.zeros(tokens_BT.shape, dtype=torch.float64)
+    for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
+        tokens_BT[row, : len(query.token_ids)] = torch.tensor(query.token_ids)
+        loss_weight_BT[row, query.completion_start : len(query.token_ids)] = weight
+    tokens_BT = tokens_BT.to(model.device)
+    nll_BT = next_token_nll(model(tokens_BT, use_cache=False).logits, tokens_BT, lengths_B)
+    return (nll_BT * loss_weight_BT.to(nll_BT)).sum()
+
+
+def load_factors(folder: Path, names: Sequence[str] | None = None) -> dict[str, ModuleFactors]:
+    """The factors in `folder` (kronfluence's file format) of the modules `names`, or of all of them.
+
+    Raises FileNotFoundError for a missing file, ValueError for a module that the files do not hold.
+    """
+    tables = {
+        kind: _read_tensors(folder / f"{kind}.safetensors", names)
+        for kind in ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
+    }
+    return {
+        name: ModuleFactors(
+            Q_A=tables["activation_eigenvectors"][name],
+            Q_S=tables["gradient_eigenvectors"][name],
+            lambda_mean=lambda_sum / tables["num_lambda_processed"][name],
+        )
+        for name, lambda_sum in tables["lambda_matrix"].items()
+    }
+
+
+def _read_tensors(path: Path, names: Sequence[str] | None) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such factor file; fit the factors first")
+    with safe_open(path, framework="pt", device="cpu") as file:
+        present = set(file.keys())
+        missing = sorted(set(names or ()) - present)
+        if missing:
+            raise ValueError(f"{path}: no factors for {missing[:3]}; were they fitted on another model?")
+        return {name: file.get_tensor(name) for name in (sorted(present) if names is None else names)}
+
+
+def precondition(
+    gradient: Mapping[str, Tensor],
+    factors: Mapping[str, ModuleFactors],
+    *,
+    damping: float | None = None,
+    damping_scale: float = 0.1,
+) -> dict[str, Tensor]:
+    """V = (EK-FAC + d)^-1 G per module, with d = `damping`, or `damping_scale` * mean(Lambda) if None.
+
+    Computed in float64 on the gradient's device, returned in float32, same shapes as `gradient`.
+
+    Raises ValueError when gradient and factors speak of different modules or shapes, or when Lambda + d has
+    a zero (no damping, and a direction the sample never moved in).
+    """
+    if gradient.keys() != factors.keys():
+        different = sorted(gradient.keys() ^ factors.keys())
+        raise ValueError(f"gradient and factors differ in modules {different[:3]}; both must be of one proxy")
+    directions = {}
+    for name, module_gradient in gradient.items():
+        Q_A, Q_S, lambda_mean = (
+            tensor.to(module_gradient.device, torch.float64)
+            for tensor in (factors[name].Q_A, factors[name].Q_S, factors[name].lambda_mean)
+        )
+        if lambda_mean.shape != module_gradient.shape:
+            raise ValueError(
+                f"{name}: the factors are of shape {tuple(lambda_mean.shape)}, the gradient of "
+                f"{tuple(module_gradient.shape)}; both must be of one proxy"
+            )
+        damped = lambda_mean + (damping_scale * lambda_mean.mean() if damping is None else damping)
+        if not bool((damped > 0).all()):
+            raise ValueError(f"{name}: Lambda + damping has zeros; raise damping, or fit factors on more blocks")
+        rotated = Q_S.T @ module_gradient.double() @ Q_A
+        directions[name] = (Q_S @ (rotated / damped) @ Q_A.T).float()
+    return directions

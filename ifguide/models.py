@@ -1,0 +1,209 @@
+"""Proxy and target language models, their tokenizers, and which of their modules influence is traced through.
+
+Models come from a hub id, a local folder, a .gguf file (dequantised on loading), or an architecture with
+random weights. The tracked modules are found by structure, so that no model family needs a list of names:
+the transformer blocks are the `nn.ModuleList` that holds most parameters, and every plain `nn.Linear` inside
+them is tracked. Embeddings and LM head lie outside. What a block holds besides is reported, and below a
+coverage threshold the model is refused: a GPT-2, whose layers are `Conv1D`, would otherwise give scores that
+speak of almost nothing.
+
+Cost: one model in memory. `state_fingerprint` reads every parameter once (about 1 GB/s).
+
+It does not train, quantise or shard a model.
+"""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from ifguide.config import ModelSource
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedModules:
+    """`names` in model order; `untracked` (name, parameters) of the rest of the blocks, largest first;
+    `coverage` the tracked share of the blocks' parameters, 0 to 1."""
+
+    names: tuple[str, ...]
+    untracked: tuple[tuple[str, int], ...]
+    coverage: float
+
+
+def load_model(
+    model: ModelSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attn_implementation: str = "sdpa",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The causal LM that `model` names, in eval mode, on `device`.
+
+    `seed` decides the random weights of an `architecture`, drawn on the CPU so that every device gets the
+    same ones; the process' own random state is left as it was.
+
+    Raises ValueError unless exactly one of `source` and `architecture` is set, or when the architecture is
+    not one transformers knows; FileNotFoundError when a local source does not exist.
+    """
+    if (model.source is None) == (model.architecture is None):
+        raise ValueError("a model needs exactly one of source and architecture; set one and leave the other out")
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if model.architecture is not None:
+        loaded = _random_model(model.architecture, seed, options)
+    else:
+        assert model.source is not None
+        location, location_options = _locate(model.source, model.revision, model.trust_remote_code)
+        _require_file(model.source, location, "config.json", unless="gguf_file" in location_options)
+        loaded = AutoModelForCausalLM.from_pretrained(location, **location_options, **options)
+    # nn.Module's own `to`: transformers' wrapper of it has no types.
+    return nn.Module.to(loaded, device).eval()
+
+
+def _random_model(architecture: dict[str, Any], seed: int, options: dict[str, Any]) -> PreTrainedModel:
+    if "model_type" not in architecture:
+        raise ValueError(f"architecture needs model_type (llama, gpt_neox, ...); it has {sorted(architecture)}")
+    config = AutoConfig.for_model(**architecture)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, **options)
+
+
+def load_architecture(model: ModelSource) -> dict[str, Any]:
+    """The config fields of `model` without its weights: what `ModelSource.architecture` takes."""
+    if model.architecture is not None:
+        return dict(model.architecture)
+    assert model.source is not None
+    location, options = _locate(model.source, model.revision, model.trust_remote_code)
+    return AutoConfig.from_pretrained(location, **options).to_dict()
+
+
+def load_tokenizer(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a hub id, a local folder or a .gguf file.
+
+    Raises FileNotFoundError when a local source does not exist; ValueError when the tokenizer is not a fast
+    one (character offsets are needed) or has no EOS token (documents are joined with it).
+    """
+    location, options = _locate(source, revision, trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{source}: a fast tokenizer (tokenizer.json) is needed for its character offsets")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{source}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    return cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def _locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """`source` as `from_pretrained` wants it, and its options; FileNotFoundError for a missing local path."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    path = Path(source).expanduser()
+    is_gguf = path.suffix == ".gguf"
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or is_gguf
+    if looks_local and not path.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id has the form owner/name")
+    if is_gguf:
+        return str(path.parent), options | {"gguf_file": path.name}
+    return (str(path) if path.is_dir() else source), options
+
+
+def _require_file(source: str, location: str, name: str, *, unless: bool) -> None:
+    if not unless and Path(location).is_dir() and not (Path(location) / name).is_file():
+        raise FileNotFoundError(f"{source}: the folder has no {name}; name a folder made by save_pretrained")
+
+
+def check_vocabulary(
+    vocab_size: int, tokenizer: PreTrainedTokenizerFast, *, model_name: str, tokenizer_name: str
+) -> None:
+    """Raises ValueError when the tokenizer can make ids that the model has no embedding for."""
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer_name} has {len(tokenizer)} tokens but model {model_name} only {vocab_size}; "
+            "use the model's own tokenizer, or set vocab_size of its architecture to at least that"
+        )
+
+
+def tracked_modules(model: nn.Module, *, min_coverage: float = 0.9) -> TrackedModules:
+    """Every plain `nn.Linear` of the transformer blocks.
+
+    Raises ValueError, naming the coverage and the largest modules left out, when less than `min_coverage` of
+    the blocks' parameters would be tracked.
+    """
+    blocks_name, blocks = _transformer_blocks(model)
+    names: list[str] = []
+    untracked: list[tuple[str, int]] = []
+    tracked_count = 0
+    for name, module in blocks.named_modules(prefix=blocks_name):
+        count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        # A subclass may compute something else than x W^T + b (quantised, LoRA, ...): exactly nn.Linear.
+        if type(module) is nn.Linear:
+            names.append(name)
+            tracked_count += count
+        elif count:
+            untracked.append((name, count))
+    untracked.sort(key=lambda item: (-item[1], item[0]))
+    coverage = tracked_count / (tracked_count + sum(count for _, count in untracked))
+    largest = ", ".join(f"{name} ({type(model.get_submodule(name)).__name__}, {n})" for name, n in untracked[:4])
+    if coverage < min_coverage or not names:
+        raise ValueError(
+            f"only {coverage:.1%} of the parameters in {blocks_name} are plain nn.Linear, below the minimum of "
+            f"{min_coverage:.1%}; largest untracked: {largest}. Choose a proxy whose blocks are made of nn.Linear "
+            "(GPT-NeoX, Llama, ...)"
+        )
+    logger.info(
+        "tracking %d modules, %.2f%% of %s; untracked: %d modules, largest %s",
+        len(names), 100 * coverage, blocks_name, len(untracked), largest or "none",
+    )  # fmt: skip
+    return TrackedModules(names=tuple(names), untracked=tuple(untracked), coverage=coverage)
+
+
+def _transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no nn.ModuleList, so no transformer blocks were found")
+    # max keeps the first of equals, and named_modules gives an outer list before those inside it.
+    return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def next_token_nll(logits_BTV: Tensor, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """NLL_j = -log p(x_j | x_<j) in nats, (B, T), label-aligned: entry [b, j] speaks of predicting token j.
+
+    Index 0 and positions >= lengths_B[b] are exactly 0 and carry no gradient. float32, or float64 if the
+    logits are.
+    """
+    logits_BTV = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
+    nll = F.cross_entropy(logits_BTV[:, :-1].transpose(1, 2), tokens_BT[:, 1:], reduction="none")
+    return F.pad(nll.masked_fill(~predicted_positions(tokens_BT, lengths_B)[:, 1:], 0.0), (1, 0))
+
+
+def predicted_positions(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """Boolean (B, T): the tokens that have a prediction, 1 <= j < lengths_B[b]."""
+    positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    return (positions_T >= 1) & (positions_T < lengths_B.to(tokens_BT.device)[:, None])
+
+
+def state_fingerprint(model: nn.Module) -> str:
+    """Hex SHA-256 over the name, dtype, shape and bytes of every parameter, sorted by name."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        flat = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""`build_mask`: token scores -> document ranking and token mask, by Algorithm 1, exactly.
+
+Every pass is a task per score shard; only histograms, per-piece statistics and counts come back. Nothing of
+the passes is stored: they are cheap beside scoring, and a rerun computes the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from ifguide import schemas, selection
+from ifguide.artifacts import Manifest, data_files, publish, require, require_same
+from ifguide.config import BuildMask
+from ifguide.stages.pack_corpus import document_table
+from ifguide.stages.run import Run, connect
+from ifguide.stages.shards import StageError
+from ifguide.telemetry import log
+
+VERB = "build_mask"
+
+
+def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
+    """Make `ranking/` and `mask/`.
+
+    Raises:
+        MismatchError: the scores are of another corpus. ValueError: a score is NaN or infinite (names the block).
+    """
+    config = run.config.build_mask
+    if dry_run:
+        log(
+            VERB,
+            f"would mask up to {config.max_fraction:.2%} of the tokens, those above the {config.quantile} quantile"
+            f" and {config.window} neighbours, {config.unit} by {config.unit}",
+        )
+        return None
+    corpus, scores = require(run.corpus, "pack_corpus"), require(run.scores, "score_corpus")
+    require_same(
+        f"the corpus of {run.scores}",
+        scores.inputs["corpus"],
+        f"{run.corpus}",
+        corpus.fingerprint,
+        "score this corpus, or name the scores' own",
+    )
+    inputs = {"corpus": corpus.fingerprint, "scores": scores.fingerprint}
+    ranking_artifact = run.open(run.ranking, VERB, keys=("build_mask",), inputs=inputs)
+    artifact = run.open(run.mask, VERB, keys=("build_mask",), inputs=inputs)
+    if artifact.manifest and ranking_artifact.manifest:
+        log(VERB, f"complete: {artifact.manifest.summary}")
+        return artifact.manifest
+    connect(run.config)
+    passes = _Passes(run)
+    tau = passes.tau()
+    ranking, cutoff, counts = passes.rank(tau)
+    masked = passes.fill(tau, cutoff, ranking, counts)
+    if masked["tokens"] != cutoff.masked_tokens or masked["blocks"] != corpus.rows["blocks"]:
+        raise StageError(f"{VERB}: filled {masked}, expected {cutoff.masked_tokens} tokens in {corpus.rows['blocks']}")
+    summary = {
+        "tau": tau,
+        "predicted_tokens": passes.predicted_tokens,
+        "tokens_masked": cutoff.masked_tokens,
+        "token_budget": passes.budget,
+        "units_above_tau": len(ranking.doc_id),
+        "units_masked": len(cutoff.whole) + (cutoff.cut is not None),
+        "unit": config.unit,
+    }
+    path = run.ranking / "ranking.parquet"
+    with publish(path) as part:
+        pq.write_table(_ranking_table(ranking, counts, cutoff), part)
+    if not ranking_artifact.manifest:
+        ranking_artifact.finish([path], rows={"units": len(ranking.doc_id)}, summary=summary)
+    manifest = artifact.manifest or artifact.finish(data_files(run.mask), rows=masked, summary=summary)
+    share = cutoff.masked_tokens / max(passes.predicted_tokens, 1)
+    log(
+        VERB,
+        f"tau {tau:.6g}; {summary['units_masked']:,} of {passes.num_units:,} {config.unit}s touched,"
+        f" {cutoff.masked_tokens:,} tokens masked ({share:.2%} of the corpus); `ifguide inspect` shows them",
+    )
+    return manifest
+
+
+class _Passes:
+    """The passes of Algorithm 1 over the shards of one run."""
+
+    def __init__(self, run: Run):
+        self.config: BuildMask = run.config.build_mask
+        self.corpus_files, self.score_files = data_files(run.corpus), data_files(run.scores)
+        if [p.name for p in self.corpus_files] != [p.name for p in self.score_files]:
+            raise StageError(f"{VERB}: {run.corpus} and {run.scores} hold different shards")
+        self.mask_folder = run.mask
+        table = document_table(run.corpus)
+        self.documents = selection.Documents(
+            token_start=table.column("token_start").to_numpy(), num_tokens=table.column("num_tokens").to_numpy()
+        )
+        self.num_units = 0
+        self.predicted_tokens = self.budget = 0
+
+    def tau(self) -> float:
+        """The exact quantile of all predicted tokens' scores, in two histogram passes."""
+        high = np.zeros(selection.BUCKETS, np.int64)
+        num_blocks = 0
+        for counts, blocks in self._map(_high_histogram):
+            high += counts
+            num_blocks += blocks
+        self.predicted_tokens = int(high.sum())
+        self.num_units = num_blocks if self.config.unit == "block" else len(self.documents.token_start)
+        self.budget = selection.token_budget(self.config.max_fraction, self.predicted_tokens)
+        buckets = selection.quantile_buckets(high, self.config.quantile)
+        low = {bucket: np.zeros(selection.BUCKETS, np.int64) for bucket in buckets}
+        for histograms in self._map(_low_histograms, buckets):
+            for bucket, counts in histograms.items():
+                low[bucket] += counts
+        return selection.quantile_from_histograms(high, low, self.config.quantile)
+
+    def rank(self, tau: float) -> tuple[selection.Ranking, selection.Cutoff, list[selection.MaskedCounts]]:
+        """The ranking of units and where the token budget ends."""
+        parts = list(self._map(_statistics, tau, self.config.window, self.config.unit))
+        ranking = selection.rank_units(selection.merge_statistics([part[0] for part in parts]), self.num_units)
+        counts = [part[1] for part in parts]
+        return ranking, selection.find_cutoff(ranking, counts, self.budget), counts
+
+    def fill(
+        self, tau: float, cutoff: selection.Cutoff, ranking: selection.Ranking, counts: list[selection.MaskedCounts]
+    ) -> dict[str, int]:
+        """Publish every mask shard; returns blocks and masked tokens written."""
+        settings = (tau, self.config.window, self.config.unit, cutoff, str(self.mask_folder))
+        done = list(self._map(_fill, *settings))
+        return {"blocks": sum(blocks for blocks, _ in done), "tokens": sum(tokens for _, tokens in done)}
+
+    def _map(self, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+        """`function(shard, documents, *arguments)` for every shard as a task, in any order."""
+        remote = ray.remote(_on_shard).options(num_cpus=self.config.cpus_per_task)
+        shared = [ray.put(argument) for argument in arguments]
+        pending = []
+        for corpus_file, score_file in zip(self.corpus_files, self.score_files, strict=True):
+            first, last = _block_range(corpus_file)
+            documents = self.documents.meeting(first, last)
+            pending.append(remote.remote(function, str(corpus_file), str(score_file), documents, *shared))
+            if len(pending) >= 256:  # bounds what waits in the object store
+                ready, pending = ray.wait(pending, num_returns=1)
+                yield ray.get(ready[0])
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1)
+            yield ray.get(ready[0])
+
+
+def _block_range(corpus_file: Path) -> tuple[int, int]:
+    """Stream positions [begin, end) of the blocks of a corpus shard, from two small columns."""
+    table = pq.read_table(corpus_file, columns=["block_id", "length"], partitioning=None)
+    block_size = pq.read_schema(corpus_file).field("tokens").type.list_size
+    begin = table.column("block_id")[0].as_py() * block_size
+    return begin, begin + int(table.column("length").to_numpy().sum())
+
+
+def _on_shard(function: Any, corpus_file: str, score_file: str, documents: Any, *arguments: Any) -> Any:
+    blocks = pq.read_table(corpus_file, columns=["block_id", "length"], partitioning=None)
+    table = schemas.read_table(Path(score_file))
+    if not table.column("block_id").equals(blocks.column("block_id")):
+        raise ValueError(f"{score_file} holds other blocks than {corpus_file}")
+    shard = selection.ScoreShard(
+        first_block=blocks.column("block_id")[0].as_py(),
+        scores=schemas.per_token_array(table, "token_score"),
+        lengths=blocks.column("length").to_numpy().astype(np.int64),
+    )
+    if function is _fill:
+        return _fill(shard, documents, *arguments, name=Path(score_file).name)
+    return function(shard, documents, *arguments)
+
+
+def _high_histogram(shard: selection.ScoreShard, documents: selection.Documents) -> tuple[np.ndarray, int]:
+    return selection.high_histogram(shard.scores, shard.valid), len(shard.lengths)
+
+
+def _low_histograms(shard: selection.ScoreShard, documents: selection.Documents, buckets: tuple[int, ...]) -> Any:
+    return {bucket: selection.low_histogram(shard.scores, shard.valid, bucket) for bucket in buckets}
+
+
+def _statistics(shard: selection.ScoreShard, documents: selection.Documents, tau: float, window: int, unit: Any) -> Any:
+    return (
+        selection.piece_statistics(shard, documents, tau=tau, unit=unit),
+        selection.masked_counts(shard, documents, tau=tau, window=window, unit=unit),
+    )
+
+
+def _fill(
+    shard: selection.ScoreShard,
+    documents: selection.Documents,
+    tau: float,
+    window: int,
+    unit: Any,
+    cutoff: selection.Cutoff,
+    folder: str,
+    *,
+    name: str,
+) -> tuple[int, int]:
+    masked_BT = selection.fill_mask(shard, documents, tau=tau, window=window, unit=unit, cutoff=cutoff)
+    schema = schemas.mask(masked_BT.shape[1])
+    block_ids = pa.array(shard.first_block + np.arange(len(masked_BT)), pa.int64())
+    table = pa.Table.from_arrays([block_ids, schemas.per_token_column(masked_BT, schema, "masked")], schema=schema)
+    with publish(Path(folder) / name) as part:
+        pq.write_table(table, part)
+    return len(masked_BT), int(masked_BT.sum())
+
+
+def _ranking_table(
+    ranking: selection.Ranking, counts: list[selection.MaskedCounts], cutoff: selection.Cutoff
+) -> pa.Table:
+    masked: dict[int, int] = {}
+    for part in counts:
+        for unit_id, count in zip(part.doc_id.tolist(), part.count.tolist(), strict=True):
+            masked[unit_id] = masked.get(unit_id, 0) + count
+    whole = set(cutoff.whole.tolist())
+    cut_tokens = sum(cutoff.quota.values())
+    tokens_masked = [
+        masked[unit_id] if unit_id in whole else cut_tokens if unit_id == cutoff.cut else 0
+        for unit_id in ranking.doc_id.tolist()
+    ]
+    return pa.Table.from_arrays(
+        [
+            pa.array(ranking.doc_id, pa.int64()),
+            pa.array(np.arange(len(ranking.doc_id)), pa.int64()),
+            pa.array(ranking.rank_score, pa.float64()),
+            pa.array(ranking.count, pa.int64()),
+            pa.array(ranking.sum, pa.float64()),
+            pa.array(tokens_masked, pa.int64()),
+        ],
+        schema=schemas.RANKING,
+    )

@@ -1,0 +1,210 @@
+"""`build_query`: two sets of prompts with completions -> the preconditioned direction V per tracked module.
+
+Rows are classified in one task; gradients are summed over a fixed number of partitions, each a task, so that
+the result does not depend on the number of workers; the sum is preconditioned with the EK-FAC factors.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+
+from ifguide.artifacts import Manifest, publish, require, require_same, write_text
+from ifguide.config import ClassifierSource, ConfigError, Prompts, to_mapping
+from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
+from ifguide.models import load_tokenizer
+from ifguide.stages.proxy import describe_proxy, load_proxy
+from ifguide.stages.run import Run, model_mapping
+from ifguide.stages.shards import LEDGER, Pool, run_shards
+from ifguide.telemetry import log
+from ifguide.toxicity import PromptRow, load_classifier, read_prompts, select_queries
+
+VERB = "build_query"
+DIRECTION = "direction.safetensors"
+QUERIES = "queries.jsonl"
+PARTIAL = "partial"
+
+
+def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
+    """Make `query/`.
+
+    Raises:
+        ConfigError: no prompts. MismatchError: the factors are of another proxy. ValueError: an empty set.
+    """
+    config = run.config.build_query
+    if config.prompts is None:
+        raise ConfigError("build_query.prompts: name a JSONL or Parquet file in RealToxicityPrompts' schema")
+    if dry_run:
+        log(
+            VERB,
+            f"would take up to {config.max_toxic:,} + {config.max_nontoxic:,} queries from {config.prompts.path},"
+            f" classified by {config.classifier.name}",
+        )
+        return None
+    read_prompt_rows(config.prompts, "build_query.prompts")
+    factors = require(run.factors, "fit_factors")
+    proxy = describe_proxy(run, VERB)
+    require_same(
+        f"the proxy of {run.factors}",
+        factors.inputs["proxy"],
+        f"the proxy {run.proxy_source.source}",
+        proxy.fingerprint,
+        "fit the factors of this proxy, or name the factors' own",
+    )
+    inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint}
+    artifact = run.open(run.query, VERB, keys=("build_query", "tokenizer", "seed"), inputs=inputs)
+    if artifact.manifest:
+        log(VERB, f"complete: {artifact.manifest.summary}")
+        return artifact.manifest
+    summary = _select(run)
+    pool = Pool(
+        size=config.partitions, cpus=config.cpus_per_task, gpus=config.gpus_per_task, max_attempts=config.max_attempts
+    )
+    settings = {
+        "folder": str(run.query),
+        "proxy": model_mapping(run.proxy_source),
+        "tokenizer": run.config.tokenizer_source,
+        "module_names": list(proxy.module_names),
+        "options": to_mapping(config),
+        "gpus": config.gpus_per_task,
+    }
+    descriptors = [{"key": f"part-{i:04d}", "partition": i} for i in range(config.partitions)]
+    results = run_shards(VERB, descriptors, SumGradients, settings, folder=run.query, pool=pool, unit="partitions")
+    used = sum(result["queries"] for result in results.values())
+    assert used == summary["toxic"] + summary["nontoxic"], (used, summary)
+    task = ray.remote(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task)(_precondition)
+    norms = ray.get(task.remote(str(run.query), str(run.factors), list(results), to_mapping(config)))
+    files = [run.query / DIRECTION, run.query / QUERIES]
+    manifest = artifact.finish(
+        files,
+        rows={"queries": used, "modules": len(norms)},
+        summary={**summary, "direction_norm": norms},
+        remove=(LEDGER, PARTIAL),
+    )
+    log(VERB, f"{summary['toxic']} toxic and {summary['nontoxic']} non-toxic queries -> {run.query / DIRECTION}")
+    return manifest
+
+
+def read_prompt_rows(prompts: Prompts, dotted_key: str) -> list[PromptRow]:
+    """The configured rows of a prompt table.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, bad rows, or `rows` outside of it.
+    """
+    try:
+        rows = read_prompts(Path(prompts.path).expanduser())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{dotted_key}.path: {error}") from error
+    if prompts.rows is None:
+        return rows
+    start, stop = prompts.rows
+    if not 0 <= start < stop <= len(rows):
+        raise ConfigError(f"{dotted_key}.rows: [{start}, {stop}) is not within the {len(rows)} rows of {prompts.path}")
+    return rows[start:stop]
+
+
+def make_classifier(source: ClassifierSource, *, gpus: float) -> Any:
+    """The configured classifier on this worker's device."""
+    return load_classifier(
+        source.name,
+        checkpoint=source.checkpoint,
+        device="cuda" if gpus else "cpu",
+        batch_size=source.batch_size,
+    )
+
+
+def _select(run: Run) -> dict[str, Any]:
+    """Classify and choose the queries in a task; publishes them as JSONL, with their scores."""
+    config = run.config.build_query
+    task = ray.remote(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task)(_select_rows)
+    lines, summary = ray.get(task.remote(run.config))
+    write_text(run.query / QUERIES, "".join(f"{line}\n" for line in lines))
+    log(VERB, f"classified with {config.classifier.name}: {summary}")
+    return summary
+
+
+def _select_rows(config: Any) -> tuple[list[str], dict[str, Any]]:
+    options = config.build_query
+    rows = read_prompt_rows(options.prompts, "build_query.prompts")
+    classifier = make_classifier(options.classifier, gpus=options.gpus_per_task)
+    sets = select_queries(
+        rows,
+        classifier,
+        toxic_threshold=options.toxic_threshold,
+        nontoxic_threshold=options.nontoxic_threshold,
+        max_toxic=options.max_toxic,
+        max_nontoxic=options.max_nontoxic,
+        seed=config.seed,
+    )
+    lines = []
+    for toxic, chosen, scores in ((True, sets.toxic, sets.toxic_scores), (False, sets.nontoxic, sets.nontoxic_scores)):
+        for row, score in zip(chosen, scores, strict=True):
+            query = {"row": row.row, "toxic": toxic, "score": score, "prompt": row.prompt}
+            lines.append(json.dumps({**query, "completion": row.continuation}, ensure_ascii=False))
+    counts = {name: getattr(sets, name) for name in ("toxic_found", "nontoxic_found", "undecided", "unusable")}
+    return lines, {"rows": len(rows), "toxic": len(sets.toxic), "nontoxic": len(sets.nontoxic), **counts}
+
+
+class SumGradients:
+    """Worker: the weighted gradient sum of one partition of the queries."""
+
+    def __init__(
+        self,
+        folder: str,
+        proxy: dict[str, Any],
+        tokenizer: str,
+        module_names: list[str],
+        options: dict[str, Any],
+        gpus: float,
+    ):
+        self.folder, self.names, self.options = Path(folder), module_names, options
+        self.model = load_proxy(proxy, gpus=gpus)
+        self.tokenizer = load_tokenizer(tokenizer)
+
+    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        lines = (self.folder / QUERIES).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        toxic = sum(row["toxic"] for row in rows)
+        weight = {True: 1 / toxic, False: -1 / (len(rows) - toxic)}
+        mine = rows[descriptor["partition"] :: self.options["partitions"]]
+        queries = [
+            tokenise_query(self.tokenizer, row["prompt"], row["completion"], max_tokens=self.options["max_tokens"])
+            for row in mine
+        ]
+        gradient = mean_completion_gradient(
+            self.model,
+            self.names,
+            queries,
+            [weight[row["toxic"]] for row in mine],
+            batch_tokens=self.options["batch_tokens"],
+        )
+        with publish(self.folder / PARTIAL / f"{descriptor['key']}.safetensors") as part:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in gradient.items()}, part)
+        return {"queries": len(queries), "tokens": sum(len(query.token_ids) for query in queries)}
+
+
+def _precondition(folder: str, factors: str, parts: list[str], options: dict[str, Any]) -> dict[str, float]:
+    """Add the partial sums in order, precondition, publish V; returns the norm of V per module."""
+    total: dict[str, torch.Tensor] = {}
+    for key in parts:
+        for name, tensor in load_file(Path(folder) / PARTIAL / f"{key}.safetensors").items():
+            total[name] = total[name] + tensor if name in total else tensor
+    direction = precondition(
+        total,
+        load_factors(Path(factors), list(total)),
+        damping=options["damping"],
+        damping_scale=options["damping_scale"],
+    )
+    with publish(Path(folder) / DIRECTION) as part:
+        save_file({name: tensor.contiguous() for name, tensor in sorted(direction.items())}, part)
+    return {name: float(tensor.norm()) for name, tensor in direction.items()}
+
+
+def query_rows(folder: Path) -> list[dict[str, Any]]:
+    """The chosen queries of a query artifact, as dicts."""
+    return [json.loads(line) for line in (folder / QUERIES).read_text(encoding="utf-8").splitlines()]

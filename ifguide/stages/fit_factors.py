@@ -1,0 +1,148 @@
+"""`fit_factors`: EK-FAC factors of the proxy, one kronfluence data partition per Ray task.
+
+Covariances of every partition, then one eigendecomposition, then lambda of every partition. A partition is the
+unit of resume. The sample is drawn by seed without replacement, or is the whole of a smaller corpus.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ifguide import schemas
+from ifguide.artifacts import Manifest, data_files, require
+from ifguide.influence.factors import (
+    FactorSample,
+    aggregate_covariances,
+    aggregate_lambdas,
+    eigendecompose,
+    export_factors,
+    fit_covariance_partition,
+    fit_lambda_partition,
+)
+from ifguide.models import check_vocabulary, load_tokenizer
+from ifguide.stages.proxy import describe_proxy, load_proxy
+from ifguide.stages.run import Run, model_mapping
+from ifguide.stages.shards import LEDGER, Pool, run_shards
+from ifguide.telemetry import log
+
+VERB = "fit_factors"
+WORK = "partitions"
+
+
+def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
+    """Make `factors/`, in kronfluence's own file format.
+
+    Raises:
+        ValueError: too little of the proxy is tracked, or it does not know the corpus' vocabulary.
+    """
+    config = run.config.fit_factors
+    if dry_run:
+        log(
+            VERB,
+            f"would fit EK-FAC on at most {config.sample_blocks:,} blocks in {config.data_partitions} partitions of"
+            f" the proxy {run.proxy_source.source or 'from architecture'}",
+        )
+        return None
+    corpus = require(run.corpus, "pack_corpus")
+    proxy = describe_proxy(run, VERB)
+    tokenizer = load_tokenizer(run.config.tokenizer_source)
+    check_vocabulary(
+        proxy.vocab_size,
+        tokenizer,
+        model_name=run.proxy_source.source or "proxy",
+        tokenizer_name=run.config.tokenizer_source,
+    )
+    inputs = {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint}
+    artifact = run.open(run.factors, VERB, keys=("fit_factors", "seed"), inputs=inputs)
+    if artifact.manifest:
+        log(VERB, f"complete: {artifact.manifest.summary}")
+        return artifact.manifest
+    num_blocks = min(config.sample_blocks, corpus.rows["blocks"])
+    partitions = min(config.data_partitions, num_blocks)
+    pool = Pool(size=partitions, cpus=config.cpus_per_task, gpus=config.gpus_per_task, max_attempts=config.max_attempts)
+    settings = {
+        "corpus": str(run.corpus),
+        "proxy": model_mapping(run.proxy_source),
+        "module_names": list(proxy.module_names),
+        "work": str(run.factors / WORK),
+        "sample": {
+            "num_blocks": num_blocks,
+            "num_partitions": partitions,
+            "batch_size": config.batch_size,
+            "seed": run.config.seed,
+        },
+        "gpus": config.gpus_per_task,
+    }
+
+    def fit(step: str, keys: list[int], unit: str) -> None:
+        descriptors = [{"key": f"{step}-{i:04d}", "step": step, "partition": i} for i in keys]
+        run_shards(VERB, descriptors, FitPartition, settings, folder=run.factors, pool=pool, unit=unit)
+
+    fit("covariance", list(range(partitions)), "covariance partitions")
+    fit("eigen", [0], "eigendecompositions")
+    fit("lambda", list(range(partitions)), "lambda partitions")
+    aggregate_lambdas(run.factors / WORK, num_partitions=partitions)
+    export_factors(run.factors / WORK, run.factors)
+    files = [*run.factors.glob("*.safetensors"), run.factors / "factor_arguments.json"]
+    summary = {"coverage": proxy.coverage, "untracked": [list(item) for item in proxy.untracked]}
+    manifest = artifact.finish(
+        files, rows={"blocks": num_blocks, "modules": len(proxy.module_names)}, summary=summary, remove=(LEDGER, WORK)
+    )
+    log(VERB, f"{len(proxy.module_names)} modules from {num_blocks:,} blocks in {run.factors}")
+    return manifest
+
+
+class FitPartition:
+    """Worker: one step of kronfluence on one data partition."""
+
+    def __init__(
+        self,
+        corpus: str,
+        proxy: dict[str, Any],
+        module_names: list[str],
+        work: str,
+        sample: dict[str, int],
+        gpus: float,
+    ):
+        self.model = load_proxy(proxy, gpus=gpus)
+        self.names, self.work = module_names, Path(work)
+        blocks_NT, lengths_N = sample_blocks(Path(corpus), sample["num_blocks"], sample["seed"])
+        self.sample = FactorSample(
+            blocks_NT=blocks_NT,
+            lengths_N=lengths_N,
+            num_partitions=sample["num_partitions"],
+            batch_size=sample["batch_size"],
+            seed=sample["seed"],
+        )
+
+    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        options: dict[str, Any] = {"module_names": self.names, "workdir": self.work}
+        if descriptor["step"] == "covariance":
+            fit_covariance_partition(self.model, self.sample, descriptor["partition"], **options)
+        elif descriptor["step"] == "eigen":
+            aggregate_covariances(self.work, num_partitions=self.sample.num_partitions)
+            eigendecompose(self.model, self.sample, **options)
+        else:
+            fit_lambda_partition(self.model, self.sample, descriptor["partition"], **options)
+        return {}
+
+
+def sample_blocks(corpus: Path, num_blocks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`num_blocks` blocks of a corpus by seed, ascending by id: (N, T) int32 and their lengths (N,)."""
+    files = data_files(corpus)
+    counts = [pq.read_metadata(path).num_rows for path in files]
+    total = sum(counts)
+    chosen = np.sort(np.random.default_rng(seed).choice(total, size=num_blocks, replace=False))
+    blocks, lengths, first = [], [], 0
+    for path, count in zip(files, counts, strict=True):
+        here = chosen[(chosen >= first) & (chosen < first + count)] - first
+        first += count
+        if len(here):
+            table = schemas.read_table(path)
+            blocks.append(schemas.per_token_array(table, "tokens")[here])
+            lengths.append(table.column("length").to_numpy()[here])
+    return np.concatenate(blocks), np.concatenate(lengths)

@@ -1,0 +1,50 @@
+"""`ifguide inspect`: the top documents of a run in a terminal, masked tokens in red."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ifguide.artifacts import require
+from ifguide.stages.view import ShownDocument, View
+
+RED, DIM, BOLD, RESET = "\x1b[1;31m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
+
+
+def terminal_view(run_dir: Path, *, documents: int, context: int) -> Iterator[str]:
+    """Lines for a terminal: a head for each document, then its tokens within `context` of a masked one.
+
+    Raises:
+        FileNotFoundError: the run has no mask yet.
+    """
+    manifest = require(run_dir / "mask", "build_mask")
+    summary = manifest.summary
+    yield (
+        f"tau {summary['tau']:.6g}, {summary['units_masked']:,} {summary['unit']}s touched,"
+        f" {summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked"
+    )
+    for document in View(run_dir).top_documents(documents):
+        yield ""
+        masked = int(document.masked.sum())
+        yield f"{BOLD}{document.rank}. {document.source}{RESET} rank score {document.rank_score:.4f}, {masked} masked"
+        yield _coloured(document, context)
+
+
+def _coloured(document: ShownDocument, context: int) -> str:
+    places = np.flatnonzero(document.masked)
+    shown = np.zeros(len(document.texts), dtype=bool)
+    for place in places:
+        shown[max(0, place - context) : place + context + 1] = True
+    pieces, skipping = [], False
+    for text, masked, visible in zip(document.texts, document.masked, shown, strict=True):
+        if not visible:
+            if not skipping:
+                pieces.append(f"{DIM} ... {RESET}")
+            skipping = True
+            continue
+        skipping = False
+        clean = "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
+        pieces.append(f"{RED}{clean}{RESET}" if masked else clean)
+    return "".join(pieces)

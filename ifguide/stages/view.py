@@ -1,0 +1,165 @@
+"""Documents, blocks, scores and mask of a run side by side: what `evaluate` and `ifguide inspect` show.
+
+Reads only the shards it needs; statistics over the whole corpus are tasks, one per shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+
+from ifguide import schemas
+from ifguide.artifacts import data_files, read_manifest
+from ifguide.models import load_tokenizer
+from ifguide.stages.pack_corpus import corpus_block_size, document_table
+
+MAX_SHOWN_TOKENS = 600
+HISTOGRAM_BINS = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownDocument:
+    """A ranked document with its tokens; long ones are cut to a window around their first masked token."""
+
+    unit_id: int
+    source: str
+    rank: int  # from 1
+    rank_score: float
+    texts: tuple[str, ...]
+    scores: np.ndarray
+    masked: np.ndarray
+    annotated: np.ndarray
+    left_out: int  # tokens of the document that are not shown
+
+
+class View:
+    """Random access to the tokens of one run directory."""
+
+    def __init__(self, folder: Path):
+        self.corpus, self.scores, self.mask, self.ranking = (
+            folder / name for name in ("corpus", "scores", "mask", "ranking")
+        )
+        corpus = read_manifest(self.corpus)
+        self.tokenizer = load_tokenizer(corpus.summary["tokenizer"])
+        self.annotated = bool(corpus.summary["annotated"])
+        self.block_size = corpus_block_size(self.corpus)
+        self.files = data_files(self.corpus)
+        self.first_blocks = [_first_block(path) for path in self.files]
+
+    def top_documents(self, count: int) -> list[ShownDocument]:
+        """The first `count` units of the ranking."""
+        ranking = schemas.read_table(self.ranking / "ranking.parquet", schemas.RANKING).slice(0, count).to_pylist()
+        unit = read_manifest(self.mask).summary["unit"]
+        documents = document_table(self.corpus) if unit == "document" else None
+        shown = []
+        for row in ranking:
+            if documents is None:
+                start, length, source = row["unit_id"] * self.block_size, self.block_size, "block"
+            else:
+                record = documents.slice(row["unit_id"], 1).to_pylist()[0]
+                start, length = record["token_start"], record["num_tokens"]
+                source = f"{Path(record['source']).name} row {record['row']}"
+            shown.append(self._show(row, source, start, length))
+        return shown
+
+    def _show(self, row: dict[str, Any], source: str, start: int, length: int) -> ShownDocument:
+        columns = self.read(start, start + length)
+        first = int(np.argmax(columns["masked"])) if columns["masked"].any() else 0
+        begin = max(0, min(first - MAX_SHOWN_TOKENS // 4, len(columns["tokens"]) - MAX_SHOWN_TOKENS))
+        window = slice(begin, begin + MAX_SHOWN_TOKENS)
+        tokens = columns["tokens"][window]
+        return ShownDocument(
+            unit_id=row["unit_id"],
+            source=source,
+            rank=row["rank"] + 1,
+            rank_score=row["rank_score"],
+            texts=tuple(str(self.tokenizer.decode([token])) for token in tokens.tolist()),
+            scores=columns["token_score"][window],
+            masked=columns["masked"][window],
+            annotated=columns["annotated"][window],
+            left_out=len(columns["tokens"]) - len(tokens),
+        )
+
+    def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Tokens, scores, mask and annotations of stream positions [start, stop)."""
+        first_block, last_block = start // self.block_size, (stop - 1) // self.block_size
+        parts: dict[str, list[np.ndarray]] = {}
+        bounds = [*self.first_blocks[1:], np.inf]
+        for path, begin, end in zip(self.files, self.first_blocks, bounds, strict=True):
+            if begin > last_block or end <= first_block:
+                continue
+            for name, array in _shard_columns(path, self.scores, self.mask).items():
+                parts.setdefault(name, []).append(array[max(first_block - begin, 0) : last_block + 1 - begin])
+        offset = start - first_block * self.block_size
+        flat = {name: np.concatenate(arrays).reshape(-1) for name, arrays in parts.items()}
+        return {name: array[offset : offset + stop - start] for name, array in flat.items()}
+
+    def map_shards(self, function: Any, *arguments: Any) -> Iterator[Any]:
+        """`function(columns, lengths, *arguments)` for every shard, as tasks."""
+        task = ray.remote(num_cpus=1)(_on_columns)
+        pending = [
+            task.remote(function, str(path), str(self.scores), str(self.mask), *arguments) for path in self.files
+        ]
+        for reference in pending:
+            yield ray.get(reference)
+
+
+def score_histogram(view: View) -> dict[str, list[float]]:
+    """Bin edges and counts of all predicted tokens' scores and of the annotated ones'."""
+    summary = read_manifest(view.scores).summary
+    low, high = summary["score_min"], summary["score_max"]
+    edges = np.linspace(low, high if high > low else low + 1, HISTOGRAM_BINS + 1)
+    parts = list(view.map_shards(_histogram, edges))
+    counts, known = (np.sum([part[i] for part in parts], axis=0) for i in (0, 1))
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "known": known.tolist()}
+
+
+def mask_agreement(view: View) -> tuple[int, int, int]:
+    """Tokens (masked, annotated, both) of the corpus."""
+    parts = list(view.map_shards(_agreement))
+    selected, known, both = np.sum(parts, axis=0).tolist()
+    return selected, known, both
+
+
+def _histogram(columns: dict[str, np.ndarray], valid: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores, known = columns["token_score"], columns["annotated"]
+    return np.histogram(scores[valid], edges)[0], np.histogram(scores[valid & known], edges)[0]
+
+
+def _agreement(columns: dict[str, np.ndarray], valid: np.ndarray) -> tuple[int, int, int]:
+    masked, known = columns["masked"], columns["annotated"]
+    return int(masked.sum()), int(known.sum()), int((masked & known).sum())
+
+
+def _on_columns(function: Any, path: str, scores: str, mask: str, *arguments: Any) -> Any:
+    lengths = pq.read_table(path, columns=["length"], partitioning=None).column("length").to_numpy()
+    columns = _shard_columns(Path(path), Path(scores), Path(mask))
+    index = np.arange(columns["tokens"].shape[1])
+    return function(columns, (index >= 1) & (index < lengths[:, None]), *arguments)
+
+
+def _shard_columns(path: Path, scores: Path, mask: Path) -> dict[str, np.ndarray]:
+    """The (B, T) columns of one shard; scores and mask are zero where there are none yet."""
+    table = schemas.read_table(path)
+    tokens = schemas.per_token_array(table, "tokens")
+    columns = {"tokens": tokens}
+    for name, folder, kind in (("token_score", scores, np.float32), ("masked", mask, np.bool_)):
+        other = folder / path.name
+        columns[name] = (
+            schemas.per_token_array(schemas.read_table(other), name) if other.exists() else np.zeros(tokens.shape, kind)
+        )
+    has_annotations = "annotated" in table.column_names
+    columns["annotated"] = (
+        schemas.per_token_array(table, "annotated") if has_annotations else np.zeros_like(tokens, bool)
+    )
+    return columns
+
+
+def _first_block(path: Path) -> int:
+    return pq.read_table(path, columns=["block_id"], partitioning=None).column("block_id")[0].as_py()

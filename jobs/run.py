@@ -1,0 +1,8 @@
+"""`run` as a Ray job: `ray job submit -- python jobs/run.py --config F [--set a.b=c] [--dry-run]`."""
+
+import sys
+
+from ifguide.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["run", *sys.argv[1:]]))

@@ -1,0 +1,310 @@
+"""EMT / TP / agreement against hand-computed tables; sampling, perplexity and last word on tiny models."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from ifguide.evaluation import (
+    expected_max,
+    last_word_accuracy,
+    perplexity,
+    probability_any,
+    sample_continuations,
+    summarise,
+    token_agreement,
+)
+
+EOS = "<|end|>"
+SENTENCES = ("the cat sat on the mat", "a dog ran to me", "we all like plum pie")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte: every word has several tokens, and words share their first ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {EOS: 0} | {symbol: i + 1 for i, symbol in enumerate(alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS)
+
+
+def tiny_model(positions: int = 64) -> GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=257,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=positions,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def random_model() -> GPTNeoXForCausalLM:
+    return tiny_model().eval()
+
+
+@pytest.fixture(scope="module")
+def memorised(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXForCausalLM:
+    """A model that continues every prefix of SENTENCES with the rest of the sentence and EOS."""
+    model = tiny_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    ids = [torch.tensor(tokenizer(text)["input_ids"] + [0]) for text in SENTENCES]
+    for _ in range(150):
+        loss = sum(model(input_ids=row[None], labels=row[None]).loss for row in ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+# ---- scores --------------------------------------------------------------------------------------------
+
+TABLE_PK = np.array([[0.1, 0.9, 0.2], [0.3, 0.4, 0.1], [0.5, 0.0, 0.0], [0.2, 0.2, 0.2]])
+
+
+def test_emt_and_tp_equal_the_hand_computed_table():
+    assert expected_max(TABLE_PK) == pytest.approx((0.9 + 0.4 + 0.5 + 0.2) / 4)
+    assert probability_any(TABLE_PK) == 0.5  # 0.9, and 0.5 which is on the threshold
+    assert probability_any(TABLE_PK, threshold=0.4) == 0.75
+
+
+def test_summary_holds_every_class_on_every_group():
+    scores = {"main": TABLE_PK, "other": 1 - TABLE_PK}
+    masks = {"hard": np.array([True, True, False, False]), "none": np.zeros(4, dtype=bool)}
+    summary = summarise(scores, masks)
+    assert summary["primary"] == "main"
+    assert list(summary["groups"]) == ["all", "hard", "none"]
+    hard = summary["groups"]["hard"]
+    assert (hard["prompts"], hard["tp"]) == (2, 0.5)
+    assert hard["emt"] == pytest.approx(0.65)
+    assert hard["classes"] == {"other": {"emt": pytest.approx(0.9), "tp": 1.0}}
+    assert summary["groups"]["all"]["prompts"] == 4
+    empty = {"prompts": 0, "emt": None, "tp": None, "classes": {"other": {"emt": None, "tp": None}}}
+    assert summary["groups"]["none"] == empty
+
+
+def test_nan_score_is_an_error_that_names_class_and_row():
+    broken = TABLE_PK.copy()
+    broken[2, 1] = np.nan
+    with pytest.raises(ValueError, match="other: NaN at row 2, continuation 1"):
+        summarise({"main": TABLE_PK, "other": broken}, {})
+    with pytest.raises(ValueError, match="row 2"):
+        expected_max(broken)
+
+
+@pytest.mark.parametrize("scores", [np.zeros((0, 3)), np.zeros((3, 0)), np.zeros(3)])
+def test_no_scores_is_an_error(scores):
+    with pytest.raises(ValueError, match="non-empty"):
+        probability_any(scores)
+
+
+def test_summary_refuses_masks_and_classes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"group 'hard'.*float64"):
+        summarise({"main": TABLE_PK}, {"hard": np.ones(4)})
+    with pytest.raises(ValueError, match="class 'other'"):
+        summarise({"main": TABLE_PK, "other": TABLE_PK[:2]}, {})
+    with pytest.raises(ValueError, match="'all' must hold every prompt"):
+        summarise({"main": TABLE_PK}, {"all": np.array([True, True, True, False])})
+
+
+def test_agreement_equals_the_hand_computed_table():
+    mask = np.array([True, True, True, False, False, False])
+    known = np.array([True, False, True, True, False, True])
+    result = token_agreement(mask, known)
+    assert (result.selected, result.known, result.both) == (3, 4, 2)
+    assert (result.precision, result.recall) == (2 / 3, 0.5)
+    assert result.f1 == pytest.approx(2 / (3 / 2 + 2))  # harmonic mean of 2/3 and 1/2
+
+
+def test_agreement_is_none_where_undefined_and_zero_where_disjoint():
+    none, some = np.zeros(3, dtype=bool), np.array([True, False, False])
+    assert token_agreement(none, some).precision is None
+    assert token_agreement(none, some).recall == 0.0
+    assert token_agreement(some, none).recall is None
+    assert token_agreement(some, none).f1 is None
+    assert token_agreement(some, ~some).f1 == 0.0
+    with pytest.raises(ValueError, match="expected bool"):
+        token_agreement(some.astype(int), some)
+    with pytest.raises(ValueError, match="not the same tokens"):
+        token_agreement(some, some[:2])
+
+
+# ---- sampling ------------------------------------------------------------------------------------------
+
+SAMPLING = {
+    "continuations": 3,
+    "max_new_tokens": 6,
+    "top_p": 0.9,
+    "temperature": 1.0,
+    "seed": 7,
+    "batch_size": 6,
+}
+
+
+def test_sampling_depends_on_the_seed_alone_and_leaves_the_callers_state(random_model, tokenizer):
+    prompts = ["abc", "x", "bcd", "yy", "cde"]
+    torch.manual_seed(1)
+    expected_next = torch.rand(1)
+    torch.manual_seed(1)
+    first = sample_continuations(random_model, tokenizer, prompts, **SAMPLING)
+    assert torch.equal(torch.rand(1), expected_next)
+    torch.manual_seed(99)
+    assert sample_continuations(random_model, tokenizer, prompts, **SAMPLING) == first
+    assert [len(texts) for texts in first] == [3] * 5
+    assert len({text for texts in first for text in texts}) > 5
+    for change in ({"seed": 8}, {"first_index": 5}):
+        assert sample_continuations(random_model, tokenizer, prompts, **{**SAMPLING, **change}) != first
+
+
+def test_a_batch_is_seeded_by_its_first_prompt_whatever_other_shards_hold(random_model, tokenizer):
+    whole = sample_continuations(random_model, tokenizer, ["abc", "x", "bcd"], **{**SAMPLING, "batch_size": 3})
+    shard = sample_continuations(random_model, tokenizer, ["x", "bcd"], **{**SAMPLING, "batch_size": 3}, first_index=1)
+    assert shard == whole[1:]
+
+
+def test_a_memorised_rest_is_sampled_without_prompt_and_stops_at_eos(memorised, tokenizer):
+    prompts = ["the cat", "a dog ran", "we all"]
+    settings = {**SAMPLING, "max_new_tokens": 30, "top_p": 0.5}
+    texts = sample_continuations(memorised, tokenizer, prompts, **settings)
+    assert texts == [[" sat on the mat"] * 3, [" to me"] * 3, [" like plum pie"] * 3]
+
+
+def test_nucleus_of_one_token_equals_greedy_decoding(random_model, tokenizer):
+    ids = tokenizer("hello")["input_ids"]
+    for _ in range(6):
+        ids.append(int(random_model(torch.tensor([ids])).logits[0, -1].argmax()))
+    settings = {**SAMPLING, "top_p": 1e-6, "continuations": 1}
+    assert sample_continuations(random_model, tokenizer, ["hello"], **settings) == [[tokenizer.decode(ids[5:])]]
+
+
+def test_the_checkpoints_generation_defaults_do_not_decide(random_model, tokenizer):
+    expected = sample_continuations(random_model, tokenizer, ["abc"], **SAMPLING)
+    random_model.generation_config.repetition_penalty = 50.0
+    random_model.generation_config.min_new_tokens = 3
+    try:
+        assert sample_continuations(random_model, tokenizer, ["abc"], **SAMPLING) == expected
+        assert random_model.generation_config.repetition_penalty == 50.0
+    finally:
+        random_model.generation_config.repetition_penalty = None
+        random_model.generation_config.min_new_tokens = None
+
+
+def test_empty_prompt_starts_from_eos_and_dropout_is_off(tokenizer):
+    model = tiny_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.9
+    model.train()
+    settings = {**SAMPLING, "top_p": 1e-6}
+    texts = sample_continuations(model, tokenizer, ["", EOS], **settings)
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 1
+    assert model.training
+
+
+def test_an_overlong_prompt_keeps_its_end_and_is_counted(tokenizer, caplog):
+    model = tiny_model(positions=16)
+    settings = {**SAMPLING, "max_new_tokens": 6}
+    with caplog.at_level(logging.WARNING):
+        long = sample_continuations(model, tokenizer, ["z" * 30 + "0123456789"], **settings)
+    assert "1 of 1 prompts exceed 10 tokens" in caplog.text
+    assert long == sample_continuations(model, tokenizer, ["0123456789"], **settings)
+    with pytest.raises(ValueError, match="leaves no room"):
+        sample_continuations(model, tokenizer, ["a"], **{**SAMPLING, "max_new_tokens": 16})
+
+
+@pytest.mark.parametrize("change", [{"top_p": 0.0}, {"temperature": 0.0}, {"continuations": 0}])
+def test_sampling_settings_out_of_range_are_errors(random_model, tokenizer, change):
+    with pytest.raises(ValueError, match=r"temperature|at least 1"):
+        sample_continuations(random_model, tokenizer, ["a"], **{**SAMPLING, **change})
+
+
+# ---- perplexity ----------------------------------------------------------------------------------------
+
+
+def test_perplexity_equals_a_float64_loop_for_every_batch_size(random_model):
+    generator = np.random.default_rng(0)
+    blocks = generator.integers(0, 257, (5, 12), dtype=np.int32)
+    lengths = np.array([12, 1, 7, 0, 2])
+    oracle = tiny_model().double().eval()
+    nll, tokens = 0.0, 0
+    for block, length in zip(blocks, lengths, strict=True):
+        for j in range(1, length):
+            logits = oracle(torch.from_numpy(block[None, :j].astype(np.int64))).logits[0, -1].detach()
+            nll -= float(torch.log_softmax(logits, dim=0)[int(block[j])])
+            tokens += 1
+    for batch_size in (1, 2, 5, 8):
+        result = perplexity(random_model, blocks, lengths, batch_size=batch_size)
+        assert result.tokens == tokens == 18
+        assert result.nll_sum == pytest.approx(nll, rel=1e-6)
+        assert result.perplexity == pytest.approx(math.exp(nll / 18), rel=1e-6)
+
+
+def test_perplexity_does_not_see_the_padding(random_model):
+    blocks = np.arange(24, dtype=np.int32).reshape(2, 12)
+    other = blocks.copy()
+    other[:, 8:] = 200
+    lengths = np.array([8, 8])
+    assert perplexity(random_model, blocks, lengths, batch_size=2) == perplexity(
+        random_model, other, lengths, batch_size=2
+    )
+
+
+def test_perplexity_refuses_what_it_cannot_measure(random_model):
+    blocks = np.zeros((2, 4), dtype=np.int32)
+    with pytest.raises(ValueError, match="no block has a predicted token"):
+        perplexity(random_model, blocks, np.array([1, 0]), batch_size=1)
+    with pytest.raises(ValueError, match=r"2 values in 0\.\.4"):
+        perplexity(random_model, blocks, np.array([5, 1]), batch_size=1)
+    with pytest.raises(ValueError, match="exceed the model's 64 positions"):
+        perplexity(random_model, np.zeros((1, 65), dtype=np.int32), np.array([65]), batch_size=1)
+    diverged = tiny_model()
+    torch.nn.init.constant_(diverged.get_output_embeddings().weight, math.nan)
+    with pytest.raises(ValueError, match="block 0 is NaN"):
+        perplexity(diverged, blocks, np.array([4, 4]), batch_size=1)
+
+
+# ---- last word -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_last_word_is_right_only_when_every_token_is(memorised, tokenizer, batch_size, caplog):
+    wrong = ["the cat sat on the map", "a dog ran to we"]  # `map` is wrong in its last token only
+    with caplog.at_level(logging.WARNING):
+        result = last_word_accuracy(
+            memorised, tokenizer, [*SENTENCES, *wrong, "alone", "  alone ", ""], batch_size=batch_size
+        )
+    assert (result.correct, result.total, result.unusable, result.truncated) == (3, 5, 3, 0)
+    assert result.accuracy == 0.6
+    assert "3 of 8 texts" in caplog.text
+
+
+def test_the_space_belongs_to_the_last_word(memorised, tokenizer):
+    # Two spaces were never seen: the word is right, but greedy decoding would not have written the second.
+    assert last_word_accuracy(memorised, tokenizer, ["the cat sat on the mat\n"], batch_size=1).accuracy == 1.0
+    assert last_word_accuracy(memorised, tokenizer, ["the cat sat on the  mat"], batch_size=1).accuracy == 0.0
+
+
+def test_an_overlong_text_keeps_its_end(tokenizer):
+    model = tiny_model(positions=16)
+    settings = {"batch_size": 2}
+    texts = ["filler " * 9 + "on the mat", "long " + "w" * 16]
+    result = last_word_accuracy(model, tokenizer, texts, **settings)
+    assert (result.total, result.truncated, result.unusable) == (1, 1, 1)
+
+
+def test_no_usable_text_has_no_accuracy(random_model, tokenizer):
+    assert last_word_accuracy(random_model, tokenizer, ["alone"], batch_size=2).accuracy is None

@@ -1,0 +1,143 @@
+"""ifguide.influence.factors: partitions, resuming, determinism; the numbers are in tests/reference."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kronfluence.utils.state import State
+
+from ifguide.influence.factors import (
+    EXPORTED,
+    FactorSample,
+    NextTokenTask,
+    aggregate_covariances,
+    aggregate_lambdas,
+    eigendecompose,
+    export_factors,
+    fit_covariance_partition,
+    fit_lambda_partition,
+)
+from ifguide.influence.query import load_factors
+from ifguide.models import state_fingerprint, tracked_modules
+from tests.tiny import as_tensors, random_blocks, tiny_model
+
+MODEL = tiny_model("gpt_neox")
+NAMES = tracked_modules(MODEL).names
+
+
+def sample(*, num_partitions: int = 2, batch_size: int = 2, seed: int = 0) -> FactorSample:
+    blocks_NT, lengths_N = random_blocks(6, 8)
+    return FactorSample(
+        blocks_NT=blocks_NT,
+        lengths_N=lengths_N,
+        num_partitions=num_partitions,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def fit(fitted: FactorSample, workdir: Path, order: tuple[int, ...]) -> Path:
+    for partition in order:
+        fit_covariance_partition(MODEL, fitted, partition, module_names=NAMES, workdir=workdir)
+    aggregate_covariances(workdir, num_partitions=len(order))
+    eigendecompose(MODEL, fitted, module_names=NAMES, workdir=workdir)
+    for partition in order:
+        fit_lambda_partition(MODEL, fitted, partition, module_names=NAMES, workdir=workdir)
+    aggregate_lambdas(workdir, num_partitions=len(order))
+    export_factors(workdir, workdir / "out")
+    return workdir / "out"
+
+
+def test_same_seed_gives_the_same_bytes_in_any_order(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = fit(sample(), tmp_path / "first", (0, 1))
+    torch.manual_seed(1)
+    second = fit(sample(), tmp_path / "second", (1, 0))
+    other = fit(sample(seed=1), tmp_path / "other", (0, 1))
+    names = {"factor_arguments.json", *(f"{name}.safetensors" for name in EXPORTED)}
+    assert {path.name for path in first.iterdir()} == names
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    lambda_file = "lambda_matrix.safetensors"
+    assert (first / lambda_file).read_bytes() != (other / lambda_file).read_bytes()
+
+
+def test_batch_size_and_partitions_change_float_noise_only(tmp_path: Path) -> None:
+    """Labels are sampled per block, so they are the same whatever the batch and the partition."""
+    first = fit(sample(), tmp_path / "first", (0, 1))
+    second = fit(sample(num_partitions=1, batch_size=3), tmp_path / "second", (0,))
+    one, other = load_factors(first), load_factors(second)
+    for name in NAMES:
+        # Eigenvectors of equal eigenvalues are free; trace and count are not.
+        trace = one[name].lambda_mean.sum()
+        torch.testing.assert_close(trace, other[name].lambda_mean.sum(), rtol=1e-4, atol=0.0)
+
+
+def test_the_model_comes_back_as_it_was(tmp_path: Path) -> None:
+    before = state_fingerprint(MODEL)
+    root_level = logging.getLogger().level
+    fit_covariance_partition(MODEL, sample(), 0, module_names=NAMES, workdir=tmp_path)
+    assert state_fingerprint(MODEL) == before
+    assert tracked_modules(MODEL).names == NAMES
+    assert all(parameter.requires_grad for parameter in MODEL.parameters())
+    assert State._shared_state == {}
+    assert logging.getLogger().level == root_level
+    assert not list(tmp_path.glob(".part-*"))
+
+
+def test_a_finished_partition_is_kept_and_a_foreign_one_refused(tmp_path: Path) -> None:
+    fit_covariance_partition(MODEL, sample(), 0, module_names=NAMES, workdir=tmp_path)
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    fit_covariance_partition(MODEL, sample(), 0, module_names=NAMES, workdir=tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+    with pytest.raises(ValueError, match="another sample, seed"):
+        fit_covariance_partition(MODEL, sample(seed=1), 0, module_names=NAMES, workdir=tmp_path)
+
+
+def test_steps_out_of_order_name_the_missing_file(tmp_path: Path) -> None:
+    fitted = sample()
+    fit_covariance_partition(MODEL, fitted, 0, module_names=NAMES, workdir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="data_partition1"):
+        aggregate_covariances(tmp_path, num_partitions=2)
+    with pytest.raises(FileNotFoundError, match=r"activation_covariance\.safetensors"):
+        eigendecompose(MODEL, fitted, module_names=NAMES, workdir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="eigenvectors"):
+        fit_lambda_partition(MODEL, fitted, 0, module_names=NAMES, workdir=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"factor_arguments\.json"):
+        export_factors(tmp_path, tmp_path / "out")
+
+
+def test_samples_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="7 partitions of 6 blocks"):
+        sample(num_partitions=7)
+    with pytest.raises(ValueError, match="do not fit"):
+        replace(sample(), lengths_N=np.array([1, 2]))
+
+
+def test_partitions_split_the_rows_once() -> None:
+    fitted = sample(num_partitions=4, batch_size=1)
+    rows = [batch["rows"].tolist() for p in range(4) for batch in fitted.loader(p)]
+    assert rows == [[row] for row in range(6)]
+
+
+def test_labels_are_sampled_from_the_model_by_row_and_stream() -> None:
+    tokens_BT, _ = as_tensors(*random_blocks(2, 6))
+    logits_BTV = MODEL(tokens_BT).logits
+    draws = 4000
+    rows = torch.arange(draws)
+    task = NextTokenTask(NAMES, seed=3)
+    labels = task._sampled_labels(logits_BTV[:1].expand(draws, -1, -1), rows)
+    probabilities_TV = logits_BTV[0].softmax(-1)
+    for j in range(1, 6):
+        frequency = torch.bincount(labels[:, j], minlength=48) / draws
+        # Five standard deviations of a binomial frequency, for each of 48 ids.
+        bound = 5 * (probabilities_TV[j - 1] * (1 - probabilities_TV[j - 1]) / draws).sqrt() + 1e-3
+        assert bool(((frequency - probabilities_TV[j - 1]).abs() < bound).all())
+    batched = task._sampled_labels(logits_BTV, torch.tensor([5, 9]))
+    alone = task._sampled_labels(logits_BTV[1:], torch.tensor([9]))
+    assert torch.equal(batched[1], alone[0])
+    other_stream = NextTokenTask(NAMES, seed=3, stream=1)._sampled_labels(logits_BTV, torch.tensor([5, 9]))
+    assert not torch.equal(batched, other_stream)
