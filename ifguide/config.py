@@ -90,10 +90,12 @@ class Prompts:
 class ClassifierSource:
     """A text classifier: `detoxify:original|unbiased|multilingual`, `alt-profanity-check`, or `labels`
     (scores already in the rows). `checkpoint` is a local Detoxify checkpoint; it is unpickled by
-    Detoxify, so name only a file you trust."""
+    Detoxify, so name only a file you trust. `huggingface_config` is a local folder with its model's config and
+    tokenizer, for a machine that cannot reach the hub."""
 
     name: str = "detoxify:original"
     checkpoint: str | None = None
+    huggingface_config: str | None = None
     batch_size: int = option(64, at_least=1, affects_result=False)
 
 
@@ -436,9 +438,9 @@ def _check_across(config: Config) -> None:
             f"pretrain.batch_blocks: {train.batch_blocks} is not a multiple of workers * micro_batch_blocks"
             f" = {train.workers} * {train.micro_batch_blocks} = {per_step}"
         )
-    if config.build_query.nontoxic_threshold > config.build_query.toxic_threshold:
+    if config.build_query.nontoxic_threshold >= config.build_query.toxic_threshold:
         raise ConfigError(
-            f"build_query.nontoxic_threshold: {config.build_query.nontoxic_threshold} is above"
+            f"build_query.nontoxic_threshold: {config.build_query.nontoxic_threshold} is not below"
             f" build_query.toxic_threshold = {config.build_query.toxic_threshold}: a query would be in both sets"
         )
     if config.proxy_is_baseline and not config.baseline:

@@ -274,7 +274,7 @@ def _charts(data: ReportData, colours: dict[str, str]) -> dict[str, list[Markup]
 def _axes(title: str, xlabel: str = "", width: float = 4.4, height: float = 2.6) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
-    axes.set_title(title, loc="left", fontsize=9, fontweight="semibold", pad=10)
+    axes.set_title(title, loc="left", fontsize=9, fontweight="bold", pad=10)
     axes.set_xlabel(xlabel)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
@@ -288,9 +288,9 @@ def _bars(models: Sequence[ModelRow], metric: str, colours: dict[str, str]) -> M
     figure, axes = _axes(metric.upper())
     width = 0.8 / len(models)
     for index, model in enumerate(models):
-        values = {group.group: getattr(group, metric) for group in model.groups}
-        for position, name in enumerate(groups):
-            if (value := values.get(name)) is not None:
+        for group in model.groups:
+            position, value = groups.index(group.group), getattr(group, metric)
+            if value is not None:
                 x = position + (index - (len(models) - 1) / 2) * width
                 axes.bar(x, value, width * 0.88, color=colours[model.name])
                 axes.annotate(f"{value:.2f}", (x, value), (0, 2), textcoords="offset points", ha="center", fontsize=7)
@@ -302,27 +302,28 @@ def _bars(models: Sequence[ModelRow], metric: str, colours: dict[str, str]) -> M
 
 def _training(curves: Sequence[TrainingCurve], colours: dict[str, str]) -> list[Markup]:
     panels = {"benign_loss": "Benign loss", "masked_loss": "Masked loss", "learning_rate": "Learning rate"}
-    shown = [name for name in panels if any(getattr(curve, name) for curve in curves)]
+    shown = {name: drawn for name in panels if (drawn := [curve for curve in curves if getattr(curve, name)])}
     charts = []
-    for name in shown:
+    for name, drawn in shown.items():
         figure, axes = _axes(panels[name], "step", width=9.9 / max(2, len(shown)), height=2.5)
-        for index, curve in enumerate(curve for curve in curves if getattr(curve, name)):
+        for index, curve in enumerate(drawn):
             values = np.array(getattr(curve, name), dtype=float)  # None becomes NaN: a gap in the line
+            width = 2.8 if index == 0 and len(drawn) > 1 else 1.4  # the first shows behind others that follow it
             marker = "o" if len(values) == 1 else None
-            axes.plot(curve.steps, values, color=colours[curve.model], marker=marker, zorder=3 + index)
+            axes.plot(curve.steps, values, color=colours[curve.model], lw=width, marker=marker, zorder=3 + index)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         charts.append(_svg(figure, f"{panels[name]} of each model by training step"))
     return charts
 
 
 def _histogram(histogram: ScoreHistogram) -> Markup:
-    figure, axes = _axes("Tokens per bin, log scale", "influence score", width=6.2, height=2.8)
+    figure, axes = _axes("Tokens per bin, log scale", "influence score", width=4.8)
     axes.stairs(histogram.counts, histogram.bin_edges, fill=True, color=PALETTE[0], alpha=0.6)
     if histogram.known_counts is not None:
         axes.stairs(histogram.known_counts, histogram.bin_edges, color=PALETTE[1], linewidth=1.4)
     axes.axvline(histogram.tau, color=BOX_RED, linewidth=1.2, linestyle=(0, (4, 2)))
-    corner = ("data", "axes fraction")
-    axes.annotate(f" τ = {histogram.tau:.3g}", (histogram.tau, 1), xycoords=corner, va="top", color=BOX_RED)
+    axes.text(histogram.tau, 1.02, f"τ = {histogram.tau:.3g}", transform=axes.get_xaxis_transform(), color=BOX_RED)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
     axes.minorticks_off()

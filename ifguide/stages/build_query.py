@@ -113,6 +113,7 @@ def make_classifier(source: ClassifierSource, *, gpus: float) -> Any:
     return load_classifier(
         source.name,
         checkpoint=source.checkpoint,
+        huggingface_config=source.huggingface_config,
         device="cuda" if gpus else "cpu",
         batch_size=source.batch_size,
     )

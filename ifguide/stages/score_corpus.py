@@ -63,9 +63,9 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
-        descriptors: list[dict[str, Any]] = [
-            {"key": p.stem, "shard": p.name, "bytes": p.stat().st_size} for p in data_files(run.corpus)
-        ]
+    descriptors: list[dict[str, Any]] = [
+        {"key": path.stem, "shard": path.name, "bytes": path.stat().st_size} for path in data_files(run.corpus)
+    ]
     tokens_per_byte = corpus.rows["tokens"] / sum(descriptor["bytes"] for descriptor in descriptors)
     results = run_shards(
         VERB,

@@ -179,7 +179,19 @@ def test_the_full_page_has_every_section_in_order(full_html):
     positions = [body.index(text) for text in order]
     assert positions == sorted(positions)
     assert sum(tag == "svg" for tag, _ in page.tags) == 2 + 3 + 1
-    for figure in ("0.577", "20,480", "0.312", "5.30", "+4%", "43.3%", "−0.420", "2 h 04 min", "12,345", "τ = 0.00081"):
+    for figure in (
+        "0.577",
+        "20,480",
+        "0.312",
+        "5.30",
+        "+4%",
+        "43.3%",
+        "−0.420",
+        "−1.7 points",
+        "2 h 04 min",
+        "12,345",
+        "τ = 0.00081",
+    ):
         assert figure in page.text
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
