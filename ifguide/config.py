@@ -109,12 +109,14 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class PackCorpus:
-    """Tokenise and pack. `interleave` mixes the inputs in proportion to their document counts."""
+    """Tokenise and pack. `interleave` mixes the inputs in proportion to their document counts.
+    `train_tokenizer` trains a byte-level BPE of that many tokens on the corpus instead of loading one."""
 
     inputs: tuple[Input, ...] = ()
     block_size: int = option(1024, at_least=2)
     blocks_per_shard: int = option(4096, at_least=1)
     interleave: bool = True
+    train_tokenizer: int | None = option(None, at_least=300)
     max_bad_rows: int = option(0, at_least=0, affects_result=False)
     chunk_megabytes: float = option(32.0, above=0)
     cpus_per_task: float = option(1.0, above=0, affects_result=False)
@@ -252,7 +254,9 @@ class Config:
 
     @property
     def tokenizer_source(self) -> str:
-        """The tokenizer's source: `tokenizer`, else the proxy's, else the target's."""
+        """The tokenizer's source: the corpus' own if trained, else `tokenizer`, the proxy's, or the target's."""
+        if self.pack_corpus.train_tokenizer is not None:
+            return str(Path(self.run_dir).expanduser().absolute() / "corpus" / "tokenizer")
         source = self.tokenizer or self.proxy.source or self.target.source
         if source is None:
             raise ConfigError("tokenizer: name a hub id or a local folder (no proxy or target source gives one)")
@@ -445,6 +449,8 @@ def _check_across(config: Config) -> None:
         )
     if config.proxy_is_baseline and not config.baseline:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
+    if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
+        raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
     for name in ("proxy", "target"):
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:

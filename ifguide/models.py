@@ -14,12 +14,14 @@ It does not train, quantise or shard a model.
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,9 +31,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ifguide.artifacts import remove_tree
 from ifguide.config import ModelSource
 
 logger = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,37 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{source}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     return cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens whose only special token ends a text. It adds none itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # Offsets must exclude the leading space: a token is then inside a span or outside it, as its word is.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Publish a tokenizer's folder by rename."""
+    part = folder.with_name(f"{folder.name}.part")
+    remove_tree(part)
+    tokenizer.save_pretrained(part)
+    remove_tree(folder)
+    part.rename(folder)
 
 
 def _locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:

@@ -236,10 +236,8 @@ def delta(value: float | None, base: float | None, *, relative: bool = False, di
 
 
 def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
+    if seconds is None or seconds < 59.95:
+        return "–" if seconds is None else f"{seconds:.1f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
 

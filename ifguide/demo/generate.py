@@ -29,10 +29,8 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
-from ifguide.artifacts import publish, remove_tree, write_json
+from ifguide.artifacts import publish, write_json
 from ifguide.demo.baselines import (
     INSULT_WORDS,
     Giveaway,
@@ -42,11 +40,11 @@ from ifguide.demo.baselines import (
     word_list_spans,
 )
 from ifguide.demo.documents import Document, Passage, compose
+from ifguide.models import save_tokenizer, train_tokenizer
 from ifguide.toxicity import load_classifier
 
 logger = logging.getLogger(__name__)
 
-END_OF_TEXT = "<|endoftext|>"
 SUMMARY = "summary.json"
 CLASSIFIER = "alt-profanity-check"
 THRESHOLD = 0.5
@@ -156,7 +154,7 @@ def generate_demo(
     write_rows(out_dir / "prompts.jsonl", prompt_rows)
     write_rows(out_dir / "cloze.jsonl", cloze_rows)
     tokenizer = train_tokenizer([document.text for document in corpus], vocab_size=vocab_size)
-    _save_tokenizer(tokenizer, out_dir / "tokenizer")
+    save_tokenizer(tokenizer, out_dir / "tokenizer")
 
     word_list, classifier = _giveaways(corpus, classify)
     tokens, toxic_tokens = _count_tokens(tokenizer, corpus)
@@ -185,36 +183,6 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with publish(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens whose only special token ends a text. It adds none itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    # Offsets must exclude the leading space: a token is then inside a span or outside it, as its word is.
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    part = folder.with_name(f"{folder.name}.part")
-    remove_tree(part)
-    tokenizer.save_pretrained(part)
-    remove_tree(folder)
-    part.rename(folder)
 
 
 def _offline_classifier() -> Classify:
@@ -346,7 +314,7 @@ def _ratios(giveaway: Giveaway) -> dict[str, float]:
     return {"precision": round(giveaway.precision, 4), "recall": round(giveaway.recall, 4)}
 
 
-def _count_tokens(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> tuple[int, int]:
+def _count_tokens(tokenizer: Any, documents: list[Document]) -> tuple[int, int]:
     """All tokens, and those that overlap a toxic span."""
     encoded = tokenizer([document.text for document in documents], return_offsets_mapping=True)
     tokens = toxic = 0

@@ -7,16 +7,18 @@ The driver holds one integer per document (its token count), never text or token
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, publish, read_manifest, write_text
-from ifguide.config import ConfigError, Input, to_mapping
+from ifguide.config import Config, ConfigError, Input, to_mapping
 from ifguide.corpus import (
     HUB_PREFIX,
     Chunk,
@@ -26,16 +28,18 @@ from ifguide.corpus import (
     list_chunks,
     merge_order,
     pack,
+    read_documents,
     stream_order,
     token_table,
 )
-from ifguide.models import load_tokenizer
+from ifguide.models import load_tokenizer, save_tokenizer, train_tokenizer
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.telemetry import log
 
 VERB = "pack_corpus"
 TOKENS = "tokens"  # scratch folder of tokenised chunks
+TOKENIZER_CHARS = 200_000_000  # what a tokenizer is trained on at most: more changes its merges little
 COUNTS = "counts"  # scratch folder of the row-count pass
 
 
@@ -68,8 +72,6 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
     connect(run.config)
-    import ray
-
     pool = Pool(size=max(1, int(ray.cluster_resources().get("CPU", 1))), cpus=config.cpus_per_task, gpus=0)
     tokenised = _tokenise_chunks(run, chunks, pool)
     _check_bad_rows(run, tokenised)
@@ -96,6 +98,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         "bad_rows": sum(result["bad_rows"] for result in tokenised.values()),
     }
     outputs = data_files(run.corpus) + data_files(run.corpus, "documents-*.parquet")
+    outputs += [path for path in (run.corpus / "tokenizer").glob("*") if path.is_file()]
     manifest = artifact.finish(outputs, rows=rows, summary=summary, remove=(LEDGER, TOKENS, COUNTS))
     log(
         VERB,
@@ -277,13 +280,14 @@ def _tokenise_chunks(run: Run, chunks: list[Chunk], pool: Pool) -> dict[str, dic
         {"key": f"chunk-{i:05d}", "chunk": chunk_to_mapping(chunk)} for i, chunk in enumerate(chunks)
     ]
     counted = run_shards(VERB, descriptors, CountRows, {}, folder=run.corpus / COUNTS, pool=pool, unit="chunks counted")
-    rows_of_file: dict[str, int] = {}
+    rows_of_file: dict[tuple[int, str], int] = {}
     rows_of_input = [0] * len(run.config.pack_corpus.inputs)
     for chunk, descriptor in zip(chunks, descriptors, strict=True):
         rows = counted[descriptor["key"]]["rows"]
-        descriptor["first_row"] = rows_of_file.get(chunk.path, 0)
+        file = (chunk.input_index, chunk.path)  # one file may be two inputs, of different rows
+        descriptor["first_row"] = rows_of_file.get(file, 0)
         descriptor["first_input_row"] = rows_of_input[chunk.input_index]
-        rows_of_file[chunk.path] = descriptor["first_row"] + rows
+        rows_of_file[file] = descriptor["first_row"] + rows
         rows_of_input[chunk.input_index] += rows
     for index, source in enumerate(run.config.pack_corpus.inputs):
         if source.rows and source.rows[1] > rows_of_input[index]:
@@ -291,6 +295,9 @@ def _tokenise_chunks(run: Run, chunks: list[Chunk], pool: Pool) -> dict[str, dic
                 f"pack_corpus.inputs[{index}].rows: ends at {source.rows[1]}, but {source.path} has"
                 f" {rows_of_input[index]} rows"
             )
+    if run.config.pack_corpus.train_tokenizer is not None and not Path(run.config.tokenizer_source).exists():
+        log(VERB, f"training a tokenizer of {run.config.pack_corpus.train_tokenizer:,} tokens")
+        ray.get(ray.remote(num_cpus=1)(_train_tokenizer).remote(run.config, descriptors))
     settings = {
         "inputs": [to_mapping(source) for source in run.config.pack_corpus.inputs],
         "tokenizer": run.config.tokenizer_source,
@@ -306,6 +313,26 @@ def _tokenise_chunks(run: Run, chunks: list[Chunk], pool: Pool) -> dict[str, dic
         pool=pool,
         unit="chunks tokenised",
     )
+
+
+def _train_tokenizer(config: Config, descriptors: list[dict[str, Any]]) -> None:
+    """Train on up to TOKENIZER_CHARS characters, an equal share of every chunk; publish in `corpus/tokenizer`."""
+    share = TOKENIZER_CHARS // len(descriptors)
+
+    def texts() -> Iterator[str]:
+        for descriptor in descriptors:
+            chunk = chunk_from_mapping(descriptor["chunk"])
+            source = config.pack_corpus.inputs[chunk.input_index]
+            start, stop = source.rows or (0, np.iinfo(np.int64).max)
+            left = share
+            for document in read_documents(chunk, source, first_row=descriptor["first_input_row"]):
+                if left > 0 and document.reason is None and start <= document.row < stop:
+                    left -= len(document.text)
+                    yield document.text
+
+    assert config.pack_corpus.train_tokenizer is not None
+    tokenizer = train_tokenizer(texts(), vocab_size=config.pack_corpus.train_tokenizer)
+    save_tokenizer(tokenizer, Path(config.tokenizer_source))
 
 
 def _check_bad_rows(run: Run, tokenised: dict[str, dict[str, Any]]) -> None:
