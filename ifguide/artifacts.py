@@ -20,7 +20,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,18 +215,6 @@ def remove_tree(folder: Path) -> None:
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         folder.rmdir()
-
-
-def retry_if_oserror(function: Callable[[], Any], attempts: int = 3) -> Any:
-    """Call `function`, again after an OSError of shared storage, with a short pause."""
-    for attempt in range(attempts):
-        try:
-            return function()
-        except OSError:
-            if attempt + 1 == attempts:
-                raise
-            time.sleep(0.5 * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 def _refuse_other_plan(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

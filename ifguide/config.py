@@ -1,19 +1,18 @@
 """One typed YAML for the whole pipeline: frozen dataclasses, one section per verb.
 
-`load_config(path, overrides)` reads the YAML, applies dotted overrides (`a.b=c`, the value in YAML
-syntax) and checks every key, type and bound. Every error is a `ConfigError` that names the dotted key;
-an unknown key also names the nearest valid one. `to_yaml(config)` gives the resolved config, and that
-text can be run again.
+`load_config(path, overrides)` reads the YAML, applies dotted overrides (`a.b=c`, the value in YAML syntax), puts
+the run directory for `{run_dir}` in any string, and checks every key, type and bound. Every error is a
+`ConfigError` that names the dotted key; an unknown key also names the nearest valid one. `to_yaml(config)` gives
+the resolved config, and that text can be run again.
 
 A field made with `option(..., affects_result=False)` (placement, retries, logging) is left out of
-`section_digest`: two runs that differ only there make the same artifacts.
+`result_options`: two runs that differ only there make the same artifacts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import types
 import typing
@@ -286,7 +285,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    return config_from_mapping(tree)
+    return config_from_mapping(_substitute(tree, str(tree.get("run_dir", Config.run_dir))))
 
 
 def config_from_mapping(tree: Mapping[str, Any]) -> Config:
@@ -311,11 +310,6 @@ def result_options(config: Config, keys: Iterable[str]) -> dict[str, Any]:
     return {key: _result_part(getattr(config, key)) for key in keys}
 
 
-def options_digest(options: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of `result_options`, canonical JSON."""
-    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
-
-
 def _result_part(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("affects_result", True)]
@@ -323,6 +317,15 @@ def _result_part(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_result_part(item) for item in value]
     return value
+
+
+def _substitute(tree: Any, run_dir: str) -> Any:
+    """Every string with `{run_dir}` replaced: a config's own data can lie in its run directory."""
+    if isinstance(tree, dict):
+        return {key: _substitute(value, run_dir) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_substitute(value, run_dir) for value in tree]
+    return tree.replace("{run_dir}", run_dir) if isinstance(tree, str) else tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

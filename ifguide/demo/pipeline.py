@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ifguide.config import Config
+from ifguide.demo.baselines import INSULT_WORDS
 from ifguide.demo.generate import generate_demo
 
 
@@ -21,6 +23,7 @@ def run_demo(config: Config, run_pipeline: Callable[..., None]) -> dict[str, Any
     started = time.monotonic()
     folder = Path(config.run_dir)
     generate_demo(folder / "data", seed=config.seed)
+    config = replace(config, evaluate=replace(config.evaluate, word_list=tuple(sorted(INSULT_WORDS))))
     run_pipeline(config, dry_run=False)
     figures = json.loads((folder / "report" / "manifest.json").read_text())["summary"]
     baseline, penalised = figures["baseline"], figures["penalised"]

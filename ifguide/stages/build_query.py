@@ -204,8 +204,3 @@ def _precondition(folder: str, factors: str, parts: list[str], options: dict[str
     with publish(Path(folder) / DIRECTION) as part:
         save_file({name: tensor.contiguous() for name, tensor in sorted(direction.items())}, part)
     return {name: float(tensor.norm()) for name, tensor in direction.items()}
-
-
-def query_rows(folder: Path) -> list[dict[str, Any]]:
-    """The chosen queries of a query artifact, as dicts."""
-    return [json.loads(line) for line in (folder / QUERIES).read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,168 @@
+"""Bad input ends in a clear error that names what is wrong, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from ifguide.artifacts import MismatchError, data_files, read_manifest
+from ifguide.cli import main, stage
+from ifguide.config import Config, config_from_mapping, to_mapping
+from ifguide.models import load_model
+from ifguide.stages.pack_corpus import document_table
+from ifguide.stages.run import Run
+from ifguide.stages.shards import StageError
+from tests.stages.conftest import ARCHITECTURE, small_config
+
+
+@pytest.fixture
+def pack(data: Path, tmp_path: Path, cluster: None) -> Callable[..., Any]:
+    """Pack a corpus of the given lines; returns the run and its manifest."""
+
+    def run(lines: list[bytes], **options: Any) -> tuple[Run, Any]:
+        (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + (b"\n" if lines else b""))
+        tree = small_config(data, tmp_path / "run")
+        tree["pack_corpus"] = {"inputs": [str(tmp_path / "in.jsonl")], "block_size": 16, **options}
+        made = Run(config=config_from_mapping(tree))
+        return made, stage("pack_corpus")(made)
+
+    return run
+
+
+def row(text: Any) -> bytes:
+    return json.dumps({"text": text}).encode()
+
+
+def test_misspelt_key_names_the_nearest(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(small_config(data, tmp_path / "run")))
+    assert main(["pack_corpus", "--config", str(path), "--set", "pack_corpus.blok_size=3"]) == 1
+    assert "pack_corpus.block_size" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_file_names_the_config_key(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(small_config(data, tmp_path / "run")))
+    assert main(["pack_corpus", "--config", str(path), "--set", "pack_corpus.inputs=[nowhere.jsonl]"]) == 1
+    error = capsys.readouterr().err
+    assert "pack_corpus.inputs[0].path" in error
+    assert "nowhere.jsonl" in error
+
+
+def test_dry_run_writes_nothing(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(small_config(data, tmp_path / "run")))
+    assert main(["run", "--config", str(path), "--dry-run"]) == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lines", [[], [row("")] * 3, [row("a")]])
+def test_a_corpus_smaller_than_a_block_is_refused(lines: list[bytes], pack: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"no document|fewer than one block"):
+        pack(lines)
+
+
+def test_odd_documents_are_all_kept(pack: Callable[..., Any]) -> None:
+    huge = "The pig sat in the barn. " * 420_000  # over 10 MB
+    run, manifest = pack([row("x"), row(" \n\t " * 50), row(""), row(huge), row("The end is near, my friend.")])
+    documents = document_table(run.corpus).to_pylist()
+    assert [record["num_chars"] for record in documents][:3] == [1, 200, 0]
+    assert documents[2]["num_tokens"] == 1  # its EOS
+    assert documents[3]["num_chars"] == len(huge)
+    assert manifest.rows["documents"] == 5
+    assert manifest.rows["tokens"] == sum(record["num_tokens"] for record in documents)
+
+
+def test_bad_rows_are_listed_and_fail_unless_allowed(pack: Callable[..., Any]) -> None:
+    good = row("The pig sat in the barn and slept all day, and nobody minded it at all.")
+    lines = [good, b'{"text": "\xff\xfe"}', good, b'{"other": 1}', row(7), b"not json"]
+    with pytest.raises(StageError, match=r"4 bad rows") as caught:
+        pack(lines)
+    assert all(f"in.jsonl row {i}" in str(caught.value) for i in (1, 3, 4, 5))
+    run, manifest = pack(lines, max_bad_rows=4)
+    assert manifest.rows["documents"] == 2
+    assert len((run.corpus / "bad_rows.csv").read_text().splitlines()) == 5
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(finished: Config, copied: Callable[..., Config]) -> None:
+    config = copied(drop=("model/baseline",), target__architecture={**ARCHITECTURE, "vocab_size": 100})
+    with pytest.raises(ValueError, match=r"has 512 tokens but model target.architecture only 100"):
+        stage("pretrain")(Run(config=config).with_mask(False))
+
+
+def test_a_query_set_without_toxic_rows_is_refused(copied: Callable[..., Config], data: Path) -> None:
+    rows = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    benign = [item for item in rows if item["continuation"]["toxicity"] < 0.3]
+    path = data / "benign_queries.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in benign))
+    config = copied(drop=("query",), build_query__prompts={"path": str(path), "rows": None})
+    with pytest.raises(ValueError, match=r"build_query.toxic_threshold"):
+        stage("build_query")(Run(config=config))
+
+
+def test_a_query_of_another_proxy_is_refused_with_both_fingerprints(
+    copied: Callable[..., Config], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    fields = {**ARCHITECTURE, "vocab_size": 512}
+    load_model(config_from_mapping({"proxy": {"architecture": fields}}).proxy, seed=9).save_pretrained(other)
+    config = copied(drop=("scores",), proxy__source=str(other))
+    query = read_manifest(Run(config=config).query)
+    with pytest.raises(MismatchError, match=query.inputs["proxy"][:16]) as caught:
+        stage("score_corpus")(Run(config=config))
+    assert str(other) in str(caught.value)
+
+
+def test_a_mask_of_another_corpus_is_refused_with_both_fingerprints(copied: Callable[..., Config]) -> None:
+    config = copied(drop=("corpus", "model/penalised"), pack_corpus__block_size=32)
+    mask = read_manifest(Run(config=config).mask)
+    corpus = stage("pack_corpus")(Run(config=config))
+    with pytest.raises(MismatchError, match=mask.inputs["corpus"][:16]) as caught:
+        stage("pretrain")(Run(config=config))
+    assert corpus.fingerprint[:16] in str(caught.value)
+
+
+def test_not_finite_scores_name_shard_and_block(copied: Callable[..., Config]) -> None:
+    config = copied(drop=("scores",))
+    path = Run(config=config).query / "direction.safetensors"
+    direction = load_file(path)
+    name = next(iter(direction))
+    direction[name][:] = float("nan")
+    save_file(direction, path)
+    with pytest.raises(StageError, match=r"shard-00000.*not finite.*block 0"):
+        stage("score_corpus")(Run(config=config))
+
+
+def test_a_run_directory_of_another_config_is_refused(copied: Callable[..., Config]) -> None:
+    config = copied(build_mask__quantile=0.9)
+    before = read_manifest(Run(config=config).mask)
+    with pytest.raises(MismatchError, match=r"build_mask.quantile was 0.97, now 0.9"):
+        stage("build_mask")(Run(config=config))
+    assert read_manifest(Run(config=config).mask) == before
+
+
+def test_a_truncated_input_artifact_is_refused(copied: Callable[..., Config]) -> None:
+    config = copied(drop=("mask", "ranking"))
+    shard = data_files(Run(config=config).scores)[0]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=shard.name):
+        stage("build_mask")(Run(config=config))
+
+
+def test_a_stage_before_its_input_says_what_to_run(data: Path, tmp_path: Path) -> None:
+    run = Run(config=config_from_mapping(small_config(data, tmp_path / "run")))
+    with pytest.raises(FileNotFoundError, match=r"run `ifguide pack_corpus` first"):
+        stage("build_mask")(run)
+
+
+def test_the_resolved_config_of_an_artifact_is_equal_to_the_run(finished: Config) -> None:
+    text = (Run(config=finished).scores / "config.yaml").read_text()
+    assert config_from_mapping(yaml.safe_load(text)) == finished
+    assert yaml.safe_load(text) == to_mapping(finished)

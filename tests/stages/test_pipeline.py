@@ -1,0 +1,215 @@
+"""Invariants of a finished run, and of running parts of it again in another way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from ifguide import schemas, selection
+from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
+from ifguide.cli import main, run_pipeline, stage
+from ifguide.config import Config, load_config
+from ifguide.evaluation import expected_max, probability_any
+from ifguide.models import load_tokenizer
+from ifguide.stages.pack_corpus import document_table
+from ifguide.stages.run import Run
+from ifguide.stages.view import View, mask_agreement
+
+
+def test_every_artifact_is_complete_and_its_config_can_be_run_again(finished: Config) -> None:
+    for folder in Run(config=finished).artifact_folders().values():
+        manifest = read_manifest(folder)
+        for name, entry in manifest.files.items():
+            assert file_digest(folder / name) == entry["sha256"]
+        assert not (folder / PLAN).exists()
+        assert not list(folder.glob("**/*.part"))
+        assert load_config(folder / "config.yaml").pack_corpus == finished.pack_corpus
+
+
+def test_the_blocks_are_the_documents_end_to_end(finished: Config, data: Path) -> None:
+    corpus = Run(config=finished).corpus
+    tables = [schemas.read_table(path) for path in data_files(corpus)]
+    lengths = np.concatenate([table.column("length").to_numpy() for table in tables])
+    stream = np.concatenate([schemas.per_token_array(table, "tokens").reshape(-1) for table in tables])[: lengths.sum()]
+    tokenizer = load_tokenizer(finished.tokenizer_source)
+    rows = [json.loads(line) for line in (data / "corpus.jsonl").read_text().splitlines()]
+    documents = document_table(corpus).to_pylist()
+    assert [record["doc_id"] for record in documents] == list(range(len(rows)))
+    for record in documents:
+        start, stop = record["token_start"], record["token_start"] + record["num_tokens"]
+        text = rows[record["row"]]["text"]
+        expected = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        assert stream[start:stop].tolist() == expected
+        assert record["num_chars"] == len(text)
+        assert (record["block_id"], record["offset"]) == divmod(start, finished.pack_corpus.block_size)
+    assert documents[-1]["token_start"] + documents[-1]["num_tokens"] == len(stream)
+
+
+def test_the_mask_is_algorithm_1_on_the_scores(finished: Config) -> None:
+    run = Run(config=finished)
+    shards = []
+    for blocks, scored in zip(data_files(run.corpus), data_files(run.scores), strict=True):
+        table, scores = schemas.read_table(blocks), schemas.read_table(scored)
+        shards.append(
+            selection.ScoreShard(
+                first_block=table.column("block_id")[0].as_py(),
+                scores=schemas.per_token_array(scores, "token_score"),
+                lengths=table.column("length").to_numpy().astype(np.int64),
+            )
+        )
+    assert len(shards) > 2
+    table = document_table(run.corpus)
+    documents = selection.Documents(
+        token_start=table.column("token_start").to_numpy(), num_tokens=table.column("num_tokens").to_numpy()
+    )
+    options = finished.build_mask
+    expected = selection.select_tokens(
+        shards,
+        documents,
+        quantile=options.quantile,
+        window=options.window,
+        max_fraction=options.max_fraction,
+        unit=options.unit,
+    )
+    masks = [schemas.per_token_array(schemas.read_table(path), "masked") for path in data_files(run.mask)]
+    np.testing.assert_array_equal(np.concatenate(masks), np.concatenate(expected.masks))
+    summary = read_manifest(run.mask).summary
+    assert summary["tau"] == expected.tau
+    assert summary["tokens_masked"] == sum(int(mask.sum()) for mask in masks) <= summary["token_budget"]
+    ranking = schemas.read_table(run.ranking / "ranking.parquet", schemas.RANKING)
+    assert sum(ranking.column("tokens_masked").to_pylist()) == summary["tokens_masked"]
+
+
+def test_running_again_changes_nothing(finished: Config) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(finished.run_dir).rglob(MANIFEST)}
+    run_pipeline(finished, dry_run=False)
+    assert {path: path.stat().st_mtime_ns for path in Path(finished.run_dir).rglob(MANIFEST)} == before
+
+
+@pytest.mark.parametrize("verb", ["pack_corpus", "score_corpus"])
+def test_artifacts_have_the_same_bytes_on_another_number_of_workers(
+    verb: str, finished: Config, copied: Callable[..., Config]
+) -> None:
+    name = {"pack_corpus": "corpus", "score_corpus": "scores"}[verb]
+    changes = {"score_corpus__actors": 1} if verb == "score_corpus" else {"pack_corpus__cpus_per_task": 2.0}
+    again = copied(drop=(name,), **changes)
+    manifest = stage(verb)(Run(config=again))
+    assert manifest.fingerprint == read_manifest(Path(finished.run_dir) / name).fingerprint
+
+
+def test_shard_and_chunk_size_do_not_change_the_stream(finished: Config, copied: Callable[..., Config]) -> None:
+    again = copied(drop=("corpus",), pack_corpus__blocks_per_shard=37, pack_corpus__chunk_megabytes=0.01)
+    stage("pack_corpus")(Run(config=again))
+
+    def stream(config: Config) -> np.ndarray:
+        files = data_files(Run(config=config).corpus)
+        return np.concatenate([schemas.per_token_array(schemas.read_table(path), "tokens") for path in files])
+
+    np.testing.assert_array_equal(stream(again), stream(finished))
+    documents = [document_table(Run(config=config).corpus).drop_columns(["row"]) for config in (again, finished)]
+    assert documents[0].equals(documents[1])
+
+
+def test_unfinished_scores_are_finished_and_leftovers_not_trusted(
+    finished: Config, copied: Callable[..., Config]
+) -> None:
+    config = copied()
+    scores = Run(config=config).scores
+    manifest = read_manifest(scores)
+    (scores / MANIFEST).unlink()
+    write_json(scores / PLAN, {"verb": manifest.verb, "options": manifest.options, "inputs": manifest.inputs})
+    shard = data_files(scores)[1]
+    shard.rename(shard.with_name(f"{shard.name}.999.part"))
+    data_files(scores)[0].write_bytes(b"half a shard")
+    assert stage("score_corpus")(Run(config=config)).fingerprint == manifest.fingerprint
+
+
+def test_block_sums_of_both_attributions_agree(finished: Config, copied: Callable[..., Config]) -> None:
+    other = copied(drop=("scores",), score_corpus__attribution="position")
+    stage("score_corpus")(Run(config=other))
+
+    def sums(config: Config) -> np.ndarray:
+        files = data_files(Run(config=config).scores)
+        return np.concatenate([schemas.per_token_array(schemas.read_table(p), "token_score").sum(1) for p in files])
+
+    target, position = sums(finished), sums(other)
+    np.testing.assert_allclose(position, target, atol=2e-4 * np.abs(target).max())
+    files = [data_files(Run(config=config).scores)[0] for config in (finished, other)]
+    a, b = (schemas.per_token_array(schemas.read_table(path), "token_score") for path in files)
+    assert np.abs(a - b).max() > 0.01 * np.abs(a).max()  # token by token they differ
+
+
+def test_block_unit_masks_whole_blocks_ranked(copied: Callable[..., Config]) -> None:
+    config = copied(drop=("mask", "ranking"), build_mask__unit="block")
+    manifest = stage("build_mask")(Run(config=config))
+    assert manifest.summary["unit"] == "block"
+    assert View(Path(config.run_dir)).top_documents(2)[0].texts
+
+
+def test_both_models_start_alike_and_only_the_masked_loss_tells_them_apart(finished: Config) -> None:
+    rows = {}
+    for name in ("baseline", "penalised"):
+        path = Run(config=finished).model(name) / "metrics.jsonl"
+        rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row["loss_masked"] is None for row in rows["baseline"])
+    assert any(row["loss_masked"] is not None for row in rows["penalised"])
+    assert [row["step"] for row in rows["baseline"]] == [row["step"] for row in rows["penalised"]]
+    weights = [load_file(Run(config=finished).model(name) / "hf" / "model.safetensors") for name in rows]
+    assert any((weights[0][key] != weights[1][key]).any() for key in weights[0])
+
+
+def test_the_report_says_what_the_continuations_say(finished: Config) -> None:
+    run = Run(config=finished)
+    figures = read_manifest(run.report).summary
+    options = finished.evaluate
+    for model in ("baseline", "penalised"):
+        rows: dict[int, list[float]] = {}
+        for path in (run.report / "continuations").glob(f"{model}-*.parquet"):
+            for record in schemas.read_table(path, schemas.CONTINUATIONS).to_pylist():
+                rows.setdefault(record["prompt_row"], []).append(dict(record["scores"])["toxicity"])
+        table = np.array(list(rows.values()))
+        assert table.shape == (options.max_prompts, options.continuations)
+        assert figures[model]["emt"] == pytest.approx(expected_max(table))
+        assert figures[model]["tp"] == pytest.approx(probability_any(table))
+    selected, known, both = mask_agreement(View(run.folder))
+    assert figures["mask"] == {"precision": both / selected, "recall": both / known}
+    page = (run.report / "index.html").read_text()
+    assert "word list" in page
+    assert "penalised" in page
+
+
+def test_show_and_inspect_print_what_the_run_holds(finished: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", finished.run_dir]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("corpus", "factors", "model/penalised", "tau"))
+    assert main(["inspect", finished.run_dir, "--documents", "2"]) == 0
+    inspected = capsys.readouterr().out
+    assert "\x1b[1;31m" in inspected
+    assert "tokens masked" in inspected
+
+
+def test_exported_factors_lack_nothing_that_kronfluence_writes(finished: Config) -> None:
+    names = {path.stem for path in Run(config=finished).factors.glob("*.safetensors")}
+    kinds = {"activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed"}
+    assert kinds <= names
+
+
+def test_finetuning_starts_from_the_given_checkpoint(finished: Config, copied: Callable[..., Config]) -> None:
+    source = Run(config=finished).model("baseline") / "hf"
+    config = copied(drop=("model/penalised",), pretrain__init_from=str(source), pretrain__epochs=0.2)
+    stage("pretrain")(Run(config=config))
+    rows = (Run(config=config).model("penalised") / "metrics.jsonl").read_text().splitlines()
+    last = (Run(config=finished).model("baseline") / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(rows[0])["loss_benign"] < json.loads(last)["loss_benign"]
+
+
+def test_a_finished_run_can_move(finished: Config, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished.run_dir, moved)
+    assert main(["show", str(moved)]) == 0
