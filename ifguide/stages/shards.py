@@ -143,7 +143,8 @@ def _map(
             "ledger": str(ledger),
             "pool": pool,
         },
-        compute=ray.data.ActorPoolStrategy(size=min(pool.size, len(rows))),
+        # one at a time: queued behind a busy actor, a shard would not go to the actor that starts next
+        compute=ray.data.ActorPoolStrategy(size=min(pool.size, len(rows)), max_tasks_in_flight_per_actor=1),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
         batch_size=1,
