@@ -36,6 +36,7 @@ from ifguide.config import ModelSource
 
 logger = logging.getLogger(__name__)
 
+IGNORE = -100
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -224,9 +225,13 @@ def next_token_nll(logits_BTV: Tensor, tokens_BT: Tensor, lengths_B: Tensor) -> 
     Index 0 and positions >= lengths_B[b] are exactly 0 and carry no gradient. float32, or float64 if the
     logits are.
     """
-    logits_BTV = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
-    nll = F.cross_entropy(logits_BTV[:, :-1].transpose(1, 2), tokens_BT[:, 1:], reduction="none")
-    return F.pad(nll.masked_fill(~predicted_positions(tokens_BT, lengths_B)[:, 1:], 0.0), (1, 0))
+    # bf16 has 8 bits of mantissa: a log-sum-exp over a vocabulary needs more.
+    logits = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    labels = tokens_BT.masked_fill(~predicted_positions(tokens_BT, lengths_B), IGNORE)
+    # Shifting the labels, not the logits, leaves the largest tensor of the step without a copy.
+    next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    nll = F.cross_entropy(logits.flatten(0, 1), next_labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return F.pad(nll.view_as(tokens_BT)[:, :-1], (1, 0))
 
 
 def predicted_positions(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:

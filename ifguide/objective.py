@@ -22,10 +22,9 @@ keep training stable.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
+from ifguide.models import next_token_nll, predicted_positions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,23 +40,6 @@ class SignedLoss:
     masked_sum: Tensor
     benign_count: Tensor
     masked_count: Tensor
-
-
-def predicted_tokens(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    """(B, T) bool: the tokens with a prediction, 1 <= j < length."""
-    index = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    return (index >= 1) & (index < lengths_B.to(tokens_BT.device)[:, None])
-
-
-def token_nll(logits_BTV: Tensor, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    """(B, T) NLL_j in nats, label aligned, 0 at index 0 and at padding. At least float32."""
-    # bf16 has 8 bits of mantissa: a log-sum-exp over a vocabulary needs more.
-    logits = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-    labels = tokens_BT.masked_fill(~predicted_tokens(tokens_BT, lengths_B), IGNORE)
-    # Shifting the labels, not the logits, leaves the largest tensor of the step without a copy.
-    next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    nll = F.cross_entropy(logits.flatten(0, 1), next_labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return F.pad(nll.view_as(tokens_BT)[:, :-1], (1, 0))
 
 
 def token_weights(mask_BT: Tensor, penalty: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,10 +70,10 @@ def signed_loss(
             f"logits {tuple(logits_BTV.shape)}, tokens {tuple(tokens_BT.shape)} and mask {mask_shape} must "
             "agree in block count and block size: was the mask built for another corpus?"
         )
-    predicted = predicted_tokens(tokens_BT, lengths_B)
+    predicted = predicted_positions(tokens_BT, lengths_B)
     masked = torch.zeros_like(predicted) if mask_BT is None else mask_BT & predicted
     benign = predicted & ~masked
-    nll = token_nll(logits_BTV, tokens_BT, lengths_B)
+    nll = next_token_nll(logits_BTV, tokens_BT, lengths_B)
     detached = nll.detach()
     return SignedLoss(
         loss=(token_weights(masked, penalty, nll.dtype) * nll).sum() / token_count,

@@ -59,8 +59,13 @@ class Progress:
         share = self.done / self.total if self.total else 1.0
         return (
             f"{self.done:,.0f}/{self.total:,.0f} {self.unit} ({share:.0%}),"
-            f" {rate:,.0f} {self.unit}/s, ETA {format_seconds(remaining)}"
+            f" {_rate(rate, self.unit)}, ETA {format_seconds(remaining)}"
         )
+
+
+def _rate(per_second: float, unit: str) -> str:
+    """`1,234 tokens/s`, or `28 s each` for units that take long."""
+    return f"{per_second:,.0f} {unit}/s" if per_second >= 1 or not per_second else f"{1 / per_second:,.0f} s each"
 
 
 def format_seconds(seconds: float) -> str:

@@ -133,7 +133,7 @@ def _map(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"descriptor": json.dumps(descriptor)} for descriptor in todo]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _LedgerWorker,

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ifguide.objective import predicted_tokens, signed_loss, token_nll, token_weights
+from ifguide.models import next_token_nll, predicted_positions
+from ifguide.objective import signed_loss, token_weights
 
 
 def batch(num_blocks: int = 3, block_size: int = 7, vocab: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,9 +45,9 @@ def test_index_zero_and_padding_carry_no_loss_no_gradient_and_no_count() -> None
     logits, tokens = batch()
     lengths = torch.tensor([7, 4, 1])
     everything = torch.ones_like(tokens, dtype=torch.bool)
-    assert predicted_tokens(tokens, lengths).sum(dim=1).tolist() == [6, 3, 0]
-    nll = token_nll(logits, tokens, lengths)
-    assert torch.equal(nll != 0, predicted_tokens(tokens, lengths))
+    assert predicted_positions(tokens, lengths).sum(dim=1).tolist() == [6, 3, 0]
+    nll = next_token_nll(logits, tokens, lengths)
+    assert torch.equal(nll != 0, predicted_positions(tokens, lengths))
     logits.requires_grad_()
     result = signed_loss(logits, tokens, everything, lengths, penalty=2.0, token_count=9)
     assert (result.benign_count.item(), result.masked_count.item(), result.benign_sum.item()) == (0, 9, 0)
@@ -61,7 +62,7 @@ def test_two_accumulation_halves_with_one_denominator_add_to_the_whole() -> None
     logits, tokens = batch(num_blocks=4)
     lengths, mask = torch.tensor([7, 7, 7, 5]), torch.rand(4, 7, generator=torch.Generator().manual_seed(1)) < 0.3
     logits.requires_grad_()
-    count = int(predicted_tokens(tokens, lengths).sum())
+    count = int(predicted_positions(tokens, lengths).sum())
     whole = signed_loss(logits, tokens, mask, lengths, penalty=0.7, token_count=count)
     (expected,) = torch.autograd.grad(whole.loss, logits)
     halves = [
@@ -88,8 +89,8 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     logits, tokens = batch(vocab=5000)
     lengths = torch.full((3,), 7)
     half = logits.bfloat16()
-    assert torch.equal(token_nll(half, tokens % 11, lengths), token_nll(half.float(), tokens % 11, lengths))
-    assert token_nll(half, tokens % 11, lengths).dtype == torch.float32
+    assert torch.equal(next_token_nll(half, tokens % 11, lengths), next_token_nll(half.float(), tokens % 11, lengths))
+    assert next_token_nll(half, tokens % 11, lengths).dtype == torch.float32
 
 
 def test_weights_are_one_or_minus_penalty() -> None:
