@@ -115,7 +115,7 @@ def open_artifact(
     if plan_path.exists():
         _refuse_other_plan(folder, _read_json(plan_path), plan)
         return artifact
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(not path.name.endswith(".part") for path in folder.iterdir()):
         raise MismatchError(
             f"{folder} holds files but neither {MANIFEST} nor {PLAN}, so ifguide did not make them;"
             " move them away or set another run_dir"

@@ -29,10 +29,12 @@ def sentence_spans(text: str) -> list[Span]:
 
 def word_list_spans(text: str, words: Iterable[str]) -> list[Span]:
     """Spans of the whole words of `text` that are in `words`, ignoring case. No words: no spans."""
-    alternatives = "|".join(sorted(map(re.escape, words)))
+    longest_first = sorted(filter(None, words), key=lambda word: (-len(word), word))
+    alternatives = "|".join(map(re.escape, longest_first))
     if not alternatives:
         return []
-    return [match.span() for match in re.finditer(rf"\b(?:{alternatives})\b", text, re.IGNORECASE)]
+    # not \b, which would never end a word like "a$$" before a space
+    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{alternatives})(?!\w)", text, re.IGNORECASE)]
 
 
 def classifier_spans(text: str, classify: Callable[[list[str]], np.ndarray], threshold: float = 0.5) -> list[Span]:

@@ -44,11 +44,13 @@ def option(
     at_least: float | None = None,
     at_most: float | None = None,
     above: float | None = None,
+    increasing: bool = False,
     affects_result: bool = True,
 ) -> Any:
-    """A config field with inclusive bounds (`at_least`, `at_most`) or an exclusive one (`above`)."""
-    metadata = {"at_least": at_least, "at_most": at_most, "above": above, "affects_result": affects_result}
-    return field(default=default, metadata=metadata)
+    """A config field with inclusive bounds (`at_least`, `at_most`) or an exclusive one (`above`), of a number or of
+    each number of a tuple; `increasing` wants a tuple's numbers in strictly ascending order."""
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "increasing": increasing}
+    return field(default=default, metadata={**bounds, "affects_result": affects_result})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class Input:
     path: str
     text_column: str = "text"
     spans_column: str | None = None
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ class Prompts:
     """Prompt rows in RealToxicityPrompts' schema (JSONL or Parquet); `rows` as in `Input`."""
 
     path: str
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ class Pretrain:
     final_learning_rate_ratio: float = option(0.1, at_least=0, at_most=1)
     warmup_fraction: float = option(0.01, at_least=0, at_most=1)
     weight_decay: float = option(4e-4, at_least=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = option((0.9, 0.95), at_least=0, at_most=1)
     gradient_clipping: float = option(1.0, above=0)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: int = option(1, at_least=0, at_most=3)
@@ -426,9 +428,14 @@ def _convert_scalar(hint: Any, raw: Any, dotted: str) -> Any:
 
 
 def _check_bounds(definition: dataclasses.Field, value: Any, dotted: str) -> None:
-    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
-        return
     bounds = definition.metadata
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            _check_bounds(definition, item, f"{dotted}[{i}]")
+        if bounds.get("increasing") and list(value) != sorted(set(value)):
+            raise ConfigError(f"{dotted}: {list(value)} is not in ascending order")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
     if bounds.get("at_least") is not None and not value >= bounds["at_least"]:
         raise ConfigError(f"{dotted}: {value} is below {bounds['at_least']}")
     if bounds.get("at_most") is not None and not value <= bounds["at_most"]:

@@ -257,11 +257,14 @@ def _read_lines(chunk: Chunk) -> Iterator[bytes]:
 
 def _decode_json_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        content = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"not UTF-8 ({error.reason} at byte {error.start})"
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at column {error.colno})" if line.strip() else "empty line"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        return f"not JSON that can be read ({error})"
+    return "a str, not an object" if isinstance(content, str) else content
 
 
 def _decode_text(content: bytes, column: str) -> Any:
@@ -295,7 +298,7 @@ def _parquet_rows(chunk: Chunk, source: Input) -> Iterator[Any]:
 def _load_json(path: str) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not one JSON value in UTF-8 ({error}); one row per line is .jsonl") from error
 
 
@@ -339,7 +342,7 @@ def _check_row(row: int, content: Any, source: Input) -> RawDocument:
     spans = content.get(source.spans_column) or ()
     try:
         pairs = tuple((int(start), int(stop)) for start, stop in spans)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return RawDocument(row=row, reason=f"column {source.spans_column!r} is not a list of [start, end) pairs")
     if any(not 0 <= start <= stop <= len(text) for start, stop in pairs):
         return RawDocument(row=row, reason=f"column {source.spans_column!r} has a span outside the text")

@@ -75,7 +75,7 @@ def _model_row(
 ) -> ModelRow:
     scores = read_scores(run.report / "continuations", name, rows, run.config.evaluate.continuations)
     behaviour = run.config.evaluate.behaviour
-    groups = {f"prompts with {behaviour}": flagged, f"prompts without {behaviour}": ~flagged}
+    groups = {f"with {behaviour}": flagged, f"without {behaviour}": ~flagged}
     summary = summarise(scores, groups, threshold=THRESHOLD)
     return ModelRow(
         name=name,

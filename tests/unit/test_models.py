@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from ifguide.config import ModelSource
 from ifguide.models import (
     check_vocabulary,
+    load_architecture,
     load_model,
     load_tokenizer,
     next_token_nll,
@@ -187,3 +188,11 @@ def test_fingerprint_sees_every_parameter_and_dtype() -> None:
     with torch.no_grad():
         model.get_parameter("gpt_neox.final_layer_norm.bias")[0] += 1e-3
     assert state_fingerprint(model) != before
+
+
+def test_an_architecture_read_from_a_folder_makes_the_same_random_model(tmp_path: Path) -> None:
+    first = load_model(ModelSource(architecture=dict(GPT_NEOX)), seed=3)
+    first.config.save_pretrained(tmp_path)
+    fields = load_architecture(ModelSource(source=str(tmp_path)))
+    again = load_model(ModelSource(architecture=fields), seed=3)
+    assert state_fingerprint(again) == state_fingerprint(first)

@@ -1,0 +1,41 @@
+"""The command line and the job scripts are the same program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ifguide.cli import main
+from ifguide.config import VERBS
+
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+def test_every_verb_has_a_job_script_a_stage_and_a_config_section() -> None:
+    assert {path.stem for path in JOBS.glob("*.py")} == {*VERBS, "run"}
+    for verb in VERBS:
+        assert f'main(["{verb}"' in (JOBS / f"{verb}.py").read_text()
+        assert (JOBS.parent / "ifguide" / "stages" / f"{verb}.py").is_file()
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["scor_corpus"])
+    assert "score_corpus" in capsys.readouterr().err
+
+
+def test_a_missing_config_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", "nowhere.yaml"]) == 1
+    assert capsys.readouterr().err == "ifguide run: config file nowhere.yaml does not exist\n"
+
+
+def test_show_of_a_folder_without_artifacts_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(tmp_path)]) == 1
+    assert "holds no artifacts" in capsys.readouterr().err
+
+
+def test_demo_dry_run_shows_the_resolved_config(capsys: pytest.CaptureFixture[str]) -> None:
+    config = JOBS.parent / "configs" / "demo.yaml"
+    assert main(["demo", "--config", str(config), "--set", "run_dir=elsewhere", "--dry-run"]) == 0
+    assert "elsewhere/data/corpus.jsonl" in capsys.readouterr().out
