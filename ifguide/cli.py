@@ -1,4 +1,4 @@
-"""The command line: `ifguide <verb> --config F [--set a.b=c ...] [--dry-run]`, the same three flags everywhere.
+"""The command line: `ifguide <verb> --config F [--set a.b=c ...] [--dry-run] [--address A]`, the same flags everywhere.
 
 `ifguide run` does every verb in order; running again resumes. `show` and `inspect` read a run directory,
 `demo` makes its own data and runs the whole pipeline on them. The scripts in `jobs/` call `main` too.
@@ -104,19 +104,27 @@ def _add_config_flags(parser: argparse.ArgumentParser, function: Callable[[argpa
     parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
     parser.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
+    parser.add_argument(
+        "--address", help="Ray cluster to join, as cluster.address (else RAY_ADDRESS, else a local one)"
+    )
     parser.set_defaults(function=function)
+
+
+def _load(options: argparse.Namespace) -> Config:
+    address = [f"cluster.address={options.address}"] if getattr(options, "address", None) else []
+    return load_config(options.config, [*options.overrides, *address])
 
 
 def _run_verb(options: argparse.Namespace) -> int:
     from ifguide.stages.run import Run
 
-    config = load_config(options.config, options.overrides)
+    config = _load(options)
     stage(options.command)(Run(config=config), dry_run=options.dry_run)
     return 0
 
 
 def _run_all(options: argparse.Namespace) -> int:
-    run_pipeline(load_config(options.config, options.overrides), dry_run=options.dry_run)
+    run_pipeline(_load(options), dry_run=options.dry_run)
     return 0
 
 

@@ -257,7 +257,7 @@ def _read_lines(chunk: Chunk) -> Iterator[bytes]:
 
 def _decode_json_line(line: bytes) -> Any:
     try:
-        content = json.loads(line.decode("utf-8"))
+        content = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"not UTF-8 ({error.reason} at byte {error.start})"
     except json.JSONDecodeError as error:

@@ -1,0 +1,222 @@
+"""ifguide.artifacts: a folder is whole or not there, whatever moment its maker dies at."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ifguide.artifacts import (
+    MANIFEST,
+    PLAN,
+    Artifact,
+    Manifest,
+    MismatchError,
+    data_files,
+    file_digest,
+    open_artifact,
+    publish,
+    read_manifest,
+    remove_tree,
+    require,
+    require_same,
+)
+
+SHARD = "shard-00000.parquet"
+MAKER = """
+import os, sys
+from pathlib import Path
+from ifguide.artifacts import open_artifact, publish
+
+folder, target, when = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+replace = os.replace
+
+def dying_replace(source, destination):
+    if Path(destination).name == target and when == "before":
+        os._exit(9)
+    replace(source, destination)
+    if Path(destination).name == target:
+        os._exit(9)
+
+os.replace = dying_replace
+artifact = open_artifact(folder, verb="v", options={"a": {"x": 1}}, inputs={"in": "f"}, config_yaml="seed: 0\\n")
+if artifact.manifest is None:
+    with publish(folder / "shard-00000.parquet") as part:
+        part.write_text("content")
+    artifact.finish([folder / "shard-00000.parquet"], rows={"n": 1}, summary={})
+"""
+
+
+def opened(folder: Path, *, x: int = 1, source: str = "f", config_yaml: str = "seed: 0\n") -> Artifact:
+    options = {"a": {"x": x, "y": [1, 2]}, "seed": 0}
+    return open_artifact(folder, verb="v", options=options, inputs={"in": source}, config_yaml=config_yaml)
+
+
+def write_shard(folder: Path, content: str, name: str = SHARD) -> Path:
+    with publish(folder / name) as part:
+        part.write_text(content)
+    return folder / name
+
+
+def made(folder: Path, content: str = "content", **changes) -> Manifest:
+    artifact = opened(folder, **changes)
+    return artifact.finish([write_shard(folder, content)], rows={"n": 1}, summary={"s": 2})
+
+
+def test_finished_artifact_is_found_complete_with_all_it_was_made_from(tmp_path):
+    manifest = made(tmp_path / "a")
+    again = opened(tmp_path / "a")
+    assert again.manifest == manifest == read_manifest(tmp_path / "a") == require(tmp_path / "a", "v")
+    assert manifest.options == {"a": {"x": 1, "y": [1, 2]}, "seed": 0}
+    assert (manifest.inputs, manifest.rows, manifest.summary) == ({"in": "f"}, {"n": 1}, {"s": 2})
+    assert manifest.files == {SHARD: {"sha256": file_digest(tmp_path / "a" / SHARD), "bytes": 7}}
+    assert (tmp_path / "a" / "config.yaml").read_text() == "seed: 0\n"
+    assert "torch" in manifest.environment
+    assert not (tmp_path / "a" / PLAN).exists()
+
+
+def test_unfinished_work_of_the_same_plan_resumes_with_its_shards(tmp_path):
+    opened(tmp_path)
+    write_shard(tmp_path, "content")
+    resumed = opened(tmp_path)
+    assert resumed.manifest is None
+    assert [path.name for path in data_files(tmp_path)] == [SHARD]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"x": 2}, "a.x was 1, now 2"), ({"source": "g"}, 'in was "f", now "g"')]
+)
+def test_other_plan_is_refused_naming_what_differs(tmp_path, finished, change, message):
+    made(tmp_path) if finished else opened(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(MismatchError, match=re.escape(message)) as caught:
+        opened(tmp_path, **change)
+    assert str(tmp_path) in str(caught.value)
+    assert "seed" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_another_resolved_config_of_the_same_plan_is_no_other_plan(tmp_path):
+    manifest = made(tmp_path)
+    assert opened(tmp_path, config_yaml="cluster: {num_cpus: 3}\n").manifest == manifest
+
+
+def test_folder_of_foreign_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(MismatchError, match="ifguide did not make them"):
+        opened(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_fingerprint_depends_on_contents_only(tmp_path):
+    first = made(tmp_path / "a")
+    same = made(tmp_path / "b", x=5, source="other", config_yaml="seed: 1\n")
+    other = made(tmp_path / "c", content="contenT")
+    assert first.fingerprint == same.fingerprint
+    assert first.fingerprint != other.fingerprint
+
+
+def test_fingerprint_does_not_depend_on_the_order_of_the_files(tmp_path):
+    prints = []
+    for name, reverse in (("a", False), ("b", True)):
+        artifact = opened(tmp_path / name)
+        files = [write_shard(tmp_path / name, text, f"shard-{text}.parquet") for text in "xyz"]
+        prints.append(artifact.finish(files[::-1] if reverse else files, rows={}, summary={}).fingerprint)
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("target", [PLAN, SHARD, "config.yaml", MANIFEST])
+def test_kill_at_any_rename_leaves_no_trusted_part_and_a_rerun_completes(tmp_path, target, when):
+    folder = tmp_path / "artifact"
+    killed = subprocess.run([sys.executable, "-c", MAKER, str(folder), target, when])
+    assert killed.returncode == 9
+    if (target, when) == (MANIFEST, "after"):
+        assert require(folder, "v").rows == {"n": 1}
+    else:
+        with pytest.raises(FileNotFoundError, match="run `ifguide v` first"):
+            require(folder, "v")
+    shard_published = target in ("config.yaml", MANIFEST) or (target, when) == (SHARD, "after")
+    assert [path.name for path in data_files(folder)] == [SHARD] * shard_published
+    assert all(path.read_text() == "content" for path in data_files(folder))
+    subprocess.run([sys.executable, "-c", MAKER, str(folder), "never", when], check=True)
+    assert require(folder, "v").fingerprint == made(tmp_path / "whole").fingerprint
+
+
+def test_manifest_is_written_last_and_scratch_is_gone_by_then(tmp_path, monkeypatch):
+    artifact = opened(tmp_path)
+    shard = write_shard(tmp_path, "content")
+    write_shard(tmp_path / "scratch" / "deep", "x")
+    names, replace = [], os.replace
+
+    def recording_replace(source: Path, destination: Path) -> None:
+        names.append((Path(destination).name, (tmp_path / "scratch").exists()))
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", recording_replace)
+    artifact.finish([shard], rows={}, summary={}, remove=["scratch", "never-made"])
+    assert names == [("config.yaml", True), (MANIFEST, False)]
+
+
+def test_publish_that_fails_leaves_the_old_file_and_no_part(tmp_path):
+    path = write_shard(tmp_path, "old")
+    with pytest.raises(ZeroDivisionError), publish(path) as part:
+        part.write_text(f"half {1 / 0}" if part.write_text("half") else "")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_part_files_are_never_listed_even_by_a_pattern_that_matches_them(tmp_path):
+    for name in ("shard-00001.parquet", SHARD, "shard-00002.parquet.77.part", "documents-0.parquet"):
+        (tmp_path / name).write_text("x")
+    assert [path.name for path in data_files(tmp_path)] == [SHARD, "shard-00001.parquet"]
+    assert [path.name for path in data_files(tmp_path, "shard-*")] == [SHARD, "shard-00001.parquet"]
+
+
+@pytest.mark.parametrize(("damage", "size"), [(lambda path: os.truncate(path, 3), "3"), (os.unlink, "None")])
+def test_require_notices_a_truncated_or_missing_file(tmp_path, damage, size):
+    made(tmp_path)
+    damage(tmp_path / SHARD)
+    with pytest.raises(ValueError, match=rf"{SHARD} has {size} bytes where its manifest says 7.*ifguide v"):
+        require(tmp_path, "v")
+
+
+def test_missing_and_unfinished_artifacts_are_told_apart(tmp_path):
+    opened(tmp_path / "begun")
+    for name, state in (("absent", "does not exist"), ("begun", "is unfinished")):
+        with pytest.raises(FileNotFoundError, match=rf"{name} {state}; run `ifguide v` first"):
+            require(tmp_path / name, "v")
+        with pytest.raises(FileNotFoundError, match=f"{name} {state}"):
+            read_manifest(tmp_path / name)
+
+
+def test_manifest_that_is_no_json_or_of_another_version_is_named(tmp_path):
+    made(tmp_path)
+    path = tmp_path / MANIFEST
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "new_key": 1}))
+    with pytest.raises(ValueError, match=r"manifest\.json has keys .*another version made it"):
+        read_manifest(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
+        read_manifest(tmp_path)
+
+
+def test_things_that_do_not_belong_together_are_refused_with_both_fingerprints():
+    require_same("the mask's corpus", "a" * 64, "the corpus", "a" * 64, "advice")
+    with pytest.raises(MismatchError, match=r"the mask's corpus \(a{16}\) is not the corpus \(b{16}\): advice"):
+        require_same("the mask's corpus", "a" * 64, "the corpus", "b" * 64, "advice")
+
+
+def test_remove_tree_takes_the_folder_but_not_what_its_links_point_to(tmp_path):
+    outside = write_shard(tmp_path / "outside", "kept")
+    write_shard(tmp_path / "scratch" / "a" / "b", "x")
+    (tmp_path / "scratch" / "link").symlink_to(tmp_path / "outside")
+    remove_tree(tmp_path / "scratch")
+    remove_tree(tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()
+    assert outside.read_text() == "kept"

@@ -1,0 +1,233 @@
+"""ifguide.config: every key, type and bound is checked by name, and a resolved config can be run again."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ifguide.config import (
+    VERBS,
+    Config,
+    ConfigError,
+    Input,
+    ModelSource,
+    config_from_mapping,
+    load_config,
+    result_options,
+    to_mapping,
+    to_yaml,
+)
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name not in ("run_dir", "cluster")]
+WORDS = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_its_resolved_text_loads_to_the_same(path, tmp_path):
+    config = load_config(path)
+    assert config.target != ModelSource()
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    run_dir=WORDS,
+    rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    rows=st.none()
+    | st.integers(0, 99).flatmap(lambda start: st.tuples(st.just(start), st.integers(start + 1, 10**12))),
+    models=st.dictionaries(WORDS, WORDS, max_size=3),
+    use_mask=st.booleans(),
+)
+def test_resolved_config_reads_back_equal_whatever_its_values(run_dir, rate, rows, models, use_mask):
+    config = config_from_mapping(
+        {
+            "run_dir": run_dir,
+            "pretrain": {"learning_rate": rate, "use_mask": use_mask},
+            "pack_corpus": {"inputs": [{"path": run_dir, "rows": rows}]},
+            "evaluate": {"models": models, "word_list": sorted(models)},
+            "target": {"architecture": {"model_type": "llama", "rope": {"theta": rate}, "layers": [1, None, True]}},
+        }
+    )
+    assert config_from_mapping(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_empty_file_is_all_defaults(tmp_path):
+    assert load_config(write(tmp_path, "")) == Config() == config_from_mapping({})
+
+
+def test_every_verb_has_its_section():
+    assert set(VERBS) <= {f.name for f in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrian.epochs=2", "pretrian: unknown key; did you mean pretrain?"),
+        ("pretrain.epoch=2", "pretrain.epoch: unknown key; did you mean pretrain.epochs?"),
+        ("evaluate.classifier.nam=x", "evaluate.classifier.nam: unknown key; did you mean evaluate.classifier.name?"),
+        ("pack_corpus.inputs=[{pth: a}]", "pack_corpus.inputs[0].pth: unknown key; did you mean"),
+        ("build_mask.zzzz=1", "build_mask.zzzz: unknown key; valid here: cpus_per_task, max_fraction, quantile"),
+        ("pack_corpus.inputs=[{text_column: t}]", "pack_corpus.inputs[0].path: required, and not set"),
+        ("seed=1.5", "seed: expected int, got 1.5"),
+        ("seed=true", "seed: expected int, got True"),
+        ("baseline=1", "baseline: expected bool, got 1"),
+        ("pretrain.epochs=yes", "pretrain.epochs: expected float, got True"),
+        ("pretrain.epochs=many", "pretrain.epochs: expected float, got 'many'"),
+        ("tokenizer=12", "tokenizer: expected str, got 12"),
+        ("pretrain.betas=0.9", "pretrain.betas: expected a list, got 0.9"),
+        ("pretrain.betas=[0.9]", "pretrain.betas: expected 2 values, got 1"),
+        ("pretrain.betas=[0.9, x]", "pretrain.betas[1]: expected float, got 'x'"),
+        ("pretrain.betas=[0.9, .nan]", "pretrain.betas[1]: nan is below 0"),
+        ("pretrain.betas=[1.5, 0.9]", "pretrain.betas[0]: 1.5 is above 1"),
+        ("pack_corpus.inputs=a.jsonl", "pack_corpus.inputs: expected a list"),
+        ("pack_corpus.inputs=[3]", "pack_corpus.inputs[0]: expected a section with keys, got 3"),
+        ("pack_corpus.inputs=[{path: a, rows: [-3, 5]}]", "pack_corpus.inputs[0].rows[0]: -3 is below 0"),
+        ("pack_corpus.inputs=[{path: a, rows: [5, 5]}]", "pack_corpus.inputs[0].rows: [5, 5] is not in ascending"),
+        ("evaluate.prompts={path: a, rows: [5, 2]}", "evaluate.prompts.rows: [5, 2] is not in ascending"),
+        ("evaluate.models=[a]", "evaluate.models: expected a mapping, got ['a']"),
+        ("evaluate.models={a: 1}", "evaluate.models.a: expected str, got 1"),
+        ("pretrain.dtype=float16", "pretrain.dtype: 'float16' is not one of float32, bfloat16"),
+        ("score_corpus=", "score_corpus: expected a section with keys, got None"),
+        ("seed=-1", "seed: -1 is below 0"),
+        ("build_mask.quantile=0", "build_mask.quantile: 0.0 must be above 0"),
+        ("build_mask.quantile=1.01", "build_mask.quantile: 1.01 is above 1"),
+        ("pretrain.penalty=.nan", "pretrain.penalty: nan is below 0"),
+        ("build_query.damping=.nan", "build_query.damping: nan is below 0"),
+        ("pretrain.learning_rate=.nan", "pretrain.learning_rate: nan must be above 0"),
+        ("pretrain.batch_blocks=10", "pretrain.batch_blocks: 10 is not a multiple of workers * micro_batch_blocks"),
+        ("build_query.nontoxic_threshold=0.5", "build_query.nontoxic_threshold: 0.5 is not below"),
+        ("baseline=false", "baseline: false leaves no proxy"),
+        ("proxy={source: a, architecture: {}}", "proxy: set either source or architecture, not both"),
+        ("target={source: a, architecture: {}}", "target: set either source or architecture, not both"),
+        ("seed", "--set seed: expected a.b=value"),
+        ("=1", "--set =1: expected a.b=value"),
+        ("seed.x=1", "--set seed.x=1: seed is not a section"),
+        ("seed=[1", "--set seed=[1: the value is not valid YAML"),
+    ],
+)
+def test_errors_name_the_dotted_key_and_the_reason(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        load_config(write(tmp_path, "seed: 0"), [override])
+
+
+def test_tokenizer_cannot_be_named_and_trained(tmp_path):
+    with pytest.raises(ConfigError, match=r"^pack_corpus\.train_tokenizer: a tokenizer is named too"):
+        load_config(write(tmp_path, "tokenizer: gpt2"), ["pack_corpus.train_tokenizer=512"])
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a", "expected a mapping of sections")])
+def test_unreadable_file_is_named(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=f"{re.escape(str(path))}: {message}"):
+        load_config(path)
+    with pytest.raises(FileNotFoundError, match=r"missing\.yaml"):
+        load_config(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(("text", "value"), [("6e-4", 6e-4), ("6.0e-4", 6e-4), ("1", 1.0), ("1E+3", 1000.0)])
+def test_number_in_any_notation_is_a_float(tmp_path, text, value):
+    for config in (
+        load_config(write(tmp_path, f"pretrain: {{learning_rate: {text}}}")),
+        load_config(write(tmp_path, ""), [f"pretrain.learning_rate={text}"]),
+    ):
+        assert config.pretrain.learning_rate == value
+        assert type(config.pretrain.learning_rate) is float
+
+
+def test_bare_string_stands_for_the_first_field():
+    short = {"proxy": "a/b", "pack_corpus": {"inputs": ["x.txt"]}, "evaluate": {"prompts": "p", "classifier": "labels"}}
+    full = {
+        "proxy": {"source": "a/b"},
+        "pack_corpus": {"inputs": [{"path": "x.txt"}]},
+        "evaluate": {"prompts": {"path": "p"}, "classifier": {"name": "labels"}},
+    }
+    assert config_from_mapping(short) == config_from_mapping(full)
+    assert config_from_mapping(short).pack_corpus.inputs == (Input(path="x.txt"),)
+
+
+def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path):
+    path = write(tmp_path, "pretrain: {epochs: 1, penalty: 2}\ntokenizer: a")
+    config = load_config(path, ["pretrain.epochs=3", "pretrain.epochs=5", "tokenizer=", "evaluate.models.m=hub/m"])
+    assert (config.pretrain.epochs, config.pretrain.penalty) == (5.0, 2.0)
+    assert config.tokenizer is None
+    assert config.evaluate.models == {"m": "hub/m"}
+
+
+def test_run_dir_is_put_into_every_string_after_the_overrides(tmp_path):
+    path = write(
+        tmp_path, "run_dir: a\npack_corpus: {inputs: ['{run_dir}/x.txt']}\nevaluate: {models: {m: '{run_dir}/m'}}"
+    )
+    config = load_config(path, ["run_dir=b", "tokenizer='{run_dir}/t'"])
+    assert config.pack_corpus.inputs[0].path == "b/x.txt"
+    assert (config.evaluate.models["m"], config.tokenizer) == ("b/m", "b/t")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run_dir=elsewhere",
+        "cluster.num_cpus=3",
+        "pack_corpus.cpus_per_task=2",
+        "pretrain.gpus_per_worker=0",
+        "pretrain.log_steps=1",
+        "pretrain.max_failures=0",
+        "build_query.classifier.batch_size=2",
+        "score_corpus.actors=7",
+        "evaluate.max_attempts=1",
+    ],
+)
+def test_placement_leaves_the_result_options_as_they_are(tmp_path, override):
+    changed = load_config(write(tmp_path, ""), [override])
+    assert changed != Config()
+    assert result_options(changed, SECTIONS) == result_options(Config(), SECTIONS)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "pack_corpus.inputs=[a.txt]",
+        "pretrain.workers=2",
+        "build_query.classifier.name=labels",
+        "score_corpus.micro_batch_blocks=4",
+        "evaluate.models={a: b}",
+    ],
+)
+def test_an_option_that_changes_results_changes_the_result_options_of_its_section_only(tmp_path, override):
+    changed = result_options(load_config(write(tmp_path, ""), [override]), SECTIONS)
+    plain = result_options(Config(), SECTIONS)
+    assert [name for name in SECTIONS if changed[name] != plain[name]] == [re.split(r"[.=]", override)[0]]
+
+
+def test_section_mapping_is_plain_json():
+    mapping = to_mapping(Input(path="a", rows=(1, 2)))
+    assert mapping == {"path": "a", "text_column": "text", "spans_column": None, "rows": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"tokenizer": "t", "proxy": "p", "target": "x"}, "t"),
+        ({"proxy": "p", "target": "x"}, "p"),
+        ({"target": "x"}, "x"),
+        ({"run_dir": "/runs/a", "proxy": "p", "pack_corpus": {"train_tokenizer": 512}}, "/runs/a/corpus/tokenizer"),
+    ],
+)
+def test_tokenizer_is_the_trained_the_named_the_proxys_or_the_targets(tree, expected):
+    assert config_from_mapping(tree).tokenizer_source == expected
+
+
+def test_no_tokenizer_at_all_is_refused_by_name():
+    with pytest.raises(ConfigError, match="^tokenizer: name a hub id or a local folder"):
+        _ = Config().tokenizer_source

@@ -1,0 +1,338 @@
+"""ifguide.corpus: chunking changes no row, a bad row has a reason, and every shard can be packed alone."""
+
+import dataclasses
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from ifguide.config import Input
+from ifguide.corpus import (
+    RawDocument,
+    chunk_from_mapping,
+    chunk_to_mapping,
+    count_rows,
+    list_chunks,
+    merge_order,
+    pack,
+    read_documents,
+    stream_order,
+    token_table,
+    tokenise,
+)
+from ifguide.models import train_tokenizer
+
+TEXTS = ["the cat sat on the mat", "", "a naïve 日本 cat\r\nsat", "mat mat", "the end"]
+MEGABYTE_LINE = json.dumps({"text": "x" * 2**20}).encode()
+
+
+def read(source: Input, *, chunk_bytes: int = 10**9) -> list[RawDocument]:
+    """All rows of an input through its chunks, each also counted, numbered as a run numbers them."""
+    documents: list[RawDocument] = []
+    for chunk in list_chunks(source, 0, chunk_bytes=chunk_bytes, dotted_key="k"):
+        rows = list(read_documents(chunk, source, first_row=len(documents)))
+        assert count_rows(chunk) == len(rows)
+        documents += rows
+    assert [document.row for document in documents] == list(range(len(documents)))
+    return documents
+
+
+def read_lines(folder: Path, content: bytes, *, spans_column: str | None = None, chunk_bytes: int = 10**9) -> list:
+    path = folder / "lines.jsonl"
+    path.write_bytes(content)
+    return read(Input(path=str(path), spans_column=spans_column), chunk_bytes=chunk_bytes)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Input:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return Input(path=str(path))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("corpus")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS * 3, vocab_size=300)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    lines=st.lists(st.none() | st.text(max_size=40), max_size=12),
+    ending=st.sampled_from([b"\n", b"\r\n"]),
+    closed=st.booleans(),
+    chunk_bytes=st.integers(1, 200),
+)
+def test_jsonl_gives_the_same_rows_at_any_chunk_size(folder, lines, ending, closed, chunk_bytes):
+    encoded = [b"" if text is None else json.dumps({"text": text}).encode() for text in lines]
+    content = ending.join(encoded) + (ending if closed else b"")
+    expected = content.split(b"\n")
+    expected = expected if expected[-1] else expected[:-1]
+    found = read_lines(folder, content, chunk_bytes=chunk_bytes)
+    assert len(found) == len(expected)
+    for line, document in zip(expected, found, strict=True):
+        if line.strip():
+            assert (document.text, document.reason) == (json.loads(line)["text"], None)
+        else:
+            assert document.reason == "empty line"
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**16, 2**20 + 8, 2**22])
+def test_a_line_longer_than_the_chunks_is_read_once(folder, chunk_bytes):
+    short = json.dumps({"text": "short"}).encode()
+    found = read_lines(folder, b"\n".join([short, MEGABYTE_LINE, short]), chunk_bytes=chunk_bytes)
+    assert [len(document.text) for document in found] == [5, 2**20, 5]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "\xff"}', "not UTF-8 (invalid start byte at byte 10)"),
+        (b'{"text": "a"', "not JSON (Expecting ',' delimiter at column 13)"),
+        (b'\xef\xbb\xbf{"text": "a"}', "not JSON (Unexpected UTF-8 BOM"),
+        (b"1" * 5000, "not JSON that can be read (Exceeds the limit"),
+        (b"[" * 100_000, "not JSON that can be read (maximum recursion depth"),
+        (b"  ", "empty line"),
+        (b'{"txt": "a"}', "column 'text' is missing"),
+        (b'{"text": null}', "column 'text' is missing"),
+        (b'{"text": ["a"]}', "column 'text' is a list, not a string"),
+        (b'["text"]', "a list, not an object"),
+        (b'"text"', "a str, not an object"),
+        (b"null", "a NoneType, not an object"),
+        (rb'{"text": "ab\ud800"}', "not UTF-8 (a lone surrogate at character 2)"),
+        (b'{"text": "abc", "spans": 3}', "column 'spans' is not a list of [start, end) pairs"),
+        (b'{"text": "abc", "spans": [3]}', "column 'spans' is not a list of [start, end) pairs"),
+        (b'{"text": "abc", "spans": [[0, 1, 2]]}', "column 'spans' is not a list of [start, end) pairs"),
+        (b'{"text": "abc", "spans": [["x", 1]]}', "column 'spans' is not a list of [start, end) pairs"),
+        (b'{"text": "abc", "spans": [[0, 1e999]]}', "column 'spans' is not a list of [start, end) pairs"),
+        (b'{"text": "abc", "spans": [[0, 4]]}', "column 'spans' has a span outside the text"),
+        (b'{"text": "abc", "spans": [[-1, 2]]}', "column 'spans' has a span outside the text"),
+        (b'{"text": "abc", "spans": [[2, 1]]}', "column 'spans' has a span outside the text"),
+    ],
+)
+def test_bad_row_has_its_reason_and_its_neighbours_are_read(folder, line, reason):
+    good = b'{"text": "abc", "spans": [[1, 3], [3, 3]]}'
+    before, bad, after = read_lines(folder, b"\n".join([good, line, good]), spans_column="spans")
+    assert bad.reason is not None
+    assert bad.reason.startswith(reason)
+    assert before.spans == after.spans == ((1, 3), (3, 3))
+    assert before.reason is after.reason is None
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"text": "abc"}', b'{"text": "abc", "spans": null}', b'{"text": "abc", "spans": []}']
+)
+def test_row_without_spans_is_a_good_row(folder, content):
+    assert read_lines(folder, content, spans_column="spans") == [RawDocument(row=0, text="abc")]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 300, 10**9])
+@pytest.mark.parametrize("row_group_size", [1, 2, 100])
+def test_parquet_gives_the_same_rows_at_any_row_group_and_chunk_size(tmp_path, row_group_size, chunk_bytes):
+    table = pa.table({"n": range(5), "body": TEXTS, "marks": [[[0, len(text)]] for text in TEXTS]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=row_group_size)
+    source = Input(path=str(tmp_path / "t.parquet"), text_column="body", spans_column="marks")
+    found = read(source, chunk_bytes=chunk_bytes)
+    assert [(document.text, document.spans) for document in found] == [(text, ((0, len(text)),)) for text in TEXTS]
+    if chunk_bytes == row_group_size == 1:
+        assert len(list_chunks(source, 0, chunk_bytes=1, dotted_key="k")) == 5
+
+
+def test_bad_parquet_rows_have_reasons(tmp_path):
+    offsets, data = pa.py_buffer(np.array([0, 1, 3, 4], np.int32)), pa.py_buffer(b"a\xff\xfeb")
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(3, offsets, data)}), tmp_path / "t.parquet")
+    first, bad, last = read(Input(path=str(tmp_path / "t.parquet")))
+    assert (first.text, last.text) == ("a", "b")
+    assert bad.reason == "not UTF-8 (invalid start byte at byte 0)"
+    pq.write_table(pa.table({"text": pa.array([1, None])}), tmp_path / "n.parquet")
+    reasons = [document.reason for document in read(Input(path=str(tmp_path / "n.parquet")))]
+    assert reasons == ["column 'text' is a int, not a string", "column 'text' is missing"]
+
+
+def test_parquet_that_cannot_be_used_is_named(tmp_path):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"body": ["a"]}), path)
+    with pytest.raises(ValueError, match=r"t\.parquet has no column 'text'; it has body"):
+        read(Input(path=str(path)))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"t\.parquet cannot be read as Parquet"):
+        read(Input(path=str(path)))
+
+
+def test_text_file_is_one_document_and_json_one_per_string_anywhere(tmp_path):
+    (tmp_path / "b.txt").write_bytes("naïve\r\nline\n".encode())
+    (tmp_path / "a.json").write_text(json.dumps({"k": ["x", {"deep": "y"}, 3, None], "l": "z", "m": []}))
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    (tmp_path / "ignored.csv").write_text("q")
+    found = read(Input(path=str(tmp_path)))
+    assert [document.text for document in found[:4]] == ["x", "y", "z", "naïve\r\nline\n"]
+    assert [document.reason for document in found[4:]] == ["not UTF-8 (invalid start byte at byte 0)"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"1" * 5000, b"[" * 100_000], ids=["open", "bytes", "digits", "deep"]
+)
+def test_json_file_that_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json is not one JSON value in UTF-8"):
+        read(Input(path=str(tmp_path / "a.json")))
+
+
+def test_folder_and_glob_give_their_files_sorted_and_a_literal_name_wins(tmp_path):
+    for name in ("b", "a", "[a]"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert [document.text for document in read(Input(path=str(tmp_path)))] == ["[a]", "a", "b"]
+    assert [document.text for document in read(Input(path=str(tmp_path / "?.txt")))] == ["a", "b"]
+    assert [document.text for document in read(Input(path=str(tmp_path / "[a].txt")))] == ["[a]"]
+
+
+def test_unknown_suffix_and_missing_files_name_the_config_key(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    for path, kind in (("a.csv", ValueError), ("none.jsonl", FileNotFoundError), (".", FileNotFoundError)):
+        with pytest.raises(kind, match=r"^pack_corpus\.inputs\[3\]\.path: "):
+            list_chunks(Input(path=str(tmp_path / path)), 3, chunk_bytes=1, dotted_key="pack_corpus.inputs[3].path")
+
+
+def test_empty_file_has_no_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    assert read(Input(path=str(tmp_path / "a.jsonl"))) == []
+
+
+def test_hub_dataset_is_read_by_its_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(2):
+        write_jsonl(data / f"train-{i}.jsonl", [f"{i} {text}" for text in TEXTS])
+    for path in (f"hf://{data}", f"hf://{data}:train"):
+        source = Input(path=path)
+        chunks = list_chunks(source, 0, chunk_bytes=1, dotted_key="k")
+        assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 2), (1, 2)]
+        assert [document.text for document in read(source)] == [f"{i} {text}" for i in range(2) for text in TEXTS]
+    with pytest.raises(FileNotFoundError, match=r"hf://.*none cannot be opened"):
+        list_chunks(Input(path=f"hf://{tmp_path / 'none'}"), 0, chunk_bytes=1, dotted_key="k")
+
+
+def test_chunk_travels_as_plain_json(tmp_path):
+    chunk = list_chunks(write_jsonl(tmp_path / "a.jsonl", TEXTS), 2, chunk_bytes=9, dotted_key="k")[1]
+    assert (chunk.input_index, chunk.start, chunk.stop) == (2, 9, 18)
+    assert chunk_from_mapping(json.loads(json.dumps(chunk_to_mapping(chunk)))) == chunk
+
+
+def test_tokens_decode_to_the_text_and_end_with_eos(tokenizer):
+    documents = [RawDocument(row=i, text=text) for i, text in enumerate(TEXTS)]
+    for document, (tokens, flags) in zip(documents, tokenise(documents, tokenizer, annotate=False), strict=True):
+        assert flags is None
+        assert tokens.dtype == np.int32
+        assert tokens[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(tokens[:-1]) == document.text
+
+
+@pytest.mark.parametrize(
+    ("spans", "marked"),
+    [
+        ([(4, 7)], " cat"),
+        ([(5, 6)], " cat"),
+        ([(0, 3), (16, 22)], "the the mat"),
+        ([(3, 4)], ""),
+        ([(4, 4)], ""),
+        ([(0, 22)], TEXTS[0]),
+    ],
+)
+def test_tokens_that_overlap_a_span_are_annotated_and_eos_never(tokenizer, spans, marked):
+    documents = [RawDocument(row=0, text=TEXTS[0], spans=tuple(spans)), RawDocument(row=1)]
+    (tokens, flags), (empty, empty_flags) = tokenise(documents, tokenizer, annotate=True)
+    assert tokenizer.decode(tokens[flags]) == marked  # this tokenizer has a token for every word of the text
+    assert not flags[-1]
+    assert (empty.tolist(), empty_flags.tolist()) == ([tokenizer.eos_token_id], [False])
+
+
+@pytest.mark.parametrize("annotate", [False, True])
+def test_token_table_keeps_the_rows_asked_for_counted_over_the_whole_input(tmp_path, tokenizer, annotate):
+    source = write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(300)])
+    path = Path(source.path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(b"bad\n" if i in (99, 150, 280) else line for i, line in enumerate(lines)))
+    (chunk,) = list_chunks(source, 0, chunk_bytes=10**9, dotted_key="k")
+    ranged = dataclasses.replace(source, rows=(1100, 1280))
+    table, bad = token_table(chunk, ranged, tokenizer, first_row=0, first_input_row=1000, annotate=annotate)
+    rows = [row for row in range(100, 280) if row != 150]
+    assert table.column("row").to_pylist() == rows
+    assert [(entry["row"], entry["source"]) for entry in bad] == [(150, source.path)]
+    expected = [[*tokenizer(f"text {row}")["input_ids"], tokenizer.eos_token_id] for row in rows]
+    assert table.column("tokens").to_pylist() == expected
+    assert table.column("num_tokens").to_pylist() == [len(tokens) for tokens in expected]
+    assert table.column("num_chars").to_pylist() == [len(f"text {row}") for row in rows]
+    assert ("annotated" in table.column_names) == annotate
+
+
+def test_token_table_of_no_good_row_has_no_rows(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(b"\n\n")
+    source = Input(path=str(tmp_path / "a.jsonl"))
+    (chunk,) = list_chunks(source, 0, chunk_bytes=9, dotted_key="k")
+    table, bad = token_table(chunk, source, tokenizer, first_row=0, first_input_row=0, annotate=True)
+    assert table.num_rows == 0
+    assert [entry["reason"] for entry in bad] == ["empty line"] * 2
+
+
+COUNTS = st.lists(st.integers(0, 12), max_size=4)
+
+
+@given(counts=COUNTS)
+def test_interleaving_orders_documents_by_their_exact_share_ties_by_input(counts):
+    inputs, indices = stream_order(counts, interleave=True)
+    everything = [(k, i) for k, n in enumerate(counts) for i in range(n)]
+    expected = sorted(everything, key=lambda at: (Fraction(2 * at[1] + 1, 2 * counts[at[0]]), at[0]))
+    assert list(zip(inputs.tolist(), indices.tolist(), strict=True)) == expected
+
+
+@given(counts=COUNTS)
+def test_without_interleaving_inputs_follow_each_other(counts):
+    inputs, indices = stream_order(counts, interleave=False)
+    found = list(zip(inputs.tolist(), indices.tolist(), strict=True))
+    assert found == [(k, i) for k, n in enumerate(counts) for i in range(n)]
+
+
+@given(counts=COUNTS, data=st.data())
+def test_a_run_of_the_stream_is_one_range_per_input_merged_into_the_global_order(counts, data):
+    inputs, indices = stream_order(counts, interleave=True)
+    lo = data.draw(st.integers(0, len(inputs)))
+    hi = data.draw(st.integers(lo, len(inputs)))
+    here_inputs, here_indices = inputs[lo:hi], indices[lo:hi]
+    ranges, rows = [], []
+    for k in range(len(counts)):
+        own = here_indices[here_inputs == k].tolist()
+        start = own[0] if own else 0
+        assert own == list(range(start, start + len(own)))
+        ranges.append((start, start + len(own)))
+        rows += [(k, i) for i in own]
+    merged = [rows[i] for i in merge_order(ranges, counts)]
+    assert merged == list(zip(here_inputs.tolist(), here_indices.tolist(), strict=True))
+
+
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8), block_size=st.integers(2, 7), data=st.data())
+def test_packed_blocks_are_the_stream_and_only_the_last_is_padded(lengths, block_size, data):
+    bounds = np.cumsum([0, *lengths])
+    arrays = [np.arange(start, stop, dtype=np.int32) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    total = int(bounds[-1]) + 1
+    arrays.append(np.array([total - 1], np.int32))
+    skip = data.draw(st.integers(0, total - 1))
+    num_tokens = data.draw(st.integers(1, total - skip))
+    blocks, valid = pack(arrays, skip=skip, num_tokens=num_tokens, block_size=block_size, fill=-7)
+    assert (blocks.dtype, valid.dtype) == (np.int32, np.int32)
+    assert blocks.shape == (len(valid), block_size)
+    flat = blocks.reshape(-1)
+    assert flat[:num_tokens].tolist() == list(range(skip, skip + num_tokens))
+    assert (flat[num_tokens:] == -7).all()
+    assert valid.sum() == num_tokens
+    assert (valid[:-1] == block_size).all()
+    assert 1 <= valid[-1] <= block_size

@@ -1,0 +1,109 @@
+"""ifguide.telemetry: honest rates, few lines, and metrics that survive a resumed run."""
+
+import json
+import logging
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ifguide import telemetry
+from ifguide.telemetry import MetricsLog, Progress, configure_logging, format_seconds, read_metrics
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(telemetry, "log", lambda verb, text, **_: lines.append(f"{verb}: {text}"))
+    return lines
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.9, "59s"), (60, "1m00s"), (75, "1m15s"), (3599, "59m59s"), (3660, "1h01m"), (1e6, "277h46m")],
+)
+def test_seconds_are_written_for_people(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_unknown_time_is_a_question_mark():
+    assert format_seconds(float("inf")) == "?"
+    assert "ETA ?" in Progress("v", 10, "shards").line(5.0)
+
+
+def test_rate_and_eta_leave_out_the_work_of_an_earlier_run(shown):
+    progress = Progress("v", 1000, "tokens", already=600)
+    assert shown == ["v: resuming: 600 of 1,000 tokens already done"]
+    progress.advance(100)
+    assert progress.line(10.0) == "700/1,000 tokens (70%), 10 tokens/s, ETA 30s"
+
+
+def test_slow_units_are_shown_by_the_seconds_each_takes():
+    progress = Progress("v", 4, "shards", every_seconds=1e9)
+    progress.advance(2)
+    assert progress.line(120.0) == "2/4 shards (50%), 60 s each, ETA 2m00s"
+
+
+def test_lines_are_throttled_but_the_end_is_always_shown(shown, clock):
+    progress = Progress("v", 10, "shards", every_seconds=5)
+    for _ in range(9):
+        clock[0] += 1
+        progress.advance(1)
+    assert [line.split()[1] for line in shown] == ["5/10"]
+    progress.advance(1, "last one")
+    assert shown[1].startswith("v: 10/10 shards (100%)")
+    assert shown[1].endswith("ETA 0s, last one")
+
+
+def test_no_work_at_all_is_complete():
+    assert "0/0 shards (100%)" in Progress("v", 0, "shards").line(1.0)
+
+
+def test_logging_is_set_up_once_and_lines_carry_the_verb(monkeypatch):
+    logger = logging.getLogger(telemetry.ROOT)
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    configure_logging()
+    configure_logging(logging.WARNING)
+    (handler,) = logger.handlers
+    assert logger.level == logging.WARNING
+    records: list[logging.LogRecord] = []
+    handler.emit = records.append
+    telemetry.log("evaluate", "quiet")
+    telemetry.log("evaluate", "100% loud", level=logging.WARNING)
+    (record,) = records
+    assert handler.format(record).endswith("evaluate     | 100% loud")
+
+
+def test_of_a_step_written_twice_the_last_counts_and_steps_are_ordered(tmp_path):
+    path = tmp_path / "deep" / "metrics.jsonl"
+    for steps, loss in (((0, 10, 20), 1.0), ((10, 20, 30), 2.0)):  # killed after 20, resumed from 10
+        metrics = MetricsLog(path)
+        for step in steps:
+            metrics.write(step, {"loss": loss, "masked": None})
+        metrics.close()
+    rows = read_metrics(path)
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 1.0), (10, 2.0), (20, 2.0), (30, 2.0)]
+    assert all(row["masked"] is None for row in rows)
+
+
+def test_each_row_is_on_disk_when_written_and_numbers_are_plotted(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsLog(path)
+    metrics.write(3, {"loss": 0.5, "masked": None})
+    assert json.loads(path.read_text()) == {"step": 3, "loss": 0.5, "masked": None}
+    metrics.close()
+    plotted = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert plotted.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in plotted.Scalars("loss")] == [(3, 0.5)]
+
+
+def test_no_metrics_yet_is_no_rows(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
