@@ -104,9 +104,7 @@ def _add_config_flags(parser: argparse.ArgumentParser, function: Callable[[argpa
     parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
     parser.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
-    parser.add_argument(
-        "--address", help="Ray cluster to join, as cluster.address (else RAY_ADDRESS, else a local one)"
-    )
+    parser.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local one)")
     parser.set_defaults(function=function)
 
 

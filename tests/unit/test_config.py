@@ -229,5 +229,5 @@ def test_tokenizer_is_the_trained_the_named_the_proxys_or_the_targets(tree, expe
 
 
 def test_no_tokenizer_at_all_is_refused_by_name():
-    with pytest.raises(ConfigError, match="^tokenizer: name a hub id or a local folder"):
+    with pytest.raises(ConfigError, match=r"^tokenizer: name a hub id or a local folder"):
         _ = Config().tokenizer_source

@@ -1,6 +1,7 @@
 """ifguide.corpus: chunking changes no row, a bad row has a reason, and every shard can be packed alone."""
 
 import dataclasses
+import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -322,7 +323,7 @@ def test_a_run_of_the_stream_is_one_range_per_input_merged_into_the_global_order
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8), block_size=st.integers(2, 7), data=st.data())
 def test_packed_blocks_are_the_stream_and_only_the_last_is_padded(lengths, block_size, data):
     bounds = np.cumsum([0, *lengths])
-    arrays = [np.arange(start, stop, dtype=np.int32) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    arrays = [np.arange(start, stop, dtype=np.int32) for start, stop in itertools.pairwise(bounds)]
     total = int(bounds[-1]) + 1
     arrays.append(np.array([total - 1], np.int32))
     skip = data.draw(st.integers(0, total - 1))
