@@ -1,41 +1,85 @@
 #!/usr/bin/env bash
-# A two-node Ray cluster on this machine, for trying out `ray job submit`: cluster/local.sh start | stop
-# Nodes listen on loopback and ask for a token, which lies in a file that only you can read.
+# A Ray cluster of two nodes on this machine, on 127.0.0.1 only: cluster/local.sh start | status | stop
+# What a real cluster does and a local `ray.init` does not: two raylets, tokens, `ray job submit`.
+#
+# NODE_CPUS (2), PORT (6379) and DASHBOARD_PORT (8265) can be set. Only the processes started here are stopped, by id.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-state="${IFGUIDE_LOCAL_STATE:-$PWD/runs/local-cluster}"
-ray="${RAY:-.venv/bin/ray}"
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$state/token"
+STATE=$PWD/runs/.local_cluster
+NODE_CPUS=${NODE_CPUS:-2} PORT=${PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
+RAY=$PWD/.venv/bin/ray
+[ -x "$RAY" ] || RAY=ray
+
+# Ray 2.60 wants a token from everything that joins or submits to a cluster made by `ray start`.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/auth_token
+
+start_node() { # name, arguments of `ray start`
+  local name=$1
+  shift
+  # --block: the process lives as long as its node, and takes the node with it. Random worker ports: two nodes share
+  # one address. A temporary folder of our own: Ray's default one makes any later `ray.init` on this machine join.
+  nohup "$RAY" start "$@" --block --node-ip-address=127.0.0.1 --num-cpus="$NODE_CPUS" --disable-usage-stats \
+    --temp-dir="$(cat "$STATE/temp_dir")" --min-worker-port=0 --max-worker-port=0 >"$STATE/$name.log" 2>&1 </dev/null &
+  echo $! >"$STATE/$name.pid"
+}
+
+alive() { # name: is its process still a `ray start` of ours? (ids are used again)
+  [ -f "$STATE/$1.pid" ] && ps -o args= -p "$(cat "$STATE/$1.pid")" 2>/dev/null | grep -q "ray start"
+}
+
+nodes() { "$RAY" status --address="127.0.0.1:$(cat "$STATE/port")" 2>/dev/null | grep -c '^ 1 node_' || true; }
+
+wait_for_nodes() { # count
+  for _ in $(seq 60); do
+    [ "$(nodes)" = "$1" ] && return
+    alive head || break
+    sleep 1
+  done
+  echo "local.sh: the cluster did not reach $1 nodes; its output is in $STATE/head.log and worker.log" >&2
+  stop
+  exit 1
+}
 
 start() {
-    mkdir -p "$state"
-    if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
-        (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH")
-    fi
-    "$ray" start --head --block --node-ip-address=127.0.0.1 --port=6399 --dashboard-host=127.0.0.1 \
-        --dashboard-port=8299 --num-cpus=1 --disable-usage-stats > "$state/head.log" 2>&1 &
-    echo $! > "$state/head.pid"
-    for _ in $(seq 60); do
-        "$ray" status --address=127.0.0.1:6399 > /dev/null 2>&1 && break
-        sleep 1
-    done
-    "$ray" start --block --address=127.0.0.1:6399 --node-ip-address=127.0.0.1 --num-cpus=1 > "$state/worker.log" 2>&1 &
-    echo $! > "$state/worker.pid"
-    echo "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH"
-    echo "$ray job submit --address=http://127.0.0.1:8299 --working-dir . -- python jobs/run.py --config FILE"
+  if alive head || alive worker; then
+    echo "local.sh: already running; stop it with: cluster/local.sh stop" >&2
+    exit 1
+  fi
+  mkdir -p "$STATE"
+  (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$STATE/auth_token")
+  mktemp -d /tmp/ifguide.XXXXXX >"$STATE/temp_dir" # short: socket paths have at most 107 bytes
+  echo "$PORT" >"$STATE/port"
+  start_node head --head --port="$PORT" --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD_PORT" \
+    --ray-client-server-port=0
+  wait_for_nodes 1
+  start_node worker --address="127.0.0.1:$PORT" --dashboard-agent-listen-port=0
+  wait_for_nodes 2
+  cat <<TEXT
+Two nodes of $NODE_CPUS CPUs. In the shell that uses them:
+  export RAY_ADDRESS=127.0.0.1:$PORT RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/auth_token
+TEXT
 }
 
 stop() {
-    for node in worker head; do
-        if [ -s "$state/$node.pid" ]; then
-            kill "$(cat "$state/$node.pid")" 2> /dev/null || true
-            rm -f "$state/$node.pid"
-        fi
-    done
+  local name
+  for name in worker head; do
+    if alive $name; then
+      kill "$(cat "$STATE/$name.pid")"
+      for _ in $(seq 20); do alive $name && sleep 1; done
+      if alive $name; then kill -9 "$(cat "$STATE/$name.pid")"; fi
+    fi
+    rm -f "$STATE/$name.pid"
+  done
+  if [ -f "$STATE/temp_dir" ]; then rm -rf "$(cat "$STATE/temp_dir")"; fi
+  rm -f "$STATE"/{temp_dir,port,auth_token}
 }
 
 case "${1:-}" in
-    start) start ;;
-    stop) stop ;;
-    *) echo "usage: cluster/local.sh start | stop" >&2; exit 2 ;;
+  start) start ;;
+  stop) stop ;;
+  status)
+    if alive head; then echo "$(nodes) nodes"; else echo "not running" && exit 1; fi
+    ;;
+  *) echo "usage: cluster/local.sh start | status | stop" >&2 && exit 2 ;;
 esac
