@@ -27,13 +27,13 @@ alive() { # name: is its process still a `ray start` of ours? (ids are used agai
   [ -f "$STATE/$1.pid" ] && ps -o args= -p "$(cat "$STATE/$1.pid")" 2>/dev/null | grep -q "ray start"
 }
 
-nodes() { "$RAY" status --address="127.0.0.1:$(cat "$STATE/port")" 2>/dev/null | grep -c '^ 1 node_' || true; }
+nodes() { timeout 20 "$RAY" status --address="127.0.0.1:$(cat "$STATE/port")" 2>/dev/null | grep -c '^ 1 node_' || true; }
 
 wait_for_nodes() { # count
   for _ in $(seq 60); do
-    [ "$(nodes)" = "$1" ] && return
-    alive head || break
     sleep 1
+    alive head || break
+    [ "$(nodes)" != "$1" ] || return 0
   done
   echo "local.sh: the cluster did not reach $1 nodes; its output is in $STATE/head.log and worker.log" >&2
   stop
@@ -50,7 +50,7 @@ start() {
   mktemp -d /tmp/ifguide.XXXXXX >"$STATE/temp_dir" # short: socket paths have at most 107 bytes
   echo "$PORT" >"$STATE/port"
   start_node head --head --port="$PORT" --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD_PORT" \
-    --ray-client-server-port=0
+    --ray-client-server-port="$((PORT + 1))"
   wait_for_nodes 1
   start_node worker --address="127.0.0.1:$PORT" --dashboard-agent-listen-port=0
   wait_for_nodes 2
