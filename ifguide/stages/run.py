@@ -105,6 +105,7 @@ def connect(config: Config) -> None:
         ray.init(address=address, **options)
         return
     ray.init(
+        address="local",  # without it Ray joins whatever cluster somebody has started on this machine
         num_cpus=config.cluster.num_cpus,
         include_dashboard=False,
         _node_ip_address="127.0.0.1",
