@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A Ray cluster of two nodes on this machine, on 127.0.0.1 only: cluster/local.sh start | status | stop
+# A Ray cluster of two nodes on this machine: cluster/local.sh start | status | stop
 # What a real cluster does and a local `ray.init` does not: two raylets, tokens, `ray job submit`.
 #
+# Both nodes have the address 127.0.0.1, but Ray's server listens on every interface: the token keeps others out.
 # NODE_CPUS (2), PORT (6379) and DASHBOARD_PORT (8265) can be set. Only the processes started here are stopped, by id.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,10 +17,12 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/auth_token
 start_node() { # name, arguments of `ray start`
   local name=$1
   shift
-  # --block: the process lives as long as its node, and takes the node with it. Random worker ports: two nodes share
-  # one address. A temporary folder of our own: Ray's default one makes any later `ray.init` on this machine join.
+  # --block: the process lives as long as its node, and takes the node with it. Free ports for workers and agents:
+  # nodes share one address, and an agent that finds its port taken accepts no jobs. A temporary folder of our own:
+  # Ray's default one makes any later `ray.init` on this machine join.
   nohup "$RAY" start "$@" --block --node-ip-address=127.0.0.1 --num-cpus="$NODE_CPUS" --disable-usage-stats \
-    --temp-dir="$(cat "$STATE/temp_dir")" --min-worker-port=0 --max-worker-port=0 >"$STATE/$name.log" 2>&1 </dev/null &
+    --temp-dir="$(cat "$STATE/temp_dir")" --min-worker-port=0 --max-worker-port=0 \
+    --dashboard-agent-listen-port=0 >"$STATE/$name.log" 2>&1 </dev/null &
   echo $! >"$STATE/$name.pid"
 }
 
@@ -27,7 +30,9 @@ alive() { # name: is its process still a `ray start` of ours? (ids are used agai
   [ -f "$STATE/$1.pid" ] && ps -o args= -p "$(cat "$STATE/$1.pid")" 2>/dev/null | grep -q "ray start"
 }
 
-nodes() { timeout 20 "$RAY" status --address="127.0.0.1:$(cat "$STATE/port")" 2>/dev/null | grep -c '^ 1 node_' || true; }
+nodes() {
+  timeout 20 "$RAY" status --address="127.0.0.1:$(cat "$STATE/port")" 2>/dev/null | grep -c '^ 1 node_' || true
+}
 
 wait_for_nodes() { # count
   for _ in $(seq 60); do
@@ -52,12 +57,13 @@ start() {
   start_node head --head --port="$PORT" --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD_PORT" \
     --ray-client-server-port="$((PORT + 1))"
   wait_for_nodes 1
-  start_node worker --address="127.0.0.1:$PORT" --dashboard-agent-listen-port=0
+  start_node worker --address="127.0.0.1:$PORT"
   wait_for_nodes 2
   cat <<TEXT
 Two nodes of $NODE_CPUS CPUs. In the shell that uses them:
   export RAY_ADDRESS=127.0.0.1:$PORT RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/auth_token
+  $RAY job submit -- ${RAY%ray}python $PWD/jobs/run.py --config FILE
 TEXT
 }
 

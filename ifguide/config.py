@@ -12,16 +12,15 @@ A field made with `option(..., affects_result=False)` (placement, retries, loggi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from ifguide.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
 
 VERBS = (
     "pack_corpus",
@@ -32,25 +31,6 @@ VERBS = (
     "build_mask",
     "evaluate",
 )
-
-
-class ConfigError(ValueError):
-    """A config file or override that cannot be used; the message starts with the dotted key."""
-
-
-def option(
-    default: Any = dataclasses.MISSING,
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    increasing: bool = False,
-    affects_result: bool = True,
-) -> Any:
-    """A config field with inclusive bounds (`at_least`, `at_most`) or an exclusive one (`above`), of a number or of
-    each number of a tuple; `increasing` wants a tuple's numbers in strictly ascending order."""
-    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "increasing": increasing}
-    return field(default=default, metadata={**bounds, "affects_result": affects_result})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,13 +266,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
-        _apply_override(tree, override)
-    return config_from_mapping(_substitute(tree, str(tree.get("run_dir", Config.run_dir))))
+        apply_override(tree, override)
+    return config_from_mapping(substitute(tree, str(tree.get("run_dir", Config.run_dir))))
 
 
 def config_from_mapping(tree: Mapping[str, Any]) -> Config:
     """A checked `Config` from nested mappings, as YAML or JSON give them."""
-    config = _build(Config, tree, "")
+    config = build(Config, tree, "")
     _check_across(config)
     return config
 
@@ -309,139 +289,7 @@ def to_yaml(config: Config) -> str:
 
 def result_options(config: Config, keys: Iterable[str]) -> dict[str, Any]:
     """The options under top-level `keys` that change results, as nested dicts."""
-    return {key: _result_part(getattr(config, key)) for key in keys}
-
-
-def _result_part(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("affects_result", True)]
-        return {name: _result_part(getattr(value, name)) for name in kept}
-    if isinstance(value, tuple | list):
-        return [_result_part(item) for item in value]
-    return value
-
-
-def _substitute(tree: Any, run_dir: str) -> Any:
-    """Every string with `{run_dir}` replaced: a config's own data can lie in its run directory."""
-    if isinstance(tree, dict):
-        return {key: _substitute(value, run_dir) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_substitute(value, run_dir) for value in tree]
-    return tree.replace("{run_dir}", run_dir) if isinstance(tree, str) else tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override}: expected a.b=value")
-    node = tree
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {parent} is not a section")
-        node = child
-    try:
-        node[last] = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
-
-
-def _build(cls: type, tree: Any, where: str) -> Any:
-    """An instance of dataclass `cls` from a mapping; `where` is the dotted path of the mapping."""
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where or 'config'}: expected a section with keys, got {tree!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
-    for key, raw in tree.items():
-        dotted = f"{where}.{key}" if where else str(key)
-        if key not in fields:
-            raise ConfigError(_unknown_key(dotted, str(key), fields))
-        values[key] = _convert(hints[key], raw, dotted)
-        _check_bounds(fields[key], values[key], dotted)
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values and f.default is f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{where}.{missing[0]}: required, and not set")
-    return cls(**values)
-
-
-def _unknown_key(dotted: str, key: str, valid: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
-    if nearest:
-        parent = dotted.rpartition(".")[0]
-        return f"{dotted}: unknown key; did you mean {f'{parent}.' if parent else ''}{nearest[0]}?"
-    return f"{dotted}: unknown key; valid here: {', '.join(sorted(valid))}"
-
-
-def _convert(hint: Any, raw: Any, dotted: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if raw is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), raw, dotted)
-    if dataclasses.is_dataclass(hint):
-        # a bare string stands for the first field: `inputs: [a.jsonl]`, `proxy: EleutherAI/pythia-160m`
-        if isinstance(raw, str):
-            raw = {dataclasses.fields(hint)[0].name: raw}
-        return _build(hint, raw, dotted)  # type: ignore[arg-type]
-    if origin is Literal:
-        if raw not in arguments:
-            raise ConfigError(f"{dotted}: {raw!r} is not one of {', '.join(map(str, arguments))}")
-        return raw
-    if origin is tuple:
-        return _convert_tuple(arguments, raw, dotted)
-    if origin is dict:
-        if not isinstance(raw, Mapping):
-            raise ConfigError(f"{dotted}: expected a mapping, got {raw!r}")
-        return {
-            str(k): v if arguments[1] is Any else _convert(arguments[1], v, f"{dotted}.{k}") for k, v in raw.items()
-        }
-    return _convert_scalar(hint, raw, dotted)
-
-
-def _convert_tuple(arguments: tuple[Any, ...], raw: Any, dotted: str) -> tuple[Any, ...]:
-    if not isinstance(raw, list | tuple):
-        raise ConfigError(f"{dotted}: expected a list, got {raw!r}")
-    if arguments[-1] is Ellipsis:
-        return tuple(_convert(arguments[0], item, f"{dotted}[{i}]") for i, item in enumerate(raw))
-    if len(raw) != len(arguments):
-        raise ConfigError(f"{dotted}: expected {len(arguments)} values, got {len(raw)}")
-    return tuple(_convert(a, item, f"{dotted}[{i}]") for i, (a, item) in enumerate(zip(arguments, raw, strict=True)))
-
-
-def _convert_scalar(hint: Any, raw: Any, dotted: str) -> Any:
-    if hint is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
-        try:
-            return float(raw)  # YAML 1.1 reads 6e-4 as a string
-        except ValueError:
-            pass
-    elif isinstance(raw, hint) and not (hint is int and isinstance(raw, bool)):
-        return raw
-    raise ConfigError(f"{dotted}: expected {hint.__name__}, got {raw!r}")
-
-
-def _check_bounds(definition: dataclasses.Field, value: Any, dotted: str) -> None:
-    bounds = definition.metadata
-    if isinstance(value, tuple):
-        for i, item in enumerate(value):
-            _check_bounds(definition, item, f"{dotted}[{i}]")
-        if bounds.get("increasing") and list(value) != sorted(set(value)):
-            raise ConfigError(f"{dotted}: {list(value)} is not in ascending order")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if bounds.get("at_least") is not None and not value >= bounds["at_least"]:
-        raise ConfigError(f"{dotted}: {value} is below {bounds['at_least']}")
-    if bounds.get("at_most") is not None and not value <= bounds["at_most"]:
-        raise ConfigError(f"{dotted}: {value} is above {bounds['at_most']}")
-    if bounds.get("above") is not None and not value > bounds["above"]:
-        raise ConfigError(f"{dotted}: {value} must be above {bounds['above']}")
+    return {key: result_part(getattr(config, key)) for key in keys}
 
 
 def _check_across(config: Config) -> None:

@@ -200,7 +200,7 @@ def _documents(view: View, count: int) -> list[RankedDocument]:
     return [
         RankedDocument(
             doc_id=document.unit_id,
-            source=document.source,
+            source=document.source + (f", {document.left_out:,} more tokens not shown" if document.left_out else ""),
             rank=document.rank,
             rank_score=document.rank_score,
             tokens=tuple(
