@@ -244,6 +244,8 @@ def read_rows(source: Input, dotted_key: str) -> list[Any]:
     counted = 0
     for chunk in list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path"):
         for document in read_documents(chunk, source, first_row=0):
+            if counted >= stop:  # a hub dataset would go on for all its rows
+                return documents
             if start <= counted < stop:
                 if document.reason:
                     raise ValueError(f"{dotted_key}: {chunk.name} row {document.row}: {document.reason}")
