@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -309,26 +309,7 @@ def _check_across(config: Config) -> None:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
-    for dotted, rows in _row_ranges(config):
-        if rows is not None and not 0 <= rows[0] < rows[1]:
-            raise ConfigError(f"{dotted}: [{rows[0]}, {rows[1]}) holds no rows; it is start <= row < stop, from 0")
     for name in ("proxy", "target"):
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:
             raise ConfigError(f"{name}: set either source or architecture, not both")
-
-
-def _row_ranges(config: Config) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Every `rows` of the config with its dotted key."""
-    for section, inputs in (
-        ("pack_corpus.inputs", config.pack_corpus.inputs),
-        ("evaluate.heldout", config.evaluate.heldout),
-    ):
-        yield from ((f"{section}[{i}].rows", source.rows) for i, source in enumerate(inputs))
-    for section, one in (
-        ("build_query.prompts", config.build_query.prompts),
-        ("evaluate.prompts", config.evaluate.prompts),
-        ("evaluate.cloze", config.evaluate.cloze),
-    ):
-        if one is not None:
-            yield f"{section}.rows", one.rows

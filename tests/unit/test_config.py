@@ -229,9 +229,3 @@ def test_tokenizer_is_the_trained_the_named_the_proxys_or_the_targets(tree, expe
 def test_no_tokenizer_at_all_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"^tokenizer: name a hub id or a local folder"):
         _ = Config().tokenizer_source
-
-
-@pytest.mark.parametrize("rows", [[5, 5], [7, 3], [-1, 4]])
-def test_row_ranges_that_hold_no_rows_are_refused_by_key(rows: list[int]) -> None:
-    with pytest.raises(ConfigError, match=r"^evaluate\.heldout\[0\]\.rows"):
-        config_from_mapping({"evaluate": {"heldout": [{"path": "a.jsonl", "rows": rows}]}})

@@ -40,8 +40,8 @@ def test_per_token_column_round_trips_by_value_and_dtype(schema, name, kind, row
 
 
 @pytest.mark.parametrize(("schema", "name", "kind"), COLUMNS)
-def test_transposed_and_strided_arrays_are_written_in_row_order(schema, name, kind):
-    written = values(2 * T, kind)[::2, ::-1].T
+def test_transposed_array_is_written_in_row_order(schema, name, kind):
+    written = values(T, kind).T
     table = pa.table([schemas.per_token_column(written, schema, name)], names=[name])
     assert (schemas.per_token_array(table, name) == written).all()
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifguide.config import Pretrain
@@ -29,6 +29,7 @@ def order(made: Schedule) -> np.ndarray:
     return batches[batches != PADDING]
 
 
+@settings(deadline=None)
 @given(num_blocks=st.integers(1, 30), batch_blocks=st.integers(1, 40), epochs=st.integers(1, 4), seed=st.integers(0, 9))
 def test_every_block_is_seen_exactly_once_an_epoch_at_any_batch_size(num_blocks, batch_blocks, epochs, seed):
     made = schedule(num_blocks=num_blocks, batch_blocks=batch_blocks, epochs=epochs, seed=seed)
@@ -36,6 +37,7 @@ def test_every_block_is_seen_exactly_once_an_epoch_at_any_batch_size(num_blocks,
     assert (np.sort(seen, axis=1) == np.arange(num_blocks)).all()
 
 
+@settings(deadline=None)
 @given(batch_blocks=st.integers(1, 50), epochs=st.floats(0.05, 4))
 def test_order_does_not_depend_on_the_batch_size_and_a_longer_training_starts_the_same(batch_blocks, epochs):
     found = order(schedule(batch_blocks=batch_blocks, epochs=epochs))
@@ -67,6 +69,7 @@ def test_padding_fills_only_the_end_of_the_last_batch():
     assert all(made.batch(step).shape == (4,) and made.batch(step).dtype == np.int64 for step in range(4))
 
 
+@settings(deadline=None)
 @given(world_size=st.integers(1, 5), micro=st.integers(1, 4), accumulation=st.integers(1, 4))
 def test_ranks_share_a_batch_and_together_see_it_whatever_their_number(world_size, micro, accumulation):
     batch = np.random.default_rng(0).permutation(world_size * micro * accumulation)
@@ -80,6 +83,7 @@ def test_ranks_share_a_batch_and_together_see_it_whatever_their_number(world_siz
     assert (step_by_step == batch).all()
 
 
+@settings(deadline=None)
 @given(
     steps=st.integers(1, 200),
     warmup=st.floats(0, 1),
