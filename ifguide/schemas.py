@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 DOCUMENTS = pa.schema(
     [
         pa.field("doc_id", pa.int64(), nullable=False),  # place in the stream: 0, 1, 2, ...
-        pa.field("source", pa.string(), nullable=False),  # input file
+        pa.field("source", pa.string(), nullable=False),  # name of the input file, or hub dataset
         pa.field("row", pa.int64(), nullable=False),  # row in that file
         pa.field("num_chars", pa.int64(), nullable=False),
         pa.field("num_tokens", pa.int64(), nullable=False),  # with its EOS

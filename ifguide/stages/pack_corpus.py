@@ -212,7 +212,9 @@ class _StreamPlan:
         self.files: list[list[tuple[str, str, int]]] = [[] for _ in config.inputs]
         lengths: list[list[np.ndarray]] = [[] for _ in config.inputs]
         for chunk, (key, result) in zip(chunks, tokenised.items(), strict=True):
-            self.files[chunk.input_index].append((key, chunk.path, result["documents"]))
+            # the name alone: the same files in another folder make the same corpus; the manifest has the paths
+            source = chunk.path if chunk.kind == "hub" else Path(chunk.path).name
+            self.files[chunk.input_index].append((key, source, result["documents"]))
             table = pq.read_table(run.corpus / TOKENS / f"{key}.parquet", columns=["num_tokens"], partitioning=None)
             lengths[chunk.input_index].append(table.column(0).to_numpy())
         per_input = [np.concatenate([*arrays, np.zeros(0, np.int64)]) for arrays in lengths]
