@@ -58,7 +58,7 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
     passes = _Passes(run)
     tau = passes.tau()
     ranking, cutoff, counts = passes.rank(tau)
-    masked = passes.fill(tau, cutoff, ranking, counts)
+    masked = passes.fill(tau, cutoff)
     if masked["tokens"] != cutoff.masked_tokens or masked["blocks"] != corpus.rows["blocks"]:
         raise StageError(f"{VERB}: filled {masked}, expected {cutoff.masked_tokens} tokens in {corpus.rows['blocks']}")
     summary = {
@@ -125,9 +125,7 @@ class _Passes:
         counts = [part[1] for part in parts]
         return ranking, selection.find_cutoff(ranking, counts, self.budget), counts
 
-    def fill(
-        self, tau: float, cutoff: selection.Cutoff, ranking: selection.Ranking, counts: list[selection.MaskedCounts]
-    ) -> dict[str, int]:
+    def fill(self, tau: float, cutoff: selection.Cutoff) -> dict[str, int]:
         """Publish every mask shard; returns blocks and masked tokens written."""
         settings = (tau, self.config.window, self.config.unit, cutoff, str(self.mask_folder))
         done = list(self._map(_fill, *settings))
