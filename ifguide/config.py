@@ -179,8 +179,10 @@ class ScoreCorpus:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildMask:
-    """Algorithm 1. `max_fraction` bounds the masked share of the corpus' predicted tokens."""
+    """Algorithm 1. `max_fraction` bounds the masked share of the corpus' predicted tokens. `behaviour` is one of the
+    further behaviours that `score_corpus` scored; null means the run's own query."""
 
+    behaviour: str | None = None
     quantile: float = option(0.99, above=0, at_most=1)
     window: int = option(1, at_least=0)
     max_fraction: float = option(0.02, above=0, at_most=1)

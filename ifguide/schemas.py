@@ -10,6 +10,7 @@ Documents lie end to end in one token stream cut into blocks: document d covers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +65,24 @@ def blocks(block_size: int, *, annotated: bool) -> pa.Schema:
     return pa.schema(fields)
 
 
-def scores(block_size: int) -> pa.Schema:
-    """Token scores, key `block_id`. A positive score: training on the token makes the behaviour likelier."""
-    return pa.schema(
-        [
-            pa.field("block_id", pa.int64(), nullable=False),
-            pa.field("token_score", _per_token(pa.float32(), block_size), nullable=False),
-        ]
-    )
+def scores(block_size: int, behaviours: Sequence[str] = ()) -> pa.Schema:
+    """Token scores, key `block_id`: of the run's own query, then one column for each further behaviour.
+
+    A positive score: training on the token makes the behaviour likelier."""
+    columns = [score_column(behaviour) for behaviour in (None, *behaviours)]
+    fields = [pa.field(name, _per_token(pa.float32(), block_size), nullable=False) for name in columns]
+    return pa.schema([pa.field("block_id", pa.int64(), nullable=False), *fields])
+
+
+def score_column(behaviour: str | None) -> str:
+    """The column of `scores` that speaks of a behaviour; None is the run's own query."""
+    return "token_score" if behaviour is None else f"token_score.{behaviour}"
+
+
+def scored_behaviours(schema: pa.Schema) -> tuple[str, ...]:
+    """The further behaviours that a table of scores holds, in its order."""
+    prefix = score_column("")
+    return tuple(name.removeprefix(prefix) for name in schema.names if name.startswith(prefix))
 
 
 def mask(block_size: int) -> pa.Schema:
@@ -103,18 +114,23 @@ def per_token_array(table: pa.Table, name: str) -> np.ndarray:
     return values.reshape(len(column), table.schema.field(name).type.list_size)
 
 
-def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """Read one Parquet file, checking its columns.
+def read_table(path: Path, schema: pa.Schema | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one Parquet file, or some of its columns, checking them.
 
     Raises:
         ValueError: the file is truncated or not Parquet, or has other columns than `schema`; names it.
     """
     try:
-        table = pq.read_table(path, partitioning=None)
+        present = pq.read_schema(path).names
+        wanted = None if columns is None else [name for name in columns if name in present]
+        table = pq.read_table(path, columns=wanted, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist") from error
         raise ValueError(f"{path} cannot be read as Parquet ({error}); delete it and run its stage again") from error
+    missing = sorted(set(columns or ()) - set(present))
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]}, only {', '.join(present)}; another version made it")
     if schema is not None and not table.schema.equals(schema, check_metadata=False):
         raise ValueError(f"{path} has columns\n{table.schema}\nwhere\n{schema}\nis expected; another version made it")
     return table

@@ -17,20 +17,22 @@ import ray
 
 from ifguide import schemas, selection
 from ifguide.artifacts import Manifest, data_files, publish, require, require_same
-from ifguide.config import BuildMask
+from ifguide.config import BuildMask, ConfigError
 from ifguide.stages.pack_corpus import document_table
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import StageError
 from ifguide.telemetry import log
 
 VERB = "build_mask"
+EXTREMES = ((np.min, np.inf), (np.max, -np.inf))
 
 
 def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `ranking/` and `mask/`.
 
     Raises:
-        MismatchError: the scores are of another corpus. ValueError: a score is NaN or infinite (names the block).
+        MismatchError: the scores are of another corpus. ConfigError: `behaviour` was not scored.
+        ValueError: a score is NaN or infinite (names the block).
     """
     config = run.config.build_mask
     if dry_run:
@@ -48,6 +50,7 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
         corpus.fingerprint,
         "score this corpus, or name the scores' own",
     )
+    require_behaviour(run)
     inputs = {"corpus": corpus.fingerprint, "scores": scores.fingerprint}
     ranking_artifact = run.open(run.ranking, VERB, keys=("build_mask",), inputs=inputs)
     artifact = run.open(run.mask, VERB, keys=("build_mask",), inputs=inputs)
@@ -69,6 +72,9 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
         "units_above_tau": len(ranking.doc_id),
         "units_masked": len(cutoff.whole) + (cutoff.cut is not None),
         "unit": config.unit,
+        "behaviour": config.behaviour,
+        "score_min": passes.score_min,
+        "score_max": passes.score_max,
     }
     path = run.ranking / "ranking.parquet"
     with publish(path) as part:
@@ -83,6 +89,17 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
         f" {cutoff.masked_tokens:,} tokens masked ({share:.2%} of the corpus); `ifguide inspect` shows them",
     )
     return manifest
+
+
+def require_behaviour(run: Run) -> None:
+    """Refuse a `build_mask.behaviour` that the scores do not hold, naming those they do."""
+    behaviour = run.config.build_mask.behaviour
+    behaviours = schemas.scored_behaviours(pq.read_schema(data_files(run.scores)[0]))
+    if behaviour is not None and behaviour not in behaviours:
+        raise ConfigError(
+            f"build_mask.behaviour: {behaviour!r} is not in {run.scores}, which holds"
+            f" {', '.join(behaviours) or 'no further behaviour'} beside the run's own query (null)"
+        )
 
 
 class _Passes:
@@ -100,14 +117,16 @@ class _Passes:
         )
         self.num_units = 0
         self.predicted_tokens = self.budget = 0
+        self.score_min, self.score_max = np.inf, -np.inf
 
     def tau(self) -> float:
         """The exact quantile of all predicted tokens' scores, in two histogram passes."""
         high = np.zeros(selection.BUCKETS, np.int64)
         num_blocks = 0
-        for counts, blocks in self._map(_high_histogram):
+        for counts, blocks, (low_end, high_end) in self._map(_high_histogram):
             high += counts
             num_blocks += blocks
+            self.score_min, self.score_max = min(self.score_min, low_end), max(self.score_max, high_end)
         self.predicted_tokens = int(high.sum())
         self.num_units = num_blocks if self.config.unit == "block" else len(self.documents.token_start)
         self.budget = selection.token_budget(self.config.max_fraction, self.predicted_tokens)
@@ -139,7 +158,8 @@ class _Passes:
         for corpus_file, score_file in zip(self.corpus_files, self.score_files, strict=True):
             first, last = _block_range(corpus_file)
             documents = self.documents.meeting(first, last)
-            pending.append(remote.remote(function, str(corpus_file), str(score_file), documents, *shared))
+            files = (str(corpus_file), str(score_file), schemas.score_column(self.config.behaviour))
+            pending.append(remote.remote(function, files, documents, *shared))
             if len(pending) >= 256:  # bounds what waits in the object store
                 ready, pending = ray.wait(pending, num_returns=1)
                 yield ray.get(ready[0])
@@ -156,14 +176,15 @@ def _block_range(corpus_file: Path) -> tuple[int, int]:
     return begin, begin + int(table.column("length").to_numpy().sum())
 
 
-def _on_shard(function: Any, corpus_file: str, score_file: str, documents: Any, *arguments: Any) -> Any:
-    blocks = pq.read_table(corpus_file, columns=["block_id", "length"], partitioning=None)
-    table = schemas.read_table(Path(score_file))
+def _on_shard(function: Any, files: tuple[str, str, str], documents: Any, *arguments: Any) -> Any:
+    corpus_file, score_file, column = files
+    blocks = schemas.read_table(Path(corpus_file), columns=["block_id", "length"])
+    table = schemas.read_table(Path(score_file), columns=["block_id", column])
     if not table.column("block_id").equals(blocks.column("block_id")):
         raise ValueError(f"{score_file} holds other blocks than {corpus_file}")
     shard = selection.ScoreShard(
         first_block=blocks.column("block_id")[0].as_py(),
-        scores=schemas.per_token_array(table, "token_score"),
+        scores=schemas.per_token_array(table, column),
         lengths=blocks.column("length").to_numpy().astype(np.int64),
     )
     if function is _fill:
@@ -171,8 +192,9 @@ def _on_shard(function: Any, corpus_file: str, score_file: str, documents: Any, 
     return function(shard, documents, *arguments)
 
 
-def _high_histogram(shard: selection.ScoreShard, documents: selection.Documents) -> tuple[np.ndarray, int]:
-    return selection.high_histogram(shard.scores, shard.valid), len(shard.lengths)
+def _high_histogram(shard: selection.ScoreShard, documents: selection.Documents) -> tuple[np.ndarray, int, Any]:
+    extremes = [float(end(shard.scores, where=shard.valid, initial=start)) for end, start in EXTREMES]
+    return selection.high_histogram(shard.scores, shard.valid), len(shard.lengths), extremes
 
 
 def _low_histograms(shard: selection.ScoreShard, documents: selection.Documents, buckets: tuple[int, ...]) -> Any:

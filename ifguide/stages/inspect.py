@@ -21,6 +21,8 @@ def terminal_view(run_dir: Path, *, documents: int, context: int) -> Iterator[st
     """
     manifest = require(run_dir / "mask", "build_mask")
     summary = manifest.summary
+    if summary["behaviour"] is not None:
+        yield f"behaviour {summary['behaviour']}"
     yield (
         f"tau {summary['tau']:.6g}, {summary['units_masked']:,} {summary['unit']}s touched,"
         f" {summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked"

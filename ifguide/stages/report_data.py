@@ -129,7 +129,7 @@ def _histogram(view: View) -> ScoreHistogram:
     return ScoreHistogram(
         bin_edges=tuple(counted["edges"]),
         counts=tuple(int(count) for count in counted["counts"]),
-        tau=read_manifest(view.mask).summary["tau"],
+        tau=view.summary["tau"],
         known_counts=tuple(int(count) for count in counted["known"]) if view.annotated else None,
     )
 

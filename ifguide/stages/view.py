@@ -39,13 +39,14 @@ class ShownDocument:
 
 
 class View:
-    """Random access to the tokens of one run directory."""
+    """Random access to the tokens of one run directory that has a mask; scores are of the mask's behaviour."""
 
     def __init__(self, folder: Path):
         self.corpus, self.scores, self.mask, self.ranking = (
             folder / name for name in ("corpus", "scores", "mask", "ranking")
         )
-        corpus = read_manifest(self.corpus)
+        corpus, self.summary = read_manifest(self.corpus), read_manifest(self.mask).summary
+        self.score_column = schemas.score_column(self.summary["behaviour"])
         self.tokenizer = load_tokenizer(corpus.summary["tokenizer"])
         self.annotated = bool(corpus.summary["annotated"])
         self.block_size = corpus_block_size(self.corpus)
@@ -55,8 +56,7 @@ class View:
     def top_documents(self, count: int) -> list[ShownDocument]:
         """The first `count` units of the ranking."""
         ranking = schemas.read_table(self.ranking / "ranking.parquet", schemas.RANKING).slice(0, count).to_pylist()
-        unit = read_manifest(self.mask).summary["unit"]
-        documents = document_table(self.corpus) if unit == "document" else None
+        documents = document_table(self.corpus) if self.summary["unit"] == "document" else None
         shown = []
         for row in ranking:
             if documents is None:
@@ -94,7 +94,7 @@ class View:
         for path, begin, end in zip(self.files, self.first_blocks, bounds, strict=True):
             if begin > last_block or end <= first_block:
                 continue
-            for name, array in _shard_columns(path, self.scores, self.mask).items():
+            for name, array in _shard_columns(path, self.scores, self.score_column, self.mask).items():
                 parts.setdefault(name, []).append(array[max(first_block - begin, 0) : last_block + 1 - begin])
         offset = start - first_block * self.block_size
         flat = {name: np.concatenate(arrays).reshape(-1) for name, arrays in parts.items()}
@@ -103,17 +103,15 @@ class View:
     def map_shards(self, function: Any, *arguments: Any) -> Iterator[Any]:
         """`function(columns, lengths, *arguments)` for every shard, as tasks."""
         task = ray.remote(num_cpus=1)(_on_columns)
-        pending = [
-            task.remote(function, str(path), str(self.scores), str(self.mask), *arguments) for path in self.files
-        ]
+        folders = (str(self.scores), self.score_column, str(self.mask))
+        pending = [task.remote(function, str(path), folders, *arguments) for path in self.files]
         for reference in pending:
             yield ray.get(reference)
 
 
 def score_histogram(view: View) -> dict[str, list[float]]:
     """Bin edges and counts of all predicted tokens' scores and of the annotated ones'."""
-    summary = read_manifest(view.scores).summary
-    low, high = summary["score_min"], summary["score_max"]
+    low, high = view.summary["score_min"], view.summary["score_max"]
     edges = np.linspace(low, high if high > low else low + 1, HISTOGRAM_BINS + 1)
     parts = list(view.map_shards(_histogram, edges))
     counts, known = (np.sum([part[i] for part in parts], axis=0) for i in (0, 1))
@@ -137,22 +135,28 @@ def _agreement(columns: dict[str, np.ndarray], valid: np.ndarray) -> tuple[int, 
     return int(masked.sum()), int(known.sum()), int((masked & known).sum())
 
 
-def _on_columns(function: Any, path: str, scores: str, mask: str, *arguments: Any) -> Any:
+def _on_columns(function: Any, path: str, folders: tuple[str, str, str], *arguments: Any) -> Any:
+    scores, score_column, mask = folders
     lengths = pq.read_table(path, columns=["length"], partitioning=None).column("length").to_numpy()
-    columns = _shard_columns(Path(path), Path(scores), Path(mask))
+    columns = _shard_columns(Path(path), Path(scores), score_column, Path(mask))
     index = np.arange(columns["tokens"].shape[1])
     return function(columns, (index >= 1) & (index < lengths[:, None]), *arguments)
 
 
-def _shard_columns(path: Path, scores: Path, mask: Path) -> dict[str, np.ndarray]:
+def _shard_columns(path: Path, scores: Path, score_column: str, mask: Path) -> dict[str, np.ndarray]:
     """The (B, T) columns of one shard; scores and mask are zero where there are none yet."""
     table = schemas.read_table(path)
     tokens = schemas.per_token_array(table, "tokens")
     columns = {"tokens": tokens}
-    for name, folder, kind in (("token_score", scores, np.float32), ("masked", mask, np.bool_)):
+    for name, column, folder, kind in (
+        ("token_score", score_column, scores, np.float32),
+        ("masked", "masked", mask, np.bool_),
+    ):
         other = folder / path.name
         columns[name] = (
-            schemas.per_token_array(schemas.read_table(other), name) if other.exists() else np.zeros(tokens.shape, kind)
+            schemas.per_token_array(schemas.read_table(other, columns=[column]), column)
+            if other.exists()
+            else np.zeros(tokens.shape, kind)
         )
     has_annotations = "annotated" in table.column_names
     columns["annotated"] = (

@@ -76,7 +76,7 @@ def test_every_verb_has_its_section():
         ("pretrain.epoch=2", "pretrain.epoch: unknown key; did you mean pretrain.epochs?"),
         ("evaluate.classifier.nam=x", "evaluate.classifier.nam: unknown key; did you mean evaluate.classifier.name?"),
         ("pack_corpus.inputs=[{pth: a}]", "pack_corpus.inputs[0].pth: unknown key; did you mean"),
-        ("build_mask.zzzz=1", "build_mask.zzzz: unknown key; valid here: cpus_per_task, max_fraction, quantile"),
+        ("build_mask.zzzz=1", "build_mask.zzzz: unknown key; valid here: behaviour, cpus_per_task, "),
         ("pack_corpus.inputs=[{text_column: t}]", "pack_corpus.inputs[0].path: required, and not set"),
         ("seed=1.5", "seed: expected int, got 1.5"),
         ("seed=true", "seed: expected int, got True"),

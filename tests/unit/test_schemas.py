@@ -100,3 +100,22 @@ def test_table_with_other_columns_is_refused(tmp_path, schema):
     pq.write_table(score_table(), path)
     with pytest.raises(ValueError, match=r"shard\.parquet has columns(.|\n)*another version made it"):
         schemas.read_table(path, schema)
+
+
+def test_each_further_behaviour_has_its_own_score_column(tmp_path):
+    behaviours = ["insult", "list", "a.b"]  # "list" and the dot would be parts of a nested column's path
+    schema = schemas.scores(T, behaviours)
+    assert schema.names == ["block_id", "token_score", *(f"token_score.{name}" for name in behaviours)]
+    assert schemas.scored_behaviours(schema) == tuple(behaviours)
+    written = {schemas.score_column(name): values(3, np.float32) + i for i, name in enumerate([None, *behaviours])}
+    columns = [schemas.per_token_column(array, schema, name) for name, array in written.items()]
+    pq.write_table(pa.Table.from_arrays([pa.array(range(3), pa.int64()), *columns], schema=schema), tmp_path / "s")
+    for name, array in written.items():
+        table = schemas.read_table(tmp_path / "s", columns=["block_id", name])
+        assert (schemas.per_token_array(table, name) == array).all()
+
+
+def test_a_missing_column_is_named_with_those_there_are(tmp_path):
+    pq.write_table(score_table(), tmp_path / "shard.parquet")
+    with pytest.raises(ValueError, match=r"shard\.parquet has no column masked, only block_id, token_score"):
+        schemas.read_table(tmp_path / "shard.parquet", columns=["masked"])
