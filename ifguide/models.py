@@ -3,9 +3,10 @@
 Models come from a hub id, a local folder, a .gguf file (dequantised on loading), or an architecture with
 random weights. The tracked modules are found by structure, so that no model family needs a list of names:
 the transformer blocks are the `nn.ModuleList` that holds most parameters, and every plain `nn.Linear` inside
-them is tracked. Embeddings and LM head lie outside. What a block holds besides is reported, and below a
-coverage threshold the model is refused: a GPT-2, whose layers are `Conv1D`, would otherwise give scores that
-speak of almost nothing.
+them is tracked. Embeddings and LM head lie outside. `linearise` first brings a proxy to that form where it is
+only written otherwise (GPT-2's `Conv1D`, OPT's flattened MLP). A weight matrix that stays out of reach (experts,
+quantised layers, adapters) is refused by name, for scores that miss it would say nothing of having missed it;
+norms and embeddings inside the blocks are reported, and count against a coverage threshold.
 
 Cost: one model in memory. `state_fingerprint` reads every parameter once (about 1 GB/s).
 
@@ -30,6 +31,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
+from transformers.pytorch_utils import Conv1D
 
 from ifguide.artifacts import remove_tree
 from ifguide.config import ModelSource
@@ -55,11 +58,13 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """The causal LM that `model` names, in eval mode, on `device`.
 
+    attn_implementation: transformers' name; None is SDPA, or eager attention for an architecture that SDPA cannot
+    express (Gemma 2's soft-capping, GPT-Neo).
     `seed` decides the random weights of an `architecture`, drawn on the CPU so that every device gets the
     same ones; the process' own random state is left as it was.
 
@@ -177,38 +182,135 @@ def check_vocabulary(
         )
 
 
-def tracked_modules(model: nn.Module, *, min_coverage: float = 0.9) -> TrackedModules:
-    """Every plain `nn.Linear` of the transformer blocks.
+def linearise(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function with every linear map of the blocks a plain `nn.Linear` on (B, T, d); changes `model`.
 
-    Raises ValueError, naming the coverage and the largest modules left out, when less than `min_coverage` of
-    the blocks' parameters would be tracked.
+    - GPT-2's `Conv1D` becomes an `nn.Linear` of the transposed weight, under the same name.
+    - OPT's blocks flatten (B, T, d) to (B T, d) around their MLP. kronfluence takes the first axis for the
+      sequence, so Lambda would be of tokens: these blocks compute on (B, T, d) instead.
+
+    Other models are returned as they are. A linearised GPT-2 has other shapes than its checkpoint, so it is for
+    tracing influence, not for saving; `state_fingerprint` is then of the linearised weights.
+    """
+    for name, module in list(model.named_modules()):
+        if type(module) is Conv1D:
+            parent_name, _, child_name = name.rpartition(".")
+            setattr(model.get_submodule(parent_name), child_name, _as_linear(module))
+        elif type(module) is OPTDecoderLayer:
+            module.__class__ = _SequenceOPTDecoderLayer
+    return model
+
+
+def _as_linear(convolution: Conv1D) -> nn.Linear:
+    # Without storage of its own: both parameters are replaced.
+    linear = nn.Linear(convolution.nx, convolution.nf, device="meta")
+    trainable = convolution.weight.requires_grad
+    linear.weight = nn.Parameter(convolution.weight.detach().T.contiguous(), requires_grad=trainable)
+    linear.bias = convolution.bias
+    return linear.train(convolution.training)
+
+
+class _SequenceOPTDecoderLayer(OPTDecoderLayer):
+    """OPT's block without its flattening: each norm before its branch, or (the 350m) after the residual sum."""
+
+    # The decoder names every argument but the first.
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, use_cache: bool | None = None, **kwargs: Any
+    ) -> Tensor:
+        def attend(inputs_BTD: Tensor) -> Tensor:
+            return cast(Tensor, self.self_attn(hidden_states=inputs_BTD, **kwargs)[0])
+
+        def transform(inputs_BTD: Tensor) -> Tensor:
+            return cast(Tensor, self.fc2(self.activation_fn(self.fc1(inputs_BTD))))
+
+        for branch, norm in ((attend, self.self_attn_layer_norm), (transform, self.final_layer_norm)):
+            change = branch(norm(hidden_states) if self.do_layer_norm_before else hidden_states)
+            hidden_states = hidden_states + F.dropout(change, p=self.dropout, training=self.training)
+            hidden_states = hidden_states if self.do_layer_norm_before else norm(hidden_states)
+        return hidden_states
+
+
+def tracked_modules(model: nn.Module, *, min_coverage: float = 0.9) -> TrackedModules:
+    """Every plain `nn.Linear` of the transformer blocks; `linearise` a proxy first.
+
+    A composition of plain `nn.Linear` modules is tracked whatever it is for. Raises ValueError
+
+    - naming module, class and remedy, whatever `min_coverage`, for a weight matrix of the blocks that cannot be
+      tracked: a subclass of `nn.Linear` or a weight that is no plain `nn.Parameter` (quantised); a layer that
+      wraps a `base_layer` (peft's LoRA and its kin, which may read the base weight without calling its module, or
+      leave the adapter uncalled); `experts`, stacked or listed, which do not see every token; and any other
+      parameter or saved buffer of two dimensions or more, unless it is of an embedding or a norm;
+    - naming the coverage and the largest modules left out, when less than `min_coverage` of the blocks'
+      parameters would be tracked.
     """
     blocks_name, blocks = _transformer_blocks(model)
+    _refuse_untraceable(blocks_name, blocks)
     names: list[str] = []
     untracked: list[tuple[str, int]] = []
     tracked_count = 0
     for name, module in blocks.named_modules(prefix=blocks_name):
         count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        # A subclass may compute something else than x W^T + b (quantised, LoRA, ...): exactly nn.Linear.
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
             names.append(name)
             tracked_count += count
         elif count:
             untracked.append((name, count))
     untracked.sort(key=lambda item: (-item[1], item[0]))
-    coverage = tracked_count / (tracked_count + sum(count for _, count in untracked))
+    coverage = tracked_count / (tracked_count + sum(count for _, count in untracked)) if names else 0.0
     largest = ", ".join(f"{name} ({type(model.get_submodule(name)).__name__}, {n})" for name, n in untracked[:4])
     if coverage < min_coverage or not names:
         raise ValueError(
             f"only {coverage:.1%} of the parameters in {blocks_name} are plain nn.Linear, below the minimum of "
-            f"{min_coverage:.1%}; largest untracked: {largest}. Choose a proxy whose blocks are made of nn.Linear "
-            "(GPT-NeoX, Llama, ...)"
+            f"{min_coverage:.1%}; largest untracked: {largest or 'none'}. Choose a proxy whose blocks are made of "
+            "nn.Linear (GPT-NeoX, Llama, ...)"
         )
     logger.info(
         "tracking %d modules, %.2f%% of %s; untracked: %d modules, largest %s",
         len(names), 100 * coverage, blocks_name, len(untracked), largest or "none",
     )  # fmt: skip
     return TrackedModules(names=tuple(names), untracked=tuple(untracked), coverage=coverage)
+
+
+def _refuse_untraceable(blocks_name: str, blocks: nn.ModuleList) -> None:
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, module in blocks.named_modules(prefix=blocks_name):
+        remedy = _remedy(name, module)
+        if remedy is not None:
+            found.setdefault((type(module).__name__, remedy), []).append(name)
+    if found:
+        each = "; ".join(
+            f"{names[0]} ({kind}{f', {len(names)} such modules' if len(names) > 1 else ''}): {remedy}"
+            for (kind, remedy), names in found.items()
+        )
+        raise ValueError(f"influence cannot be traced through all weight matrices of {blocks_name}. {each}")
+
+
+def _remedy(name: str, module: nn.Module) -> str | None:
+    """What to do about a module whose weights cannot be traced; None if there is nothing to do."""
+    if isinstance(module, nn.Linear):
+        if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+            return "not a plain nn.Linear; load the model dequantised, and without parametrisations"
+    elif isinstance(getattr(module, "base_layer", None), nn.Module):
+        return "an adapter; merge it into its base model (peft: merge_and_unload) and save that"
+    elif type(module) is Conv1D:
+        return "linearise(model) first"
+    elif name.endswith("experts"):
+        return "a mixture of experts; choose a dense proxy"
+    elif not isinstance(module, nn.Embedding) and "norm" not in type(module).__name__.lower():
+        matrices = [f"{own} {tuple(tensor.shape)}" for own, tensor in _own_state(module) if _is_matrix(tensor)]
+        if matrices:
+            return f"holds {', '.join(matrices)}; choose a dense proxy whose weights are all in nn.Linear"
+    return None
+
+
+def _own_state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    # Packed weights are buffers. A boolean one is a mask, one that is not saved a table.
+    saved = [item for item in module.named_buffers(recurse=False) if item[0] not in module._non_persistent_buffers_set]
+    return [*module.named_parameters(recurse=False), *(item for item in saved if item[1].dtype != torch.bool)]
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return sum(size > 1 for size in tensor.shape) >= 2
 
 
 def _transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -241,7 +343,8 @@ def predicted_positions(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
 
 
 def state_fingerprint(model: nn.Module) -> str:
-    """Hex SHA-256 over the name, dtype, shape and bytes of every parameter, sorted by name."""
+    """Hex SHA-256 over the name, dtype, shape and bytes of every parameter, sorted by name, of the model as it is:
+    a proxy is linearised before (by `load_proxy`, for driver and workers alike)."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())

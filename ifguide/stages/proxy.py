@@ -9,7 +9,7 @@ import ray
 from transformers import PreTrainedModel
 
 from ifguide.config import ModelSource
-from ifguide.models import load_model, state_fingerprint, tracked_modules
+from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
 from ifguide.stages.run import Run, connect, model_mapping
 from ifguide.telemetry import log
 
@@ -46,8 +46,8 @@ def describe_proxy(run: Run, verb: str) -> ProxyFacts:
 
 
 def load_proxy(proxy: dict[str, Any], *, gpus: float) -> PreTrainedModel:
-    """The proxy in fp32 on this worker's device."""
-    return load_model(ModelSource(**proxy), device="cuda" if gpus else "cpu")
+    """The proxy in fp32 on this worker's device, linearised: what factors, query, scores and its fingerprint are of."""
+    return linearise(load_model(ModelSource(**proxy), device="cuda" if gpus else "cpu"))
 
 
 def _describe(proxy: dict[str, Any], min_coverage: float) -> ProxyFacts:

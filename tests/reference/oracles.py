@@ -37,6 +37,30 @@ def target_scores(model: nn.Module, directions: Mapping[str, Tensor], tokens_T: 
     return torch.stack(scores)
 
 
+def position_scores(model: nn.Module, directions: Mapping[str, Tensor], tokens_T: Tensor) -> Tensor:
+    """s_t = sum over modules of g_t^T V [a_t; 1], g_t of the whole sequence's NLL; what happens at t is entry t + 1."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
+        for name in directions
+    ]
+    log_p_TV = model(tokens_T[None], use_cache=False).logits[0, :-1].log_softmax(dim=-1)
+    for handle in handles:
+        handle.remove()
+    loss = -log_p_TV[torch.arange(len(tokens_T) - 1), tokens_T[1:]].sum()
+    scores_T = torch.zeros(len(tokens_T), dtype=torch.float64)
+    for name, V in directions.items():
+        inputs_BTI, outputs_BTO = seen[name]
+        (gradient_BTO,) = torch.autograd.grad(loss, outputs_BTO, retain_graph=True)
+        for t in range(len(tokens_T) - 1):
+            a = inputs_BTI[0, t].detach().double()
+            a = torch.cat([a, a.new_ones(V.shape[1] - len(a))])
+            scores_T[t + 1] += gradient_BTO[0, t].double() @ (V.double() @ a)
+    return scores_T
+
+
 def sequence_gradients(
     model: nn.Module, names: Sequence[str], blocks_NT: Tensor, lengths_N: Tensor
 ) -> list[dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """ifguide.models: where models and tokenizers come from, and what is tracked."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import nn
+from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.config import ModelSource
 from ifguide.models import (
     check_vocabulary,
+    linearise,
     load_architecture,
     load_model,
     load_tokenizer,
@@ -22,7 +24,8 @@ from ifguide.models import (
     state_fingerprint,
     tracked_modules,
 )
-from tests.tiny import GPT2, GPT_NEOX, LLAMA, as_tensors, random_blocks, tiny_model
+from ifguide.stages.proxy import _describe, load_proxy
+from tests.tiny import ARCHITECTURES, GPT2, GPT_NEOX, LLAMA, as_tensors, random_blocks, tiny_model
 
 
 def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -147,24 +150,126 @@ def test_tracked_modules_are_the_linears_of_the_blocks() -> None:
 
 
 def test_a_model_of_other_layers_is_refused() -> None:
-    gpt2 = load_model(ModelSource(architecture=GPT2))
-    with pytest.raises(ValueError, match=r"only 0\.0%.*Conv1D"):
-        tracked_modules(gpt2)
-    with pytest.raises(ValueError, match="only 0"):
-        tracked_modules(gpt2, min_coverage=0.0)
+    with pytest.raises(ValueError, match=r"only 0\.0%.*LayerNorm.*nn\.Linear"):
+        tracked_modules(nn.ModuleList([nn.LayerNorm(4)]), min_coverage=0.0)
+    with pytest.raises(ValueError, match=r"only 66\.7%.*below the minimum of 70\.0%.*1 \(LayerNorm, 8\)"):
+        tracked_modules(nn.ModuleList([nn.Linear(4, 4, bias=False), nn.LayerNorm(4)]), min_coverage=0.7)
     with pytest.raises(ValueError, match=r"no nn\.ModuleList"):
         tracked_modules(nn.Linear(2, 2))
 
 
-def test_a_linear_subclass_is_not_tracked() -> None:
-    class Scaled(nn.Linear):
-        pass
+def test_a_linearised_gpt2_is_tracked_whole() -> None:
+    gpt2 = load_model(ModelSource(architecture=GPT2))
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn \(Conv1D, 8 such modules\): linearise\(model\) first"):
+        tracked_modules(gpt2, min_coverage=0.0)
+    weight = gpt2.get_parameter("transformer.h.1.mlp.c_fc.weight").clone()
+    fingerprint = state_fingerprint(gpt2)
+    tracked = tracked_modules(linearise(gpt2))
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert tracked.names == tuple(f"transformer.h.{i}.{part}" for i in (0, 1) for part in parts)
+    assert torch.equal(gpt2.get_parameter("transformer.h.1.mlp.c_fc.weight"), weight.T)
+    assert state_fingerprint(gpt2) != fingerprint
+    assert state_fingerprint(linearise(gpt2)) == state_fingerprint(gpt2)
 
+
+@pytest.mark.parametrize("architecture", [GPT2, LLAMA])
+def test_driver_and_workers_agree_on_the_proxys_fingerprint(architecture: dict[str, Any]) -> None:
+    described = _describe({"architecture": architecture}, 0.9)
+    worker = load_proxy({"architecture": architecture}, gpus=0)
+    assert described.fingerprint == state_fingerprint(worker)
+    assert described.module_names == tracked_modules(worker).names
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused_by_name(model_type: str) -> None:
+    experts = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
+    model = load_model(ModelSource(architecture=LLAMA | experts | {"model_type": model_type}))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts \(\w+Experts, 2 such modules\).*dense proxy"):
+        tracked_modules(model, min_coverage=0.0)
+
+
+class Scaled(nn.Linear):
+    """A Linear that computes something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Packed(nn.Module):
+    """A quantised layer as GPTQ keeps it: no parameter, the weight in an integer buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(2, 24, dtype=torch.int32))
+
+
+class Stacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(3, 16, 24))
+
+
+class Adapted(nn.Module):
+    """The structure of peft's LoRA layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(16, 24)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(16, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 24, bias=False)})
+
+
+class QuantisedTensor(nn.Parameter):
+    """A weight of another kind inside a plain nn.Linear, as torchao makes it."""
+
+
+def quantised_weight() -> nn.Linear:
+    linear = nn.Linear(16, 24)
+    linear.weight = QuantisedTensor(torch.zeros(24, 16))
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "remedy"),
+    [
+        (Scaled(16, 24), "Scaled", "dequantised"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(16, 24)), "ParametrizedLinear", "without parametrisations"),
+        (quantised_weight(), "Linear", "dequantised"),
+        (Packed(), "Packed", r"qweight \(2, 24\).*dense proxy"),
+        (Stacked(), "Stacked", r"kernel \(3, 16, 24\).*dense proxy"),
+        (nn.Conv1d(16, 24, 3), "Conv1d", r"weight \(24, 16, 3\)"),
+        (Adapted(), "Adapted", "merge_and_unload"),
+    ],
+)
+def test_a_weight_matrix_that_cannot_be_traced_is_refused_by_name(module: nn.Module, kind: str, remedy: str) -> None:
     model = tiny_model("llama")
-    model.get_submodule("model.layers.1.mlp").up_proj = Scaled(16, 24, bias=False)
-    tracked = tracked_modules(model, min_coverage=0.5)
-    assert "model.layers.1.mlp.up_proj" not in tracked.names
-    assert tracked.untracked[0] == ("model.layers.1.mlp.up_proj", 16 * 24)
+    model.get_submodule("model.layers.1.mlp").up_proj = module
+    with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.up_proj \({kind}\): .*{remedy}"):
+        tracked_modules(model, min_coverage=0.0)
+
+
+def test_what_is_no_weight_matrix_is_reported_not_refused() -> None:
+    model = tiny_model("llama")
+    mlp = model.get_submodule("model.layers.1.mlp")
+    mlp.up_proj = nn.Sequential(nn.Linear(16, 2), nn.Linear(2, 24))
+    mlp.relative = nn.Embedding(4, 2)
+    mlp.norm = nn.LayerNorm((4, 6))
+    mlp.register_parameter("time_mix", nn.Parameter(torch.zeros(1, 1, 16)))
+    mlp.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool))
+    mlp.register_buffer("table", torch.ones(4, 4), persistent=False)
+    tracked = tracked_modules(model)
+    assert {f"model.layers.1.mlp.up_proj.{i}" for i in (0, 1)} < set(tracked.names)
+    untracked = dict(tracked.untracked)
+    assert untracked["model.layers.1.mlp.norm"] == 48
+    assert untracked["model.layers.1.mlp"] == 16
+    assert untracked["model.layers.1.mlp.relative"] == 8
+
+
+def test_attention_is_sdpa_where_the_architecture_has_it() -> None:
+    for family, attention in (("llama", "sdpa"), ("gpt2", "sdpa"), ("gemma2", "eager"), ("gpt_neo", "eager")):
+        assert tiny_model(family).config._attn_implementation == attention
+    with pytest.raises(ValueError, match="Gemma2"):
+        load_model(ModelSource(architecture=ARCHITECTURES["gemma2"]), attn_implementation="sdpa")
 
 
 def test_next_token_nll_is_label_aligned_and_zero_elsewhere() -> None:

@@ -80,7 +80,7 @@ QUERIES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt2", "opt", "gpt_neo", "gemma2"])
 def test_gradient_does_not_depend_on_the_batching(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     names = tracked_modules(model).names
