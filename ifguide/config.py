@@ -180,13 +180,19 @@ class ScoreCorpus:
 @dataclass(frozen=True, kw_only=True)
 class BuildMask:
     """Algorithm 1. `max_fraction` bounds the masked share of the corpus' predicted tokens. `behaviour` is one of the
-    further behaviours that `score_corpus` scored; null means the run's own query."""
+    further behaviours that `score_corpus` scored; null means the run's own query. Blocks whose mass (sum of |score|)
+    is over `outlier_mass_ratio` times the median block's, or whose share of distinct bigrams is below
+    `outlier_bigram_share` (repeated tokens), are listed; `exclude_repeated` keeps the latter out of ranking and mask.
+    """
 
     behaviour: str | None = None
     quantile: float = option(0.99, above=0, at_most=1)
     window: int = option(1, at_least=0)
     max_fraction: float = option(0.02, above=0, at_most=1)
     unit: Literal["document", "block"] = "document"
+    outlier_mass_ratio: float = option(10.0, above=0)
+    outlier_bigram_share: float = option(0.25, at_least=0, at_most=1)
+    exclude_repeated: bool = False
     cpus_per_task: float = option(1.0, above=0, affects_result=False)
 
 

@@ -41,6 +41,17 @@ RANKING = pa.schema(
     ]
 )
 
+OUTLIERS = pa.schema(
+    [
+        pa.field("block_id", pa.int64(), nullable=False),  # blocks that are neither repeated nor of high mass: left out
+        pa.field("mass", pa.float32(), nullable=False),  # sum of |score| over predicted tokens
+        pa.field("mass_over_median", pa.float64(), nullable=False),  # inf where the median block's mass is 0
+        pa.field("distinct_bigram_share", pa.float64(), nullable=False),  # of pairs of neighbouring tokens
+        pa.field("repeated", pa.bool_(), nullable=False),
+        pa.field("high_mass", pa.bool_(), nullable=False),
+    ]
+)
+
 CONTINUATIONS = pa.schema(
     [
         pa.field("model", pa.string(), nullable=False),

@@ -6,8 +6,7 @@ Units are ranked by 2sf / (s + f), descending, ties by id. In that order every t
 its `window` neighbours, until `floor(max_fraction * predicted tokens)` are; the last unit is cut in position order.
 
 It equals the sequential loop bit for bit under any sharding, because
-- an order statistic needs counts only: floats map to integers of the same order, one histogram of the high 16
-  bits finds the bucket, one of the low 16 bits in that bucket the value;
+- an order statistic needs counts only (`ifguide.quantiles`);
 - shards report each piece (unit within block) by itself, and a unit is summed piece by piece in block order;
 - neighbours stay within document and block, so tau alone decides what a unit would mask, and rank only where to
   stop: counts per unit and shard give the cut-off, then every shard fills its own mask.
@@ -17,6 +16,8 @@ of a block has no prediction: like padding it is never counted and never selecte
 
 Cost: five passes over a shard, 40 ns per token in all on one core (tau at 0.99); what leaves a shard is histograms
 of 512 KiB and one row per piece with a token above tau.
+Blocks may be excluded: for ranking and masking their tokens are as if they scored minus infinity, while tau and the
+budget remain those of all predicted tokens, so that excluding a block moves no other token across tau.
 It reads and writes no files, and does not judge the sign of a score: higher is masked first.
 """
 
@@ -28,17 +29,19 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ifguide.quantiles import BUCKETS, high_histogram, low_histogram, quantile_buckets, quantile_from_histograms
+
 Unit = Literal["document", "block"]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 N = TypeVar("N", np.int64, np.float64)
-BUCKETS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoreShard:
-    """A run of consecutive blocks: `scores` (B, T) float32, label aligned; `lengths` (B,) real tokens.
+    """A run of consecutive blocks: `scores` (B, T) float32, label aligned; `lengths` (B,) real tokens; `excluded`
+    (B,), none by default: blocks whose tokens are never above tau.
 
     Raises ValueError, naming the block, for a NaN or infinite score of a predicted token, and for a block of
     fewer than T tokens that is not the last.
@@ -47,9 +50,11 @@ class ScoreShard:
     first_block: int
     scores: NDArray[np.float32]
     lengths: Ints
+    excluded: Bools | None = None
 
     def __post_init__(self) -> None:
         num_blocks, block_size = self.scores.shape
+        assert self.excluded is None or self.excluded.shape == (num_blocks,), num_blocks
         assert self.lengths.shape == (num_blocks,), (self.lengths.shape, num_blocks)
         assert self.scores.dtype == np.float32, self.scores.dtype
         least = np.where(np.arange(num_blocks) < num_blocks - 1, block_size, 1)
@@ -113,63 +118,6 @@ class Documents:
         )
 
 
-def order_preserving_uint32(values: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Finite float32 -> uint32 with a < b iff key(a) < key(b). -0.0 and 0.0 share a key."""
-    bits = (values + np.float32(0)).view(np.uint32)  # -0.0 + 0.0 is 0.0
-    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-
-
-def from_order_preserving_uint32(keys: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Inverse of `order_preserving_uint32`; zero comes back as 0.0."""
-    return np.where(keys >> 31, keys ^ np.uint32(1 << 31), ~keys).view(np.float32)
-
-
-def high_histogram(scores: NDArray[np.float32], valid: Bools) -> Ints:
-    """(65536,) counts of the finite scores where `valid`, by the high 16 bits of their keys. Adds up."""
-    return np.bincount(order_preserving_uint32(scores[valid]) >> 16, minlength=BUCKETS).astype(np.int64)
-
-
-def low_histogram(scores: NDArray[np.float32], valid: Bools, bucket: int) -> Ints:
-    """(65536,) counts by the low 16 bits of the keys whose high 16 bits are `bucket`. Adds up."""
-    keys = order_preserving_uint32(scores[valid])
-    return np.bincount(keys[keys >> 16 == bucket] & 0xFFFF, minlength=BUCKETS).astype(np.int64)
-
-
-def _neighbours(high: Ints, quantile: float) -> tuple[list[tuple[int, int]], float]:
-    """(bucket, rank within it) of the two order statistics around the quantile, and the weight of the upper one."""
-    assert 0 <= quantile <= 1, quantile
-    ends = np.cumsum(high)
-    if ends[-1] == 0:
-        raise ValueError("no token has a score, so there is no quantile: the corpus is empty")
-    position = float(ends[-1] - 1) * quantile
-    ranks = np.array([math.floor(position), math.ceil(position)])
-    buckets = np.searchsorted(ends, ranks, side="right")
-    within = ranks - (ends - high)[buckets]
-    return list(zip(buckets.tolist(), within.tolist(), strict=True)), position - math.floor(position)
-
-
-def quantile_buckets(high: Ints, quantile: float) -> tuple[int, ...]:
-    """The one or two high buckets whose low histogram `quantile_from_histograms` needs, ascending."""
-    return tuple(sorted({bucket for bucket, _ in _neighbours(high, quantile)[0]}))
-
-
-def quantile_from_histograms(high: Ints, low: Mapping[int, Ints], quantile: float) -> float:
-    """The linear-interpolation quantile, equal to `np.quantile(scores.astype(float64), quantile)`.
-
-    `high` is the sum of the shards' high histograms; `low` maps each of `quantile_buckets(high, quantile)`
-    to the sum of its low histograms. Raises ValueError when the two are not of the same scores.
-    """
-    neighbours, weight = _neighbours(high, quantile)
-    keys = []
-    for bucket, rank in neighbours:
-        if low[bucket].sum() != high[bucket]:
-            raise ValueError("the two histogram passes saw different scores: was a score shard rewritten?")
-        keys.append(bucket << 16 | int(np.searchsorted(np.cumsum(low[bucket]), rank, side="right")))
-    a, b = from_order_preserving_uint32(np.array(keys, dtype=np.uint32)).astype(np.float64).tolist()
-    # numpy interpolates from the nearer end; any other form differs from it in the last bit.
-    return b - (b - a) * (1 - weight) if weight >= 0.5 else a + (b - a) * weight
-
-
 def _totals(row: NDArray[np.intp], values: NDArray[N], size: int) -> NDArray[N]:
     """(size,) sums of the values of each row, added one by one in order, where np.sum would add in pairs."""
     totals = np.zeros(size, dtype=values.dtype)
@@ -224,10 +172,11 @@ def _unit_ids(positions: Ints, shard: ScoreShard, documents: Documents, unit: Un
 
 
 def _above(shard: ScoreShard, tau: float) -> tuple[Ints, Floats]:
-    """Stream positions, ascending, and float64 scores of the predicted tokens above tau."""
+    """Stream positions, ascending, and float64 scores of the predicted tokens above tau in blocks not excluded."""
     # In float32 a score equal to the rounded tau would be lost or won by the rounding.
     wide = shard.scores.astype(np.float64).ravel()
-    flat = np.flatnonzero((wide > tau) & shard.valid.ravel())
+    eligible = shard.valid if shard.excluded is None else shard.valid & ~shard.excluded[:, None]
+    flat = np.flatnonzero((wide > tau) & eligible.ravel())
     return shard.span[0] + flat.astype(np.int64), wide[flat]
 
 
@@ -385,9 +334,9 @@ def select_tokens(
         raise ValueError(f"score shards {spans} and documents {documents.span} must cover one stream from 0 on, once")
     pairs = [(shard, documents.meeting(*shard.span)) for shard in shards]
     zero = np.zeros(BUCKETS, dtype=np.int64)
-    high = sum((high_histogram(x.scores, x.valid) for x in shards), zero)
+    high = sum((high_histogram(x.scores[x.valid]) for x in shards), zero)
     buckets = quantile_buckets(high, quantile)
-    low = {bucket: sum((low_histogram(x.scores, x.valid, bucket) for x in shards), zero) for bucket in buckets}
+    low = {bucket: sum((low_histogram(x.scores[x.valid], bucket) for x in shards), zero) for bucket in buckets}
     tau = quantile_from_histograms(high, low, quantile)
     statistics = merge_statistics([piece_statistics(x, docs, tau=tau, unit=unit) for x, docs in pairs])
     num_blocks = sum(len(shard.lengths) for shard in shards)

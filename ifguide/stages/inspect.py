@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ifguide.artifacts import require
+from ifguide.stages.build_mask import outlier_line
 from ifguide.stages.view import ShownDocument, View
 
 RED, DIM, BOLD, RESET = "\x1b[1;31m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
@@ -27,6 +28,7 @@ def terminal_view(run_dir: Path, *, documents: int, context: int) -> Iterator[st
         f"tau {summary['tau']:.6g}, {summary['units_masked']:,} {summary['unit']}s touched,"
         f" {summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked"
     )
+    yield outlier_line(summary, manifest.options["build_mask"])
     for document in View(run_dir).top_documents(documents):
         yield ""
         masked = int(document.masked.sum())

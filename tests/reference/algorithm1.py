@@ -1,11 +1,12 @@
 """Algorithm 1 of IF-Guide as the literal sequential loop, in Python floats (float64): the oracle.
 
 One pass over everything, one token at a time, nothing merged. `blocks[b]` are the scores of the real tokens of
-block b (no padding), `documents` the half-open stream intervals of the documents in order.
+block b (no padding), `documents` the half-open stream intervals of the documents in order. The tokens of `excluded`
+blocks score minus infinity once tau is known.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -19,6 +20,7 @@ def select(
     window: int,
     max_fraction: float,
     unit: str,
+    excluded: Collection[int] = (),
 ) -> tuple[float, list[float], set[tuple[int, int]]]:
     """tau, the rank score of every unit by id, and the masked (block, index) pairs."""
     document_of: dict[int, int] = {}
@@ -28,6 +30,8 @@ def select(
 
     predicted = [(b, i) for b, block in enumerate(blocks) for i in range(1, len(block))]
     tau = float(np.quantile(np.array([blocks[b][i] for b, i in predicted], dtype=np.float64), quantile))
+
+    blocks = [[-math.inf] * len(block) if b in excluded else block for b, block in enumerate(blocks)]
 
     def unit_of(b: int, i: int) -> int:
         return b if unit == "block" else document_of[b * block_size + i]

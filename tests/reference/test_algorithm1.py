@@ -1,6 +1,7 @@
 """The composition of per-shard functions equals the literal loop bit for bit, however the corpus is sharded."""
 
 import itertools
+from collections.abc import Collection
 
 import numpy as np
 import pytest
@@ -11,10 +12,18 @@ from ifguide.selection import Documents, ScoreShard, Selection, select_tokens
 from tests.reference import algorithm1
 
 
-def shards_of(scores: np.ndarray, lengths: np.ndarray, cuts: list[int]) -> list[ScoreShard]:
+def shards_of(
+    scores: np.ndarray, lengths: np.ndarray, cuts: list[int], excluded: Collection[int] = ()
+) -> list[ScoreShard]:
     bounds = [0, *sorted(set(cuts)), len(lengths)]
+    out = np.isin(np.arange(len(lengths)), list(excluded)) if excluded else None
     return [
-        ScoreShard(first_block=begin, scores=scores[begin:end], lengths=lengths[begin:end])
+        ScoreShard(
+            first_block=begin,
+            scores=scores[begin:end],
+            lengths=lengths[begin:end],
+            excluded=None if out is None else out[begin:end],
+        )
         for begin, end in itertools.pairwise(bounds)
         if begin < end
     ]
@@ -62,7 +71,8 @@ def corpora(draw):
     ends = sorted(draw(st.sets(st.integers(1, total - 1), max_size=12))) if total > 1 else []
     documents = list(zip([0, *ends], [*ends, total], strict=True))
     cuts = draw(st.lists(st.integers(1, num_blocks), max_size=5))
-    return scores, lengths, documents, cuts
+    excluded = draw(st.sets(st.integers(0, num_blocks - 1), max_size=3))
+    return scores, lengths, documents, cuts, excluded
 
 
 @settings(max_examples=600, deadline=None)
@@ -75,13 +85,13 @@ def corpora(draw):
     data=st.data(),
 )
 def test_any_sharding_equals_the_literal_loop(corpus, quantile, window, max_fraction, unit, data) -> None:
-    scores, lengths, intervals, cuts = corpus
+    scores, lengths, intervals, cuts, excluded = corpus
     starts = np.array([begin for begin, _ in intervals], dtype=np.int64)
     sizes = np.array([end - begin for begin, end in intervals], dtype=np.int64)
     options = {"quantile": quantile, "window": window, "max_fraction": max_fraction, "unit": unit}
-    shards = data.draw(st.permutations(shards_of(scores, lengths, cuts)))
+    shards = data.draw(st.permutations(shards_of(scores, lengths, cuts, excluded)))
     selection = select_tokens(shards, Documents(token_start=starts, num_tokens=sizes), **options)
-    assert_equal_to_loop(selection, shards, scores, lengths, intervals, **options)
+    assert_equal_to_loop(selection, shards, scores, lengths, intervals, excluded=excluded, **options)
 
 
 @pytest.mark.parametrize("unit", ["document", "block"])

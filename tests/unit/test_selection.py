@@ -1,10 +1,9 @@
 """Each step of Algorithm 1, by hand-made cases; tests/reference/test_algorithm1.py holds the whole."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from ifguide.selection import (
     Documents,
@@ -14,23 +13,14 @@ from ifguide.selection import (
     ScoreShard,
     fill_mask,
     find_cutoff,
-    from_order_preserving_uint32,
-    high_histogram,
-    low_histogram,
     masked_counts,
     masked_positions,
     merge_statistics,
-    order_preserving_uint32,
     piece_statistics,
-    quantile_buckets,
-    quantile_from_histograms,
     rank_units,
     select_tokens,
     token_budget,
 )
-
-finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
-arrays = hnp.arrays(np.float32, st.integers(1, 200), elements=finite)
 
 
 def shard_of(rows: list[list[float]], first_block: int = 0) -> ScoreShard:
@@ -44,67 +34,6 @@ def shard_of(rows: list[list[float]], first_block: int = 0) -> ScoreShard:
 def documents_of(*sizes: int) -> Documents:
     num_tokens = np.array(sizes, dtype=np.int64)
     return Documents(token_start=np.cumsum(num_tokens) - num_tokens, num_tokens=num_tokens)
-
-
-@given(arrays)
-def test_keys_keep_the_order_of_floats_and_come_back(values: np.ndarray) -> None:
-    keys = order_preserving_uint32(values)
-    assert keys.dtype == np.uint32
-    np.testing.assert_array_equal(keys[:, None] < keys, values[:, None] < values)
-    np.testing.assert_array_equal(keys[:, None] == keys, values[:, None] == values)
-    back = from_order_preserving_uint32(keys)
-    assert back.dtype == np.float32
-    np.testing.assert_array_equal(back, values)
-
-
-def test_both_zeros_have_one_key() -> None:
-    keys = order_preserving_uint32(np.array([-0.0, 0.0], dtype=np.float32))
-    assert keys[0] == keys[1]
-    assert not np.signbit(from_order_preserving_uint32(keys)).any()
-
-
-def histogram_quantile(parts: list[np.ndarray], quantile: float) -> float:
-    valid = [np.ones(part.shape, dtype=bool) for part in parts]
-    high = sum(high_histogram(part, ok) for part, ok in zip(parts, valid, strict=True))
-    low = {
-        bucket: sum(low_histogram(part, ok, bucket) for part, ok in zip(parts, valid, strict=True))
-        for bucket in quantile_buckets(high, quantile)
-    }
-    return quantile_from_histograms(high, low, quantile)
-
-
-@settings(max_examples=300, deadline=None)
-@given(arrays, st.floats(0, 1), st.integers(0, 200))
-def test_quantile_equals_numpy_to_the_last_bit(values: np.ndarray, quantile: float, cut: int) -> None:
-    tau = histogram_quantile([values[:cut], values[cut:]], quantile)
-    assert tau == np.quantile(values.astype(np.float64), quantile)
-
-
-def test_quantile_between_two_buckets_needs_both() -> None:
-    values = np.array([-3.0, 5.0], dtype=np.float32)
-    assert len(quantile_buckets(high_histogram(values, np.ones(2, dtype=bool)), 0.25)) == 2
-    assert histogram_quantile([values], 0.25) == -1.0
-
-
-def test_quantile_does_not_see_invalid_scores() -> None:
-    values, valid = np.array([9e9, 1.0, 2.0, np.nan], dtype=np.float32), np.array([False, True, True, False])
-    high = high_histogram(values, valid)
-    low = {bucket: low_histogram(values, valid, bucket) for bucket in quantile_buckets(high, 1.0)}
-    assert high.sum() == 2
-    assert quantile_from_histograms(high, low, 1.0) == 2.0
-
-
-def test_quantile_refuses_passes_over_different_scores() -> None:
-    values, valid = np.arange(5, dtype=np.float32), np.ones(5, dtype=bool)
-    high = high_histogram(values, valid)
-    low = {bucket: low_histogram(values + 100, valid, bucket) for bucket in quantile_buckets(high, 0.5)}
-    with pytest.raises(ValueError, match="different scores"):
-        quantile_from_histograms(high, low, 0.5)
-
-
-def test_quantile_of_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="corpus is empty"):
-        quantile_buckets(np.zeros(1 << 16, dtype=np.int64), 0.99)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -250,3 +179,17 @@ def test_a_shard_fills_its_mask_alone() -> None:
 
 def test_budget_is_rounded_down() -> None:
     assert [token_budget(0.02, n) for n in (0, 49, 50, 149, 150)] == [0, 0, 1, 2, 3]
+
+
+def test_excluding_a_block_moves_neither_tau_nor_budget_and_frees_its_place() -> None:
+    shard = shard_of([[0, 9, 9, 9], [0, 5, 4, 3]])
+    options = {"quantile": 0.5, "window": 0, "max_fraction": 0.5, "unit": "document"}
+    full = select_tokens([shard], documents_of(4, 4), **options)
+    without = select_tokens([replace(shard, excluded=np.array([True, False]))], documents_of(4, 4), **options)
+    assert (without.tau, without.max_tokens) == (full.tau, full.max_tokens) == (7.0, 3)
+    assert [full.masks[0].sum(axis=1).tolist(), without.masks[0].sum(axis=1).tolist()] == [[3, 0], [0, 0]]
+    lower = select_tokens(
+        [replace(shard, excluded=np.array([True, False]))], documents_of(4, 4), **{**options, "quantile": 0.1}
+    )
+    assert lower.ranking.doc_id.tolist() == [1]
+    assert lower.masks[0].sum(axis=1).tolist() == [0, 2]

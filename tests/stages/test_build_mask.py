@@ -1,0 +1,93 @@
+"""`build_mask` by its options: other behaviours, outlying blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ifguide import schemas
+from ifguide.artifacts import MANIFEST, data_files, file_digest, read_manifest, write_json
+from ifguide.cli import main, stage
+from ifguide.config import Config, ConfigError
+from ifguide.outliers import distinct_bigram_share
+from ifguide.stages.run import Run
+from ifguide.stages.view import View
+
+
+def columns(folder: Path, name: str) -> np.ndarray:
+    """A per-token column of all shards, (N, T)."""
+    return np.concatenate([schemas.per_token_array(schemas.read_table(path), name) for path in data_files(folder)])
+
+
+def add_behaviour(scores: Path, name: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Score a further behaviour: a function of the run's own scores. The manifest follows."""
+    manifest = read_manifest(scores)
+    for path in data_files(scores):
+        table = schemas.read_table(path)
+        own = schemas.per_token_array(table, "token_score")
+        schema = schemas.scores(own.shape[1], [name])
+        column = schemas.per_token_column(function(own).astype(np.float32), schema, schemas.score_column(name))
+        pq.write_table(pa.Table.from_arrays([*table.columns, column], schema=schema), path)
+        manifest.files[path.name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+    write_json(scores / MANIFEST, dataclasses.asdict(manifest))
+
+
+def test_another_behaviour_is_ranked_masked_and_shown_by_its_own_scores(
+    copied: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copied(drop=("mask", "ranking"), build_mask__behaviour="opposite")
+    run = Run(config=config)
+    add_behaviour(run.scores, "opposite", lambda own: -own)
+    manifest = stage("build_mask")(run)
+    own, masked = columns(run.scores, "token_score"), columns(run.mask, "masked")
+    above = -own > manifest.summary["tau"]
+    assert (masked & above).sum() > 0
+    assert manifest.summary["score_max"] == pytest.approx(-own[:, 1:].min())
+    shown = View(run.folder).top_documents(1)[0]
+    assert (shown.scores[shown.masked] > manifest.summary["tau"]).any()
+    assert main(["inspect", str(run.folder), "--documents", "1"]) == 0
+    assert "behaviour opposite" in capsys.readouterr().out
+
+
+def test_an_unknown_behaviour_is_refused_with_those_there_are(copied: Callable[..., Config]) -> None:
+    config = copied(drop=("mask", "ranking"), build_mask__behaviour="rudeness")
+    run = Run(config=config)
+    add_behaviour(run.scores, "insult", lambda own: own)
+    with pytest.raises(ConfigError, match=r"build_mask.behaviour: 'rudeness' is not in .*scores, which holds insult"):
+        stage("build_mask")(run)
+    assert not run.mask.exists()
+
+
+def test_outliers_are_the_blocks_over_the_limits(finished: Config, copied: Callable[..., Config]) -> None:
+    # limits that some of these short, much alike blocks are over
+    config = copied(
+        drop=("mask", "ranking"),
+        build_mask__outlier_mass_ratio=1.5,
+        build_mask__outlier_bigram_share=0.8,
+        build_mask__exclude_repeated=True,
+    )
+    run = Run(config=config)
+    summary = stage("build_mask")(run).summary
+    lengths = np.concatenate([schemas.read_table(path).column("length").to_numpy() for path in data_files(run.corpus)])
+    index = np.arange(config.pack_corpus.block_size)
+    scores = np.where((index >= 1) & (index < lengths[:, None]), columns(run.scores, "token_score"), 0)
+    mass = np.abs(scores.astype(np.float64)).sum(axis=1).astype(np.float32)
+    share = distinct_bigram_share(columns(run.corpus, "tokens"), lengths)
+    high_mass, repeated = mass > 1.5 * np.median(mass.astype(np.float64)), share < 0.8
+    assert 0 < high_mass.sum() < len(mass)
+    assert 0 < repeated.sum() < len(mass)
+    found = schemas.read_table(run.ranking / "outliers.parquet", schemas.OUTLIERS)
+    rows = np.flatnonzero(high_mass | repeated)
+    assert found.column("block_id").to_pylist() == rows.tolist()
+    assert found.column("high_mass").to_pylist() == high_mass[rows].tolist()
+    assert found.column("repeated").to_pylist() == repeated[rows].tolist()
+    assert (summary["high_mass_blocks"], summary["repeated_blocks"]) == (high_mass.sum(), repeated.sum())
+    assert summary["excluded_blocks"] == summary["repeated_blocks"]
+    assert not columns(run.mask, "masked")[repeated].any()
+    assert summary["tau"] == read_manifest(Run(config=finished).mask).summary["tau"]

@@ -1,0 +1,88 @@
+"""Outlying blocks: figures by hand, exactness of the median over shards, and no false alarm on running text."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from ifguide.config import BuildMask
+from ifguide.models import load_tokenizer
+from ifguide.outliers import block_mass, distinct_bigram_share, find_outliers
+from ifguide.quantiles import high_histogram, low_histogram, quantile_buckets, quantile_from_histograms
+from ifguide.selection import ScoreShard
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+THRESHOLD = BuildMask().outlier_bigram_share
+
+
+def shard_of(scores: np.ndarray, last: int | None = None) -> ScoreShard:
+    lengths = np.full(len(scores), scores.shape[1])
+    lengths[-1] = scores.shape[1] if last is None else last
+    return ScoreShard(first_block=7, scores=scores.astype(np.float32), lengths=lengths)
+
+
+def shares(*rows: list[int]) -> list[float]:
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, values in enumerate(rows):
+        tokens[row, : len(values)] = values
+    return distinct_bigram_share(tokens, np.array([len(row) for row in rows])).tolist()
+
+
+def test_bigrams_are_counted_within_the_real_tokens_of_a_block() -> None:
+    assert shares([1, 2, 3, 4, 5], [3, 3, 3, 3, 3], [1, 2, 1, 2, 1]) == [1, 1 / 4, 2 / 4]
+    assert shares([1, 2, 3], [1, 1], [9]) == [1, 1, 1]  # the padding of a short block is no repetition
+    assert shares([2, 1, 1, 2, 2, 1]) == [4 / 5]  # (2, 1) and (1, 2) differ
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(2, 60))
+def test_a_text_of_period_p_has_at_most_p_bigrams(period: int, size: int) -> None:
+    row = (np.arange(size) % period).tolist()
+    assert shares(row) == [min(period, size - 1) / (size - 1)]
+
+
+def test_mass_counts_no_index_zero_and_no_padding() -> None:
+    scores = np.array([[9, 1, -2, 3], [9, -4, 9, 9]])
+    assert block_mass(shard_of(scores, last=2)).tolist() == [6, 4]
+
+
+def test_a_mass_beyond_float32_stays_finite() -> None:
+    assert np.isfinite(block_mass(shard_of(np.full((1, 4), 3e38)))).all()
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.float32, (9, 5), elements=st.floats(0, 2**20, width=32)), st.integers(0, 9))
+def test_the_median_mass_over_shards_is_numpys(scores: np.ndarray, cut: int) -> None:
+    parts = [block_mass(shard_of(part)) for part in (scores[:cut], scores[cut:]) if len(part)]
+    high = sum(high_histogram(part) for part in parts)
+    low = {bucket: sum(low_histogram(part, bucket) for part in parts) for bucket in quantile_buckets(high, 0.5)}
+    assert quantile_from_histograms(high, low, 0.5) == np.median(np.concatenate(parts).astype(np.float64))
+
+
+def test_only_outliers_are_listed_each_for_its_reason() -> None:
+    scores = np.full((4, 9), 1.0)
+    scores[2] *= 11
+    tokens = np.arange(36, dtype=np.int32).reshape(4, 9)
+    tokens[3] = 5
+    found = find_outliers(shard_of(scores), tokens, median_mass=8.0, mass_ratio=10.0, bigram_share=THRESHOLD)
+    assert found.block_id.tolist() == [9, 10]
+    assert found.mass.tolist() == [88, 8]
+    assert found.high_mass.tolist() == [True, False]
+    assert found.repeated.tolist() == [False, True]
+    exactly_ten = find_outliers(shard_of(scores), tokens, median_mass=8.8, mass_ratio=10.0, bigram_share=THRESHOLD)
+    assert not exactly_ten.high_mass.any()
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="shared/data is absent")
+@pytest.mark.parametrize("name", ["wikitext2_articles", "civil_comments_unflagged"])
+def test_running_text_is_not_called_repeated(name: str) -> None:
+    tokenizer = load_tokenizer(str(DATA / "pythia_tokenizer"))
+    rows = [json.loads(line)["text"] for line in (DATA / f"{name}.jsonl").read_text().splitlines()[:1500]]
+    stream = np.concatenate(tokenizer(rows, add_special_tokens=False)["input_ids"]).astype(np.int32)
+    for block_size in (1024, 8192):
+        blocks = stream[: len(stream) // block_size * block_size].reshape(-1, block_size)
+        assert distinct_bigram_share(blocks, np.full(len(blocks), block_size)).min() > 1.5 * THRESHOLD
