@@ -1,0 +1,72 @@
+"""`target` scores by forward-mode differentiation: exact, in the model's own precision.
+
+Every hidden state is a dual number (h, h'). A tracked module maps (a, a') to (W a, W a' + V a): torch carries h' through
+the rest of the model. No backward pass, no stored graph. Fused attention kernels have no forward-mode derivative, so
+attention runs by its plain (math) kernel, which holds (heads, T, T) weights per block.
+
+Cost: 6N FLOP a token for N tracked parameters and one direction (4N at low rank), plus every element-wise operation
+about three times over. Each further direction is another pass: this is the engine that the fast one is checked with.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from ifguide.influence.directions import Direction
+from ifguide.influence.lm_head import LMHead
+from ifguide.influence.patching import attention, replaced_forwards
+
+
+class ForwardEngine:
+    """`score` gives (K, B, T) derivatives of each token's NLL along K directions."""
+
+    def __init__(self, model: PreTrainedModel, directions: Sequence[Mapping[str, Direction]]) -> None:
+        self.model = model
+        self.head = LMHead(model)
+        self.directions = [
+            {name: direction.to(model.device, model.dtype) for name, direction in one.items()} for one in directions
+        ]
+
+    @torch.no_grad()
+    def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        return torch.stack([self._score_one(directions, tokens_BT) for directions in self.directions])
+
+    def _score_one(self, directions: Mapping[str, Direction], tokens_BT: Tensor) -> Tensor:
+        forwards = {self.model.get_submodule(name): self._forward(name, one) for name, one in directions.items()}
+        implementation = None if self.model.config._attn_implementation == "eager" else "sdpa"
+        with (
+            forward_ad.dual_level(),
+            sdpa_kernel(SDPBackend.MATH),
+            attention(self.model, implementation),
+            replaced_forwards(forwards),
+        ):
+            hidden = self.model.base_model(tokens_BT, use_cache=False).last_hidden_state
+            hidden_BTD, tangent_BTD = forward_ad.unpack_dual(hidden)
+        scores = self.head.tangents(
+            hidden_BTD[:, :-1].flatten(0, 1), tangent_BTD[None, :, :-1].flatten(1, 2), tokens_BT[:, 1:].flatten()
+        )
+        return F.pad(scores.view(len(tokens_BT), -1), (1, 0))
+
+    def _forward(self, name: str, direction: Direction):  # type: ignore[no-untyped-def]
+        module = self.model.get_submodule(name)
+        weight, bias = module.weight, module.bias
+
+        def forward(dual: Tensor) -> Tensor:
+            a, a_tangent = forward_ad.unpack_dual(dual)
+            if direction.weight is not None:
+                change = F.linear(a, direction.weight, direction.bias)
+            else:
+                assert direction.left is not None
+                assert direction.right is not None
+                change = F.linear(F.linear(a, direction.right), direction.left, direction.bias)
+            # Before the first tracked module nothing depends on V: no tangent, no product.
+            if a_tangent is not None:
+                change = change + F.linear(a_tangent, weight)
+            return forward_ad.make_dual(F.linear(a, weight, bias), change)
+
+        return forward

@@ -1,0 +1,99 @@
+"""From the final hidden states to the loss and its tangent or gradient, without whole logits.
+
+With z = f(W h) the logits of a position and x its label, NLL = logsumexp(z) - z_x, and
+
+- the tangent of the NLL along h' is  s = sum_v softmax(z)_v z'_v - z'_x,  z' = f'(W h) * W h';
+- the gradient of the NLL by h is  W^T [f'(W h) * (softmax(z) - onehot(x))].
+
+f is the identity, a scale (Cohere, Granite) or a soft cap c tanh(z / c) (Gemma). Positions are taken in chunks of
+`CHUNK_VALUES` logits: no (tokens, vocabulary) tensor is ever whole.
+
+Cost: 2 d V FLOP a token for the logits, as much again for each tangent or for the gradient. Softmax and sums are
+float32 (float64 for a float64 model) whatever precision the products run in.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# 4M logits are 16 MB in float32: small enough for a cache, large enough for a matrix product.
+CHUNK_VALUES = 4 << 20
+
+
+class LMHead:
+    """The output embedding of `model`, its products run in `product_dtype` (None: the model's own).
+
+    Raises ValueError when the model's logits are not f(W h) with an f that is known: checked on `probe_BT` tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, product_dtype: torch.dtype | None = None) -> None:
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"{type(model).__name__}: its LM head is a {type(head).__name__}, not an nn.Linear")
+        config = model.config.get_text_config()
+        self.dtype = product_dtype or head.weight.dtype
+        self.weight = head.weight.detach().to(self.dtype)
+        self.bias = None if head.bias is None else head.bias.detach()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises ValueError when `model`'s own logits differ from these: a head that is not understood."""
+        tokens_BT = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+        expected = model(tokens_BT, use_cache=False).logits[0].float()
+        hidden = model.base_model(tokens_BT, use_cache=False).last_hidden_state[0]
+        found = self._logits(hidden)[0].float()
+        tolerance = 1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2
+        if (found - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1.0):
+            raise ValueError(
+                f"{type(model).__name__}: its logits are not its output embedding times the hidden state, up to a"
+                " scale or soft cap; choose a proxy of a common family (GPT-NeoX, Llama, Qwen, Gemma, ...)"
+            )
+
+    def tangents(self, hidden_ND: Tensor, tangents_KND: Tensor, labels_N: Tensor) -> Tensor:
+        """(K, N): the derivative of each position's NLL along each of K tangents of its hidden state."""
+        scores_KN = tangents_KND.new_empty(tangents_KND.shape[:2])
+        for rows in self._chunks(len(hidden_ND)):
+            logits_NV, slope_NV = self._logits(hidden_ND[rows])
+            p_NV = logits_NV.softmax(dim=-1)
+            labels = labels_N[rows, None]
+            for k, tangent_ND in enumerate(tangents_KND[:, rows]):
+                change_NV = F.linear(tangent_ND.to(self.dtype), self.weight) * (
+                    self.scale if slope_NV is None else slope_NV
+                )
+                observed_N = change_NV.gather(1, labels).squeeze(1)
+                scores_KN[k, rows] = (p_NV * change_NV).sum(dim=-1) - observed_N
+        return scores_KN
+
+    def gradient(self, hidden_ND: Tensor, labels_N: Tensor, weight_N: Tensor) -> Tensor:
+        """(N, D): the gradient of sum_n weight_n NLL_n by the hidden states."""
+        gradient_ND = torch.empty_like(hidden_ND)
+        for rows in self._chunks(len(hidden_ND)):
+            logits_NV, slope_NV = self._logits(hidden_ND[rows])
+            error_NV = logits_NV.softmax(dim=-1)
+            error_NV.scatter_add_(1, labels_N[rows, None], -torch.ones_like(error_NV[:, :1]))
+            error_NV *= weight_N[rows, None] * (self.scale if slope_NV is None else slope_NV)
+            gradient_ND[rows] = (error_NV.to(self.dtype) @ self.weight).to(gradient_ND.dtype)
+        return gradient_ND
+
+    def _chunks(self, count: int) -> Iterator[slice]:
+        size = max(1, CHUNK_VALUES // self.weight.shape[0])
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+    def _logits(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, at least float32, and f' where f is not linear."""
+        logits_NV = F.linear(hidden_ND.to(self.dtype), self.weight)
+        logits_NV = logits_NV.to(torch.promote_types(self.dtype, torch.float32))
+        if self.bias is not None:
+            logits_NV += self.bias
+        if self.scale != 1.0:
+            logits_NV *= self.scale
+        if self.softcap is None:
+            return logits_NV, None
+        tanh_NV = torch.tanh(logits_NV / self.softcap)
+        return self.softcap * tanh_NV, self.scale * (1 - tanh_NV.square())

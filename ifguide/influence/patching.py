@@ -1,0 +1,33 @@
+"""Runs a model with other forward functions in its tracked modules, and another attention, and then as it was."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, each module computes its function of `forwards` instead of its own."""
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+@contextmanager
+def attention(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
+    """Inside, `model` attends by `implementation` (None: as it is set)."""
+    before = model.config._attn_implementation
+    if implementation in (None, before):
+        yield
+        return
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
