@@ -1,7 +1,8 @@
 """The command line: `ifguide <verb> --config F [--set a.b=c ...] [--dry-run] [--address A]`, the same flags everywhere.
 
 `ifguide run` does every verb in order; running again resumes. `show` and `inspect` read a run directory,
-`demo` makes its own data and runs the whole pipeline on them. The scripts in `jobs/` call `main` too.
+`export-scores` and `import-mask` exchange scores and masks with kronfluence and the paper's code, `demo` makes its
+own data and runs the whole pipeline on them. The scripts in `jobs/` call `main` too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ifguide.artifacts import MANIFEST, PLAN, read_manifest
 from ifguide.config import VERBS, Config, load_config, to_yaml
 from ifguide.telemetry import configure_logging, log
 
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, PermissionError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,9 @@ def run_pipeline(config: Config, *, dry_run: bool) -> None:
     steps: list[tuple[str, Run]] = [("pack_corpus", run)]
     if config.baseline:
         steps.append(("pretrain", run.with_mask(False)))
-    steps += [(verb, run) for verb in ("fit_factors", "build_query", "score_corpus", "build_mask")]
+    if config.build_query.factors is None:
+        steps.append(("fit_factors", run))
+    steps += [(verb, run) for verb in ("build_query", "score_corpus", "build_mask")]
     steps += [("pretrain", run.with_mask(True)), ("evaluate", run)]
     for verb, step in steps:
         stage(verb)(step, dry_run=dry_run)
@@ -81,6 +84,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--documents", type=int, default=10, help="how many (default 10)")
     inspect.add_argument("--context", type=int, default=60, help="tokens shown around masked ones (default 60)")
     inspect.set_defaults(function=_inspect)
+    export = commands.add_parser("export-scores", help="a run's token scores in kronfluence's own format")
+    export.add_argument("run_dir", type=Path)
+    export.add_argument("out", type=Path, help="folder of a kronfluence analysis; scores_NAME is made in it")
+    export.add_argument("--name", default="ifguide", help="what kronfluence knows the scores by (default ifguide)")
+    export.add_argument("--behaviour", help="one of the further behaviours scored (default: the run's own query)")
+    export.add_argument("--max-gigabytes", type=float, default=8.0, help="refuse more than this (default 8)")
+    export.set_defaults(function=_export_scores)
+    imported = commands.add_parser("import-mask", help="a mask saved by the paper's code becomes the run's mask")
+    _add_config_flags(imported, _import_mask)
+    imported.add_argument("mask", type=Path, help="a .pt file: one bool tensor (blocks, tokens)")
+    imported.add_argument(
+        "--shift", type=int, default=0, help="tokens to move it right: 0 acts as in the paper's code (default)"
+    )
     demo = commands.add_parser("demo", help="make the embedded corpus and run everything on it")
     demo.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     demo.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
@@ -163,6 +179,40 @@ def _inspect(options: argparse.Namespace) -> int:
 
     for line in terminal_view(options.run_dir, documents=options.documents, context=options.context):
         print(line)
+    return 0
+
+
+def _export_scores(options: argparse.Namespace) -> int:
+    from ifguide.interchange import export_scores
+
+    folder = export_scores(
+        options.run_dir,
+        options.out,
+        name=options.name,
+        behaviour=options.behaviour,
+        max_gigabytes=options.max_gigabytes,
+    )
+    log(options.command, f"{folder}: kronfluence's Analyzer loads it as pairwise scores {options.name!r}")
+    return 0
+
+
+def _import_mask(options: argparse.Namespace) -> int:
+    from ifguide.interchange import import_mask
+    from ifguide.stages.run import Run
+
+    config = _load(options)
+    run = Run(config=config)
+    if options.dry_run:
+        log(options.command, f"would make {run.mask} of {options.mask}, shifted by {options.shift}")
+        return 0
+    summary = import_mask(
+        options.mask, corpus=run.corpus, folder=run.mask, shift=options.shift, config_yaml=to_yaml(config)
+    ).summary
+    log(
+        options.command,
+        f"{summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked,"
+        f" {summary['tokens_dropped']:,} that carry no loss dropped; `ifguide pretrain` uses {run.mask}",
+    )
     return 0
 
 

@@ -147,7 +147,8 @@ class FitFactors:
 @dataclass(frozen=True, kw_only=True)
 class BuildQuery:
     """The direction V = (EK-FAC + damping)^-1 [mean toxic - mean non-toxic completion gradient].
-    `damping` null means `damping_scale` * mean(lambda) per module."""
+    `damping` null means `damping_scale` * mean(lambda) per module. `factors` names a folder of factors that
+    kronfluence fitted elsewhere; null means the run's own."""
 
     prompts: Prompts | None = None
     classifier: ClassifierSource = ClassifierSource()
@@ -158,6 +159,7 @@ class BuildQuery:
     max_tokens: int = option(512, at_least=2)
     batch_tokens: int = option(4096, at_least=1)
     partitions: int = option(1, at_least=1)
+    factors: str | None = option(None, affects_result=False)  # their digest is among the artifact's inputs
     damping: float | None = option(None, at_least=0)
     damping_scale: float = option(0.1, at_least=0)
     gpus_per_task: float = option(1.0, at_least=0, affects_result=False)

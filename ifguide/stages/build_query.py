@@ -7,6 +7,7 @@ the result does not depend on the number of workers; the sum is preconditioned w
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from ifguide.artifacts import Manifest, publish, require, require_same, write_text
+from ifguide.artifacts import MANIFEST, Manifest, publish, require, require_same, write_text
 from ifguide.config import ClassifierSource, ConfigError, Prompts, to_mapping
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
+from ifguide.interchange import check_factors
 from ifguide.models import load_tokenizer
-from ifguide.stages.proxy import describe_proxy, load_proxy
+from ifguide.stages.proxy import ProxyFacts, describe_proxy, load_proxy
 from ifguide.stages.run import Run, model_mapping
 from ifguide.stages.shards import LEDGER, Pool, run_shards
 from ifguide.telemetry import log
@@ -34,7 +36,8 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `query/`.
 
     Raises:
-        ConfigError: no prompts. MismatchError: the factors are of another proxy. ValueError: an empty set.
+        ConfigError: no prompts. MismatchError: the factors are of another proxy. ValueError: an empty set, or
+            factors that do not fit the proxy.
     """
     config = run.config.build_query
     if config.prompts is None:
@@ -47,15 +50,10 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         )
         return None
     read_prompt_rows(config.prompts, "build_query.prompts")
-    factors = require(run.factors, "fit_factors")
+    if config.factors is None:
+        require(run.factors, "fit_factors")
     proxy = describe_proxy(run, VERB)
-    require_same(
-        f"the proxy of {run.factors}",
-        factors.inputs["proxy"],
-        f"the proxy {run.proxy_source.source}",
-        proxy.fingerprint,
-        "fit the factors of this proxy, or name the factors' own",
-    )
+    factors = _require_factors(run, proxy)
     inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint}
     artifact = run.open(run.query, VERB, keys=("build_query", "tokenizer", "seed"), inputs=inputs)
     if artifact.manifest:
@@ -78,7 +76,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     used = sum(result["queries"] for result in results.values())
     assert used == summary["toxic"] + summary["nontoxic"], (used, summary)
     task = ray.remote(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task)(_precondition)
-    norms = ray.get(task.remote(str(run.query), str(run.factors), list(results), to_mapping(config)))
+    norms = ray.get(task.remote(str(run.query), factors, list(results), to_mapping(config)))
     files = [run.query / DIRECTION, run.query / QUERIES]
     manifest = artifact.finish(
         files,
@@ -88,6 +86,46 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     )
     log(VERB, f"{summary['toxic']} toxic and {summary['nontoxic']} non-toxic queries -> {run.query / DIRECTION}")
     return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """A folder of factors; `names`: module of the proxy -> its name in the files."""
+
+    folder: Path
+    fingerprint: str
+    names: dict[str, str]
+
+
+def _require_factors(run: Run, proxy: ProxyFacts) -> Factors:
+    """The factors to precondition with: an artifact, of this run or another, or a folder of kronfluence's."""
+    named = run.config.build_query.factors
+    folder = run.factors if named is None else Path(named).expanduser().absolute()
+    if named is None or (folder / MANIFEST).exists():
+        manifest = require(folder, "fit_factors")
+        require_same(
+            f"the proxy of {folder}",
+            manifest.inputs["proxy"],
+            f"the proxy {run.proxy_source.source}",
+            proxy.fingerprint,
+            "fit the factors of this proxy, or name the factors' own",
+        )
+        names = {name: name for name in proxy.module_names}
+        return Factors(folder=folder, fingerprint=manifest.fingerprint, names=names)
+    task = ray.remote(num_cpus=1)(_check_factors)
+    fingerprint, names = ray.get(task.remote(str(folder), model_mapping(run.proxy_source), proxy.module_names))
+    log(VERB, f"factors of {len(names)} modules from {folder}; it does not say of which weights they are")
+    return Factors(folder=folder, fingerprint=fingerprint, names=names)
+
+
+def _check_factors(folder: str, proxy: dict[str, Any], names: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    model = load_proxy(proxy, gpus=0)
+    shapes = {}
+    for name in names:
+        module = model.get_submodule(name)
+        assert isinstance(module, torch.nn.Linear), name
+        shapes[name] = (module.out_features, module.in_features + (module.bias is not None))
+    return check_factors(Path(folder), shapes)
 
 
 def read_prompt_rows(prompts: Prompts, dotted_key: str) -> list[PromptRow]:
@@ -189,15 +227,16 @@ class SumGradients:
         return {"queries": len(queries), "tokens": sum(len(query.token_ids) for query in queries)}
 
 
-def _precondition(folder: str, factors: str, parts: list[str], options: dict[str, Any]) -> dict[str, float]:
+def _precondition(folder: str, factors: Factors, parts: list[str], options: dict[str, Any]) -> dict[str, float]:
     """Add the partial sums in order, precondition, publish V; returns the norm of V per module."""
     total: dict[str, torch.Tensor] = {}
     for key in parts:
         for name, tensor in load_file(Path(folder) / PARTIAL / f"{key}.safetensors").items():
             total[name] = total[name] + tensor if name in total else tensor
+    loaded = load_factors(factors.folder, [factors.names[name] for name in total])
     direction = precondition(
         total,
-        load_factors(Path(factors), list(total)),
+        {name: loaded[factors.names[name]] for name in total},
         damping=options["damping"],
         damping_scale=options["damping_scale"],
     )

@@ -22,6 +22,12 @@ def terminal_view(run_dir: Path, *, documents: int, context: int) -> Iterator[st
     """
     manifest = require(run_dir / "mask", "build_mask")
     summary = manifest.summary
+    if manifest.verb != "build_mask":
+        yield (
+            f"{summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked, imported from"
+            f" {summary['source']}; there is no ranking to show"
+        )
+        return
     if summary["behaviour"] is not None:
         yield f"behaviour {summary['behaviour']}"
     yield (

@@ -62,9 +62,9 @@ def report_data(
         continuations=run.config.evaluate.continuations,
         threshold=THRESHOLD,
         curves=tuple(curve for curve in (_curve(run, name) for name in models) if curve),
-        histogram=_histogram(view) if view else None,
+        histogram=_histogram(view) if view and view.ranked else None,
         agreement=agreement,
-        documents=tuple(_documents(view, run.config.evaluate.top_documents)) if view else (),
+        documents=tuple(_documents(view, run.config.evaluate.top_documents)) if view and view.ranked else (),
         provenance=tuple(_provenance(run)),
     )
     return data, figures

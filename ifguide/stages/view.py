@@ -45,8 +45,10 @@ class View:
         self.corpus, self.scores, self.mask, self.ranking = (
             folder / name for name in ("corpus", "scores", "mask", "ranking")
         )
-        corpus, self.summary = read_manifest(self.corpus), read_manifest(self.mask).summary
-        self.score_column = schemas.score_column(self.summary["behaviour"])
+        corpus, mask = read_manifest(self.corpus), read_manifest(self.mask)
+        self.summary = mask.summary
+        self.ranked = mask.verb == "build_mask"  # an imported mask has neither ranking nor tau
+        self.score_column = schemas.score_column(self.summary.get("behaviour"))
         self.tokenizer = load_tokenizer(corpus.summary["tokenizer"])
         self.annotated = bool(corpus.summary["annotated"])
         self.block_size = corpus_block_size(self.corpus)

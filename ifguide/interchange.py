@@ -1,0 +1,228 @@
+"""Factors in, scores out, masks in: what this pipeline shares with kronfluence and with the paper's code.
+
+- Factors: a folder `factors_<name>` as kronfluence's Analyzer writes it, whoever fitted it, for `build_query`.
+- Scores: `scores_<name>` as kronfluence's Analyzer and the paper's mask builder read it, (1 query, N blocks, T).
+  kronfluence speaks at position t of label t + 1 and ours of token j at j, so exported[t] = token_score[t + 1],
+  and the last position is 0.
+- Masks: the paper's code (github.com/ztcoalson/IF-Guide) saves one bool tensor (N blocks, T) with torch.save. Its
+  trainer shifts mask and labels alike: entry j weighs the loss of predicting token j, as in our masks, so the mask
+  acts here as it did there with a shift of 0. It was selected from scores at kronfluence's alignment, though, one
+  token before those it means; shift 1 puts it there.
+
+Cost: scores and masks are held in memory whole, 4 bytes and 1 byte a token. It fits nothing, and cannot tell whether
+factors without a manifest were fitted on the proxy's very weights: it checks modules, shapes and values.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ifguide import schemas
+from ifguide.artifacts import Manifest, data_files, file_digest, open_artifact, publish, require, write_json
+
+FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def check_factors(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, dict[str, str]]:
+    """The fingerprint of a folder of kronfluence's factors, and each module's name in its files.
+
+    `shapes`: module name -> (d_out, d_in [+ 1 with a bias]), as in `influence.query`. Names are found as they are, or
+    without the parts that DDP, FSDP, `torch.compile` and activation checkpointing put into them.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a module is missing, or found twice, or its factors are of
+            another shape, not finite, or of no sequence.
+    """
+    paths = [folder / f"{name}.safetensors" for name in FACTOR_FILES]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"build_query.factors: {folder} has no {', '.join(missing)}; name the folder factors_<name> itself, with"
+            " EK-FAC factors that kronfluence has aggregated"
+        )
+    names: dict[str, str] = {}
+    for path in paths:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = names or _match_names(path, list(file.keys()), shapes)
+            for name, (rows, columns) in shapes.items():
+                expected = {
+                    "activation_eigenvectors": (columns, columns),
+                    "gradient_eigenvectors": (rows, rows),
+                    "lambda_matrix": (rows, columns),
+                }
+                if names[name] not in file.keys():  # noqa: SIM118 (a safetensors file has no __contains__)
+                    raise ValueError(f"{path} holds nothing of {names[name]}, which {paths[0].name} does")
+                _check_factor(path, names[name], file.get_tensor(names[name]), expected.get(path.stem))
+    digests = {path.name: file_digest(path) for path in paths}
+    return sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(), names
+
+
+def _match_names(path: Path, found: list[str], wanted: Mapping[str, Any]) -> dict[str, str]:
+    plain: dict[str, list[str]] = {}
+    for name in found:
+        plain.setdefault(".".join(part for part in name.split(".") if part not in WRAPPERS), []).append(name)
+    names = {}
+    for name in wanted:
+        candidates = [name] if name in found else plain.get(name, [])
+        if not candidates:
+            raise ValueError(
+                f"{path} holds no factors of {name}, a module of the proxy, only of {', '.join(sorted(found)[:3])}, ..."
+                " Fit them on this proxy with its own module names, all its tracked modules"
+            )
+        if len(candidates) > 1:
+            raise ValueError(f"{path} holds {name} more than once: {', '.join(sorted(candidates))}")
+        names[name] = candidates[0]
+    return names
+
+
+def _check_factor(path: Path, name: str, tensor: torch.Tensor, shape: tuple[int, int] | None) -> None:
+    if shape is None:
+        if not int(tensor) > 0:
+            raise ValueError(f"{path}: {name} was fitted on {int(tensor)} sequences")
+    elif tuple(tensor.shape) != shape:
+        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, this proxy needs {shape}; of another proxy?")
+    elif not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{path}: {name} is not finite; fit the factors again in a wider dtype")
+
+
+def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str | None, max_gigabytes: float) -> Path:
+    """Write `out`/scores_<name> for kronfluence: `pairwise_scores.safetensors` with (1, N, T) float32 under
+    `all_modules`, rows by block id, and `score_arguments.json`; returns that folder.
+
+    `Analyzer(out.name, ..., output_dir=out.parent).load_pairwise_scores(name)` reads it. The file's metadata tells
+    attribution, alignment, and the fingerprints of scores and corpus.
+
+    Raises:
+        FileExistsError: the folder exists. ValueError: more than `max_gigabytes`, or no such behaviour.
+    """
+    manifest = require(run_dir / "scores", "score_corpus")
+    files = data_files(run_dir / "scores")
+    schema = pq.read_schema(files[0])
+    column = schemas.score_column(behaviour)
+    if column not in schema.names:
+        behaviours = ", ".join(schemas.scored_behaviours(schema)) or "no further behaviour"
+        raise ValueError(f"--behaviour: {behaviour!r} was not scored; {run_dir / 'scores'} holds {behaviours}")
+    block_size = schema.field(column).type.list_size
+    num_blocks = sum(pq.read_metadata(path).num_rows for path in files)
+    gigabytes = num_blocks * block_size * 4 / 1e9
+    if gigabytes > max_gigabytes:
+        raise ValueError(
+            f"{num_blocks:,} blocks of {block_size:,} scores are {gigabytes:,.1f} GB, more than --max-gigabytes"
+            f" {max_gigabytes:g}; kronfluence reads them into memory at once"
+        )
+    folder = out / f"scores_{name}"
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; give another --name, or remove it")
+    exported_QBT = torch.zeros(1, num_blocks, block_size)
+    for path in files:
+        table = schemas.read_table(path, columns=["block_id", column])
+        rows = torch.from_numpy(table.column("block_id").to_numpy().copy())
+        scores_BT = torch.from_numpy(schemas.per_token_array(table, column).copy())
+        exported_QBT[0, rows, :-1] = scores_BT[:, 1:]
+    metadata = {
+        "made_by": "ifguide export-scores",
+        "attribution": str(manifest.summary["attribution"]),
+        "alignment": "position t speaks of predicting token t + 1; the last position is 0",
+        "sign": "positive: training on the token makes the behaviour likelier",
+        "behaviour": behaviour or "",
+        "scores": manifest.fingerprint,
+        "corpus": manifest.inputs["corpus"],
+    }
+    write_json(folder / "score_arguments.json", {"compute_per_token_scores": True, "aggregate_query_gradients": True})
+    with publish(folder / "pairwise_scores.safetensors") as part:
+        save_file({"all_modules": exported_QBT}, part, metadata=metadata)
+    return folder
+
+
+def import_mask(path: Path, *, corpus: Path, folder: Path, shift: int, config_yaml: str) -> Manifest:
+    """Publish the paper's mask file as the `mask/` artifact `folder` of `corpus`, where `pretrain` finds it.
+
+    Entry j of the file masks token j + `shift` of the same block. What cannot be masked (a block's first token, its
+    padding, what a shift moves out of its block) is dropped and counted in the summary.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not such a mask, or not of this corpus' number of blocks and
+            block size. MismatchError: `folder` holds another mask.
+    """
+    blocks = require(corpus, "pack_corpus")
+    masked_NT = read_mask(path)
+    block_size = int(blocks.summary["block_size"])
+    if masked_NT.shape != (blocks.rows["blocks"], block_size):
+        raise ValueError(
+            f"{path} masks {masked_NT.shape[0]:,} blocks of {masked_NT.shape[1]:,} tokens, {corpus} has"
+            f" {blocks.rows['blocks']:,} of {block_size:,}: pack the documents that the mask was built on, in their"
+            " order, with its block size and tokenizer"
+        )
+    if abs(shift) >= block_size:
+        raise ValueError(f"--shift {shift}: blocks have only {block_size} tokens")
+    digest = file_digest(path)
+    artifact = open_artifact(
+        folder,
+        verb="import_mask",
+        options={"import_mask": {"shift": shift}},
+        inputs={"corpus": blocks.fingerprint, "mask_file": digest},
+        config_yaml=config_yaml,
+    )
+    if artifact.manifest:
+        return artifact.manifest
+    counts = np.sum(list(_write_shards(data_files(corpus), masked_NT, shift, folder)), axis=0)
+    summary = {
+        "source": str(path.absolute()),
+        "sha256": digest,
+        "tokens_masked": int(counts[1]),
+        "tokens_dropped": int(masked_NT.sum()) - int(counts[1]),
+        "predicted_tokens": int(counts[2]),
+    }
+    rows = {"blocks": int(counts[0]), "tokens": int(counts[1])}
+    return artifact.finish(data_files(folder), rows=rows, summary=summary)
+
+
+def _write_shards(files: list[Path], masked_NT: np.ndarray, shift: int, folder: Path) -> Iterator[tuple[int, int, int]]:
+    """Publish a mask shard for every corpus shard; yields (blocks, masked tokens, predicted tokens) of each."""
+    block_size = masked_NT.shape[1]
+    schema = schemas.mask(block_size)
+    index = np.arange(block_size)
+    source = index - shift
+    inside = (source >= 0) & (source < block_size)
+    for path in files:
+        table = schemas.read_table(path, columns=["block_id", "length"])
+        block_ids, lengths_B = table.column("block_id"), table.column("length").to_numpy()
+        predicted_BT = (index >= 1) & (index < lengths_B[:, None])
+        masked_BT = masked_NT[block_ids.to_numpy()][:, np.clip(source, 0, block_size - 1)] & inside & predicted_BT
+        column = schemas.per_token_column(masked_BT, schema, "masked")
+        with publish(folder / path.name) as part:
+            pq.write_table(pa.Table.from_arrays([block_ids, column], schema=schema), part)
+        yield len(masked_BT), int(masked_BT.sum()), int(predicted_BT.sum())
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """The (N, T) bool array in a file that `torch.save` wrote: a tensor of bool, or of integers 0 and 1.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: something else is in it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; name the mask that the paper's code saved with torch.save")
+    try:
+        mask = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a tensor that torch.save wrote ({type(error).__name__})") from error
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.is_floating_point() or mask.is_complex():
+        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"{path} holds {found}; a mask is one bool tensor (blocks, tokens)")
+    if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"{path} holds values other than 0 and 1; a mask is one bool tensor (blocks, tokens)")
+    return mask.bool().numpy()
