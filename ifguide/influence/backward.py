@@ -9,7 +9,7 @@ Cost: 2N FLOP a token forward, 2N backward, and 2N for V (almost nothing at low 
 share both passes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ifguide.influence.directions import Direction
+from ifguide.influence.directions import Direction, linear_module
 from ifguide.influence.lm_head import LMHead
 from ifguide.influence.patching import attention, replaced_forwards
 from ifguide.models import predicted_positions
@@ -35,7 +35,7 @@ class BackwardEngine:
     ) -> None:
         self.model, self.dtype = model, product_dtype or model.dtype
         self.head = LMHead(model, product_dtype=product_dtype)
-        self.weights = {name: model.get_submodule(name).weight.detach().to(self.dtype) for name in directions[0]}
+        self.weights = {name: linear_module(model, name).weight.detach().to(self.dtype) for name in directions[0]}
         self.directions = [
             {name: direction.to(model.device, self.dtype) for name, direction in one.items()} for one in directions
         ]
@@ -60,12 +60,12 @@ class BackwardEngine:
         scores_KBT = sink_KN.view(-1, *tokens_BT.shape)
         return F.pad(scores_KBT[..., :-1], (1, 0))
 
-    def _forward(self, name: str, anchor: Tensor, sink_KN: Tensor):  # type: ignore[no-untyped-def]
-        bias = self.model.get_submodule(name).bias
+    def _forward(self, name: str, anchor: Tensor, sink_KN: Tensor) -> Callable[[Tensor], Tensor]:
+        bias = linear_module(self.model, name).bias
         directions = [one[name] for one in self.directions]
 
         def forward(a: Tensor) -> Tensor:
-            return _ScoredLinear.apply(a, anchor, self.weights[name], bias, directions, sink_KN)  # type: ignore[no-any-return]
+            return _ScoredLinear.apply(a, anchor, self.weights[name], bias, directions, sink_KN)
 
         return forward
 
@@ -105,6 +105,7 @@ class _ScoredLinear(torch.autograd.Function):
             if direction.right is not None:
                 score = (F.linear(g, direction.left.mT) * next(remaining)).sum(-1, dtype=ctx.sink_KN.dtype)
             else:
+                assert whole is not None
                 score = (F.linear(g, direction.weight.mT) * whole).sum(-1, dtype=ctx.sink_KN.dtype)
             if direction.bias is not None:
                 score = score + F.linear(g, direction.bias[None]).squeeze(1)

@@ -5,8 +5,8 @@ in the mean, everything but a linear map may treat them as ordinary inputs, fuse
 modules are treated in one of two ways:
 
 - folded (full rank in the model's own precision): x+ meets W + step V, x- meets W - step V. 4N FLOP a token.
-- exact (low precision, or low rank): the streams are turned into s = x+ + x- and d = x+ - x-, products are taken of these,
-  W s and W d + step V s, and turned back. Rounding a product to bfloat16 then touches h and h' alike by one part in
+- exact (low precision, or low rank): the streams are turned into s = x+ + x- and d = x+ - x-, products are taken of
+  these, W s and W d + step V s, and turned back. Rounding a product to bfloat16 then touches h and h' alike by one part in
   256; a difference of two rounded products would be nothing but rounding. 4N at low rank, 6N at full rank.
 
 The streams themselves stay float32. The LM head and the loss are differentiated exactly (`lm_head`). The error is
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ifguide.influence.directions import Direction
+from ifguide.influence.directions import Direction, linear_module
 from ifguide.influence.lm_head import LMHead
 from ifguide.influence.paired_attention import PAIRED, pairs_of_streams
 from ifguide.influence.patching import attention, replaced_forwards
@@ -87,7 +87,7 @@ class DifferenceEngine:
         """
         vocabulary = self.model.config.get_text_config().vocab_size
         probe = (torch.arange(1, PROBE_TOKENS + 1, device=self.model.device) * 2_654_435_761) % vocabulary
-        weights = [self.model.get_submodule(name).weight for name in directions[0]]
+        weights = [linear_module(self.model, name).weight for name in directions[0]]
         weight_norm = math.sqrt(sum(float(weight.float().square().sum()) for weight in weights))
         steps = []
         for one in directions:
@@ -119,7 +119,7 @@ class DifferenceEngine:
         return forwards
 
     def _folded(self, name: str, directions: Sequence[Direction], steps: Sequence[float]) -> Callable[[Tensor], Tensor]:
-        module = self.model.get_submodule(name)
+        module = linear_module(self.model, name)
         weights, biases = [], []
         for direction, step in zip(directions, steps, strict=True):
             for signed in (step, -step):
@@ -135,10 +135,10 @@ class DifferenceEngine:
         return forward
 
     def _exact(self, name: str, directions: Sequence[Direction], steps: Sequence[float]) -> Callable[[Tensor], Tensor]:
-        module, K, dtype = self.model.get_submodule(name), self.K, self.dtype
+        module, K, dtype = linear_module(self.model, name), self.K, self.dtype
         # s is twice the input: the halves are exact in any binary precision.
-        weight = (0.5 * module.weight).to(dtype)
-        bias = None if module.bias is None else module.bias
+        weight = (0.5 * module.weight.detach()).to(dtype)
+        bias = module.bias
         changes = [_scaled_change(direction, step, dtype) for direction, step in zip(directions, steps, strict=True)]
 
         def forward(x: Tensor) -> Tensor:

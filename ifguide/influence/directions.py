@@ -59,6 +59,13 @@ def split_directions(
     return {name: _split(model, name, direction, rank) for name, direction in directions.items()}
 
 
+def linear_module(model: nn.Module, name: str) -> nn.Linear:
+    """The tracked module `name`."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear), f"{name} is a {type(module).__name__}"
+    return module
+
+
 def _split(model: nn.Module, name: str, direction: Tensor, rank: int | None) -> Direction:
     try:
         module = model.get_submodule(name)

@@ -1,14 +1,14 @@
 """`target` scores by forward-mode differentiation: exact, in the model's own precision.
 
-Every hidden state is a dual number (h, h'). A tracked module maps (a, a') to (W a, W a' + V a): torch carries h' through
-the rest of the model. No backward pass, no stored graph. Fused attention kernels have no forward-mode derivative, so
+Every hidden state is a dual number (h, h'). A tracked module maps (a, a') to (W a, W a' + V a): torch carries h'
+through the rest of the model. No backward pass, no stored graph. Fused attention kernels have no forward-mode derivative, so
 attention runs by its plain (math) kernel, which holds (heads, T, T) weights per block.
 
 Cost: 6N FLOP a token for N tracked parameters and one direction (4N at low rank), plus every element-wise operation
 about three times over. Each further direction is another pass: this is the engine that the fast one is checked with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from ifguide.influence.directions import Direction
+from ifguide.influence.directions import Direction, linear_module
 from ifguide.influence.lm_head import LMHead
 from ifguide.influence.patching import attention, replaced_forwards
 
@@ -52,8 +52,8 @@ class ForwardEngine:
         )
         return F.pad(scores.view(len(tokens_BT), -1), (1, 0))
 
-    def _forward(self, name: str, direction: Direction):  # type: ignore[no-untyped-def]
-        module = self.model.get_submodule(name)
+    def _forward(self, name: str, direction: Direction) -> Callable[[Tensor], Tensor]:
+        module = linear_module(self.model, name)
         weight, bias = module.weight, module.bias
 
         def forward(dual: Tensor) -> Tensor:

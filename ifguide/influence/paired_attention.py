@@ -1,7 +1,7 @@
 """Causal attention of a pair of streams x+-, h +- step * h', with its products in low precision.
 
-The difference of two attentions in bfloat16 would be rounding and nothing else, and float32 kernels are slow. So, as for
-the linear maps, the streams are turned into sums and differences, and with S = q k^T, P = softmax(S)
+The difference of two attentions in bfloat16 would be rounding and nothing else, and float32 kernels are slow. So, as
+for the linear maps, the streams are turned into sums and differences, and with S = q k^T, P = softmax(S)
 
     S' = q' k^T + q k'^T,   P' = P * (S' - rowsum(P * S')),   o = P v,   o' = P' v + P v'.
 

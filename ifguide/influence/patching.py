@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Inside, each module computes its function of `forwards` instead of its own."""
     for module, forward in forwards.items():
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     try:
         yield
     finally:
