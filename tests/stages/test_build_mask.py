@@ -1,4 +1,4 @@
-"""`build_mask` by its options: other behaviours, outlying blocks."""
+"""`build_mask` by its options, and factors and masks from elsewhere in a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, data_files, file_digest, read_manifest, write_json
 from ifguide.cli import main, stage
-from ifguide.config import Config, ConfigError
+from ifguide.config import Config, ConfigError, to_yaml
 from ifguide.outliers import distinct_bigram_share
 from ifguide.stages.run import Run
 from ifguide.stages.view import View
@@ -91,3 +93,36 @@ def test_outliers_are_the_blocks_over_the_limits(finished: Config, copied: Calla
     assert summary["excluded_blocks"] == summary["repeated_blocks"]
     assert not columns(run.mask, "masked")[repeated].any()
     assert summary["tau"] == read_manifest(Run(config=finished).mask).summary["tau"]
+
+
+def test_a_query_from_factors_fitted_elsewhere_is_the_query_of_those_factors(
+    finished: Config, copied: Callable[..., Config], tmp_path: Path
+) -> None:
+    """kronfluence's files alone, without a manifest, under the names that `torch.compile` gives the modules."""
+    elsewhere = tmp_path / "factors_elsewhere"
+    elsewhere.mkdir()
+    for path in Run(config=finished).factors.glob("*.safetensors"):
+        save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(path).items()}, elsewhere / path.name)
+    config = copied(drop=("query", "factors"), build_query__factors=str(elsewhere))
+    manifest = stage("build_query")(Run(config=config))
+    first, second = (load_file(Run(config=each).query / "direction.safetensors") for each in (finished, config))
+    assert all((first[name] == second[name]).all() for name in first)
+    assert manifest.inputs["factors"] != read_manifest(Run(config=finished).query).inputs["factors"]
+    assert stage("build_query")(Run(config=config)).fingerprint == manifest.fingerprint
+
+
+def test_an_imported_mask_is_trained_with_and_reported(
+    finished: Config, copied: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = columns(Run(config=finished).mask, "masked")
+    torch.save(torch.from_numpy(before.copy()), tmp_path / "mask.pt")
+    config = copied(drop=("mask", "ranking", "model/penalised", "report"), pretrain__epochs=0.2)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert main(["import-mask", "--config", str(tmp_path / "config.yaml"), str(tmp_path / "mask.pt")]) == 0
+    run = Run(config=config)
+    np.testing.assert_array_equal(columns(run.mask, "masked"), before)
+    model = stage("pretrain")(run)
+    assert model.inputs["mask"] == read_manifest(run.mask).fingerprint
+    assert stage("evaluate")(run).summary["mask"]["precision"] is not None
+    assert main(["inspect", config.run_dir]) == 0
+    assert f"imported from {tmp_path / 'mask.pt'}" in capsys.readouterr().out
