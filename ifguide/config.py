@@ -169,10 +169,22 @@ class BuildQuery:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreCorpus:
-    """Score every token. `attribution: target` is the paper's Eq. 8, `position` what its code computes."""
+    """Score every token. `attribution: target` is the paper's Eq. 8, `position` what its code computes.
+
+    `preset` sets engine, precision and rank (see `influence.scorer`); each can be set alone, `rank: 0` meaning full.
+    Before the first shard, `check_blocks` blocks are scored by the exact method too, and correlation and agreement of
+    the top 1% must both reach `min_agreement`. `queries` names further behaviours, `name: folder of a query artifact`
+    of the same proxy: each gives one more column of scores. `micro_batch_blocks` null is chosen to fit the memory."""
 
     attribution: Literal["target", "position"] = "target"
-    micro_batch_blocks: int = option(8, at_least=1)
+    preset: Literal["fast", "exact"] = "fast"
+    engine: Literal["forward", "difference"] | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    rank: int | None = option(None, at_least=0)
+    queries: dict[str, str] = field(default_factory=dict)
+    micro_batch_blocks: int | None = option(None, at_least=1)
+    check_blocks: int = option(4, at_least=0)
+    min_agreement: float = option(0.9, at_least=0, at_most=1)
     actors: int = option(1, at_least=1, affects_result=False)
     gpus_per_actor: float = option(1.0, at_least=0, affects_result=False)
     cpus_per_actor: float = option(1.0, above=0, affects_result=False)

@@ -6,8 +6,8 @@ modules are treated in one of two ways:
 
 - folded (full rank in the model's own precision): x+ meets W + step V, x- meets W - step V. 4N FLOP a token.
 - exact (low precision, or low rank): the streams are turned into s = x+ + x- and d = x+ - x-, products are taken of
-  these, W s and W d + step V s, and turned back. Rounding a product to bfloat16 then touches h and h' alike by one part in
-  256; a difference of two rounded products would be nothing but rounding. 4N at low rank, 6N at full rank.
+  these, W s and W d + step V s, and turned back. Rounding a product to bfloat16 then touches h and h' alike by one part
+  in 256; a difference of two rounded products would be nothing but rounding. 4N at low rank, 6N at full rank.
 
 The streams themselves stay float32. The LM head and the loss are differentiated exactly (`lm_head`). The error is
 O(step^2) from the truncation and 2^-24 / step from the streams; the step is set so that the final hidden state

@@ -1,8 +1,8 @@
 """`target` scores by forward-mode differentiation: exact, in the model's own precision.
 
 Every hidden state is a dual number (h, h'). A tracked module maps (a, a') to (W a, W a' + V a): torch carries h'
-through the rest of the model. No backward pass, no stored graph. Fused attention kernels have no forward-mode derivative, so
-attention runs by its plain (math) kernel, which holds (heads, T, T) weights per block.
+through the rest of the model. No backward pass, no stored graph. Fused attention kernels have no forward-mode
+derivative, so attention runs by its plain (math) kernel, which holds (heads, T, T) weights per block.
 
 Cost: 6N FLOP a token for N tracked parameters and one direction (4N at low rank), plus every element-wise operation
 about three times over. Each further direction is another pass: this is the engine that the fast one is checked with.

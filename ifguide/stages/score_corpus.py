@@ -1,11 +1,13 @@
 """`score_corpus`: one influence score per token, a corpus shard per descriptor over a pool of Ray Data actors.
 
-An actor loads proxy and direction once, reads a corpus shard, writes the scores shard of the same name, and
-returns a ledger row. The bytes do not depend on the number of actors, on order, or on retries.
+An actor loads proxy and directions once, reads a corpus shard, writes the scores shard of the same name, and
+returns a ledger row. The bytes do not depend on the number of actors, on order, or on retries: method, steps and
+micro-batch are decided once (`scoring_method`). A shard that had to halve its micro-batch says so.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,18 @@ from safetensors.torch import load_file
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, publish, require, require_same
-from ifguide.influence.scorer import TokenScorer
+from ifguide.influence.memory import is_out_of_memory
+from ifguide.influence.scorer import Method, TokenScorer
 from ifguide.models import check_vocabulary, load_tokenizer, state_fingerprint
 from ifguide.stages.build_query import DIRECTION
 from ifguide.stages.proxy import describe_proxy, load_proxy
 from ifguide.stages.run import Run, model_mapping
+from ifguide.stages.scoring_method import METHOD, chosen_method, decide
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.telemetry import log
 
 VERB = "score_corpus"
+logger = logging.getLogger(__name__)
 
 
 def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -36,11 +41,13 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         MismatchError: the query is of another proxy. StageError: a shard failed (NaN scores name shard and block).
     """
     config = run.config.score_corpus
+    method = chosen_method(config)
     if dry_run:
         log(
             VERB,
-            f"would score every token ({config.attribution}) with {config.actors} actors of {config.cpus_per_actor:g}"
-            f" CPU, {config.gpus_per_actor:g} GPU, {config.micro_batch_blocks} blocks at a time",
+            f"would score every token ({config.attribution}, {method.precision}, rank {method.rank or 'full'}) of"
+            f" {1 + len(config.queries)} behaviours with {config.actors} actors of {config.cpus_per_actor:g} CPU,"
+            f" {config.gpus_per_actor:g} GPU",
         )
         return None
     corpus, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
@@ -59,6 +66,14 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         tokenizer_name=run.config.tokenizer_source,
     )
     inputs = {"corpus": corpus.fingerprint, "query": query.fingerprint, "proxy": proxy.fingerprint}
+    directions = {"": str(run.query / DIRECTION)}
+    for name, folder in config.queries.items():
+        further = require(Path(folder).expanduser(), "build_query")
+        require_same(
+            f"the proxy of {folder}", further.inputs["proxy"], "this run's", proxy.fingerprint, "build it of this proxy"
+        )
+        inputs[f"query.{name}"] = further.fingerprint
+        directions[name] = str(Path(folder).expanduser().absolute() / DIRECTION)
     artifact = run.open(run.scores, VERB, keys=("score_corpus",), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
@@ -67,6 +82,10 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         {"key": path.stem, "shard": path.name, "bytes": path.stat().st_size} for path in data_files(run.corpus)
     ]
     tokens_per_byte = corpus.rows["tokens"] / sum(descriptor["bytes"] for descriptor in descriptors)
+    model = model_mapping(run.proxy_source)
+    decision = decide(
+        run.scores, config, proxy=model, directions=directions, first_shard=run.corpus / descriptors[0]["shard"]
+    )
     results = run_shards(
         VERB,
         descriptors,
@@ -74,11 +93,11 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         {
             "corpus": str(run.corpus),
             "scores": str(run.scores),
-            "direction": str(run.query / DIRECTION),
-            "proxy": model_mapping(run.proxy_source),
+            "directions": directions,
+            "proxy": model,
             "proxy_fingerprint": proxy.fingerprint,
             "attribution": config.attribution,
-            "micro_batch_blocks": config.micro_batch_blocks,
+            "decision": {name: decision[name] for name in ("method", "steps", "micro_batch_blocks")},
             "gpus": config.gpus_per_actor,
         },
         folder=run.scores,
@@ -98,11 +117,15 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     actor_seconds = sum(result["seconds"] for result in results.values())
     summary = {
         "attribution": config.attribution,
+        **{name: decision[name] for name in ("method", "engine", "steps", "micro_batch_blocks", "check")},
+        "energy": {name: decision["energy"][name] for name in ("least", "mean")},
+        "shards_with_halved_micro_batch": sorted(key for key, result in results.items() if result["halvings"]),
         "score_min": min(result["score_min"] for result in results.values()),
         "score_max": max(result["score_max"] for result in results.values()),
         "tokens_per_second_per_actor": round(rows["tokens"] / actor_seconds, 1),
     }
-    manifest = artifact.finish(data_files(run.scores), rows=rows, summary=summary, remove=(LEDGER,))
+    files = [*data_files(run.scores), run.scores / METHOD]
+    manifest = artifact.finish(files, rows=rows, summary=summary, remove=(LEDGER,))
     log(VERB, f"{rows['tokens']:,} tokens, {summary['tokens_per_second_per_actor']:,.0f} tok/s per actor, {run.scores}")
     return manifest
 
@@ -114,49 +137,73 @@ class ScoreShard:
         self,
         corpus: str,
         scores: str,
-        direction: str,
+        directions: dict[str, str],
         proxy: dict[str, Any],
         proxy_fingerprint: str,
         attribution: Any,
-        micro_batch_blocks: int,
+        decision: dict[str, Any],
         gpus: float,
     ):
-        self.corpus, self.scores, self.micro_batch_blocks = Path(corpus), Path(scores), micro_batch_blocks
+        self.corpus, self.scores = Path(corpus), Path(scores)
+        self.behaviours = [name for name in directions if name]
+        self.micro_batch_blocks = decision["micro_batch_blocks"]
         model = load_proxy(proxy, gpus=gpus)
         if gpus == 0:  # the driver hashed the same model on the CPU; another node may see another one
             require_same(
                 "the proxy on this node", state_fingerprint(model), "the driver's", proxy_fingerprint, "sync it"
             )
-        self.scorer = TokenScorer(model, load_file(direction), attribution=attribution)
+        self.scorer = TokenScorer(
+            model,
+            [load_file(path) for path in directions.values()],
+            attribution=attribution,
+            method=Method(**decision["method"]),
+            steps=decision["steps"],
+        )
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         started = time.monotonic()
         table = schemas.read_table(self.corpus / descriptor["shard"])
         tokens_BT = schemas.per_token_array(table, "tokens")
         lengths_B = table.column("length").to_numpy()
-        scores_BT = self._score(tokens_BT, lengths_B)
-        self._require_finite(scores_BT, table, descriptor["shard"])
-        schema = schemas.scores(tokens_BT.shape[1])
-        columns = [table.column("block_id"), schemas.per_token_column(scores_BT, schema, "token_score")]
+        scores_KBT, halvings = self._score(tokens_BT, lengths_B)
+        for scores_BT in scores_KBT:
+            self._require_finite(scores_BT, table, descriptor["shard"])
+        schema = schemas.scores(tokens_BT.shape[1], self.behaviours)
+        names = [schemas.score_column(behaviour) for behaviour in (None, *self.behaviours)]
+        columns = [
+            schemas.per_token_column(scores_BT, schema, name) for name, scores_BT in zip(names, scores_KBT, strict=True)
+        ]
         with publish(self.scores / descriptor["shard"]) as part:
-            pq.write_table(pa.Table.from_arrays(columns, schema=schema), part)
+            pq.write_table(pa.Table.from_arrays([table.column("block_id"), *columns], schema=schema), part)
         return {
-            "blocks": len(scores_BT),
+            "blocks": len(tokens_BT),
             "tokens": int(lengths_B.sum()),
-            "score_min": float(scores_BT.min()),
-            "score_max": float(scores_BT.max()),
+            "score_min": float(scores_KBT.min()),
+            "score_max": float(scores_KBT.max()),
             "seconds": time.monotonic() - started,
+            "halvings": halvings,
         }
 
-    def _score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
-        """Micro-batches always start at multiples of their size: the same batches whoever scores the shard."""
-        parts = []
-        for start in range(0, len(tokens_BT), self.micro_batch_blocks):
-            rows = slice(start, start + self.micro_batch_blocks)
+    def _score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, int]:
+        """(K, B, T), and how often the micro-batch had to be halved.
+
+        Micro-batches start at multiples of their size: the same batches whoever scores the shard.
+        """
+        size, halvings, start, parts = self.micro_batch_blocks, 0, 0, []
+        while start < len(tokens_BT):
+            rows = slice(start, start + size)
             tokens = torch.from_numpy(tokens_BT[rows].astype(np.int64))
             lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
-            parts.append(self.scorer.score(tokens, lengths).float().cpu().numpy())
-        return np.concatenate(parts)
+            try:
+                parts.append(self.scorer.score(tokens, lengths).float().cpu().numpy())
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                size, halvings = size // 2, halvings + 1
+                logger.warning("out of memory at %d blocks, going on with %d", 2 * size, size)
+                continue
+            start += size
+        return np.concatenate(parts, axis=1), halvings
 
     def _require_finite(self, scores_BT: np.ndarray, table: pa.Table, shard: str) -> None:
         broken = np.argwhere(~np.isfinite(scores_BT))

@@ -1,0 +1,246 @@
+"""How fast tokens are scored, beside kronfluence's per-token scores, and how well the fast preset agrees.
+
+    python bench/score_throughput.py [--shape neox30m|smollm2|pythia160m|llama1b] [--device cuda] [--rounds 5]
+
+Every side scores the same blocks with the same V in one process, one after the other in rounds; a side's time is the
+median of its rounds. kronfluence runs its own loop (`compute_dot_products_with_loader`) over its own wrapped modules,
+with V put where it keeps a preconditioned query gradient: at several batch sizes in float32 and in its own bfloat16
+settings, at full rank and at the fast preset's rank; its best is taken. V is fitted: EK-FAC of a sample of blocks and
+the differential gradient of two query sets, on real text for SmolLM2, on random tokens where the weights are random.
+
+Floor: 4N FLOP a token for the fast preset (forward and tangent; V of low rank) and 6N for full rank, N the tracked
+parameters and the LM head, at the rate this machine multiplies matrices of the model's shape, measured in the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.kronfluence_side import KronfluenceSide, kronfluence_settings
+from ifguide.config import ModelSource
+from ifguide.influence.agreement import compare
+from ifguide.influence.scorer import PRESETS, Method, TokenScorer
+from ifguide.models import load_model, predicted_positions, tracked_modules
+
+CACHE = Path(__file__).parents[1] / "runs" / "bench"
+NEOX = {"model_type": "gpt_neox", "hidden_act": "gelu", "initializer_range": 0.02}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **NEOX, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 512,
+    },
+    "neox30m": {
+        **NEOX, "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "max_position_embeddings": 512,
+    },
+    "pythia160m": {
+        **NEOX, "vocab_size": 50304, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 2048,
+    },
+    "llama1b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "max_position_embeddings": 2048, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    options = _options()
+    device = torch.device(options.device)
+    model, directions, tokens_BT = _workload(options, device)
+    result = {"shape": options.shape, **measure(model, directions, tokens_BT, options)}
+    result["machine"] = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    result["threads"] = torch.get_num_threads()
+    print(json.dumps(result))
+
+
+def measure(
+    model: PreTrainedModel, directions: dict[str, Tensor], tokens_BT: Tensor, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Times every side in alternation; returns ratios, agreement and shares of the floor."""
+    lengths_B = torch.full((len(tokens_BT),), tokens_BT.shape[1])
+    fast = PRESETS["fast"]
+    methods = {
+        "full": Method(engine="difference", precision="float32", rank=None),
+        "exact": PRESETS["exact"],
+        "fast": fast,
+        "fast_full_rank": Method(engine=fast.engine, precision=fast.precision, rank=None),
+    }
+    names = list(directions)
+    sides: dict[str, Callable[[], Any]] = {}
+    scorers = {}
+    for name, method in methods.items():
+        scorers[name] = TokenScorer(model, directions, attribution="target", method=method)
+        sides[name] = _ours(scorers[name], tokens_BT, lengths_B, options.micro_batch)
+    scorers["position"] = TokenScorer(model, directions, attribution="position", method=fast)
+    sides["position_fast"] = _ours(scorers["position"], tokens_BT, lengths_B, options.micro_batch)
+    position = TokenScorer(model, directions, attribution="position", method=PRESETS["exact"])
+    several = TokenScorer(model, [directions] * 2, attribution="target", method=fast)
+    sides["fast_two_behaviours"] = _ours(several, tokens_BT, lengths_B, options.micro_batch)
+    agreement = compare(
+        scorers["fast"].score(tokens_BT, lengths_B), _exact(scorers["exact"], tokens_BT), _predicted(tokens_BT)
+    )
+    reference = position.score(tokens_BT[:2], lengths_B[:2])
+    with KronfluenceSide(model, names, directions) as theirs:
+        for setting in kronfluence_settings(fast.rank or 0):
+            for batch in options.kronfluence_batches:
+                sides[f"kronfluence_{setting}_b{batch}"] = lambda s=setting, b=batch: theirs.score(tokens_BT, b, s)
+        cosine = F.cosine_similarity(theirs.score(tokens_BT[:2], 2, "float32").flatten(), reference.flatten(), dim=0)
+        seconds = _alternate(sides, options.rounds, theirs)
+    rate = {name: tokens_BT.numel() / value for name, value in seconds.items()}
+    best = {
+        setting: max(value for name, value in rate.items() if name.startswith(f"kronfluence_{setting}_b"))
+        for setting in kronfluence_settings(fast.rank or 0)
+    }
+    for name, value in rate.items():
+        print(f"{name:36s} {value:12,.0f} tok/s")
+    matmul = {dtype: _matmul_rate(model, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    tracked = sum(model.get_submodule(name).weight.numel() for name in names)  # type: ignore[union-attr]
+    N = tracked + model.get_output_embeddings().weight.numel()  # type: ignore[union-attr]
+    theirs_bf16 = max(value for setting, value in best.items() if setting.startswith("bfloat16"))
+    energy = list(scorers["fast"].energy.values())
+    return {
+        "full_vs_kronfluence": round(max(rate["full"], rate["exact"]) / best["float32"], 3),
+        "fast_vs_kronfluence": round(rate["fast"] / best["float32"], 3),
+        "fast_vs_kronfluence_bf16": round(rate["fast"] / theirs_bf16, 3),
+        "fast_spearman": round(agreement.spearman, 5),
+        "fast_top1pct_agreement": round(agreement.top, 4),
+        "floor_share": round(rate["fast"] * 4 * N / matmul[torch.bfloat16], 3),
+        "full_floor_share": round(rate["full"] * 6 * N / matmul[torch.float32], 3),
+        "fast_correlation": round(agreement.correlation, 6),
+        "fast_energy_least_mean": [round(min(energy), 3), round(sum(energy) / len(energy), 3)],
+        "position_cosine_with_kronfluence": round(float(cosine), 7),
+        "second_behaviour_cost": round(rate["fast"] / rate["fast_two_behaviours"] - 1, 3),
+        "tokens_per_second": {name: round(value) for name, value in rate.items()},
+        "matmul_gflops": {str(dtype).removeprefix("torch."): round(value / 1e9) for dtype, value in matmul.items()},
+        "tokens": tokens_BT.numel(),
+        "block_size": tokens_BT.shape[1],
+    } | _peak(model.device)
+
+
+def _ours(scorer: TokenScorer, tokens_BT: Tensor, lengths_B: Tensor, micro_batch: int) -> Callable[[], None]:
+    def score() -> None:
+        for start in range(0, len(tokens_BT), micro_batch):
+            scorer.score(tokens_BT[start : start + micro_batch], lengths_B[start : start + micro_batch])
+
+    return score
+
+
+def _exact(scorer: TokenScorer, tokens_BT: Tensor) -> Tensor:
+    length = torch.tensor([tokens_BT.shape[1]])
+    return torch.cat([scorer.score(tokens_T[None], length) for tokens_T in tokens_BT])
+
+
+def _predicted(tokens_BT: Tensor) -> Tensor:
+    return predicted_positions(tokens_BT, torch.full((len(tokens_BT),), tokens_BT.shape[1])).to(tokens_BT.device)
+
+
+def _alternate(sides: dict[str, Callable[[], Any]], rounds: int, theirs: Any) -> dict[str, float]:
+    """Median seconds of each side; one uncounted round warms caches up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_number in range(rounds + 1):
+        for name, side in sides.items():
+            with theirs.active(name.startswith("kronfluence")):
+                _synchronise()
+                started = time.perf_counter()
+                side()
+                _synchronise()
+            if round_number:
+                seconds[name].append(time.perf_counter() - started)
+        gc.collect()
+        print(f"round {round_number} of {rounds}", file=sys.stderr)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak(device: torch.device) -> dict[str, float]:
+    return {"peak_gigabytes": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if device.type == "cuda" else {}
+
+
+def _matmul_rate(model: PreTrainedModel, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of the model's width: the median of 15."""
+    width = model.config.hidden_size
+    a, w = (torch.randn(shape, device=model.device).to(dtype) for shape in ((4096, width), (4 * width, width)))
+    times = []
+    for _ in range(20):
+        _synchronise()
+        started = time.perf_counter()
+        F.linear(a, w)
+        _synchronise()
+        times.append(time.perf_counter() - started)
+    return 2 * a.shape[0] * w.numel() / statistics.median(times[5:])
+
+
+def _workload(options: argparse.Namespace, device: torch.device) -> tuple[PreTrainedModel, dict[str, Tensor], Tensor]:
+    if options.shape == "smollm2":
+        from bench.throughput_text import smollm2_workload
+
+        model, directions, tokens_BT = smollm2_workload(options.blocks, options.block_size)
+    else:
+        model = load_model(ModelSource(architecture=SHAPES[options.shape]))
+        directions = _fitted_on_random_tokens(model, options)
+        generator = torch.Generator().manual_seed(7)
+        vocabulary = model.config.vocab_size
+        tokens_BT = torch.randint(1, vocabulary, (options.blocks, options.block_size), generator=generator)
+    return nn.Module.to(model, device), directions, tokens_BT.to(device)
+
+
+def _fitted_on_random_tokens(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Tensor]:
+    """V of random weights: fitted on random tokens like any other, or random of decaying spectrum with --random-v."""
+    from bench.throughput_text import fit_on_tokens
+
+    names = tracked_modules(model).names
+    if options.random_v:
+        generator = torch.Generator().manual_seed(1)
+        directions = {}
+        for name in names:
+            module = model.get_submodule(name)
+            assert isinstance(module, nn.Linear)
+            inner = module.in_features + (module.bias is not None)
+            left, right = (torch.randn(size, 32, generator=generator) for size in (module.out_features, inner))
+            directions[name] = left @ right.T * 1e-3
+        return directions
+    path = CACHE / f"throughput-{options.shape}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in fit_on_tokens(model).items()}, path)
+    return load_file(path)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES, "smollm2"], default="neox30m")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--block-size", type=int, default=512)
+    parser.add_argument("--micro-batch", type=int, default=2, help="blocks at a time on our side")
+    parser.add_argument("--kronfluence-batches", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--random-v", action="store_true", help="a random V of rank 32 instead of a fitted one")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

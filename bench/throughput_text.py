@@ -1,0 +1,90 @@
+"""The workloads of `score_throughput`: blocks to score and a fitted V, on random tokens or on real text."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bench.direction import encode, fit_direction, load_smollm2
+from ifguide.corpus import pack
+from ifguide.influence.factors import (
+    FactorSample,
+    aggregate_covariances,
+    aggregate_lambdas,
+    eigendecompose,
+    export_factors,
+    fit_covariance_partition,
+    fit_lambda_partition,
+)
+from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient, precondition
+from ifguide.models import tracked_modules
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def fit_on_tokens(
+    model: PreTrainedModel, *, blocks: int = 32, block_size: int = 256, queries: int = 64
+) -> dict[str, Tensor]:
+    """V per tracked module, from `blocks` random blocks for the factors and random completions, half of each set."""
+    rng = np.random.default_rng(0)
+    names = tracked_modules(model).names
+    tokens_NT = rng.integers(1, model.config.vocab_size, (blocks, block_size), dtype=np.int32)
+    sample = FactorSample(
+        blocks_NT=tokens_NT,
+        lengths_N=np.full(blocks, block_size, np.int32),
+        num_partitions=1,
+        batch_size=4,
+        seed=0,
+    )
+    completions = [
+        TokenisedQuery(token_ids=tuple(rng.integers(1, model.config.vocab_size, 24).tolist()), completion_start=8)
+        for _ in range(queries)
+    ]
+    weights = [(1 if i % 2 else -1) * 2 / queries for i in range(queries)]
+    gradient = mean_completion_gradient(model, names, completions, weights, batch_tokens=1024)
+    with tempfile.TemporaryDirectory() as folder:
+        work, out = Path(folder) / "work", Path(folder) / "factors"
+        fit_covariance_partition(model, sample, 0, module_names=names, workdir=work)
+        aggregate_covariances(work, num_partitions=1)
+        eigendecompose(model, sample, module_names=names, workdir=work)
+        fit_lambda_partition(model, sample, 0, module_names=names, workdir=work)
+        aggregate_lambdas(work, num_partitions=1)
+        export_factors(work, out)
+        return precondition(gradient, load_factors(out, names))
+
+
+def smollm2_workload(blocks: int, block_size: int) -> tuple[PreTrainedModel, dict[str, Tensor], Tensor]:
+    """SmolLM2-135M, V of toxic against benign continuations, and blocks of comments and articles.
+
+    Raises FileNotFoundError where the model or the data are absent.
+    """
+    model, tokenizer = load_smollm2()
+    comments = [row["text"] for row in _rows("civil_comments_spans.jsonl", 600)]
+    articles = [row["text"] for row in _rows("wikitext2_articles.jsonl", 12)]
+    queries: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    for row in _rows("rtp_prompts.jsonl", 5000):
+        toxicity = row["continuation"]["toxicity"]
+        if toxicity is not None and (toxicity >= 0.5 or toxicity < 0.1) and row["continuation"]["text"].strip():
+            queries[toxicity >= 0.5].append((row["prompt"]["text"], row["continuation"]["text"]))
+    directions = fit_direction(model, tokenizer, comments[:150] + articles[:2], queries[True][:96], queries[False][:96])
+    tokens = encode(tokenizer, comments[300:] + articles[6:])
+    num_tokens = blocks * block_size
+    blocks_NT, lengths_N = pack(
+        tokens, skip=0, num_tokens=num_tokens, block_size=block_size, fill=int(tokenizer.eos_token_id)
+    )
+    assert int(lengths_N.sum()) == num_tokens, "too few documents for that many blocks"
+    return model, directions, torch.from_numpy(blocks_NT.astype(np.int64))
+
+
+def _rows(name: str, count: int) -> list[dict]:
+    path = DATA / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is absent; the benchmark on real text needs it")
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]

@@ -1,0 +1,62 @@
+"""How well two scorings of the same tokens agree: what the self-check of a run and the benchmarks report.
+
+A low-precision path can return scores that are finite, plausible and wrong, so the chosen method is compared with the
+exact one on tokens of the corpus itself. Selection uses the upper end of the scores: hence the top 1% beside the
+correlations. Cost: a sort of the tokens compared.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOP_SHARE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """`correlation` Pearson's, `spearman` of ranks, `top` the share of one's top 1% that is also the other's; of
+    `tokens` tokens."""
+
+    correlation: float
+    spearman: float
+    top: float
+    tokens: int
+
+    @property
+    def least(self) -> float:
+        """What must reach the threshold: the smaller of the correlation and the agreement of the top 1%."""
+        return min(self.correlation, self.top)
+
+
+def compare(scores: Tensor, exact: Tensor, predicted: Tensor) -> Agreement:
+    """Agreement of two score tensors of one shape over the tokens where `predicted` is true.
+
+    Raises ValueError when there are fewer than two tokens, or a score is not finite.
+    """
+    a, b = scores[predicted].double(), exact[predicted].double()
+    if len(a) < 2:
+        raise ValueError("scores of fewer than two tokens cannot be compared")
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError("scores are not finite; the proxy or the query overflows, check both for NaN")
+    count = max(1, round(TOP_SHARE * len(a)))
+    top_a, top_b = (set(torch.topk(each, count).indices.tolist()) for each in (a, b))
+    return Agreement(
+        correlation=_pearson(a, b),
+        spearman=_pearson(_ranks(a), _ranks(b)),
+        top=len(top_a & top_b) / count,
+        tokens=len(a),
+    )
+
+
+def _pearson(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    norm = float(a.norm() * b.norm())
+    return float(a @ b) / norm if norm > 0 else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 0, equal values sharing their mean rank."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - 0.5 * (counts + 1))[inverse]
