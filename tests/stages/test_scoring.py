@@ -1,0 +1,38 @@
+"""`score_corpus`: its self-check, and further behaviours as columns."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from ifguide import schemas
+from ifguide.artifacts import data_files, read_manifest
+from ifguide.cli import stage
+from ifguide.config import Config
+from ifguide.stages.run import Run
+
+
+def test_the_self_check_stands_in_the_manifest(finished: Config) -> None:
+    summary = read_manifest(Run(config=finished).scores).summary
+    assert summary["method"] == {"engine": "difference", "precision": "bfloat16", "rank": None}
+    assert summary["check"]["correlation"] > 0.99
+    assert summary["check"]["tokens"] > 100
+    assert summary["shards_with_halved_micro_batch"] == []
+
+
+def test_a_method_that_disagrees_is_stopped_with_advice(copied: Callable[..., Config]) -> None:
+    config = copied(drop=("scores",), score_corpus__rank=1, score_corpus__min_agreement=0.999)
+    with pytest.raises(Exception, match=r"raise score_corpus\.rank"):
+        stage("score_corpus")(Run(config=config))
+    assert not data_files(Run(config=config).scores)
+
+
+def test_further_queries_are_columns(finished: Config, copied: Callable[..., Config]) -> None:
+    query = str(Run(config=finished).query)
+    config = copied(drop=("scores",), score_corpus__queries={"again": query})
+    manifest = stage("score_corpus")(Run(config=config))
+    assert manifest.inputs["query.again"] == manifest.inputs["query"]
+    for path in data_files(Run(config=config).scores):
+        table = schemas.read_table(path)
+        own, again = (schemas.per_token_array(table, schemas.score_column(name)) for name in (None, "again"))
+        np.testing.assert_allclose(own, again, atol=1e-5 * np.abs(own).max())
