@@ -52,7 +52,8 @@ def split_directions(
 ) -> dict[str, Direction]:
     """Each direction checked against its module and split; approximated where `rank` is below full rank.
 
-    Raises ValueError when there is none, or one names no plain `nn.Linear` of the model or has another shape.
+    Raises ValueError when there is none, or one names no plain `nn.Linear` of the model, has another shape, or is not
+    finite.
     """
     if not directions:
         raise ValueError("no directions to score with; build the query first")
@@ -76,6 +77,8 @@ def _split(model: nn.Module, name: str, direction: Tensor, rank: int | None) -> 
     expected = (module.out_features, module.in_features + (module.bias is not None))
     if tuple(direction.shape) != expected:
         raise ValueError(f"direction of {name} has shape {tuple(direction.shape)}, its module needs {expected}")
+    if not bool(torch.isfinite(direction).all()):
+        raise ValueError(f"direction of {name} is not finite; build the query again, with more damping if it recurs")
     weight = direction[:, : module.in_features]
     bias = None if module.bias is None else direction[:, -1]
     # U R costs less than V_w only below half of the harmonic mean of the sides.

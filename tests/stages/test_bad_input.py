@@ -129,14 +129,23 @@ def test_a_mask_of_another_corpus_is_refused_with_both_fingerprints(copied: Call
     assert corpus.fingerprint[:16] in str(caught.value)
 
 
-def test_not_finite_scores_name_shard_and_block(copied: Callable[..., Config]) -> None:
-    config = copied(drop=("scores",))
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"direction of gpt_neox\S+ is not finite"),
+        (3e38, r"shard-00000.*not finite.*block 0"),  # finite itself, but not what comes of it
+    ],
+)
+def test_not_finite_scores_name_module_or_shard_and_block(
+    value: float, message: str, copied: Callable[..., Config]
+) -> None:
+    config = copied(drop=("scores",), score_corpus__preset="exact", score_corpus__check_blocks=0)
     path = Run(config=config).query / "direction.safetensors"
     direction = load_file(path)
     name = next(iter(direction))
-    direction[name][:] = float("nan")
+    direction[name][:] = value
     save_file(direction, path)
-    with pytest.raises(StageError, match=r"shard-00000.*not finite.*block 0"):
+    with pytest.raises((StageError, ValueError), match=message):
         stage("score_corpus")(Run(config=config))
 
 
