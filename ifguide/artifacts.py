@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -89,6 +90,8 @@ class Artifact:
         )
         for name in remove:
             remove_tree(self.folder / name)
+        for part in self.folder.rglob("*.part"):
+            part.unlink(missing_ok=True)  # of attempts that were killed
         write_json(self.folder / MANIFEST, dataclasses.asdict(manifest))
         (self.folder / PLAN).unlink(missing_ok=True)
         self.manifest = manifest
@@ -164,6 +167,24 @@ def require(folder: Path, verb: str) -> Manifest:
     return manifest
 
 
+def verify_file(folder: Path, name: str, manifest: Manifest) -> Path:
+    """The path of a file of an artifact whose SHA-256 is the manifest's: for whoever reads the file whole.
+
+    Raises:
+        ValueError: the manifest does not hold the file, or the file has changed since, by a flipped bit for instance.
+    """
+    path = folder / name
+    if name not in manifest.files:
+        raise ValueError(f"{path} is not in {folder / MANIFEST}: it does not belong to this artifact")
+    expected, found = manifest.files[name]["sha256"], file_digest(path)
+    if found != expected:
+        raise ValueError(
+            f"{path} has changed since it was made: SHA-256 {found[:16]}, its manifest says {expected[:16]}; delete"
+            f" {folder} and run `ifguide {manifest.verb}` again"
+        )
+    return path
+
+
 def require_same(left: str, left_fingerprint: str, right: str, right_fingerprint: str, advice: str) -> None:
     """Refuse two things that do not belong together, naming both fingerprints."""
     if left_fingerprint != right_fingerprint:
@@ -179,15 +200,19 @@ def data_files(folder: Path, pattern: str = "shard-*.parquet") -> list[Path]:
 def publish(path: Path) -> Iterator[Path]:
     """Yield a `.part` path to write; on success fsync it and rename it to `path`.
 
-    The name of the part holds the process id: two attempts at one shard never write the same file.
+    Each part has a name of its own: two attempts at one shard, on any two machines, never write the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
     try:
         yield part
         _fsync(part)
         os.replace(part, path)
         _fsync(path.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, f"writing failed: {error.strerror or error}", str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 

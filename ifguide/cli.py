@@ -1,6 +1,6 @@
 """The command line: `ifguide <verb> --config F [--set a.b=c ...] [--dry-run] [--address A]`, the same flags everywhere.
 
-`ifguide run` does every verb in order; running again resumes. `show` and `inspect` read a run directory,
+`ifguide run` does every verb in order; running again resumes. `show`, `status` and `inspect` read a run directory,
 `export-scores` and `import-mask` exchange scores and masks with kronfluence and the paper's code, `demo` makes its
 own data and runs the whole pipeline on them. The scripts in `jobs/` call `main` too.
 """
@@ -19,7 +19,7 @@ from ifguide.artifacts import MANIFEST, PLAN, read_manifest
 from ifguide.config import VERBS, Config, load_config, to_yaml
 from ifguide.telemetry import configure_logging, log
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, PermissionError)
+USER_ERRORS = (ValueError, OSError)  # the latter of files: not there, not writable, no space left
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="what each artifact of a run directory holds")
     show.add_argument("run_dir", type=Path)
     show.set_defaults(function=_show)
+    status = commands.add_parser("status", help="how far each stage of a run is, at any time, from its files alone")
+    status.add_argument("run_dir", type=Path)
+    status.set_defaults(function=_status)
     inspect = commands.add_parser("inspect", help="the top documents of a run, masked tokens in red")
     inspect.add_argument("run_dir", type=Path)
     inspect.add_argument("--documents", type=int, default=10, help="how many (default 10)")
@@ -171,6 +174,14 @@ def _show(options: argparse.Namespace) -> int:
         for key, value in manifest.summary.items():
             if not isinstance(value, dict | list):
                 print(f"{'':16}   {key}: {value}")
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from ifguide.status import run_status
+
+    for line in run_status(options.run_dir):
+        print(line)
     return 0
 
 

@@ -174,7 +174,8 @@ class ScoreCorpus:
     `preset` sets engine, precision and rank (see `influence.scorer`); each can be set alone, `rank: 0` meaning full.
     Before the first shard, `check_blocks` blocks are scored by the exact method too, and correlation and agreement of
     the top 1% must both reach `min_agreement`. `queries` names further behaviours, `name: folder of a query artifact`
-    of the same proxy: each gives one more column of scores. `micro_batch_blocks` null is chosen to fit the memory."""
+    of the same proxy: each gives one more column of scores. `micro_batch_blocks` null is chosen to fit the memory.
+    The actors are `min_actors` to `max_actors`, as there is room, each with `memory` of Ray's (bytes; null: none)."""
 
     attribution: Literal["target", "position"] = "target"
     preset: Literal["fast", "exact"] = "fast"
@@ -185,9 +186,11 @@ class ScoreCorpus:
     micro_batch_blocks: int | None = option(None, at_least=1)
     check_blocks: int = option(4, at_least=0)
     min_agreement: float = option(0.9, at_least=0, at_most=1)
-    actors: int = option(1, at_least=1, affects_result=False)
+    min_actors: int = option(1, at_least=1, affects_result=False)
+    max_actors: int = option(1, at_least=1, affects_result=False)
     gpus_per_actor: float = option(1.0, at_least=0, affects_result=False)
     cpus_per_actor: float = option(1.0, above=0, affects_result=False)
+    memory: int | None = option(None, at_least=1, affects_result=False)
     max_attempts: int = option(3, at_least=1, affects_result=False)
 
 
@@ -327,6 +330,9 @@ def _check_across(config: Config) -> None:
             f"build_query.nontoxic_threshold: {config.build_query.nontoxic_threshold} is not below"
             f" build_query.toxic_threshold = {config.build_query.toxic_threshold}: a query would be in both sets"
         )
+    scoring = config.score_corpus
+    if scoring.min_actors > scoring.max_actors:
+        raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
     if config.proxy_is_baseline and not config.baseline:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:

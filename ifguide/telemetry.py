@@ -5,13 +5,16 @@ Logging is set up only by entry points (`configure_logging`); modules use `loggi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = "ifguide"
+PROGRESS = "progress.jsonl"
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -33,34 +36,96 @@ def log(verb: str, text: str, *, level: int = logging.INFO) -> None:
 class Progress:
     """A throttled progress line: done / total, share, rate and ETA of this run's own work.
 
-    `already` counts work found finished from an earlier run; the rate leaves it out.
+    `already` counts work found finished from an earlier run; the rate leaves it out. Each line's values also go to the
+    `sinks`: `verb`, `unit`, `done`, `total`, `per_second`, `eta_seconds` (None where unknown) and the caller's counts.
     """
 
-    def __init__(self, verb: str, total: float, unit: str, *, already: float = 0, every_seconds: float = 5.0):
+    def __init__(
+        self,
+        verb: str,
+        total: float,
+        unit: str,
+        *,
+        already: float = 0,
+        every_seconds: float = 5.0,
+        sinks: Iterable[Callable[[dict[str, Any]], None]] = (),
+    ):
         self.verb, self.total, self.unit = verb, total, unit
         self.done = self.already = already
-        self.every_seconds = every_seconds
+        self.every_seconds, self.sinks = every_seconds, tuple(sinks)
         self.started = self.last_shown = time.monotonic()
         if already:
             log(verb, f"resuming: {already:,.0f} of {total:,.0f} {unit} already done")
 
-    def advance(self, amount: float, note: str = "") -> None:
+    def advance(self, amount: float, **counts: Any) -> None:
         """Add finished work; shows a line when due, and always at the end."""
         self.done += amount
         now = time.monotonic()
         if self.done >= self.total or now - self.last_shown >= self.every_seconds:
             self.last_shown = now
-            log(self.verb, self.line(now - self.started) + (f", {note}" if note else ""))
+            log(self.verb, self.line(now - self.started, **counts))
+            self.publish(**counts)
 
-    def line(self, elapsed_seconds: float) -> str:
+    def publish(self, **counts: Any) -> None:
+        """Give the values of this moment to the sinks."""
+        values = self._values(time.monotonic() - self.started, counts)
+        for sink in self.sinks:
+            sink(values)
+
+    def line(self, elapsed_seconds: float, **counts: Any) -> str:
         """The progress text after `elapsed_seconds` of work."""
+        return progress_text(self._values(elapsed_seconds, counts))
+
+    def _values(self, elapsed_seconds: float, counts: Mapping[str, Any]) -> dict[str, Any]:
         rate = (self.done - self.already) / max(elapsed_seconds, 1e-9)
-        remaining = (self.total - self.done) / rate if rate else float("inf")
-        share = self.done / self.total if self.total else 1.0
-        return (
-            f"{self.done:,.0f}/{self.total:,.0f} {self.unit} ({share:.0%}),"
-            f" {_rate(rate, self.unit)}, ETA {format_seconds(remaining)}"
-        )
+        return {
+            "verb": self.verb,
+            "unit": self.unit,
+            "done": self.done,
+            "total": self.total,
+            "per_second": rate,
+            "eta_seconds": (self.total - self.done) / rate if rate else None,
+            **counts,
+        }
+
+
+def progress_text(values: Mapping[str, Any]) -> str:
+    """The progress line of values as a sink gets them: `shards_done`, `shards_total`, `per_second_per_actor`,
+    `retries` and `failed` are shown where they are known."""
+    unit, done, total = values["unit"], values["done"], values["total"]
+    shards, per_actor = values.get("shards_total"), values.get("per_second_per_actor")
+    parts = [
+        f"{values['shards_done']:,}/{shards:,} shards" if shards is not None and unit != "shards" else "",
+        f"{done:,.0f}/{total:,.0f} {unit} ({done / total if total else 1.0:.0%})",
+        _rate(values["per_second"], unit),
+        f"{_rate(per_actor, unit)} per actor" if per_actor else "",
+        f"ETA {format_seconds(float('inf') if values['eta_seconds'] is None else values['eta_seconds'])}",
+        *(f"{values[name]:,} {name}" for name in ("retries", "failed") if values.get(name)),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+class ProgressFile:
+    """A sink of `Progress`: one JSON object a line in `folder`/progress.jsonl, each with its `time` (Unix seconds)."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / PROGRESS
+
+    def __call__(self, values: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+
+
+def last_progress(folder: Path) -> dict[str, Any] | None:
+    """The last whole line of a folder's progress file; a line cut short by a kill is passed over."""
+    path = folder / PROGRESS
+    if not path.exists():
+        return None
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            values: dict[str, Any] = json.loads(line)
+            return values
+    return None
 
 
 def _rate(per_second: float, unit: str) -> str:

@@ -1,13 +1,15 @@
 """`score_corpus`: one influence score per token, a corpus shard per descriptor over a pool of Ray Data actors.
 
 An actor loads proxy and directions once, reads a corpus shard, writes the scores shard of the same name, and
-returns a ledger row. The bytes do not depend on the number of actors, on order, or on retries: method, steps and
-micro-batch are decided once (`scoring_method`). A shard that had to halve its micro-batch says so.
+returns a ledger row; while it computes, it reads the next shard and writes the last one. The bytes do not depend
+on the number of actors, on order, or on retries: method, steps, threads and micro-batch are decided once
+(`scoring_method`). A shard that had to halve its micro-batch says so.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,8 +48,8 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         log(
             VERB,
             f"would score every token ({config.attribution}, {method.precision}, rank {method.rank or 'full'}) of"
-            f" {1 + len(config.queries)} behaviours with {config.actors} actors of {config.cpus_per_actor:g} CPU,"
-            f" {config.gpus_per_actor:g} GPU",
+            f" {1 + len(config.queries)} behaviours with {config.min_actors} to {config.max_actors} actors of"
+            f" {config.cpus_per_actor:g} CPU, {config.gpus_per_actor:g} GPU",
         )
         return None
     corpus, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
@@ -97,14 +99,17 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
             "proxy": model,
             "proxy_fingerprint": proxy.fingerprint,
             "attribution": config.attribution,
-            "decision": {name: decision[name] for name in ("method", "steps", "micro_batch_blocks")},
+            "decision": {name: decision[name] for name in ("method", "steps", "micro_batch_blocks", "threads")},
             "gpus": config.gpus_per_actor,
         },
         folder=run.scores,
         pool=Pool(
-            size=config.actors,
+            size=config.max_actors,
+            min_size=config.min_actors,
             cpus=config.cpus_per_actor,
             gpus=config.gpus_per_actor,
+            memory=config.memory,
+            in_flight=2,
             max_attempts=config.max_attempts,
         ),
         unit="tokens",
@@ -117,7 +122,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     actor_seconds = sum(result["seconds"] for result in results.values())
     summary = {
         "attribution": config.attribution,
-        **{name: decision[name] for name in ("method", "engine", "steps", "micro_batch_blocks", "check")},
+        **{name: decision[name] for name in ("method", "engine", "steps", "micro_batch_blocks", "threads", "check")},
         "energy": {name: decision["energy"][name] for name in ("least", "mean")},
         "shards_with_halved_micro_batch": sorted(key for key, result in results.items() if result["halvings"]),
         "score_min": min(result["score_min"] for result in results.values()),
@@ -131,7 +136,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
 
 class ScoreShard:
-    """Worker: corpus shard in, scores shard out."""
+    """Worker: corpus shard in, scores shard out. Two threads call it: one computes, one reads or writes."""
 
     def __init__(
         self,
@@ -144,9 +149,10 @@ class ScoreShard:
         decision: dict[str, Any],
         gpus: float,
     ):
-        self.corpus, self.scores = Path(corpus), Path(scores)
+        self.corpus, self.scores, self.computing = Path(corpus), Path(scores), threading.Lock()
         self.behaviours = [name for name in directions if name]
         self.micro_batch_blocks = decision["micro_batch_blocks"]
+        torch.set_num_threads(decision["threads"])  # of the run, whatever this run's actors have: it changes the bytes
         model = load_proxy(proxy, gpus=gpus)
         if gpus == 0:  # the driver hashed the same model on the CPU; another node may see another one
             require_same(
@@ -161,11 +167,13 @@ class ScoreShard:
         )
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        started = time.monotonic()
         table = schemas.read_table(self.corpus / descriptor["shard"])
         tokens_BT = schemas.per_token_array(table, "tokens")
         lengths_B = table.column("length").to_numpy()
-        scores_KBT, halvings = self._score(tokens_BT, lengths_B)
+        with self.computing:
+            started = time.monotonic()
+            scores_KBT, halvings = self._score(tokens_BT, lengths_B)
+            seconds = time.monotonic() - started
         for scores_BT in scores_KBT:
             self._require_finite(scores_BT, table, descriptor["shard"])
         schema = schemas.scores(tokens_BT.shape[1], self.behaviours)
@@ -180,7 +188,7 @@ class ScoreShard:
             "tokens": int(lengths_B.sum()),
             "score_min": float(scores_KBT.min()),
             "score_max": float(scores_KBT.max()),
-            "seconds": time.monotonic() - started,
+            "seconds": seconds,
             "halvings": halvings,
         }
 

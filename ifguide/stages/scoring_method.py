@@ -127,6 +127,7 @@ def _decide(
         "method": asdict(method),
         "engine": engine,
         "steps": scorer.steps,
+        "threads": torch.get_num_threads(),
         "micro_batch_blocks": micro_batch,
         "memory": _memory(estimate, micro_batch, available),
         "energy": {"least": min(energy), "mean": sum(energy) / len(energy), "of_module": scorer.energy},

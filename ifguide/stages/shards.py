@@ -2,28 +2,43 @@
 
 A row of the dataset is a small descriptor, never data: a worker reads its own inputs, publishes its own
 output under a name that the descriptor fixes, then publishes `ledger/<key>.json` with its small result.
-The ledger entry means done: a rerun skips those keys. Attempts are counted on storage before the work
-starts, so that a shard that kills its process is given up after `max_attempts` instead of being retried
-for ever. A failed shard does not stop the others; the stage then ends with every failed key and reason.
+The ledger entry means done: a rerun, or a retry of Ray's, skips those keys.
+
+Ray restarts an actor whose process died, and runs its shards again, without end. So attempts are counted on storage,
+in `ledger/<key>.attempts`, before the work starts: a shard that kills its process is given up after `max_attempts`,
+and so is an actor that does not survive its constructor. A shard that has failed before runs alone in its actor:
+a neighbour that it takes down pays one attempt and no more. A failed shard does not stop the others; the stage
+then ends with every failed key and reason. An actor whose restart fails ends Ray Data's run: the shards that are
+left go to a new pool, as long as each pool finishes some.
+
+Cost: two small files a shard. It does not tell a preempted machine from a shard that kills its process: where machines
+come and go, raise `max_attempts`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 import ray.data
+from ray.util.metrics import Gauge
 
 from ifguide.artifacts import write_json
-from ifguide.telemetry import Progress, configure_logging
+from ifguide.ledger import ACTORS, LEDGER, Attempts, finished_entries, unfinished_attempts
+from ifguide.telemetry import Progress, ProgressFile, configure_logging, log
 
-LEDGER = "ledger"
+__all__ = ["LEDGER", "Pool", "StageError", "Worker", "run_shards"]
+
+NEW_ACTORS_PER_DEATH = 2  # actors in a row that may fail to start before the stage does
 
 
 class StageError(RuntimeError):
@@ -31,55 +46,26 @@ class StageError(RuntimeError):
 
 
 class Worker(Protocol):
-    """Holds the heavy state of a shard worker; `process` publishes the shard's output and returns its small result."""
+    """Holds the heavy state of a shard worker; `process` publishes the shard's output and returns its small result.
+
+    In a pool with `in_flight` over 1 it is called by that many threads at once."""
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Resources of a stage's workers. `size` actors live as long as the stage."""
+    """A stage's workers: `min_size` (default: `size`) to `size` actors, each of `cpus`, `gpus` and `memory` bytes.
+
+    An actor holds `in_flight` shards at once: with 2 it reads the next and writes the last while it computes."""
 
     size: int
     cpus: float
     gpus: float
+    min_size: int | None = None
+    memory: int | None = None
+    in_flight: int = 1
     max_attempts: int = 3
-
-
-class _LedgerWorker:
-    """The Ray Data callable around a `Worker`: attempts, ledger, errors as rows."""
-
-    def __init__(self, make_worker: Callable[..., Worker], settings: dict[str, Any], ledger: str, pool: Pool):
-        import torch
-
-        configure_logging()
-        torch.set_num_threads(max(1, int(pool.cpus)))
-        self.worker = make_worker(**settings)
-        self.ledger, self.max_attempts = Path(ledger), pool.max_attempts
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        rows = [self._run_one(json.loads(text)) for text in batch["descriptor"]]
-        return {"entry": [json.dumps(row) for row in rows]}
-
-    def _run_one(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        key, error = descriptor["key"], "its process died each time"
-        counter = self.ledger / f"{key}.attempts"
-        while True:
-            attempts = int(counter.read_text()) if counter.exists() else 0
-            if attempts >= self.max_attempts:
-                return {"key": key, "error": f"gave up after {attempts} attempts: {error}"}
-            counter.write_text(str(attempts + 1))
-            try:
-                entry = {"key": key, "result": self.worker.process(descriptor)}
-            except ValueError as bad_input:  # the same next time: say it once
-                counter.unlink()
-                return {"key": key, "error": str(bad_input)}
-            except Exception:
-                error = traceback.format_exc(limit=-3).strip()
-            else:
-                write_json(self.ledger / f"{key}.json", entry)
-                counter.unlink()
-                return entry
 
 
 def run_shards(
@@ -98,43 +84,106 @@ def run_shards(
     Results are small dicts. Those of an earlier run are taken from `folder`/ledger.
 
     Raises:
-        StageError: some shards failed; all others were done.
+        StageError: some shards failed and all others were done, or no worker could be started.
     """
     ledger = folder / LEDGER
     ledger.mkdir(parents=True, exist_ok=True)
-    done = {path.stem: json.loads(path.read_text()) for path in ledger.glob("*.json")}
     weights = {descriptor["key"]: amount(descriptor) for descriptor in descriptors}
     assert len(weights) == len(descriptors), "keys are not unique"
-    results = {key: done[key]["result"] for key in weights if key in done}
-    progress = Progress(verb, sum(weights.values()), unit, already=sum(weights[key] for key in results))
-    todo = [descriptor for descriptor in descriptors if descriptor["key"] not in results]
-    failures: dict[str, str] = {}
+    state = _State(results={key: entry["result"] for key, entry in finished_entries(ledger).items() if key in weights})
+    todo = [descriptor for descriptor in descriptors if descriptor["key"] not in state.results]
     if todo:
-        for leftover in ledger.glob("*.attempts"):
+        for leftover in unfinished_attempts(ledger):
             leftover.unlink()  # a rerun is a fresh start for shards that failed before
-        for entry in _map(todo, make_worker, dict(settings), ledger, pool):
-            if "error" in entry:
-                failures[entry["key"]] = entry["error"]
-            else:
-                results[entry["key"]] = entry["result"]
-                progress.advance(weights[entry["key"]])
-    if failures:
-        listing = "\n".join(f"  {key}: {reason}" for key, reason in sorted(failures.items())[:20])
-        raise StageError(f"{verb}: {len(failures)} of {len(descriptors)} shards failed\n{listing}")
-    missing = weights.keys() - results.keys()
-    if missing:
-        raise StageError(f"{verb}: no result for {len(missing)} shards, among them {min(missing)}")
-    return {key: results[key] for key in weights}
+        already = sum(weights[key] for key in state.results)
+        sinks = (ProgressFile(folder), _RayMetrics(verb))
+        progress = Progress(verb, sum(weights.values()), unit, already=already, sinks=sinks)
+        progress.publish(**state.counts(len(weights)))
+        _run_rounds(verb, todo, make_worker, dict(settings), ledger, pool, state, progress, weights)
+    if state.failures:
+        listing = "\n".join(f"  {key}: {reason}" for key, reason in sorted(state.failures.items())[:20])
+        raise StageError(f"{verb}: {len(state.failures)} of {len(descriptors)} shards failed\n{listing}")
+    return {key: state.results[key] for key in weights}
+
+
+@dataclass
+class _State:
+    """What is known of the shards so far; `amounts` and `seconds` are of the work of this run."""
+
+    results: dict[str, dict[str, Any]]
+    failures: dict[str, str] = field(default_factory=dict)
+    retries: int = 0
+    amounts: float = 0
+    seconds: float = 0
+
+    def add(self, entry: Mapping[str, Any], weight: float) -> float:
+        """Record an entry; returns the amount of work that it newly finishes."""
+        key = entry["key"]
+        if "error" in entry:
+            self.failures[key] = entry["error"]
+        elif key not in self.results:
+            self.results[key] = entry["result"]
+            self.retries += entry["attempts"] - 1
+            self.amounts += weight
+            self.seconds += entry["seconds"]
+            return weight
+        return 0.0
+
+    def counts(self, total: int) -> dict[str, Any]:
+        """What the progress line and the metrics say besides amount, rate and ETA."""
+        return {
+            "shards_done": len(self.results),
+            "shards_total": total,
+            "per_second_per_actor": self.amounts / self.seconds if self.seconds else 0.0,
+            "retries": self.retries,
+            "failed": len(self.failures),
+        }
+
+
+def _run_rounds(
+    verb: str,
+    todo: Sequence[Mapping[str, Any]],
+    make_worker: Callable[..., Worker],
+    settings: dict[str, Any],
+    ledger: Path,
+    pool: Pool,
+    state: _State,
+    progress: Progress,
+    weights: Mapping[str, float],
+) -> None:
+    """Run pools of actors until every shard is done or given up."""
+    while todo:
+        before = len(state.results) + len(state.failures)
+        try:
+            for entry in _map(todo, make_worker, settings, ledger, pool):
+                new = state.add(entry, weights[entry["key"]])
+                progress.advance(new, **state.counts(len(weights)))
+        except ray.exceptions.RayError as error:
+            reason = _reason(error)
+            if len(state.results) + len(state.failures) == before:
+                raise StageError(f"{verb}: no worker could be started: {reason}") from error
+            log(verb, f"a worker is lost for good ({reason}); the shards left go to new ones", level=logging.WARNING)
+        left = [item for item in todo if item["key"] not in state.results and item["key"] not in state.failures]
+        if len(left) == len(todo):
+            raise StageError(f"{verb}: no result for {len(left)} shards, among them {left[0]['key']}")
+        todo = left
+    progress.publish(**state.counts(len(weights)))
 
 
 def _map(
     todo: Sequence[Mapping[str, Any]], make_worker: Any, settings: dict[str, Any], ledger: Path, pool: Pool
-) -> Any:
+) -> Iterator[dict[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.execution_no_progress_timeout_s = -1  # a shard may take hours, and so may waiting for a machine
+    context.max_consecutive_actor_init_deaths = NEW_ACTORS_PER_DEATH
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # another actor when all are busy
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     rows = [{"descriptor": json.dumps(descriptor)} for descriptor in todo]
+    size = min(pool.size, len(rows))
+    # Ahead of a busy actor only where there is plenty: else a shard would wait there for an actor that starts next.
+    in_flight = pool.in_flight if len(rows) > pool.in_flight * size else 1
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _LedgerWorker,
         fn_constructor_kwargs={
@@ -143,11 +192,111 @@ def _map(
             "ledger": str(ledger),
             "pool": pool,
         },
-        # one at a time: queued behind a busy actor, a shard would not go to the actor that starts next
-        compute=ray.data.ActorPoolStrategy(size=min(pool.size, len(rows)), max_tasks_in_flight_per_actor=1),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min(size, pool.min_size or size),
+            max_size=size,
+            max_tasks_in_flight_per_actor=in_flight,
+            max_concurrent_calls_per_actor=in_flight,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
+        memory=pool.memory,
         batch_size=1,
     )
     for row in dataset.iter_rows():
         yield json.loads(row["entry"])
+
+
+class _LedgerWorker:
+    """The Ray Data callable around a `Worker`: attempts, ledger, errors as rows."""
+
+    def __init__(self, make_worker: Callable[..., Worker], settings: dict[str, Any], ledger: str, pool: Pool):
+        import torch
+
+        configure_logging()
+        torch.set_num_threads(max(1, int(pool.cpus)))
+        self.ledger, self.pool = Path(ledger), pool
+        self.turn, self.slots = threading.Lock(), threading.Semaphore(pool.in_flight)
+        starts = Attempts(self.ledger / ACTORS, str(ray.get_runtime_context().get_actor_id()))
+        if starts.made >= pool.max_attempts:
+            raise RuntimeError(f"its process died {starts.made} times while it started")
+        starts.begin()
+        self.worker = make_worker(**settings)
+        starts.forget()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        rows = [self._run_one(json.loads(text)) for text in batch["descriptor"]]
+        return {"entry": [json.dumps(row) for row in rows]}
+
+    def _run_one(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._attempt(descriptor)
+        except OSError as error:  # of the ledger itself
+            return {"key": descriptor["key"], "error": f"{type(error).__name__}: {error}"}
+
+    def _attempt(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        key = descriptor["key"]
+        done = self.ledger / f"{key}.json"
+        attempts = Attempts(self.ledger, key)
+        while not done.exists():
+            with self._slots(self.pool.in_flight if attempts.made else 1):
+                if attempts.made >= self.pool.max_attempts:
+                    return attempts.give_up(f"gave up after {attempts.made} attempts: {attempts.reason}")
+                attempts.begin()
+                started = time.monotonic()
+                try:
+                    result = self.worker.process(descriptor)
+                except ValueError as bad_input:  # the same next time: say it once
+                    return attempts.give_up(str(bad_input))
+                except Exception:
+                    attempts.failed(traceback.format_exc(limit=-3).strip())
+                else:
+                    seconds = result.get("seconds", time.monotonic() - started)
+                    write_json(done, {"key": key, "result": result, "attempts": attempts.made, "seconds": seconds})
+        attempts.forget()
+        return json.loads(done.read_text())
+
+    @contextlib.contextmanager
+    def _slots(self, count: int) -> Iterator[None]:
+        """`count` of the actor's slots for shards; all of them means alone."""
+        with self.turn:  # or two that want all of them would wait for each other
+            for _ in range(count):
+                self.slots.acquire()
+        try:
+            yield
+        finally:
+            self.slots.release(count)
+
+
+class _RayMetrics:
+    """Progress as gauges of Ray's own metrics, tagged by stage: what the cluster's dashboard and Prometheus read."""
+
+    NAMES = (
+        "done",
+        "total",
+        "per_second",
+        "per_second_per_actor",
+        "eta_seconds",
+        "shards_done",
+        "shards_total",
+        "retries",
+        "failed",
+    )
+
+    def __init__(self, verb: str):
+        self.tags = {"stage": verb}
+        self.gauges = {
+            name: Gauge(f"ifguide_{name}", f"Progress of a stage: {name}", ("stage",)) for name in self.NAMES
+        }
+
+    def __call__(self, values: Mapping[str, Any]) -> None:
+        for name, gauge in self.gauges.items():
+            if values.get(name) is not None:
+                gauge.set(float(values[name]), self.tags)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of a remote error, which names the exception; of a process that died, the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error: " in line), lines[0] if lines else repr(error))

@@ -181,7 +181,8 @@ def test_run_dir_is_put_into_every_string_after_the_overrides(tmp_path):
         "pretrain.log_steps=1",
         "pretrain.max_failures=0",
         "build_query.classifier.batch_size=2",
-        "score_corpus.actors=7",
+        "score_corpus.max_actors=7",
+        "score_corpus.memory=1000",
         "evaluate.max_attempts=1",
     ],
 )

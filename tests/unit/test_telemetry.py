@@ -56,9 +56,9 @@ def test_lines_are_throttled_but_the_end_is_always_shown(shown, clock):
         clock[0] += 1
         progress.advance(1)
     assert [line.split()[1] for line in shown] == ["5/10"]
-    progress.advance(1, "last one")
+    progress.advance(1, retries=2)
     assert shown[1].startswith("v: 10/10 shards (100%)")
-    assert shown[1].endswith("ETA 0s, last one")
+    assert shown[1].endswith("ETA 0s, 2 retries")
 
 
 def test_no_work_at_all_is_complete():

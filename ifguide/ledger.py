@@ -1,0 +1,70 @@
+"""The ledger of a stage in work: what each shard came to, and how often it was tried, as small files.
+
+`ledger/<key>.json` is published when a shard is done. `ledger/<key>.attempts` counts the attempts at a shard that is
+not: it is written before the work starts, so that an attempt that kills its process counts. A shard that was given up
+keeps it, with its reason. The folder goes when the stage is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ifguide.artifacts import write_json
+
+LEDGER = "ledger"
+ACTORS = "actors"  # of the ledger: attempts to start an actor
+DIED = "its process died"
+
+
+class Attempts:
+    """The attempts at one shard, on storage."""
+
+    def __init__(self, ledger: Path, key: str):
+        self.path, self.key = ledger / f"{key}.attempts", key
+        content = read_attempts(self.path)
+        self.made: int = content["attempts"]
+        self.reason: str = content["reason"]
+
+    def begin(self) -> None:
+        """Count an attempt that starts now; unless it says otherwise, its process died."""
+        self.made, self.reason = self.made + 1, DIED
+        self._write()
+
+    def failed(self, reason: str) -> None:
+        """Keep why the attempt failed."""
+        self.reason = reason
+        self._write()
+
+    def give_up(self, reason: str) -> dict[str, Any]:
+        """Keep why the shard was given up, for `ifguide status`; returns its entry."""
+        self.reason = reason
+        self._write(given_up=True)
+        return {"key": self.key, "error": reason}
+
+    def forget(self) -> None:
+        """The shard is done."""
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, *, given_up: bool = False) -> None:
+        write_json(self.path, {"attempts": self.made, "reason": self.reason, "given_up": given_up})
+
+
+def finished_entries(ledger: Path) -> dict[str, dict[str, Any]]:
+    """The entries of the shards that are done, by key."""
+    return {path.stem: json.loads(path.read_text()) for path in ledger.glob("*.json")}
+
+
+def unfinished_attempts(ledger: Path) -> list[Path]:
+    """The counters of shards that are in work, were interrupted, or were given up."""
+    return sorted(ledger.glob("*.attempts"))
+
+
+def read_attempts(path: Path) -> dict[str, Any]:
+    """`attempts`, `reason` and `given_up` of a counter; of one that is not there, none."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {"attempts": 0, "reason": DIED, "given_up": False}
+    return content

@@ -1,0 +1,70 @@
+"""How far a run is, from the files in its run directory alone: what `ifguide status` prints.
+
+A folder with a manifest is complete, one with a plan is in progress, any other is not begun. Of a stage that works on
+shards the ledger says how many are done, which are being retried, and which were given up and why; the last line of
+its progress file gives total, rate and ETA. Nothing is asked of Ray, so a run whose driver died looks like one that is
+slow: the line says how old its news are.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ifguide.artifacts import MANIFEST, PLAN, read_manifest
+from ifguide.ledger import LEDGER, read_attempts, unfinished_attempts
+from ifguide.telemetry import format_seconds, last_progress, progress_text
+
+FOLDERS = (  # in pipeline order
+    "corpus",
+    "model/baseline",
+    "factors",
+    "query",
+    "scores",
+    "ranking",
+    "mask",
+    "model/penalised",
+    "report",
+)
+SHOWN_FAILURES = 20
+
+
+def run_status(run_dir: Path) -> list[str]:
+    """One line per artifact of a run, and one more per shard that failed.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir} does not exist; `ifguide run` makes it")
+    lines = []
+    for name in FOLDERS:
+        text, *failures = _folder_status(run_dir / name)
+        lines += [f"{name:16} {text}", *(f"{'':16}   {failure}" for failure in failures)]
+    return lines
+
+
+def _folder_status(folder: Path) -> list[str]:
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        rows = ", ".join(f"{count:,} {unit}" for unit, count in manifest.rows.items())
+        return [f"complete     {rows} ({format_seconds(manifest.seconds)})"]
+    if not (folder / PLAN).exists():
+        return ["not begun"]
+    values = last_progress(folder)
+    if values is None:
+        return [f"in progress  begun {_age((folder / PLAN).stat().st_mtime)}"]
+    ledger = folder / LEDGER
+    attempts = {path.stem: read_attempts(path) for path in unfinished_attempts(ledger)}
+    failed = {key: content["reason"] for key, content in attempts.items() if content["given_up"]}
+    retried = sum(content["attempts"] > 1 for key, content in attempts.items() if key not in failed)
+    values = {**values, "failed": len(failed)}
+    newest = max([values["time"], *(path.stat().st_mtime for path in ledger.glob("*.json"))])
+    text = f"in progress  {progress_text(values)}; last news {_age(newest)}"
+    if retried:
+        text += f"; {retried} shards are being tried again"
+    return [text, *(f"failed {key}: {reason}" for key, reason in sorted(failed.items())[:SHOWN_FAILURES])]
+
+
+def _age(then: float) -> str:
+    return f"{format_seconds(max(0.0, time.time() - then))} ago"
