@@ -1,0 +1,132 @@
+"""Work on shards: what survives a worker's death, what is given up and why, and who pays for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ifguide.artifacts import PLAN, write_json
+from ifguide.ledger import LEDGER
+from ifguide.stages.shards import Pool, StageError, run_shards
+from ifguide.status import run_status
+from ifguide.telemetry import PROGRESS
+
+
+class Toy:
+    """Appends each shard it works on to `log`, and misbehaves as the settings say."""
+
+    def __init__(self, log: str, start: str = "", poison: str = "", meet: int = 0, seconds: float = 0.0):
+        self.log, self.poison, self.seconds = Path(log), poison, seconds
+        starts = self._note("start")
+        if start == "raises" or (start == "raises on restart" and starts == 2):
+            raise ValueError("the proxy is broken")
+        if start == "dies" or (start == "dies twice" and starts <= 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.others = threading.Barrier(meet) if meet else None
+
+    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        times = self._note(descriptor["key"])
+        if self.others:
+            self.others.wait(timeout=20)
+        time.sleep(self.seconds)
+        if descriptor["key"] == self.poison or (self.poison == f"{descriptor['key']} once" and times == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if descriptor["key"] == "unlucky" and times < 3:
+            raise RuntimeError("the network is down")
+        return {"process": os.getpid()}
+
+    def _note(self, word: str) -> int:
+        with self.log.open("a") as file:
+            file.write(word + "\n")
+        return self.log.read_text().splitlines().count(word)
+
+
+def run(folder: Path, keys: list[str], pool: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    options = {"size": 1, "cpus": 1, "gpus": 0, **(pool or {})}
+    descriptors = [{"key": key} for key in keys]
+    return run_shards(
+        "toy", descriptors, Toy, {"log": str(folder / "log"), **settings}, folder=folder, pool=Pool(**options)
+    )
+
+
+def worked_on(folder: Path) -> list[str]:
+    return [word for word in (folder / "log").read_text().splitlines() if word != "start"]
+
+
+KEYS = [f"s{i}" for i in range(8)]
+
+
+def test_a_shard_that_kills_its_actor_each_time_is_given_up_alone(cluster: None, tmp_path: Path) -> None:
+    write_json(tmp_path / "scores" / PLAN, {})
+    folder = tmp_path / "scores"
+    with pytest.raises(StageError, match=r"1 of 8 shards failed\n  s3: gave up after 3 attempts: its process died"):
+        run(folder, KEYS, {"size": 2, "in_flight": 2}, poison="s3", seconds=0.05)
+    work = worked_on(folder)
+    assert work.count("s3") == 3
+    # those beside it paid at most the one attempt that it was not alone in
+    assert all(work.count(key) <= 2 for key in KEYS if key != "s3")
+    assert sorted(path.stem for path in (folder / LEDGER).glob("*.json")) == [key for key in KEYS if key != "s3"]
+    scores = next(i for i, line in enumerate(run_status(tmp_path)) if line.startswith("scores"))
+    told = run_status(tmp_path)[scores : scores + 2]
+    assert "in progress  7/8 shards (88%)" in told[0]
+    assert "1 failed" in told[0]
+    assert "failed s3: gave up after 3 attempts: its process died" in told[1]
+    assert run(folder, KEYS)  # the same command again is a fresh start for it
+    assert worked_on(folder).count("s3") == 4
+
+
+def test_what_was_raised_is_the_reason_and_transient_errors_are_retried(cluster: None, tmp_path: Path) -> None:
+    results = run(tmp_path, ["a", "unlucky", "b"])
+    assert list(results) == ["a", "unlucky", "b"]
+    assert worked_on(tmp_path).count("unlucky") == 3
+    with pytest.raises(StageError, match=r"(?s)gave up after 2 attempts: .*RuntimeError: the network is down"):
+        run(tmp_path / "again", ["a", "unlucky", "b"], {"max_attempts": 2})
+    entry = json.loads((tmp_path / LEDGER / "unlucky.json").read_text())
+    assert entry["attempts"] == 3
+
+
+@pytest.mark.parametrize(
+    ("start", "reason", "starts"),
+    [("raises", "ValueError: the proxy is broken", 3), ("dies", "its process died 2 times while it started", 6)],
+)
+def test_constructors_that_never_work_end_the_stage_with_their_reason(
+    start: str, reason: str, starts: int, cluster: None, tmp_path: Path
+) -> None:
+    with pytest.raises(StageError, match=f"no worker could be started: .*{reason}"):
+        run(tmp_path, KEYS, {"max_attempts": 2}, start=start)
+    assert (tmp_path / "log").read_text().splitlines() == ["start"] * starts
+
+
+def test_constructors_that_die_now_and_then_are_survived(cluster: None, tmp_path: Path) -> None:
+    assert list(run(tmp_path, KEYS, start="dies twice")) == KEYS
+
+
+def test_a_restart_whose_constructor_fails_hands_its_shards_to_new_actors(cluster: None, tmp_path: Path) -> None:
+    assert list(run(tmp_path, KEYS, start="raises on restart", poison="s5 once")) == KEYS
+    assert (tmp_path / "log").read_text().splitlines().count("start") == 3
+
+
+def test_a_shard_is_read_while_another_computes(cluster: None, tmp_path: Path) -> None:
+    results = run(tmp_path, KEYS, {"in_flight": 2}, meet=2)  # each waits until two are in work
+    assert len({result["process"] for result in results.values()}) == 1
+
+
+def test_the_pool_grows_to_its_largest_size(cluster: None, tmp_path: Path) -> None:
+    keys = [f"s{i}" for i in range(40)]
+    results = run(tmp_path, keys, {"size": 2, "min_size": 1, "in_flight": 2}, seconds=0.4)
+    assert len({result["process"] for result in results.values()}) == 2
+
+
+def test_the_progress_file_ends_at_the_total(cluster: None, tmp_path: Path) -> None:
+    run(tmp_path, ["a", "unlucky", "b"])
+    rows = [json.loads(line) for line in (tmp_path / PROGRESS).read_text().splitlines()]
+    assert (rows[0]["done"], rows[0]["shards_total"]) == (0, 3)
+    assert (rows[-1]["done"], rows[-1]["shards_done"], rows[-1]["retries"], rows[-1]["failed"]) == (3, 3, 2, 0)
+    assert rows[-1]["eta_seconds"] == 0
