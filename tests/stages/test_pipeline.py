@@ -97,7 +97,11 @@ def test_artifacts_have_the_same_bytes_on_another_number_of_workers(
     verb: str, finished: Config, copied: Callable[..., Config]
 ) -> None:
     name = {"pack_corpus": "corpus", "score_corpus": "scores"}[verb]
-    changes = {"score_corpus__min_actors": 1, "score_corpus__max_actors": 1} if verb == "score_corpus" else {"pack_corpus__cpus_per_task": 2.0}
+    changes = (
+        {"score_corpus__min_actors": 1, "score_corpus__max_actors": 1}
+        if verb == "score_corpus"
+        else {"pack_corpus__cpus_per_task": 2.0}
+    )
     again = copied(drop=(name,), **changes)
     manifest = stage(verb)(Run(config=again))
     assert manifest.fingerprint == read_manifest(Path(finished.run_dir) / name).fingerprint

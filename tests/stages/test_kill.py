@@ -1,0 +1,18 @@
+"""A scoring run killed at any point gives the same bytes: drivers, actors and a whole node of a cluster of two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.chaos import chaos
+
+
+@pytest.mark.timeout(500)
+def test_twenty_kills_change_no_byte(tmp_path: Path) -> None:
+    """`chaos` raises unless both runs have the same scores and mask files, each of the same SHA-256."""
+    result = chaos(tmp_path, kills=20, seed=0, documents=250)
+    assert (result["actor_kills"], result["driver_kills"], result["node_kills"]) == (14, 3, 3)
+    assert result["files_compared"] == 2 * result["shards"] * result["runs"]
+    assert result["shards"] > 50
