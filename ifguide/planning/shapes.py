@@ -1,0 +1,149 @@
+"""The size of a model without its weights: what FLOP, memory and storage are counted from.
+
+The model is built on torch's meta device, so the counts are those of the model that will run, whatever its family, and
+the tracked modules are the ones that influence is traced through. A hub id of `shapes.yaml` needs no network.
+
+Cost: about a second per model and no memory. It does not read weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ifguide.config import Config, ConfigError, ModelSource
+from ifguide.models import linearise, load_architecture, load_tokenizer, tracked_modules
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """`linears`: (d_out, d_in with 1 for a bias) of every tracked module. `attention_width`: heads * head width.
+    `known_from` says where the shape comes from; `skeleton` is the model on the meta device."""
+
+    name: str
+    known_from: str
+    parameters: int
+    linears: tuple[tuple[int, int], ...]
+    tracked: int
+    head: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    attention_width: int
+    module_names: tuple[str, ...] = field(repr=False)
+    skeleton: PreTrainedModel = field(repr=False, compare=False)
+
+
+def published_shapes() -> dict[str, dict[str, Any]]:
+    """Hub id -> `parameters` and `fields` of the models whose shape is packaged."""
+    text = resources.files("ifguide.planning").joinpath("shapes.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def target_shape(config: Config) -> ModelShape:
+    """The model to be trained; its vocabulary is the tokenizer's where the architecture leaves it open.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: the shape cannot be known; says what to set.
+    """
+    source = ModelSource(source=config.pretrain.init_from) if config.pretrain.init_from else config.target
+    if source.source is None and source.architecture is None:
+        raise ConfigError("target: set target.architecture or target.source, or pretrain.init_from")
+    if source.architecture is not None:
+        fields = dict(source.architecture)
+        fields.setdefault("max_position_embeddings", config.pack_corpus.block_size)
+        if "vocab_size" not in fields:
+            fields["vocab_size"] = _vocabulary(config)
+        return shape_of_fields("target", "target.architecture", fields)
+    return model_shape(source, "target")
+
+
+def proxy_shape(config: Config) -> ModelShape:
+    """The model that is scored with; the target's shape where the baseline of the run is the proxy."""
+    return target_shape(config) if config.proxy_is_baseline else model_shape(config.proxy, "proxy")
+
+
+def model_shape(model: ModelSource, key: str) -> ModelShape:
+    """The shape of a configured model. `key` (proxy, target) names it in errors.
+
+    Raises:
+        ValueError: a hub id that is neither packaged nor to be had; FileNotFoundError: no such local model.
+    """
+    if model.architecture is not None:
+        return shape_of_fields(key, f"{key}.architecture", model.architecture)
+    assert model.source is not None
+    published = published_shapes()
+    if model.source in published:
+        return shape_of_fields(model.source, "published shape", published[model.source]["fields"])
+    try:
+        fields = load_architecture(model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{key}: {error}. To plan before it exists, name a model of its shape: --set {key}=EleutherAI/pythia-160m"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{key}: the config of {model.source} cannot be fetched. Name a local folder that holds its config.json,"
+            f" give its shape as {key}.architecture, or a model of known shape: {', '.join(published)}"
+        ) from error
+    return shape_of_fields(model.source, "its config", fields)
+
+
+def shape_of_fields(name: str, known_from: str, fields: dict[str, Any]) -> ModelShape:
+    """The shape of a Hugging Face config's fields. Raises ValueError where influence cannot be traced."""
+    if "model_type" not in fields:
+        raise ValueError(f"{name}: the architecture needs model_type (llama, gpt_neox, ...); it has {sorted(fields)}")
+    skeleton = _skeleton(json.dumps(fields, sort_keys=True, default=str))
+    names = tracked_modules(skeleton, min_coverage=0.0).names
+    linears, tracked = [], 0
+    for module_name in names:
+        module = skeleton.get_submodule(module_name)
+        assert isinstance(module, nn.Linear)
+        linears.append((module.out_features, module.in_features + (module.bias is not None)))
+        tracked += module.weight.numel()
+    config = skeleton.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    head = skeleton.get_output_embeddings()
+    assert head is not None
+    return ModelShape(
+        name=name,
+        known_from=known_from,
+        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+        linears=tuple(linears),
+        tracked=tracked,
+        head=head.weight.numel(),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        attention_width=width,
+        module_names=names,
+        skeleton=skeleton,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _skeleton(fields: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(fields)))
+    return linearise(model)
+
+
+def _vocabulary(config: Config) -> int:
+    if config.pack_corpus.train_tokenizer is not None:
+        return config.pack_corpus.train_tokenizer
+    try:
+        return len(load_tokenizer(config.tokenizer_source))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "target.architecture.vocab_size: is left to the tokenizer, which cannot be read yet"
+            f" ({config.tokenizer_source}); plan with --set target.architecture.vocab_size=N"
+        ) from error

@@ -1,0 +1,97 @@
+"""Counts of FLOP and parameters against direct ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ifguide.config import Config, ConfigError, ModelSource, PackCorpus, Pretrain
+from ifguide.influence.scorer import PRESETS, Method
+from ifguide.planning import flops
+from ifguide.planning.shapes import model_shape, proxy_shape, published_shapes, shape_of_fields, target_shape
+from tests.tiny import ARCHITECTURES, random_blocks, tiny_model
+
+TOKENS = 12
+
+
+@pytest.mark.parametrize("name", ["EleutherAI/pythia-160m", "meta-llama/Llama-3.2-1B", "HuggingFaceTB/SmolLM2-135M"])
+def test_a_packaged_shape_has_the_published_number_of_parameters(name: str) -> None:
+    shape = model_shape(ModelSource(source=name), "proxy")
+    assert shape.parameters == published_shapes()[name]["parameters"]
+    assert shape.known_from == "published shape"
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3", "gpt2"])
+def test_the_forward_pass_is_counted_as_torch_counts_it(family: str) -> None:
+    shape = shape_of_fields("tiny", "test", ARCHITECTURES[family])
+    model = tiny_model(family)
+    tokens = torch.from_numpy(random_blocks(3, TOKENS, ragged=False)[0]).long()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, use_cache=False)
+    counts = counter.get_flop_counts()["Global"]
+    attended = sum(count for op, count in counts.items() if "attention" in str(op) or "bmm" in str(op))
+    products = sum(count for op, count in counts.items() if "mm" in str(op) and "bmm" not in str(op))
+    assert products == 3 * TOKENS * 2 * (shape.tracked + shape.head)
+    if attended:  # the CPU's flash kernel is not counted by torch
+        assert attended == pytest.approx(3 * TOKENS * 2 * flops.attention(shape, TOKENS), rel=0.1)  # the full square
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_training_is_counted_as_torch_counts_it() -> None:
+    shape = shape_of_fields("tiny", "test", ARCHITECTURES["gpt_neox"])
+    model = tiny_model("gpt_neox").requires_grad_(True)
+    tokens = torch.from_numpy(random_blocks(2, TOKENS, ragged=False)[0]).long()
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, use_cache=False).logits.logsumexp(-1).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counts.items() if "mm" in str(op) and "bmm" not in str(op))
+    wanted = 2 * TOKENS * (flops.training(shape, TOKENS) - 3 * flops.attention(shape, TOKENS))
+    assert products == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("behaviours", [1, 3])
+@pytest.mark.parametrize("method", [PRESETS["fast"], PRESETS["exact"], Method(engine="difference", precision="float32",
+                         rank=None), Method(engine="difference", precision="bfloat16", rank=4)], ids=str)  # fmt: skip
+def test_scoring_is_counted_as_torch_counts_it(method: Method, behaviours: int) -> None:
+    from ifguide.influence.scorer import TokenScorer
+
+    shape = shape_of_fields("tiny", "test", ARCHITECTURES["gpt_neox"])
+    model = tiny_model("gpt_neox")
+    generator = torch.Generator().manual_seed(0)
+    directions = [
+        {name: torch.randn(out, inner, generator=generator) for name, (out, inner) in
+         zip(shape.module_names, shape.linears, strict=True)}
+        for _ in range(behaviours)
+    ]  # fmt: skip
+    scorer = TokenScorer(model, directions, attribution="target", method=method)
+    tokens = torch.from_numpy(random_blocks(2, TOKENS, ragged=False)[0]).long()
+    with FlopCounterMode(display=False) as counter:
+        scorer.score(tokens, torch.full((2,), TOKENS))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counts.items() if "mm" in str(op) and "bmm" not in str(op))
+    without_attention = flops.scoring(shape, 0, attribution="target", method=method, behaviours=behaviours)
+    assert products == pytest.approx(2 * TOKENS * without_attention, rel=0.12)  # the first layer has no tangent
+
+
+def test_a_model_that_cannot_be_fetched_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"nobody/no-such-model.*proxy\.architecture"):
+        model_shape(ModelSource(source="nobody/no-such-model"), "proxy")
+
+
+def test_a_proxy_that_is_still_to_be_made_is_refused_with_what_to_do() -> None:
+    with pytest.raises(FileNotFoundError, match="--set proxy="):
+        model_shape(ModelSource(source="runs/not/there/hf"), "proxy")
+
+
+def test_the_baseline_is_the_proxy_and_its_vocabulary_that_of_the_corpus() -> None:
+    architecture = {key: value for key, value in ARCHITECTURES["gpt_neox"].items() if key != "vocab_size"}
+    config = Config(target=ModelSource(architecture=architecture), pack_corpus=PackCorpus(train_tokenizer=512))
+    assert proxy_shape(config) == target_shape(config)
+    assert target_shape(config).vocabulary == 512
+    with pytest.raises(ConfigError, match=r"target\.architecture\.vocab_size"):
+        target_shape(Config(target=ModelSource(architecture=architecture), tokenizer="./not/there"))
+    with pytest.raises(ConfigError, match="target"):
+        target_shape(Config(pretrain=Pretrain()))
