@@ -1,8 +1,8 @@
 """The command line: `ifguide <verb> --config F [--set a.b=c ...] [--dry-run] [--address A]`, the same flags everywhere.
 
-`ifguide run` does every verb in order; running again resumes. `show`, `status` and `inspect` read a run directory,
-`export-scores` and `import-mask` exchange scores and masks with kronfluence and the paper's code, `demo` makes its
-own data and runs the whole pipeline on them. The scripts in `jobs/` call `main` too.
+`ifguide run` does every verb in order; running again resumes. `plan` says beforehand what that takes. `show`, `status`
+and `inspect` read a run directory, `export-scores` and `import-mask` exchange scores and masks with kronfluence and
+the paper's code, `demo` makes its own data and runs the whole pipeline on them. The scripts in `jobs/` call `main` too.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how far each stage of a run is, at any time, from its files alone")
     status.add_argument("run_dir", type=Path)
     status.set_defaults(function=_status)
+    _add_plan_flags(commands.add_parser("plan", help="hours, cost, storage and memory of every stage, beforehand"))
     inspect = commands.add_parser("inspect", help="the top documents of a run, masked tokens in red")
     inspect.add_argument("run_dir", type=Path)
     inspect.add_argument("--documents", type=int, default=10, help="how many (default 10)")
@@ -125,6 +126,21 @@ def _add_config_flags(parser: argparse.ArgumentParser, function: Callable[[argpa
     parser.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
     parser.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local one)")
     parser.set_defaults(function=function)
+
+
+def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
+    parser.add_argument("--corpus-tokens", type=float, help="default: of the packed corpus, if there is one, else 1e9")
+    parser.add_argument("--gpu", help="type (h100, a100, ...) or cpu; default h100, cpu if no stage asks for GPUs")
+    parser.add_argument("--gpus", type=int, help="workers of every stage (default: the config's)")
+    parser.add_argument("--price-per-hour", type=float, help="of one GPU, in any currency")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--simulate", action="store_true", help="simulate scoring, up to 1T tokens and --actors")
+    parser.add_argument("--actors", type=int, nargs="+", default=[64, 512, 4096], help="default 64 512 4096")
+    parser.add_argument("--mtbf-hours", type=float, help="mean time between failures of a machine of eight GPUs")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was simulated")
+    parser.set_defaults(function=_plan)
 
 
 def _load(options: argparse.Namespace) -> Config:
@@ -182,6 +198,27 @@ def _status(options: argparse.Namespace) -> int:
 
     for line in run_status(options.run_dir):
         print(line)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ifguide.planning.command import as_json, plan
+    from ifguide.planning.table import as_text
+
+    logging.getLogger("ifguide.models").setLevel(logging.WARNING)
+    result = plan(
+        options.config,
+        options.overrides,
+        corpus_tokens=options.corpus_tokens,
+        gpu=options.gpu,
+        gpus=options.gpus,
+        price_per_hour=options.price_per_hour,
+        simulated=options.simulate or options.plot is not None,
+        actors=options.actors,
+        mtbf_hours=options.mtbf_hours,
+        figure=options.plot,
+    )
+    print(as_json(result) if options.json else as_text(result))
     return 0
 
 

@@ -1,0 +1,204 @@
+"""`ifguide plan`: the estimates of every stage and the simulation, as text or as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ifguide.artifacts import MANIFEST, read_manifest
+from ifguide.config import Config, load_config
+from ifguide.planning.estimate import estimate, scoring_method, scoring_rates
+from ifguide.planning.job import Job, StageEstimate
+from ifguide.planning.measurements import hardware, sources
+from ifguide.planning.shapes import ModelShape, proxy_shape, target_shape
+from ifguide.planning.sweep import ACTORS, Point, plot, recommended, sweep
+
+DEFAULT_TOKENS = 1e9
+LARGEST_CORPUS = 1e12
+# What `--gpus N` sets, where a stage's workers have GPUs.
+WORKERS = {
+    "fit_factors": ("data_partitions", "gpus_per_task"),
+    "build_query": ("partitions", "gpus_per_task"),
+    "score_corpus": ("max_actors", "gpus_per_actor"),
+    "pretrain": ("workers", "gpus_per_worker"),
+    "evaluate": ("actors", "gpus_per_actor"),
+}
+
+
+def plan(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    corpus_tokens: float | None = None,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    price_per_hour: float | None = None,
+    simulated: bool = False,
+    actors: Sequence[int] = ACTORS,
+    mtbf_hours: float | None = None,
+    figure: Path | None = None,
+) -> dict[str, Any]:
+    """The plan as plain values: what `--json` prints. Times in hours, sizes in bytes.
+
+    gpu: a hardware name; None takes h100, or cpu where no stage asks for GPUs. gpus: sets every stage's workers.
+
+    Raises:
+        ValueError, OSError: config, GPU type or shape that cannot be planned with; says what to do.
+    """
+    config = load_config(path, overrides)
+    settings = [] if gpus is None else worker_settings(config, gpus)
+    config = load_config(path, [*overrides, *settings])
+    job = make_job(config, corpus_tokens=corpus_tokens, gpu=gpu)
+    stages = estimate(job)
+    expected, low, high = scoring_rates(job)
+    result: dict[str, Any] = {
+        "config": str(path),
+        "settings": settings,
+        "corpus_tokens": job.tokens,
+        "machine": job.machine.name,
+        "cores": job.cores,
+        "price_per_hour": price_per_hour,
+        "proxy": _model(job.proxy),
+        "target": _model(job.target),
+        "method": asdict(scoring_method(config)),
+        "scoring_tokens_per_second_per_actor": {"expected": expected, "low": low, "high": high},
+        "stages": [_stage(item, price_per_hour) for item in stages],
+        "total": _total(stages, price_per_hour),
+        "notes": job.notes,
+    }
+    used = dict.fromkeys(name for item in stages for name in item.basis)
+    if simulated:
+        corpora = sorted({job.tokens, LARGEST_CORPUS})
+        points = sweep(job, corpora=corpora, actors=actors, mtbf_hours=mtbf_hours, seed=config.seed)
+        result["simulation"] = _simulation(points)
+        used |= dict.fromkeys(SIMULATED_RATES if mtbf_hours is None else SIMULATED_RATES[1:])
+        if figure is not None:
+            plot(points, figure)
+    known = sources()
+    result["sources"] = {name: {"kind": known[name][0], "source": known[name][1]} for name in used}
+    return rounded(result)
+
+
+SIMULATED_RATES = (
+    "gpu_mtbf", "actor_start", "straggler_sigma", "dispatch", "requests_per_shard", "s3_requests", "s3_bytes",
+    "s3_object_bytes", "corpus_bytes", "score_bytes",
+)  # fmt: skip
+
+
+def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | None = None) -> Job:
+    """The config with its shapes and machines. Without `corpus_tokens`: of the packed corpus, else 1e9."""
+    on_gpu = any(getattr(getattr(config, verb), key) for verb, (_, key) in WORKERS.items())
+    machine = hardware(gpu or ("h100" if on_gpu else "cpu"))
+    notes = []
+    if corpus_tokens is None:
+        corpus = Path(config.run_dir).expanduser() / "corpus"
+        packed = (corpus / MANIFEST).exists()
+        corpus_tokens = float(read_manifest(corpus).rows["tokens"]) if packed else DEFAULT_TOKENS
+        notes.append(f"corpus size: {'of ' + str(corpus) if packed else 'assumed; say --corpus-tokens'}")
+    if corpus_tokens <= 0:
+        raise ValueError(f"--corpus-tokens {corpus_tokens:g}: must be above 0")
+    return Job(
+        config=config,
+        proxy=proxy_shape(config),
+        target=target_shape(config),
+        tokens=corpus_tokens,
+        machine=machine,
+        core=hardware("cpu"),
+        notes=notes,
+    )
+
+
+def worker_settings(config: Config, gpus: int) -> list[str]:
+    """The overrides that give every stage `gpus` workers: what to run with, too."""
+    if gpus < 1:
+        raise ValueError(f"--gpus {gpus}: must be at least 1")
+    settings = []
+    for verb, (key, per_worker) in WORKERS.items():
+        share = getattr(getattr(config, verb), per_worker) or 1
+        settings.append(f"{verb}.{key}={max(1, int(gpus / share))}")
+    return settings
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits, and None for what is not finite, so that the output is the same everywhere."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
+
+
+def _model(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "name": shape.name,
+        "parameters": shape.parameters,
+        "tracked": shape.tracked,
+        "known_from": shape.known_from,
+    }
+
+
+def _stage(item: StageEstimate, price: float | None) -> dict[str, Any]:
+    return {
+        "stage": item.stage,
+        "workers": item.workers,
+        "on_gpu": item.on_gpu,
+        "flop": item.flop,
+        "floor_hours": item.floor / 3600,
+        "hours": {"expected": item.seconds / 3600, "low": item.low / 3600, "high": item.high / 3600},
+        "gpu_hours": item.gpu_seconds / 3600,
+        "cost": None if price is None else price * item.gpu_seconds / 3600,
+        "storage_bytes": item.storage,
+        "memory_bytes_per_worker": item.memory,
+        "extrapolated": item.extrapolated,
+        "basis": list(item.basis),
+        "notes": list(item.notes),
+    }
+
+
+def _total(stages: Sequence[StageEstimate], price: float | None) -> dict[str, Any]:
+    held = max((item.workers for item in stages if item.on_gpu), default=0)
+    idle = sum(item.seconds for item in stages if not item.on_gpu) * held / 3600
+    gpu_hours = sum(item.gpu_seconds for item in stages) / 3600
+    return {
+        "flop": sum(item.flop for item in stages),
+        "hours": {
+            "expected": sum(item.seconds for item in stages) / 3600,
+            "low": sum(item.low for item in stages) / 3600,
+            "high": sum(item.high for item in stages) / 3600,
+        },
+        "gpu_hours": gpu_hours,
+        "gpu_hours_idle_if_kept": idle,
+        "cost": None if price is None else price * gpu_hours,
+        "storage_bytes": sum(item.storage for item in stages),
+    }
+
+
+def _simulation(points: Sequence[Point]) -> dict[str, Any]:
+    return {
+        "points": [
+            {
+                "corpus_tokens": point.tokens,
+                "actors": point.actors,
+                "shard_tokens": point.shard_tokens,
+                "hours": point.outcome.seconds / 3600,
+                "limit": point.limit,
+                **{key: value for key, value in asdict(point.outcome).items() if key != "seconds"},
+            }
+            for point in points
+        ],
+        "recommended": [
+            {"corpus_tokens": tokens, "actors": actors, "shard_tokens": point.shard_tokens, "limit": point.limit}
+            for (tokens, actors), point in recommended(points).items()
+        ],
+    }
+
+
+def as_json(result: dict[str, Any]) -> str:
+    """One JSON object, keys in a fixed order."""
+    return json.dumps(result, indent=1)

@@ -1,0 +1,247 @@
+"""Each stage of a config on given machines: its FLOP, seconds, storage and memory, as `job.StageEstimate`.
+
+FLOP come from the shapes of proxy and target (`flops`). Packing and selection compute nothing to speak of: they take
+a measured time per token and core. Memory is an upper bound by intent: weights, optimizer, what grows with the batch.
+
+It does not know of networks, queues for machines or failures (`simulation` does).
+"""
+
+from __future__ import annotations
+
+import math
+
+from ifguide.config import Config
+from ifguide.influence.memory import USABLE, estimate_memory
+from ifguide.influence.scorer import PRESETS, Method
+from ifguide.planning import flops
+from ifguide.planning.job import STARTS, Job, StageEstimate, by_core, computed, rows
+from ifguide.planning.measurements import efficiency, rates
+
+QUERY_TOKENS, PROMPT_TOKENS = 64, 16
+
+
+def estimate(job: Job) -> list[StageEstimate]:
+    """Every stage in the order of the pipeline."""
+    return [
+        _pack_corpus(job),
+        _fit_factors(job),
+        _build_query(job),
+        _score_corpus(job),
+        _build_mask(job),
+        _pretrain(job),
+        _evaluate(job),
+    ]
+
+
+def scoring_method(config: Config) -> Method:
+    """The preset with what is set alone."""
+    scoring = config.score_corpus
+    preset = PRESETS[scoring.preset]
+    rank = preset.rank if scoring.rank is None else scoring.rank or None
+    return Method(engine=scoring.engine or preset.engine, precision=scoring.precision or preset.precision, rank=rank)
+
+
+def scoring_rates(job: Job) -> tuple[float, float, float]:
+    """Tokens a second of one scoring actor: expected, low, high."""
+    config, method = job.config.score_corpus, scoring_method(job.config)
+    device = job.device(config.gpus_per_actor)
+    found = efficiency("score", device, method.precision, job.proxy.tracked)
+    peak = device.peak(method.precision) * (config.gpus_per_actor or config.cpus_per_actor)
+    per_token = _scoring_flop(job)
+    expected, low, high = (peak * value / per_token for value in (found.expected, found.low, found.high))
+    return expected, low, high
+
+
+def _scoring_flop(job: Job) -> float:
+    config = job.config.score_corpus
+    return flops.scoring(
+        job.proxy,
+        job.block,
+        attribution=config.attribution,
+        method=scoring_method(job.config),
+        behaviours=1 + len(config.queries),
+    )
+
+
+def _pack_corpus(job: Job) -> StageEstimate:
+    config = job.config.pack_corpus
+    return by_core(
+        job,
+        "pack_corpus",
+        per_token=1 / rates()["tokenise"].value,
+        storage=job.tokens * rates()["corpus_bytes"].value,
+        memory=4 * config.chunk_megabytes * 1e6 + 12.0 * config.blocks_per_shard * config.block_size,
+        basis=("tokenise", "corpus_bytes"),
+    )
+
+
+def _build_mask(job: Job) -> StageEstimate:
+    config = job.config.pack_corpus
+    return by_core(
+        job,
+        "build_mask",
+        per_token=rates()["select"].value,
+        storage=job.tokens * rates()["mask_bytes"].value,
+        memory=12.0 * config.blocks_per_shard * config.block_size,
+        basis=("select", "mask_bytes"),
+    )
+
+
+def _fit_factors(job: Job) -> StageEstimate:
+    config, proxy = job.config.fit_factors, job.proxy
+    tokens = min(job.tokens, config.sample_blocks * job.block)
+    covariances = 4.0 * sum(out**2 + inner**2 for out, inner in proxy.linears)
+    weights = 4.0 * sum(out * inner for out, inner in proxy.linears)
+    largest = max(out * inner for out, inner in proxy.linears)
+    batch = config.batch_size * job.block
+    activations = 4.0 * batch * (3 * proxy.vocabulary + 8 * proxy.layers * proxy.hidden)
+    flop = tokens * (flops.covariance(proxy, job.block) + flops.lambda_(proxy, job.block))
+    device = job.device(config.gpus_per_task)
+    eigen = flops.eigendecomposition(proxy)
+    if device.device == "gpu":
+        eigen_seconds, name = eigen / (rates()["eigen_gpu"].value * device.float64), "eigen_gpu"
+    else:
+        eigen_seconds, name = eigen / (rates()["eigen"].value * config.cpus_per_task), "eigen"
+    return computed(
+        job,
+        "fit_factors",
+        [("factors", flop)],
+        precision="float32",
+        workers=config.data_partitions,
+        gpus=config.gpus_per_task,
+        cpus=config.cpus_per_task,
+        size=proxy.tracked,
+        memory=4.0 * proxy.parameters + max(covariances, weights) + 8.0 * config.batch_size * largest + activations,
+        storage=covariances + weights,
+        starts=STARTS["fit_factors"],
+        serial=(eigen_seconds, eigen / device.float64, name),
+    )
+
+
+def _build_query(job: Job) -> StageEstimate:
+    config, proxy = job.config.build_query, job.proxy
+    candidates = rows(job, config.prompts, "build_query.prompts")
+    queries = min(candidates, config.max_toxic + config.max_nontoxic)
+    flop = queries * QUERY_TOKENS * flops.query_gradient(proxy, QUERY_TOKENS) + flops.preconditioning(proxy)
+    weights = 4.0 * sum(out * inner for out, inner in proxy.linears)
+    activations = 4.0 * config.batch_tokens * (3 * proxy.vocabulary + 16 * proxy.layers * proxy.hidden)
+    return computed(
+        job,
+        "build_query",
+        [("train", flop)],
+        precision="float32",
+        workers=config.partitions,
+        gpus=config.gpus_per_task,
+        cpus=config.cpus_per_task,
+        size=proxy.tracked,
+        memory=4.0 * proxy.parameters + 2 * weights + activations,
+        storage=weights,
+        starts=STARTS["build_query"],
+        notes=(
+            f"{queries:,} queries of {QUERY_TOKENS} tokens assumed; classifying {candidates:,} rows is not counted",
+        ),
+    )
+
+
+def _score_corpus(job: Job) -> StageEstimate:
+    config, proxy, method = job.config.score_corpus, job.proxy, scoring_method(job.config)
+    device = job.device(config.gpus_per_actor)
+    behaviours = 1 + len(config.queries)
+    memory = estimate_memory(
+        proxy.skeleton,
+        list(proxy.module_names),
+        engine="backward" if config.attribution == "position" else method.engine,
+        precision=method.precision,
+        rank=method.rank,
+        behaviours=behaviours,
+        block_size=job.block,
+    )
+    blocks = config.micro_batch_blocks or max(1, (65_536 if device.device == "gpu" else 2048) // job.block)
+    if config.micro_batch_blocks is None and device.memory:
+        blocks = max(1, min(blocks, int(USABLE * device.memory - memory.fixed) // memory.per_block))
+    shard_tokens = job.config.pack_corpus.blocks_per_shard * job.block
+    shards = math.ceil(job.tokens / shard_tokens)
+    rounds = math.ceil(shards / config.max_actors)
+    stretch = min(rounds * shard_tokens, job.tokens) * config.max_actors / job.tokens
+    notes = []
+    if stretch > 1.1:
+        notes.append(
+            f"{shards:,} shards for {config.max_actors:,} actors leave some idle at the end ({stretch:.2f}x): lower"
+            " pack_corpus.blocks_per_shard"
+        )
+    return computed(
+        job,
+        "score_corpus",
+        [("score", job.tokens * _scoring_flop(job))],
+        precision=method.precision,
+        workers=config.max_actors,
+        gpus=config.gpus_per_actor,
+        cpus=config.cpus_per_actor,
+        size=proxy.tracked,
+        memory=float(memory.fixed + blocks * memory.per_block),
+        storage=job.tokens * rates()["score_bytes"].value * behaviours,
+        starts=STARTS["score_corpus"],
+        stretch=max(1.0, stretch),
+        notes=tuple(notes),
+    )
+
+
+def _pretrain(job: Job) -> StageEstimate:
+    config, target = job.config.pretrain, job.target
+    models = 2 if job.config.baseline else 1
+    per_token = flops.training(target, job.block, recomputed=config.activation_checkpointing)
+    parameters, width = float(target.parameters), 2 if config.dtype == "bfloat16" else 4
+    shared = config.workers
+    weights = width * parameters / (shared if config.zero_stage >= 3 else 1)
+    gradients = 4 * parameters / (shared if config.zero_stage >= 2 else 1)
+    states = (12 if width == 2 else 8) * parameters / (shared if config.zero_stage >= 1 else 1)
+    if config.offload_optimizer:
+        states = 0.0
+    tokens = config.micro_batch_blocks * job.block
+    kept = 2 if config.activation_checkpointing else 34
+    activations = tokens * (width / 2 * kept * target.layers * target.hidden + (width + 8) * target.vocabulary)
+    host = job.tokens * 5.0
+    return computed(
+        job,
+        "pretrain",
+        [("train", models * config.epochs * job.tokens * per_token)],
+        precision=config.dtype,
+        workers=config.workers,
+        gpus=config.gpus_per_worker,
+        cpus=config.cpus_per_worker,
+        size=target.tracked,
+        memory=weights + gradients + states + activations,
+        storage=models * parameters * (4 + width + 12),
+        starts=STARTS["pretrain"] * models,
+        notes=(
+            f"{models} models of {config.epochs:g} epochs; each worker also holds the corpus and its mask in the"
+            f" machine's memory: {host / 1e9:,.1f} GB",
+        ),
+    )
+
+
+def _evaluate(job: Job) -> StageEstimate:
+    config, target = job.config.evaluate, job.target
+    models = (2 if job.config.baseline else 1) + len(config.models)
+    prompts = rows(job, config.prompts, "evaluate.prompts")
+    if config.max_prompts is not None:
+        prompts = min(prompts, config.max_prompts)
+    length = PROMPT_TOKENS + config.max_new_tokens
+    continuations = models * prompts * config.continuations
+    batch = config.batch_size * config.continuations * length
+    cache = 8.0 * batch * target.layers * target.attention_width + 8.0 * batch / length * target.vocabulary
+    scored = 8.0 * config.batch_size * job.block * target.vocabulary if config.heldout else 0.0
+    return computed(
+        job,
+        "evaluate",
+        [("generate", continuations * length * flops.forward(target, length))],
+        precision="float32",
+        workers=config.actors,
+        gpus=config.gpus_per_actor,
+        cpus=config.cpus_per_actor,
+        size=target.tracked,
+        memory=4.0 * target.parameters + max(cache, scored),
+        storage=continuations * rates()["continuation_bytes"].value,
+        starts=STARTS["evaluate"],
+        notes=(f"{continuations:,} continuations of {models} models; a large classifier's own time is not counted",),
+    )

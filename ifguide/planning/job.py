@@ -1,0 +1,185 @@
+"""What is planned, and a stage's estimate from its FLOP or its time per token.
+
+    seconds = starts * start + FLOP / (workers * peak * efficiency)
+
+The efficiency comes from measurements (`measurements`), with the range that they leave. The floor is the same with an
+efficiency of 1 and no starts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ifguide.config import Config, Prompts
+from ifguide.planning.measurements import SPREAD, Hardware, efficiency, rates
+from ifguide.planning.shapes import ModelShape
+
+ASSUMED_ROWS = 100_000
+# A stage's pools of workers, each of which starts anew. Of pretrain: for each of its models.
+STARTS = {
+    "pack_corpus": 3,
+    "fit_factors": 3,
+    "build_query": 2,
+    "score_corpus": 1,
+    "build_mask": 1,
+    "pretrain": 1,
+    "evaluate": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEstimate:
+    """Times in seconds of the wall clock, sizes in bytes. `workers` are GPUs if `on_gpu`, else CPU cores. `memory` is
+    of one worker: of its GPU if `on_gpu`, else of the machine. `basis` names measurements."""
+
+    stage: str
+    workers: int
+    on_gpu: bool
+    flop: float
+    floor: float
+    seconds: float
+    low: float
+    high: float
+    storage: float
+    memory: float
+    basis: tuple[str, ...]
+    extrapolated: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Of all workers together; 0 for a stage without GPUs."""
+        return self.seconds * self.workers if self.on_gpu else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is planned: a config, its models' shapes, the corpus, the machines. `machine` is what a stage that asks for
+    GPUs runs on; `core` one CPU core."""
+
+    config: Config
+    proxy: ModelShape
+    target: ModelShape
+    tokens: float
+    machine: Hardware
+    core: Hardware
+    notes: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def block(self) -> int:
+        return self.config.pack_corpus.block_size
+
+    @property
+    def cores(self) -> int:
+        """CPU cores of the cluster: as configured, else what the largest stage reserves."""
+        config = self.config
+        reserved = [
+            config.score_corpus.max_actors * config.score_corpus.cpus_per_actor,
+            config.pretrain.workers * config.pretrain.cpus_per_worker,
+            config.evaluate.actors * config.evaluate.cpus_per_actor,
+        ]
+        return config.cluster.num_cpus or max(1, int(max(reserved)))
+
+    def device(self, gpus: float) -> Hardware:
+        return self.machine if gpus else self.core
+
+
+def computed(
+    job: Job,
+    stage: str,
+    parts: list[tuple[str, float]],
+    *,
+    precision: str,
+    workers: int,
+    gpus: float,
+    cpus: float,
+    size: float,
+    memory: float,
+    storage: float,
+    starts: int,
+    serial: tuple[float, float, str] | None = None,
+    stretch: float = 1.0,
+    notes: tuple[str, ...] = (),
+) -> StageEstimate:
+    """A stage whose time is FLOP over a rate. parts: (pass, FLOP). serial: seconds on one worker, and at best, and
+    their basis. stretch: how much longer the busiest worker works than the mean."""
+    device, units = job.device(gpus), workers * (gpus or cpus)
+    start = rates()["stage_start"].value * starts
+    totals = {"expected": start, "low": start, "high": start}
+    basis: list[str] = ["stage_start"]
+    extrapolated, floor = device.device == "gpu", 0.0
+    for pass_, flop in parts:
+        found = efficiency(pass_, device, precision, size)
+        ideal = flop / (units * device.peak(precision))
+        floor += ideal
+        totals["expected"] += stretch * ideal / found.expected
+        totals["low"] += stretch * ideal / found.high
+        totals["high"] += stretch * ideal / found.low
+        basis += found.basis
+        extrapolated |= found.extrapolated
+    if serial is not None:
+        seconds, least, name = serial
+        floor += least
+        totals["expected"] += seconds
+        totals["low"] += seconds / SPREAD[True]
+        totals["high"] += seconds * SPREAD[True]
+        basis.append(name)
+    on_gpu = gpus > 0
+    if on_gpu and memory > device.memory:
+        notes = (*notes, f"needs {memory / 1e9:.0f} GB of GPU memory, {device.name} has {device.memory / 1e9:.0f}")
+    return StageEstimate(
+        stage=stage,
+        workers=math.ceil(workers * (gpus or cpus)),
+        on_gpu=on_gpu,
+        flop=sum(flop for _, flop in parts),
+        floor=floor,
+        seconds=totals["expected"],
+        low=totals["low"],
+        high=totals["high"],
+        storage=storage,
+        memory=memory,
+        basis=tuple(dict.fromkeys([*basis, device.name])),
+        extrapolated=extrapolated,
+        notes=notes,
+    )
+
+
+def by_core(
+    job: Job, stage: str, *, per_token: float, storage: float, memory: float, basis: tuple[str, ...]
+) -> StageEstimate:
+    """A stage that takes `per_token` seconds of a core."""
+    start = rates()["stage_start"].value * STARTS[stage]
+    seconds = job.tokens * per_token / job.cores
+    extrapolated = job.cores > 2
+    spread = SPREAD[True]
+    return StageEstimate(
+        stage=stage,
+        workers=job.cores,
+        on_gpu=False,
+        flop=0.0,
+        floor=seconds / spread,
+        seconds=start + seconds,
+        low=start + seconds / spread,
+        high=start + seconds * spread,
+        storage=storage,
+        memory=memory,
+        basis=("stage_start", *basis),
+        extrapolated=extrapolated,
+    )
+
+
+def rows(job: Job, prompts: Prompts | None, key: str) -> int:
+    """How many rows a table of prompts has; assumed, with a note to the job, where it cannot be known."""
+    if prompts is None:
+        job.notes.append(f"{key} is not set: {ASSUMED_ROWS:,} rows are assumed")
+        return ASSUMED_ROWS
+    if prompts.rows is not None:
+        return prompts.rows[1] - prompts.rows[0]
+    path = Path(prompts.path).expanduser()
+    if path.suffix == ".jsonl" and path.is_file():
+        with path.open("rb") as lines:
+            return sum(1 for _ in lines)
+    job.notes.append(f"{prompts.path} of {key} is not there yet: {ASSUMED_ROWS:,} rows are assumed")
+    return ASSUMED_ROWS

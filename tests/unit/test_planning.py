@@ -1,0 +1,211 @@
+"""The plan of a run: what its estimates rest on, how they scale, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ifguide.cli import main
+from ifguide.config import VERBS, load_config
+from ifguide.influence.scorer import PRESETS, Method
+from ifguide.planning import flops
+from ifguide.planning.command import make_job, plan, worker_settings
+from ifguide.planning.estimate import estimate
+from ifguide.planning.measurements import MOST, _tables, efficiency, hardware, rates, sources, throughputs
+from ifguide.planning.shapes import published_shapes, shape_of_fields
+from ifguide.planning.simulation import Outcome
+from ifguide.planning.sweep import limit, recommended, sweep
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PYTHIA = CONFIGS / "pythia160m_owt.yaml"
+
+
+@pytest.fixture(scope="module")
+def pythia() -> dict[str, Any]:
+    return plan(PYTHIA, corpus_tokens=1e9, price_per_hour=2.0)
+
+
+def _neox(vocabulary: int, hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {"model_type": "gpt_neox", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 4 * hidden,
+            "num_hidden_layers": layers, "num_attention_heads": heads}  # fmt: skip
+
+
+def test_every_measurement_has_a_source_and_a_possible_value() -> None:
+    for name, (kind, source) in sources().items():
+        assert kind in ("measured", "published", "assumed"), name
+        assert source.strip(), name
+    for item in throughputs():
+        assert 0 < item.efficiency < MOST, item.id
+    assert all(rate.value > 0 for rate in rates().values())
+
+
+def test_the_flop_beside_the_measurements_are_those_of_their_models() -> None:
+    hub = published_shapes()
+    shapes = {
+        "GPT-NeoX of 33.6M": _neox(8192, 512, 8, 8),
+        "GPT-NeoX of 1.3M": _neox(2048, 128, 4, 4),
+        "GPT-2": hub["openai-community/gpt2"]["fields"],
+        "Pythia-160M": hub["EleutherAI/pythia-160m"]["fields"],
+        "Pythia-1B": hub["EleutherAI/pythia-1b"]["fields"],
+        "Llama-3.2-1B": hub["meta-llama/Llama-3.2-1B"]["fields"],
+    }
+    position = {"attribution": "position", "method": PRESETS["exact"]}
+    for entry in _tables()["throughput"]:
+        if "flop" not in entry:
+            continue
+        shape, block = shape_of_fields(entry["model"], "test", shapes[entry["model"]]), entry["block"]
+        factors = flops.covariance(shape, block) + flops.lambda_(shape, block)
+        counted = {
+            "factors": factors,
+            "train": flops.training(shape, block),
+            "generate": flops.forward(shape, block),
+            "score": flops.scoring(shape, block, attribution="target", method=PRESETS["fast"]),
+        }[entry["pass"]]
+        if entry["program"] == "paper":
+            counted = factors + flops.scoring(shape, block, **position)
+        elif entry["id"] == "score-30m-exact":
+            counted = flops.scoring(shape, block, attribution="target", method=PRESETS["exact"])
+        assert entry["flop"] == pytest.approx(counted, rel=0.02), entry["id"]
+        assert entry["size"] == shape.tracked, entry["id"]
+
+
+def test_what_was_measured_here_is_given_back_and_elsewhere_is_called_an_extrapolation() -> None:
+    cpu = hardware("cpu")
+    seen = next(item for item in throughputs() if item.id == "score-30m-fast")
+    here = efficiency("score", cpu, "bfloat16", seen.size)
+    assert here.expected == pytest.approx(seen.efficiency)
+    assert not here.extrapolated
+    assert efficiency("score", cpu, "bfloat16", 100 * seen.size).extrapolated
+    there = efficiency("score", hardware("h100"), "bfloat16", seen.size)
+    assert there.extrapolated
+    assert there.low < there.expected < there.high < MOST
+    with pytest.raises(ValueError, match="no measurement of dreaming"):
+        efficiency("dreaming", cpu, "bfloat16", 1e6)
+
+
+def test_the_plan_has_every_stage_with_floor_below_range(pythia: dict[str, Any]) -> None:
+    assert {stage["stage"] for stage in pythia["stages"]} == set(VERBS)
+    for stage in pythia["stages"]:
+        hours = stage["hours"]
+        assert stage["floor_hours"] <= hours["low"] <= hours["expected"] <= hours["high"], stage["stage"]
+        assert stage["memory_bytes_per_worker"] > 0
+        assert stage["storage_bytes"] > 0
+        assert set(stage["basis"]) <= set(pythia["sources"])
+        if stage["on_gpu"]:
+            assert stage["gpu_hours"] == pytest.approx(hours["expected"] * stage["workers"], rel=1e-2)
+            assert stage["cost"] == pytest.approx(2.0 * stage["gpu_hours"], rel=1e-2)
+            assert stage["extrapolated"], "nothing was measured on a GPU yet"
+        else:
+            assert stage["gpu_hours"] == stage["cost"] == 0
+
+
+def test_scoring_and_training_grow_with_the_corpus_and_the_fitted_sample_does_not() -> None:
+    job = make_job(load_config(PYTHIA), corpus_tokens=1e9)
+    once = {stage.stage: stage for stage in estimate(job)}
+    more = {stage.stage: stage for stage in estimate(replace(job, tokens=1e10))}
+    for name in ("score_corpus", "pretrain"):
+        assert more[name].flop == pytest.approx(10 * once[name].flop)
+        assert more[name].floor == pytest.approx(10 * once[name].floor)
+    assert more["fit_factors"].flop == once["fit_factors"].flop
+
+
+def test_workers_are_set_by_keys_that_the_run_takes_too() -> None:
+    config = load_config(PYTHIA)
+    settings = worker_settings(config, 4)
+    assert load_config(PYTHIA, settings).score_corpus.max_actors == 4
+    four, eight = plan(PYTHIA, corpus_tokens=1e10, gpus=4), plan(PYTHIA, corpus_tokens=1e10, gpus=8)
+    assert four["settings"] == settings
+    ratio = {stage["stage"]: stage["floor_hours"] for stage in four["stages"]}
+    for stage in eight["stages"]:
+        if stage["stage"] in ("score_corpus", "pretrain"):
+            assert ratio[stage["stage"]] == pytest.approx(2 * stage["floor_hours"], rel=1e-3)
+    with pytest.raises(ValueError, match="--gpus 0"):
+        worker_settings(config, 0)
+
+
+def test_fewer_shards_than_actors_take_longer_and_the_plan_says_so() -> None:
+    few = ["pack_corpus.blocks_per_shard=60000"]  # nine shards for eight actors
+    slow = {stage["stage"]: stage for stage in plan(PYTHIA, few, corpus_tokens=1e9)["stages"]}["score_corpus"]
+    fast = {stage["stage"]: stage for stage in plan(PYTHIA, corpus_tokens=1e9)["stages"]}["score_corpus"]
+    assert slow["hours"]["expected"] > 1.5 * fast["hours"]["expected"]
+    assert "blocks_per_shard" in slow["notes"][0]
+
+
+def test_a_model_that_does_not_fit_is_said_to() -> None:
+    large = ["target=EleutherAI/pythia-12b", "pretrain.zero_stage=0"]
+    stages = {stage["stage"]: stage for stage in plan(PYTHIA, large, corpus_tokens=1e9)["stages"]}
+    assert any("GPU memory" in note for note in stages["pretrain"]["notes"])
+
+
+def test_the_json_of_a_plan_is_stable(capsys: pytest.CaptureFixture[str], pythia: dict[str, Any]) -> None:
+    command = ["plan", "--config", str(PYTHIA), "--corpus-tokens", "1e9", "--price-per-hour", "2", "--json"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+    assert json.loads(first) == json.loads(json.dumps(pythia))
+    assert list(json.loads(first)) == [
+        "config", "settings", "corpus_tokens", "machine", "cores", "price_per_hour", "proxy", "target", "method",
+        "scoring_tokens_per_second_per_actor", "stages", "total", "notes", "sources",
+    ]  # fmt: skip
+
+
+def test_the_text_names_stages_sources_and_extrapolations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", str(PYTHIA), "--corpus-tokens", "1e9"]) == 0
+    text = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"\n{verb}" in text
+    assert "arXiv 2506.01790" in text
+    assert "~ extrapolated" in text
+
+
+def test_an_unknown_gpu_and_an_empty_corpus_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", str(PYTHIA), "--gpu", "abacus"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ifguide plan: --gpu abacus: no such type is known, only cpu, h100")
+    assert main(["plan", "--config", str(PYTHIA), "--corpus-tokens", "0"]) == 1
+    assert "--corpus-tokens 0" in capsys.readouterr().err
+
+
+def test_rank_and_precision_of_the_config_decide_the_flop() -> None:
+    job = make_job(load_config(PYTHIA, ["score_corpus.rank=8"]), corpus_tokens=1e9)
+    method = Method(engine="difference", precision="bfloat16", rank=8)
+    stage = {item.stage: item for item in estimate(job)}["score_corpus"]
+    assert stage.flop == 1e9 * flops.scoring(job.proxy, 2048, attribution="target", method=method)
+
+
+def _outcome(**shares: float) -> Outcome:
+    quiet: dict[str, Any] = {"useful": 0.95, "lost": 0.0, "starting": 0.0, "idle": 0.05, "tail": 0.0, "driver": 0.1,
+                             "requests": 0.1, "bandwidth": 0.1}  # fmt: skip
+    return Outcome(shards=1, seconds=1.0, failures=0, sampled=False, **{**quiet, **shares})
+
+
+@pytest.mark.parametrize(
+    ("shares", "name"),
+    [({}, "compute"), ({"driver": 0.99}, "driver"), ({"bandwidth": 0.95}, "bandwidth"),
+     ({"requests": 0.95}, "requests"), ({"idle": 0.4, "tail": 0.3}, "shard size"), ({"starting": 0.5}, "start"), ({"lost": 0.2}, "failures")],
+)  # fmt: skip
+def test_the_limit_is_what_is_busy_or_wasted_most(shares: dict[str, float], name: str) -> None:
+    assert limit(_outcome(**shares)) == name
+
+
+def test_small_shards_meet_the_driver_and_large_ones_leave_actors_idle() -> None:
+    job = make_job(load_config(PYTHIA), corpus_tokens=1e11)
+    sizes = (2.0**19, 2.0**23, 2.0**28)
+    points = sweep(job, corpora=[1e11], actors=[2048], shard_tokens=sizes)
+    assert [point.limit for point in points][::2] == ["driver", "shard size"]
+    best = recommended(points)[1e11, 2048]
+    assert best.shard_tokens == 2.0**23
+    assert best.outcome.seconds == min(point.outcome.seconds for point in points)
+
+
+def test_a_simulated_plan_covers_a_trillion_tokens_and_draws_it(tmp_path: Path) -> None:
+    figure = tmp_path / "plan.png"
+    result = plan(PYTHIA, corpus_tokens=1e9, simulated=True, actors=[64], mtbf_hours=24.0, figure=figure)
+    assert {point["corpus_tokens"] for point in result["simulation"]["points"]} == {1e9, 1e12}
+    assert {item["corpus_tokens"] for item in result["simulation"]["recommended"]} == {1e9, 1e12}
+    assert figure.read_bytes().startswith(b"\x89PNG")
