@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def chaos(folder: Path, *, kills: int, seed: int, documents: int = 500, say: Any
     schedule = schedule[:kills]
     started, runs, compared = time.monotonic(), 0, 0
     with LocalCluster(folder / "cluster") as cluster:
-        reference = prepare(folder / "reference", cluster, documents)
+        reference = prepare(folder / "reference", cluster.run, documents)
         cluster.run(reference, "score_corpus", "build_mask")
         say(f"reference run: {len(data_files(reference / 'scores'))} shards, {time.monotonic() - started:.0f} s")
         left = list(schedule)
@@ -177,8 +178,10 @@ def compare(reference: Path, run_dir: Path) -> int:
     return count
 
 
-def prepare(run_dir: Path, cluster: LocalCluster, documents: int) -> Path:
-    """A run directory with a corpus of many small shards, and a random direction of a random proxy as its query."""
+def prepare(run_dir: Path, run_verb: Callable[[Path, str], Any], documents: int) -> Path:
+    """A run directory with a corpus of many small shards, and a random direction of a random proxy as its query.
+
+    `run_verb(run_dir, "pack_corpus")` runs that verb with the config that lies in the run directory."""
     data = run_dir / "data"
     generate_demo(data, seed=1, documents=documents, vocab_size=512, queries=2, prompts=2, cloze=2)
     proxy = load_model(ModelSource(architecture=ARCHITECTURE), seed=0)
@@ -199,7 +202,7 @@ def prepare(run_dir: Path, cluster: LocalCluster, documents: int) -> Path:
         "build_mask": {"quantile": 0.97},
     }
     write_config(run_dir, tree)
-    cluster.run(run_dir, "pack_corpus")
+    run_verb(run_dir, "pack_corpus")
     proxy = linearise(load_model(ModelSource(source=str(data / "proxy"))))
     generator = torch.Generator().manual_seed(0)
     direction = {}

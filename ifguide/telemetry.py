@@ -112,8 +112,11 @@ class ProgressFile:
         self.path = folder / PROGRESS
 
     def __call__(self, values: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, f"writing failed: {error.strerror or error}", str(self.path)) from error
 
 
 def last_progress(folder: Path) -> dict[str, Any] | None:

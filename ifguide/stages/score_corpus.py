@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from ifguide import schemas
-from ifguide.artifacts import Manifest, data_files, publish, require, require_same
+from ifguide.artifacts import Manifest, data_files, publish, read_manifest, require, require_same, verify_file
 from ifguide.influence.memory import is_out_of_memory
 from ifguide.influence.scorer import Method, TokenScorer
 from ifguide.models import check_vocabulary, load_tokenizer, state_fingerprint
@@ -150,6 +150,7 @@ class ScoreShard:
         gpus: float,
     ):
         self.corpus, self.scores, self.computing = Path(corpus), Path(scores), threading.Lock()
+        self.manifest = read_manifest(self.corpus)
         self.behaviours = [name for name in directions if name]
         self.micro_batch_blocks = decision["micro_batch_blocks"]
         torch.set_num_threads(decision["threads"])  # of the run, whatever this run's actors have: it changes the bytes
@@ -167,7 +168,7 @@ class ScoreShard:
         )
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        table = schemas.read_table(self.corpus / descriptor["shard"])
+        table = schemas.read_table(verify_file(self.corpus, descriptor["shard"], self.manifest))
         tokens_BT = schemas.per_token_array(table, "tokens")
         lengths_B = table.column("length").to_numpy()
         with self.computing:

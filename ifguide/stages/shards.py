@@ -247,8 +247,10 @@ class _LedgerWorker:
                 started = time.monotonic()
                 try:
                     result = self.worker.process(descriptor)
-                except ValueError as bad_input:  # the same next time: say it once
-                    return attempts.give_up(str(bad_input))
+                except ValueError as error:
+                    if not isinstance(error.__cause__, OSError):  # bad input is the same next time: say it once
+                        return attempts.give_up(str(error))
+                    attempts.failed(str(error))
                 except Exception:
                     attempts.failed(traceback.format_exc(limit=-3).strip())
                 else:
