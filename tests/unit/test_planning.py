@@ -186,9 +186,16 @@ def _outcome(**shares: float) -> Outcome:
 
 @pytest.mark.parametrize(
     ("shares", "name"),
-    [({}, "compute"), ({"driver": 0.99}, "driver"), ({"bandwidth": 0.95}, "bandwidth"),
-     ({"requests": 0.95}, "requests"), ({"idle": 0.4, "tail": 0.3}, "shard size"), ({"starting": 0.5}, "start"), ({"lost": 0.2}, "failures")],
-)  # fmt: skip
+    [
+        ({}, "compute"),
+        ({"driver": 0.99}, "driver"),
+        ({"bandwidth": 0.95}, "bandwidth"),
+        ({"requests": 0.95}, "requests"),
+        ({"idle": 0.4, "tail": 0.3}, "shard size"),
+        ({"starting": 0.5}, "start"),
+        ({"lost": 0.2}, "failures"),
+    ],
+)
 def test_the_limit_is_what_is_busy_or_wasted_most(shares: dict[str, float], name: str) -> None:
     assert limit(_outcome(**shares)) == name
 
