@@ -82,6 +82,21 @@ class Job:
         ]
         return config.cluster.num_cpus or max(1, int(max(reserved)))
 
+    @property
+    def gpus(self) -> float:
+        """GPUs of the cluster: what scoring or training takes at once. Other stages' workers wait for their turn."""
+        config = self.config
+        scoring = config.score_corpus.max_actors * config.score_corpus.gpus_per_actor
+        return max(scoring, config.pretrain.workers * config.pretrain.gpus_per_worker)
+
+    def at_once(self, workers: int, *, gpus: float, cpus: float) -> int:
+        """How many of a stage's workers find room."""
+        if gpus:
+            room = self.gpus / gpus or workers  # no other stage asks for GPUs: there are as many as this one wants
+        else:
+            room = self.cores / cpus
+        return max(1, min(workers, int(room)))
+
     def device(self, gpus: float) -> Hardware:
         return self.machine if gpus else self.core
 
@@ -105,9 +120,11 @@ def computed(
 ) -> StageEstimate:
     """A stage whose time is FLOP over a rate. parts: (pass, FLOP). serial: seconds on one worker, and at best, and
     their basis. stretch: how much longer the busiest worker works than the mean."""
-    device, units = job.device(gpus), workers * (gpus or cpus)
+    device, running = job.device(gpus), job.at_once(workers, gpus=gpus, cpus=cpus)
+    units = running * (gpus or cpus)
+    stretch = max(stretch, math.ceil(workers / running) * running / workers)
     start = rates()["stage_start"].value * starts
-    totals = {"expected": start, "low": start, "high": start}
+    totals = {"expected": start, "low": start / SPREAD[False], "high": start * SPREAD[False]}
     basis: list[str] = ["stage_start"]
     extrapolated, floor = device.device == "gpu", 0.0
     for pass_, flop in parts:
@@ -131,7 +148,7 @@ def computed(
         notes = (*notes, f"needs {memory / 1e9:.0f} GB of GPU memory, {device.name} has {device.memory / 1e9:.0f}")
     return StageEstimate(
         stage=stage,
-        workers=math.ceil(workers * (gpus or cpus)),
+        workers=math.ceil(units),
         on_gpu=on_gpu,
         flop=sum(flop for _, flop in parts),
         floor=floor,
@@ -161,8 +178,8 @@ def by_core(
         flop=0.0,
         floor=seconds / spread,
         seconds=start + seconds,
-        low=start + seconds / spread,
-        high=start + seconds * spread,
+        low=start / SPREAD[False] + seconds / spread,
+        high=start * SPREAD[False] + seconds * spread,
         storage=storage,
         memory=memory,
         basis=("stage_start", *basis),

@@ -135,6 +135,15 @@ def test_fewer_shards_than_actors_take_longer_and_the_plan_says_so() -> None:
     assert "blocks_per_shard" in slow["notes"][0]
 
 
+def test_partitions_wait_for_the_workers_that_there_are() -> None:
+    keys = ["fit_factors.data_partitions=64", "score_corpus.max_actors=16", "pretrain.workers=16"]
+    more = {stage["stage"]: stage for stage in plan(PYTHIA, keys, corpus_tokens=1e9)["stages"]}["fit_factors"]
+    assert more["workers"] == 16
+    job = make_job(load_config(PYTHIA, keys), corpus_tokens=1e9)
+    assert job.at_once(64, gpus=0, cpus=2) == job.cores // 2
+    assert job.at_once(3, gpus=1, cpus=4) == 3
+
+
 def test_a_model_that_does_not_fit_is_said_to() -> None:
     large = ["target=EleutherAI/pythia-12b", "pretrain.zero_stage=0"]
     stages = {stage["stage"]: stage for stage in plan(PYTHIA, large, corpus_tokens=1e9)["stages"]}
