@@ -23,7 +23,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,9 +155,11 @@ def _run_rounds(
     while todo:
         before = len(state.results) + len(state.failures)
         try:
-            for entry in _map(todo, make_worker, settings, ledger, pool):
-                new = state.add(entry, weights[entry["key"]])
-                progress.advance(new, **state.counts(len(weights)))
+            # Closed whatever happens: actors that nobody waits for would keep their resources.
+            with contextlib.closing(_map(todo, make_worker, settings, ledger, pool)) as entries:
+                for entry in entries:
+                    new = state.add(entry, weights[entry["key"]])
+                    progress.advance(new, **state.counts(len(weights)))
         except ray.exceptions.RayError as error:
             reason = _reason(error)
             if len(state.results) + len(state.failures) == before:
@@ -172,7 +174,7 @@ def _run_rounds(
 
 def _map(
     todo: Sequence[Mapping[str, Any]], make_worker: Any, settings: dict[str, Any], ledger: Path, pool: Pool
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

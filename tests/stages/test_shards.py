@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from ifguide.artifacts import PLAN, write_json
 from ifguide.ledger import LEDGER
 from ifguide.stages.shards import Pool, StageError, run_shards
 from ifguide.status import run_status
-from ifguide.telemetry import PROGRESS
+from ifguide.telemetry import PROGRESS, ProgressFile
 
 
 class Toy:
@@ -130,3 +132,20 @@ def test_the_progress_file_ends_at_the_total(cluster: None, tmp_path: Path) -> N
     assert (rows[0]["done"], rows[0]["shards_total"]) == (0, 3)
     assert (rows[-1]["done"], rows[-1]["shards_done"], rows[-1]["retries"], rows[-1]["failed"]) == (3, 3, 2, 0)
     assert rows[-1]["eta_seconds"] == 0
+
+
+def test_a_driver_that_fails_leaves_no_actor_behind(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(self: Any, values: dict[str, Any]) -> None:
+        if values["done"]:
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(ProgressFile, "__call__", full_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run(tmp_path, [f"s{i}" for i in range(40)], {"size": 2}, seconds=2.0)
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources().get("CPU") == 2
+    assert caught.tb  # whose frames are still alive here

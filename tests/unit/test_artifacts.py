@@ -1,5 +1,6 @@
 """ifguide.artifacts: a folder is whole or not there, whatever moment its maker dies at."""
 
+import errno
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from ifguide.artifacts import (
     remove_tree,
     require,
     require_same,
+    verify_file,
 )
 
 SHARD = "shard-00000.parquet"
@@ -226,3 +228,27 @@ def test_remove_tree_takes_the_folder_but_not_what_its_links_point_to(tmp_path):
     remove_tree(tmp_path / "scratch")
     assert not (tmp_path / "scratch").exists()
     assert outside.read_text() == "kept"
+
+
+def test_a_file_that_changed_or_does_not_belong_is_refused_by_its_digest(tmp_path):
+    artifact = opened(tmp_path / "a")
+    manifest = artifact.finish([write_shard(artifact.folder, "content")], rows={}, summary={})
+    assert verify_file(artifact.folder, SHARD, manifest) == artifact.folder / SHARD
+    (artifact.folder / SHARD).write_text("contend")
+    with pytest.raises(ValueError, match=rf"{SHARD} has changed since it was made: SHA-256 \w{{16}}.*run `ifguide v`"):
+        verify_file(artifact.folder, SHARD, manifest)
+    with pytest.raises(ValueError, match=r"other\.parquet is not in .*manifest\.json"):
+        verify_file(artifact.folder, "other.parquet", manifest)
+
+
+def test_what_killed_attempts_left_is_gone_when_the_artifact_is_complete(tmp_path):
+    artifact = opened(tmp_path / "a")
+    (artifact.folder / f"{SHARD}.0123456789ab.part").write_text("half")
+    artifact.finish([write_shard(artifact.folder, "content")], rows={}, summary={})
+    assert not list(artifact.folder.glob("*.part"))
+
+
+def test_an_error_of_storage_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device.*shard-00000") as caught, publish(tmp_path / SHARD):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.errno == errno.ENOSPC

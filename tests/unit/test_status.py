@@ -1,0 +1,90 @@
+"""ifguide.status: how far a run is, from files alone, also when its driver is gone in the middle of a line."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ifguide.artifacts import open_artifact, write_json
+from ifguide.ledger import LEDGER, Attempts, finished_entries, unfinished_attempts
+from ifguide.stages.run import Run
+from ifguide.status import FOLDERS, run_status
+from ifguide.telemetry import PROGRESS, Progress, ProgressFile
+
+
+def begin(folder: Path):
+    return open_artifact(folder, verb="score_corpus", options={}, inputs={}, config_yaml="")
+
+
+def line_of(run_dir: Path, name: str) -> str:
+    return next(line for line in run_status(run_dir) if line.startswith(name))
+
+
+def test_the_folders_are_those_of_a_run(tmp_path):
+    from ifguide.config import Config
+
+    assert tuple(Run(config=Config(run_dir=str(tmp_path))).artifact_folders()) == FOLDERS
+
+
+def test_complete_in_progress_and_not_begun_are_told_apart(tmp_path):
+    begin(tmp_path / "corpus").finish([], rows={"blocks": 1234}, summary={})
+    begin(tmp_path / "query")
+    progress = Progress("score_corpus", 1000, "tokens", sinks=(ProgressFile(begin(tmp_path / "scores").folder),))
+    progress.started -= 10
+    progress.done = 400
+    progress.publish(shards_done=4, shards_total=10, per_second_per_actor=20.0, retries=1, failed=0)
+    assert line_of(tmp_path, "corpus").split(maxsplit=1)[1].startswith("complete     1,234 blocks")
+    assert "in progress  begun 0s ago" in line_of(tmp_path, "query")
+    assert "in progress  4/10 shards, 400/1,000 tokens (40%), 40 tokens/s, 20 tokens/s per actor, ETA 1" in line_of(
+        tmp_path, "scores"
+    )
+    assert "1 retries; last news 0s ago" in line_of(tmp_path, "scores")
+    assert line_of(tmp_path, "mask").endswith("not begun")
+
+
+def test_failed_shards_are_named_with_their_reason_and_retried_ones_counted(tmp_path):
+    folder = begin(tmp_path / "scores").folder
+    ProgressFile(folder)({"verb": "v", "unit": "shards", "done": 0, "total": 3, "per_second": 0, "eta_seconds": None})
+    lost, again = Attempts(folder / LEDGER, "shard-1"), Attempts(folder / LEDGER, "shard-2")
+    lost.begin()
+    lost.give_up("no space left")
+    again.begin()
+    again.begin()
+    assert "1 failed" in line_of(tmp_path, "scores")
+    assert "1 shards are being tried again" in line_of(tmp_path, "scores")
+    assert any(line.strip() == "failed shard-1: no space left" for line in run_status(tmp_path))
+
+
+def test_a_progress_line_cut_short_is_passed_over_and_old_news_are_called_old(tmp_path):
+    folder = begin(tmp_path / "scores").folder
+    values = {"verb": "v", "unit": "shards", "done": 1, "total": 4, "per_second": 1.0, "eta_seconds": 3.0}
+    (folder / PROGRESS).write_text(json.dumps({"time": time.time() - 7300, **values}) + '\n{"time": 17')
+    assert "1/4 shards (25%), 1 shards/s, ETA 3s; last news 2h01m ago" in line_of(tmp_path, "scores")
+
+
+def test_a_directory_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        run_status(tmp_path / "nowhere")
+
+
+def test_status_does_not_load_ray(tmp_path):
+    code = "import sys; from ifguide.cli import main; main(['status', sys.argv[1]]); assert 'ray' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
+def test_attempts_survive_their_process_and_are_forgotten_when_done(tmp_path):
+    Attempts(tmp_path, "s").begin()
+    again = Attempts(tmp_path, "s")  # another process reads what the first one wrote
+    assert (again.made, again.reason) == (1, "its process died")
+    again.begin()
+    again.failed("ValueError: x")
+    assert (Attempts(tmp_path, "s").made, Attempts(tmp_path, "s").reason) == (2, "ValueError: x")
+    write_json(tmp_path / "s.json", {"key": "s", "result": {}})
+    again.forget()
+    assert unfinished_attempts(tmp_path) == []
+    assert list(finished_entries(tmp_path)) == ["s"]
