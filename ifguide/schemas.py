@@ -10,7 +10,7 @@ Documents lie end to end in one token stream cut into blocks: document d covers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ DOCUMENTS = pa.schema(
     ]
 )
 
+# In the order of selection over the files `ranking-*.parquet` by name; all but the last have as many rows.
 RANKING = pa.schema(
     [
         pa.field("unit_id", pa.int64(), nullable=False),  # doc_id, or block_id when unit is block
@@ -41,6 +42,7 @@ RANKING = pa.schema(
     ]
 )
 
+# In the order of `block_id` over the files `outliers-*.parquet` by name, one for each shard of the corpus.
 OUTLIERS = pa.schema(
     [
         pa.field("block_id", pa.int64(), nullable=False),  # blocks that are neither repeated nor of high mass: left out
@@ -145,3 +147,17 @@ def read_table(path: Path, schema: pa.Schema | None = None, columns: Sequence[st
     if schema is not None and not table.schema.equals(schema, check_metadata=False):
         raise ValueError(f"{path} has columns\n{table.schema}\nwhere\n{schema}\nis expected; another version made it")
     return table
+
+
+def read_batches(path: Path, column: str, rows: int) -> Iterator[pa.Table]:
+    """One column of a Parquet file, `rows` rows at a time (the last may be shorter): for a file too large to hold.
+
+    Raises:
+        ValueError: the file is truncated or not Parquet; names it.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=rows, columns=[column], use_threads=False):
+                yield pa.Table.from_batches([batch])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet ({error}); delete it and run its stage again") from error

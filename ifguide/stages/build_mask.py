@@ -1,27 +1,23 @@
-"""`build_mask`: token scores -> document ranking and token mask, by Algorithm 1, exactly.
+"""`build_mask`: token scores -> ranking of documents and token mask, by Algorithm 1, exactly.
 
-Blocks that stand out, of great score mass or of repeated tokens, are listed beside the ranking (`ifguide.outliers`).
-Every pass is a task per score shard; only histograms, per-piece statistics and counts come back. Nothing of
-the passes is stored: they are cheap beside scoring, and a rerun computes the same bytes.
+The passes of `ifguide.distributed_selection` as Ray tasks, one for each shard. Blocks that stand out, of great score
+mass or of repeated tokens, are listed beside the ranking (`ifguide.outliers`). The scratch tables of an interrupted
+run are not used again: the passes are cheap beside scoring, and a rerun computes the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from ifguide import schemas, selection
-from ifguide.artifacts import Manifest, data_files, publish, require, require_same
-from ifguide.config import BuildMask, ConfigError
-from ifguide.outliers import Outliers, block_mass, find_outliers
-from ifguide.quantiles import BUCKETS, high_histogram, low_histogram, quantile_buckets, quantile_from_histograms
-from ifguide.stages.pack_corpus import document_table
+from ifguide import schemas
+from ifguide.artifacts import Manifest, data_files, remove_tree, require, require_same
+from ifguide.config import ConfigError
+from ifguide.distributed_selection import Selection, select
+from ifguide.selection_passes import Rules, ShardFiles
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import StageError
 from ifguide.telemetry import log
@@ -60,45 +56,47 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
         log(VERB, f"complete: {artifact.manifest.summary}")
         return artifact.manifest
     connect(run.config)
-    passes = _Passes(run)
-    tau, median_mass = passes.quantiles()
-    outliers = passes.find_outliers(median_mass)
-    ranking, cutoff, counts = passes.rank(tau)
-    masked = passes.fill(tau, cutoff)
-    if masked["tokens"] != cutoff.masked_tokens or masked["blocks"] != corpus.rows["blocks"]:
-        raise StageError(f"{VERB}: filled {masked}, expected {cutoff.masked_tokens} tokens in {corpus.rows['blocks']}")
-    summary = {
-        "tau": tau,
-        "predicted_tokens": passes.predicted_tokens,
-        "tokens_masked": cutoff.masked_tokens,
-        "token_budget": passes.budget,
-        "units_above_tau": len(ranking.doc_id),
-        "units_masked": len(cutoff.whole) + (cutoff.cut is not None),
-        "unit": config.unit,
-        "behaviour": config.behaviour,
-        "score_min": passes.score_min,
-        "score_max": passes.score_max,
-        "median_block_mass": median_mass,
-        "high_mass_blocks": int(np.sum(outliers.column("high_mass"))),
-        "repeated_blocks": int(np.sum(outliers.column("repeated"))),
-        "excluded_blocks": len(passes.excluded),
-    }
-    tables = {"ranking.parquet": _ranking_table(ranking, counts, cutoff), "outliers.parquet": outliers}
-    for name, table in tables.items():
-        with publish(run.ranking / name) as part:
-            pq.write_table(table, part)
+    rules = _rules(run)
+    remove_tree(rules.scratch)
+    selected = select(rules, _shard_files(run), run_tasks(config.cpus_per_task))
+    if selected.num_blocks != corpus.rows["blocks"]:
+        raise StageError(f"{VERB}: {selected.num_blocks} blocks were masked, {run.corpus} has {corpus.rows['blocks']}")
+    summary = _summary(selected, run)
     if not ranking_artifact.manifest:
-        rows = {"units": len(ranking.doc_id), "outliers": len(outliers)}
-        ranking_artifact.finish([run.ranking / name for name in tables], rows=rows, summary=summary)
-    manifest = artifact.manifest or artifact.finish(data_files(run.mask), rows=masked, summary=summary)
-    share = cutoff.masked_tokens / max(passes.predicted_tokens, 1)
+        rows = {"units": selected.ranked_units, "outliers": selected.outliers["blocks"]}
+        tables = [path for name in ("ranking", "outliers") for path in data_files(run.ranking, f"{name}-*.parquet")]
+        ranking_artifact.finish(tables, rows=rows, summary=summary)
+    rows = {"blocks": selected.num_blocks, "tokens": selected.tokens_masked}
+    manifest = artifact.manifest or artifact.finish(
+        data_files(run.mask), rows=rows, summary=summary, remove=(rules.scratch.name,)
+    )
+    share = selected.tokens_masked / max(selected.predicted_tokens, 1)
     log(
         VERB,
-        f"tau {tau:.6g}; {summary['units_masked']:,} of {passes.num_units:,} {config.unit}s touched,"
-        f" {cutoff.masked_tokens:,} tokens masked ({share:.2%} of the corpus); `ifguide inspect` shows them",
+        f"tau {selected.tau:.6g}; {selected.units_masked:,} of {selected.num_units:,} {config.unit}s touched,"
+        f" {selected.tokens_masked:,} tokens masked ({share:.2%} of the corpus); `ifguide inspect` shows them",
     )
     log(VERB, outlier_line(summary, artifact.plan["options"][VERB]))
     return manifest
+
+
+def _summary(selected: Selection, run: Run) -> dict[str, Any]:
+    return {
+        "tau": selected.tau,
+        "predicted_tokens": selected.predicted_tokens,
+        "tokens_masked": selected.tokens_masked,
+        "token_budget": selected.budget,
+        "units_above_tau": selected.ranked_units,
+        "units_masked": selected.units_masked,
+        "unit": run.config.build_mask.unit,
+        "behaviour": run.config.build_mask.behaviour,
+        "score_min": selected.score_range[0],
+        "score_max": selected.score_range[1],
+        "median_block_mass": selected.median_mass,
+        "high_mass_blocks": selected.outliers["high_mass"],
+        "repeated_blocks": selected.outliers["repeated"],
+        "excluded_blocks": selected.excluded_blocks,
+    }
 
 
 def outlier_line(summary: Mapping[str, Any], options: Mapping[str, Any]) -> str:
@@ -106,7 +104,8 @@ def outlier_line(summary: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     excluded = f", {summary['excluded_blocks']:,} excluded" if options["exclude_repeated"] else ""
     return (
         f"outliers: {summary['high_mass_blocks']:,} blocks of over {options['outlier_mass_ratio']:g} times the median"
-        f" score mass, {summary['repeated_blocks']:,} of repeated tokens{excluded}; ranking/outliers.parquet lists them"
+        f" score mass, {summary['repeated_blocks']:,} of repeated tokens{excluded};"
+        " ranking/outliers-*.parquet list them"
     )
 
 
@@ -121,197 +120,48 @@ def require_behaviour(run: Run) -> None:
         )
 
 
-class _Passes:
-    """The passes of Algorithm 1 over the shards of one run."""
+def _rules(run: Run) -> Rules:
+    config = run.config.build_mask
+    return Rules(
+        quantile=config.quantile,
+        window=config.window,
+        max_fraction=config.max_fraction,
+        unit=config.unit,
+        column=schemas.score_column(config.behaviour),
+        outlier_mass_ratio=config.outlier_mass_ratio,
+        outlier_bigram_share=config.outlier_bigram_share,
+        exclude_repeated=config.exclude_repeated,
+        ranking=run.ranking,
+        mask=run.mask,
+    )
 
-    def __init__(self, run: Run):
-        self.config: BuildMask = run.config.build_mask
-        self.corpus_files, self.score_files = data_files(run.corpus), data_files(run.scores)
-        if [p.name for p in self.corpus_files] != [p.name for p in self.score_files]:
-            raise StageError(f"{VERB}: {run.corpus} and {run.scores} hold different shards")
-        self.mask_folder = run.mask
-        table = document_table(run.corpus)
-        self.documents = selection.Documents(
-            token_start=table.column("token_start").to_numpy(), num_tokens=table.column("num_tokens").to_numpy()
-        )
-        self.num_units = 0
-        self.predicted_tokens = self.budget = 0
-        self.score_min, self.score_max = np.inf, -np.inf
-        self.excluded = np.array([], np.int64)
 
-    def quantiles(self) -> tuple[float, float]:
-        """tau and the median block's mass, both exact, in two histogram passes."""
-        wanted = {"score": self.config.quantile, "mass": 0.5}
-        high = {name: np.zeros(BUCKETS, np.int64) for name in wanted}
-        for counts, (low_end, high_end) in self._map(_high_histograms):
-            for name in wanted:
-                high[name] += counts[name]
-            self.score_min, self.score_max = min(self.score_min, low_end), max(self.score_max, high_end)
-        num_blocks, self.predicted_tokens = int(high["mass"].sum()), int(high["score"].sum())
-        self.num_units = num_blocks if self.config.unit == "block" else len(self.documents.token_start)
-        self.budget = selection.token_budget(self.config.max_fraction, self.predicted_tokens)
-        buckets = {name: quantile_buckets(high[name], wanted[name]) for name in wanted}
-        low = {name: {bucket: np.zeros(BUCKETS, np.int64) for bucket in buckets[name]} for name in wanted}
-        for histograms in self._map(_low_histograms, buckets):
-            for name, of_bucket in low.items():
-                for bucket, total in of_bucket.items():
-                    total += histograms[name][bucket]
-        tau, median_mass = (quantile_from_histograms(high[name], low[name], wanted[name]) for name in wanted)
-        return tau, median_mass
+def _shard_files(run: Run) -> list[ShardFiles]:
+    corpus_files, score_files = data_files(run.corpus), data_files(run.scores)
+    if [path.name for path in corpus_files] != [path.name for path in score_files]:
+        raise StageError(f"{VERB}: {run.corpus} and {run.scores} hold different shards")
+    shards = []
+    for corpus, scores in zip(corpus_files, score_files, strict=True):
+        name = corpus.stem.removeprefix("shard-")
+        shards.append(ShardFiles(name, corpus, run.corpus / f"documents-{name}.parquet", scores))
+    return shards
 
-    def find_outliers(self, median_mass: float) -> pa.Table:
-        """The outlying blocks in block order; with `exclude_repeated` the repeated ones are excluded from here on."""
-        limits = {
-            "median_mass": median_mass,
-            "mass_ratio": self.config.outlier_mass_ratio,
-            "bigram_share": self.config.outlier_bigram_share,
-        }
-        parts = sorted(self._map(_find_outliers, limits), key=lambda part: part[0])
-        columns = {
-            name: np.concatenate([getattr(part, name) for _, part in parts])
-            for name in ("block_id", "mass", "distinct_bigram_share", "repeated", "high_mass")
-        }
-        with np.errstate(divide="ignore"):  # a block of repeated tokens may have no mass: 0 of a median of 0 is 0
-            over = np.divide(
-                columns["mass"], median_mass, out=np.zeros(len(columns["mass"])), where=columns["mass"] > 0
-            )
-        if self.config.exclude_repeated:
-            self.excluded = columns["block_id"][columns["repeated"]]
-        columns["mass_over_median"] = over
-        arrays = [pa.array(columns[field.name], field.type) for field in schemas.OUTLIERS]
-        return pa.Table.from_arrays(arrays, schema=schemas.OUTLIERS)
 
-    def rank(self, tau: float) -> tuple[selection.Ranking, selection.Cutoff, list[selection.MaskedCounts]]:
-        """The ranking of units and where the token budget ends."""
-        parts = list(self._map(_statistics, tau, self.config.window, self.config.unit))
-        ranking = selection.rank_units(selection.merge_statistics([part[0] for part in parts]), self.num_units)
-        counts = [part[1] for part in parts]
-        return ranking, selection.find_cutoff(ranking, counts, self.budget), counts
+def run_tasks(cpus: float) -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]:
+    """`RunTasks` of `ifguide.distributed_selection` on the Ray cluster, each task on `cpus`."""
 
-    def fill(self, tau: float, cutoff: selection.Cutoff) -> dict[str, int]:
-        """Publish every mask shard; returns blocks and masked tokens written."""
-        settings = (tau, self.config.window, self.config.unit, cutoff, self.mask_folder)
-        done = list(self._map(_fill, *settings))
-        return {"blocks": sum(blocks for blocks, _ in done), "tokens": sum(tokens for _, tokens in done)}
-
-    def _map(self, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-        """`function(files, shard, documents, *arguments)` for every shard as a task, in any order."""
-        remote = ray.remote(_on_shard).options(num_cpus=self.config.cpus_per_task)
-        shared = [ray.put(argument) for argument in arguments]
-        excluded = ray.put(self.excluded)
-        pending = []
-        for corpus_file, score_file in zip(self.corpus_files, self.score_files, strict=True):
-            first, last = _block_range(corpus_file)
-            documents = self.documents.meeting(first, last)
-            files = (corpus_file, score_file, schemas.score_column(self.config.behaviour))
-            pending.append(remote.remote(function, files, documents, excluded, *shared))
-            if len(pending) >= 256:  # bounds what waits in the object store
-                ready, pending = ray.wait(pending, num_returns=1)
-                yield ray.get(ready[0])
+    def run(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        task = ray.remote(function).options(num_cpus=cpus)
+        # Twice what can run: results wait in the object store, and a histogram is half a megabyte.
+        most = max(8, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
+        pending: list[Any] = []
+        for each in arguments:
+            if len(pending) >= most:
+                (ready,), pending = ray.wait(pending)
+                yield ray.get(ready)
+            pending.append(task.remote(*each))
         while pending:
-            ready, pending = ray.wait(pending, num_returns=1)
-            yield ray.get(ready[0])
+            (ready,), pending = ray.wait(pending)
+            yield ray.get(ready)
 
-
-def _block_range(corpus_file: Path) -> tuple[int, int]:
-    """Stream positions [begin, end) of the blocks of a corpus shard, from two small columns."""
-    table = pq.read_table(corpus_file, columns=["block_id", "length"], partitioning=None)
-    block_size = pq.read_schema(corpus_file).field("tokens").type.list_size
-    begin = table.column("block_id")[0].as_py() * block_size
-    return begin, begin + int(table.column("length").to_numpy().sum())
-
-
-Files = tuple[Path, Path, str]  # corpus shard, score shard, column of scores
-
-
-def _on_shard(function: Any, files: Files, documents: Any, excluded: np.ndarray, *arguments: Any) -> Any:
-    corpus_file, score_file, column = files
-    blocks = schemas.read_table(corpus_file, columns=["block_id", "length"])
-    table = schemas.read_table(score_file, columns=["block_id", column])
-    if not table.column("block_id").equals(blocks.column("block_id")):
-        raise ValueError(f"{score_file} holds other blocks than {corpus_file}")
-    shard = selection.ScoreShard(
-        first_block=blocks.column("block_id")[0].as_py(),
-        scores=schemas.per_token_array(table, column),
-        lengths=blocks.column("length").to_numpy().astype(np.int64),
-        excluded=np.isin(blocks.column("block_id").to_numpy(), excluded),
-    )
-    return function(files, shard, documents, *arguments)
-
-
-def _values(shard: selection.ScoreShard) -> dict[str, np.ndarray]:
-    return {"score": shard.scores[shard.valid], "mass": block_mass(shard)}
-
-
-def _high_histograms(files: Files, shard: selection.ScoreShard, documents: selection.Documents) -> Any:
-    values = _values(shard)
-    extremes = (float(values["score"].min(initial=np.inf)), float(values["score"].max(initial=-np.inf)))
-    return {name: high_histogram(array) for name, array in values.items()}, extremes
-
-
-def _low_histograms(
-    files: Files, shard: selection.ScoreShard, documents: selection.Documents, buckets: dict[str, tuple[int, ...]]
-) -> Any:
-    values = _values(shard)
-    return {name: {bucket: low_histogram(values[name], bucket) for bucket in buckets[name]} for name in values}
-
-
-def _find_outliers(
-    files: Files, shard: selection.ScoreShard, documents: selection.Documents, limits: dict[str, float]
-) -> tuple[int, Outliers]:
-    tokens_BT = schemas.per_token_array(schemas.read_table(files[0], columns=["tokens"]), "tokens")
-    return shard.first_block, find_outliers(shard, tokens_BT, **limits)
-
-
-def _statistics(
-    files: Files, shard: selection.ScoreShard, documents: selection.Documents, tau: float, window: int, unit: Any
-) -> Any:
-    return (
-        selection.piece_statistics(shard, documents, tau=tau, unit=unit),
-        selection.masked_counts(shard, documents, tau=tau, window=window, unit=unit),
-    )
-
-
-def _fill(
-    files: Files,
-    shard: selection.ScoreShard,
-    documents: selection.Documents,
-    tau: float,
-    window: int,
-    unit: Any,
-    cutoff: selection.Cutoff,
-    folder: Path,
-) -> tuple[int, int]:
-    masked_BT = selection.fill_mask(shard, documents, tau=tau, window=window, unit=unit, cutoff=cutoff)
-    schema = schemas.mask(masked_BT.shape[1])
-    block_ids = pa.array(shard.first_block + np.arange(len(masked_BT)), pa.int64())
-    table = pa.Table.from_arrays([block_ids, schemas.per_token_column(masked_BT, schema, "masked")], schema=schema)
-    with publish(folder / files[1].name) as part:
-        pq.write_table(table, part)
-    return len(masked_BT), int(masked_BT.sum())
-
-
-def _ranking_table(
-    ranking: selection.Ranking, counts: list[selection.MaskedCounts], cutoff: selection.Cutoff
-) -> pa.Table:
-    masked: dict[int, int] = {}
-    for part in counts:
-        for unit_id, count in zip(part.doc_id.tolist(), part.count.tolist(), strict=True):
-            masked[unit_id] = masked.get(unit_id, 0) + count
-    whole = set(cutoff.whole.tolist())
-    cut_tokens = sum(cutoff.quota.values())
-    tokens_masked = [
-        masked[unit_id] if unit_id in whole else cut_tokens if unit_id == cutoff.cut else 0
-        for unit_id in ranking.doc_id.tolist()
-    ]
-    return pa.Table.from_arrays(
-        [
-            pa.array(ranking.doc_id, pa.int64()),
-            pa.array(np.arange(len(ranking.doc_id)), pa.int64()),
-            pa.array(ranking.rank_score, pa.float64()),
-            pa.array(ranking.count, pa.int64()),
-            pa.array(ranking.sum, pa.float64()),
-            pa.array(tokens_masked, pa.int64()),
-        ],
-        schema=schemas.RANKING,
-    )
+    return run

@@ -17,7 +17,7 @@ import ray
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
 from ifguide.models import load_tokenizer
-from ifguide.stages.pack_corpus import corpus_block_size, document_table
+from ifguide.stages.pack_corpus import corpus_block_size
 
 MAX_SHOWN_TOKENS = 600
 HISTOGRAM_BINS = 80
@@ -57,18 +57,31 @@ class View:
 
     def top_documents(self, count: int) -> list[ShownDocument]:
         """The first `count` units of the ranking."""
-        ranking = schemas.read_table(self.ranking / "ranking.parquet", schemas.RANKING).slice(0, count).to_pylist()
-        documents = document_table(self.corpus) if self.summary["unit"] == "document" else None
+        ranking: list[dict[str, Any]] = []
+        for path in data_files(self.ranking, "ranking-*.parquet"):
+            ranking += schemas.read_table(path, schemas.RANKING).slice(0, count - len(ranking)).to_pylist()
+            if len(ranking) == count:
+                break
         shown = []
         for row in ranking:
-            if documents is None:
+            if self.summary["unit"] == "block":
                 start, length, source = row["unit_id"] * self.block_size, self.block_size, "block"
             else:
-                record = documents.slice(row["unit_id"], 1).to_pylist()[0]
+                record = self._document(row["unit_id"])
                 start, length = record["token_start"], record["num_tokens"]
                 source = f"{Path(record['source']).name} row {record['row']}"
             shown.append(self._show(row, source, start, length))
         return shown
+
+    def _document(self, doc_id: int) -> dict[str, Any]:
+        """A row of the document table, from the one file that holds it."""
+        first = 0
+        for path in data_files(self.corpus, "documents-*.parquet"):
+            number = pq.read_metadata(path).num_rows
+            if doc_id < first + number:
+                return schemas.read_table(path, schemas.DOCUMENTS).slice(doc_id - first, 1).to_pylist()[0]
+            first += number
+        raise ValueError(f"{self.ranking} names document {doc_id}, {self.corpus} has only {first}")
 
     def _show(self, row: dict[str, Any], source: str, start: int, length: int) -> ShownDocument:
         columns = self.read(start, start + length)

@@ -1,102 +1,105 @@
-"""The composition of per-shard functions equals the literal loop bit for bit, however the corpus is sharded."""
+"""The passes over shards equal the literal loop bit for bit, for any sharding and any order of tasks."""
 
-import itertools
-from collections.abc import Collection
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifguide.selection import Documents, ScoreShard, Selection, select_tokens
+from ifguide.artifacts import data_files
+from ifguide.distributed_selection import Selection, select
+from ifguide.selection_passes import Rules
 from tests.reference import algorithm1
+from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards
 
-
-def shards_of(
-    scores: np.ndarray, lengths: np.ndarray, cuts: list[int], excluded: Collection[int] = ()
-) -> list[ScoreShard]:
-    bounds = [0, *sorted(set(cuts)), len(lengths)]
-    out = np.isin(np.arange(len(lengths)), list(excluded)) if excluded else None
-    return [
-        ScoreShard(
-            first_block=begin,
-            scores=scores[begin:end],
-            lengths=lengths[begin:end],
-            excluded=None if out is None else out[begin:end],
-        )
-        for begin, end in itertools.pairwise(bounds)
-        if begin < end
-    ]
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where publishing a file waits for no disk
 
 
 def assert_equal_to_loop(
-    selection: Selection,
-    shards: list[ScoreShard],
-    scores: np.ndarray,
-    lengths: np.ndarray,
-    documents: list[tuple[int, int]],
-    **options,
+    selection: Selection, rules: Rules, scores: np.ndarray, lengths: np.ndarray, documents, excluded=()
 ) -> None:
     blocks = [row[:length].astype(np.float64).tolist() for row, length in zip(scores, lengths, strict=True)]
-    tau, rank_score, masked = algorithm1.select(blocks, documents, scores.shape[1], **options)
+    options = {name: getattr(rules, name) for name in ("quantile", "window", "max_fraction", "unit")}
+    tau, rank_score, masked = algorithm1.select(blocks, documents, scores.shape[1], excluded=excluded, **options)
     assert selection.tau == tau
-    ranks = dict(zip(selection.ranking.doc_id.tolist(), selection.ranking.rank_score.tolist(), strict=True))
-    assert all(rank_score[unit] == score for unit, score in ranks.items())
-    assert all(rank_score[unit] == 0 for unit in set(range(len(rank_score))) - set(ranks))
-    found = {
-        (shard.first_block + int(row), int(index))
-        for shard, mask in zip(shards, selection.masks, strict=True)
-        for row, index in np.argwhere(mask)
-    }
-    assert found == masked
-    assert len(masked) == selection.cutoff.masked_tokens <= selection.max_tokens
+    masks = read_masks(rules)
+    assert set(map(tuple, np.argwhere(masks).tolist())) == masked
+    assert selection.tokens_masked == len(masked) <= selection.budget
+
+    ranking = read_ranking(rules).to_pydict()
+    ids, found = ranking["unit_id"], ranking["rank_score"]
+    assert found == [rank_score[unit] for unit in ids]
+    assert ids == sorted(ids, key=lambda unit: (-rank_score[unit], unit))
+    assert ranking["rank"] == list(range(len(ids)))
+    assert all(rank_score[unit] == 0 for unit in set(range(len(rank_score))) - set(ids))
+    taken = {unit: count for unit, count in zip(ids, ranking["tokens_masked"], strict=True) if count}
+    assert taken == tokens_of_units(masks, documents, rules.unit)
+    assert selection.units_masked == len(taken)
+
+
+def tokens_of_units(masks: np.ndarray, documents: Sequence[tuple[int, int]], unit: str) -> dict[int, int]:
+    flat = masks.ravel()
+    spans = (
+        documents if unit == "document" else [(b * masks.shape[1], (b + 1) * masks.shape[1]) for b in range(len(masks))]
+    )
+    counts = [int(flat[begin:end].sum()) for begin, end in spans]
+    return {number: count for number, count in enumerate(counts) if count}
 
 
 # Few distinct values make ties in tau, in sums and in ranks; the inexact ones make sums depend on their order.
 tied = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.1, 0.3, 1.0, 1e-8, 1e8, -1e-40, 3.0])
+constant = st.sampled_from([0.25, 0.5])  # nearly all units tie
 free = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100)
 
 
 @st.composite
 def corpora(draw):
     block_size = draw(st.integers(2, 7))
-    num_blocks = draw(st.integers(1, 8))
+    num_blocks = draw(st.integers(1, 10))
     last = draw(st.integers(2 if num_blocks == 1 else 1, block_size))
     lengths = np.full(num_blocks, block_size, dtype=np.int64)
     lengths[-1] = last
     total = int(lengths.sum())
-    values = draw(st.lists(draw(st.sampled_from([tied, free])), min_size=total, max_size=total))
+    values = draw(st.lists(draw(st.sampled_from([tied, constant, free])), min_size=total, max_size=total))
     scores = np.full((num_blocks, block_size), np.nan, dtype=np.float32)  # padding must never be read
     scores.ravel()[:total] = values
-    ends = sorted(draw(st.sets(st.integers(1, total - 1), max_size=12))) if total > 1 else []
+    ends = sorted(draw(st.sets(st.integers(1, total - 1), max_size=25))) if total > 1 else []
     documents = list(zip([0, *ends], [*ends, total], strict=True))
-    cuts = draw(st.lists(st.integers(1, num_blocks), max_size=5))
+    cuts = draw(st.lists(st.integers(1, num_blocks), max_size=8))
     excluded = draw(st.sets(st.integers(0, num_blocks - 1), max_size=3))
     return scores, lengths, documents, cuts, excluded
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     corpus=corpora(),
     quantile=st.sampled_from([0.0, 0.25, 0.5, 0.7, 0.9, 0.99, 1.0]),
     window=st.integers(0, 2),
     max_fraction=st.floats(0, 1),
     unit=st.sampled_from(["document", "block"]),
-    data=st.data(),
+    seed=st.integers(0, 9),
 )
-def test_any_sharding_equals_the_literal_loop(corpus, quantile, window, max_fraction, unit, data) -> None:
-    scores, lengths, intervals, cuts, excluded = corpus
-    starts = np.array([begin for begin, _ in intervals], dtype=np.int64)
-    sizes = np.array([end - begin for begin, end in intervals], dtype=np.int64)
-    options = {"quantile": quantile, "window": window, "max_fraction": max_fraction, "unit": unit}
-    shards = data.draw(st.permutations(shards_of(scores, lengths, cuts, excluded)))
-    selection = select_tokens(shards, Documents(token_start=starts, num_tokens=sizes), **options)
-    assert_equal_to_loop(selection, shards, scores, lengths, intervals, excluded=excluded, **options)
+def test_any_sharding_equals_the_literal_loop(corpus, quantile, window, max_fraction, unit, seed) -> None:
+    scores, lengths, documents, cuts, excluded = corpus
+    # The one pair of a block of two tokens is distinct, whatever it is.
+    excluded = {block for block in excluded if lengths[block] > 2}
+    tokens = np.arange(scores.size, dtype=np.int32).reshape(scores.shape)
+    tokens[list(excluded)] = 1
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        rules = rules_of(
+            Path(folder), quantile=quantile, window=window, max_fraction=max_fraction, unit=unit,
+            outlier_bigram_share=0.6, exclude_repeated=True,
+        )  # fmt: skip
+        files = write_shards(Path(folder), scores, lengths, documents, cuts, tokens)
+        selection = select(rules, files, in_any_order(seed))
+        assert_equal_to_loop(selection, rules, scores, lengths, documents, excluded=excluded)
+        assert selection.excluded_blocks == len(excluded)
 
 
-@pytest.mark.parametrize("unit", ["document", "block"])
-@pytest.mark.parametrize("num_shards", [1, 3, 40])
-def test_heavy_tailed_corpus_equals_the_literal_loop(unit: str, num_shards: int) -> None:
+def heavy_tailed() -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
     rng = np.random.default_rng(7)
     scores = (rng.standard_t(2, size=(40, 64)) * rng.choice([1e-3, 1, 1e3], size=(40, 64))).astype(np.float32)
     lengths = np.full(40, 64, dtype=np.int64)
@@ -104,13 +107,30 @@ def test_heavy_tailed_corpus_equals_the_literal_loop(unit: str, num_shards: int)
     total = int(lengths.sum())
     # From one token to several blocks, so that some units span shards and one of them is cut.
     ends = np.unique(np.minimum(np.cumsum(rng.choice([1, 5, 30, 300], size=200)), total))
-    intervals = list(zip([0, *ends.tolist()[:-1]], ends.tolist(), strict=True))
     assert ends[-1] == total
-    starts = np.array([begin for begin, _ in intervals], dtype=np.int64)
-    shards = shards_of(scores, lengths, list(range(0, 40, 40 // num_shards))[1:])
+    return scores, lengths, list(zip([0, *ends.tolist()[:-1]], ends.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("unit", ["document", "block"])
+@pytest.mark.parametrize("num_shards", [1, 3, 40])
+def test_heavy_tailed_corpus_equals_the_literal_loop(unit: str, num_shards: int, tmp_path: Path) -> None:
+    scores, lengths, documents = heavy_tailed()
+    files = write_shards(tmp_path, scores, lengths, documents, range(0, 40, 40 // num_shards))
     for max_fraction in (0.005, 0.02, 0.07):
-        options = {"quantile": 0.9, "window": 1, "max_fraction": max_fraction, "unit": unit}
-        documents = Documents(token_start=starts, num_tokens=ends - starts)
-        selection = select_tokens(shards, documents, **options)
-        assert selection.cutoff.masked_tokens == selection.max_tokens > 0
-        assert_equal_to_loop(selection, shards, scores, lengths, intervals, **options)
+        rules = rules_of(tmp_path / str(max_fraction), quantile=0.9, max_fraction=max_fraction, unit=unit)
+        selection = select(rules, files, in_any_order())
+        assert selection.tokens_masked == selection.budget > 0
+        assert_equal_to_loop(selection, rules, scores, lengths, documents)
+
+
+@pytest.mark.parametrize("unit", ["document", "block"])
+def test_ranking_files_are_the_same_bytes_however_the_corpus_is_sharded(unit: str, tmp_path: Path) -> None:
+    scores, lengths, documents = heavy_tailed()
+    written = []
+    for step in (40, 13, 1):
+        files = write_shards(tmp_path / f"{step}", scores, lengths, documents, range(0, 40, step))
+        rules = rules_of(tmp_path / f"{step}", quantile=0.9, max_fraction=0.02, unit=unit, file_units=3)
+        select(rules, files, in_any_order(step))
+        written.append([path.read_bytes() for path in data_files(rules.ranking, "ranking-*.parquet")])
+    assert len(written[0]) > 2
+    assert written[0] == written[1] == written[2]

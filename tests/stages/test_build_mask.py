@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, data_files, file_digest, read_manifest, write_json
+from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
 from ifguide.cli import main, stage
 from ifguide.config import Config, ConfigError, to_yaml
+from ifguide.distributed_selection import select
 from ifguide.outliers import distinct_bigram_share
+from ifguide.stages.build_mask import run_tasks
 from ifguide.stages.run import Run
 from ifguide.stages.view import View
+from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards
 
 
 def columns(folder: Path, name: str) -> np.ndarray:
@@ -84,7 +90,9 @@ def test_outliers_are_the_blocks_over_the_limits(finished: Config, copied: Calla
     high_mass, repeated = mass > 1.5 * np.median(mass.astype(np.float64)), share < 0.8
     assert 0 < high_mass.sum() < len(mass)
     assert 0 < repeated.sum() < len(mass)
-    found = schemas.read_table(run.ranking / "outliers.parquet", schemas.OUTLIERS)
+    found = pa.concat_tables(
+        schemas.read_table(path, schemas.OUTLIERS) for path in data_files(run.ranking, "outliers-*.parquet")
+    )
     rows = np.flatnonzero(high_mass | repeated)
     assert found.column("block_id").to_pylist() == rows.tolist()
     assert found.column("high_mass").to_pylist() == high_mass[rows].tolist()
@@ -93,6 +101,50 @@ def test_outliers_are_the_blocks_over_the_limits(finished: Config, copied: Calla
     assert summary["excluded_blocks"] == summary["repeated_blocks"]
     assert not columns(run.mask, "masked")[repeated].any()
     assert summary["tau"] == read_manifest(Run(config=finished).mask).summary["tau"]
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 99),
+    cuts=st.sets(st.integers(1, 29), max_size=20),
+    cpus=st.sampled_from([0.5, 1.0, 2.0]),
+    unit=st.sampled_from(["document", "block"]),
+)
+def test_any_sharding_on_any_number_of_workers_selects_the_same(
+    cluster: None, seed: int, cuts: set[int], cpus: float, unit: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.choice([0.0, 0.1, 0.25, 3.0], size=(30, 8)).astype(np.float32)  # ties everywhere
+    ends = np.unique([*rng.integers(1, 239, size=20).tolist(), 239]).tolist()
+    documents = list(zip([0, *ends[:-1]], ends, strict=True))
+    lengths = np.full(30, 8)
+    lengths[-1] = 7
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tasks in (("workers", run_tasks(cpus)), ("alone", in_any_order(seed))):
+            files = write_shards(Path(folder) / name, scores, lengths, documents, cuts if name == "workers" else ())
+            rules = rules_of(Path(folder) / name, quantile=0.6, max_fraction=0.3, unit=unit)
+            found.append((select(rules, files, tasks), read_masks(rules).tolist(), read_ranking(rules)))
+    (on_workers, masks, ranking), (alone, expected_masks, expected_ranking) = found
+    assert (on_workers.tau, masks, ranking) == (alone.tau, expected_masks, expected_ranking)
+
+
+def test_an_interrupted_run_leaves_no_trace_in_the_next(finished: Config, copied: Callable[..., Config]) -> None:
+    config = copied()
+    run = Run(config=config)
+    expected = [read_manifest(folder).fingerprint for folder in (run.ranking, run.mask)]
+    for folder in (run.ranking, run.mask):
+        manifest = read_manifest(folder)
+        (folder / MANIFEST).unlink()
+        write_json(folder / PLAN, {"verb": manifest.verb, "options": manifest.options, "inputs": manifest.inputs})
+    (run.mask / "scratch").mkdir()
+    for name in ("units-00000", "run-00000", "run-00009", "candidates-00001"):
+        (run.mask / "scratch" / f"{name}.parquet").write_bytes(b"of a run that was killed")
+    data_files(run.mask)[0].unlink()
+    data_files(run.ranking, "ranking-*.parquet")[0].write_bytes(b"old")
+    stage("build_mask")(run)
+    assert [read_manifest(folder).fingerprint for folder in (run.ranking, run.mask)] == expected
+    assert not (run.mask / "scratch").exists()
 
 
 def test_a_query_from_factors_fitted_elsewhere_is_the_query_of_those_factors(

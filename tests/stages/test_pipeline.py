@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from ifguide import schemas, selection
+from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
 from ifguide.cli import main, run_pipeline, stage
 from ifguide.config import Config, load_config
@@ -20,6 +20,7 @@ from ifguide.models import load_tokenizer
 from ifguide.stages.pack_corpus import document_table
 from ifguide.stages.run import Run
 from ifguide.stages.view import View, mask_agreement
+from tests.reference import algorithm1
 
 
 def test_every_artifact_is_complete_and_its_config_can_be_run_again(finished: Config) -> None:
@@ -53,37 +54,25 @@ def test_the_blocks_are_the_documents_end_to_end(finished: Config, data: Path) -
 
 def test_the_mask_is_algorithm_1_on_the_scores(finished: Config) -> None:
     run = Run(config=finished)
-    shards = []
-    for blocks, scored in zip(data_files(run.corpus), data_files(run.scores), strict=True):
-        table, scores = schemas.read_table(blocks), schemas.read_table(scored)
-        shards.append(
-            selection.ScoreShard(
-                first_block=table.column("block_id")[0].as_py(),
-                scores=schemas.per_token_array(scores, "token_score"),
-                lengths=table.column("length").to_numpy().astype(np.int64),
-            )
-        )
-    assert len(shards) > 2
-    table = document_table(run.corpus)
-    documents = selection.Documents(
-        token_start=table.column("token_start").to_numpy(), num_tokens=table.column("num_tokens").to_numpy()
-    )
-    options = finished.build_mask
-    expected = selection.select_tokens(
-        shards,
-        documents,
-        quantile=options.quantile,
-        window=options.window,
-        max_fraction=options.max_fraction,
-        unit=options.unit,
-    )
-    masks = [schemas.per_token_array(schemas.read_table(path), "masked") for path in data_files(run.mask)]
-    np.testing.assert_array_equal(np.concatenate(masks), np.concatenate(expected.masks))
+    assert len(data_files(run.scores)) > 2
+    blocks, masks = [], []
+    for name in (path.name for path in data_files(run.scores)):
+        lengths = schemas.read_table(run.corpus / name).column("length").to_pylist()
+        scores = schemas.per_token_array(schemas.read_table(run.scores / name), "token_score").astype(np.float64)
+        blocks += [row[:length].tolist() for row, length in zip(scores, lengths, strict=True)]
+        masks.append(schemas.per_token_array(schemas.read_table(run.mask / name), "masked"))
+    spans = [(x["token_start"], x["token_start"] + x["num_tokens"]) for x in document_table(run.corpus).to_pylist()]
+    options = {name: getattr(finished.build_mask, name) for name in ("quantile", "window", "max_fraction", "unit")}
+    tau, rank_score, masked = algorithm1.select(blocks, spans, finished.pack_corpus.block_size, **options)
+    assert set(map(tuple, np.argwhere(np.concatenate(masks)).tolist())) == masked
     summary = read_manifest(run.mask).summary
-    assert summary["tau"] == expected.tau
-    assert summary["tokens_masked"] == sum(int(mask.sum()) for mask in masks) <= summary["token_budget"]
-    ranking = schemas.read_table(run.ranking / "ranking.parquet", schemas.RANKING)
+    assert (summary["tau"], summary["tokens_masked"]) == (tau, len(masked))
+    assert 0 < len(masked) <= summary["token_budget"]
+    ranking = schemas.read_table(run.ranking / "ranking-00000.parquet", schemas.RANKING)
     assert sum(ranking.column("tokens_masked").to_pylist()) == summary["tokens_masked"]
+    assert [rank_score[unit] for unit in ranking.column("unit_id").to_pylist()] == ranking.column(
+        "rank_score"
+    ).to_pylist()
 
 
 def test_running_again_changes_nothing(finished: Config) -> None:
@@ -92,19 +81,21 @@ def test_running_again_changes_nothing(finished: Config) -> None:
     assert {path: path.stat().st_mtime_ns for path in Path(finished.run_dir).rglob(MANIFEST)} == before
 
 
-@pytest.mark.parametrize("verb", ["pack_corpus", "score_corpus"])
+@pytest.mark.parametrize("verb", ["pack_corpus", "score_corpus", "build_mask"])
 def test_artifacts_have_the_same_bytes_on_another_number_of_workers(
     verb: str, finished: Config, copied: Callable[..., Config]
 ) -> None:
-    name = {"pack_corpus": "corpus", "score_corpus": "scores"}[verb]
+    names = {"pack_corpus": ("corpus",), "score_corpus": ("scores",), "build_mask": ("ranking", "mask")}[verb]
     changes = (
         {"score_corpus__min_actors": 1, "score_corpus__max_actors": 1}
         if verb == "score_corpus"
-        else {"pack_corpus__cpus_per_task": 2.0}
+        else {f"{verb}__cpus_per_task": 2.0}
     )
-    again = copied(drop=(name,), **changes)
-    manifest = stage(verb)(Run(config=again))
-    assert manifest.fingerprint == read_manifest(Path(finished.run_dir) / name).fingerprint
+    again = copied(drop=names, **changes)
+    stage(verb)(Run(config=again))
+    for name in names:
+        found, expected = (read_manifest(Path(config.run_dir) / name) for config in (again, finished))
+        assert found.fingerprint == expected.fingerprint
 
 
 def test_shard_and_chunk_size_do_not_change_the_stream(finished: Config, copied: Callable[..., Config]) -> None:

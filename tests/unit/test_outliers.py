@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ifguide import schemas
 from ifguide.config import BuildMask
 from ifguide.models import load_tokenizer
 from ifguide.outliers import block_mass, distinct_bigram_share, find_outliers
@@ -64,17 +65,19 @@ def test_the_median_mass_over_shards_is_numpys(scores: np.ndarray, cut: int) -> 
 
 
 def test_only_outliers_are_listed_each_for_its_reason() -> None:
-    scores = np.full((4, 9), 1.0)
-    scores[2] *= 11
-    tokens = np.arange(36, dtype=np.int32).reshape(4, 9)
-    tokens[3] = 5
-    found = find_outliers(shard_of(scores), tokens, median_mass=8.0, mass_ratio=10.0, bigram_share=THRESHOLD)
-    assert found.block_id.tolist() == [9, 10]
-    assert found.mass.tolist() == [88, 8]
-    assert found.high_mass.tolist() == [True, False]
-    assert found.repeated.tolist() == [False, True]
-    exactly_ten = find_outliers(shard_of(scores), tokens, median_mass=8.8, mass_ratio=10.0, bigram_share=THRESHOLD)
-    assert not exactly_ten.high_mass.any()
+    mass, share = np.array([8, 8, 88, 8, 0], np.float32), np.array([1, THRESHOLD, 1, 1 / 8, 0])
+    limits = {"mass_ratio": 10.0, "bigram_share": THRESHOLD}
+    found = find_outliers(7 + np.arange(5), mass, share, median_mass=8.0, **limits)
+    assert found.schema == schemas.OUTLIERS
+    assert found.drop_columns(["distinct_bigram_share"]).to_pylist() == [
+        {"block_id": 9, "mass": 88.0, "mass_over_median": 11.0, "repeated": False, "high_mass": True},
+        {"block_id": 10, "mass": 8.0, "mass_over_median": 1.0, "repeated": True, "high_mass": False},
+        {"block_id": 11, "mass": 0.0, "mass_over_median": 0.0, "repeated": True, "high_mass": False},
+    ]
+    exactly_ten = find_outliers(7 + np.arange(5), mass, share, median_mass=8.8, **limits)
+    assert not any(exactly_ten.column("high_mass").to_pylist())
+    of_nothing = find_outliers(7 + np.arange(5), mass, share, median_mass=0.0, **limits)
+    assert of_nothing.column("mass_over_median").to_pylist() == [np.inf, np.inf, np.inf, np.inf, 0.0]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="shared/data is absent")
