@@ -31,12 +31,12 @@ from ifguide.config import ModelSource
 from ifguide.corpus import RawDocument, pack, tokenise
 from ifguide.influence.factors import (
     FactorSample,
-    aggregate_covariances,
     aggregate_lambdas,
     eigendecompose,
     export_factors,
     fit_covariance_partition,
     fit_lambda_partition,
+    gather_eigenvectors,
 )
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
 from ifguide.models import load_model, load_tokenizer, state_fingerprint, tracked_modules
@@ -166,9 +166,10 @@ def fit_factors(
 
 
 def _finish_covariances(model: PreTrainedModel, sample: FactorSample, names: Sequence[str], work: Path) -> None:
-    aggregate_covariances(work, num_partitions=sample.num_partitions)
     log("factors", f"eigenbases of {len(names)} modules")
-    eigendecompose(model, sample, module_names=names, workdir=work)
+    for name in names:
+        eigendecompose(model, sample, name, module_names=names, workdir=work)
+    gather_eigenvectors(model, sample, module_names=names, workdir=work)
 
 
 def _finish_lambdas(model: PreTrainedModel, sample: FactorSample, names: Sequence[str], work: Path) -> None:

@@ -15,12 +15,12 @@ from bench.direction import encode, fit_direction, load_smollm2
 from ifguide.corpus import pack
 from ifguide.influence.factors import (
     FactorSample,
-    aggregate_covariances,
     aggregate_lambdas,
     eigendecompose,
     export_factors,
     fit_covariance_partition,
     fit_lambda_partition,
+    gather_eigenvectors,
 )
 from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient, precondition
 from ifguide.models import tracked_modules
@@ -51,8 +51,9 @@ def fit_on_tokens(
     with tempfile.TemporaryDirectory() as folder:
         work, out = Path(folder) / "work", Path(folder) / "factors"
         fit_covariance_partition(model, sample, 0, module_names=names, workdir=work)
-        aggregate_covariances(work, num_partitions=1)
-        eigendecompose(model, sample, module_names=names, workdir=work)
+        for name in names:
+            eigendecompose(model, sample, name, module_names=names, workdir=work)
+        gather_eigenvectors(model, sample, module_names=names, workdir=work)
         fit_lambda_partition(model, sample, 0, module_names=names, workdir=work)
         aggregate_lambdas(work, num_partitions=1)
         export_factors(work, out)

@@ -133,10 +133,12 @@ class Pretrain:
 
 @dataclass(frozen=True, kw_only=True)
 class FitFactors:
-    """EK-FAC factors of the proxy from `sample_blocks` blocks (all of a smaller corpus)."""
+    """EK-FAC factors of the proxy from `sample_blocks` blocks (all of a smaller corpus). A task has one of
+    `data_partitions` of the blocks and one of `module_partitions` of the modules: more of the latter, less memory."""
 
     sample_blocks: int = option(20_000, at_least=1)
     data_partitions: int = option(1, at_least=1)
+    module_partitions: int = option(1, at_least=1)
     batch_size: int = option(8, at_least=1)
     min_coverage: float = option(0.9, at_least=0, at_most=1)
     gpus_per_task: float = option(1.0, at_least=0, affects_result=False)

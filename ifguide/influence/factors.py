@@ -8,22 +8,25 @@ with input a_t (a bias is one more, constant, last column) and output gradient g
 
 Labels are sampled from the model (the Fisher), unless `use_empirical_fisher`. The order of the calls is
 
-    fit_covariance_partition (each partition) -> aggregate_covariances -> eigendecompose
+    fit_covariance_partition (each partition) -> eigendecompose (each module) -> gather_eigenvectors
       -> fit_lambda_partition (each partition) -> aggregate_lambdas -> export_factors
+
+A partition is of data and of modules: one with a part of the modules holds the sums of those alone, and its backward
+pass ends at the first of them. So M module partitions divide the memory of the sums by M, and cost M forward passes.
 
 All files are kronfluence's own, by name and key, so its Analyzer loads the exported folder. Sums are float32
 (float64 for a float64 model): bfloat16 sums saturate. Eigenvectors are computed in float64.
 
 Determinism: the sampled labels of a block depend on `seed` and the block's row in the sample alone. So the
-process, the batch size and the number of partitions change the factors by float noise only, and one
-partition fitted again gives the same bytes.
+process, the batch size and the number of data partitions change the factors by float noise only, module partitions
+not at all, and one partition fitted again gives the same bytes.
 
 Cost: covariance and Lambda are a forward and a backward pass over the sample each, plus d_in^2 + d_out^2 and
 d_in d_out (d_in + d_out) / T FLOP per token and module; a batch of Lambda holds one gradient per sequence of
 one module. kronfluence's loops are called directly instead of its Analyzer, which writes shared files from
 every process, in place, and sets the root logger's level.
 
-It does not shard modules, and a model is one device.
+It does not shard a module, and a model is on one device.
 """
 
 import dataclasses
@@ -32,7 +35,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -57,21 +59,24 @@ from kronfluence.utils.constants import (
 from kronfluence.utils.save import save_json
 from kronfluence.utils.state import State
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from ifguide.influence.partition_files import (
+    module_factors,
+    module_folder,
+    publish_files,
+    require_file,
+    sum_partitions,
+)
 from ifguide.models import next_token_nll, predicted_positions
 
 logger = logging.getLogger(__name__)
 
-EXPORTED = (
-    *EIGENDECOMPOSITION_FACTOR_NAMES,
-    *LAMBDA_FACTOR_NAMES,
-    NUM_ACTIVATION_COVARIANCE_PROCESSED,
-    NUM_GRADIENT_COVARIANCE_PROCESSED,
-)
-Factors = dict[str, dict[str, Tensor]]
+TOKEN_COUNTS = (NUM_ACTIVATION_COVARIANCE_PROCESSED, NUM_GRADIENT_COVARIANCE_PROCESSED)
+EXPORTED = (*EIGENDECOMPOSITION_FACTOR_NAMES, *LAMBDA_FACTOR_NAMES, *TOKEN_COUNTS)
 
 
 class NextTokenTask(Task):
@@ -123,7 +128,8 @@ class FactorSample:
     """What the factors are fitted on, the same for every partition and both passes.
 
     blocks_NT: int32 token ids, padded on the right; lengths_N: real tokens per block. Partition p of P has the
-    rows of `numpy.array_split`. `batch_size` is in blocks. `amp_dtype` (bfloat16) runs the model under autocast.
+    rows of `numpy.array_split`, and module partition m the modules of the same. `batch_size` is in blocks. `amp_dtype`
+    (bfloat16) runs the model under autocast.
     Raises ValueError when the arrays do not fit together or there are fewer blocks than partitions.
     """
 
@@ -134,6 +140,7 @@ class FactorSample:
     seed: int
     use_empirical_fisher: bool = False
     amp_dtype: torch.dtype | None = None
+    module_partitions: int = 1
 
     def __post_init__(self) -> None:
         if self.blocks_NT.ndim != 2 or self.lengths_N.shape != (len(self.blocks_NT),):
@@ -148,11 +155,27 @@ class FactorSample:
 
     def identity(self) -> str:
         """Hex SHA-256 of all that decides a partition's values, for telling another sample's files apart."""
-        options = [self.num_partitions, self.seed, self.use_empirical_fisher, str(self.amp_dtype)]
+        options = [
+            self.num_partitions,
+            self.module_partitions,
+            self.seed,
+            self.use_empirical_fisher,
+            str(self.amp_dtype),
+        ]
         digest = hashlib.sha256(json.dumps([*options, self.blocks_NT.shape]).encode())
         digest.update(np.ascontiguousarray(self.blocks_NT, dtype=np.int32).tobytes())
         digest.update(np.ascontiguousarray(self.lengths_N, dtype=np.int64).tobytes())
         return digest.hexdigest()
+
+    def modules(self, module_names: Sequence[str], module_partition: int) -> list[str]:
+        """The modules of a module partition, neighbours in the model. ValueError: more partitions than modules."""
+        if not 1 <= self.module_partitions <= len(module_names):
+            raise ValueError(
+                f"{self.module_partitions} module partitions of {len(module_names)} modules; lower"
+                " fit_factors.module_partitions"
+            )
+        chosen = np.array_split(np.arange(len(module_names)), self.module_partitions)[module_partition]
+        return [module_names[index] for index in chosen]
 
     def loader(self, partition: int) -> DataLoader:
         """Batches of one partition, in row order."""
@@ -175,28 +198,39 @@ class FactorSample:
             amp_dtype=self.amp_dtype,
             covariance_max_examples=None,
             covariance_data_partitions=self.num_partitions,
+            covariance_module_partitions=self.module_partitions,
             activation_covariance_dtype=dtype,
             gradient_covariance_dtype=dtype,
             eigendecomposition_dtype=torch.float64,
             lambda_max_examples=None,
             lambda_data_partitions=self.num_partitions,
+            lambda_module_partitions=self.module_partitions,
             per_sample_gradient_dtype=dtype,
             lambda_dtype=dtype,
         )
 
 
 def fit_covariance_partition(
-    model: PreTrainedModel, sample: FactorSample, partition: int, *, module_names: Sequence[str], workdir: Path
+    model: PreTrainedModel,
+    sample: FactorSample,
+    partition: int,
+    *,
+    module_names: Sequence[str],
+    workdir: Path,
+    module_partition: int = 0,
 ) -> None:
-    """Sums a a^T and g g^T over one partition and publishes them in `workdir` by rename.
+    """Sums a a^T and g g^T over one partition of data and modules and publishes them in `workdir` by rename.
 
     A partition that is there already is kept; ValueError if it is of another sample, seed or partition count.
     The caller keeps one `workdir` to one model.
     """
-    path_of = functools.partial(_partition_path, kron_covariance.covariance_matrices_save_path, partition)
-    if _already_fitted(workdir, path_of, COVARIANCE_FACTOR_NAMES, sample):
+    path_of = functools.partial(
+        kron_covariance.covariance_matrices_save_path, workdir, partition=(partition, module_partition)
+    )
+    if _already_fitted(path_of, COVARIANCE_FACTOR_NAMES, sample):
         return
-    task = NextTokenTask(module_names, seed=sample.seed, stream=0)
+    names = sample.modules(module_names, module_partition)
+    task = NextTokenTask(names, seed=sample.seed, stream=0)
     with _tracking(model, task) as state:
         _, factors = kron_covariance.fit_covariance_matrices_with_loader(
             model=model,
@@ -209,47 +243,71 @@ def fit_covariance_partition(
     save = functools.partial(
         kron_covariance.save_covariance_matrices,
         factors=factors,
-        partition=(partition, 0),
+        partition=(partition, module_partition),
         metadata={"sample": sample.identity()},
     )
-    _publish(workdir, save)
+    publish_files(workdir, save)
 
 
-def aggregate_covariances(workdir: Path, *, num_partitions: int) -> None:
-    """Adds the partitions' sums, in order. FileNotFoundError names a partition that is missing."""
-    factors = _sum_partitions(
-        workdir, kron_covariance.covariance_matrices_save_path, COVARIANCE_FACTOR_NAMES, num_partitions
-    )
-    _publish(workdir, functools.partial(kron_covariance.save_covariance_matrices, factors=factors))
+def eigendecompose(
+    model: PreTrainedModel, sample: FactorSample, module_name: str, *, module_names: Sequence[str], workdir: Path
+) -> None:
+    """Q_A and Q_S of one module, of its partitions' sums added in order. On the model's device.
 
-
-def eigendecompose(model: PreTrainedModel, sample: FactorSample, *, module_names: Sequence[str], workdir: Path) -> None:
-    """Q_A and Q_S of the aggregated covariances, and kronfluence's factor_arguments.json. On the model's device."""
-    for name in COVARIANCE_FACTOR_NAMES:
-        _require(kron_covariance.covariance_matrices_save_path(workdir, name))
-    arguments = sample.arguments(model)
-    with _tracking(model, NextTokenTask(module_names)) as state:
+    FileNotFoundError names a partition that is missing."""
+    part = next(m for m in range(sample.module_partitions) if module_name in sample.modules(module_names, m))
+    partitions = [(partition, part) for partition in range(sample.num_partitions)]
+    path_function = kron_covariance.covariance_matrices_save_path
+    covariances = sum_partitions(workdir, path_function, COVARIANCE_FACTOR_NAMES, partitions, only=module_name)
+    with _tracking(model, NextTokenTask([module_name])) as state:
         factors = kron_eigen.perform_eigendecomposition(
-            covariance_factors=kron_covariance.load_covariance_matrices(workdir),
+            covariance_factors=covariances,
             model=model,
             state=state,
-            factor_args=arguments,
+            factor_args=sample.arguments(model),
             disable_tqdm=True,
         )
-    _publish(workdir, lambda output_dir: save_json(arguments.to_dict(), output_dir / "factor_arguments.json"))
-    _publish(workdir, functools.partial(kron_eigen.save_eigendecomposition, factors=factors))
+
+    def save(output_dir: Path) -> None:
+        counts = {name: covariances[name] for name in TOKEN_COUNTS}
+        for name, factor in {**factors, **counts}.items():
+            save_file(factor, output_dir / f"{name}.safetensors")
+
+    publish_files(module_folder(workdir, module_name), save)
+
+
+def gather_eigenvectors(
+    model: PreTrainedModel, sample: FactorSample, *, module_names: Sequence[str], workdir: Path
+) -> None:
+    """The modules' eigenvectors and token counts in kronfluence's files of all modules, and its factor_arguments.json.
+
+    FileNotFoundError names a module's file that is missing."""
+    arguments = sample.arguments(model).to_dict()
+
+    def save(output_dir: Path) -> None:
+        for name in (*EIGENDECOMPOSITION_FACTOR_NAMES, *TOKEN_COUNTS):
+            save_file(module_factors(workdir, name, module_names), output_dir / f"{name}.safetensors")
+        save_json(arguments, output_dir / "factor_arguments.json")
+
+    publish_files(workdir, save)
 
 
 def fit_lambda_partition(
-    model: PreTrainedModel, sample: FactorSample, partition: int, *, module_names: Sequence[str], workdir: Path
+    model: PreTrainedModel,
+    sample: FactorSample,
+    partition: int,
+    *,
+    module_names: Sequence[str],
+    workdir: Path,
+    module_partition: int = 0,
 ) -> None:
     """Sums (Q_S^T G Q_A)^2 over one partition; publishes, keeps and refuses as `fit_covariance_partition`."""
-    path_of = functools.partial(_partition_path, kron_eigen.lambda_matrices_save_path, partition)
-    if _already_fitted(workdir, path_of, LAMBDA_FACTOR_NAMES, sample):
+    path_of = functools.partial(kron_eigen.lambda_matrices_save_path, workdir, partition=(partition, module_partition))
+    if _already_fitted(path_of, LAMBDA_FACTOR_NAMES, sample):
         return
-    for name in EIGENDECOMPOSITION_FACTOR_NAMES:
-        _require(kron_eigen.eigendecomposition_save_path(workdir, name))
-    task = NextTokenTask(module_names, seed=sample.seed, stream=1)
+    names = sample.modules(module_names, module_partition)
+    eigen_factors = {name: module_factors(workdir, name, names) for name in EIGENDECOMPOSITION_FACTOR_NAMES}
+    task = NextTokenTask(names, seed=sample.seed, stream=1)
     with _tracking(model, task) as state:
         _, factors = kron_eigen.fit_lambda_matrices_with_loader(
             model=model,
@@ -257,22 +315,23 @@ def fit_lambda_partition(
             task=task,
             loader=sample.loader(partition),
             factor_args=sample.arguments(model),
-            eigen_factors=kron_eigen.load_eigendecomposition(workdir),
+            eigen_factors=eigen_factors,
             disable_tqdm=True,
         )
     save = functools.partial(
         kron_eigen.save_lambda_matrices,
         factors=factors,
-        partition=(partition, 0),
+        partition=(partition, module_partition),
         metadata={"sample": sample.identity()},
     )
-    _publish(workdir, save)
+    publish_files(workdir, save)
 
 
-def aggregate_lambdas(workdir: Path, *, num_partitions: int) -> None:
+def aggregate_lambdas(workdir: Path, *, num_partitions: int, module_partitions: int = 1) -> None:
     """Adds the partitions' sums, in order. FileNotFoundError names a partition that is missing."""
-    factors = _sum_partitions(workdir, kron_eigen.lambda_matrices_save_path, LAMBDA_FACTOR_NAMES, num_partitions)
-    _publish(workdir, functools.partial(kron_eigen.save_lambda_matrices, factors=factors))
+    partitions = [(partition, m) for partition in range(num_partitions) for m in range(module_partitions)]
+    factors = sum_partitions(workdir, kron_eigen.lambda_matrices_save_path, LAMBDA_FACTOR_NAMES, partitions)
+    publish_files(workdir, functools.partial(kron_eigen.save_lambda_matrices, factors=factors))
 
 
 def export_factors(workdir: Path, out_dir: Path) -> None:
@@ -280,7 +339,7 @@ def export_factors(workdir: Path, out_dir: Path) -> None:
     numbers of tokens behind A and S. The covariances and the partitions stay behind."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in ("factor_arguments.json", *(f"{factor}.safetensors" for factor in EXPORTED)):
-        shutil.copyfile(_require(workdir / name), out_dir / name)
+        shutil.copyfile(require_file(workdir / name), out_dir / name)
 
 
 @contextmanager
@@ -320,14 +379,8 @@ def _unwrap(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(parent_name), child_name, module.original_module)
 
 
-def _partition_path(path_function: Callable[..., Path], partition: int, workdir: Path, name: str) -> Path:
-    return path_function(workdir, name, (partition, 0))
-
-
-def _already_fitted(
-    workdir: Path, path_of: Callable[[Path, str], Path], names: Sequence[str], sample: FactorSample
-) -> bool:
-    paths = [path_of(workdir, name) for name in names]
+def _already_fitted(path_of: Callable[[str], Path], names: Sequence[str], sample: FactorSample) -> bool:
+    paths = [path_of(name) for name in names]
     if not all(path.is_file() for path in paths):
         return False
     for path in paths:
@@ -336,32 +389,3 @@ def _already_fitted(
                 raise ValueError(f"{path} is of another sample, seed or partition count; remove the folder")
     logger.info("%s is complete, kept", paths[0])
     return True
-
-
-def _sum_partitions(
-    workdir: Path, path_function: Callable[..., Path], names: Sequence[str], num_partitions: int
-) -> Factors:
-    totals: Factors = {name: {} for name in names}
-    for partition in range(num_partitions):
-        for name in names:
-            path = _require(_partition_path(path_function, partition, workdir, name))
-            with safe_open(path, framework="pt") as file:
-                for module in sorted(file.keys()):
-                    value = file.get_tensor(module)
-                    totals[name][module] = totals[name][module] + value if module in totals[name] else value
-    return totals
-
-
-def _publish(workdir: Path, save: Callable[..., None]) -> None:
-    """Runs `save(output_dir=...)` in a private folder beside the others', then renames each file into place."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=workdir, prefix=".part-") as folder:
-        save(output_dir=Path(folder))
-        for path in sorted(Path(folder).iterdir()):
-            path.replace(workdir / path.name)
-
-
-def _require(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; the step before it has not completed in this folder")
-    return path

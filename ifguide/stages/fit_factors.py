@@ -1,7 +1,8 @@
-"""`fit_factors`: EK-FAC factors of the proxy, one kronfluence data partition per Ray task.
+"""`fit_factors`: EK-FAC factors of the proxy, one kronfluence partition of data and modules per Ray task.
 
-Covariances of every partition, then one eigendecomposition, then lambda of every partition. A partition is the
-unit of resume. The sample is drawn by seed without replacement, or is the whole of a smaller corpus.
+Covariances of every partition, then the eigendecomposition of every module, then lambda of every partition. A
+partition, or a module, is the unit of resume. The sample is drawn by seed without replacement, or is the whole
+of a smaller corpus.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, require
 from ifguide.influence.factors import (
     FactorSample,
-    aggregate_covariances,
     aggregate_lambdas,
     eigendecompose,
     export_factors,
     fit_covariance_partition,
     fit_lambda_partition,
+    gather_eigenvectors,
 )
 from ifguide.models import check_vocabulary, load_tokenizer
 from ifguide.stages.proxy import describe_proxy, load_proxy
@@ -43,8 +44,9 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if dry_run:
         log(
             VERB,
-            f"would fit EK-FAC on at most {config.sample_blocks:,} blocks in {config.data_partitions} partitions of"
-            f" the proxy {run.proxy_source.source or 'from architecture'}",
+            f"would fit EK-FAC on at most {config.sample_blocks:,} blocks of the corpus,"
+            f" {config.data_partitions} partitions of them and {config.module_partitions} of the modules, of the proxy"
+            f" {run.proxy_source.source or 'from architecture'}",
         )
         return None
     corpus = require(run.corpus, "pack_corpus")
@@ -63,7 +65,8 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return artifact.manifest
     num_blocks = min(config.sample_blocks, corpus.rows["blocks"])
     partitions = min(config.data_partitions, num_blocks)
-    pool = Pool(size=partitions, cpus=config.cpus_per_task, gpus=config.gpus_per_task, max_attempts=config.max_attempts)
+    tasks = partitions * config.module_partitions
+    pool = Pool(size=tasks, cpus=config.cpus_per_task, gpus=config.gpus_per_task, max_attempts=config.max_attempts)
     settings = {
         "corpus": str(run.corpus),
         "proxy": model_mapping(run.proxy_source),
@@ -72,20 +75,21 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
         "sample": {
             "num_blocks": num_blocks,
             "num_partitions": partitions,
+            "module_partitions": config.module_partitions,
             "batch_size": config.batch_size,
             "seed": run.config.seed,
         },
         "gpus": config.gpus_per_task,
     }
 
-    def fit(step: str, keys: list[int], unit: str) -> None:
-        descriptors = [{"key": f"{step}-{i:04d}", "step": step, "partition": i} for i in keys]
+    def fit(step: str, count: int, unit: str) -> None:
+        descriptors = [{"key": f"{step}-{i:05d}", "step": step, "index": i} for i in range(count)]
         run_shards(VERB, descriptors, FitPartition, settings, folder=run.factors, pool=pool, unit=unit)
 
-    fit("covariance", list(range(partitions)), "covariance partitions")
-    fit("eigen", [0], "eigendecompositions")
-    fit("lambda", list(range(partitions)), "lambda partitions")
-    aggregate_lambdas(run.factors / WORK, num_partitions=partitions)
+    fit("covariance", tasks, "covariance partitions")
+    fit("eigen", len(proxy.module_names), "eigendecompositions")
+    fit("lambda", tasks, "lambda partitions")
+    fit("gather", 1, "gathered files")
     export_factors(run.factors / WORK, run.factors)
     files = [*run.factors.glob("*.safetensors"), run.factors / "factor_arguments.json"]
     summary = {"coverage": proxy.coverage, "untracked": [list(item) for item in proxy.untracked]}
@@ -97,7 +101,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
 
 class FitPartition:
-    """Worker: one step of kronfluence on one data partition."""
+    """Worker: one step of kronfluence, on one partition of data and modules or on one module."""
 
     def __init__(
         self,
@@ -117,17 +121,22 @@ class FitPartition:
             num_partitions=sample["num_partitions"],
             batch_size=sample["batch_size"],
             seed=sample["seed"],
+            module_partitions=sample["module_partitions"],
         )
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         options: dict[str, Any] = {"module_names": self.names, "workdir": self.work}
-        if descriptor["step"] == "covariance":
-            fit_covariance_partition(self.model, self.sample, descriptor["partition"], **options)
-        elif descriptor["step"] == "eigen":
-            aggregate_covariances(self.work, num_partitions=self.sample.num_partitions)
-            eigendecompose(self.model, self.sample, **options)
+        step, index = descriptor["step"], descriptor["index"]
+        if step == "eigen":
+            eigendecompose(self.model, self.sample, self.names[index], **options)
+        elif step == "gather":
+            gather_eigenvectors(self.model, self.sample, **options)
+            counts = {"num_partitions": self.sample.num_partitions, "module_partitions": self.sample.module_partitions}
+            aggregate_lambdas(self.work, **counts)
         else:
-            fit_lambda_partition(self.model, self.sample, descriptor["partition"], **options)
+            fit = {"covariance": fit_covariance_partition, "lambda": fit_lambda_partition}[step]
+            data_partition, module_partition = divmod(index, self.sample.module_partitions)
+            fit(self.model, self.sample, data_partition, module_partition=module_partition, **options)
         return {}
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import ScoreArguments
+from kronfluence.factor.covariance import covariance_matrices_save_path
 from kronfluence.task import Task
 from kronfluence.utils.constants import ALL_MODULE_NAME
 from kronfluence.utils.state import State
@@ -17,13 +18,14 @@ from transformers import PreTrainedModel
 
 from ifguide.influence.factors import (
     FactorSample,
-    aggregate_covariances,
     aggregate_lambdas,
     eigendecompose,
     export_factors,
     fit_covariance_partition,
     fit_lambda_partition,
+    gather_eigenvectors,
 )
+from ifguide.influence.partition_files import sum_partitions
 from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient, precondition
 from ifguide.influence.scorer import Attribution, TokenScorer
 from ifguide.models import tracked_modules
@@ -60,8 +62,9 @@ def fit_factors(
     names = tracked_modules(model).names
     for partition in range(num_partitions):
         fit_covariance_partition(model, sample, partition, module_names=names, workdir=workdir)
-    aggregate_covariances(workdir, num_partitions=num_partitions)
-    eigendecompose(model, sample, module_names=names, workdir=workdir)
+    for name in names:
+        eigendecompose(model, sample, name, module_names=names, workdir=workdir)
+    gather_eigenvectors(model, sample, module_names=names, workdir=workdir)
     for partition in range(num_partitions):
         fit_lambda_partition(model, sample, partition, module_names=names, workdir=workdir)
     aggregate_lambdas(workdir, num_partitions=num_partitions)
@@ -248,8 +251,9 @@ def test_factors_are_the_explicit_covariances_and_second_moments(family: str, tm
     gradients = oracles.sequence_gradients(model, names, blocks_NT, lengths_N)
     factors = load_factors(tmp_path / "out")
     assert set(factors) == set(names)
-    activation = load_file(workdir / "activation_covariance.safetensors")
-    gradient = load_file(workdir / "gradient_covariance.safetensors")
+    partition = "data_partition0_module_partition0.safetensors"
+    activation = load_file(workdir / f"activation_covariance_{partition}")
+    gradient = load_file(workdir / f"gradient_covariance_{partition}")
     eigenvalues = {
         side: load_file(tmp_path / "out" / f"{side}_eigenvalues.safetensors") for side in ("activation", "gradient")
     }
@@ -272,8 +276,13 @@ def test_partitions_add_up_to_the_whole(tmp_path: Path) -> None:
     model = tiny_model("gpt_neox", dtype=torch.float64)
     whole, _ = fit_factors(model, tmp_path / "whole", empirical=True)
     parts, _ = fit_factors(model, tmp_path / "parts", num_partitions=3, empirical=True)
-    for kind in ("activation_covariance", "gradient_covariance", "num_lambda_processed"):
-        one, other = (load_file(folder / f"{kind}.safetensors") for folder in (whole, parts))
+    kinds = ("activation_covariance", "gradient_covariance")
+    sums = [
+        sum_partitions(folder, covariance_matrices_save_path, kinds, [(partition, 0) for partition in range(count)])
+        for folder, count in ((whole, 1), (parts, 3))
+    ]
+    counts = [load_file(folder / "num_lambda_processed.safetensors") for folder in (whole, parts)]
+    for one, other in (counts, *([found[kind] for found in sums] for kind in kinds)):
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-10, atol=1e-10)
     export_factors(whole, tmp_path / "out-whole")

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 from kronfluence.utils.state import State
+from safetensors.torch import load_file
 
 from ifguide.influence.factors import (
     EXPORTED,
     FactorSample,
     NextTokenTask,
-    aggregate_covariances,
     aggregate_lambdas,
     eigendecompose,
     export_factors,
     fit_covariance_partition,
     fit_lambda_partition,
+    gather_eigenvectors,
 )
 from ifguide.influence.query import load_factors
 from ifguide.models import state_fingerprint, tracked_modules
@@ -28,7 +29,7 @@ MODEL = tiny_model("gpt_neox")
 NAMES = tracked_modules(MODEL).names
 
 
-def sample(*, num_partitions: int = 2, batch_size: int = 2, seed: int = 0) -> FactorSample:
+def sample(*, num_partitions: int = 2, batch_size: int = 2, seed: int = 0, module_partitions: int = 1) -> FactorSample:
     blocks_NT, lengths_N = random_blocks(6, 8)
     return FactorSample(
         blocks_NT=blocks_NT,
@@ -36,17 +37,20 @@ def sample(*, num_partitions: int = 2, batch_size: int = 2, seed: int = 0) -> Fa
         num_partitions=num_partitions,
         batch_size=batch_size,
         seed=seed,
+        module_partitions=module_partitions,
     )
 
 
 def fit(fitted: FactorSample, workdir: Path, order: tuple[int, ...]) -> Path:
-    for partition in order:
-        fit_covariance_partition(MODEL, fitted, partition, module_names=NAMES, workdir=workdir)
-    aggregate_covariances(workdir, num_partitions=len(order))
-    eigendecompose(MODEL, fitted, module_names=NAMES, workdir=workdir)
-    for partition in order:
-        fit_lambda_partition(MODEL, fitted, partition, module_names=NAMES, workdir=workdir)
-    aggregate_lambdas(workdir, num_partitions=len(order))
+    parts = [{"partition": p, "module_partition": m} for p in order for m in range(fitted.module_partitions)]
+    for part in parts:
+        fit_covariance_partition(MODEL, fitted, **part, module_names=NAMES, workdir=workdir)
+    for name in NAMES:
+        eigendecompose(MODEL, fitted, name, module_names=NAMES, workdir=workdir)
+    for part in parts:
+        fit_lambda_partition(MODEL, fitted, **part, module_names=NAMES, workdir=workdir)
+    gather_eigenvectors(MODEL, fitted, module_names=NAMES, workdir=workdir)
+    aggregate_lambdas(workdir, num_partitions=len(order), module_partitions=fitted.module_partitions)
     export_factors(workdir, workdir / "out")
     return workdir / "out"
 
@@ -76,6 +80,24 @@ def test_batch_size_and_partitions_change_float_noise_only(tmp_path: Path) -> No
         torch.testing.assert_close(trace, other[name].lambda_mean.sum(), rtol=1e-4, atol=0.0)
 
 
+def test_module_partitions_change_no_byte_and_each_holds_its_modules_alone(tmp_path: Path) -> None:
+    first = fit(sample(), tmp_path / "first", (0, 1))
+    second = fit(sample(module_partitions=3), tmp_path / "second", (0, 1))
+    for name in EXPORTED:
+        assert (first / f"{name}.safetensors").read_bytes() == (second / f"{name}.safetensors").read_bytes(), name
+    held = [
+        list(load_file(tmp_path / f"second/activation_covariance_data_partition1_module_partition{m}.safetensors"))
+        for m in range(3)
+    ]
+    assert sorted(name for part in held for name in part) == sorted(NAMES)
+    assert all(len(part) <= -(-len(NAMES) // 3) for part in held)
+
+
+def test_more_module_partitions_than_modules_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lower fit_factors\.module_partitions"):
+        fit(sample(module_partitions=99), tmp_path, (0, 1))
+
+
 def test_the_model_comes_back_as_it_was(tmp_path: Path) -> None:
     before = state_fingerprint(MODEL)
     root_level = logging.getLogger().level
@@ -100,10 +122,10 @@ def test_a_finished_partition_is_kept_and_a_foreign_one_refused(tmp_path: Path) 
 def test_steps_out_of_order_name_the_missing_file(tmp_path: Path) -> None:
     fitted = sample()
     fit_covariance_partition(MODEL, fitted, 0, module_names=NAMES, workdir=tmp_path)
-    with pytest.raises(FileNotFoundError, match="data_partition1"):
-        aggregate_covariances(tmp_path, num_partitions=2)
-    with pytest.raises(FileNotFoundError, match=r"activation_covariance\.safetensors"):
-        eigendecompose(MODEL, fitted, module_names=NAMES, workdir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="activation_covariance_data_partition1"):
+        eigendecompose(MODEL, fitted, NAMES[0], module_names=NAMES, workdir=tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{NAMES[0]}/activation_eigenvectors"):
+        gather_eigenvectors(MODEL, fitted, module_names=NAMES, workdir=tmp_path)
     with pytest.raises(FileNotFoundError, match="eigenvectors"):
         fit_lambda_partition(MODEL, fitted, 0, module_names=NAMES, workdir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"factor_arguments\.json"):
