@@ -161,3 +161,5 @@ def read_batches(path: Path, column: str, rows: int) -> Iterator[pa.Table]:
                 yield pa.Table.from_batches([batch])
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet ({error}); delete it and run its stage again") from error
+    finally:
+        pa.default_memory_pool().release_unused()  # or a worker keeps twice what it ever held at once

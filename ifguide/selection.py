@@ -152,7 +152,7 @@ class Layout:
     def masked(self, positions: Ints, window: int) -> Ints:
         """`positions` (those above tau) and `window` neighbours each within document and block, ascending.
 
-        Index 0 of a block is never among them. `positions` must hold all those of a block.
+        Index 0 of a block is never among them. `positions` are of some neighbouring blocks; of a unit in a block all.
         """
         assert window >= 0, window
         block_begin = positions // self.block_size * self.block_size
@@ -162,7 +162,14 @@ class Layout:
             self.documents.token_start[row] + self.documents.num_tokens[row], block_begin + self.block_size
         )
         around = positions + np.arange(-window, window + 1)[:, None]
-        return np.unique(around[(around >= low) & (around < high)])
+        around = around[(around >= low) & (around < high)]
+        if not len(around):
+            return around
+        # The positions of a chunk lie close together: marking them takes a tenth of the time of np.unique.
+        first = around.min()
+        marks = np.zeros(around.max() + 1 - first, bool)
+        marks[around - first] = True
+        return first + np.flatnonzero(marks)
 
 
 class UnitTotals:

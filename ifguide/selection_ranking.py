@@ -51,6 +51,7 @@ def sort_run(rules: Rules, number: int, names: Sequence[str], extremes: Extremes
     run = units.take(pa.array(order)).add_column(0, RUN.field(0), pa.array(score[order]))
     with publish(rules.table("run", f"{number:05d}")) as part:
         pq.write_table(run, part, row_group_size=GROUP_UNITS)
+    pa.default_memory_pool().release_unused()
     every = slice(rules.sample_units - 1, None, rules.sample_units)
     return score[order][every], run.column("unit_id").to_numpy()[every]
 
@@ -102,6 +103,7 @@ def write_ranking(rules: Rules, number: int, runs: int, part: Part, budget: int)
     ).combine_chunks()
     with publish(rules.ranking / f"ranking-{number:05d}.parquet") as path:
         pq.write_table(table.cast(schemas.RANKING), path)
+    pa.default_memory_pool().release_unused()
     cut = None
     for row in np.flatnonzero(taken[rows] < masked[rows])[:1] + first:
         if before[row] <= budget:
