@@ -5,10 +5,10 @@
 For each size, in millions of scores, a synthetic corpus is written as the stages write it (blocks of 1,024 tokens in
 shards of 4,096 blocks, a document table whose documents go over the edges of shards, normal scores), then the
 `build_mask` stage runs on it with one task at a time, from reading the manifests to publishing its own. A size's time
-is the median of its rounds, after a first small run that starts Ray's worker. All processes of the session (the driver,
-Ray's workers and its daemons) are sampled every 20 ms: `peak_rss_mb` is the resident memory of the largest, shared
-libraries and the object store included. A size takes 6.2 bytes of disk a token while it runs. One JSON object
-is printed last.
+is the median of its rounds, after a first small run that starts Ray's worker; CPU time, of all processes, is printed
+beside it, for machines that do other work too. All processes of the session (the driver, Ray's workers and its
+daemons) are sampled every 20 ms: `peak_rss_mb` is the resident memory of the largest, shared libraries and the object
+store included. A size takes 6.6 bytes of disk a token while it runs. One JSON object is printed last.
 """
 
 from __future__ import annotations
@@ -76,19 +76,21 @@ def measure(folder: Path, millions: int, rounds: int) -> dict[str, Any]:
         build_mask(make_run(folder / "warm", WARM_UP))
         started = time.perf_counter()
         run = make_run(folder / "run", millions)
-        generated, seconds = time.perf_counter() - started, []
+        generated, seconds, cpu_seconds = time.perf_counter() - started, [], []
         with Peak() as peak:
             for _ in range(rounds):
                 shutil.rmtree(run.ranking, ignore_errors=True)
                 shutil.rmtree(run.mask, ignore_errors=True)
-                started = time.perf_counter()
+                started, cpu_started = time.perf_counter(), _cpu_seconds()
                 manifest = build_mask(run)
                 seconds.append(time.perf_counter() - started)
+                cpu_seconds.append(_cpu_seconds() - cpu_started)
         assert manifest is not None
         num_scores = manifest.summary["predicted_tokens"]
         assert manifest.summary["tokens_masked"] == manifest.summary["token_budget"]
         return {
             "ns_per_score": statistics.median(seconds) / num_scores * 1e9,
+            "cpu_ns_per_score": statistics.median(cpu_seconds) / num_scores * 1e9,
             "seconds": [round(value, 2) for value in seconds],
             "generated_seconds": round(generated, 1),
             "units_ranked": manifest.summary["units_above_tau"],
@@ -96,6 +98,12 @@ def measure(folder: Path, millions: int, rounds: int) -> dict[str, Any]:
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of all processes of this session so far, whatever else the machine does."""
+    driver = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in [driver, *driver.children(recursive=True)])
 
 
 def make_run(folder: Path, millions: int) -> Run:
