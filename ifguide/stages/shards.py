@@ -96,10 +96,11 @@ def run_shards(
         for leftover in unfinished_attempts(ledger):
             leftover.unlink()  # a rerun is a fresh start for shards that failed before
         already = sum(weights[key] for key in state.results)
-        sinks = (ProgressFile(folder), _RayMetrics(verb))
-        progress = Progress(verb, sum(weights.values()), unit, already=already, sinks=sinks)
-        progress.publish(**state.counts(len(weights)))
-        _run_rounds(verb, todo, make_worker, dict(settings), ledger, pool, state, progress, weights)
+        with contextlib.closing(_RayMetrics(verb)) as metrics:
+            sinks = (ProgressFile(folder), metrics)
+            progress = Progress(verb, sum(weights.values()), unit, already=already, sinks=sinks)
+            progress.publish(**state.counts(len(weights)))
+            _run_rounds(verb, todo, make_worker, dict(settings), ledger, pool, state, progress, weights)
     if state.failures:
         listing = "\n".join(f"  {key}: {reason}" for key, reason in sorted(state.failures.items())[:20])
         raise StageError(f"{verb}: {len(state.failures)} of {len(descriptors)} shards failed\n{listing}")
@@ -274,7 +275,9 @@ class _LedgerWorker:
 
 
 class _RayMetrics:
-    """Progress as gauges of Ray's own metrics, tagged by stage: what the cluster's dashboard and Prometheus read."""
+    """Progress as gauges of Ray's own metrics, tagged by stage: what the cluster's dashboard and Prometheus read.
+
+    Ray forgets a gauge that is not set for half a minute, and a shard may take longer: a thread sets them again."""
 
     NAMES = (
         "done",
@@ -293,11 +296,22 @@ class _RayMetrics:
         self.gauges = {
             name: Gauge(f"ifguide_{name}", f"Progress of a stage: {name}", ("stage",)) for name in self.NAMES
         }
+        self.values: Mapping[str, Any] = {}
+        self.closed = threading.Event()
+        threading.Thread(target=self._repeat, daemon=True).start()
 
     def __call__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
         for name, gauge in self.gauges.items():
             if values.get(name) is not None:
                 gauge.set(float(values[name]), self.tags)
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def _repeat(self) -> None:
+        while not self.closed.wait(10):
+            self(self.values)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +152,18 @@ def test_a_driver_that_fails_leaves_no_actor_behind(
         time.sleep(0.1)
     assert ray.available_resources().get("CPU") == 2
     assert caught.tb  # whose frames are still alive here
+
+
+def test_ray_exports_the_progress_as_metrics(cluster: None, tmp_path: Path) -> None:
+    run(tmp_path, ["a", "b"], seconds=1.0)
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    pattern = re.compile(r'ray_ifguide_shards_done\{.*stage="toy".*\} 2\.0')
+    deadline, text = time.monotonic() + 25, ""
+    while not pattern.search(text) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
+            text = response.read().decode()
+    assert pattern.search(text), sorted(set(re.findall(r"ray_ifguide\w*", text)))
+    for name in ("per_second_per_actor", "eta_seconds", "retries", "failed"):
+        assert f"ray_ifguide_{name}" in text
