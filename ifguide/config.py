@@ -173,7 +173,8 @@ class BuildQuery:
 class ScoreCorpus:
     """Score every token. `attribution: target` is the paper's Eq. 8, `position` what its code computes.
 
-    `preset` sets engine, precision and rank (see `influence.scorer`); each can be set alone, `rank: 0` meaning full.
+    `preset` sets engine, precision, rank and fused (see `influence.scorer`); each can be set alone, `rank: 0` meaning
+    full. `fused` compiles kernels, about 20 s once per actor: null does so where the preset does and a compiler is found.
     Before the first shard, `check_blocks` blocks are scored by the exact method too, and correlation and agreement of
     the top 1% must both reach `min_agreement`. `queries` names further behaviours, `name: folder of a query artifact`
     of the same proxy: each gives one more column of scores. `micro_batch_blocks` null is chosen to fit the memory.
@@ -184,6 +185,7 @@ class ScoreCorpus:
     engine: Literal["forward", "difference"] | None = None
     precision: Literal["float32", "bfloat16"] | None = None
     rank: int | None = option(None, at_least=0)
+    fused: bool | None = None
     queries: dict[str, str] = field(default_factory=dict)
     micro_batch_blocks: int | None = option(None, at_least=1)
     check_blocks: int = option(4, at_least=0)

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide.influence.directions import Direction, linear_module
+from ifguide.influence.fused import kernels
 from ifguide.influence.lm_head import LMHead
 from ifguide.influence.paired_attention import PAIRED, pairs_of_streams
 from ifguide.influence.patching import attention, replaced_forwards
@@ -37,7 +38,7 @@ class DifferenceEngine:
     """`score` gives (K, B, T) derivatives of each token's NLL along K directions.
 
     product_dtype: of the matrix products (None: the model's own). steps: one per direction, or None to calibrate
-    them on a fixed probe; they are powers of two, so that they scale exactly.
+    them on a fixed probe; they are powers of two, so that they scale exactly. fused: compile the element-wise work.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class DifferenceEngine:
         *,
         product_dtype: torch.dtype | None = None,
         steps: Sequence[float] | None = None,
+        fused: bool = False,
     ) -> None:
+        self.kernels = kernels(fused=fused)
         self.model, self.dtype = model, product_dtype or model.dtype
         self.head = LMHead(model, product_dtype=product_dtype)
         self.low_precision = self.dtype != model.dtype
@@ -71,7 +74,7 @@ class DifferenceEngine:
         """Final hidden states (B, T, D), and x+ - x- (K, B, T, D)."""
         by_module = {self.model.get_submodule(name): forward for name, forward in forwards.items()}
         with (
-            pairs_of_streams(self.K, self.dtype),
+            pairs_of_streams(self.K, self.dtype, self.kernels),
             attention(self.model, self.attention),
             replaced_forwards(by_module),
         ):
@@ -140,30 +143,22 @@ class DifferenceEngine:
         weight = (0.5 * module.weight.detach()).to(dtype)
         bias = module.bias
         changes = [_scaled_change(direction, step, dtype) for direction, step in zip(directions, steps, strict=True)]
+        bias_changes = [bias for _, bias in changes if bias is not None]
+        change_bias = torch.stack(bias_changes) if bias_changes else None
+        mix, unmix = self.kernels.mix, self.kernels.unmix
 
         def forward(x: Tensor) -> Tensor:
-            streams = x.reshape(2 * K, -1, x.shape[-1])
-            count = streams.shape[1]
-            mixed = torch.empty(1 + K, *streams.shape[1:], dtype=dtype, device=x.device)
-            torch.add(streams[0], streams[1], out=mixed[0])
-            for k in range(K):
-                torch.sub(streams[2 * k], streams[2 * k + 1], out=mixed[1 + k])
-            products = F.linear(mixed.view(-1, x.shape[-1]), weight)
-            primal = products[:count].to(x.dtype)
-            if bias is not None:
-                primal += bias
-            output = torch.empty(2 * K, count, products.shape[1], dtype=x.dtype, device=x.device)
-            for k, (change, change_bias) in enumerate(changes):
-                tangent = products[(1 + k) * count : (2 + k) * count]
+            mixed = mix(x.reshape(K, 2, -1, x.shape[-1]), dtype, 1.0)
+            count = mixed.shape[1]
+            products = F.linear(mixed.view(-1, x.shape[-1]), weight).view(1 + K, count, -1)
+            tangents = products[1:]
+            for tangent, (factors, _) in zip(tangents, changes, strict=True):
                 inner = mixed[0]
-                for factor in change[:-1]:
+                for factor in factors[:-1]:
                     inner = inner @ factor
-                tangent = torch.addmm(tangent, inner, change[-1]).to(x.dtype)
-                if change_bias is not None:
-                    tangent += change_bias
-                torch.add(primal, tangent, out=output[2 * k])
-                torch.sub(primal, tangent, out=output[2 * k + 1])
-            return output.view(*x.shape[:-1], -1)
+                tangent.addmm_(inner, factors[-1])
+            output = unmix(products[0], tangents, bias, change_bias)
+            return output.to(x.dtype).view(*x.shape[:-1], -1)
 
         return forward
 

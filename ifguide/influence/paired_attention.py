@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from ifguide.influence.fused import Kernels
+
 PAIRED = "ifguide_paired"
 QUERY_CHUNK = 128
-_streams: ContextVar[tuple[int, torch.dtype]] = ContextVar("streams")
+_streams: ContextVar[tuple[int, torch.dtype, Kernels]] = ContextVar("streams")
 
 
 @contextmanager
-def pairs_of_streams(count: int, product_dtype: torch.dtype) -> Iterator[None]:
+def pairs_of_streams(count: int, product_dtype: torch.dtype, kernels: Kernels) -> Iterator[None]:
     """Inside, batches are `count` pairs of streams, the outer dimensions (pair, sign, row)."""
-    token = _streams.set((count, product_dtype))
+    token = _streams.set((count, product_dtype, kernels))
     try:
         yield
     finally:
@@ -51,46 +53,33 @@ def paired_attention(
     """query (2K B, H, T, D), key and value (2K B, H_kv, T, D) -> (2K B, T, H, D), by transformers' interface."""
     if options.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__}: attention sinks are not supported; score with engine forward")
-    K, dtype = _streams.get()
+    K, dtype, kernels = _streams.get()
     streams, H, T, D = query.shape
     B, groups = streams // (2 * K), key.shape[1]
     scaling = D**-0.5 if scaling is None else scaling
     # Sums are twice the value: a quarter here and a half in v make S, o and their changes come out unscaled.
-    q = _mix(query * (0.25 * scaling), K, dtype).view(1 + K, B * groups, H // groups, T, D)
-    k = _mix(key, K, dtype).view(1 + K, B * groups, T, D)
-    v = _mix(value * 0.5, K, dtype).view(1 + K, B * groups, T, D)
+    q, k, v = (
+        kernels.mix(x.view(K, 2, B, *x.shape[1:]), dtype, scale)
+        for x, scale in ((query, 0.25 * scaling), (key, 1.0), (value, 0.5))
+    )
+    q = q.view(1 + K, B * groups, H // groups, T, D)
+    k, v = (x.view(1 + K, B * groups, T, D) for x in (k, v))
     k_pairs = [torch.cat([k[0], k[1 + i]], dim=-1).mT for i in range(K)]
-    output = torch.empty(2 * K, B, T, H, D, dtype=query.dtype, device=query.device)
+    primal = torch.empty(B, H, T, D, dtype=dtype, device=query.device)
+    changes = torch.empty(K, B, H, T, D, dtype=dtype, device=query.device)
     for start in range(0, T, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, T)
         rows = q[:, :, :, start:stop].reshape(1 + K, B * groups, -1, D)
-        weights, slope = _weights(
-            rows[0], k[0, :, :stop], _allowed(attention_mask, start, stop, B, H, groups, q.device), softcap
-        )
-        low = weights.to(dtype)
-        primal = torch.bmm(low, v[0, :, :stop]).to(query.dtype)
+        allowed = _allowed(attention_mask, start, stop, B, H, groups, q.device)
+        S = torch.bmm(rows[0], k[0, :, :stop].mT)
+        S_change = [torch.bmm(torch.cat([rows[1 + i], rows[0]], dim=-1), k_pairs[i][:, :, :stop]) for i in range(K)]
+        P, P_change = kernels.softmax_and_change(S, torch.stack(S_change), allowed, softcap)
+        primal[:, :, start:stop] = torch.bmm(P, v[0, :, :stop]).view(B, H, -1, D)
         for i in range(K):
-            change = torch.bmm(torch.cat([rows[1 + i], rows[0]], dim=-1), k_pairs[i][:, :, :stop]).to(query.dtype)
-            if slope is not None:
-                change *= slope
-            weighted = weights * change
-            weighted.addcmul_(weights, weighted.sum(dim=-1, keepdim=True), value=-1)
-            tangent = torch.bmm(low, v[1 + i, :, :stop])
-            tangent = torch.baddbmm(tangent, weighted.to(dtype), v[0, :, :stop]).to(query.dtype)
-            for sign, combine in enumerate((torch.add, torch.sub)):
-                heads = combine(primal, tangent).view(B, H, stop - start, D)
-                output[2 * i + sign, :, start:stop] = heads.transpose(1, 2)
-    return output.view(streams, T, H, D), None
-
-
-def _mix(x: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    """(2K B, ...) streams -> (1 + K, B, ...): the sum of the first pair, and the difference of each."""
-    streams = x.reshape(2 * K, -1, *x.shape[1:])
-    mixed = torch.empty(1 + K, *streams.shape[1:], dtype=dtype, device=x.device)
-    torch.add(streams[0], streams[1], out=mixed[0])
-    for i in range(K):
-        torch.sub(streams[2 * i], streams[2 * i + 1], out=mixed[1 + i])
-    return mixed
+            change = torch.baddbmm(torch.bmm(P, v[1 + i, :, :stop]), P_change[i], v[0, :, :stop])
+            changes[i, :, :, start:stop] = change.view(B, H, -1, D)
+    output = kernels.unmix(primal.transpose(1, 2).reshape(-1, D), changes.transpose(2, 3).reshape(K, -1, D), None, None)
+    return output.to(query.dtype).view(streams, T, H, D), None
 
 
 def _allowed(mask: Tensor | None, start: int, stop: int, B: int, H: int, groups: int, device: torch.device) -> Tensor:
@@ -101,16 +90,6 @@ def _allowed(mask: Tensor | None, start: int, stop: int, B: int, H: int, groups:
     assert mask.dtype == torch.bool, "the masks of sdpa are boolean"
     rows = mask[:B, :, start:stop, :stop].expand(B, H, -1, -1)
     return rows.reshape(B * groups, -1, stop)
-
-
-def _weights(q: Tensor, k: Tensor, allowed: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Attention weights, at least float32, and the derivative of the soft cap where there is one."""
-    S = torch.bmm(q, k.mT).to(torch.promote_types(q.dtype, torch.float32))
-    slope = None
-    if softcap is not None:
-        tanh = torch.tanh(S / softcap)
-        S, slope = softcap * tanh, 1 - tanh.square()
-    return S.masked_fill_(~allowed, -torch.inf).softmax(dim=-1), slope
 
 
 AttentionInterface.register(PAIRED, paired_attention)

@@ -43,17 +43,19 @@ Precision = Literal["float32", "bfloat16"]
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """How scores are computed. `rank` None is full rank. `engine` is of `target`; `position` has one only.
-    `precision` is of the matrix products: sums, norms, softmax and the streams between are float32."""
+    `precision` is of the matrix products: sums, norms, softmax and the streams between are float32.
+    `fused`: compile the element-wise work of `difference` in bfloat16 (`fused.can_fuse` tells whether this machine can)."""
 
     engine: EngineName
     precision: Precision
     rank: int | None
+    fused: bool = False
 
 
 PRESETS = {
     "exact": Method(engine="forward", precision="float32", rank=None),
     # Full rank: at rank 64 a V of 30M random weights kept .67 of its energy, and .88 of the top 1% (bench/LOG.md).
-    "fast": Method(engine="difference", precision="bfloat16", rank=None),
+    "fast": Method(engine="difference", precision="bfloat16", rank=None, fused=True),
 }
 
 
@@ -107,7 +109,7 @@ class TokenScorer:
         if attribution == "position":
             self._engine = BackwardEngine(model, split, product_dtype=product_dtype)
         elif method.engine == "difference":
-            self._engine = DifferenceEngine(model, split, product_dtype=product_dtype, steps=steps)
+            self._engine = DifferenceEngine(model, split, product_dtype=product_dtype, steps=steps, fused=method.fused)
             self.steps = self._engine.steps
         elif product_dtype is None:
             self._engine = ForwardEngine(model, split)

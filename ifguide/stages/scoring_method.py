@@ -21,6 +21,7 @@ from ifguide import schemas
 from ifguide.artifacts import write_json
 from ifguide.config import ConfigError, ScoreCorpus
 from ifguide.influence.agreement import Agreement, compare
+from ifguide.influence.fused import can_fuse
 from ifguide.influence.memory import MemoryEstimate, available_bytes, estimate_memory
 from ifguide.influence.scorer import PRESETS, Method, TokenScorer
 from ifguide.models import predicted_positions
@@ -44,6 +45,10 @@ def chosen_method(config: ScoreCorpus) -> Method:
         method = replace(method, precision=config.precision)
     if config.rank is not None:
         method = replace(method, rank=config.rank or None)
+    if config.fused is not None:
+        method = replace(method, fused=config.fused)
+    if config.attribution == "position" or method.precision == "float32":  # nothing there is compiled
+        method = replace(method, fused=False)
     if config.attribution == "target" and method.engine == "forward" and method.precision != "float32":
         raise ConfigError("score_corpus.precision: engine forward runs in float32; set score_corpus.engine: difference")
     return method
@@ -85,7 +90,8 @@ def decide(
 def _describe(config: ScoreCorpus, decision: dict[str, Any]) -> str:
     method, memory, check = decision["method"], decision["memory"], decision["check"]
     text = (
-        f"{config.attribution}, {decision['engine']} engine, {method['precision']}, rank {method['rank'] or 'full'}"
+        f"{config.attribution}, {decision['engine']} engine, {method['precision']},"
+        f"{' fused,' if method['fused'] else ''} rank {method['rank'] or 'full'}"
         f" (energy kept {decision['energy']['mean']:.3f} on average, {decision['energy']['least']:.3f} at least);"
         f" {decision['micro_batch_blocks']} blocks at a time, about {memory['total'] / 1e9:.2f} GB per actor"
         f" of {memory['available'] / 1e9:.1f} free"
@@ -103,6 +109,13 @@ def _decide(
 ) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cpus_per_actor)))
     model = load_proxy(proxy, gpus=config.gpus_per_actor)
+    if method.fused and not can_fuse(model.device):
+        if config.fused:
+            raise ConfigError(
+                f"score_corpus.fused: nothing here compiles kernels for {model.device.type}; install g++ (Triton on a GPU),"
+                " or leave it null"
+            )
+        method = replace(method, fused=False)
     loaded = [load_file(path) for path in directions.values()]
     table = schemas.read_table(Path(first_shard), columns=["block_id", "length", "tokens"])
     table = table.slice(0, max(config.check_blocks, 1))

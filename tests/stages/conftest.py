@@ -57,7 +57,7 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
             "partitions": 2,
             **no_gpu,
         },
-        "score_corpus": {"min_actors": 2, "max_actors": 2, "gpus_per_actor": 0},
+        "score_corpus": {"min_actors": 2, "max_actors": 2, "gpus_per_actor": 0, "fused": False},
         "build_mask": {"quantile": 0.97, "max_fraction": 0.02},
         "evaluate": {
             "prompts": str(data / "prompts.jsonl"),

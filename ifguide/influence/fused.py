@@ -1,0 +1,86 @@
+"""The element-wise work around the difference engine's matrix products, each kernel one function.
+
+A product in low precision leaves so little time that what lies between the products counts: turning streams into sums
+and differences and back, and the softmax with its derivative. Run one operation at a time, these read and write each
+value several times; compiled (`torch.compile`, which needs a C++ compiler on a CPU and Triton on a GPU) they read
+and write it once. `kernels(fused=False)` are the same functions, not compiled.
+
+Compiled or not changes the last bits of a score: a run decides once (`stages/scoring_method.py`).
+"""
+
+import functools
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The functions below, compiled or as they are."""
+
+    mix: Callable[[Tensor, torch.dtype, float], Tensor]
+    unmix: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    softmax_and_change: Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether kernels can be compiled for `device` on this machine."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return bool(has_triton())
+    return any(shutil.which(compiler) for compiler in ("g++", "clang++"))
+
+
+@functools.cache
+def kernels(*, fused: bool) -> Kernels:
+    """The kernels; `fused` ones are compiled when they first meet a dtype or a count of behaviours."""
+
+    def compiled(function: Callable) -> Callable:
+        # One kernel for all sizes; a variant for each layout and for sizes of one, whose number is bounded. Past the
+        # limit `fullgraph` raises; running on uncompiled would change bits in the middle of a run.
+        return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=64) if fused else function
+
+    return Kernels(mix=compiled(mix), unmix=compiled(unmix), softmax_and_change=compiled(softmax_and_change))
+
+
+def mix(streams: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """(K, 2, ...) pairs x+, x- -> scale * (1 + K, ...) in `dtype`: x+ + x- of the first pair, then x+ - x- of each."""
+    total, change = (streams[0, 0] + streams[0, 1])[None], streams[:, 0] - streams[:, 1]
+    if scale != 1:
+        total, change = total * scale, change * scale
+    return torch.cat([total.to(dtype), change.to(dtype)])
+
+
+def unmix(primal: Tensor, change: Tensor, bias: Tensor | None, change_bias: Tensor | None) -> Tensor:
+    """y (N, D) and its half differences (K, N, D) -> (K, 2, N, D) streams, at least float32.
+
+    `bias` (D,) and `change_bias` (K, D), or None, are added to them first.
+    """
+    dtype = torch.promote_types(primal.dtype, torch.float32)
+    primal, change = primal.to(dtype), change.to(dtype)
+    if bias is not None:
+        primal = primal + bias
+    if change_bias is not None:
+        change = change + change_bias[:, None]
+    return torch.stack([primal + change, primal - change], dim=1)
+
+
+def softmax_and_change(S: Tensor, change: Tensor, allowed: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """S (N, R, T) and S' (K, N, R, T) -> P = softmax(S) and P' = P * (S' - rowsum(P * S')), in S's dtype.
+
+    Computed in at least float32. `allowed`, broadcastable to S: where P may be above zero. `softcap` c: S and S' are
+    those of c tanh(S / c).
+    """
+    dtype = torch.promote_types(S.dtype, torch.float32)
+    logits, slopes = S.to(dtype), change.to(dtype)
+    if softcap is not None:
+        tanh = torch.tanh(logits / softcap)
+        logits, slopes = softcap * tanh, slopes * (1 - tanh.square())
+    P = logits.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    weighted = P * slopes
+    weighted = weighted - P * weighted.sum(dim=-1, keepdim=True)
+    return P.to(S.dtype), weighted.to(S.dtype)

@@ -1,0 +1,57 @@
+"""The compiled kernels: the same scores as uncompiled ones up to rounding, and the same bits whatever came before."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ifguide.influence.agreement import compare
+from ifguide.influence.fused import can_fuse, kernels
+from ifguide.influence.scorer import Method, TokenScorer
+from ifguide.models import predicted_positions
+from tests.reference.test_influence import random_directions
+from tests.tiny import as_tensors, random_blocks, tiny_model
+
+needs_compiler = pytest.mark.skipif(not can_fuse(torch.device("cpu")), reason="no C++ compiler on this machine")
+
+
+def method(*, fused: bool) -> Method:
+    return Method(engine="difference", precision="bfloat16", rank=None, fused=fused)
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])  # biases; grouped heads, soft caps, sliding window
+def test_compiled_kernels_score_as_the_uncompiled_do(family: str) -> None:
+    model = tiny_model(family)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 0.5
+    directions = [random_directions(model), random_directions(model, seed=5)]
+    tokens_BT, lengths_B = as_tensors(*random_blocks(3, 24))
+    predicted = predicted_positions(tokens_BT, lengths_B)
+    plain, fused = (
+        TokenScorer(model, directions, attribution="target", method=method(fused=fused)).score(tokens_BT, lengths_B)
+        for fused in (False, True)
+    )
+    exact = TokenScorer(model, directions, attribution="target").score(tokens_BT, lengths_B)
+    for k in range(2):
+        assert compare(fused[k], plain[k], predicted).correlation > 0.9995
+        assert compare(fused[k], exact[k], predicted).correlation > 0.99
+
+
+@needs_compiler
+def test_bits_do_not_depend_on_the_sizes_that_were_compiled_first() -> None:
+    model = tiny_model("llama")
+    directions = random_directions(model)
+    tokens_BT, lengths_B = as_tensors(*random_blocks(4, 40))
+    wanted = [(slice(0, 1), 24), (slice(0, 4), 40), (slice(1, 3), 33)]
+
+    def scored(order: list[int]) -> list[Tensor]:
+        torch._dynamo.reset()
+        kernels.cache_clear()
+        with torch._inductor.config.patch(force_disable_caches=True):
+            scorer = TokenScorer(model, directions, attribution="target", method=method(fused=True), steps=[2.0**-9])
+            found = {i: scorer.score(tokens_BT[wanted[i][0], : wanted[i][1]], lengths_B[wanted[i][0]]) for i in order}
+        return [found[i] for i in range(len(wanted))]
+
+    for first, second in zip(scored([0, 1, 2]), scored([2, 1, 0]), strict=True):
+        assert torch.equal(first, second)
