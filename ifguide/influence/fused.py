@@ -12,6 +12,7 @@ import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ def kernels(*, fused: bool) -> Kernels:
     def compiled(function: Callable) -> Callable:
         # One kernel for all sizes; a variant for each layout and for sizes of one, whose number is bounded. Past the
         # limit `fullgraph` raises; running on uncompiled would change bits in the middle of a run.
-        return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=64) if fused else function
+        # (The type overloads of torch.compile leave `recompile_limit` out.)
+        options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
+        return torch.compile(function, **options) if fused else function
 
     return Kernels(mix=compiled(mix), unmix=compiled(unmix), softmax_and_change=compiled(softmax_and_change))
 

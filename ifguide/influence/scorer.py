@@ -44,7 +44,7 @@ Precision = Literal["float32", "bfloat16"]
 class Method:
     """How scores are computed. `rank` None is full rank. `engine` is of `target`; `position` has one only.
     `precision` is of the matrix products: sums, norms, softmax and the streams between are float32.
-    `fused`: compile the element-wise work of `difference` in bfloat16 (`fused.can_fuse` tells whether this machine can)."""
+    `fused`: compile the element-wise work of `difference` in bfloat16, where `fused.can_fuse`."""
 
     engine: EngineName
     precision: Precision

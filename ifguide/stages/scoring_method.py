@@ -112,8 +112,8 @@ def _decide(
     if method.fused and not can_fuse(model.device):
         if config.fused:
             raise ConfigError(
-                f"score_corpus.fused: nothing here compiles kernels for {model.device.type}; install g++ (Triton on a GPU),"
-                " or leave it null"
+                f"score_corpus.fused: nothing here compiles kernels for {model.device.type}; install g++"
+                " (Triton on a GPU), or leave it null"
             )
         method = replace(method, fused=False)
     loaded = [load_file(path) for path in directions.values()]

@@ -125,7 +125,7 @@ def test_a_shard_is_read_while_another_computes(cluster: None, tmp_path: Path) -
 
 def test_the_pool_grows_to_its_largest_size(cluster: None, tmp_path: Path) -> None:
     keys = [f"s{i}" for i in range(40)]
-    results = run(tmp_path, keys, {"size": 2, "min_size": 1, "in_flight": 2}, seconds=0.4)
+    results = run(tmp_path, keys, {"size": 2, "min_size": 1, "in_flight": 2, "memory": 50_000_000}, seconds=0.4)
     assert len({result["process"] for result in results.values()}) == 2
 
 
