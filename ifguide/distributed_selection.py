@@ -169,7 +169,8 @@ def _rank(
     """Write the ranking, from its runs."""
     groups = list(_groups([shard.name for shard in shards], units, rules.run_units))
     samples = list(run_tasks(sort_run, ((rules, i, group, extremes) for i, group in enumerate(groups))))
-    between = splitters(samples, max(1, rules.file_units // rules.sample_units))
+    # Four to a file: what is read for a file begins and ends at a splitter.
+    between = splitters(samples, max(1, rules.file_units // rules.sample_units // 4))
     ranks, masked = np.zeros((2, len(between) + 1), np.int64)
     for counted in run_tasks(count_run, ((rules, i, between) for i in range(len(groups)))):
         ranks += counted[0]

@@ -46,7 +46,7 @@ from ifguide.selection import (
 )
 
 CHUNK_TOKENS = 1 << 18  # a chunk and its temporary arrays stay in a core's cache
-RUN_UNITS = FILE_UNITS = 1 << 18
+RUN_UNITS = FILE_UNITS = 1 << 17
 SAMPLE_UNITS = 1 << 10
 
 BLOCKS = pa.schema(

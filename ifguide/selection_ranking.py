@@ -6,8 +6,8 @@ in which no two units are equal, so that ties split too. `count_run` counts unit
 Then rank and tokens before every splitter are known, and `write_ranking` writes any `file_units` ranks from the few
 parts that hold them. The files hold fixed ranks, so they are the same bytes however units were grouped into runs.
 
-Cost: a unit is sorted twice and written twice, 48 bytes each. With R runs a file opens R runs. Memory: the units
-between two splitters that are `file_units` apart are `file_units + R * sample_units` at most.
+Cost: a unit is sorted twice and written twice, 48 bytes each. With R runs a file opens R runs. Memory: a run, or
+for a file `1.5 * file_units + R * sample_units` units at most.
 """
 
 from __future__ import annotations

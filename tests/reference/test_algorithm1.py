@@ -116,8 +116,9 @@ def heavy_tailed() -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
 def test_heavy_tailed_corpus_equals_the_literal_loop(unit: str, num_shards: int, tmp_path: Path) -> None:
     scores, lengths, documents = heavy_tailed()
     files = write_shards(tmp_path, scores, lengths, documents, range(0, 40, 40 // num_shards))
+    limits = {"sample_units": 1, "file_units": 12}  # splitters at every third sample
     for max_fraction in (0.005, 0.02, 0.07):
-        rules = rules_of(tmp_path / str(max_fraction), quantile=0.9, max_fraction=max_fraction, unit=unit)
+        rules = rules_of(tmp_path / str(max_fraction), quantile=0.9, max_fraction=max_fraction, unit=unit, **limits)
         selection = select(rules, files, in_any_order())
         assert selection.tokens_masked == selection.budget > 0
         assert_equal_to_loop(selection, rules, scores, lengths, documents)
