@@ -13,12 +13,14 @@ from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.baselines import classifier_spans, word_list_spans
 from ifguide.config import to_yaml
 from ifguide.evaluation import summarise
-from ifguide.report import (
+from ifguide.report_model import (
     AgreementRow,
     ArtifactRow,
     ClassMetrics,
     GroupMetrics,
     ModelRow,
+    OutlierRow,
+    Outliers,
     RankedDocument,
     ReportData,
     ScoreHistogram,
@@ -32,6 +34,7 @@ from ifguide.stages.view import View, mask_agreement, score_histogram
 from ifguide.telemetry import read_metrics
 from ifguide.toxicity import LabelClassifier, PromptRow
 
+MAX_OUTLIERS = 20
 THRESHOLD = 0.5  # of a continuation's score, for TP: the paper's
 
 
@@ -65,6 +68,7 @@ def report_data(
         histogram=_histogram(view) if view and view.ranked else None,
         agreement=agreement,
         documents=tuple(_documents(view, run.config.evaluate.top_documents)) if view and view.ranked else (),
+        outliers=_outliers(view) if view and view.ranked else None,
         provenance=tuple(_provenance(run)),
     )
     return data, figures
@@ -212,6 +216,24 @@ def _documents(view: View, count: int) -> list[RankedDocument]:
         )
         for document in view.top_documents(count)
     ]
+
+
+def _outliers(view: View) -> Outliers | None:
+    """The blocks that stand out by mass or repetition, the heaviest first; None where there are none."""
+    summary, options = view.summary, view.options
+    if not summary["high_mass_blocks"] and not summary["repeated_blocks"]:
+        return None
+    rows = []
+    for record, text in view.outliers(MAX_OUTLIERS):
+        names = ("block_id", "mass_over_median", "distinct_bigram_share", "repeated")
+        rows.append(OutlierRow(**{name: record[name] for name in names}, text=text))
+    return Outliers(
+        high_mass=summary["high_mass_blocks"],
+        repeated=summary["repeated_blocks"],
+        mass_ratio=options["outlier_mass_ratio"],
+        excluded=options["exclude_repeated"],
+        rows=tuple(rows),
+    )
 
 
 def _provenance(run: Run) -> list[ArtifactRow]:

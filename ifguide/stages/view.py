@@ -21,6 +21,7 @@ from ifguide.stages.pack_corpus import corpus_block_size
 
 MAX_SHOWN_TOKENS = 600
 HISTOGRAM_BINS = 80
+OUTLIER_CHARACTERS = 160
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class View:
         )
         corpus, mask = read_manifest(self.corpus), read_manifest(self.mask)
         self.summary = mask.summary
+        self.options = mask.options.get("build_mask", {})
         self.ranked = mask.verb == "build_mask"  # an imported mask has neither ranking nor tau
         self.score_column = schemas.score_column(self.summary.get("behaviour"))
         self.tokenizer = load_tokenizer(corpus.summary["tokenizer"])
@@ -72,6 +74,19 @@ class View:
                 source = f"{Path(record['source']).name} row {record['row']}"
             shown.append(self._show(row, source, start, length))
         return shown
+
+    def outliers(self, count: int) -> list[tuple[dict[str, Any], str]]:
+        """The `count` listed blocks of the greatest mass, each a row of `schemas.OUTLIERS` and its first words."""
+        heaviest: list[dict[str, Any]] = []
+        for path in data_files(self.ranking, "outliers-*.parquet"):
+            heaviest += schemas.read_table(path, schemas.OUTLIERS).to_pylist()
+            heaviest = sorted(heaviest, key=lambda row: (-row["mass"], row["block_id"]))[:count]
+        return [(row, self._beginning(row["block_id"])) for row in heaviest]
+
+    def _beginning(self, block_id: int) -> str:
+        tokens = self.read(block_id * self.block_size, (block_id + 1) * self.block_size)["tokens"]
+        text = " ".join(str(self.tokenizer.decode(tokens.tolist())).split())
+        return text if len(text) <= OUTLIER_CHARACTERS else f"{text[:OUTLIER_CHARACTERS]}…"
 
     def _document(self, doc_id: int) -> dict[str, Any]:
         """A row of the document table, from the one file that holds it."""

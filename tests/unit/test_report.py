@@ -10,25 +10,20 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ifguide.report import (
+from ifguide.report import delta, duration, number, render_report, report_json, summary_line, visible, write_report
+from ifguide.report_model import (
     AgreementRow,
     ArtifactRow,
     ClassMetrics,
     GroupMetrics,
     ModelRow,
+    OutlierRow,
+    Outliers,
     RankedDocument,
     ReportData,
     ScoreHistogram,
     Token,
     TrainingCurve,
-    delta,
-    duration,
-    number,
-    render_report,
-    report_json,
-    summary_line,
-    visible,
-    write_report,
 )
 
 
@@ -89,6 +84,17 @@ def full_data() -> ReportData:
         ),
         documents=tuple(
             document(rank, "You are  a plum pie,\n\nsaid the cat; nobody asked. " * 12) for rank in (1, 2, 3)
+        ),
+        outliers=Outliers(
+            high_mass=1,
+            repeated=2,
+            mass_ratio=10.0,
+            excluded=True,
+            rows=(
+                OutlierRow(
+                    block_id=77, mass_over_median=31.25, distinct_bigram_share=0.031, repeated=True, text="ha <ha> ha"
+                ),
+            ),
         ),
         config_text="run_dir: runs/demo\nseed: 0\nbuild_mask:\n  quantile: 0.99\n",
         provenance=(
@@ -289,7 +295,7 @@ def test_tokens_carry_score_mask_and_annotation():
 def test_the_text_is_hidden_until_asked_for(full_html):
     page = Page(full_html)
     switches = {a["id"]: a for tag, a in page.tags if tag == "input"}
-    assert list(switches) == ["reveal-all", "reveal-1", "reveal-2", "reveal-3"]
+    assert list(switches) == ["reveal-all", "reveal-1", "reveal-2", "reveal-3", "reveal-outliers"]
     assert all(a["type"] == "checkbox" and "checked" not in a for a in switches.values())
     assert set(switches) == {a["for"] for tag, a in page.tags if tag == "label"}
     assert re.search(r"\.tokens \{[^}]*filter: blur", full_html)
@@ -343,3 +349,12 @@ def test_data_that_do_not_fit_are_refused():
         ScoreHistogram(bin_edges=(0.0, 1.0, 2.0), counts=(1, 2), tau=1.0, known_counts=(1,))
     with pytest.raises(ValueError, match="2 steps but 1 benign_loss"):
         TrainingCurve(model="m", steps=(1, 2), benign_loss=(1.0,), learning_rate=(1.0, 1.0))
+
+
+def test_outlying_blocks_are_listed_with_their_figures_and_escaped_text() -> None:
+    html = render_report(full_data())
+    assert "Blocks that stand out" in Page(html).text
+    assert "which the mask leaves out" in " ".join(Page(html).text.split())
+    assert "31.2" in html
+    assert "ha &lt;ha&gt; ha" in html
+    assert "Blocks that stand out" not in render_report(minimal_data())

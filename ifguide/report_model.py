@@ -1,0 +1,158 @@
+"""What a report says: the figures of a run as plain dataclasses. `ifguide.report` makes the page and its JSON twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMetrics:
+    """A classifier class other than the primary one, on one group of prompts."""
+
+    name: str
+    emt: float | None
+    tp: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupMetrics:
+    """The primary class on one group of prompts; None where the group is empty."""
+
+    group: str
+    prompts: int
+    emt: float | None
+    tp: float | None
+    classes: tuple[ClassMetrics, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRow:
+    """A model's figures. `groups[0]` is the group the summary speaks of; accuracy in [0, 1]."""
+
+    name: str
+    groups: tuple[GroupMetrics, ...]
+    perplexity: float | None = None
+    last_word_accuracy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCurve:
+    """Losses in nats per token, one entry per logged step; `masked_loss` has None where no token was masked."""
+
+    model: str
+    steps: tuple[int, ...]
+    benign_loss: tuple[float, ...]
+    learning_rate: tuple[float, ...]
+    masked_loss: tuple[float | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        columns = {"benign_loss": self.benign_loss, "learning_rate": self.learning_rate}
+        for name, column in {**columns, "masked_loss": self.masked_loss}.items():
+            if column is not None and len(column) != len(self.steps):
+                raise ValueError(f"curve {self.model!r}: {len(self.steps)} steps but {len(column)} {name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreHistogram:
+    """Tokens per score bin: of the whole corpus and, where annotations exist, of the annotated tokens."""
+
+    bin_edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    tau: float
+    known_counts: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, counts in (("counts", self.counts), ("known_counts", self.known_counts)):
+            if counts is not None and len(counts) + 1 != len(self.bin_edges):
+                raise ValueError(f"histogram: {len(self.bin_edges)} bin_edges need one less {name}, got {len(counts)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """A token's text, its label-aligned influence score, and whether it is masked and annotated."""
+
+    text: str
+    score: float
+    masked: bool = False
+    known: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedDocument:
+    """A document of the ranking with its tokens; `rank` counts from 1."""
+
+    doc_id: int | str
+    source: str
+    rank: int
+    rank_score: float
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutlierRow:
+    """A block that stands out: score mass over the median block's, share of distinct bigrams, how it begins."""
+
+    block_id: int
+    mass_over_median: float
+    distinct_bigram_share: float
+    repeated: bool
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outliers:
+    """How many blocks stand out, by which limits, and the heaviest of them; `excluded`: repeated ones are not masked."""
+
+    high_mass: int
+    repeated: int
+    mass_ratio: float
+    excluded: bool
+    rows: tuple[OutlierRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementRow:
+    """How the tokens that `method` selects agree with the annotations; None where undefined."""
+
+    method: str
+    selected: int
+    precision: float | None
+    recall: float | None
+    f1: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactRow:
+    """One artifact's manifest. `inputs` name what it was made from; `created` is shown as given."""
+
+    verb: str
+    folder: str
+    fingerprint: str
+    inputs: tuple[str, ...]
+    created: str
+    rows: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """All of a report. `models[0]` is the baseline the others are compared with. What is empty or None has no
+    section on the page. ValueError without a model, or on two of one name."""
+
+    title: str
+    behaviour: str
+    models: tuple[ModelRow, ...]
+    config_text: str
+    continuations: int | None = None
+    threshold: float = 0.5
+    curves: tuple[TrainingCurve, ...] = ()
+    histogram: ScoreHistogram | None = None
+    agreement: tuple[AgreementRow, ...] = ()
+    documents: tuple[RankedDocument, ...] = ()
+    outliers: Outliers | None = None
+    provenance: tuple[ArtifactRow, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        if not names or len(set(names)) < len(names) or not all(model.groups for model in self.models):
+            raise ValueError(f"a report needs models of different names, each with a prompt group; got {names}")
