@@ -176,11 +176,20 @@ def verify_file(folder: Path, name: str, manifest: Manifest) -> Path:
     path = folder / name
     if name not in manifest.files:
         raise ValueError(f"{path} is not in {folder / MANIFEST}: it does not belong to this artifact")
-    expected, found = manifest.files[name]["sha256"], file_digest(path)
-    if found != expected:
+    return verify_digest(path, manifest.files[name]["sha256"], manifest.verb)
+
+
+def verify_digest(path: Path, sha256: str, verb: str) -> Path:
+    """`verify_file` for a task that was told the digest: a manifest of a hundred thousand shards is no argument.
+
+    Raises:
+        ValueError: the file has changed since `verb` made it.
+    """
+    found = file_digest(path)
+    if found != sha256:
         raise ValueError(
-            f"{path} has changed since it was made: SHA-256 {found[:16]}, its manifest says {expected[:16]}; delete"
-            f" {folder} and run `ifguide {manifest.verb}` again"
+            f"{path} has changed since it was made: SHA-256 {found[:16]}, its manifest says {sha256[:16]}; delete"
+            f" {path.parent} and run `ifguide {verb}` again"
         )
     return path
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import publish
+from ifguide.artifacts import publish, verify_digest
 from ifguide.outliers import block_mass, distinct_bigram_share, find_outliers
 from ifguide.quantiles import BUCKETS, high_histogram, least_of, low_histogram
 from ifguide.selection import (
@@ -86,12 +86,14 @@ class Rules:
 
 
 class ShardFiles(NamedTuple):
-    """One shard of corpus and scores; `documents` are those that begin in it."""
+    """One shard of corpus and scores; `documents` are those that begin in it. The first pass checks the digest of
+    the scores, where one is given."""
 
     name: str
     corpus: Path
     documents: Path
     scores: Path
+    scores_sha256: str | None = None
 
 
 class Extent(NamedTuple):
@@ -147,8 +149,11 @@ def scan(rules: Rules, files: ShardFiles) -> Scan:
     """First pass.
 
     Raises:
-        ValueError: a score is not finite, blocks of scores and corpus differ, documents leave a gap. Names the file.
+        ValueError: a score is not finite, blocks of scores and corpus differ, documents leave a gap, the scores have
+            changed since they were made. Names the file.
     """
+    if files.scores_sha256 is not None:
+        verify_digest(files.scores, files.scores_sha256, "score_corpus")
     head = schemas.read_table(files.corpus, columns=["block_id", "length"])
     block_ids, lengths = head.column("block_id").to_numpy(), head.column("length").to_numpy().astype(np.int64)
     scored = schemas.read_table(files.scores, columns=["block_id"]).column("block_id").to_numpy()

@@ -30,7 +30,7 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
     Raises:
         MismatchError: the scores are of another corpus. ConfigError: `behaviour` was not scored.
-        ValueError: a score is NaN or infinite (names the block).
+        ValueError: a score is NaN or infinite (names the block), or a shard of the scores has changed (names it).
     """
     config = run.config.build_mask
     if dry_run:
@@ -58,7 +58,7 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
     connect(run.config)
     rules = _rules(run)
     remove_tree(rules.scratch)
-    selected = select(rules, _shard_files(run), run_tasks(config.cpus_per_task))
+    selected = select(rules, _shard_files(run, scores), run_tasks(config.cpus_per_task))
     if selected.num_blocks != corpus.rows["blocks"]:
         raise StageError(f"{VERB}: {selected.num_blocks} blocks were masked, {run.corpus} has {corpus.rows['blocks']}")
     summary = _summary(selected, run)
@@ -136,14 +136,17 @@ def _rules(run: Run) -> Rules:
     )
 
 
-def _shard_files(run: Run) -> list[ShardFiles]:
+def _shard_files(run: Run, scored: Manifest) -> list[ShardFiles]:
     corpus_files, score_files = data_files(run.corpus), data_files(run.scores)
     if [path.name for path in corpus_files] != [path.name for path in score_files]:
         raise StageError(f"{VERB}: {run.corpus} and {run.scores} hold different shards")
     shards = []
     for corpus, scores in zip(corpus_files, score_files, strict=True):
         name = corpus.stem.removeprefix("shard-")
-        shards.append(ShardFiles(name, corpus, run.corpus / f"documents-{name}.parquet", scores))
+        if scores.name not in scored.files:
+            raise StageError(f"{VERB}: {scores} is not in its manifest; delete {run.scores} and score the corpus again")
+        digest = scored.files[scores.name]["sha256"]
+        shards.append(ShardFiles(name, corpus, run.corpus / f"documents-{name}.parquet", scores, digest))
     return shards
 
 

@@ -94,7 +94,6 @@ def test_a_damaged_corpus_shard_is_named_and_the_others_are_scored(damage: str, 
     assert stage("score_corpus")(run).rows["blocks"] == read_manifest(run.corpus).rows["blocks"]
 
 
-@pytest.mark.xfail(strict=True, reason="build_mask does not call verify_file when it reads a scores shard yet")
 def test_a_bit_flipped_in_the_scores_is_found_when_they_are_read(copied: Copied) -> None:
     run = copied("ranking", "mask")
     damaged = data_files(run.scores)[-1]
