@@ -183,7 +183,9 @@ class ScoreShard:
             schemas.per_token_column(scores_BT, schema, name) for name, scores_BT in zip(names, scores_KBT, strict=True)
         ]
         with publish(self.scores / descriptor["shard"]) as part:
-            pq.write_table(pa.Table.from_arrays([table.column("block_id"), *columns], schema=schema), part)
+            # Hardly two scores are equal: a dictionary of them is longer than they are.
+            scored = pa.Table.from_arrays([table.column("block_id"), *columns], schema=schema)
+            pq.write_table(scored, part, use_dictionary=False)
         return {
             "blocks": len(tokens_BT),
             "tokens": int(lengths_B.sum()),

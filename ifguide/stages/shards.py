@@ -6,7 +6,8 @@ The ledger entry means done: a rerun, or a retry of Ray's, skips those keys.
 
 Ray restarts an actor whose process died, and runs its shards again, without end. So attempts are counted on storage,
 in `ledger/<key>.attempts`, before the work starts: a shard that kills its process is given up after `max_attempts`,
-and so is an actor that does not survive its constructor. A shard that has failed before runs alone in its actor:
+and so is an actor that does not survive its constructor; one that cannot count its start, on a full disk for
+instance, gives that as the reason of the shards that it is given. A shard that has failed before runs alone in its actor:
 a neighbour that it takes down pays one attempt and no more. A failed shard does not stop the others; the stage
 then ends with every failed key and reason. An actor whose restart fails ends Ray Data's run: the shards that are
 left go to a new pool, as long as each pool finishes some.
@@ -224,7 +225,12 @@ class _LedgerWorker:
         starts = Attempts(self.ledger / ACTORS, str(ray.get_runtime_context().get_actor_id()))
         if starts.made >= pool.max_attempts:
             raise RuntimeError(f"its process died {starts.made} times while it started")
-        starts.begin()
+        self.storage_error = ""
+        try:
+            starts.begin()
+        except OSError as error:  # raised here, it would have Ray start this actor again, for ever
+            self.storage_error = _said(error)
+            return
         self.worker = make_worker(**settings)
         starts.forget()
 
@@ -233,10 +239,12 @@ class _LedgerWorker:
         return {"entry": [json.dumps(row) for row in rows]}
 
     def _run_one(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        if self.storage_error:
+            return {"key": descriptor["key"], "error": self.storage_error}
         try:
             return self._attempt(descriptor)
         except OSError as error:  # of the ledger itself
-            return {"key": descriptor["key"], "error": f"{type(error).__name__}: {error}"}
+            return {"key": descriptor["key"], "error": _said(error)}
 
     def _attempt(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         key = descriptor["key"]
@@ -312,6 +320,10 @@ class _RayMetrics:
     def _repeat(self) -> None:
         while not self.closed.wait(10):
             self(self.values)
+
+
+def _said(error: OSError) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _reason(error: BaseException) -> str:
