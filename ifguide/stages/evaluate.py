@@ -191,7 +191,7 @@ class EvaluateModel:
             temperature=self.options.temperature,
             seed=self.config.seed,
             batch_size=self.options.batch_size * self.options.continuations,
-            first_index=descriptor["start"],
+            prompt_ids=[row.row for row in rows],
         )
         flat = [text for group in texts for text in group]
         scores = self.classifier.score(flat)

@@ -165,14 +165,24 @@ def test_sampling_depends_on_the_seed_alone_and_leaves_the_callers_state(random_
     assert sample_continuations(random_model, tokenizer, prompts, **SAMPLING) == first
     assert [len(texts) for texts in first] == [3] * 5
     assert len({text for texts in first for text in texts}) > 5
-    for change in ({"seed": 8}, {"first_index": 5}):
+    for change in ({"seed": 8}, {"prompt_ids": [5, 6, 7, 8, 9]}):
         assert sample_continuations(random_model, tokenizer, prompts, **{**SAMPLING, **change}) != first
 
 
-def test_a_batch_is_seeded_by_its_first_prompt_whatever_other_shards_hold(random_model, tokenizer):
-    whole = sample_continuations(random_model, tokenizer, ["abc", "x", "bcd"], **{**SAMPLING, "batch_size": 3})
-    shard = sample_continuations(random_model, tokenizer, ["x", "bcd"], **{**SAMPLING, "batch_size": 3}, first_index=1)
-    assert shard == whole[1:]
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_a_continuation_is_the_same_in_any_batch_shard_and_number_of_continuations(batch_size, random_model, tokenizer):
+    prompts, ids = ["abc", "x", "bcd", "yy", "cde", "abc"], [10, 11, 12, 13, 14, 20]
+    whole = sample_continuations(random_model, tokenizer, prompts, **SAMPLING, prompt_ids=ids)
+    assert whole[0] != whole[5]  # the same text under another id draws anew
+    settings = {**SAMPLING, "batch_size": batch_size}
+    assert sample_continuations(random_model, tokenizer, prompts, **settings, prompt_ids=ids) == whole
+    shard = sample_continuations(random_model, tokenizer, prompts[4:1:-1], **settings, prompt_ids=ids[4:1:-1])
+    assert shard == whole[4:1:-1]
+    more = sample_continuations(
+        random_model, tokenizer, prompts, **{**settings, "continuations": 5, "max_new_tokens": 9}, prompt_ids=ids
+    )
+    for texts, olds in zip(more, whole, strict=True):
+        assert [text[: len(old)] for text, old in zip(texts, olds, strict=False)] == olds
 
 
 def test_a_memorised_rest_is_sampled_without_prompt_and_stops_at_eos(memorised, tokenizer):
@@ -226,9 +236,11 @@ def test_an_overlong_prompt_keeps_its_end_and_is_counted(tokenizer, caplog):
         sample_continuations(model, tokenizer, ["a"], **{**SAMPLING, "max_new_tokens": 16})
 
 
-@pytest.mark.parametrize("change", [{"top_p": 0.0}, {"temperature": 0.0}, {"continuations": 0}])
+@pytest.mark.parametrize(
+    "change", [{"top_p": 0.0}, {"temperature": 0.0}, {"continuations": 0}, {"batch_size": 0}, {"prompt_ids": [1, 2]}]
+)
 def test_sampling_settings_out_of_range_are_errors(random_model, tokenizer, change):
-    with pytest.raises(ValueError, match=r"temperature|at least 1"):
+    with pytest.raises(ValueError, match=r"temperature|at least 1|1 prompts but 2 prompt_ids"):
         sample_continuations(random_model, tokenizer, ["a"], **{**SAMPLING, **change})
 
 
@@ -251,6 +263,8 @@ def test_perplexity_equals_a_float64_loop_for_every_batch_size(random_model):
         assert result.tokens == tokens == 18
         assert result.nll_sum == pytest.approx(nll, rel=1e-6)
         assert result.perplexity == pytest.approx(math.exp(nll / 18), rel=1e-6)
+        assert result.block_tokens == (11, 0, 6, 0, 1)
+        assert sum(result.block_nll) == pytest.approx(nll, rel=1e-6)
 
 
 def test_perplexity_does_not_see_the_padding(random_model):
@@ -289,7 +303,21 @@ def test_last_word_is_right_only_when_every_token_is(memorised, tokenizer, batch
         )
     assert (result.correct, result.total, result.unusable, result.truncated) == (3, 5, 3, 0)
     assert result.accuracy == 0.6
+    assert result.word_correct == (True, True, True, False, False, None, None, None)
     assert "3 of 8 texts" in caplog.text
+
+
+def test_the_last_token_alone_can_be_right_where_the_word_is_not(memorised, tokenizer):
+    right = last_word_accuracy(memorised, tokenizer, [SENTENCES[0]], batch_size=1)
+    assert (right.accuracy, right.token_accuracy) == (1.0, 1.0)
+    # in "the cat sat on the gat" the g is wrong, and "at" may or may not follow; compare with the argmax itself
+    text = "the cat sat on the gat"
+    ids = tokenizer(text)["input_ids"]
+    greedy = memorised(torch.tensor([ids])).logits[0, -2].argmax()
+    result = last_word_accuracy(memorised, tokenizer, [text, *SENTENCES], batch_size=4)
+    assert result.word_correct == (False, True, True, True)
+    assert result.token_correct == (bool(greedy == ids[-1]), True, True, True)
+    assert result.token_accuracy == sum(result.token_correct) / 4
 
 
 def test_the_space_belongs_to_the_last_word(memorised, tokenizer):
