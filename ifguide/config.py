@@ -82,10 +82,12 @@ class ClassifierSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The Ray cluster: `address` joins a running one, else `RAY_ADDRESS`, else a local one is started."""
+    """The Ray cluster: `address` joins a running one, else `RAY_ADDRESS`, else a local one is started. Plans and dry
+    runs reckon with GPUs of the type `gpu`, a name of planning/measurements.yaml."""
 
     address: str | None = option(None, affects_result=False)
     num_cpus: int | None = option(None, at_least=1, affects_result=False)
+    gpu: str = option("h100", affects_result=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +107,11 @@ class PackCorpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Train the target. `use_mask` false gives the plain baseline; `penalty` is lambda of Eq. 9."""
+    """Train the target. `use_mask` false gives the plain baseline; `penalty` is lambda of Eq. 9. `tokenizer` is the
+    target's where it is not the corpus': the same documents are packed with it, and masked by characters."""
 
     use_mask: bool = True
+    tokenizer: str | None = None
     penalty: float = option(1.0, at_least=0)
     init_from: str | None = None
     epochs: float = option(4.0, above=0)
@@ -279,13 +283,20 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file and apply `a.b=c` overrides.
+    """Read a YAML file and apply `a.b=c` overrides. A file that `extends` another, named relative to it, has that one's
+    keys where it sets none of its own.
 
     Raises:
         ConfigError: unknown key, bad type or value; names the dotted key.
         FileNotFoundError: no such file.
     """
-    path = Path(path)
+    tree = _read_tree(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    return config_from_mapping(substitute(tree, str(tree.get("run_dir", Config.run_dir))))
+
+
+def _read_tree(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
     try:
@@ -294,9 +305,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
-    for override in overrides:
-        apply_override(tree, override)
-    return config_from_mapping(substitute(tree, str(tree.get("run_dir", Config.run_dir))))
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str) or path.resolve() in extending:
+        raise ConfigError(f"extends: {path} extends {base!r}; name one other file, which does not extend this one")
+    return _merged(_read_tree(path.parent / base, (*extending, path.resolve())), tree)
+
+
+def _merged(base: Any, over: Any) -> Any:
+    """`over` where it has a value; sections key by key, anything else whole."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
 
 
 def config_from_mapping(tree: Mapping[str, Any]) -> Config:

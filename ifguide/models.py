@@ -243,7 +243,7 @@ def tracked_modules(model: nn.Module, *, min_coverage: float = 0.9) -> TrackedMo
     - naming the coverage and the largest modules left out, when less than `min_coverage` of the blocks'
       parameters would be tracked.
     """
-    blocks_name, blocks = _transformer_blocks(model)
+    blocks_name, blocks = transformer_blocks(model)
     _refuse_untraceable(blocks_name, blocks)
     names: list[str] = []
     untracked: list[tuple[str, int]] = []
@@ -313,7 +313,7 @@ def _is_matrix(tensor: Tensor) -> bool:
     return sum(size > 1 for size in tensor.shape) >= 2
 
 
-def _transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no nn.ModuleList, so no transformer blocks were found")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import MANIFEST, read_manifest
-from ifguide.config import Config, load_config
+from ifguide.config import Config, ConfigError, load_config
 from ifguide.planning.estimate import estimate, scoring_method, scoring_rates
 from ifguide.planning.job import Job, StageEstimate
-from ifguide.planning.measurements import hardware, sources
+from ifguide.planning.measurements import Hardware, hardware, sources
 from ifguide.planning.shapes import ModelShape, proxy_shape, target_shape
 from ifguide.planning.sweep import ACTORS, Point, plot, recommended, sweep
 
@@ -92,13 +92,10 @@ SIMULATED_RATES = (
 def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | None = None) -> Job:
     """The config with its shapes and machines. Without `corpus_tokens`: of the packed corpus, else 1e9."""
     on_gpu = any(getattr(getattr(config, verb), key) for verb, (_, key) in WORKERS.items())
-    machine = hardware(gpu or ("h100" if on_gpu else "cpu"))
-    notes = []
+    machine = hardware(gpu) if gpu else planned_hardware(config) if on_gpu else hardware("cpu")
+    notes: list[str] = []
     if corpus_tokens is None:
-        corpus = Path(config.run_dir).expanduser() / "corpus"
-        packed = (corpus / MANIFEST).exists()
-        corpus_tokens = float(read_manifest(corpus).rows["tokens"]) if packed else DEFAULT_TOKENS
-        notes.append(f"corpus size: {'of ' + str(corpus) if packed else 'assumed; say --corpus-tokens'}")
+        corpus_tokens, notes = planned_tokens(config)
     if corpus_tokens <= 0:
         raise ValueError(f"--corpus-tokens {corpus_tokens:g}: must be above 0")
     return Job(
@@ -110,6 +107,24 @@ def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | N
         core=hardware("cpu"),
         notes=notes,
     )
+
+
+def planned_tokens(config: Config) -> tuple[float, list[str]]:
+    """Tokens of the packed corpus, else `DEFAULT_TOKENS`; and a note that says which."""
+    corpus = Path(config.run_dir).expanduser() / "corpus"
+    packed = (corpus / MANIFEST).exists()
+    tokens = float(read_manifest(corpus).rows["tokens"]) if packed else DEFAULT_TOKENS
+    return tokens, [
+        f"corpus size: {'of ' + str(corpus) if packed else 'assumed; pack it, or say `ifguide plan --corpus-tokens`'}"
+    ]
+
+
+def planned_hardware(config: Config) -> Hardware:
+    """The GPU that the config's `cluster.gpu` names."""
+    try:
+        return hardware(config.cluster.gpu)
+    except ValueError as error:
+        raise ConfigError(f"cluster.gpu: {error}") from error
 
 
 def worker_settings(config: Config, gpus: int) -> list[str]:

@@ -16,6 +16,7 @@ from ifguide.influence.scorer import PRESETS, Method
 from ifguide.planning import flops
 from ifguide.planning.job import STARTS, Job, StageEstimate, by_core, computed, rows
 from ifguide.planning.measurements import efficiency, rates
+from ifguide.planning.training_memory import training_memory
 
 QUERY_TOKENS, PROMPT_TOKENS = 64, 16
 
@@ -28,7 +29,7 @@ def estimate(job: Job) -> list[StageEstimate]:
         _build_query(job),
         _score_corpus(job),
         _build_mask(job),
-        _pretrain(job),
+        pretrain_estimate(job, models=2 if job.config.baseline else 1),
         _evaluate(job),
     ]
 
@@ -186,20 +187,11 @@ def _score_corpus(job: Job) -> StageEstimate:
     )
 
 
-def _pretrain(job: Job) -> StageEstimate:
+def pretrain_estimate(job: Job, *, models: int) -> StageEstimate:
+    """Training of one model, or of two: the penalised one and the baseline."""
     config, target = job.config.pretrain, job.target
-    models = 2 if job.config.baseline else 1
     per_token = flops.training(target, job.block, recomputed=config.activation_checkpointing)
     parameters, width = float(target.parameters), 2 if config.dtype == "bfloat16" else 4
-    shared = config.workers
-    weights = width * parameters / (shared if config.zero_stage >= 3 else 1)
-    gradients = 4 * parameters / (shared if config.zero_stage >= 2 else 1)
-    states = (12 if width == 2 else 8) * parameters / (shared if config.zero_stage >= 1 else 1)
-    if config.offload_optimizer:
-        states = 0.0
-    tokens = config.micro_batch_blocks * job.block
-    kept = 2 if config.activation_checkpointing else 34
-    activations = tokens * (width / 2 * kept * target.layers * target.hidden + (width + 8) * target.vocabulary)
     host = job.tokens * 5.0
     return computed(
         job,
@@ -210,7 +202,7 @@ def _pretrain(job: Job) -> StageEstimate:
         gpus=config.gpus_per_worker,
         cpus=config.cpus_per_worker,
         size=target.tracked,
-        memory=weights + gradients + states + activations,
+        memory=training_memory(config, target, job.block).total,
         storage=models * parameters * (4 + width + 12),
         starts=STARTS["pretrain"] * models,
         notes=(

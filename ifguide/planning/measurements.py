@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -27,7 +28,8 @@ MOST = 0.9  # no pass comes nearer to its peak
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One GPU, or one core of a CPU: dense peaks in FLOP/s; `memory` in bytes, 0 where it is the machine's."""
+    """One GPU, or one core of a CPU: dense peaks in FLOP/s; `memory` in bytes, 0 where it is the machine's.
+    `cuda_name` is a pattern of what CUDA calls it."""
 
     name: str
     device: str
@@ -37,6 +39,7 @@ class Hardware:
     memory: float
     kind: str
     source: str
+    cuda_name: str = ""
 
     def peak(self, precision: str) -> float:
         return float(getattr(self, precision))
@@ -100,10 +103,18 @@ def hardware(name: str) -> Hardware:
     known = _tables()["hardware"]
     if name not in known:
         raise ValueError(
-            f"--gpu {name}: no such type is known, only {', '.join(known)}; add its data sheet's peaks to"
+            f"GPU type {name}: not known, only {', '.join(known)}; add its data sheet's peaks to"
             " ifguide/planning/measurements.yaml"
         )
     return Hardware(name=name, **known[name])
+
+
+def hardware_of_device(cuda_name: str) -> Hardware | None:
+    """The GPU type that CUDA calls so (`torch.cuda.get_device_name`); None where its peak is not known."""
+    for name, entry in _tables()["hardware"].items():
+        if "cuda_name" in entry and re.fullmatch(entry["cuda_name"], cuda_name):
+            return hardware(name)
+    return None
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from ifguide.artifacts import Manifest, remove_tree, require, require_same, writ
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
 from ifguide.models import check_vocabulary, load_architecture, load_model, load_tokenizer
 from ifguide.objective import signed_loss
+from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
 from ifguide.stages.training_blocks import TrainingBlocks
 from ifguide.telemetry import MetricsLog, configure_logging, format_seconds, log, read_metrics
@@ -51,7 +52,10 @@ def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
     name = PENALISED if config.use_mask else BASELINE
     target = initial_model(run.config)
     if dry_run:
-        _describe(run, name, target)
+        plan = plan_pretrain(run.config)
+        for line in describe(plan):
+            log(VERB, line)
+        require_fit(plan)
         return None
     corpus = require(run.corpus, "pack_corpus")
     inputs = {"corpus": corpus.fingerprint}
@@ -365,18 +369,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest published engine checkpoint of a model folder."""
     found = sorted(path for path in (folder / CHECKPOINTS).glob("step-*") if path.suffix != ".part")
     return found[-1] if found else None
-
-
-def _describe(run: Run, name: str, target: ModelSource) -> None:
-    config = run.config.pretrain
-    what = target.source or (target.architecture or {}).get("model_type")
-    log(
-        VERB,
-        f"would train {name} ({what}{'' if config.init_from else ', from scratch'}) on {config.workers} workers,"
-        f" ZeRO {config.zero_stage}, {config.dtype},"
-        f" {config.batch_blocks * run.config.pack_corpus.block_size:,} tokens per step, {config.epochs:g} epochs,"
-        f" penalty {config.penalty if config.use_mask else 0:g}",
-    )
 
 
 def _as_float(value: Any) -> float | None:

@@ -230,3 +230,29 @@ def test_tokenizer_is_the_trained_the_named_the_proxys_or_the_targets(tree, expe
 def test_no_tokenizer_at_all_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"^tokenizer: name a hub id or a local folder"):
         _ = Config().tokenizer_source
+
+
+def test_a_file_extends_another_key_by_key(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "seed: 3\nproxy: a/b\npretrain: {epochs: 2, workers: 2}\nevaluate: {word_list: [x]}"
+    )
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\npretrain: {workers: 4}\nproxy: {source: c/d}")
+    path = tmp_path / "deep" / "top.yaml"
+    path.parent.mkdir()
+    path.write_text("extends: ../middle.yaml\nevaluate: {word_list: [y]}")
+    config = load_config(path, ["pretrain.epochs=5"])
+    assert (config.seed, config.pretrain.epochs, config.pretrain.workers) == (3, 5.0, 4)
+    assert (config.proxy.source, config.evaluate.word_list) == ("c/d", ("y",))
+
+
+def test_files_that_extend_each_other_or_nothing_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    with pytest.raises(ConfigError, match=r"extends: .*a\.yaml extends"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("extends: [a, b]")
+    with pytest.raises(ConfigError, match="extends: "):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "d.yaml").write_text("extends: nowhere.yaml")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "d.yaml")

@@ -21,7 +21,7 @@ from ifguide.planning.simulation import Outcome
 from ifguide.planning.sweep import limit, recommended, sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PYTHIA = CONFIGS / "pythia160m_owt.yaml"
+PYTHIA = CONFIGS / "pythia160m.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_the_text_names_stages_sources_and_extrapolations(capsys: pytest.Capture
 def test_an_unknown_gpu_and_an_empty_corpus_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", str(PYTHIA), "--gpu", "abacus"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("ifguide plan: --gpu abacus: no such type is known, only cpu, h100")
+    assert error.startswith("ifguide plan: GPU type abacus: not known, only cpu, h100")
     assert main(["plan", "--config", str(PYTHIA), "--corpus-tokens", "0"]) == 1
     assert "--corpus-tokens 0" in capsys.readouterr().err
 

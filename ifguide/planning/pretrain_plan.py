@@ -1,0 +1,168 @@
+"""What `pretrain` is going to take: parameters, memory of a GPU by part, steps and hours; refused where it cannot fit.
+
+Needs neither Ray, a GPU nor the network (for a model of `shapes.yaml`). The memory is `training_memory`'s, the hours
+those of `ifguide plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ifguide.config import Config, ConfigError, Pretrain
+from ifguide.planning.command import planned_hardware, planned_tokens
+from ifguide.planning.estimate import pretrain_estimate
+from ifguide.planning.job import Job, StageEstimate
+from ifguide.planning.measurements import Hardware, hardware
+from ifguide.planning.shapes import ModelShape, target_shape
+from ifguide.planning.table import duration, size
+from ifguide.planning.training_memory import USABLE, TrainingMemory, training_memory
+from ifguide.training import Schedule
+
+MOST_WORKERS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainPlan:
+    """`other` is the memory with activation checkpointing if the config has none, and without if it has it."""
+
+    config: Config
+    target: ModelShape
+    machine: Hardware
+    memory: TrainingMemory
+    other: TrainingMemory
+    tokens: float
+    steps: int
+    estimate: StageEstimate
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the worker's GPU holds it; of a CPU nothing is known."""
+        return _fits(self.config.pretrain, self.memory, self.machine)
+
+
+def plan_pretrain(config: Config) -> PretrainPlan:
+    """The plan of one model of a config, that with the mask or the baseline.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: the target's shape cannot be known; says what to set.
+    """
+    train, block_size = config.pretrain, config.pack_corpus.block_size
+    machine = planned_hardware(config) if train.gpus_per_worker else hardware("cpu")
+    tokens, notes = planned_tokens(config)
+    target = target_shape(config)
+    job = Job(config=config, proxy=target, target=target, tokens=tokens, machine=machine, core=hardware("cpu"))
+    schedule = Schedule(
+        num_blocks=max(1, round(tokens / block_size)),
+        batch_blocks=train.batch_blocks,
+        epochs=train.epochs,
+        seed=config.seed,
+    )
+    other = replace(train, activation_checkpointing=not train.activation_checkpointing)
+    return PretrainPlan(
+        config=config,
+        target=target,
+        machine=machine,
+        memory=training_memory(train, target, block_size),
+        other=training_memory(other, target, block_size),
+        tokens=tokens,
+        steps=schedule.steps,
+        estimate=pretrain_estimate(job, models=1),
+        notes=tuple(notes),
+    )
+
+
+def require_fit(plan: PretrainPlan) -> None:
+    """Refuse what the GPU cannot hold.
+
+    Raises:
+        ConfigError: names the first key to change, and all changes with which it fits.
+    """
+    if plan.fits:
+        return
+    changes = _remedy(plan)
+    needed = f"{size(plan.memory.total)} are needed per GPU, {plan.machine.name} has {size(plan.machine.memory)}"
+    needed += f" ({USABLE:.0%} of it usable)"
+    if changes is None:
+        raise ConfigError(f"target: {plan.target.name} cannot fit: {needed}, whatever the other keys of pretrain")
+    with_them = training_memory(
+        replace(plan.config.pretrain, **changes), plan.target, plan.config.pack_corpus.block_size
+    )
+    settings = " ".join(f"--set pretrain.{key}={_yaml(value)}" for key, value in changes.items())
+    raise ConfigError(f"pretrain.{next(iter(changes))}: {needed}; it fits with {settings} ({size(with_them.total)})")
+
+
+def _remedy(plan: PretrainPlan) -> dict[str, Any] | None:
+    """The first changes that make it fit: each alone, then more and more of them, the cheapest in time first."""
+    train, block_size = plan.config.pretrain, plan.config.pack_corpus.block_size
+    single = list(_single_changes(train))
+    together: dict[str, Any] = {}
+    attempts = list(single)
+    for change in single:
+        together = {**together, **change}
+        attempts.append(dict(together))
+    workers = train.workers
+    while (workers := 2 * workers) <= MOST_WORKERS:
+        attempts.append({"workers": workers, **together})
+    for changes in attempts:
+        changed = replace(train, **changes)
+        if changed.batch_blocks % (changed.workers * changed.micro_batch_blocks):
+            continue
+        if _fits(changed, training_memory(changed, plan.target, block_size), plan.machine):
+            return changes
+    return None
+
+
+def _single_changes(train: Pretrain) -> Iterator[dict[str, Any]]:
+    if not train.activation_checkpointing:
+        yield {"activation_checkpointing": True}
+    if train.workers > 1:
+        yield from ({"zero_stage": stage} for stage in range(train.zero_stage + 1, 4))
+    smaller = train.micro_batch_blocks
+    while smaller > 1:
+        smaller //= 2
+        yield {"micro_batch_blocks": smaller}
+    if not train.offload_optimizer:
+        yield {"offload_optimizer": True}
+
+
+def _fits(train: Pretrain, memory: TrainingMemory, machine: Hardware) -> bool:
+    return not train.gpus_per_worker or memory.total <= USABLE * machine.memory * min(1.0, train.gpus_per_worker)
+
+
+def describe(plan: PretrainPlan) -> list[str]:
+    """The plan as lines of text."""
+    config, train, memory = plan.config, plan.config.pretrain, plan.memory
+    block_size, estimate = config.pack_corpus.block_size, plan.estimate
+    name = "penalised" if train.use_mask else "baseline"
+    start = f"from {train.init_from}" if train.init_from else "from scratch"
+    accumulation = train.batch_blocks // (train.workers * train.micro_batch_blocks)
+    parts = ", ".join(
+        f"{part} {size(getattr(memory, part))}"
+        for part in ("weights", "gradients", "optimizer", "buffers", "activations", "head")
+    )
+    checkpointing = "without" if train.activation_checkpointing else "with"
+    limit = f" of {size(plan.machine.memory)}" if train.gpus_per_worker else ""
+    place = f"GPU ({plan.machine.name})" if train.gpus_per_worker else "worker"
+    hours = "~" if estimate.extrapolated else ""
+    return [
+        f"would train {name}: {plan.target.name} ({plan.target.known_from}), {plan.target.parameters:,} parameters,"
+        f" {start}",
+        f"{train.workers} workers, ZeRO {train.zero_stage}, {train.dtype}, activation checkpointing"
+        f" {'on' if train.activation_checkpointing else 'off'}, micro-batches of {train.micro_batch_blocks} blocks,"
+        f" {accumulation} to a step",
+        f"memory per {place}: {size(memory.total)}{limit}: {parts}",
+        f"activations {checkpointing} checkpointing: {size(plan.other.activations)}, {size(plan.other.total)} in all",
+        f"{plan.steps:,} steps of {train.batch_blocks * block_size:,} tokens:"
+        f" {train.epochs:g} epochs of {plan.tokens:.3g} tokens",
+        f"{hours}{duration(estimate.seconds / 3600)} ({duration(estimate.low / 3600)} -"
+        f" {duration(estimate.high / 3600)}), at least {duration(estimate.floor / 3600)};"
+        f" {size(estimate.storage)} on disk",
+        *plan.notes,
+    ]
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,138 @@
+"""What training takes of a GPU's memory, by part, from the model's shape alone.
+
+    weights + gradients + optimizer + buffers + activations + head
+
+With P parameters of w bytes (2 in bfloat16) on N workers, ZeRO stage z splits over them the optimizer's states (z >= 1:
+12 P bytes in bfloat16, float32 weights and two moments; 8 P in float32), the gradients (z >= 2) and the weights
+(z = 3). DeepSpeed also holds what it sends (`buffers`). Activations are what autograd keeps of one micro-batch: they
+are counted, not estimated from a formula, by running the blocks on torch's meta device and adding up the tensors that
+are saved, with attention as a flash kernel keeps it. With checkpointing: each block's input, and all of one block.
+
+Cost: a tenth of a second per model and no memory. The allocator's fragments are in none of the parts: see USABLE.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ifguide.config import Pretrain
+from ifguide.models import transformer_blocks
+from ifguide.planning.shapes import ModelShape
+
+USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own, NCCL's, and what lies between allocations
+BUCKET = 5e8  # elements that DeepSpeed reduces or gathers at once, by default
+LIVE = 1e9  # parameters that ZeRO-3 holds gathered at once, by default
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes of one worker."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All parts: the peak, for the head's part is taken while all activations are kept."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes that autograd keeps per block of the corpus: `whole`, and `checkpointed`."""
+
+    whole: int
+    checkpointed: int
+
+
+def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> TrainingMemory:
+    """The parts for a config and a target, blocks of `block_size` tokens."""
+    parameters, width = float(shape.parameters), 2 if config.dtype == "bfloat16" else 4
+    workers, stage = config.workers, config.zero_stage
+    states = (12 if width == 2 else 8) * parameters / (workers if stage >= 1 else 1)
+    kept = count_activations(shape, block_size, config.dtype)
+    per_block = kept.checkpointed if config.activation_checkpointing else kept.whole
+    tokens = config.micro_batch_blocks * block_size
+    return TrainingMemory(
+        weights=width * parameters / (workers if stage >= 3 else 1),
+        gradients=width * parameters / (workers if stage >= 2 else 1),
+        optimizer=0.0 if config.offload_optimizer else states,
+        buffers=_buffers(config, parameters, width),
+        activations=float(config.micro_batch_blocks * per_block),
+        head=float(tokens * shape.vocabulary * (2 * width + 8)),  # logits and their gradient, in both precisions
+    )
+
+
+def _buffers(config: Pretrain, parameters: float, width: int) -> float:
+    """What is on its way between workers, and the gradients in float32 that a step makes of its share."""
+    if config.workers == 1:
+        return 0.0 if width == 4 or config.offload_optimizer else 4 * min(parameters, BUCKET)
+    share = parameters / config.workers if config.zero_stage >= 1 else parameters
+    step = 0.0 if width == 4 or config.offload_optimizer else 4 * share
+    sent = width * min(parameters, BUCKET)
+    gathered = width * min(parameters, LIVE) if config.zero_stage == 3 else 0.0
+    return max(sent + gathered, step)
+
+
+def count_activations(shape: ModelShape, block_size: int, dtype: str) -> Activations:
+    """What the backbone (all but the LM head) keeps for the backward pass of one block of tokens."""
+    model = copy.deepcopy(shape.skeleton).to(getattr(torch, dtype)).train().requires_grad_(True)
+    _keep_as_flash_does(model)
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}  # the storages stay alive, so that no two have one address
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    marks: list[int] = []
+
+    def mark(*_: Any) -> None:
+        marks.append(sum(storage.nbytes() for storage in kept.values()))
+
+    for block in transformer_blocks(model)[1]:
+        block.register_forward_pre_hook(mark)
+        block.register_forward_hook(mark)
+    tokens = torch.zeros(1, block_size, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.base_model(input_ids=tokens, use_cache=False)[0]
+    mark()
+    by_block = [after - before for before, after in zip(marks[:-1:2], marks[1::2], strict=True)]
+    outside = marks[-1] - sum(by_block)
+    return Activations(
+        whole=marks[-1], checkpointed=outside + max(by_block) + len(by_block) * hidden.numel() * hidden.element_size()
+    )
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Saves what a flash kernel saves: queries, keys, values, the output, one float32 a row. It computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    return _FlashAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+def _keep_as_flash_does(model: Any) -> None:
+    AttentionInterface.register("ifguide_counted", _attend)
+    model.config._attn_implementation = "ifguide_counted"
+    model.config.pad_token_id = None  # with one, transformers looks for it among the tokens, which meta cannot

@@ -1,0 +1,215 @@
+"""The plan of a training: the size of real models, memory against counts of real tensors, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ifguide.cli import main
+from ifguide.config import Config, ConfigError, ModelSource, Pretrain, load_config
+from ifguide.models import load_model, transformer_blocks
+from ifguide.planning.command import make_job
+from ifguide.planning.estimate import estimate
+from ifguide.planning.measurements import hardware, hardware_of_device
+from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
+from ifguide.planning.shapes import shape_of_fields, target_shape
+from ifguide.planning.training_memory import USABLE, count_activations, training_memory
+from tests.tiny import ARCHITECTURES
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PARAMETERS = {
+    "pythia160m": 162_322_944,
+    "pythia410m": 405_334_016,
+    "pythia1b": 1_011_781_632,
+    "pythia2.8b": 2_775_208_960,
+    "pythia12b": 11_846_072_320,
+    "llama32_1b": 1_235_814_400,
+    "finetune": 1_011_781_632,
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_ready_config_plans_the_real_model_and_fits(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    plan = plan_pretrain(config)
+    assert plan.target.parameters == PARAMETERS[name]
+    require_fit(plan)
+    assert config.pretrain.batch_blocks * config.pack_corpus.block_size == (131_072 if name == "finetune" else 524_288)
+
+
+def test_dry_run_says_parameters_memory_by_part_steps_and_hours() -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ifguide").addHandler(handler)
+    try:
+        assert main(["pretrain", "--config", str(CONFIGS / "pythia1b.yaml"), "--dry-run"]) == 0
+    finally:
+        logging.getLogger("ifguide").removeHandler(handler)
+    text = "\n".join(lines)
+    assert "1,011,781,632 parameters" in text
+    assert "7,630 steps of 524,288 tokens" in text
+    for part in ("weights", "gradients", "optimizer", "buffers", "activations", "head"):
+        assert re.search(rf"{part} [\d.]+ GB", text), part
+    assert "activations with checkpointing" in text
+    assert re.search(r"~[\d.]+ (min|h) \(", text)
+
+
+def test_dry_run_refuses_what_cannot_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "pythia12b.yaml")
+    arguments = ["pretrain", "--config", config, "--dry-run", "--set", "pretrain.zero_stage=0"]
+    assert main(arguments) == 1
+    assert "pretrain.zero_stage: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama3", "gemma2", "gpt2", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_those_that_autograd_keeps_of_the_real_model(family: str, dtype: str) -> None:
+    """On a real model every attention is the flash kernel's, so what differs is at most its row statistics."""
+    fields, tokens = dict(ARCHITECTURES[family]), 32
+    if family == "gpt2":
+        fields |= {"attn_pdrop": 0.0}  # the kernel of a CPU has no dropout
+    eager_only = family == "gemma2"
+    shape = shape_of_fields(family, "test", fields)
+    model = load_model(
+        ModelSource(architecture=fields),
+        dtype=getattr(torch, dtype),
+        attn_implementation="eager" if eager_only else "sdpa",
+    )
+    model.train()
+    kept = _kept_by_autograd(model, tokens)
+    counted = count_activations(shape, tokens, dtype)
+    if eager_only:
+        assert counted.whole < kept  # the square of attention weights is not kept by a flash kernel
+    else:
+        assert counted.whole == pytest.approx(kept, rel=0.1)
+    assert counted.checkpointed < counted.whole
+
+
+def _kept_by_autograd(model: Any, tokens: int) -> int:
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_checkpointing_keeps_one_input_for_each_block() -> None:
+    fields = {**ARCHITECTURES["llama"], "num_hidden_layers": 12}
+    shape, tokens = shape_of_fields("tiny", "test", fields), 32
+    counted = count_activations(shape, tokens, "float32")
+    assert len(transformer_blocks(shape.skeleton)[1]) == 12
+    one_more = count_activations(
+        shape_of_fields("tiny", "test", {**fields, "num_hidden_layers": 13}), tokens, "float32"
+    )
+    assert one_more.checkpointed - counted.checkpointed == 4 * tokens * 16
+    assert one_more.whole - counted.whole > 10 * 4 * tokens * 16
+
+
+@pytest.fixture(scope="module")
+def billion() -> Config:
+    return load_config(CONFIGS / "pythia1b.yaml")
+
+
+def test_each_stage_of_zero_splits_one_part_more(billion: Config) -> None:
+    shape = target_shape(billion)
+    memories = [training_memory(replace(billion.pretrain, zero_stage=stage), shape, 2048) for stage in range(4)]
+    P = shape.parameters
+    for stage, memory in enumerate(memories):
+        assert memory.optimizer == pytest.approx(12 * P / (8 if stage >= 1 else 1))
+        assert memory.gradients == pytest.approx(2 * P / (8 if stage >= 2 else 1))
+        assert memory.weights == pytest.approx(2 * P / (8 if stage >= 3 else 1))
+    alone = replace(billion.pretrain, workers=1, zero_stage=3)
+    assert training_memory(alone, shape, 2048).weights == pytest.approx(2 * P)
+    offloaded = training_memory(replace(billion.pretrain, offload_optimizer=True), shape, 2048)
+    assert offloaded.optimizer == 0
+
+
+def test_activations_and_head_grow_with_the_micro_batch_and_nothing_else_does(billion: Config) -> None:
+    shape = target_shape(billion)
+    one, four = (
+        training_memory(replace(billion.pretrain, micro_batch_blocks=blocks), shape, 2048) for blocks in (1, 4)
+    )
+    assert four.activations == 4 * one.activations
+    assert (four.weights, four.optimizer, four.buffers) == (one.weights, one.optimizer, one.buffers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"micro_batch_blocks": 32}, "activation_checkpointing"),
+        ({"workers": 1, "zero_stage": 0, "activation_checkpointing": True}, "offload_optimizer"),
+        ({"zero_stage": 0, "activation_checkpointing": True, "micro_batch_blocks": 1}, "zero_stage"),
+        ({"zero_stage": 3, "activation_checkpointing": True, "micro_batch_blocks": 32}, "micro_batch_blocks"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_changes_that_fit(billion: Config, changes: dict[str, Any], key: str) -> None:
+    target = "EleutherAI/pythia-1b" if key == "activation_checkpointing" else "EleutherAI/pythia-6.9b"
+    config = replace(billion, target=ModelSource(source=target), pretrain=replace(billion.pretrain, **changes))
+    with pytest.raises(ConfigError, match=rf"^pretrain\.{key}: .* needed per GPU, h100 has 80") as refused:
+        require_fit(plan_pretrain(config))
+    advised = re.findall(r"--set (\S+)", str(refused.value))
+    assert advised
+    again = load_config(CONFIGS / "pythia1b.yaml", [f"target={target}",
+        *(f"pretrain.{name}={str(value).lower()}" for name, value in changes.items()), *advised])  # fmt: skip
+    require_fit(plan_pretrain(again))
+
+
+def test_what_fits_nowhere_says_so_and_a_worker_without_a_gpu_is_not_judged(billion: Config) -> None:
+    small = hardware("h100")
+    plan = plan_pretrain(billion)
+    with pytest.raises(ConfigError, match="target: EleutherAI/pythia-1b cannot fit"):
+        require_fit(replace(plan, machine=replace(small, memory=1e8)))
+    without = plan_pretrain(replace(billion, pretrain=replace(billion.pretrain, gpus_per_worker=0)))
+    require_fit(without)
+    assert any("memory per worker" in line for line in describe(without))
+    with pytest.raises(ConfigError, match=r"cluster\.gpu: GPU type abacus"):
+        plan_pretrain(load_config(CONFIGS / "pythia1b.yaml", ["cluster.gpu=abacus"]))
+
+
+def test_the_plan_of_all_stages_and_that_of_training_are_one(billion: Config) -> None:
+    plan = plan_pretrain(billion)
+    whole = next(
+        item for item in estimate(make_job(load_config(CONFIGS / "pythia160m.yaml"))) if item.stage == "pretrain"
+    )
+    small = plan_pretrain(load_config(CONFIGS / "pythia160m.yaml"))
+    assert whole.flop == pytest.approx(2 * small.estimate.flop)  # the baseline too
+    assert whole.memory == small.memory.total
+    assert plan.memory.total < USABLE * plan.machine.memory
+
+
+def test_devices_are_known_by_the_names_that_cuda_gives_them() -> None:
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100_pcie", "NVIDIA H200": "h200",
+             "NVIDIA A100-SXM4-40GB": "a100", "NVIDIA A100 80GB PCIe": "a100", "NVIDIA L40S": "l40s",
+             "NVIDIA GH200 480GB": "gh200"}  # fmt: skip
+    for cuda_name, name in names.items():
+        found = hardware_of_device(cuda_name)
+        assert found is not None
+        assert found.name == name
+    assert hardware_of_device("Abacus 3000") is None
+
+
+def test_offload_and_full_precision_of_one_worker() -> None:
+    shape = shape_of_fields("tiny", "test", ARCHITECTURES["llama"])
+    config = Pretrain(workers=1, zero_stage=0, dtype="float32", micro_batch_blocks=2)
+    memory = training_memory(config, shape, 16)
+    P = shape.parameters
+    assert (memory.weights, memory.gradients, memory.optimizer, memory.buffers) == (4 * P, 4 * P, 8 * P, 0)
