@@ -17,7 +17,7 @@ speaks of other prompts, not of another seed. It is too narrow for fewer than ab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ class Bootstrap:
             values, samples = (both[..., : len(names)] / both[..., len(names) :] for both in (sums.sum(0), drawn))
         return {name: Replicates(value=float(values[i]), samples=samples[:, i], n=n) for i, name in enumerate(names)}
 
-    def counts(self, n: int) -> Any:
+    def counts(self, n: int) -> Iterator[np.ndarray]:
         """Chunks (s, n) of how often each replicate holds each of n items; float64, every row sums to n."""
         generator = np.random.default_rng(np.random.SeedSequence((self.seed, n)))
         chunk = max(1, CHUNK_COUNTS // max(1, n))

@@ -1,0 +1,40 @@
+"""What makes toxicity the behaviour: classifiers, prompt tables, and the two query sets made from them."""
+
+from ifguide.toxicity.classifiers import (
+    CLASSIFIERS,
+    Classifier,
+    DetoxifyClassifier,
+    LabelClassifier,
+    ProfanityClassifier,
+    SequenceClassifier,
+    WordListClassifier,
+    load_classifier,
+)
+from ifguide.toxicity.prompts import (
+    GroupedPrompt,
+    LabelledText,
+    PromptRow,
+    read_grouped_prompts,
+    read_labelled,
+    read_prompts,
+)
+from ifguide.toxicity.queries import QuerySets, select_queries
+
+__all__ = [
+    "CLASSIFIERS",
+    "Classifier",
+    "DetoxifyClassifier",
+    "GroupedPrompt",
+    "LabelClassifier",
+    "LabelledText",
+    "ProfanityClassifier",
+    "PromptRow",
+    "QuerySets",
+    "SequenceClassifier",
+    "WordListClassifier",
+    "load_classifier",
+    "read_grouped_prompts",
+    "read_labelled",
+    "read_prompts",
+    "select_queries",
+]

@@ -1,0 +1,275 @@
+"""Toxicity classifiers behind one `Classifier` protocol: scores in [0, 1], per class.
+
+- `detoxify:VARIANT`: one transformer pass per text. It fetches its checkpoint unless a local one is given. Detoxify
+  would unpickle a checkpoint; a local one is read with `weights_only` before Detoxify sees it.
+- `hf:SOURCE`: any sequence classifier of transformers, by hub id or local folder (ToxiGen-RoBERTa for implicit
+  toxicity). Several labels that exclude each other give softmax shares, of which one, named, is the class; labels of a
+  `multi_label_classification` give one sigmoid each.
+- `alt-profanity-check`: a linear model over word counts, offline, about 6 microseconds per text.
+- `words:FILE`: 1 where a text holds a word or phrase of the list, one per line, as whole words ignoring case; else 0.
+- `labels`: the scores that rows carry already (Perspective's in RealToxicityPrompts); it cannot score new text.
+
+Transformers take texts in order of length, so that little is padded, and cut them at their longest input. They are
+not calibrated: 0.5 does not mean the same to any two of them.
+"""
+
+import difflib
+import io
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Scores = dict[str, NDArray[np.float32]]
+
+DETOXIFY = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
+CLASSIFIERS = (*(f"detoxify:{variant}" for variant in DETOXIFY), "alt-profanity-check", "labels")
+PREFIXES = ("hf:", "words:")
+
+
+class Classifier(Protocol):
+    """`classes[0]` is the primary class: the one that queries and metrics are decided by."""
+
+    name: str
+    classes: tuple[str, ...]
+
+    def score(self, texts: Sequence[str]) -> Scores:
+        """Per class, (n,) float32 scores in [0, 1] in the order of `texts`."""
+        ...
+
+
+def _by_length(
+    texts: Sequence[str], batch_size: int, columns: int, score: Callable[[list[str]], np.ndarray]
+) -> NDArray[np.float32]:
+    """`score` of batches of texts of like length, (n, columns) in the order of `texts`."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    scores = np.empty((len(texts), columns), dtype=np.float32)
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        scores[batch] = score([texts[i] for i in batch])
+    return scores
+
+
+def _longest_input(config: Any, tokenizer: Any) -> int:
+    """Tokens that the model can take. A tokenizer saved without a limit would run past the position table."""
+    # RoBERTa numbers positions from padding_idx + 1, so it has that many fewer.
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return min(tokenizer.model_max_length, positions - offset)
+
+
+class DetoxifyClassifier:
+    """Detoxify, from its own release or from a local checkpoint; `toxicity` is the primary class.
+
+    `huggingface_config` is a local folder with the base model's config and tokenizer. Without it they are
+    those that the checkpoint names, which is a hub id in the published ones.
+    """
+
+    def __init__(
+        self,
+        model_type: str,
+        *,
+        checkpoint: str | None = None,
+        huggingface_config: str | None = None,
+        device: str = "cpu",
+        batch_size: int = 64,
+    ) -> None:
+        from detoxify import Detoxify  # heavy: imports transformers
+
+        assert batch_size >= 1, batch_size
+        self.name = f"detoxify:{model_type}"
+        self.batch_size = batch_size
+        source = _detoxify_source(checkpoint, huggingface_config)
+        try:
+            self._model = Detoxify(model_type, checkpoint=source, device=device)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{self.name} could not load its files ({error}): without a network, name a local checkpoint "
+                "and a local folder with the base model's config and tokenizer"
+            ) from error
+        classes = list(self._model.class_names)
+        self.classes = tuple(sorted(classes, key=lambda name: name != "toxicity"))  # stable: only one moves
+        tokenizer = self._model.tokenizer
+        tokenizer.model_max_length = _longest_input(self._model.model.config, tokenizer)
+
+    def score(self, texts: Sequence[str]) -> Scores:
+        scores = _by_length(texts, self.batch_size, len(self.classes), self._batch)
+        return dict(zip(self.classes, scores.T, strict=True))
+
+    def _batch(self, texts: list[str]) -> np.ndarray:
+        predicted = self._model.predict(texts)
+        # A batch of one comes back as bare numbers.
+        return np.stack([np.atleast_1d(np.asarray(predicted[name])) for name in self.classes], axis=1)
+
+
+def _detoxify_source(checkpoint: str | None, huggingface_config: str | None) -> io.BytesIO | None:
+    """What Detoxify takes for its checkpoint, with the base model replaced by the local folder if given."""
+    if checkpoint is None:
+        if huggingface_config is not None:
+            raise ValueError(
+                f"a local config folder ({huggingface_config}) needs a local Detoxify checkpoint too: name one"
+            )
+        return None
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"Detoxify checkpoint {checkpoint} does not exist: check the path")
+    if huggingface_config is not None and not Path(huggingface_config).is_dir():
+        raise FileNotFoundError(f"config folder {huggingface_config} of Detoxify does not exist")
+    try:
+        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        arguments = loaded["config"]["arch"]["args"]
+        loaded["config"]["dataset"]["args"]["classes"], loaded["state_dict"]
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{checkpoint} holds more than tensors and plain values, which could run code: save its `config` and "
+            f"`state_dict` alone ({str(error).splitlines()[0]})"
+        ) from error
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint} is not a Detoxify checkpoint, {{config, state_dict}}: {error}") from error
+    if huggingface_config is not None:
+        # Detoxify's own `huggingface_config_path` still asks the hub for the config that the checkpoint names,
+        # and then loses the number of classes.
+        arguments["model_type"] = huggingface_config
+    buffer = io.BytesIO()
+    torch.save(loaded, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+class SequenceClassifier:
+    """Any sequence classifier of transformers. `label` names the label that is the primary class.
+
+    It can be left out where the model has one label, or one called `toxicity` or `toxic`."""
+
+    def __init__(self, source: str, *, label: str | None = None, device: str = "cpu", batch_size: int = 64) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        assert batch_size >= 1, batch_size
+        self.name, self.batch_size, self.device = f"hf:{source}", batch_size, device
+        if not source or (source[0] in "./~" and not Path(source).expanduser().is_dir()):
+            raise FileNotFoundError(f"classifier folder {source!r} does not exist: check the path")
+        source = str(Path(source).expanduser()) if source[0] == "~" else source
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
+            self._tokenizer = AutoTokenizer.from_pretrained(source)
+        except OSError as error:
+            raise FileNotFoundError(f"{self.name} could not load its files ({error}): name a local folder") from error
+        self._model = torch.nn.Module.to(model, device).eval()  # transformers' own wrapper of it has no types
+        config = self._model.config
+        labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+        primary = _primary_label(labels, label, self.name)
+        self._exclusive = len(labels) > 1 and config.problem_type != "multi_label_classification"
+        kept = [primary] if self._exclusive else sorted(labels, key=lambda name: name != primary)
+        self.classes = tuple(kept)
+        self._columns = [labels.index(name) for name in kept]
+        self._limit = _longest_input(config, self._tokenizer)
+        if self._tokenizer.pad_token is None:
+            raise ValueError(f"{self.name}: its tokenizer has no padding token; set pad_token in its folder")
+
+    def score(self, texts: Sequence[str]) -> Scores:
+        scores = _by_length(texts, self.batch_size, len(self.classes), self._batch)
+        return dict(zip(self.classes, scores.T, strict=True))
+
+    def _batch(self, texts: list[str]) -> np.ndarray:
+        encoded = self._tokenizer(texts, padding=True, truncation=True, max_length=self._limit, return_tensors="pt").to(
+            self.device
+        )
+        with torch.inference_mode():
+            logits = self._model(**encoded).logits.float()
+        shares = logits.softmax(-1) if self._exclusive else logits.sigmoid()
+        return shares[:, self._columns].cpu().numpy()
+
+
+def _primary_label(labels: list[str], wanted: str | None, name: str) -> str:
+    if wanted is None:
+        known = [label for label in labels if label.lower() in ("toxicity", "toxic")]
+        found = labels if len(labels) == 1 else known
+        if len(found) == 1:
+            return found[0]
+        raise ValueError(f"{name} has the labels {', '.join(labels)}: name the behaviour's as the classifier's `label`")
+    if wanted not in labels:
+        raise ValueError(f"{name} has no label {wanted!r}, only {', '.join(labels)}")
+    return wanted
+
+
+class ProfanityClassifier:
+    """alt-profanity-check: probability of profanity as class `toxicity`. The model is in the package."""
+
+    name = "alt-profanity-check"
+    classes: tuple[str, ...] = ("toxicity",)
+
+    def score(self, texts: Sequence[str]) -> Scores:
+        from profanity_check import predict_prob  # loads its model when imported
+
+        scores = predict_prob(list(texts)) if len(texts) else []
+        return {"toxicity": np.asarray(scores, dtype=np.float32)}
+
+
+class WordListClassifier:
+    """1 where a text holds a whole word or phrase of a file, ignoring case; else 0. Class `toxicity`."""
+
+    classes: tuple[str, ...] = ("toxicity",)
+
+    def __init__(self, path: str) -> None:
+        self.name = f"words:{path}"
+        if not Path(path).expanduser().is_file():
+            raise FileNotFoundError(f"word list {path!r} does not exist: check the path")
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        words = sorted({line.strip().lower() for line in lines} - {""})
+        if not words:
+            raise ValueError(f"word list {path} is empty: give one word or phrase per line")
+        # Not \b, which would never end a word like "a$$" before a space.
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
+
+    def score(self, texts: Sequence[str]) -> Scores:
+        found = [self._pattern.search(text) is not None for text in texts]
+        return {"toxicity": np.asarray(found, dtype=np.float32)}
+
+
+class LabelClassifier:
+    """The scores of one class (`toxicity`) that rows carry. Raises ValueError when asked to score text."""
+
+    name = "labels"
+
+    def __init__(self, label: str | None = None) -> None:
+        self.classes: tuple[str, ...] = (label or "toxicity",)
+
+    def score(self, texts: Sequence[str]) -> Scores:
+        raise ValueError(
+            "classifier 'labels' only reads the scores in a table's rows and cannot score text: "
+            f"choose one of {', '.join(CLASSIFIERS[:-1])}, hf:SOURCE, words:FILE"
+        )
+
+
+def load_classifier(
+    spec: str,
+    *,
+    checkpoint: str | None = None,
+    huggingface_config: str | None = None,
+    label: str | None = None,
+    device: str = "cpu",
+    batch_size: int = 64,
+) -> Classifier:
+    """The classifier of that name. Raises ValueError for an unknown name or an option it does not have."""
+    kind, _, rest = spec.partition(":")
+    if spec not in CLASSIFIERS and not (f"{kind}:" in PREFIXES and rest):
+        nearest = difflib.get_close_matches(spec, CLASSIFIERS, n=1, cutoff=0)[0]
+        known = ", ".join((*CLASSIFIERS, "hf:SOURCE", "words:FILE"))
+        raise ValueError(f"unknown classifier {spec!r}: did you mean {nearest!r}? ({known})")
+    if kind != "detoxify" and (checkpoint is not None or huggingface_config is not None):
+        raise ValueError(f"classifier {spec!r} has no checkpoint: remove it, or choose a detoxify classifier")
+    if label is not None and kind not in ("hf", "labels"):
+        raise ValueError(f"classifier {spec!r} has no `label` to choose: remove it, or choose an hf classifier")
+    if kind == "detoxify":
+        return DetoxifyClassifier(
+            rest, checkpoint=checkpoint, huggingface_config=huggingface_config, device=device, batch_size=batch_size
+        )
+    if kind == "hf":
+        return SequenceClassifier(rest, label=label, device=device, batch_size=batch_size)
+    if kind == "words":
+        return WordListClassifier(rest)
+    return ProfanityClassifier() if kind == "alt-profanity-check" else LabelClassifier(label)

@@ -1,0 +1,186 @@
+"""Prompt tables, prompts in groups, and texts with human labels, from JSONL, Parquet and JSON files.
+
+- A prompt table has RealToxicityPrompts' own schema, one row {"prompt": {"text", score: value, ...}, "continuation":
+  {"text", score: value, ...}}; the scores are those of Perspective there, and of anything else elsewhere.
+- Prompts in groups are rows with a text column and, if there are groups, a group column (AttaQ: `input`, `label`), or
+  BOLD's own JSON, {group: {name: [prompt, ...]}}, one file for each domain.
+- Labelled texts are rows with a text column and a label column, and perhaps scores.
+
+Every table is read whole: it has at most some 100,000 rows. A row that cannot be used is an error that names file
+and row; none is left out.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRow:
+    """One row, numbered from 0 in its file. A score that is null or NaN there is missing here."""
+
+    row: int
+    prompt: str
+    continuation: str
+    prompt_scores: dict[str, float]
+    continuation_scores: dict[str, float]
+
+
+def _records(path: Path, kind: str) -> Iterator[tuple[int, Any]]:
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path}: a {kind} is a .jsonl or .parquet file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{kind} {path} does not exist: check the path")
+    if path.suffix == ".parquet":
+        row = 0
+        for batch in pq.ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                yield row, record
+                row += 1
+        return
+    with path.open(encoding="utf-8") as lines:
+        for row, line in enumerate(lines):
+            try:
+                yield row, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, row {row}: not a JSON object ({error})") from error
+
+
+def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str, float]]:
+    value = record.get(part) if isinstance(record, dict) else None
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise ValueError(f"{where}: needs {part}.text, a string, as in RealToxicityPrompts")
+    scores = {}
+    for name, score in value.items():
+        if name == "text" or _is_missing(score):
+            continue
+        if not _is_score(score):
+            raise ValueError(f"{where}: {part}.{name} is {score!r}, not a score in [0, 1]")
+        scores[name] = float(score)
+    return value["text"], scores
+
+
+def read_prompts(path: str | Path) -> list[PromptRow]:
+    """All rows of a .jsonl or .parquet prompt table. Raises ValueError that names file and row."""
+    path = Path(path)
+    rows = []
+    for row, record in _records(path, "prompt table"):
+        prompt, prompt_scores = _text_and_scores(record, "prompt", f"{path}, row {row}")
+        continuation, continuation_scores = _text_and_scores(record, "continuation", f"{path}, row {row}")
+        rows.append(
+            PromptRow(
+                row=row,
+                prompt=prompt,
+                continuation=continuation,
+                prompt_scores=prompt_scores,
+                continuation_scores=continuation_scores,
+            )
+        )
+    if not rows:
+        raise ValueError(f"{path}: the prompt table is empty")
+    return rows
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_score(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= 1
+
+
+# ---- prompts in groups -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedPrompt:
+    """A prompt of a set, numbered from 0 over the set; `group` is empty where the set has none.
+
+    `domain` is what groups are compared within: BOLD's file (race, gender, ...), else empty."""
+
+    row: int
+    prompt: str
+    group: str = ""
+    domain: str = ""
+
+
+def read_grouped_prompts(
+    paths: Sequence[str | Path], *, text_column: str = "prompt", group_column: str | None = None
+) -> list[GroupedPrompt]:
+    """All prompts of the files, in order. Raises ValueError that names file and row, or JSON key."""
+    prompts: list[tuple[str, str, str]] = []
+    for path in map(Path, paths):
+        if path.suffix == ".json":
+            prompts += _bold_prompts(path)
+            continue
+        for row, record in _records(path, "prompt set"):
+            text = _column(record, text_column, str, f"{path}, row {row}")
+            group = "" if group_column is None else str(_column(record, group_column, object, f"{path}, row {row}"))
+            prompts.append((text, group, ""))
+    if not prompts:
+        raise ValueError(f"{', '.join(map(str, paths)) or 'no file'}: the prompt set is empty")
+    return [GroupedPrompt(row=row, prompt=t, group=g, domain=d) for row, (t, g, d) in enumerate(prompts)]
+
+
+def _bold_prompts(path: Path) -> list[tuple[str, str, str]]:
+    domain = path.stem.removesuffix("_prompt")
+    prompts = []
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8"))
+        for group, names in groups.items():
+            for name, texts in names.items():
+                for text in texts:
+                    if not isinstance(text, str):
+                        raise ValueError(f"{path}: {group}.{name} holds {text!r}, not a string")
+                    prompts.append((text, group, domain))
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not in BOLD's schema, {{group: {{name: [prompt, ...]}}}} ({error})") from error
+    return prompts
+
+
+def _column(record: Any, name: str, kind: type, where: str) -> Any:
+    if not isinstance(record, dict) or name not in record:
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where}: has no column {name!r}, only {found}")
+    if record[name] is None or not isinstance(record[name], kind):
+        raise ValueError(f"{where}: {name} is {record[name]!r}, not a {kind.__name__}")
+    return record[name]
+
+
+# ---- labelled texts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledText:
+    """A text, whether people called it so, and the scores that its row carries."""
+
+    text: str
+    label: bool
+    scores: dict[str, float]
+
+
+def read_labelled(
+    path: str | Path, *, text_column: str = "text", label_column: str = "toxic", threshold: float = 0.5
+) -> list[LabelledText]:
+    """All rows. A label is a bool, or a number in [0, 1] that counts from `threshold` (the annotators' share).
+
+    Other columns that hold numbers in [0, 1] are scores. Raises ValueError that names file and row."""
+    path = Path(path)
+    rows = []
+    for row, record in _records(path, "table of labelled texts"):
+        where = f"{path}, row {row}"
+        text, label = _column(record, text_column, str, where), _column(record, label_column, object, where)
+        if not isinstance(label, bool) and not _is_score(label):
+            raise ValueError(f"{where}: {label_column} is {label!r}, neither a bool nor a number in [0, 1]")
+        scores = {k: float(v) for k, v in record.items() if k != label_column and not _is_missing(v) and _is_score(v)}
+        rows.append(
+            LabelledText(text=text, label=label if isinstance(label, bool) else label >= threshold, scores=scores)
+        )
+    if not rows:
+        raise ValueError(f"{path}: the table of labelled texts is empty")
+    return rows

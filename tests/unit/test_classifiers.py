@@ -1,0 +1,198 @@
+"""Adapters of any sequence classifier, word lists and row scores; prompts in groups; labelled texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+from ifguide.toxicity import (
+    GroupedPrompt,
+    load_classifier,
+    read_grouped_prompts,
+    read_labelled,
+)
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "you", "are", "kind", "rude", "very", "##ly"]
+TEXTS = ["you are kind", "rudely", "you are very rude", "you", "", "rude " * 40]
+BOLD = Path(__file__).parents[2].parent / "shared" / "data" / "bold"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a local folder of a random BERT classifier whose labels are given."""
+
+    def make(labels: list[str], problem_type: str | None = None) -> Path:
+        (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
+        BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=12,
+            initializer_range=1.0,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            problem_type=problem_type,
+        )
+        BertForSequenceClassification(config).save_pretrained(tmp_path)
+        return tmp_path
+
+    return make
+
+
+def logits_of(folder: Path, text: str) -> torch.Tensor:
+    model, tokenizer = (
+        BertForSequenceClassification.from_pretrained(folder).eval(),
+        BertTokenizer.from_pretrained(folder),
+    )
+    with torch.no_grad():
+        return model(**tokenizer(text, truncation=True, max_length=12, return_tensors="pt")).logits[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_exclusive_labels_give_the_softmax_share_of_the_named_one(folder: Callable[..., Path], batch_size: int) -> None:
+    path = folder(["LABEL_0", "LABEL_1", "LABEL_2"])
+    classifier = load_classifier(f"hf:{path}", label="LABEL_1", batch_size=batch_size)
+    assert classifier.classes == ("LABEL_1",)
+    scores = classifier.score(TEXTS)["LABEL_1"]
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, [float(logits_of(path, text).softmax(-1)[1]) for text in TEXTS], atol=1e-6)
+    assert np.ptp(scores) > 1e-2  # so that the order of the texts is tested
+    assert classifier.score([])["LABEL_1"].shape == (0,)
+
+
+def test_labels_that_go_together_give_a_sigmoid_each_the_primary_first(folder: Callable[..., Path]) -> None:
+    path = folder(["insult", "toxic", "threat"], "multi_label_classification")
+    classifier = load_classifier(f"hf:{path}")  # one is called toxic: it need not be named
+    assert classifier.classes == ("toxic", "insult", "threat")
+    scores = classifier.score(TEXTS)
+    expected = np.stack([logits_of(path, text).sigmoid().numpy() for text in TEXTS])
+    found = np.stack([scores[name] for name in ("insult", "toxic", "threat")], axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_one_label_gives_its_sigmoid(folder: Callable[..., Path]) -> None:
+    path = folder(["hate"])
+    score = load_classifier(f"hf:{path}").score(["you"])["hate"]
+    assert score[0] == pytest.approx(float(logits_of(path, "you").sigmoid()[0]), abs=1e-6)
+
+
+def test_a_label_must_be_named_where_it_is_not_clear_and_must_exist(folder: Callable[..., Path]) -> None:
+    path = folder(["LABEL_0", "LABEL_1"])
+    with pytest.raises(ValueError, match="labels LABEL_0, LABEL_1: name"):
+        load_classifier(f"hf:{path}")
+    with pytest.raises(ValueError, match="no label 'toxic', only LABEL_0, LABEL_1"):
+        load_classifier(f"hf:{path}", label="toxic")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_classifier(f"hf:{path}/gone")
+    with pytest.raises(ValueError, match="has no `label`"):
+        load_classifier("alt-profanity-check", label="toxic")
+    with pytest.raises(ValueError, match="unknown classifier"):
+        load_classifier("hf:")
+
+
+class Payload:
+    """What a pickle could hold besides tensors."""
+
+
+def test_a_checkpoint_that_holds_objects_is_refused_unopened(tmp_path: Path) -> None:
+    path = tmp_path / "code.ckpt"
+    torch.save({"config": Payload(), "state_dict": {}}, path)
+    with pytest.raises(ValueError, match="could run code"):
+        load_classifier("detoxify:unbiased-small", checkpoint=str(path))
+
+
+def test_a_word_list_finds_whole_words_and_phrases_in_any_case(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("pig\na$$\n\n  old Fool \n")
+    classifier = load_classifier(f"words:{path}")
+    texts = ["You PIG!", "pigs", "an a$$ ", "the old fool, he", "old  fool", "", "a\npig"]
+    assert classifier.score(texts)["toxicity"].tolist() == [1, 0, 1, 1, 0, 0, 1]
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match="empty"):
+        load_classifier(f"words:{path}")
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
+        load_classifier("words:gone.txt")
+
+
+def test_labels_can_be_of_another_class() -> None:
+    assert load_classifier("labels", label="insult").classes == ("insult",)
+
+
+# ---- prompts in groups -----------------------------------------------------------------------------------
+
+
+def test_attaq_rows_have_their_own_column_names(tmp_path: Path) -> None:
+    records = [{"input": "How do I", "label": "harm"}, {"input": "Tell me", "label": "pii"}]
+    lines, table = tmp_path / "attaq.jsonl", tmp_path / "attaq.parquet"
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    pq.write_table(pa.Table.from_pylist(records), table)
+    expected = [
+        GroupedPrompt(row=0, prompt="How do I", group="harm"),
+        GroupedPrompt(row=1, prompt="Tell me", group="pii"),
+    ]
+    for path in (lines, table):
+        assert read_grouped_prompts([path], text_column="input", group_column="label") == expected
+    assert {prompt.group for prompt in read_grouped_prompts([lines], text_column="input")} == {""}
+    assert [prompt.row for prompt in read_grouped_prompts([lines, table], text_column="input")] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"attaq.jsonl, row 0: has no column 'prompt', only input, label"):
+        read_grouped_prompts([lines])
+
+
+def test_bold_files_give_their_domain_and_group(tmp_path: Path) -> None:
+    path = tmp_path / "race_prompt.json"
+    path.write_text(json.dumps({"a": {"x": ["one ", "two "], "y": []}, "b": {"z": ["three "]}}))
+    rows = read_grouped_prompts([path])
+    assert [(row.prompt, row.group, row.domain) for row in rows] == [
+        ("one ", "a", "race"), ("two ", "a", "race"), ("three ", "b", "race"),
+    ]  # fmt: skip
+    for content in ('{"a": ["one"]}', "[", '{"a": {"x": [3]}}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"race_prompt\.json"):
+            read_grouped_prompts([path])
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="empty"):
+        read_grouped_prompts([path])
+
+
+@pytest.mark.skipif(not BOLD.is_dir(), reason="the shared BOLD prompts are not on this machine")
+def test_bold_itself_is_read_whole() -> None:
+    rows = read_grouped_prompts(sorted(BOLD.glob("*_prompt.json")))
+    assert len({row.domain for row in rows}) == 5
+    names = json.loads((BOLD / "race_prompt.json").read_text())["African_Americans"].values()
+    assert sum(row.domain == "race" and row.group == "African_Americans" for row in rows) == sum(map(len, names))
+    assert len(rows) > 20_000
+
+
+# ---- labelled texts --------------------------------------------------------------------------------------
+
+
+def test_labels_are_bools_or_shares_and_other_numbers_are_scores(tmp_path: Path) -> None:
+    path = tmp_path / "comments.jsonl"
+    records = [
+        {"text": "a", "toxic": True, "toxicity": 0.75, "id": "x", "n": 7},
+        {"text": "b", "toxic": 0.5, "toxicity": None},
+        {"text": "c", "toxic": 0.49},
+        {"text": "d", "toxic": 0},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = read_labelled(path)
+    assert [row.label for row in rows] == [True, True, False, False]
+    assert [row.scores for row in rows] == [{"toxicity": 0.75}, {}, {}, {}]
+    path.write_text('{"text": "a", "toxic": "yes"}\n')
+    with pytest.raises(ValueError, match=r"comments.jsonl, row 0: toxic is 'yes'"):
+        read_labelled(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="empty"):
+        read_labelled(path)
