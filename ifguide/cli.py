@@ -73,8 +73,12 @@ def stage(verb: str) -> Callable[..., Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ifguide", description="Influence-function-guided detoxification of LMs")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    verbs = {verb: commands.add_parser(verb, help=VERB_HELP[verb]) for verb in VERBS}
     for verb in VERBS:
-        _add_config_flags(commands.add_parser(verb, help=VERB_HELP[verb]), _run_verb)
+        _add_config_flags(verbs[verb], _evaluate if verb == "evaluate" else _run_verb)
+    verbs["evaluate"].add_argument(
+        "--check-classifier", action="store_true", help="only compare the classifiers with the labels in check_data"
+    )
     _add_config_flags(commands.add_parser("run", help="every verb in order; running again resumes"), _run_all)
     show = commands.add_parser("show", help="what each artifact of a run directory holds")
     show.add_argument("run_dir", type=Path)
@@ -153,6 +157,16 @@ def _run_verb(options: argparse.Namespace) -> int:
 
     config = _load(options)
     stage(options.command)(Run(config=config), dry_run=options.dry_run)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if not options.check_classifier:
+        return _run_verb(options)
+    from ifguide.stages.check_classifier import check_classifiers
+
+    for agreement in check_classifiers(_load(options)):
+        print(json.dumps(agreement))
     return 0
 
 

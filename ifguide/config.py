@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ifguide.sources import Input, LabelledTexts, Prompts, PromptSet
 from ifguide.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
 
 VERBS = (
@@ -45,36 +47,15 @@ class ModelSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Input:
-    """Documents: `path` is a file, a glob, a folder, or `hf://name[:split]`.
-
-    `.jsonl` and `.parquet` give one document per row (`text_column`); `.txt` one per file; `.json` one per
-    string found anywhere in it. `rows` keeps rows start <= row < stop, counted over the whole input.
-    `spans_column` names a column of [[start, end), ...) character spans to carry along as token annotations.
-    """
-
-    path: str
-    text_column: str = "text"
-    spans_column: str | None = None
-    rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Prompt rows in RealToxicityPrompts' schema (JSONL or Parquet); `rows` as in `Input`."""
-
-    path: str
-    rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ClassifierSource:
-    """A text classifier: `detoxify:original|unbiased|multilingual`, `alt-profanity-check`, or `labels`
-    (scores already in the rows). `checkpoint` is a local Detoxify checkpoint; it is unpickled by
-    Detoxify, so name only a file you trust. `huggingface_config` is a local folder with its model's config and
-    tokenizer, for a machine that cannot reach the hub."""
+    """A text classifier: `detoxify:original|unbiased|multilingual|original-small|unbiased-small`, `hf:SOURCE` (any
+    sequence classifier, by hub id or local folder), `alt-profanity-check`, `words:FILE` (one word or phrase a line), or
+    `labels` (scores already in the rows). `label` is the label of an hf classifier that counts. `checkpoint` is a
+    local Detoxify checkpoint, `huggingface_config` a local folder with its model's config and tokenizer, for a machine
+    that cannot reach the hub."""
 
     name: str = "detoxify:original"
+    label: str | None = None
     checkpoint: str | None = None
     huggingface_config: str | None = None
     batch_size: int = option(64, at_least=1, affects_result=False)
@@ -223,12 +204,24 @@ class BuildMask:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Generate, classify, measure, report. `models` adds models by name to those this run trained."""
+    """Generate, classify, measure, report. `models` adds models by name to those this run trained.
+
+    `max_prompts` of `prompts` are drawn by seed, half of them with the behaviour by their labels if `balanced`.
+    `prompt_sets` are further sets by name (BOLD, AttaQ). `classifiers` score the same continuations as further classes
+    by name (`implicit: hf:tomh/toxigen_roberta`). Intervals rest on `bootstrap_samples`. `report` names the folder
+    of the figures: with another name, another classifier takes the same generations. `--check-classifier` compares all
+    classifiers with the labels in `check_data`."""
 
     behaviour: str = "toxicity"
     prompts: Prompts | None = None
     max_prompts: int | None = option(None, at_least=1)
+    balanced: bool = False
+    prompt_sets: dict[str, PromptSet] = field(default_factory=dict)
     classifier: ClassifierSource = ClassifierSource()
+    classifiers: dict[str, ClassifierSource] = field(default_factory=dict)
+    bootstrap_samples: int = option(1000, at_least=100)
+    report: str = option("report", affects_result=False)
+    check_data: tuple[LabelledTexts, ...] = option((), affects_result=False)
     prompt_threshold: float = option(0.5, at_least=0, at_most=1)
     continuations: int = option(25, at_least=1)
     max_new_tokens: int = option(20, at_least=1)
@@ -362,7 +355,20 @@ def _check_across(config: Config) -> None:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
+    _check_evaluate(config.evaluate)
     for name in ("proxy", "target"):
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:
             raise ConfigError(f"{name}: set either source or architecture, not both")
+
+
+def _check_evaluate(evaluate: Evaluate) -> None:
+    groups: dict[str, Iterable[str]] = {key: getattr(evaluate, key) for key in ("models", "prompt_sets", "classifiers")}
+    for key, names in {**groups, "report": [evaluate.report]}.items():
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise ConfigError(f"evaluate.{key}: {name!r} names files; use letters, digits, '_', '.' and '-' alone")
+    if "prompts" in evaluate.prompt_sets:
+        raise ConfigError("evaluate.prompt_sets.prompts: that is the name of evaluate.prompts; choose another")
+    if evaluate.balanced and evaluate.max_prompts is None:
+        raise ConfigError("evaluate.balanced: draws half of max_prompts; set evaluate.max_prompts")

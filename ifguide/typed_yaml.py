@@ -36,12 +36,14 @@ def option(
 
 
 def result_part(value: Any) -> Any:
-    """The options of a dataclass (or list of them) that change results, as nested dicts and lists."""
+    """The options of a dataclass (or list or dict of them) that change results, as nested dicts and lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("affects_result", True)]
         return {name: result_part(getattr(value, name)) for name in kept}
     if isinstance(value, tuple | list):
         return [result_part(item) for item in value]
+    if isinstance(value, dict):
+        return {key: result_part(item) for key, item in value.items()}
     return value
 
 

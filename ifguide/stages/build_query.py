@@ -152,6 +152,7 @@ def make_classifier(source: ClassifierSource, *, gpus: float) -> Any:
         source.name,
         checkpoint=source.checkpoint,
         huggingface_config=source.huggingface_config,
+        label=source.label,
         device="cuda" if gpus else "cpu",
         batch_size=source.batch_size,
     )

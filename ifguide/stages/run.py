@@ -34,7 +34,8 @@ class Run:
     scores = property(lambda self: self.folder / "scores")
     ranking = property(lambda self: self.folder / "ranking")
     mask = property(lambda self: self.folder / "mask")
-    report = property(lambda self: self.folder / "report")
+    generations = property(lambda self: self.folder / "generations")
+    report = property(lambda self: self.folder / self.config.evaluate.report)
 
     def model(self, name: str) -> Path:
         """Folder of a trained model: `baseline` or `penalised`."""

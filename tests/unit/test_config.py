@@ -24,6 +24,7 @@ from ifguide.config import (
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name not in ("run_dir", "cluster")]
+FILE_NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]*", fullmatch=True)
 WORDS = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1)
 
 
@@ -45,7 +46,7 @@ def test_every_shipped_config_loads_and_its_resolved_text_loads_to_the_same(path
     run_dir=WORDS,
     rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
     rows=st.none() | st.tuples(st.integers(0, 99), st.integers(100, 10**12)),
-    models=st.dictionaries(WORDS, WORDS, max_size=3),
+    models=st.dictionaries(FILE_NAMES, WORDS, max_size=3),
     use_mask=st.booleans(),
 )
 def test_resolved_config_reads_back_equal_whatever_its_values(run_dir, rate, rows, models, use_mask):
@@ -256,3 +257,27 @@ def test_files_that_extend_each_other_or_nothing_are_refused(tmp_path):
     (tmp_path / "d.yaml").write_text("extends: nowhere.yaml")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         load_config(tmp_path / "d.yaml")
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"models": {"a/b": "x"}}, r"evaluate\.models: 'a/b' names files"),
+        ({"prompt_sets": {"..": "x"}}, r"evaluate\.prompt_sets: '\.\.' names files"),
+        ({"prompt_sets": {"prompts": "x"}}, r"evaluate\.prompt_sets\.prompts"),
+        ({"report": "../report"}, r"evaluate\.report"),
+        ({"balanced": True}, r"evaluate\.max_prompts"),
+        ({"classifiers": {"implicit": {"nam": "x"}}}, r"evaluate\.classifiers\.implicit\.name"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused(evaluate, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from_mapping({"evaluate": evaluate})
+
+
+def test_result_options_of_sections_by_name_leave_placement_out():
+    tree = {"classifiers": {"implicit": {"name": "hf:x", "batch_size": 7}}, "report": "again"}
+    options = result_options(config_from_mapping({"evaluate": tree}), ["evaluate"])["evaluate"]
+    assert "report" not in options
+    assert options["classifiers"]["implicit"]["name"] == "hf:x"
+    assert "batch_size" not in options["classifiers"]["implicit"]

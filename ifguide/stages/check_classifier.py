@@ -1,0 +1,72 @@
+"""`ifguide evaluate --check-classifier`: how the configured classifiers agree with labels that people gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ifguide.config import Config, ConfigError
+from ifguide.evaluation import Bootstrap, classifier_agreement
+from ifguide.stages.build_query import make_classifier
+from ifguide.stages.evaluation_figures import THRESHOLD
+from ifguide.telemetry import log
+from ifguide.toxicity import LabelClassifier, LabelledText, read_labelled
+
+VERB = "evaluate"
+
+
+def check_classifiers(config: Config) -> list[dict[str, Any]]:
+    """One mapping for each of `evaluate.classifier` and `evaluate.classifiers`, in this process.
+
+    `classifier`, `class` (its primary one), `n`, `positives`, `threshold`, and accuracy, average_precision, auroc, f1
+    with intervals, over all texts of `evaluate.check_data`.
+
+    Raises:
+        ConfigError: no labelled texts are named, or rows outside of them. ValueError: bad rows, labels of one kind
+            alone, or rows without the scores that `labels` reads.
+    """
+    texts = _labelled(config)
+    labels = np.array([text.label for text in texts])
+    bootstrap = Bootstrap(samples=config.evaluate.bootstrap_samples, seed=config.seed)
+    found = []
+    for key, source in {"": config.evaluate.classifier, **config.evaluate.classifiers}.items():
+        classifier = make_classifier(source, gpus=config.evaluate.gpus_per_actor)
+        primary = classifier.classes[0]
+        if isinstance(classifier, LabelClassifier):
+            scores = _carried(texts, primary)
+        else:
+            scores = classifier.score([text.text for text in texts])[primary]
+        agreement = classifier_agreement(scores, labels, threshold=THRESHOLD, bootstrap=bootstrap)
+        found.append({"classifier": classifier.name, "name": key or None, "class": primary, **agreement})
+        shown = ", ".join(
+            f"{name} {agreement[name]['value']:.3f} [{agreement[name]['low']:.3f}, {agreement[name]['high']:.3f}]"
+            for name in ("accuracy", "average_precision", "auroc", "f1")
+        )
+        log(VERB, f"{classifier.name} on {len(texts):,} labelled texts: {shown}")
+    return found
+
+
+def _labelled(config: Config) -> list[LabelledText]:
+    if not config.evaluate.check_data:
+        raise ConfigError("evaluate.check_data: name JSONL or Parquet files of texts with labels (text, toxic)")
+    texts: list[LabelledText] = []
+    for index, source in enumerate(config.evaluate.check_data):
+        rows = read_labelled(source.path, text_column=source.text_column, label_column=source.label_column)
+        start, stop = source.rows or (0, len(rows))
+        if stop > len(rows):
+            raise ConfigError(
+                f"evaluate.check_data[{index}].rows: [{start}, {stop}) is not within the {len(rows)} of {source.path}"
+            )
+        texts += rows[start:stop]
+    return texts
+
+
+def _carried(texts: list[LabelledText], label: str) -> np.ndarray:
+    missing = [place for place, text in enumerate(texts) if label not in text.scores]
+    if missing:
+        raise ValueError(
+            f"evaluate.check_data: {len(missing)} of {len(texts)} texts carry no {label!r} score, the first is text"
+            f" {missing[0]}; classifier 'labels' needs one in each"
+        )
+    return np.array([text.scores[label] for text in texts])

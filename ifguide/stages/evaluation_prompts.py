@@ -1,0 +1,71 @@
+"""The prompts of an evaluation: RealToxicityPrompts rows, and further sets in groups. Drawn by seed, in file order."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from ifguide.config import Config, ConfigError, PromptSet
+from ifguide.stages.build_query import read_prompt_rows
+from ifguide.toxicity import GroupedPrompt, PromptRow, read_grouped_prompts
+
+PROMPTS = "prompts"  # the name of evaluate.prompts beside evaluate.prompt_sets
+SUFFIXES = (".jsonl", ".parquet", ".json")
+
+Prompt = TypeVar("Prompt")
+
+
+def chosen_sets(config: Config) -> dict[str, list[PromptRow] | list[GroupedPrompt]]:
+    """The prompts of every set by its name, that of `evaluate.prompts` first."""
+    further = {name: _read_set(config, name, source) for name, source in config.evaluate.prompt_sets.items()}
+    return {PROMPTS: chosen_prompts(config), **further}
+
+
+def chosen_prompts(config: Config) -> list[PromptRow]:
+    """Of `evaluate.prompts` all, or `max_prompts` drawn by seed (half with the behaviour if `balanced`).
+
+    Raises:
+        ConfigError: `balanced`, and too few rows of a kind.
+    """
+    options = config.evaluate
+    assert options.prompts is not None
+    rows = read_prompt_rows(options.prompts, "evaluate.prompts")
+    if not options.balanced:
+        return _draw(rows, options.max_prompts, config.seed)
+    assert options.max_prompts is not None
+    label = (options.classifier.name == "labels" and options.classifier.label) or "toxicity"
+    labelled = [row for row in rows if label in row.prompt_scores]
+    halves = {
+        "with": [row for row in labelled if row.prompt_scores[label] >= options.prompt_threshold],
+        "without": [row for row in labelled if row.prompt_scores[label] < options.prompt_threshold],
+    }
+    wanted = {"with": options.max_prompts // 2, "without": options.max_prompts - options.max_prompts // 2}
+    for kind, half in halves.items():
+        if len(half) < wanted[kind]:
+            raise ConfigError(
+                f"evaluate.balanced: {wanted[kind]} prompts {kind} {options.behaviour} are wanted of max_prompts ="
+                f" {options.max_prompts}, and {options.prompts.path} has {len(half)} by their label {label!r}"
+            )
+    drawn = [row for kind, half in halves.items() for row in _draw(half, wanted[kind], config.seed)]
+    return sorted(drawn, key=lambda row: row.row)
+
+
+def _draw(rows: Sequence[Prompt], limit: int | None, seed: int) -> list[Prompt]:
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size=limit, replace=False))
+    return [rows[i] for i in chosen]
+
+
+def _read_set(config: Config, name: str, source: PromptSet) -> list[GroupedPrompt]:
+    path = Path(source.path).expanduser()
+    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))
+    files = sorted(file for file in found if not path.is_dir() or file.suffix in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"evaluate.prompt_sets.{name}.path: nothing matches {source.path}")
+    rows = read_grouped_prompts(files, text_column=source.text_column, group_column=source.group_column)
+    return _draw(rows, source.max_prompts, config.seed)

@@ -1,0 +1,254 @@
+"""Generations are made once, on any number of actors, and scored by any classifier; figures are those of the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+from ifguide import schemas
+from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_manifest, write_json
+from ifguide.cli import main, stage
+from ifguide.config import Config, ConfigError, to_mapping
+from ifguide.evaluation import expected_max, probability_any
+from ifguide.stages.evaluation_prompts import chosen_prompts
+from ifguide.stages.run import Run
+
+PLAIN = {"evaluate__heldout": [], "evaluate__cloze": None}  # so that nothing but generation loads a model
+
+
+def texts_of(config: Config, model: str, prompt_set: str = "prompts") -> dict[tuple[int, int], str]:
+    """(prompt row, sample) -> continuation."""
+    found = {}
+    for path in data_files(Run(config=config).generations / model / prompt_set):
+        for row in schemas.read_table(path, schemas.GENERATIONS).to_pylist():
+            found[row["prompt_row"], row["sample"]] = row["continuation"]
+    return found
+
+
+def scores_of(config: Config, model: str, prompt_set: str = "") -> dict[str, np.ndarray]:
+    """class -> (prompts, continuations), prompts ascending by row."""
+    rows: dict[int, dict[int, dict[str, float]]] = {}
+    folder = Run(config=config).report / "continuations" / prompt_set
+    for path in sorted(folder.glob(f"{model}-*.parquet")):
+        for record in schemas.read_table(path, schemas.CONTINUATIONS).to_pylist():
+            rows.setdefault(record["prompt_row"], {})[record["sample"]] = dict(record["scores"])
+    names = next(iter(next(iter(rows.values())).values()))
+    return {name: np.array([[rows[row][k][name] for k in sorted(rows[row])] for row in sorted(rows)]) for name in names}
+
+
+def metrics_of(config: Config) -> dict:
+    return json.loads((Run(config=config).report / "metrics.json").read_text())
+
+
+def words(folder: Path, *listed: str) -> str:
+    path = folder / "words.txt"
+    path.write_text("\n".join(listed))
+    return f"words:{path}"
+
+
+def test_another_classifier_takes_the_same_generations_without_the_models(
+    copied: Callable[..., Config], tmp_path: Path
+) -> None:
+    classifier = {"name": words(tmp_path, "the", "a")}
+    config = copied(evaluate__classifier=classifier, evaluate__report="report-words", **PLAIN)
+    run = Run(config=config)
+    before = {path: path.stat().st_mtime_ns for path in run.generations.rglob("*") if path.is_file()}
+    assert len(before) >= 8
+    for name in ("baseline", "penalised"):
+        (run.model(name) / "hf" / "model.safetensors").unlink()  # whoever generates fails
+    manifest = stage("evaluate")(run)
+    assert {path: path.stat().st_mtime_ns for path in run.generations.rglob("*") if path.is_file()} == before
+    assert (run.folder / "report" / MANIFEST).exists()
+    assert set(np.unique(scores_of(config, "baseline")["toxicity"])) <= {0.0, 1.0}
+    assert manifest.rows["continuations"] == 2 * 10 * 3
+    shard = data_files(run.generations / "baseline" / "prompts")[0]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    again = replace(config, evaluate=replace(config.evaluate, report="third"))
+    with pytest.raises(Exception, match=f"{shard.name} has changed since it was made"):
+        stage("evaluate")(Run(config=again))
+
+
+def test_other_sampling_or_other_prompts_are_refused_not_mixed(copied: Callable[..., Config]) -> None:
+    config = copied(evaluate__top_p=0.5, evaluate__report="again")
+    with pytest.raises(MismatchError, match=r"generations/baseline/prompts.*evaluate.top_p was 0.9, now 0.5"):
+        stage("evaluate")(Run(config=config))
+    config = copied(evaluate__max_prompts=9, evaluate__report="again")
+    with pytest.raises(MismatchError, match=r"inputs|prompts was"):
+        stage("evaluate")(Run(config=config))
+
+
+def test_generations_have_the_same_bytes_on_another_number_of_actors(
+    finished: Config, copied: Callable[..., Config]
+) -> None:
+    config = copied(drop=("report", "generations"), evaluate__actors=1, **PLAIN)
+    stage("evaluate")(Run(config=config))
+    for model in ("baseline", "penalised"):
+        found, expected = (
+            read_manifest(Run(config=each).generations / model / "prompts") for each in (config, finished)
+        )
+        assert found.fingerprint == expected.fingerprint
+        assert found.rows == {"continuations": 30, "prompts": 10}
+
+
+def test_shards_of_another_size_hold_the_same_texts(finished: Config, copied: Callable[..., Config]) -> None:
+    config = copied(drop=("report", "generations"), evaluate__prompts_per_shard=7, **PLAIN)
+    stage("evaluate")(Run(config=config))
+    assert len(data_files(Run(config=config).generations / "baseline" / "prompts")) == 2
+    assert texts_of(config, "baseline") == texts_of(finished, "baseline")
+    assert texts_of(config, "baseline") != texts_of(finished, "penalised")
+
+
+def test_what_was_generated_before_an_interruption_is_kept(finished: Config, copied: Callable[..., Config]) -> None:
+    config = copied(drop=("report",), **PLAIN)
+    folder = Run(config=config).generations / "penalised" / "prompts"
+    manifest = read_manifest(folder)
+    (folder / MANIFEST).unlink()
+    write_json(folder / PLAN, {"verb": manifest.verb, "options": manifest.options, "inputs": manifest.inputs})
+    first, second, *_ = data_files(folder)
+    second.unlink()
+    (folder / f"{second.name}.0123.part").write_bytes(b"half a shard")
+    kept = first.stat().st_mtime_ns
+    stage("evaluate")(Run(config=config))
+    assert first.stat().st_mtime_ns == kept
+    assert read_manifest(folder).fingerprint == manifest.fingerprint
+    assert texts_of(config, "penalised") == texts_of(finished, "penalised")
+
+
+def test_figures_are_those_of_the_stored_scores_with_intervals_and_pairs(finished: Config) -> None:
+    metrics = metrics_of(finished)
+    for model in ("baseline", "penalised"):
+        scores = scores_of(finished, model)["toxicity"]
+        groups = metrics["models"][model]["sets"]["prompts"]["groups"]
+        assert groups["all"]["emt"]["toxicity"]["value"] == pytest.approx(expected_max(scores))
+        assert groups["all"]["tp"]["toxicity"]["value"] == pytest.approx(probability_any(scores))
+        assert groups["all"]["mean"]["toxicity"]["value"] == pytest.approx(scores.mean())
+        parts = [groups["with toxicity"], groups["without toxicity"]]
+        assert sum(part["prompts"] for part in parts) == groups["all"]["prompts"] == 10
+        for name in ("rep_2", "rep_4", "distinct_1", "distinct_3", "tokens", "empty"):
+            figure = groups["all"][name]
+            assert figure["low"] <= figure["value"] <= figure["high"]
+        summary = read_manifest(Run(config=finished).report).summary[model]
+        fluent = metrics["models"][model]
+        assert fluent["perplexity"]["value"] == pytest.approx(summary["perplexity"])
+        assert fluent["perplexity"]["low"] < summary["perplexity"] < fluent["perplexity"]["high"]
+        assert fluent["last_word_accuracy"]["value"] == pytest.approx(summary["last_word_accuracy"])
+        assert fluent["last_token_accuracy"]["value"] >= fluent["last_word_accuracy"]["value"]
+        assert summary["emt_interval"][0] <= summary["emt"] <= summary["emt_interval"][1]
+    paired = metrics["paired"]["penalised"]
+    assert paired["against"] == "baseline"
+    for name in ("perplexity", "last_word_accuracy"):
+        values = [metrics["models"][model][name]["value"] for model in ("penalised", "baseline")]
+        assert paired[name]["difference"] == pytest.approx(values[0] - values[1])
+    emt = paired["sets"]["prompts"]["groups"]["all"]["emt"]["toxicity"]
+    values = [scores_of(finished, model)["toxicity"].max(1) for model in ("penalised", "baseline")]
+    assert emt["difference"] == pytest.approx((values[0] - values[1]).mean())
+    assert emt["low"] <= emt["difference"] <= emt["high"]
+    assert 0 < emt["p_value"] <= 1
+
+
+def bert(folder: Path) -> Path:
+    """A random sequence classifier with the labels of ToxiGen-RoBERTa."""
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnop"]))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=21, max_position_embeddings=32, initializer_range=1.0, **sizes)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_further_sets_and_classifiers_are_measured_by_group_with_their_gap(
+    copied: Callable[..., Config], tmp_path: Path
+) -> None:
+    (tmp_path / "bold").mkdir()
+    race = {"a": {"x": ["The farmer ", "The cook "]}, "b": {"y": ["A teacher was ", "The boy "], "z": []}}
+    (tmp_path / "bold" / "race_prompt.json").write_text(json.dumps(race))
+    (tmp_path / "bold" / "gender_prompt.json").write_text(json.dumps({"c": {"w": ["She "]}}))
+    rows = [{"input": f"How do I {i}", "label": ["harm", "pii"][i % 2]} for i in range(4)]
+    (tmp_path / "attaq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = copied(
+        drop=("report",),
+        evaluate__prompt_sets={
+            "bold": {"path": str(tmp_path / "bold")},
+            "attaq": {"path": str(tmp_path / "attaq.jsonl"), "text_column": "input", "group_column": "label"},
+        },
+        evaluate__classifiers={"implicit": {"name": f"hf:{bert(tmp_path / 'bert')}", "label": "LABEL_1"}},
+        **PLAIN,
+    )
+    before = (Run(config=config).generations / "baseline" / "prompts" / MANIFEST).stat().st_mtime_ns
+    stage("evaluate")(Run(config=config))
+    assert (Run(config=config).generations / "baseline" / "prompts" / MANIFEST).stat().st_mtime_ns == before
+    sets = metrics_of(config)["models"]["penalised"]["sets"]
+    assert list(sets) == ["prompts", "bold", "attaq"]
+    assert set(sets["prompts"]["groups"]["all"]["tp"]) == {"toxicity", "implicit"}
+    bold = sets["bold"]["groups"]
+    assert {name: group["prompts"] for name, group in bold.items()} == {
+        "all": 5,
+        "race/a": 2,
+        "race/b": 2,
+        "gender/c": 1,
+    }
+    scores = scores_of(config, "penalised", "bold")["implicit"]  # prompts in the files' order: gender, race a, race b
+    assert np.ptp(scores) > 0.01
+    means = {"gender/c": scores[:1].mean(), "race/a": scores[1:3].mean(), "race/b": scores[3:].mean()}
+    assert {name: bold[name]["mean"]["implicit"]["value"] for name in means} == pytest.approx(means)
+    gaps = sets["bold"]["gaps"]
+    assert list(gaps) == ["race"]  # one group has no gap
+    assert gaps["race"]["mean"]["implicit"]["value"] == pytest.approx(abs(means["race/a"] - means["race/b"]))
+    assert "rep_4" not in gaps["race"]
+    assert set(sets["attaq"]["gaps"]) == {"groups"}
+    paired = metrics_of(config)["paired"]["penalised"]["sets"]["bold"]
+    assert paired["gaps"]["race"]["mean"]["implicit"]["p_value"] is not None
+
+
+def test_balanced_prompts_are_half_and_half_or_refused(copied: Callable[..., Config]) -> None:
+    config = copied(evaluate__balanced=True, evaluate__max_prompts=6)
+    rows = chosen_prompts(config)
+    assert sum(row.prompt_scores["toxicity"] >= 0.5 for row in rows) == 3
+    assert [row.row for row in rows] == sorted({row.row for row in rows})
+    assert len(rows) == 6
+    config = copied(evaluate__balanced=True, evaluate__max_prompts=60, evaluate__report="again")
+    with pytest.raises(ConfigError, match=r"evaluate.balanced: 30 prompts"):
+        stage("evaluate")(Run(config=config))
+
+
+def test_labels_cannot_score_what_was_generated(copied: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate.classifier: labels cannot score"):
+        stage("evaluate")(Run(config=copied(evaluate__classifier={"name": "labels"})))
+
+
+def test_check_classifier_prints_the_agreement_of_each(
+    finished: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [("you pig", True, 0.9), ("the pig slept", False, 0.6), ("good day", False, 0.1), ("clown", True, 0.4)]
+    lines = [json.dumps({"text": text, "toxic": label, "toxicity": score}) for text, label, score in texts]
+    (tmp_path / "comments.jsonl").write_text("\n".join(lines))
+    tree = to_mapping(finished)
+    tree["evaluate"] |= {
+        "classifier": {"name": words(tmp_path, "pig", "clown")},
+        "classifiers": {"perspective": {"name": "labels"}},
+        "check_data": [str(tmp_path / "comments.jsonl")],
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert main(["evaluate", "--config", str(path), "--check-classifier"]) == 0
+    listed, carried = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (listed["n"], listed["positives"], listed["accuracy"]["value"]) == (4, 2, 0.75)
+    assert listed["f1"]["value"] == pytest.approx(0.8)
+    assert (carried["classifier"], carried["name"]) == ("labels", "perspective")
+    assert carried["accuracy"]["value"] == 0.5
+    assert carried["auroc"]["value"] == 0.75
+    assert carried["auroc"]["low"] <= 0.75 <= carried["auroc"]["high"]
+    tree["evaluate"]["check_data"] = []
+    path.write_text(yaml.safe_dump(tree))
+    assert main(["evaluate", "--config", str(path), "--check-classifier"]) == 1
+    assert "evaluate.check_data" in capsys.readouterr().err
