@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.kronfluence_side import KronfluenceSide, kronfluence_settings
 from ifguide.config import ModelSource
 from ifguide.influence.agreement import compare
+from ifguide.influence.memory import keep_memory
 from ifguide.influence.scorer import PRESETS, Method, TokenScorer
 from ifguide.models import load_model, predicted_positions, tracked_modules
 
@@ -66,6 +67,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     options = _options()
+    keep_memory()  # as workers of score_corpus do; kronfluence has the same advantage
     device = torch.device(options.device)
     model, directions, tokens_BT = _workload(options, device)
     result = {"shape": options.shape, **measure(model, directions, tokens_BT, options)}
@@ -244,7 +246,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=512)
-    parser.add_argument("--micro-batch", type=int, default=2, help="blocks at a time on our side")
+    parser.add_argument("--micro-batch", type=int, default=4, help="blocks at a time on our side")
     parser.add_argument("--kronfluence-batches", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--random-v", action="store_true", help="a random V of rank 32 instead of a fitted one")

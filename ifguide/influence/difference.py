@@ -29,6 +29,7 @@ from ifguide.influence.fused import kernels
 from ifguide.influence.lm_head import LMHead
 from ifguide.influence.paired_attention import PAIRED, pairs_of_streams
 from ifguide.influence.patching import attention, replaced_forwards
+from ifguide.influence.products import Product
 
 RELATIVE_STEP = 2.0**-9
 PROBE_TOKENS = 64
@@ -140,7 +141,7 @@ class DifferenceEngine:
     def _exact(self, name: str, directions: Sequence[Direction], steps: Sequence[float]) -> Callable[[Tensor], Tensor]:
         module, K, dtype = linear_module(self.model, name), self.K, self.dtype
         # s is twice the input: the halves are exact in any binary precision.
-        weight = (0.5 * module.weight.detach()).to(dtype)
+        weight = Product((0.5 * module.weight.detach()).to(dtype))
         bias = module.bias
         changes = [_scaled_change(direction, step, dtype) for direction, step in zip(directions, steps, strict=True)]
         bias_changes = [bias for _, bias in changes if bias is not None]
@@ -150,32 +151,29 @@ class DifferenceEngine:
         def forward(x: Tensor) -> Tensor:
             mixed = mix(x.reshape(K, 2, -1, x.shape[-1]), dtype, 1.0)
             count = mixed.shape[1]
-            products = F.linear(mixed.view(-1, x.shape[-1]), weight).view(1 + K, count, -1)
-            tangents = products[1:]
-            for tangent, (factors, _) in zip(tangents, changes, strict=True):
+            primal, *tangents = weight(mixed.view(-1, x.shape[-1])).view(1 + K, count, -1)
+            for k, (factors, _) in enumerate(changes):
                 inner = mixed[0]
                 for factor in factors[:-1]:
-                    inner = inner @ factor
-                tangent.addmm_(inner, factors[-1])
-            output = unmix(products[0], tangents, bias, change_bias)
+                    inner = factor(inner)
+                tangents[k] = factors[-1].added_to(tangents[k], inner)
+            output = unmix(primal, tangents[0][None] if K == 1 else torch.stack(tangents), bias, change_bias)
             return output.to(x.dtype).view(*x.shape[:-1], -1)
 
         return forward
 
 
-def _scaled_change(direction: Direction, step: float, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
-    """step * V as factors to multiply s (twice the input) by from the right, and step * v_b."""
+def _scaled_change(direction: Direction, step: float, dtype: torch.dtype) -> tuple[list[Product], Tensor | None]:
+    """step * V as factors to apply one after the other to s (twice the input), and step * v_b."""
     if direction.weight is not None:
-        factors = [(0.5 * step * direction.weight).to(dtype).mT.contiguous()]
+        factors = [0.5 * step * direction.weight]
     else:
         assert direction.left is not None
         assert direction.right is not None
         root = math.sqrt(step)
-        factors = [
-            (0.5 * root * direction.right).to(dtype).mT.contiguous(),
-            (root * direction.left).to(dtype).mT.contiguous(),
-        ]
-    return factors, None if direction.bias is None else step * direction.bias
+        factors = [0.5 * root * direction.right, root * direction.left]
+    products = [Product(factor.to(dtype)) for factor in factors]
+    return products, None if direction.bias is None else step * direction.bias
 
 
 def _squared_norm(direction: Direction) -> float:

@@ -13,11 +13,13 @@ float32 (float64 for a float64 model) whatever precision the products run in.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from ifguide.influence.products import Product
 
 # 4M logits are 16 MB in float32: small enough for a cache, large enough for a matrix product.
 CHUNK_VALUES = 4 << 20
@@ -35,11 +37,21 @@ class LMHead:
             raise ValueError(f"{type(model).__name__}: its LM head is a {type(head).__name__}, not an nn.Linear")
         config = model.config.get_text_config()
         self.dtype = product_dtype or head.weight.dtype
-        self.weight = head.weight.detach().to(self.dtype)
+        self._head = head
         self.bias = None if head.bias is None else head.bias.detach()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)
         self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """W (V, D) as it is multiplied from the left, for gradients."""
+        return self._head.weight.detach().to(self.dtype)
+
+    @cached_property
+    def project(self) -> Product:
+        """W as it is multiplied from the right, for logits."""
+        return Product(self._head.weight.detach().to(self.dtype))
 
     @torch.no_grad()
     def check(self, model: PreTrainedModel) -> None:
@@ -63,9 +75,9 @@ class LMHead:
             p_NV = logits_NV.softmax(dim=-1)
             labels = labels_N[rows, None]
             for k, tangent_ND in enumerate(tangents_KND[:, rows]):
-                change_NV = F.linear(tangent_ND.to(self.dtype), self.weight) * (
-                    self.scale if slope_NV is None else slope_NV
-                )
+                change_NV = self.project(tangent_ND.to(self.dtype))
+                if slope_NV is not None or self.scale != 1.0:
+                    change_NV = change_NV * (self.scale if slope_NV is None else slope_NV)
                 observed_N = change_NV.gather(1, labels).squeeze(1)
                 scores_KN[k, rows] = (p_NV * change_NV).sum(dim=-1) - observed_N
         return scores_KN
@@ -82,12 +94,12 @@ class LMHead:
         return gradient_ND
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        size = max(1, CHUNK_VALUES // self.weight.shape[0])
+        size = max(1, CHUNK_VALUES // self._head.out_features)
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def _logits(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, at least float32, and f' where f is not linear."""
-        logits_NV = F.linear(hidden_ND.to(self.dtype), self.weight)
+        logits_NV = self.project(hidden_ND.to(self.dtype))
         logits_NV = logits_NV.to(torch.promote_types(self.dtype, torch.float32))
         if self.bias is not None:
             logits_NV += self.bias

@@ -1,0 +1,58 @@
+"""Products with constant matrices: y = x M^T, with M held in the layout that the machine's kernels read.
+
+On a CPU a bfloat16 product spends a tenth of its time on bringing M into blocks, the same at every call. oneDNN keeps
+it in blocks where torch was built with it: `torch.ops.mkldnn`, which torch's own compiler uses when it freezes a
+model. It is tried once on a small product, and left alone if it is not there or not right.
+
+Cost: 2 FLOP for each entry of M and row of x; M is held once. Sums are float32 in either layout.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EXPECTED_ROWS = 2048  # oneDNN chooses the blocks for about so many; any number is right
+
+
+class Product:
+    """Multiplies rows by a matrix of shape (d_out, d_in), which it may keep in blocks; the matrix must not change."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.packed = matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and can_pack()
+        matrix = matrix.detach()
+        self.matrix = _pack(matrix) if self.packed else matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (N, d_in), in the matrix' dtype -> (N, d_out)."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.matrix, None, "none", [], "")
+        return F.linear(x, self.matrix)
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + x M^T, rounded once; y (N, d_out) may be overwritten."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.matrix, None, "add")
+        return y.addmm_(x, self.matrix.mT)
+
+
+@functools.cache
+def can_pack() -> bool:
+    """Whether this torch multiplies by packed bfloat16 matrices, and does so rightly."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, matrix = (torch.randn(shape, generator=generator).bfloat16() for shape in ((33, 64), (33, 96), (96, 64)))
+    try:
+        packed = _pack(matrix)
+        product = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        added = torch.ops.mkldnn._linear_pointwise.binary(x, y, packed, None, "add")
+    except (AttributeError, RuntimeError):  # no such operator in this build; not for this processor
+        return False
+    expected = x.float() @ matrix.float().mT
+    close = functools.partial(torch.allclose, rtol=2.0**-7, atol=2.0**-7)
+    return close(product.float(), expected) and close(added.float(), y.float() + expected)
+
+
+def _pack(matrix: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), EXPECTED_ROWS)
+    return packed
