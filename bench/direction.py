@@ -116,7 +116,7 @@ def differential(toxic: Mapping[str, Tensor], nontoxic: Mapping[str, Tensor]) ->
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> list[np.ndarray]:
     """int32 token ids of each document, EOS at the end, as the corpus has them."""
     raw = [RawDocument(row=row, text=text) for row, text in enumerate(documents)]
-    return [tokens for tokens, _ in tokenise(raw, tokenizer, annotate=False)]
+    return [document.tokens for document in tokenise(raw, tokenizer, annotate=False)]
 
 
 def fit_factors(

@@ -61,7 +61,7 @@ def tokenise_rate(text: Path, tokenizer_source: str) -> float:
     started, tokens = time.process_time(), 0
     for chunk in chunks:
         documents = list(read_documents(chunk, source, first_row=0))
-        tokens += sum(len(ids) for ids, _ in tokenise(documents, tokenizer, annotate=False))
+        tokens += sum(len(document.tokens) for document in tokenise(documents, tokenizer, annotate=False))
     return tokens / (time.process_time() - started)
 
 

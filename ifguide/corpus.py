@@ -19,13 +19,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide.config import Input
+from ifguide.spans import token_stops
 
 HUB_PREFIX = "hf://"
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".json": "json"}
@@ -110,35 +111,43 @@ def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[R
         yield _check_row(row, content, source)
 
 
-def tokenise(
-    documents: Sequence[RawDocument], tokenizer: Any, *, annotate: bool
-) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Token ids (int32, EOS appended) of good documents and, with `annotate`, whether each overlaps a span."""
+class Encoded(NamedTuple):
+    """A tokenised document, its EOS included: ids int32, the characters at which they stop (`spans.token_stops`), and
+    whether each overlaps one of the document's spans, if that was asked."""
+
+    tokens: np.ndarray
+    stops: np.ndarray
+    annotated: np.ndarray | None
+
+
+def tokenise(documents: Sequence[RawDocument], tokenizer: Any, *, annotate: bool) -> list[Encoded]:
+    """Good documents as tokens with EOS appended; `annotate` asks for `Encoded.annotated`."""
     encoded = tokenizer(
         [document.text for document in documents],
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        return_offsets_mapping=annotate,
+        return_offsets_mapping=True,
         verbose=False,
     )
     results = []
     for i, document in enumerate(documents):
         tokens = np.array([*encoded["input_ids"][i], tokenizer.eos_token_id], dtype=np.int32)
+        stops = token_stops(encoded["offset_mapping"][i], len(document.text))
         flags = None
         if annotate:
             flags = np.zeros(len(tokens), dtype=bool)
             offsets = np.array(encoded["offset_mapping"][i], dtype=np.int64).reshape(-1, 2)
             for start, stop in document.spans:
                 flags[:-1] |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
-        results.append((tokens, flags))
+        results.append(Encoded(tokens, stops, flags))
     return results
 
 
 def token_table(
     chunk: Chunk, source: Input, tokenizer: Any, *, first_row: int, first_input_row: int, annotate: bool
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Tokenise a chunk: a table `row, num_chars, tokens[, annotated]`, and the bad rows with their reasons.
+    """Tokenise a chunk: a table `row, num_chars, tokens, stops[, annotated]`, and the bad rows with their reasons.
 
     `first_row` numbers rows within their file, `first_input_row` within the whole input (for `source.rows`).
     """
@@ -152,17 +161,18 @@ def token_table(
             good.append(document)
         else:
             bad.append({"source": chunk.name, "row": document.row, "reason": document.reason})
-    encoded = []
+    encoded: list[Encoded] = []
     for i in range(0, len(good), TOKENISE_BATCH):
         encoded += tokenise(good[i : i + TOKENISE_BATCH], tokenizer, annotate=annotate)
     columns: dict[str, Any] = {
         "row": pa.array([document.row for document in good], type=pa.int64()),
         "num_chars": pa.array([len(document.text) for document in good], type=pa.int64()),
-        "num_tokens": pa.array([len(tokens) for tokens, _ in encoded], type=pa.int64()),
-        "tokens": pa.array([tokens for tokens, _ in encoded], type=pa.large_list(pa.int32())),
+        "num_tokens": pa.array([len(document.tokens) for document in encoded], type=pa.int64()),
+        "tokens": pa.array([document.tokens for document in encoded], type=pa.large_list(pa.int32())),
+        "stops": pa.array([document.stops for document in encoded], type=pa.large_list(pa.int32())),
     }
     if annotate:
-        columns["annotated"] = pa.array([flags for _, flags in encoded], type=pa.large_list(pa.bool_()))
+        columns["annotated"] = pa.array([document.annotated for document in encoded], type=pa.large_list(pa.bool_()))
     return pa.table(columns), bad
 
 

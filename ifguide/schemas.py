@@ -30,6 +30,19 @@ DOCUMENTS = pa.schema(
     ]
 )
 
+SPAN = pa.struct([pa.field("start", pa.float64(), nullable=False), pa.field("stop", pa.float64(), nullable=False)])
+
+# In the order of `doc_id` over the files `spans-*.parquet` by name, beside a mask: one row for every document.
+SPANS = pa.schema(
+    [
+        pa.field("doc_id", pa.int64(), nullable=False),
+        pa.field("num_chars", pa.int64(), nullable=False),
+        # characters [start, stop) that are masked, ascending and apart; a fraction where tokens share a character;
+        # num_chars to num_chars + 1 is the closing EOS (`ifguide.spans`)
+        pa.field("spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False),
+    ]
+)
+
 # In the order of selection over the files `ranking-*.parquet` by name; all but the last have as many rows.
 RANKING = pa.schema(
     [
@@ -66,28 +79,6 @@ CONTINUATIONS = pa.schema(
 )
 
 
-# What `CONTINUATIONS` are scored from: kept apart, so that other classifiers need no other generation.
-GENERATIONS = pa.schema(
-    [
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("prompt_row", pa.int64(), nullable=False),
-        pa.field("sample", pa.int32(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("continuation", pa.string(), nullable=False),
-        pa.field("tokens", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # before the EOS
-    ]
-)
-
-HELDOUT = pa.schema(
-    [
-        pa.field("nll", pa.float64(), nullable=False),  # of each held-out block, in nats
-        pa.field("tokens", pa.int64(), nullable=False),  # predicted in it
-    ]
-)
-
-CLOZE = pa.schema([pa.field("word_correct", pa.bool_()), pa.field("token_correct", pa.bool_())])  # null: unusable text
-
-
 def blocks(block_size: int, *, annotated: bool) -> pa.Schema:
     """Packed blocks, key `block_id`. `annotated[j]`: token j overlaps a span that came with its document."""
     fields = [
@@ -98,6 +89,17 @@ def blocks(block_size: int, *, annotated: bool) -> pa.Schema:
     if annotated:
         fields.append(pa.field("annotated", _per_token(pa.bool_(), block_size), nullable=False))
     return pa.schema(fields)
+
+
+def offsets(block_size: int) -> pa.Schema:
+    """Where each token stops in the text of its document, `ifguide.spans.token_stops`, key `block_id`: the files
+    `offsets-*.parquet` beside the blocks. Not to be confused with a document's `offset` within its block."""
+    return pa.schema(
+        [
+            pa.field("block_id", pa.int64(), nullable=False),
+            pa.field("stops", _per_token(pa.int32(), block_size), nullable=False),
+        ]
+    )
 
 
 def scores(block_size: int, behaviours: Sequence[str] = ()) -> pa.Schema:

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import data_files
+from ifguide.corpus import RawDocument, pack, tokenise
 from ifguide.distributed_selection import RunTasks
 from ifguide.selection_passes import Rules, ShardFiles
+from ifguide.span_tables import PackedCorpus, shard_name
 
 # Small enough that a few tokens make several chunks, runs, splitters and files.
 SMALL = {"chunk_tokens": 8, "run_units": 3, "sample_units": 2, "file_units": 4}
@@ -105,3 +107,52 @@ def read_ranking(rules: Rules) -> pa.Table:
     """The ranking, in order."""
     files = data_files(rules.ranking, "ranking-*.parquet")
     return pa.concat_tables([schemas.read_table(path, schemas.RANKING) for path in files])
+
+
+def write_corpus(
+    folder: Path, texts: Sequence[str], tokenizer: Any, *, block_size: int, blocks_per_shard: int
+) -> tuple[PackedCorpus, list[np.ndarray]]:
+    """Texts packed as `pack_corpus` does, without a cluster; with each document's stops."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = tokenise([RawDocument(row=i, text=text) for i, text in enumerate(texts)], tokenizer, annotate=False)
+    sizes = [len(document.tokens) for document in encoded]
+    begins = np.concatenate([[0], np.cumsum(sizes)])
+    shape = {"skip": 0, "num_tokens": int(begins[-1]), "block_size": block_size}
+    tokens_BT, lengths = pack([document.tokens for document in encoded], fill=0, **shape)
+    stops_BT, _ = pack([document.stops for document in encoded], fill=0, **shape)
+    corpus = PackedCorpus(
+        folder=folder, block_size=block_size, blocks_per_shard=blocks_per_shard, num_tokens=int(begins[-1])
+    )
+    for shard in range(corpus.num_shards):
+        rows = slice(shard * blocks_per_shard, (shard + 1) * blocks_per_shard)
+        name, block_ids = shard_name(shard), pa.array(np.arange(len(tokens_BT))[rows])
+        schema = schemas.blocks(block_size, annotated=False)
+        columns = [block_ids, pa.array(lengths[rows]), schemas.per_token_column(tokens_BT[rows], schema, "tokens")]
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), folder / f"shard-{name}.parquet")
+        schema = schemas.offsets(block_size)
+        columns = [block_ids, schemas.per_token_column(stops_BT[rows], schema, "stops")]
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), folder / f"offsets-{name}.parquet")
+        own = [i for i in range(len(texts)) if corpus.extent(shard)[0] <= begins[i] < corpus.extent(shard)[1]]
+        table = documents_table([(i, int(begins[i]), int(begins[i + 1])) for i in own], block_size)
+        characters = pa.array([len(texts[i]) for i in own], pa.int64())
+        table = table.set_column(
+            table.schema.get_field_index("num_chars"), schemas.DOCUMENTS.field("num_chars"), characters
+        )
+        pq.write_table(table, folder / f"documents-{name}.parquet")
+    return corpus, [document.stops for document in encoded]
+
+
+def write_mask_shards(corpus: PackedCorpus, folder: Path, masked: np.ndarray) -> None:
+    """A mask of the whole stream, as `build_mask` writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = schemas.mask(corpus.block_size)
+    padded = np.zeros(-(-corpus.num_tokens // corpus.block_size) * corpus.block_size, bool)
+    padded[: corpus.num_tokens] = masked
+    masked_BT = padded.reshape(-1, corpus.block_size)
+    for shard in range(corpus.num_shards):
+        rows = slice(shard * corpus.blocks_per_shard, (shard + 1) * corpus.blocks_per_shard)
+        columns = [
+            pa.array(np.arange(len(masked_BT))[rows]),
+            schemas.per_token_column(masked_BT[rows], schema, "masked"),
+        ]
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), folder / f"shard-{shard_name(shard)}.parquet")

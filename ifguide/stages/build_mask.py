@@ -18,6 +18,7 @@ from ifguide.artifacts import Manifest, data_files, remove_tree, require, requir
 from ifguide.config import ConfigError
 from ifguide.distributed_selection import Selection, select
 from ifguide.selection_passes import Rules, ShardFiles
+from ifguide.span_tables import SPANS, PackedCorpus, write_spans
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import StageError
 from ifguide.telemetry import log
@@ -66,9 +67,11 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
         rows = {"units": selected.ranked_units, "outliers": selected.outliers["blocks"]}
         tables = [path for name in ("ranking", "outliers") for path in data_files(run.ranking, f"{name}-*.parquet")]
         ranking_artifact.finish(tables, rows=rows, summary=summary)
+    if not artifact.manifest:
+        _keep_spans(run, corpus, selected.tokens_masked)
     rows = {"blocks": selected.num_blocks, "tokens": selected.tokens_masked}
     manifest = artifact.manifest or artifact.finish(
-        data_files(run.mask), rows=rows, summary=summary, remove=(rules.scratch.name,)
+        data_files(run.mask) + data_files(run.mask, SPANS), rows=rows, summary=summary, remove=(rules.scratch.name,)
     )
     share = selected.tokens_masked / max(selected.predicted_tokens, 1)
     log(
@@ -78,6 +81,20 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
     )
     log(VERB, outlier_line(summary, artifact.plan["options"][VERB]))
     return manifest
+
+
+def _keep_spans(run: Run, corpus: Manifest, masked: int) -> None:
+    """Write the mask as character spans of every document, for targets with another tokenizer."""
+    packed = PackedCorpus.of(run.corpus, corpus)
+    arguments = ((packed, run.mask, shard) for shard in range(packed.num_shards))
+    counts = list(run_tasks(run.config.build_mask.cpus_per_task)(write_spans, arguments))
+    documents, spans, tokens = (sum(column) for column in zip(*counts, strict=True))
+    if (documents, tokens) != (corpus.rows["documents"], masked):
+        raise StageError(
+            f"{VERB}: spans of {documents} documents and {tokens} masked tokens, where {corpus.rows['documents']} and"
+            f" {masked} are expected"
+        )
+    log(VERB, f"{spans:,} character spans of {documents:,} documents")
 
 
 def _summary(selected: Selection, run: Run) -> dict[str, Any]:

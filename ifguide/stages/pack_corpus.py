@@ -1,4 +1,4 @@
-"""`pack_corpus`: documents -> packed token blocks and a document table.
+"""`pack_corpus`: documents -> packed token blocks, where each token stops in its text, and a document table.
 
 Three passes, each a task per chunk or shard: count rows, tokenise chunks (scratch Parquet), pack shards.
 The driver holds one integer per document (its token count), never text or tokens.
@@ -97,7 +97,9 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         "annotated": plan.annotate,
         "bad_rows": sum(result["bad_rows"] for result in tokenised.values()),
     }
-    outputs = data_files(run.corpus) + data_files(run.corpus, "documents-*.parquet")
+    outputs = [
+        path for kind in ("shard", "documents", "offsets") for path in data_files(run.corpus, f"{kind}-*.parquet")
+    ]
     outputs += [path for path in (run.corpus / "tokenizer").glob("*") if path.is_file()]
     manifest = artifact.finish(outputs, rows=rows, summary=summary, remove=(LEDGER, TOKENS, COUNTS))
     log(
@@ -165,10 +167,21 @@ class PackShard:
             columns.append(schemas.per_token_column(flags_BT, schema, "annotated"))
         with publish(self.folder / f"shard-{descriptor['key']}.parquet") as part:
             pq.write_table(pa.Table.from_arrays(columns, schema=schema), part)
+        stops_BT, _ = pack([_flat(table, "stops")], fill=0, **shape)
+        self._write_offsets(descriptor["key"], columns[0], stops_BT)
         documents = self._document_table(table, starts, descriptor)
         with publish(self.folder / f"documents-{descriptor['key']}.parquet") as part:
             pq.write_table(documents, part)
         return {"blocks": len(blocks_BT), "documents": documents.num_rows, "tokens": int(lengths_B.sum())}
+
+    def _write_offsets(self, key: str, block_ids: pa.Array, stops_BT: np.ndarray) -> None:
+        schema = schemas.offsets(self.block_size)
+        columns = [block_ids, schemas.per_token_column(stops_BT, schema, "stops")]
+        with publish(self.folder / f"offsets-{key}.parquet") as part:
+            # Differences of neighbours: half a byte a token.
+            encoding = {"stops.list.element": "DELTA_BINARY_PACKED"}
+            table = pa.Table.from_arrays(columns, schema=schema)
+            pq.write_table(table, part, use_dictionary=False, column_encoding=encoding)
 
     def _documents(self, ranges: list[list[int]]) -> pa.Table:
         """The documents `ranges` (per input: [lo, hi)) in stream order."""

@@ -233,7 +233,7 @@ def test_chunk_travels_as_plain_json(tmp_path):
 
 def test_tokens_decode_to_the_text_and_end_with_eos(tokenizer):
     documents = [RawDocument(row=i, text=text) for i, text in enumerate(TEXTS)]
-    for document, (tokens, flags) in zip(documents, tokenise(documents, tokenizer, annotate=False), strict=True):
+    for document, (tokens, _, flags) in zip(documents, tokenise(documents, tokenizer, annotate=False), strict=True):
         assert flags is None
         assert tokens.dtype == np.int32
         assert tokens[-1] == tokenizer.eos_token_id
@@ -253,7 +253,7 @@ def test_tokens_decode_to_the_text_and_end_with_eos(tokenizer):
 )
 def test_tokens_that_overlap_a_span_are_annotated_and_eos_never(tokenizer, spans, marked):
     documents = [RawDocument(row=0, text=TEXTS[0], spans=tuple(spans)), RawDocument(row=1)]
-    (tokens, flags), (empty, empty_flags) = tokenise(documents, tokenizer, annotate=True)
+    (tokens, _, flags), (empty, _, empty_flags) = tokenise(documents, tokenizer, annotate=True)
     assert tokenizer.decode(tokens[flags]) == marked  # this tokenizer has a token for every word of the text
     assert not flags[-1]
     assert (empty.tolist(), empty_flags.tolist()) == ([tokenizer.eos_token_id], [False])

@@ -1,0 +1,203 @@
+"""The mask of a corpus as character spans on disk, and the mask of another tokenizer's corpus from them, by shards.
+
+`write_spans` gives every document that begins in a shard a row of `schemas.SPANS`; `write_mask` reads the rows of the
+documents of a shard of the same documents in other tokens, and fills that shard's mask. Both read only the shards that
+they need. The first token of a block has no prediction and is never masked, in either corpus.
+
+Cost: the stops of the shard's tokens, half a byte each on disk; memory is one shard and its longest document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ifguide import schemas
+from ifguide.artifacts import Manifest, data_files, publish
+from ifguide.spans import mask_of_spans, spans_of_mask, token_edges
+
+SPANS, DOCUMENTS = "spans-*.parquet", "documents-*.parquet"
+CONTEXT = 256  # tokens: more than share a character in any tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedCorpus:
+    """A corpus by stream position. All of its shards but the last have as many blocks."""
+
+    folder: Path
+    block_size: int
+    blocks_per_shard: int
+    num_tokens: int
+
+    @classmethod
+    def of(cls, folder: Path, manifest: Manifest) -> PackedCorpus:
+        """The corpus that a manifest describes."""
+        return cls(
+            folder=folder,
+            block_size=manifest.summary["block_size"],
+            blocks_per_shard=manifest.options["pack_corpus"]["blocks_per_shard"],
+            num_tokens=manifest.rows["tokens"],
+        )
+
+    @property
+    def shard_tokens(self) -> int:
+        return self.block_size * self.blocks_per_shard
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_tokens // self.shard_tokens)
+
+    def extent(self, shard: int) -> tuple[int, int]:
+        """Stream positions [begin, end) of a shard."""
+        return shard * self.shard_tokens, min((shard + 1) * self.shard_tokens, self.num_tokens)
+
+    def read(self, folder: Path, kind: str, column: str, begin: int, end: int) -> np.ndarray:
+        """A per-token column of the tables `kind` in `folder`, sharded as the corpus is, at positions [begin, end)."""
+        parts = []
+        for shard in range(begin // self.shard_tokens, -(-end // self.shard_tokens)):
+            table = schemas.read_table(folder / f"{kind}-{shard_name(shard)}.parquet", columns=[column])
+            first, _ = self.extent(shard)
+            parts.append(schemas.per_token_array(table, column).reshape(-1)[max(begin - first, 0) : end - first])
+        return np.concatenate(parts)
+
+
+def shard_name(shard: int) -> str:
+    """What a shard's files are called by."""
+    return f"{shard:05d}"
+
+
+class SpanCounts(NamedTuple):
+    """What `write_spans` wrote."""
+
+    documents: int
+    spans: int
+    tokens: int
+
+
+def write_spans(corpus: PackedCorpus, mask: Path, shard: int) -> SpanCounts:
+    """Write `spans-<shard>` in the folder of a mask: the documents that begin in the shard, however far they reach."""
+    name = shard_name(shard)
+    documents = schemas.read_table(corpus.folder / f"documents-{name}.parquet", schemas.DOCUMENTS)
+    ids, begins, sizes = (documents.column(key).to_numpy() for key in ("doc_id", "token_start", "num_tokens"))
+    found: list[np.ndarray] = [np.zeros((0, 2))] * len(ids)
+    tokens = 0
+    if len(ids):
+        first, end = int(begins[0]), int(begins[-1] + sizes[-1])
+        masked = corpus.read(mask, "shard", "masked", first, end)
+        stops = corpus.read(corpus.folder, "offsets", "stops", first, end)
+        tokens = int(np.count_nonzero(masked))
+        for i in np.unique(np.searchsorted(begins - first, np.flatnonzero(masked), side="right") - 1):
+            own = slice(begins[i] - first, begins[i] - first + sizes[i])
+            found[i] = spans_of_mask(masked[own], token_edges(stops[own]))
+    counts = np.array([len(spans) for spans in found], np.int64)
+    flat = np.concatenate([np.zeros((0, 2)), *found])
+    pairs = pa.StructArray.from_arrays([pa.array(flat[:, 0]), pa.array(flat[:, 1])], fields=list(schemas.SPAN))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    columns = [pa.array(ids), documents.column("num_chars").combine_chunks(), pa.ListArray.from_arrays(offsets, pairs)]
+    with publish(mask / f"spans-{name}.parquet") as part:
+        pq.write_table(pa.Table.from_arrays(columns, schema=schemas.SPANS), part)
+    return SpanCounts(len(ids), int(counts.sum()), tokens)
+
+
+class MaskJob(NamedTuple):
+    """One shard of a mask to fill: the first of its documents, and which files hold them and their spans."""
+
+    shard: int
+    first_document: int
+    documents: list[str]
+    spans: list[str]
+
+
+def mask_jobs(corpus: PackedCorpus, source_mask: Path) -> Iterator[MaskJob]:
+    """A job for each shard of `corpus`, whose documents are those of `source_mask`.
+
+    Raises:
+        ValueError: they have other numbers of documents.
+    """
+    documents, spans = data_files(corpus.folder, DOCUMENTS), data_files(source_mask, SPANS)
+    bounds, source_bounds = _bounds(documents), _bounds(spans)
+    if bounds[-1] != source_bounds[-1]:
+        raise ValueError(
+            f"{corpus.folder} has {bounds[-1]} documents, {source_mask} has spans of {source_bounds[-1]}:"
+            " they are of other documents"
+        )
+    for shard in range(corpus.num_shards):
+        # The document before the first that begins here may reach into the shard.
+        first, stop = max(int(bounds[shard]) - 1, 0), int(bounds[shard + 1])
+        named, span_files = (
+            [path.name for path in _holding(files, counted, first, stop)]
+            for files, counted in ((documents, bounds), (spans, source_bounds))
+        )
+        yield MaskJob(shard, first, named, span_files)
+
+
+def _bounds(files: Sequence[Path]) -> np.ndarray:
+    """The first row of each file among all rows, and their number."""
+    return np.cumsum([0, *(schemas.read_table(path, columns=["doc_id"]).num_rows for path in files)])
+
+
+def _holding(files: Sequence[Path], bounds: np.ndarray, first: int, stop: int) -> list[Path]:
+    return [path for path, low, high in zip(files, bounds[:-1], bounds[1:], strict=True) if low < stop and high > first]
+
+
+def write_mask(corpus: PackedCorpus, source_mask: Path, folder: Path, job: MaskJob) -> dict[str, Any]:
+    """Write a shard of the mask in `folder`: the tokens of `corpus` that overlap a span. Returns counts of `blocks`,
+    `masked` and `predicted` tokens.
+
+    Raises:
+        ValueError: a document has another number of characters here than where its spans are from.
+    """
+    begin, end = corpus.extent(job.shard)
+    documents = _rows(corpus.folder, job.documents, schemas.DOCUMENTS, job.first_document)
+    spans = _rows(source_mask, job.spans, schemas.SPANS, job.first_document).slice(0, documents.num_rows)
+    _require_same_documents(corpus.folder, source_mask, documents, spans)
+    # More on either side, so that a character that tokens of two shards share is divided as in both.
+    low, high = max(begin - CONTEXT, 0), min(end + CONTEXT, corpus.num_tokens)
+    stops = corpus.read(corpus.folder, "offsets", "stops", low, high)
+    begins, sizes = (documents.column(name).to_numpy() for name in ("token_start", "num_tokens"))
+    pairs = spans.column("spans").combine_chunks()
+    bounds, flat = pairs.offsets.to_numpy(), pairs.flatten()
+    starts_stops = np.stack([flat.field(i).to_numpy(zero_copy_only=False) for i in (0, 1)], axis=1)
+    masked = np.zeros(high - low, bool)
+    for i in np.flatnonzero(np.diff(bounds)):
+        own = slice(max(begins[i] - low, 0), max(begins[i] + sizes[i] - low, 0))
+        if own.stop > own.start:
+            of_document = slice(bounds[i] - bounds[0], bounds[i + 1] - bounds[0])
+            masked[own] = mask_of_spans(starts_stops[of_document], token_edges(stops[own]))
+    return _write_shard(corpus, folder, job.shard, masked[begin - low : end - low])
+
+
+def _write_shard(corpus: PackedCorpus, folder: Path, shard: int, masked: np.ndarray) -> dict[str, Any]:
+    num_blocks = -(-len(masked) // corpus.block_size)
+    masked_BT = np.zeros((num_blocks, corpus.block_size), bool)
+    masked_BT.reshape(-1)[: len(masked)] = masked
+    masked_BT[:, 0] = False
+    block_ids = pa.array(shard * corpus.blocks_per_shard + np.arange(num_blocks), pa.int64())
+    schema = schemas.mask(corpus.block_size)
+    columns = [block_ids, schemas.per_token_column(masked_BT, schema, "masked")]
+    with publish(folder / f"shard-{shard_name(shard)}.parquet") as part:
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), part)
+    return {"blocks": num_blocks, "masked": int(masked_BT.sum()), "predicted": len(masked) - num_blocks}
+
+
+def _rows(folder: Path, names: Sequence[str], schema: pa.Schema, first: int) -> pa.Table:
+    """The rows from document `first` on of some files."""
+    table = pa.concat_tables([schemas.read_table(folder / name, schema) for name in names])
+    return table.slice(first - table.column("doc_id")[0].as_py())
+
+
+def _require_same_documents(folder: Path, source_mask: Path, documents: pa.Table, spans: pa.Table) -> None:
+    for name in ("doc_id", "num_chars"):
+        ours, theirs = documents.column(name).to_numpy(), spans.column(name).to_numpy()
+        if len(ours) != len(theirs) or (ours != theirs).any():
+            row = int(np.argmax(ours != theirs)) if len(ours) == len(theirs) else 0
+            raise ValueError(
+                f"{folder}: document {documents.column('doc_id')[row]} has {name} {ours[row]}, its spans in"
+                f" {source_mask} are of {theirs[row]}: the inputs have changed since the corpus was scored"
+            )
