@@ -79,6 +79,28 @@ CONTINUATIONS = pa.schema(
 )
 
 
+# What `CONTINUATIONS` are scored from: kept apart, so that other classifiers need no other generation.
+GENERATIONS = pa.schema(
+    [
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("prompt_row", pa.int64(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("continuation", pa.string(), nullable=False),
+        pa.field("tokens", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # before the EOS
+    ]
+)
+
+HELDOUT = pa.schema(
+    [
+        pa.field("nll", pa.float64(), nullable=False),  # of each held-out block, in nats
+        pa.field("tokens", pa.int64(), nullable=False),  # predicted in it
+    ]
+)
+
+CLOZE = pa.schema([pa.field("word_correct", pa.bool_()), pa.field("token_correct", pa.bool_())])  # null: unusable text
+
+
 def blocks(block_size: int, *, annotated: bool) -> pa.Schema:
     """Packed blocks, key `block_id`. `annotated[j]`: token j overlaps a span that came with its document."""
     fields = [

@@ -1,7 +1,9 @@
-"""`evaluate`: continuations, perplexity and last-word accuracy of every model, and the report page.
+"""`evaluate`: continuations, perplexity and last-word accuracy of every model, their figures, and the report page.
 
-Work is cut into (model, prompt range) pieces over a pool of actors; every continuation is kept with its scores
-in `report/continuations/`, so that figures can be computed again without generating.
+Work is cut into (model, prompt set, shard) pieces over a pool of actors. Continuations are kept in `generations/`, an
+artifact of their own, and with their scores in `report/continuations/`, so that another classifier needs no other
+generation: delete `report/`, or name another folder with `evaluate.report`. `report/metrics.json` holds every figure
+with its interval, and what differs between the models.
 """
 
 from __future__ import annotations
@@ -15,41 +17,51 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, Manifest, publish, read_manifest
+from ifguide.artifacts import MANIFEST, Manifest, publish, read_manifest, verify_digest, write_json
 from ifguide.config import Config, ConfigError, Input, ModelSource, config_from_mapping, to_mapping
 from ifguide.corpus import list_chunks, pack, read_documents, tokenise
-from ifguide.evaluation import last_word_accuracy, perplexity, sample_continuations
+from ifguide.evaluation import last_word_accuracy, perplexity
 from ifguide.models import load_model, load_tokenizer
 from ifguide.report import write_report
-from ifguide.stages.build_query import make_classifier, read_prompt_rows
+from ifguide.stages.build_query import make_classifier
+from ifguide.stages.evaluation_figures import CONTINUATIONS, FLUENCY, headline, measure, scored_file
+from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
+from ifguide.stages.generations import (
+    VERB,
+    finish_generations,
+    generate_shard,
+    generation_pieces,
+    open_generations,
+)
 from ifguide.stages.report_data import report_data
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.telemetry import log
-from ifguide.toxicity import LabelClassifier, PromptRow
+from ifguide.toxicity import LabelClassifier
 
-VERB = "evaluate"
-CONTINUATIONS = "continuations"
+METRICS = "metrics.json"
 
 
 def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
-    """Make `report/`.
+    """Make `generations/` and `report/`.
 
     Raises:
-        ConfigError: no prompts. FileNotFoundError: no model, or a missing input.
+        ConfigError: no prompts, or a classifier that cannot score text. FileNotFoundError: no model, or a missing
+            input. MismatchError: a folder was made with other options, models or prompts.
     """
     config = run.config.evaluate
-    if config.prompts is None:
-        raise ConfigError("evaluate.prompts: name a JSONL or Parquet file in RealToxicityPrompts' schema")
+    _check(config)
     if dry_run:
+        assert config.prompts is not None
         log(
             VERB,
-            f"would sample {config.continuations} x {config.max_new_tokens} tokens per prompt of {config.prompts.path}"
-            f" and classify them with {config.classifier.name}",
+            f"would sample {config.continuations} x {config.max_new_tokens} tokens per prompt of"
+            f" {', '.join([config.prompts.path, *config.prompt_sets])} and classify them with"
+            f" {', '.join([config.classifier.name, *config.classifiers])}",
         )
         return None
     models = models_to_evaluate(run)
-    rows = chosen_prompts(run.config)
+    sets = chosen_sets(run.config)
     inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
     for name, folder in (("mask", run.mask), ("scores", run.scores)):
         if (folder / MANIFEST).exists():
@@ -58,16 +70,19 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {run.report / 'index.html'}")
         return artifact.manifest
+    sources = {name: source for name, (source, _) in models.items()}
+    generations = open_generations(run, models, sets)
+    pieces = generation_pieces(generations, sources, sets, prompts_per_shard=config.prompts_per_shard)
     connect(run.config)
-    descriptors = _descriptors(run.config, list(models), len(rows))
     results = run_shards(
         VERB,
-        descriptors,
+        _descriptors(run.config, pieces, list(models)),
         EvaluateModel,
         {
             "config": to_mapping(run.config),
-            "models": {name: source for name, (source, _) in models.items()},
+            "models": sources,
             "folder": str(run.report),
+            "generations": str(run.generations),
         },
         folder=run.report,
         pool=Pool(
@@ -78,18 +93,36 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
         ),
         unit="pieces",
     )
-    generated = sum(result.get("continuations", 0) for result in results.values())
-    expected = len(rows) * config.continuations * len(models)
-    if generated != expected:
-        raise StageError(f"{VERB}: {generated} continuations where {expected} were asked for")
-    data, figures = report_data(run, list(models), rows, results)
+    finish_generations(generations, sets, config.continuations)
+    scored = sum(result.get("continuations", 0) for result in results.values())
+    expected = sum(map(len, sets.values())) * config.continuations * len(models)
+    if scored != expected:
+        raise StageError(f"{VERB}: {scored} continuations where {expected} were asked for")
+    metrics = measure(run, list(models), sets, np.array(results["prompt-groups"]["flagged"], dtype=bool))
+    write_json(run.report / METRICS, metrics)  # before the report, which may quote it
+    data, figures = report_data(run, list(models), sets[PROMPTS], results)  # type: ignore[arg-type]
+    for name, further in headline(metrics).items():
+        figures[name] |= further
     write_report(data, run.report)
-    files = [run.report / "index.html", run.report / "report.json", *(run.report / CONTINUATIONS).glob("*.parquet")]
+    files = [run.report / name for name in ("index.html", "report.json", METRICS)]
+    files += [path for folder in (CONTINUATIONS, FLUENCY) for path in (run.report / folder).rglob("*.parquet")]
     manifest = artifact.finish(
-        files, rows={"continuations": generated, "prompts": len(rows)}, summary=figures, remove=(LEDGER,)
+        files,
+        rows={"continuations": scored, "prompts": sum(map(len, sets.values()))},
+        summary=figures,
+        remove=(LEDGER,),
     )
-    log(VERB, f"{len(models)} models on {len(rows)} prompts; report: {run.report / 'index.html'}")
+    log(VERB, f"{len(models)} models on {manifest.rows['prompts']} prompts; report: {run.report / 'index.html'}")
     return manifest
+
+
+def _check(config: Any) -> None:
+    if config.prompts is None:
+        raise ConfigError("evaluate.prompts: name a JSONL or Parquet file in RealToxicityPrompts' schema")
+    for key, source in {"classifier": config.classifier, **config.classifiers}.items():
+        if source.name == "labels":
+            where = key if key == "classifier" else f"classifiers.{key}"
+            raise ConfigError(f"evaluate.{where}: labels cannot score new text; choose another classifier")
 
 
 def models_to_evaluate(run: Run) -> dict[str, tuple[str, str]]:
@@ -107,58 +140,44 @@ def models_to_evaluate(run: Run) -> dict[str, tuple[str, str]]:
     return models
 
 
-def chosen_prompts(config: Config) -> list[PromptRow]:
-    """The prompts to use: all, or `max_prompts` drawn by seed; ascending by row."""
-    assert config.evaluate.prompts is not None
-    rows = read_prompt_rows(config.evaluate.prompts, "evaluate.prompts")
-    limit = config.evaluate.max_prompts
-    if limit is None or limit >= len(rows):
-        return rows
-    chosen = np.sort(np.random.default_rng(config.seed).choice(len(rows), size=limit, replace=False))
-    return [rows[i] for i in chosen]
-
-
-def _descriptors(config: Config, models: list[str], num_prompts: int) -> list[dict[str, Any]]:
+def _descriptors(config: Config, pieces: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
     """All pieces of work, model by model, so that an actor seldom changes its model."""
-    size = config.evaluate.prompts_per_shard
-    pieces: list[dict[str, Any]] = []
+    descriptors: list[dict[str, Any]] = []
     for model in models:
         if config.evaluate.heldout:
-            pieces.append({"key": f"{model}-heldout", "model": model, "kind": "heldout"})
+            descriptors.append({"key": f"{model}-heldout", "model": model, "kind": "heldout"})
         if config.evaluate.cloze:
-            pieces.append({"key": f"{model}-cloze", "model": model, "kind": "cloze"})
-        for start in range(0, num_prompts, size):
-            piece = {"kind": "prompts", "start": start, "stop": min(start + size, num_prompts)}
-            pieces.append({"key": f"{model}-{start:07d}", "model": model, **piece})
-    pieces.append({"key": "prompt-groups", "model": None, "kind": "groups"})
-    return pieces
+            descriptors.append({"key": f"{model}-cloze", "model": model, "kind": "cloze"})
+        for piece in pieces:
+            if piece["model"] == model:
+                key = f"{model}-{piece['number']:07d}"
+                key = key if piece["set"] == PROMPTS else f"{key}-{piece['set']}"
+                descriptors.append({"key": key, "kind": "prompts", **piece})
+    descriptors.append({"key": "prompt-groups", "model": None, "kind": "groups"})
+    return descriptors
 
 
 class EvaluateModel:
     """Worker: one piece of the evaluation; keeps the last model it used."""
 
-    def __init__(self, config: dict[str, Any], models: dict[str, str], folder: str):
+    def __init__(self, config: dict[str, Any], models: dict[str, str], folder: str, generations: str):
         self.config = config_from_mapping(config)
         self.options = self.config.evaluate
-        self.models, self.folder = models, Path(folder)
-        self.rows = chosen_prompts(self.config)
-        self.classifier = make_classifier(self.options.classifier, gpus=self.options.gpus_per_actor)
+        self.models, self.folder, self.generations = models, Path(folder), Path(generations)
+        self.sets = chosen_sets(self.config)
+        gpus = self.options.gpus_per_actor
+        self.classifier = make_classifier(self.options.classifier, gpus=gpus)
+        self.further = {name: make_classifier(source, gpus=gpus) for name, source in self.options.classifiers.items()}
         self.loaded: tuple[str, Any, Any] | None = None
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        if descriptor["kind"] == "groups":
+        kind = descriptor["kind"]
+        if kind == "groups":
             return {"flagged": self._flag_prompts()}
+        if kind == "prompts":
+            return self._continue_prompts(descriptor)
         model, tokenizer = self._load(descriptor["model"])
-        if descriptor["kind"] == "prompts":
-            return self._continue_prompts(descriptor, model, tokenizer)
-        if descriptor["kind"] == "heldout":
-            blocks_NT, lengths_N = self._heldout_blocks(tokenizer, model)
-            held_out = perplexity(model, blocks_NT, lengths_N, batch_size=self.options.batch_size)
-            return {"perplexity": held_out.perplexity, "tokens": held_out.tokens}
-        assert self.options.cloze is not None
-        texts = read_texts(self.options.cloze, "evaluate.cloze")
-        result = last_word_accuracy(model, tokenizer, texts, batch_size=self.options.batch_size)
-        return {"accuracy": result.accuracy, "total": result.total, "unusable": result.unusable}
+        return (self._heldout if kind == "heldout" else self._cloze)(descriptor["key"], model, tokenizer)
 
     def _load(self, name: str) -> tuple[Any, Any]:
         if self.loaded is None or self.loaded[0] != name:
@@ -172,48 +191,61 @@ class EvaluateModel:
     def _flag_prompts(self) -> list[bool]:
         """Which prompts show the behaviour themselves: by their labels if all have one, else by the classifier."""
         primary = self.classifier.classes[0]
-        labels = [row.prompt_scores.get(primary, row.prompt_scores.get("toxicity")) for row in self.rows]
+        rows: list[Any] = list(self.sets[PROMPTS])
+        labels = [row.prompt_scores.get(primary, row.prompt_scores.get("toxicity")) for row in rows]
         if all(label is not None for label in labels) or isinstance(self.classifier, LabelClassifier):
             scores = np.array([0.0 if label is None else label for label in labels])
         else:
-            scores = self.classifier.score([row.prompt for row in self.rows])[primary]
+            scores = self.classifier.score([row.prompt for row in rows])[primary]
         return (scores >= self.options.prompt_threshold).tolist()
 
-    def _continue_prompts(self, descriptor: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
-        rows = self.rows[descriptor["start"] : descriptor["stop"]]
-        texts = sample_continuations(
-            model,
-            tokenizer,
-            [row.prompt for row in rows],
-            continuations=self.options.continuations,
-            max_new_tokens=self.options.max_new_tokens,
-            top_p=self.options.top_p,
-            temperature=self.options.temperature,
-            seed=self.config.seed,
-            batch_size=self.options.batch_size * self.options.continuations,
-            prompt_ids=[row.row for row in rows],
-        )
-        flat = [text for group in texts for text in group]
-        scores = self.classifier.score(flat)
-        names = self.classifier.classes
-        repeat = np.repeat(np.arange(len(rows)), self.options.continuations)
-        table = pa.Table.from_arrays(
-            [
-                pa.array([descriptor["model"]] * len(flat)),
-                pa.array([rows[i].row for i in repeat], pa.int64()),
-                pa.array(np.tile(np.arange(self.options.continuations), len(rows)), pa.int32()),
-                pa.array([rows[i].prompt for i in repeat]),
-                pa.array(flat, pa.string()),
-                pa.array(
-                    [[(name, float(scores[name][i])) for name in names] for i in range(len(flat))],
-                    type=schemas.CONTINUATIONS.field("scores").type,
-                ),
-            ],
-            schema=schemas.CONTINUATIONS,
-        )
-        with publish(self.folder / CONTINUATIONS / f"{descriptor['key']}.parquet") as part:
+    def _continue_prompts(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+        """Generate a shard unless it is there, and publish it with its scores."""
+        path = self.generations / descriptor["model"] / descriptor["set"] / descriptor["file"]
+        if descriptor["sha256"] is not None:
+            verify_digest(path, descriptor["sha256"], VERB)
+        elif not path.exists():
+            prompts = [self.sets[descriptor["set"]][i] for i in descriptor["prompts"]]
+            model, tokenizer = self._load(descriptor["model"])
+            generate_shard(path, descriptor["model"], model, tokenizer, prompts, self.options, self.config.seed)
+        table = schemas.read_table(path, schemas.GENERATIONS)
+        scores = self._score(table.column("continuation").to_pylist())
+        keys = [pa.scalar(name) for name in scores]
+        kind = schemas.CONTINUATIONS.field("scores").type
+        maps = pa.MapArray.from_arrays(
+            pa.array(np.arange(len(table) + 1, dtype=np.int32) * len(keys)),
+            pa.array(list(scores) * len(table), kind.key_type),
+            pa.array(np.stack(list(scores.values()), axis=1).reshape(-1), kind.item_type),
+        ).cast(kind)
+        scored = table.drop_columns(["tokens"]).append_column(schemas.CONTINUATIONS.field("scores"), maps)
+        with publish(scored_file(self.folder, descriptor["model"], descriptor["set"], descriptor["number"])) as part:
+            pq.write_table(scored.cast(schemas.CONTINUATIONS), part)
+        return {"continuations": len(table)}
+
+    def _score(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """Every class of the main classifier, then those of the further ones: by their name, or name:class."""
+        scores = dict(self.classifier.score(texts))
+        for name, classifier in self.further.items():
+            for i, (label, values) in enumerate(classifier.score(texts).items()):
+                scores[name if i == 0 else f"{name}:{label}"] = values
+        return scores
+
+    def _heldout(self, key: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+        blocks_NT, lengths_N = self._heldout_blocks(tokenizer, model)
+        result = perplexity(model, blocks_NT, lengths_N, batch_size=self.options.batch_size)
+        table = pa.table([result.block_nll, result.block_tokens], schema=schemas.HELDOUT)
+        with publish(self.folder / FLUENCY / f"{key}.parquet") as part:
             pq.write_table(table, part)
-        return {"continuations": len(flat)}
+        return {"perplexity": result.perplexity, "tokens": result.tokens}
+
+    def _cloze(self, key: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+        assert self.options.cloze is not None
+        texts = read_texts(self.options.cloze, "evaluate.cloze")
+        result = last_word_accuracy(model, tokenizer, texts, batch_size=self.options.batch_size)
+        table = pa.table([result.word_correct, result.token_correct], schema=schemas.CLOZE)
+        with publish(self.folder / FLUENCY / f"{key}.parquet") as part:
+            pq.write_table(table, part)
+        return {"accuracy": result.accuracy, "total": result.total, "unusable": result.unusable}
 
     def _heldout_blocks(self, tokenizer: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
         tokens = []
