@@ -154,7 +154,7 @@ def main() -> None:
 
     rates: dict[str, list[float]] = {}
     for _ in range(options.rounds):
-        for at_once in (1, options.padded_prompts):
+        for at_once in sorted({1, options.padded_prompts}):
             padded = prompts[: options.padded_prompts]
             rate = timed(
                 lambda texts, size=at_once: papers_way(model, tokenizer, texts, sampling, at_once=size),

@@ -210,10 +210,9 @@ class EvaluateModel:
             generate_shard(path, descriptor["model"], model, tokenizer, prompts, self.options, self.config.seed)
         table = schemas.read_table(path, schemas.GENERATIONS)
         scores = self._score(table.column("continuation").to_pylist())
-        keys = [pa.scalar(name) for name in scores]
         kind = schemas.CONTINUATIONS.field("scores").type
         maps = pa.MapArray.from_arrays(
-            pa.array(np.arange(len(table) + 1, dtype=np.int32) * len(keys)),
+            pa.array(np.arange(len(table) + 1, dtype=np.int32) * len(scores)),
             pa.array(list(scores) * len(table), kind.key_type),
             pa.array(np.stack(list(scores.values()), axis=1).reshape(-1), kind.item_type),
         ).cast(kind)
