@@ -138,10 +138,10 @@ def _skeleton(fields: str) -> PreTrainedModel:
 
 
 def _vocabulary(config: Config) -> int:
-    if config.pack_corpus.train_tokenizer is not None:
+    if config.pack_corpus.train_tokenizer is not None and config.pretrain.tokenizer is None:
         return config.pack_corpus.train_tokenizer
     try:
-        return len(load_tokenizer(config.tokenizer_source))
+        return len(load_tokenizer(config.pretrain.tokenizer or config.tokenizer_source))
     except (OSError, ValueError) as error:
         raise ConfigError(
             "target.architecture.vocab_size: is left to the tokenizer, which cannot be read yet"

@@ -22,12 +22,14 @@ import torch
 
 from ifguide.artifacts import Manifest, remove_tree, require, require_same, write_json
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
+from ifguide.model_card import write_model_card
 from ifguide.models import check_vocabulary, load_architecture, load_model, load_tokenizer
 from ifguide.objective import signed_loss
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
+from ifguide.stages.target_corpus import training_config, training_run
 from ifguide.stages.training_blocks import TrainingBlocks
-from ifguide.telemetry import MetricsLog, configure_logging, format_seconds, log, read_metrics
+from ifguide.telemetry import MetricsLog, configure_logging, log, read_metrics
 from ifguide.training import (
     Schedule,
     deepspeed_config,
@@ -35,6 +37,7 @@ from ifguide.training import (
     parameter_groups,
     rank_micro_batches,
 )
+from ifguide.training_log import meter_of, training_line
 
 VERB = "pretrain"
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
@@ -52,36 +55,46 @@ def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
     name = PENALISED if config.use_mask else BASELINE
     target = initial_model(run.config)
     if dry_run:
-        plan = plan_pretrain(run.config)
+        plan = plan_pretrain(training_config(run.config))
         for line in describe(plan):
             log(VERB, line)
         require_fit(plan)
         return None
-    corpus = require(run.corpus, "pack_corpus")
+    data = training_run(run)  # the run itself, unless the target has a tokenizer of its own
+    corpus, mask = require(data.corpus, "pack_corpus"), None
     inputs = {"corpus": corpus.fingerprint}
     if config.use_mask:
-        mask = require(run.mask, "build_mask")
+        mask = require(data.mask, "build_mask")
         require_same(
-            f"the corpus of {run.mask}",
+            f"the corpus of {data.mask}",
             mask.inputs["corpus"],
-            f"{run.corpus}",
+            f"{data.corpus}",
             corpus.fingerprint,
             "build the mask of this corpus, or train on the mask's own",
         )
         inputs["mask"] = mask.fingerprint
-    tokenizer = load_tokenizer(run.config.tokenizer_source)
+    tokenizer = load_tokenizer(data.config.tokenizer_source)
     check_vocabulary(
         architecture(run.config, target, tokenizer)["vocab_size"],
         tokenizer,
         model_name=target.source or "target.architecture",
-        tokenizer_name=run.config.tokenizer_source,
+        tokenizer_name=data.config.tokenizer_source,
     )
     artifact = run.open(run.model(name), VERB, keys=("pretrain", "target", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"{name} is complete")
         return artifact.manifest
     connect(run.config)
-    summary = _train(run, artifact.folder, name)
+    summary = _train(run, data, artifact.folder, name)
+    write_model_card(
+        artifact.folder / EXPORT,
+        data.config,
+        corpus=corpus,
+        mask=mask,
+        scores=run.scores,
+        objective={"kind": "penalty", "lambda": config.penalty},
+        training=summary,
+    )
     remove_tree(artifact.folder / "ray_train")
     files = [path for path in (artifact.folder / EXPORT).iterdir() if path.is_file()]
     rows = {"steps": summary["steps"], "blocks_seen": summary["blocks_seen"]}
@@ -107,7 +120,7 @@ def architecture(config: Config, target: ModelSource, tokenizer: Any) -> dict[st
     return {**fields, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
-def _train(run: Run, folder: Path, name: str) -> dict[str, Any]:
+def _train(run: Run, data: Run, folder: Path, name: str) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -115,9 +128,9 @@ def _train(run: Run, folder: Path, name: str) -> dict[str, Any]:
     use_gpu = config.gpus_per_worker > 0
     resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if use_gpu else {})}
     settings = {
-        "config": to_mapping(run.config),
-        "corpus": str(run.corpus),
-        "mask": str(run.mask) if config.use_mask else None,
+        "config": to_mapping(data.config),
+        "corpus": str(data.corpus),
+        "mask": str(data.mask) if config.use_mask else None,
         "folder": str(folder),
         "name": name,
         "use_gpu": use_gpu,
@@ -205,17 +218,23 @@ class _Trainer:
 
     def run(self) -> None:
         """Train to the last step, export, and publish the summary."""
-        metrics = MetricsLog(self.folder / METRICS) if self.rank == 0 else None
+        wandb = to_mapping(self.train.wandb) if self.train.wandb else None
+        settings = to_mapping(self.config)
+        metrics = MetricsLog(self.folder / METRICS, wandb=wandb, config=settings) if self.rank == 0 else None
         values: dict[str, Any] = {}
-        started, first = time.monotonic(), self.step
+        meter = meter_of(
+            self.config,
+            self.engine.module.config.to_dict(),
+            step=self.step,
+            steps=self.schedule.steps,
+            device=torch.device(self.engine.device),
+            workers=self.world_size,
+        )
         while self.step < self.schedule.steps:
             values = self._train_step()
             last = self.step == self.schedule.steps
             if metrics and (last or self.step % self.train.log_steps == 0):
-                elapsed = time.monotonic() - started
-                tokens = (self.step - first) * self.train.batch_blocks * self.blocks.block_size
-                eta = elapsed / (self.step - first) * (self.schedule.steps - self.step)
-                values |= {"tokens_per_second": tokens / elapsed, "steps": self.schedule.steps, "eta_seconds": eta}
+                values |= meter.values(self.step)
                 metrics.write(self.step, values)
             if last or self.step % self.train.checkpoint_steps == 0:
                 self._save()
@@ -352,17 +371,7 @@ class _ShownMetrics:
         complete = new[: new.rfind(b"\n") + 1]
         self.offset += len(complete)
         for line in complete.splitlines():
-            log(VERB, _progress_line(self.name, json.loads(line)))
-
-
-def _progress_line(name: str, values: dict[str, Any]) -> str:
-    masked = "" if values["loss_masked"] is None else f", masked {values['loss_masked']:.4f}"
-    norm = "" if values["gradient_norm"] is None else f", grad norm {values['gradient_norm']:.2f}"
-    return (
-        f"{name} step {values['step']}/{values['steps']}: loss {values['loss_benign']:.4f}{masked},"
-        f" lr {values['learning_rate']:.2e}{norm}, {values['tokens_per_second']:,.0f} tok/s,"
-        f" ETA {format_seconds(values['eta_seconds'])}"
-    )
+            log(VERB, training_line(self.name, json.loads(line)))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

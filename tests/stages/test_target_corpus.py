@@ -1,0 +1,192 @@
+"""A target with another tokenizer: the same documents in its tokens, masked where they overlap the run's mask."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ifguide import schemas
+from ifguide.artifacts import MANIFEST, PLAN, data_files, read_manifest, write_json
+from ifguide.config import Config, ConfigError, ModelSource
+from ifguide.models import load_tokenizer
+from ifguide.stages.pack_corpus import document_table
+from ifguide.stages.pretrain import pretrain
+from ifguide.stages.run import Run
+from ifguide.stages.target_corpus import training_config, training_run
+from tests.unit.test_spans import byte_level, train_unigram
+
+BLOCK_SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def targets(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of tokenizers: SentencePiece-like, and one token a byte."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    texts = list(documents_of(data).values())
+    train_unigram(texts, vocab_size=300).save_pretrained(folder / "unigram")
+    byte_level().save_pretrained(folder / "bytes")
+    return {name: str(folder / name) for name in ("unigram", "bytes")}
+
+
+def documents_of(data: Path) -> dict[int, str]:
+    """Row -> text of the corpus."""
+    lines = (data / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row: json.loads(line)["text"] for row, line in enumerate(lines)}
+
+
+def with_tokenizer(copied: Callable[..., Config], tokenizer: str, **changes: Any) -> Config:
+    """The finished run's copy with its baseline as a named proxy, and a target of `tokenizer`."""
+    config = copied(drop=("model/penalised",))
+    proxy = ModelSource(source=str(Run(config=config).model("baseline") / "hf"))
+    return replace(config, proxy=proxy, pretrain=replace(config.pretrain, tokenizer=tokenizer, **changes))
+
+
+def flat(folder: Path, column: str) -> np.ndarray:
+    tables = [schemas.read_table(path) for path in data_files(folder)]
+    return np.concatenate([schemas.per_token_array(table, column) for table in tables]).reshape(-1)
+
+
+def pieces(run: Run, texts: dict[int, str]) -> Iterator[tuple[int, str, list[tuple[int, int]], np.ndarray]]:
+    """Each document's id, text, the characters of its tokens by its own tokenizer's offsets, and its mask."""
+    tokenizer = load_tokenizer(run.config.tokenizer_source)
+    tokens, masked = flat(run.corpus, "tokens"), flat(run.mask, "masked")
+    for record in document_table(run.corpus).to_pylist():
+        own = slice(record["token_start"], record["token_start"] + record["num_tokens"])
+        text = texts[record["row"]]
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert [*encoded["input_ids"], tokenizer.eos_token_id] == tokens[own].tolist()
+        yield record["doc_id"], text, encoded["offset_mapping"], masked[own]
+
+
+def parts(offsets: list[tuple[int, int]], size: int) -> list[tuple[Fraction, Fraction]]:
+    """The characters of each token, with what lies between it and the one before; EOS is the one behind the text.
+    Tokens that stop at the same character, as the mark before a first word does, share it in equal parts."""
+    stops = [stop for _, stop in offsets] + [size + 1]
+    edges = [stop - Fraction(stops[j + 1 :].count(stop), stops.count(stop)) for j, stop in enumerate(stops)]
+    return list(zip([Fraction(0), *edges], edges, strict=False))
+
+
+@pytest.mark.parametrize("name", ["unigram", "bytes"])
+def test_every_token_that_overlaps_a_span_is_masked_and_no_other(
+    name: str, data: Path, targets: dict[str, str], copied: Callable[..., Config]
+) -> None:
+    """The oracle compares every token with every masked one of its document."""
+    run = Run(config=with_tokenizer(copied, targets[name]))
+    texts = documents_of(data)
+    target = training_run(run)
+    marked = {}
+    for doc_id, text, offsets, masked in pieces(run, texts):
+        own = parts(offsets, len(text))
+        marked[doc_id] = [own[j] for j in np.flatnonzero(masked)]
+    found = position = 0
+    for doc_id, text, offsets, masked in pieces(target, texts):
+        for j, (start, stop) in enumerate(parts(offsets, len(text))):
+            overlaps = any(max(start, begin) < min(stop, end) for begin, end in marked[doc_id])
+            expected = overlaps and (position + j) % BLOCK_SIZE != 0  # the first of a block has no prediction
+            assert masked[j] == expected, (doc_id, j)
+            found += expected
+        position += len(masked)
+    manifest = read_manifest(target.mask)
+    assert found == manifest.summary["tokens_masked"] > 0
+    assert manifest.inputs["mask"] == read_manifest(run.mask).fingerprint
+
+
+def test_the_corpus_own_tokenizer_has_the_identical_mask(finished: Config, copied: Callable[..., Config]) -> None:
+    own = with_tokenizer(copied, finished.tokenizer_source)
+    assert training_config(own) is own
+    same = (
+        str(Path(finished.tokenizer_source) / "." / "..") + "/" + Path(finished.tokenizer_source).name
+    )  # by another name
+    run = Run(config=with_tokenizer(copied, same))
+    target = training_run(run)
+    assert target.corpus != run.corpus
+    np.testing.assert_array_equal(flat(target.corpus, "tokens"), flat(run.corpus, "tokens"))
+    np.testing.assert_array_equal(flat(target.mask, "masked"), flat(run.mask, "masked"))
+
+
+def test_spans_have_a_row_for_each_document(finished: Config) -> None:
+    run = Run(config=finished)
+    manifest = read_manifest(run.mask)
+    files = data_files(run.mask, "spans-*.parquet")
+    assert {path.name for path in files} <= set(manifest.files)
+    tables = [schemas.read_table(path, schemas.SPANS) for path in files]
+    ids = [doc_id for table in tables for doc_id in table.column("doc_id").to_pylist()]
+    assert ids == list(range(read_manifest(run.corpus).rows["documents"]))
+
+
+def test_an_interrupted_mask_goes_on_and_a_finished_one_is_kept(
+    targets: dict[str, str], copied: Callable[..., Config]
+) -> None:
+    run = Run(config=with_tokenizer(copied, targets["bytes"]))
+    target = training_run(run)
+    manifest, masked = read_manifest(target.mask), flat(target.mask, "masked")
+    written = {path.name: path.stat().st_mtime_ns for path in data_files(target.corpus)}
+    (target.mask / MANIFEST).unlink()
+    write_json(target.mask / PLAN, {"verb": "pretrain", "options": manifest.options, "inputs": manifest.inputs})
+    data_files(target.mask)[0].unlink()
+    training_run(run)
+    np.testing.assert_array_equal(flat(target.mask, "masked"), masked)
+    assert read_manifest(target.mask).fingerprint == manifest.fingerprint
+    assert {path.name: path.stat().st_mtime_ns for path in data_files(target.corpus)} == written
+
+
+def test_changed_documents_and_masks_without_spans_are_refused(
+    data: Path, targets: dict[str, str], copied: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = with_tokenizer(copied, targets["bytes"])
+    fewer = tmp_path / "fewer.jsonl"
+    lines = (data / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    fewer.write_text("".join(lines[:-1]), encoding="utf-8")
+    inputs = (replace(config.pack_corpus.inputs[0], path=str(fewer)),)
+    with pytest.raises(ValueError, match="the inputs have changed"):
+        training_run(Run(config=replace(config, pack_corpus=replace(config.pack_corpus, inputs=inputs))))
+    without = with_tokenizer(copied, targets["unigram"])
+    for path in data_files(Run(config=without).mask, "spans-*.parquet"):
+        path.unlink()
+    manifest = json.loads((Run(config=without).mask / MANIFEST).read_text())
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("spans")}
+    write_json(Run(config=without).mask / MANIFEST, manifest)
+    (Path(without.run_dir) / "target").rename(tmp_path / "old_target")
+    with pytest.raises(ValueError, match="has no character spans"):
+        training_run(Run(config=without))
+
+
+def test_the_baseline_cannot_be_the_proxy_of_other_tokens(finished: Config) -> None:
+    from ifguide.config import config_from_mapping, to_mapping
+
+    tree = to_mapping(finished)
+    tree["pretrain"]["tokenizer"] = "some/other"
+    with pytest.raises(ConfigError, match=r"^pretrain\.tokenizer: "):
+        config_from_mapping(tree)
+
+
+def test_a_target_trains_on_its_own_tokens_and_its_card_says_on_what(
+    targets: dict[str, str], copied: Callable[..., Config]
+) -> None:
+    run = Run(config=with_tokenizer(copied, targets["unigram"], epochs=0.1))
+    pretrain(run)
+    folder = run.model("penalised") / "hf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert len(tokenizer) == len(load_tokenizer(targets["unigram"])) <= model.config.vocab_size
+    assert model.generate(**tokenizer("the", return_tensors="pt"), max_new_tokens=2).shape[1] > 2
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPTNeoXForCausalLM"]
+    front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    known = front["ifguide"]
+    target = Run(config=training_config(run.config))
+    assert known["corpus"]["fingerprint"] == read_manifest(target.corpus).fingerprint
+    assert known["mask"]["inputs"]["mask"] == read_manifest(run.mask).fingerprint
+    assert known["objective"]["lambda"] == run.config.pretrain.penalty
+    assert known["training"]["steps"] == read_manifest(run.model("penalised")).rows["steps"]
+    assert "README.md" in {Path(name).name for name in read_manifest(run.model("penalised")).files}
