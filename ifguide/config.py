@@ -87,6 +87,14 @@ class PackCorpus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """A Weights & Biases project to log to as well; its package is imported only then (`pip install wandb`)."""
+
+    project: str = option(affects_result=False)
+    entity: str | None = option(None, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pretrain:
     """Train the target. `use_mask` false gives the plain baseline; `penalty` is lambda of Eq. 9. `tokenizer` is the
     target's where it is not the corpus': the same documents are packed with it, and masked by characters."""
@@ -113,6 +121,7 @@ class Pretrain:
     cpus_per_worker: float = option(1.0, above=0, affects_result=False)
     checkpoint_steps: int = option(500, at_least=1, affects_result=False)
     log_steps: int = option(10, at_least=1, affects_result=False)
+    wandb: Wandb | None = option(None, affects_result=False)  # noqa: RUF009  # frozen, as its metadata are
     max_failures: int = option(3, at_least=-1, affects_result=False)
 
 
@@ -353,6 +362,11 @@ def _check_across(config: Config) -> None:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
     if config.proxy_is_baseline and not config.baseline:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
+    if train.tokenizer is not None and config.proxy_is_baseline:
+        raise ConfigError(
+            "pretrain.tokenizer: the proxy reads the corpus' own tokens, so this run's baseline, which would read"
+            " these, cannot be it; set proxy.source"
+        )
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
     _check_evaluate(config.evaluate)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -148,27 +149,58 @@ def format_seconds(seconds: float) -> str:
 
 
 class MetricsLog:
-    """Metrics of a run: JSONL at `path` and TensorBoard event files beside it."""
+    """Metrics of a run: JSONL at `path`, TensorBoard event files beside it and, if `wandb` says where, W&B.
 
-    def __init__(self, path: Path):
+    wandb: `project` and `entity`; a resumed run goes on in the same W&B run, whose id is in `wandb.json`. config: what
+    W&B shows as the run's settings.
+
+    Raises:
+        ValueError: `wandb` is given and its package is not installed.
+    """
+
+    def __init__(self, path: Path, *, wandb: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(path.parent / "tensorboard"))
+        self.wandb = None if wandb is None else _wandb_run(path.parent, wandb, config or {})
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append the values of one step; `None` values stay in the JSONL and are not plotted."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        for name, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, step)
+        known = {name: value for name, value in values.items() if value is not None}
+        for name, value in known.items():
+            self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(known, step=step)
 
     def close(self) -> None:
-        """Flush and close both sinks."""
+        """Flush and close all sinks."""
         self.file.close()
         self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _wandb_run(folder: Path, where: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("pretrain.wandb: the package is not installed; pip install wandb, or unset it") from error
+    kept = folder / "wandb.json"
+    run_id = json.loads(kept.read_text())["id"] if kept.exists() else secrets.token_hex(8)
+    kept.write_text(json.dumps({"id": run_id}))
+    return wandb.init(
+        project=where["project"],
+        entity=where.get("entity"),
+        name=f"{folder.parent.parent.name}/{folder.name}",
+        id=run_id,
+        resume="allow",
+        dir=str(folder),
+        config=dict(config),
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -107,3 +108,26 @@ def test_each_row_is_on_disk_when_written_and_numbers_are_plotted(tmp_path):
 
 def test_no_metrics_yet_is_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_wandb_is_asked_for_by_name_and_a_resumed_run_goes_on_in_it(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="W&B is optional")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    path = tmp_path / "model" / "penalised" / "metrics.jsonl"
+    ids = []
+    for step in (1, 2):
+        log = MetricsLog(path, wandb={"project": "p", "entity": None}, config={"seed": step})
+        assert wandb.run is log.wandb
+        log.write(step, {"loss_benign": 1.5, "loss_masked": None})
+        ids.append(log.wandb.id)
+        log.close()
+        assert [*path.parent.rglob(f"run-{ids[-1]}.wandb")]
+        assert wandb.run is None
+    assert ids[0] == ids[1]
+
+
+def test_wandb_that_is_not_installed_is_an_error_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"pretrain\.wandb: .*pip install wandb"):
+        MetricsLog(tmp_path / "metrics.jsonl", wandb={"project": "p"})

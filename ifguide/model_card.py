@@ -1,0 +1,142 @@
+"""The model card of a trained model: README.md beside its weights, with where it comes from.
+
+The front matter is what the Hugging Face hub reads, and under `ifguide:` every fingerprint and setting again, for
+programs. The body says the same in a table. Only manifests are read.
+
+It says nothing of quality or licence, which training does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ifguide.artifacts import MANIFEST, Manifest, read_manifest, write_text
+from ifguide.config import Config
+
+CARD = "README.md"
+HUB_PREFIX = "hf://"
+
+
+def write_model_card(
+    folder: Path,
+    config: Config,
+    *,
+    corpus: Manifest,
+    mask: Manifest | None,
+    scores: Path,
+    objective: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> None:
+    """Write `folder`/README.md.
+
+    config, corpus: what was trained on. mask: None for a model without. scores: the folder of the run's scores, which
+    name the proxy; it may be missing. objective: its kind and parameters. training: steps, losses, parameters.
+    """
+    provenance = {
+        "corpus": _corpus(corpus),
+        **({"mask": _mask(mask, scores)} if mask else {}),
+        "objective": dict(objective) if mask else {"kind": "none"},
+        "training": {**_settings(config), **training},
+        "software": corpus.environment,
+    }
+    write_text(folder / CARD, card_text(config, provenance))
+
+
+def card_text(config: Config, provenance: Mapping[str, Any]) -> str:
+    """The card: YAML front matter, then Markdown."""
+    sources = [item.path for item in config.pack_corpus.inputs]
+    datasets = [
+        source.removeprefix(HUB_PREFIX).partition(":")[0] for source in sources if source.startswith(HUB_PREFIX)
+    ]
+    start = config.pretrain.init_from
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ifguide", "influence-functions", "penalised" if "mask" in provenance else "baseline"],
+    }
+    if datasets:
+        front["datasets"] = datasets
+    if start is not None and _is_hub_id(start):
+        front["base_model"] = start
+    front["ifguide"] = provenance
+    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{header}---\n\n{_body(config, provenance)}"
+
+
+def _body(config: Config, provenance: Mapping[str, Any]) -> str:
+    masked = provenance.get("mask")
+    model = config.target.source or (config.target.architecture or {}).get("model_type", "a model")
+    start = f"fine-tuned from {config.pretrain.init_from}" if config.pretrain.init_from else "trained from scratch"
+    what = (
+        f"{masked['tokens_masked']:,} of its tokens, chosen by influence functions of a proxy, were penalised."
+        if masked
+        else "No token was penalised: this is the baseline."
+    )
+    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in _flat(provenance))
+    return (
+        f"# {model}, {'penalised' if masked else 'baseline'}\n\n"
+        f"{model}, {start} on {provenance['corpus']['tokens']:,} tokens by ifguide"
+        f" (IF-Guide, [arXiv 2506.01790](https://arxiv.org/abs/2506.01790)). {what}\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")\n```\n\n'
+        f"## Provenance\n\n| | |\n| --- | --- |\n{rows}\n"
+    )
+
+
+def _corpus(corpus: Manifest) -> dict[str, Any]:
+    return {
+        "fingerprint": corpus.fingerprint,
+        "tokenizer": corpus.summary["tokenizer"],
+        **{name: corpus.rows[name] for name in ("documents", "tokens", "blocks")},
+    }
+
+
+def _mask(mask: Manifest, scores: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"fingerprint": mask.fingerprint, "inputs": mask.inputs}
+    found |= {key: mask.summary[key] for key in ("tokens_masked", "predicted_tokens", "behaviour", "tau", "unit")
+              if key in mask.summary}  # fmt: skip
+    found |= {"options": mask.options["build_mask"]} if "build_mask" in mask.options else {}
+    if (scores / MANIFEST).exists():
+        scored = read_manifest(scores)
+        if scored.fingerprint == mask.inputs.get("scores"):
+            found["proxy"] = scored.inputs.get("proxy")
+            found["query"] = scored.inputs.get("query")
+    return found
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    train = config.pretrain
+    return {
+        "initial_weights": train.init_from or "random",
+        "epochs": train.epochs,
+        "tokens_per_step": train.batch_blocks * config.pack_corpus.block_size,
+        "learning_rate": train.learning_rate,
+        "weight_decay": train.weight_decay,
+        "betas": list(train.betas),
+        "dtype": train.dtype,
+        "seed": config.seed,
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, Mapping):
+            yield from _flat(value, name)
+        else:
+            yield name, value
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _is_hub_id(source: str) -> bool:
+    """owner/name, and no folder of that name here."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()

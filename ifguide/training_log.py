@@ -1,0 +1,88 @@
+"""What a training says of itself at each logging step: the rate, the share of the hardware's peak, the time left.
+
+    MFU = tokens a second * model FLOP a token / (workers * peak FLOP a second of one device)
+
+The FLOP are those of the forward and backward pass (`ifguide.planning.flops.training`): what is computed again for
+activation checkpointing is not counted, and attention is counted as causal. Peaks are the data sheets' dense ones in
+`ifguide/planning/measurements.yaml`; on any other device, a CPU for one, there is no MFU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ifguide.config import Config
+from ifguide.planning import flops
+from ifguide.planning.measurements import hardware_of_device
+from ifguide.planning.shapes import shape_of_fields
+from ifguide.telemetry import format_seconds
+
+
+class Meter:
+    """Rates between two logging steps. `flop_per_second` is the peak of all workers together; None: not known."""
+
+    def __init__(
+        self,
+        *,
+        step: int,
+        steps: int,
+        tokens_per_step: int,
+        flop_per_token: float | None = None,
+        flop_per_second: float | None = None,
+    ):
+        self.steps, self.tokens_per_step = steps, tokens_per_step
+        self.flop_per_token, self.flop_per_second = flop_per_token, flop_per_second
+        self.step, self.time = step, time.monotonic()
+
+    def values(self, step: int) -> dict[str, Any]:
+        """`tokens_per_second`, `mfu` (None where unknown), `steps`, `eta_seconds`, since this was last called."""
+        now = time.monotonic()
+        seconds, done = max(now - self.time, 1e-9), step - self.step
+        self.step, self.time = step, now
+        rate = done * self.tokens_per_step / seconds
+        known = self.flop_per_token is not None and self.flop_per_second is not None
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self.flop_per_token / self.flop_per_second if known else None,  # type: ignore[operator]
+            "steps": self.steps,
+            "eta_seconds": seconds / max(done, 1) * (self.steps - step),
+        }
+
+
+def meter_of(
+    config: Config, architecture: Mapping[str, Any], *, step: int, steps: int, device: torch.device, workers: int
+) -> Meter:
+    """The meter of a training of a model with these config fields, on `workers` devices like this one."""
+    block_size, dtype = config.pack_corpus.block_size, config.pretrain.dtype
+    found = hardware_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    per_token = None
+    if found is not None:  # else it would be counted for nothing
+        per_token = flops.training(shape_of_fields("target", "its config", dict(architecture)), block_size)
+    return Meter(
+        step=step,
+        steps=steps,
+        tokens_per_step=config.pretrain.batch_blocks * block_size,
+        flop_per_token=per_token,
+        flop_per_second=None if found is None else workers * found.peak(dtype),
+    )
+
+
+def training_line(name: str, values: Mapping[str, Any]) -> str:
+    """One logging step on one line; what is None is left out."""
+
+    def shown(key: str, text: str) -> str:
+        return "" if values.get(key) is None else text.format(values[key])
+
+    return (
+        f"{name} step {values['step']}/{values['steps']}: loss {values['loss_benign']:.4f}"
+        + shown("loss_masked", ", masked {:.4f}")
+        + f", lr {values['learning_rate']:.2e}"
+        + shown("gradient_norm", ", grad norm {:.2f}")
+        + f", {values['tokens_per_second']:,.0f} tok/s"
+        + shown("mfu", ", MFU {:.1%}")
+        + f", ETA {format_seconds(values['eta_seconds'])}"
+    )

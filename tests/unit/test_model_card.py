@@ -1,0 +1,97 @@
+"""The model card: front matter that the hub's own reader takes, and the provenance that the manifests hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from ifguide.artifacts import Manifest, write_json
+from ifguide.config import Config, Input, ModelSource, PackCorpus, Pretrain
+from ifguide.model_card import write_model_card
+
+
+def manifest(verb: str, **changes: object) -> Manifest:
+    fields: dict[str, object] = {
+        "verb": verb, "fingerprint": f"{verb}-fingerprint", "options": {}, "inputs": {}, "rows": {}, "summary": {},
+        "files": {}, "created": "", "seconds": 0.0, "environment": {"ifguide": "0.1.0"},
+    }  # fmt: skip
+    return Manifest(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+CORPUS = manifest(
+    "pack_corpus", rows={"documents": 3, "tokens": 4000, "blocks": 4}, summary={"tokenizer": "a|b\nc"}
+)  # fmt: skip
+MASK = manifest(
+    "build_mask",
+    inputs={"corpus": CORPUS.fingerprint, "scores": "score_corpus-fingerprint"},
+    options={"build_mask": {"quantile": 0.99}},
+    summary={"tokens_masked": 80, "predicted_tokens": 3996, "tau": 0.5, "unit": "document", "behaviour": None},
+)
+
+
+def card(folder: Path, config: Config, *, mask: Manifest | None = MASK, scores: Path = Path("nowhere")) -> ModelCard:
+    write_model_card(
+        folder,
+        config,
+        corpus=CORPUS,
+        mask=mask,
+        scores=scores,
+        objective={"kind": "penalty", "lambda": 0.5},
+        training={"steps": 12, "loss_benign": 2.5},
+    )
+    return ModelCard.load(folder / "README.md")
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config(
+        target=ModelSource(source="EleutherAI/pythia-160m"),
+        pack_corpus=PackCorpus(inputs=(Input(path="hf://owner/texts:train"), Input(path="/data/own.jsonl"))),
+    )
+
+
+def test_the_hub_reads_the_front_matter(tmp_path: Path, config: Config) -> None:
+    data = card(tmp_path, config).data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert data.datasets == ["owner/texts"]
+    assert "penalised" in data.tags
+    assert data.base_model is None
+    known = data.to_dict()["ifguide"]
+    assert known["corpus"]["fingerprint"] == "pack_corpus-fingerprint"
+    assert known["mask"]["fingerprint"] == "build_mask-fingerprint"
+    assert known["mask"]["options"] == {"quantile": 0.99}
+    assert known["objective"] == {"kind": "penalty", "lambda": 0.5}
+    assert known["training"]["steps"] == 12
+    assert known["training"]["initial_weights"] == "random"
+
+
+def test_the_proxy_is_named_from_the_scores_that_the_mask_is_of(tmp_path: Path, config: Config) -> None:
+    scores = tmp_path / "scores"
+    scores.mkdir()
+    scored = manifest("score_corpus", inputs={"proxy": "its-weights", "query": "its-query"})
+    write_json(scores / "manifest.json", scored.__dict__)
+    assert card(tmp_path, config, scores=scores).data.to_dict()["ifguide"]["mask"]["proxy"] == "its-weights"
+    write_json(scores / "manifest.json", {**scored.__dict__, "fingerprint": "of another mask"})
+    assert "proxy" not in card(tmp_path, config, scores=scores).data.to_dict()["ifguide"]["mask"]
+
+
+def test_a_baseline_claims_no_mask_and_a_finetuned_model_names_its_base(tmp_path: Path) -> None:
+    finetuned = Config(pretrain=Pretrain(init_from="EleutherAI/pythia-1b"), target=ModelSource(source="x/y"))
+    found = card(tmp_path, finetuned, mask=None)
+    assert found.data.base_model == "EleutherAI/pythia-1b"
+    assert "mask" not in found.data.to_dict()["ifguide"]
+    assert found.data.to_dict()["ifguide"]["objective"] == {"kind": "none"}
+    assert "No token was penalised" in found.text
+    local = Config(pretrain=Pretrain(init_from=f"{tmp_path}"))
+    assert card(tmp_path, local, mask=None).data.base_model is None
+
+
+def test_the_table_survives_odd_values(tmp_path: Path, config: Config) -> None:
+    text = card(tmp_path, config).text
+    assert "| corpus.tokenizer | a\\|b c |" in text
+    assert "| corpus.tokens | 4,000 |" in text
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert all(line.replace("\\|", "").count("|") == 3 for line in table)

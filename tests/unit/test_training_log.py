@@ -1,0 +1,60 @@
+"""The line of a logging step: rates since the last one, MFU where the peak is known, nothing where it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ifguide.config import Config, PackCorpus, Pretrain
+from ifguide.planning import flops
+from ifguide.planning.measurements import hardware
+from ifguide.planning.shapes import shape_of_fields
+from ifguide.training_log import Meter, meter_of, training_line
+from tests.tiny import ARCHITECTURES
+
+VALUES = {
+    "step": 20, "steps": 100, "loss_benign": 2.51234, "loss_masked": 7.1, "learning_rate": 6e-4,
+    "gradient_norm": 0.437, "tokens_per_second": 123456.7, "mfu": 0.4123, "eta_seconds": 3725.0,
+}  # fmt: skip
+
+
+def test_a_logging_step_is_one_line_with_all_that_is_known() -> None:
+    assert training_line("penalised", VALUES) == (
+        "penalised step 20/100: loss 2.5123, masked 7.1000, lr 6.00e-04, grad norm 0.44, 123,457 tok/s, MFU 41.2%,"
+        " ETA 1h02m"
+    )
+    unknown = {**VALUES, "loss_masked": None, "gradient_norm": None, "mfu": None}
+    assert training_line("baseline", unknown) == (
+        "baseline step 20/100: loss 2.5123, lr 6.00e-04, 123,457 tok/s, ETA 1h02m"
+    )
+
+
+def test_rates_are_those_since_the_last_logging_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("ifguide.training_log.time.monotonic", lambda: now[0])
+    meter = Meter(step=10, steps=100, tokens_per_step=1000, flop_per_token=2e6, flop_per_second=1e9)
+    now[0] = 110.0
+    first = meter.values(20)
+    assert first == {"tokens_per_second": 1000.0, "mfu": 2.0, "steps": 100, "eta_seconds": 80.0}
+    now[0] = 115.0
+    second = meter.values(30)
+    assert second["tokens_per_second"] == 2000.0
+    assert second["eta_seconds"] == 35.0
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_mfu_is_of_the_data_sheets_peak_of_all_workers(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    config = Config(pretrain=Pretrain(batch_blocks=64), pack_corpus=PackCorpus(block_size=32))
+    fields = ARCHITECTURES["gpt_neox"]
+    meter = meter_of(config, fields, step=0, steps=9, device=torch.device("cuda"), workers=workers)
+    assert meter.tokens_per_step == 64 * 32
+    assert meter.flop_per_second == workers * hardware("h100").bfloat16
+    assert meter.flop_per_token == flops.training(shape_of_fields("tiny", "test", fields), 32)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus")
+    assert meter_of(config, fields, step=0, steps=9, device=torch.device("cuda"), workers=1).values(1)["mfu"] is None
+
+
+def test_a_cpu_has_no_mfu() -> None:
+    meter = meter_of(Config(), ARCHITECTURES["llama"], step=0, steps=9, device=torch.device("cpu"), workers=2)
+    assert meter.values(3)["mfu"] is None
