@@ -10,8 +10,9 @@ depend on (seed, N) alone: the difference d_s = f_s - g_s has an interval of its
 
     p = 2 min(1 + #{d_s <= 0}, 1 + #{d_s >= 0}) / (S + 1), at most 1       two-sided; no smaller than 2 / (S + 1)
 
-Cost: S x N draws and products, in chunks of about 64 MB. Continuations of a prompt are not resampled: the interval
-speaks of other prompts, not of another seed. It is too narrow for fewer than about 20 items, and says nothing of one.
+Cost: S x N draws and products, in chunks of about 64 MB. Continuations of a prompt are not resampled, but each prompt
+brings draws of its own, so the interval covers other prompts and another sampling seed together. It does not cover
+another training seed, is too narrow for fewer than about 20 items, and says nothing of one.
 """
 
 from __future__ import annotations
