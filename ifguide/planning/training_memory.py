@@ -3,10 +3,11 @@
     weights + gradients + optimizer + buffers + activations + head
 
 With P parameters of w bytes (2 in bfloat16) on N workers, ZeRO stage z splits over them the optimizer's states (z >= 1:
-12 P bytes in bfloat16, float32 weights and two moments; 8 P in float32), the gradients (z >= 2) and the weights
-(z = 3). DeepSpeed also holds what it sends (`buffers`). Activations are what autograd keeps of one micro-batch: they
-are counted, not estimated from a formula, by running the blocks on torch's meta device and adding up the tensors that
-are saved, with attention as a flash kernel keeps it. With checkpointing: each block's input, and all of one block.
+12 P bytes, float32 weights and two moments; 8 P without ZeRO in float32, where the weights are those of the model), the
+gradients (z >= 2) and the weights (z = 3). DeepSpeed also holds what it sends (`buffers`). Activations are what
+autograd keeps of one micro-batch: they are counted, not estimated from a formula, by running the blocks on torch's meta
+device and adding up the tensors that are saved, with attention as a flash kernel keeps it. With checkpointing: each
+block's input, and all of one block.
 
 Cost: a tenth of a second per model and no memory. The allocator's fragments are in none of the parts: see USABLE.
 """
@@ -59,7 +60,7 @@ def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> Tra
     """The parts for a config and a target, blocks of `block_size` tokens."""
     parameters, width = float(shape.parameters), 2 if config.dtype == "bfloat16" else 4
     workers, stage = config.workers, config.zero_stage
-    states = (12 if width == 2 else 8) * parameters / (workers if stage >= 1 else 1)
+    states = (8 if width == 4 and stage == 0 else 12) * parameters / (workers if stage >= 1 else 1)
     kept = count_activations(shape, block_size, config.dtype)
     per_block = kept.checkpointed if config.activation_checkpointing else kept.whole
     tokens = config.micro_batch_blocks * block_size
@@ -74,14 +75,15 @@ def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> Tra
 
 
 def _buffers(config: Pretrain, parameters: float, width: int) -> float:
-    """What is on its way between workers, and the gradients in float32 that a step makes of its share."""
-    if config.workers == 1:
-        return 0.0 if width == 4 or config.offload_optimizer else 4 * min(parameters, BUCKET)
-    share = parameters / config.workers if config.zero_stage >= 1 else parameters
+    """What is on its way between workers during the backward pass, or the gradients in float32 that a step makes of its
+    share: the larger. With ZeRO, DeepSpeed takes a whole bucket, however few the workers and the parameters."""
+    alone, stage = config.workers == 1, config.zero_stage
+    share = parameters / config.workers if stage >= 1 else parameters
     step = 0.0 if width == 4 or config.offload_optimizer else 4 * share
-    sent = width * min(parameters, BUCKET)
-    gathered = width * min(parameters, LIVE) if config.zero_stage == 3 else 0.0
-    return max(sent + gathered, step)
+    if stage == 0:
+        return max(0.0 if alone else width * min(parameters, BUCKET), step)
+    gathered = width * min(parameters, LIVE) if stage == 3 and not alone else 0.0
+    return max(width * BUCKET + gathered, step)
 
 
 def count_activations(shape: ModelShape, block_size: int, dtype: str) -> Activations:

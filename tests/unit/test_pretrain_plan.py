@@ -207,7 +207,7 @@ def test_devices_are_known_by_the_names_that_cuda_gives_them() -> None:
     assert hardware_of_device("Abacus 3000") is None
 
 
-def test_offload_and_full_precision_of_one_worker() -> None:
+def test_full_precision_of_one_worker_without_zero() -> None:
     shape = shape_of_fields("tiny", "test", ARCHITECTURES["llama"])
     config = Pretrain(workers=1, zero_stage=0, dtype="float32", micro_batch_blocks=2)
     memory = training_memory(config, shape, 16)
