@@ -2,10 +2,10 @@
 
 A stage opens its folder with `open_artifact`. That writes `plan.json` (the options and inputs it is made
 from), so that a rerun can tell its own unfinished work from somebody else's. Files are published with
-`publish`: `.part`, fsync, rename. `Artifact.finish` writes `manifest.json` last, by rename: its presence
-means complete. The manifest holds the options, the fingerprints of the inputs, and each file's SHA-256; an
-artifact's fingerprint is the digest of its files' digests, so equal contents have equal fingerprints.
-The resolved config lies beside it as `config.yaml` and can be run again.
+`publish`: `.part`, fsync, rename; on an object store, one upload. `Artifact.finish` writes `manifest.json`
+last: its presence means complete. The manifest holds the options, the fingerprints of the inputs, and each
+file's SHA-256; an artifact's fingerprint is the digest of its files' digests, so equal contents have equal
+fingerprints. The resolved config lies beside it as `config.yaml` and can be run again.
 
 Unfinished work of the same plan is resumed; of another plan it is refused, naming what differs.
 """
@@ -20,11 +20,14 @@ import json
 import os
 import secrets
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ifguide.storage import is_remote, make_folder, remove_folder, sizes, upload
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -90,7 +93,7 @@ class Artifact:
         )
         for name in remove:
             remove_tree(self.folder / name)
-        for part in self.folder.rglob("*.part"):
+        for part in () if is_remote(self.folder) else self.folder.rglob("*.part"):
             part.unlink(missing_ok=True)  # of attempts that were killed
         write_json(self.folder / MANIFEST, dataclasses.asdict(manifest))
         (self.folder / PLAN).unlink(missing_ok=True)
@@ -123,7 +126,7 @@ def open_artifact(
             f"{folder} holds files but neither {MANIFEST} nor {PLAN}, so ifguide did not make them;"
             " move them away or set another run_dir"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(plan_path, plan)
     return artifact
 
@@ -156,13 +159,12 @@ def require(folder: Path, verb: str) -> Manifest:
         state = "is unfinished" if (folder / PLAN).exists() else "does not exist"
         raise FileNotFoundError(f"{folder} {state}; run `ifguide {verb}` first")
     manifest = read_manifest(folder)
+    found = sizes(folder, manifest.files)
     for name, entry in manifest.files.items():
-        path = folder / name
-        size = path.stat().st_size if path.exists() else None
-        if size != entry["bytes"]:
+        if found.get(name) != entry["bytes"]:
             raise ValueError(
-                f"{path} has {size} bytes where its manifest says {entry['bytes']}; delete {folder} and run"
-                f" `ifguide {verb}` again"
+                f"{folder / name} has {found.get(name)} bytes where its manifest says {entry['bytes']}; delete"
+                f" {folder} and run `ifguide {verb}` again"
             )
     return manifest
 
@@ -210,7 +212,13 @@ def publish(path: Path) -> Iterator[Path]:
     """Yield a `.part` path to write; on success fsync it and rename it to `path`.
 
     Each part has a name of its own: two attempts at one shard, on any two machines, never write the same file.
+    For a remote path it is a temporary local file, uploaded on success: readers see all of it or nothing.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="ifguide-") as folder:
+            yield Path(folder) / path.name
+            upload(Path(folder) / path.name, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
     try:
@@ -245,7 +253,9 @@ def file_digest(path: Path) -> str:
 
 def remove_tree(folder: Path) -> None:
     """Remove scratch work of an artifact; a missing folder is fine."""
-    if folder.exists():
+    if is_remote(folder):
+        remove_folder(folder)
+    elif folder.exists():
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         folder.rmdir()

@@ -17,6 +17,7 @@ from typing import Any
 
 from ifguide.artifacts import MANIFEST, PLAN, read_manifest
 from ifguide.config import VERBS, Config, load_config, to_yaml
+from ifguide.storage import location
 from ifguide.telemetry import configure_logging, log
 
 USER_ERRORS = (ValueError, OSError)  # the latter of files: not there, not writable, no space left
@@ -81,19 +82,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config_flags(commands.add_parser("run", help="every verb in order; running again resumes"), _run_all)
     show = commands.add_parser("show", help="what each artifact of a run directory holds")
-    show.add_argument("run_dir", type=Path)
+    show.add_argument("run_dir", type=location)
     show.set_defaults(function=_show)
     status = commands.add_parser("status", help="how far each stage of a run is, at any time, from its files alone")
-    status.add_argument("run_dir", type=Path)
+    status.add_argument("run_dir", type=location)
     status.set_defaults(function=_status)
     _add_plan_flags(commands.add_parser("plan", help="hours, cost, storage and memory of every stage, beforehand"))
     inspect = commands.add_parser("inspect", help="the top documents of a run, masked tokens in red")
-    inspect.add_argument("run_dir", type=Path)
+    inspect.add_argument("run_dir", type=location)
     inspect.add_argument("--documents", type=int, default=10, help="how many (default 10)")
     inspect.add_argument("--context", type=int, default=60, help="tokens shown around masked ones (default 60)")
     inspect.set_defaults(function=_inspect)
     export = commands.add_parser("export-scores", help="a run's token scores in kronfluence's own format")
-    export.add_argument("run_dir", type=Path)
+    export.add_argument("run_dir", type=location)
     export.add_argument("out", type=Path, help="folder of a kronfluence analysis; scores_NAME is made in it")
     export.add_argument("--name", default="ifguide", help="what kronfluence knows the scores by (default ifguide)")
     export.add_argument("--behaviour", help="one of the further behaviours scored (default: the run's own query)")

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from ifguide.sources import Input, LabelledTexts, Prompts, PromptSet
+from ifguide.storage import location
 from ifguide.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
 
 VERBS = (
@@ -272,7 +273,7 @@ class Config:
     def tokenizer_source(self) -> str:
         """The tokenizer's source: the corpus' own if trained, else `tokenizer`, the proxy's, or the target's."""
         if self.pack_corpus.train_tokenizer is not None:
-            return str(Path(self.run_dir).expanduser().absolute() / "corpus" / "tokenizer")
+            return str(location(self.run_dir) / "corpus" / "tokenizer")
         source = self.tokenizer or self.proxy.source or self.target.source
         if source is None:
             raise ConfigError("tokenizer: name a hub id or a local folder (no proxy or target source gives one)")

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from ifguide.config import Input
 from ifguide.spans import token_stops
+from ifguide.storage import location, matching, readable
 
 HUB_PREFIX = "hf://"
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".json": "json"}
@@ -106,7 +107,7 @@ def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[R
     elif chunk.kind == "json":
         rows = ({source.text_column: text} for text in _string_leaves(_load_json(chunk.path)))
     else:
-        rows = iter([_decode_text(Path(chunk.path).read_bytes(), source.text_column)])
+        rows = iter([_decode_text(location(chunk.path).read_bytes(), source.text_column)])
     for row, content in enumerate(rows, start=first_row):
         yield _check_row(row, content, source)
 
@@ -224,13 +225,16 @@ def chunk_to_mapping(chunk: Chunk) -> dict[str, Any]:
 
 
 def _list_files(path: str, dotted_key: str) -> list[Path]:
-    expanded = Path(path).expanduser()
+    remote = "://" in path
+    expanded = location(path) if remote else Path(path).expanduser()
     if expanded.is_dir():
         files = sorted(p for p in expanded.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
         if not files:
             raise FileNotFoundError(f"{dotted_key}: folder {path} holds no {', '.join(SUFFIXES)} file")
         return files
-    files = [expanded] if expanded.is_file() else sorted(Path(p) for p in glob.glob(str(expanded), recursive=True))
+    if expanded.is_file():
+        return [expanded]
+    files = matching(expanded) if remote else sorted(Path(p) for p in glob.glob(str(expanded), recursive=True))
     if not files:
         raise FileNotFoundError(f"{dotted_key}: no file matches {path}")
     return files
@@ -254,7 +258,7 @@ def _cut(path: Path, kind: str, chunk_bytes: int) -> list[tuple[int, int]]:
 
 def _read_lines(chunk: Chunk) -> Iterator[bytes]:
     """Lines whose first byte lies in [start, stop): every line of the file is in exactly one chunk."""
-    with open(chunk.path, "rb") as file:
+    with location(chunk.path).open("rb") as file:
         if chunk.start:
             file.seek(chunk.start - 1)
             file.readline()  # the rest of a line that began before this chunk
@@ -286,7 +290,7 @@ def _decode_text(content: bytes, column: str) -> Any:
 
 def _parquet(path: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(readable(location(path)))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
@@ -307,7 +311,7 @@ def _parquet_rows(chunk: Chunk, source: Input) -> Iterator[Any]:
 
 def _load_json(path: str) -> Any:
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(location(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not one JSON value in UTF-8 ({error}); one row per line is .jsonl") from error
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import write_json
+from ifguide.storage import read_texts
 
 LEDGER = "ledger"
 ACTORS = "actors"  # of the ledger: attempts to start an actor
@@ -53,7 +54,8 @@ class Attempts:
 
 def finished_entries(ledger: Path) -> dict[str, dict[str, Any]]:
     """The entries of the shards that are done, by key."""
-    return {path.stem: json.loads(path.read_text()) for path in ledger.glob("*.json")}
+    paths = list(ledger.glob("*.json"))
+    return {path.stem: json.loads(text) for path, text in zip(paths, read_texts(paths), strict=True)}
 
 
 def unfinished_attempts(ledger: Path) -> list[Path]:

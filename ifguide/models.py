@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ifguide.artifacts import remove_tree
 from ifguide.config import ModelSource
+from ifguide.storage import local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,8 @@ def _locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
+    if "://" in source:
+        source = str(local_copy(source))
     path = Path(source).expanduser()
     is_gguf = path.suffix == ".gguf"
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or is_gguf

@@ -101,7 +101,7 @@ class OutlierRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Outliers:
-    """How many blocks stand out, by which limits, and the heaviest of them; `excluded`: repeated ones are not masked."""
+    """How many blocks stand out, by which limits, the heaviest of them; `excluded`: repeated ones are not masked."""
 
     high_mass: int
     repeated: int

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ifguide.storage import readable
+
 DOCUMENTS = pa.schema(
     [
         pa.field("doc_id", pa.int64(), nullable=False),  # place in the stream: 0, 1, 2, ...
@@ -180,9 +182,9 @@ def read_table(path: Path, schema: pa.Schema | None = None, columns: Sequence[st
         ValueError: the file is truncated or not Parquet, or has other columns than `schema`; names it.
     """
     try:
-        present = pq.read_schema(path).names
+        present = pq.read_schema(readable(path)).names
         wanted = None if columns is None else [name for name in columns if name in present]
-        table = pq.read_table(path, columns=wanted, partitioning=None)
+        table = pq.read_table(readable(path), columns=wanted, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist") from error
@@ -202,7 +204,7 @@ def read_batches(path: Path, column: str, rows: int) -> Iterator[pa.Table]:
         ValueError: the file is truncated or not Parquet; names it.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(readable(path)) as file:
             for batch in file.iter_batches(batch_size=rows, columns=[column], use_threads=False):
                 yield pa.Table.from_batches([batch])
     except (pa.ArrowInvalid, OSError) as error:

@@ -44,6 +44,7 @@ from ifguide.selection import (
     check_lengths,
     rank_scores,
 )
+from ifguide.storage import readable
 
 CHUNK_TOKENS = 1 << 18  # a chunk and its temporary arrays stay in a core's cache
 RUN_UNITS = FILE_UNITS = 1 << 17
@@ -159,7 +160,7 @@ def scan(rules: Rules, files: ShardFiles) -> Scan:
     scored = schemas.read_table(files.scores, columns=["block_id"]).column("block_id").to_numpy()
     if not np.array_equal(scored, block_ids):
         raise ValueError(f"{files.scores} holds other blocks than {files.corpus}")
-    block_size = pq.read_schema(files.corpus).field("tokens").type.list_size
+    block_size = pq.read_schema(readable(files.corpus)).field("tokens").type.list_size
     check_lengths(int(block_ids[0]), lengths, block_size)
     high = {name: np.zeros(BUCKETS, np.int64) for name in ("score", "mass")}
     low, most = np.inf, -np.inf
@@ -335,7 +336,7 @@ def _tokens_of_units(rules: Rules, shard: Shard, tau: float) -> Iterator[tuple[I
 
 def _above(rules: Rules, name: str, tau: float) -> Iterator[tuple[Ints, Floats]]:
     """For each chunk of a shard the stream positions, ascending, and float64 scores of its tokens above tau."""
-    with pq.ParquetFile(rules.table("candidates", name)) as file:
+    with pq.ParquetFile(readable(rules.table("candidates", name))) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, use_threads=False)
             # In float32 a score equal to the rounded tau would be lost or won by the rounding.
@@ -350,7 +351,7 @@ def _chunk_blocks(rules: Rules, block_size: int) -> int:
 
 def _chunks(rules: Rules, path: Path, column: str) -> Iterator[np.ndarray]:
     """A per-token column of a shard, (b, T) at a time."""
-    block_size = pq.read_schema(path).field(column).type.list_size
+    block_size = pq.read_schema(readable(path)).field(column).type.list_size
     for table in schemas.read_batches(path, column, _chunk_blocks(rules, block_size)):
         yield schemas.per_token_array(table, column)
 

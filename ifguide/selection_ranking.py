@@ -23,6 +23,7 @@ from ifguide import schemas
 from ifguide.artifacts import publish
 from ifguide.selection import Extremes, Floats, Ints, rank_scores
 from ifguide.selection_passes import UNITS, Rules
+from ifguide.storage import readable
 
 GROUP_UNITS = 1 << 14  # what is read of a run at least
 
@@ -123,7 +124,7 @@ def _read_part(rules: Rules, runs: int, part: Part) -> pa.Table:
 
 
 def _read_run(rules: Rules, number: int, part: Part) -> Iterator[pa.Table]:
-    with pq.ParquetFile(rules.table("run", f"{number:05d}")) as file:
+    with pq.ParquetFile(readable(rules.table("run", f"{number:05d}"))) as file:
         for group in range(file.num_row_groups):
             if not file.metadata.row_group(group).num_rows:
                 continue

@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ifguide.storage import is_remote
+
 ROOT = "ifguide"
 PROGRESS = "progress.jsonl"
+REMOTE_SECONDS = 60.0
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -107,15 +110,27 @@ def progress_text(values: Mapping[str, Any]) -> str:
 
 
 class ProgressFile:
-    """A sink of `Progress`: one JSON object a line in `folder`/progress.jsonl, each with its `time` (Unix seconds)."""
+    """A sink of `Progress`: one JSON object a line in `folder`/progress.jsonl, each with its `time` (Unix seconds).
+
+    An object store cannot append: there the whole file is written again, so at most every REMOTE_SECONDS."""
 
     def __init__(self, folder: Path):
-        self.path = folder / PROGRESS
+        self.path, self.written = folder / PROGRESS, float("-inf")
+        remote = is_remote(self.path)
+        self.text: str | None = (
+            (self.path.read_text(encoding="utf-8") if self.path.exists() else "") if remote else None
+        )
 
     def __call__(self, values: dict[str, Any]) -> None:
+        line = json.dumps({"time": round(time.time(), 3), **values}) + "\n"
+        if self.text is not None:
+            if values["done"] >= values["total"] or time.monotonic() - self.written >= REMOTE_SECONDS:
+                self.text, self.written = self.text + line, time.monotonic()
+                self.path.write_text(self.text, encoding="utf-8")
+            return
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+                file.write(line)
         except OSError as error:
             raise OSError(error.errno, f"writing failed: {error.strerror or error}", str(self.path)) from error
 

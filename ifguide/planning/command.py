@@ -109,14 +109,13 @@ def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | N
     )
 
 
-def planned_tokens(config: Config) -> tuple[float, list[str]]:
-    """Tokens of the packed corpus, else `DEFAULT_TOKENS`; and a note that says which."""
-    corpus = Path(config.run_dir).expanduser() / "corpus"
-    packed = (corpus / MANIFEST).exists()
-    tokens = float(read_manifest(corpus).rows["tokens"]) if packed else DEFAULT_TOKENS
-    return tokens, [
-        f"corpus size: {'of ' + str(corpus) if packed else 'assumed; pack it, or say `ifguide plan --corpus-tokens`'}"
-    ]
+def planned_tokens(config: Config, corpora: Sequence[str] = ("corpus",)) -> tuple[float, list[str]]:
+    """Tokens of the first of these folders that is packed, else `DEFAULT_TOKENS`; and a note that says which."""
+    for name in corpora:
+        corpus = Path(config.run_dir).expanduser() / name
+        if (corpus / MANIFEST).exists():
+            return float(read_manifest(corpus).rows["tokens"]), [f"corpus size: of {corpus}"]
+    return DEFAULT_TOKENS, ["corpus size: assumed; pack it, or say `ifguide plan --corpus-tokens`"]
 
 
 def planned_hardware(config: Config) -> Hardware:

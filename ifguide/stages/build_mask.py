@@ -21,6 +21,7 @@ from ifguide.selection_passes import Rules, ShardFiles
 from ifguide.span_tables import SPANS, PackedCorpus, write_spans
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import StageError
+from ifguide.storage import readable
 from ifguide.telemetry import log
 
 VERB = "build_mask"
@@ -129,7 +130,7 @@ def outlier_line(summary: Mapping[str, Any], options: Mapping[str, Any]) -> str:
 def require_behaviour(run: Run) -> None:
     """Refuse a `build_mask.behaviour` that the scores do not hold, naming those they do."""
     behaviour = run.config.build_mask.behaviour
-    behaviours = schemas.scored_behaviours(pq.read_schema(data_files(run.scores)[0]))
+    behaviours = schemas.scored_behaviours(pq.read_schema(readable(data_files(run.scores)[0])))
     if behaviour is not None and behaviour not in behaviours:
         raise ConfigError(
             f"build_mask.behaviour: {behaviour!r} is not in {run.scores}, which holds"

@@ -23,6 +23,7 @@ from ifguide.models import load_tokenizer
 from ifguide.stages.proxy import ProxyFacts, describe_proxy, load_proxy
 from ifguide.stages.run import Run, model_mapping
 from ifguide.stages.shards import LEDGER, Pool, run_shards
+from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
 from ifguide.toxicity import PromptRow, load_classifier, read_prompts, select_queries
 
@@ -100,7 +101,7 @@ class Factors:
 def _require_factors(run: Run, proxy: ProxyFacts) -> Factors:
     """The factors to precondition with: an artifact, of this run or another, or a folder of kronfluence's."""
     named = run.config.build_query.factors
-    folder = run.factors if named is None else Path(named).expanduser().absolute()
+    folder = run.factors if named is None else location(named)
     if named is None or (folder / MANIFEST).exists():
         manifest = require(folder, "fit_factors")
         require_same(
@@ -125,7 +126,7 @@ def _check_factors(folder: str, proxy: dict[str, Any], names: tuple[str, ...]) -
         module = model.get_submodule(name)
         assert isinstance(module, torch.nn.Linear), name
         shapes[name] = (module.out_features, module.in_features + (module.bias is not None))
-    return check_factors(Path(folder), shapes)
+    return check_factors(local_copy(folder), shapes)
 
 
 def read_prompt_rows(prompts: Prompts, dotted_key: str) -> list[PromptRow]:
@@ -135,7 +136,7 @@ def read_prompt_rows(prompts: Prompts, dotted_key: str) -> list[PromptRow]:
         FileNotFoundError, ValueError: no such file, bad rows, or `rows` outside of it.
     """
     try:
-        rows = read_prompts(Path(prompts.path).expanduser())
+        rows = read_prompts(local_copy(prompts.path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{dotted_key}.path: {error}") from error
     if prompts.rows is None:
@@ -202,7 +203,7 @@ class SumGradients:
         options: dict[str, Any],
         gpus: float,
     ):
-        self.folder, self.names, self.options = Path(folder), module_names, options
+        self.folder, self.names, self.options = location(folder), module_names, options
         self.model = load_proxy(proxy, gpus=gpus)
         self.tokenizer = load_tokenizer(tokenizer)
 
@@ -232,15 +233,15 @@ def _precondition(folder: str, factors: Factors, parts: list[str], options: dict
     """Add the partial sums in order, precondition, publish V; returns the norm of V per module."""
     total: dict[str, torch.Tensor] = {}
     for key in parts:
-        for name, tensor in load_file(Path(folder) / PARTIAL / f"{key}.safetensors").items():
+        for name, tensor in load_file(local_copy(location(folder) / PARTIAL / f"{key}.safetensors")).items():
             total[name] = total[name] + tensor if name in total else tensor
-    loaded = load_factors(factors.folder, [factors.names[name] for name in total])
+    loaded = load_factors(local_copy(factors.folder), [factors.names[name] for name in total])
     direction = precondition(
         total,
         {name: loaded[factors.names[name]] for name in total},
         damping=options["damping"],
         damping_scale=options["damping_scale"],
     )
-    with publish(Path(folder) / DIRECTION) as part:
+    with publish(location(folder) / DIRECTION) as part:
         save_file({name: tensor.contiguous() for name, tensor in sorted(direction.items())}, part)
     return {name: float(tensor.norm()) for name, tensor in direction.items()}

@@ -28,6 +28,7 @@ from ifguide.models import check_vocabulary, load_tokenizer
 from ifguide.stages.proxy import describe_proxy, load_proxy
 from ifguide.stages.run import Run, model_mapping
 from ifguide.stages.shards import LEDGER, Pool, run_shards
+from ifguide.storage import Mirror, location, readable
 from ifguide.telemetry import log
 
 VERB = "fit_factors"
@@ -90,7 +91,10 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     fit("eigen", len(proxy.module_names), "eigendecompositions")
     fit("lambda", tasks, "lambda partitions")
     fit("gather", 1, "gathered files")
-    export_factors(run.factors / WORK, run.factors)
+    work, exported = Mirror(run.factors / WORK), Mirror(run.factors)
+    work.pull()
+    export_factors(work.local, exported.local)
+    exported.push()
     files = [*run.factors.glob("*.safetensors"), run.factors / "factor_arguments.json"]
     summary = {"coverage": proxy.coverage, "untracked": [list(item) for item in proxy.untracked]}
     manifest = artifact.finish(
@@ -113,8 +117,8 @@ class FitPartition:
         gpus: float,
     ):
         self.model = load_proxy(proxy, gpus=gpus)
-        self.names, self.work = module_names, Path(work)
-        blocks_NT, lengths_N = sample_blocks(Path(corpus), sample["num_blocks"], sample["seed"])
+        self.names, self.work = module_names, Mirror(location(work))
+        blocks_NT, lengths_N = sample_blocks(location(corpus), sample["num_blocks"], sample["seed"])
         self.sample = FactorSample(
             blocks_NT=blocks_NT,
             lengths_N=lengths_N,
@@ -125,25 +129,27 @@ class FitPartition:
         )
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        options: dict[str, Any] = {"module_names": self.names, "workdir": self.work}
+        options: dict[str, Any] = {"module_names": self.names, "workdir": self.work.local}
+        self.work.pull()
         step, index = descriptor["step"], descriptor["index"]
         if step == "eigen":
             eigendecompose(self.model, self.sample, self.names[index], **options)
         elif step == "gather":
             gather_eigenvectors(self.model, self.sample, **options)
             counts = {"num_partitions": self.sample.num_partitions, "module_partitions": self.sample.module_partitions}
-            aggregate_lambdas(self.work, **counts)
+            aggregate_lambdas(self.work.local, **counts)
         else:
             fit = {"covariance": fit_covariance_partition, "lambda": fit_lambda_partition}[step]
             data_partition, module_partition = divmod(index, self.sample.module_partitions)
             fit(self.model, self.sample, data_partition, module_partition=module_partition, **options)
+        self.work.push()
         return {}
 
 
 def sample_blocks(corpus: Path, num_blocks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """`num_blocks` blocks of a corpus by seed, ascending by id: (N, T) int32 and their lengths (N,)."""
     files = data_files(corpus)
-    counts = [pq.read_metadata(path).num_rows for path in files]
+    counts = [pq.read_metadata(readable(path)).num_rows for path in files]
     total = sum(counts)
     chosen = np.sort(np.random.default_rng(seed).choice(total, size=num_blocks, replace=False))
     blocks, lengths, first = [], [], 0

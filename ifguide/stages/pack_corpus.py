@@ -35,6 +35,7 @@ from ifguide.corpus import (
 from ifguide.models import load_tokenizer, save_tokenizer, train_tokenizer
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.storage import Mirror, location, readable
 from ifguide.telemetry import log
 
 VERB = "pack_corpus"
@@ -122,7 +123,7 @@ class TokeniseChunk:
     def __init__(self, inputs: list[dict[str, Any]], tokenizer: str, folder: str, annotate: bool):
         self.inputs = [Input(**{**item, "rows": tuple(item["rows"]) if item["rows"] else None}) for item in inputs]
         self.tokenizer = load_tokenizer(tokenizer)
-        self.folder, self.annotate = Path(folder), annotate
+        self.folder, self.annotate = location(folder), annotate
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         chunk = chunk_from_mapping(descriptor["chunk"])
@@ -143,7 +144,7 @@ class PackShard:
     """Worker of the third pass: blocks [first_block, ...) of the stream and the documents that start in them."""
 
     def __init__(self, folder: str, plan: dict[str, Any], block_size: int):
-        self.folder, self.plan, self.block_size = Path(folder), plan, block_size
+        self.folder, self.plan, self.block_size = location(folder), plan, block_size
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         table = self._documents(descriptor["ranges"])
@@ -228,7 +229,7 @@ class _StreamPlan:
             # the name alone: the same files in another folder make the same corpus; the manifest has the paths
             source = chunk.path if chunk.kind == "hub" else Path(chunk.path).name
             self.files[chunk.input_index].append((key, source, result["documents"]))
-            table = pq.read_table(run.corpus / TOKENS / f"{key}.parquet", columns=["num_tokens"], partitioning=None)
+            table = schemas.read_table(run.corpus / TOKENS / f"{key}.parquet", columns=["num_tokens"])
             lengths[chunk.input_index].append(table.column(0).to_numpy())
         per_input = [np.concatenate([*arrays, np.zeros(0, np.int64)]) for arrays in lengths]
         self.counts = [len(array) for array in per_input]
@@ -310,7 +311,7 @@ def _tokenise_chunks(run: Run, chunks: list[Chunk], pool: Pool) -> dict[str, dic
                 f"pack_corpus.inputs[{index}].rows: ends at {source.rows[1]}, but {source.path} has"
                 f" {rows_of_input[index]} rows"
             )
-    if run.config.pack_corpus.train_tokenizer is not None and not Path(run.config.tokenizer_source).exists():
+    if run.config.pack_corpus.train_tokenizer is not None and not location(run.config.tokenizer_source).exists():
         log(VERB, f"training a tokenizer of {run.config.pack_corpus.train_tokenizer:,} tokens")
         ray.get(ray.remote(num_cpus=1)(_train_tokenizer).remote(run.config, descriptors))
     settings = {
@@ -347,7 +348,9 @@ def _train_tokenizer(config: Config, descriptors: list[dict[str, Any]]) -> None:
 
     assert config.pack_corpus.train_tokenizer is not None
     tokenizer = train_tokenizer(texts(), vocab_size=config.pack_corpus.train_tokenizer)
-    save_tokenizer(tokenizer, Path(config.tokenizer_source))
+    folder = Mirror(location(config.tokenizer_source))
+    save_tokenizer(tokenizer, folder.local)
+    folder.push()
 
 
 def _check_bad_rows(run: Run, tokenised: dict[str, dict[str, Any]]) -> None:
@@ -370,12 +373,12 @@ def _check_bad_rows(run: Run, tokenised: dict[str, dict[str, Any]]) -> None:
 
 def _file_sizes(chunks: list[Chunk]) -> dict[str, int]:
     paths = sorted({chunk.path for chunk in chunks if chunk.kind != "hub"})
-    return {path: Path(path).stat().st_size for path in paths}
+    return {path: location(path).stat().st_size for path in paths}
 
 
 def _read_rows(path: Path, start: int, stop: int) -> pa.Table:
     """Rows [start, stop) of a Parquet file, reading only the row groups that hold them."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(readable(path)) as file:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         bounds = [0, *np.cumsum(sizes).tolist()]
         first = bisect_right(bounds, start) - 1

@@ -27,7 +27,7 @@ from ifguide.models import check_vocabulary, load_architecture, load_model, load
 from ifguide.objective import signed_loss
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
-from ifguide.stages.target_corpus import training_config, training_run
+from ifguide.stages.target_corpus import training_run
 from ifguide.stages.training_blocks import TrainingBlocks
 from ifguide.telemetry import MetricsLog, configure_logging, log, read_metrics
 from ifguide.training import (
@@ -55,7 +55,7 @@ def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
     name = PENALISED if config.use_mask else BASELINE
     target = initial_model(run.config)
     if dry_run:
-        plan = plan_pretrain(training_config(run.config))
+        plan = plan_pretrain(run.config)
         for line in describe(plan):
             log(VERB, line)
         require_fit(plan)

@@ -12,8 +12,10 @@ from typing import Any
 import ray
 
 from ifguide import artifacts
-from ifguide.config import Config, ModelSource, result_options, to_mapping, to_yaml
+from ifguide.config import Config, ConfigError, ModelSource, result_options, to_mapping, to_yaml
+from ifguide.storage import is_remote, location
 
+LOCAL_VERBS = ("pretrain", "evaluate")  # they append, link and map files
 BASELINE, PENALISED = "baseline", "penalised"
 
 
@@ -25,8 +27,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """The run directory, absolute: Ray workers have another working directory."""
-        return Path(self.config.run_dir).expanduser().absolute()
+        """The run directory, local (then absolute) or remote: Ray workers have another working directory."""
+        return location(self.config.run_dir)
 
     corpus = property(lambda self: self.folder / "corpus")
     factors = property(lambda self: self.folder / "factors")
@@ -76,7 +78,16 @@ class Run:
         inputs: Mapping[str, str],
         extra: Mapping[str, Any] = {},
     ) -> artifacts.Artifact:
-        """Open the artifact of a verb whose result depends on the config sections `keys` and on `inputs`."""
+        """Open the artifact of a verb whose result depends on the config sections `keys` and on `inputs`.
+
+        Raises:
+            ConfigError: the verb works on local folders alone, and the run directory is remote.
+        """
+        if verb in LOCAL_VERBS and is_remote(folder):
+            raise ConfigError(
+                f"run_dir: {verb} needs a folder that every node mounts, not {self.config.run_dir}; copy the run"
+                f" directory there (`aws s3 sync`), and run {verb} with --set run_dir=<that folder>"
+            )
         options = {**result_options(self.config, keys), **extra}
         return artifacts.open_artifact(
             folder, verb=verb, options=options, inputs=inputs, config_yaml=to_yaml(self.config)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, publish, read_manifest, require, require_same, verify_file
-from ifguide.influence.memory import is_out_of_memory
+from ifguide.influence.memory import is_out_of_memory, keep_memory
 from ifguide.influence.scorer import Method, TokenScorer
 from ifguide.models import check_vocabulary, load_tokenizer, state_fingerprint
 from ifguide.stages.build_query import DIRECTION
@@ -30,6 +29,7 @@ from ifguide.stages.proxy import describe_proxy, load_proxy
 from ifguide.stages.run import Run, model_mapping
 from ifguide.stages.scoring_method import METHOD, chosen_method, decide
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
 
 VERB = "score_corpus"
@@ -70,12 +70,12 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     inputs = {"corpus": corpus.fingerprint, "query": query.fingerprint, "proxy": proxy.fingerprint}
     directions = {"": str(run.query / DIRECTION)}
     for name, folder in config.queries.items():
-        further = require(Path(folder).expanduser(), "build_query")
+        further = require(location(folder), "build_query")
         require_same(
             f"the proxy of {folder}", further.inputs["proxy"], "this run's", proxy.fingerprint, "build it of this proxy"
         )
         inputs[f"query.{name}"] = further.fingerprint
-        directions[name] = str(Path(folder).expanduser().absolute() / DIRECTION)
+        directions[name] = str(location(folder) / DIRECTION)
     artifact = run.open(run.scores, VERB, keys=("score_corpus",), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
@@ -149,7 +149,8 @@ class ScoreShard:
         decision: dict[str, Any],
         gpus: float,
     ):
-        self.corpus, self.scores, self.computing = Path(corpus), Path(scores), threading.Lock()
+        keep_memory()
+        self.corpus, self.scores, self.computing = location(corpus), location(scores), threading.Lock()
         self.manifest = read_manifest(self.corpus)
         self.behaviours = [name for name in directions if name]
         self.micro_batch_blocks = decision["micro_batch_blocks"]
@@ -161,7 +162,7 @@ class ScoreShard:
             )
         self.scorer = TokenScorer(
             model,
-            [load_file(path) for path in directions.values()],
+            [load_file(local_copy(path)) for path in directions.values()],
             attribution=attribution,
             method=Method(**decision["method"]),
             steps=decision["steps"],

@@ -26,6 +26,7 @@ from ifguide.influence.memory import MemoryEstimate, available_bytes, estimate_m
 from ifguide.influence.scorer import PRESETS, Method, TokenScorer
 from ifguide.models import predicted_positions
 from ifguide.stages.proxy import load_proxy
+from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
 
 METHOD = "method.json"
@@ -116,8 +117,8 @@ def _decide(
                 " (Triton on a GPU), or leave it null"
             )
         method = replace(method, fused=False)
-    loaded = [load_file(path) for path in directions.values()]
-    table = schemas.read_table(Path(first_shard), columns=["block_id", "length", "tokens"])
+    loaded = [load_file(local_copy(path)) for path in directions.values()]
+    table = schemas.read_table(location(first_shard), columns=["block_id", "length", "tokens"])
     table = table.slice(0, max(config.check_blocks, 1))
     tokens_BT = torch.from_numpy(schemas.per_token_array(table, "tokens").astype(np.int64))
     lengths_B = torch.from_numpy(table.column("length").to_numpy().astype(np.int64))

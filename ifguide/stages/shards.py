@@ -7,10 +7,10 @@ The ledger entry means done: a rerun, or a retry of Ray's, skips those keys.
 Ray restarts an actor whose process died, and runs its shards again, without end. So attempts are counted on storage,
 in `ledger/<key>.attempts`, before the work starts: a shard that kills its process is given up after `max_attempts`,
 and so is an actor that does not survive its constructor; one that cannot count its start, on a full disk for
-instance, gives that as the reason of the shards that it is given. A shard that has failed before runs alone in its actor:
-a neighbour that it takes down pays one attempt and no more. A failed shard does not stop the others; the stage
-then ends with every failed key and reason. An actor whose restart fails ends Ray Data's run: the shards that are
-left go to a new pool, as long as each pool finishes some.
+instance, gives that as the reason of its shards. A shard that has failed before runs alone in its actor: a neighbour
+that it takes down pays one attempt and no more. A failed shard does not stop the others; the stage then ends with
+every failed key and reason. An actor whose restart fails ends Ray Data's run: the shards that are left go to a new
+pool, as long as each pool finishes some.
 
 Cost: two small files a shard. It does not tell a preempted machine from a shard that kills its process: where machines
 come and go, raise `max_attempts`.
@@ -35,6 +35,7 @@ from ray.util.metrics import Gauge
 
 from ifguide.artifacts import write_json
 from ifguide.ledger import ACTORS, LEDGER, Attempts, finished_entries, unfinished_attempts
+from ifguide.storage import location, make_folder
 from ifguide.telemetry import Progress, ProgressFile, configure_logging, log
 
 __all__ = ["LEDGER", "Pool", "StageError", "Worker", "run_shards"]
@@ -88,7 +89,7 @@ def run_shards(
         StageError: some shards failed and all others were done, or no worker could be started.
     """
     ledger = folder / LEDGER
-    ledger.mkdir(parents=True, exist_ok=True)
+    make_folder(ledger)
     weights = {descriptor["key"]: amount(descriptor) for descriptor in descriptors}
     assert len(weights) == len(descriptors), "keys are not unique"
     state = _State(results={key: entry["result"] for key, entry in finished_entries(ledger).items() if key in weights})
@@ -220,7 +221,7 @@ class _LedgerWorker:
 
         configure_logging()
         torch.set_num_threads(max(1, int(pool.cpus)))
-        self.ledger, self.pool = Path(ledger), pool
+        self.ledger, self.pool = location(ledger), pool
         self.turn, self.slots = threading.Lock(), threading.Semaphore(pool.in_flight)
         starts = Attempts(self.ledger / ACTORS, str(ray.get_runtime_context().get_actor_id()))
         if starts.made >= pool.max_attempts:

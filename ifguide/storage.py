@@ -1,0 +1,189 @@
+"""Where files lie: a local path, or `s3://bucket/key` and whatever else fsspec has a file system for.
+
+A local location is a plain `Path`, and nothing here costs it anything. Any other is a `UPath` (universal-pathlib),
+which has the methods of `Path` that this package uses. What needs a file on a disk (safetensors, transformers,
+kronfluence) gets a copy: `local_copy` of what is read by many, kept in a cache; `Mirror` of a folder in work.
+
+Cost: a remote file is written by one upload, read by ranges or whole. It has no append and no rename of its own:
+whoever writes makes a local file and uploads it whole, which object stores make visible at once or not at all.
+Requests that fail are tried again, ten times, by the file system's own client.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+S3 = ("s3", "s3a")
+
+
+def location(path: str | Path) -> Path:
+    """The absolute local path, or the remote one, that a config or a command line names.
+
+    Raises:
+        ValueError: the path is of a file system whose package is not installed.
+    """
+    text = str(path)
+    if "://" not in text:
+        return Path(path).expanduser().absolute()
+    if not isinstance(path, str | Path):
+        return path  # remote already
+    protocol = text.partition("://")[0]
+    # Listings are never cached: other processes write beside this one.
+    options: dict[str, Any] = {"use_listings_cache": False} if protocol in S3 else {}
+    if protocol in S3:
+        options["config_kwargs"] = {"retries": {"max_attempts": 10, "mode": "standard"}}
+    try:
+        from upath import UPath
+
+        found = UPath(text, **options)
+        found.fs  # noqa: B018  # opens the file system, so that a missing package is said here
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{text}: {error}; install ifguide[s3], or the fsspec package of {protocol}://") from error
+    return cast(Path, found)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a location is not on a local file system."""
+    return not isinstance(path, Path)
+
+
+def readable(path: Path) -> Any:
+    """What pyarrow reads a file through: its path, or a remote file opened for reading by ranges."""
+    return path.open("rb") if is_remote(path) else path
+
+
+def matching(pattern: Path) -> list[Path]:
+    """The remote files that a pattern with wildcards matches, sorted."""
+    fs = _fs(pattern)
+    return [location(fs.unstrip_protocol(name)) for name in sorted(fs.glob(_key(pattern)))]
+
+
+def make_folder(folder: Path) -> None:
+    """Make a local folder; an object store has none."""
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def read_texts(paths: Iterable[Path]) -> list[str]:
+    """The contents of small files; remote ones are fetched side by side."""
+    paths = list(paths)
+    if not paths or not is_remote(paths[0]):
+        return [path.read_text(encoding="utf-8") for path in paths]
+    fs, names = _fs(paths[0]), [_key(path) for path in paths]
+    contents = fs.cat(names)
+    if isinstance(contents, bytes):
+        return [contents.decode("utf-8")]
+    found = {fs._strip_protocol(name): content for name, content in contents.items()}
+    return [found[fs._strip_protocol(name)].decode("utf-8") for name in names]
+
+
+def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of the files `names` within a folder; those that are missing are left out. One listing if it is remote."""
+    if not is_remote(folder):
+        paths = {name: folder / name for name in names}
+        return {name: path.stat().st_size for name, path in paths.items() if path.exists()}
+    found = {name: entry["size"] for name, entry in _listing(folder).items()}
+    return {name: found[name] for name in names if name in found}
+
+
+def upload(source: Path, path: Path) -> None:
+    """Write a local file to a remote path: whole, or not at all."""
+    _fs(path).put_file(str(source), _key(path))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a remote folder with all in it; a missing one is fine."""
+    if _listing(folder):
+        _fs(folder).rm(_key(folder), recursive=True)
+
+
+def local_copy(path: str | Path) -> Path:
+    """A local path as it is; of a remote file or folder a copy in the cache of this machine.
+
+    The cache is `IFGUIDE_CACHE`, by default `ifguide-cache-<uid>` in the temporary folder; a file that changes has
+    another name there. It is never emptied.
+    """
+    source = location(path)
+    if not is_remote(source):
+        return source
+    cache = Path(os.environ.get("IFGUIDE_CACHE", f"{tempfile.gettempdir()}/ifguide-cache-{os.getuid()}"))
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    listing = _listing(source)
+    stamp = "-".join(sorted(f"{name}:{_stamp(entry)}" for name, entry in listing.items()))
+    target = cache / f"{_digest(f'{source} {stamp}')}" / source.name
+    if not target.exists():
+        if not listing:
+            raise FileNotFoundError(f"{source} does not exist")
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as part:
+            _download(source, listing, Path(part) / source.name)
+            try:
+                os.rename(part, target.parent)
+            except OSError:
+                if not target.exists():  # another process has not put it there meanwhile
+                    raise
+            Path(part).mkdir(exist_ok=True)  # for the context to remove
+    return target
+
+
+class Mirror:
+    """A local folder that follows a remote one whose files never change: `pull` what is new, work, `push` what is
+    new. Of a local folder it is the folder itself, and both do nothing."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.remote = folder, is_remote(folder)
+        self._temporary = tempfile.TemporaryDirectory(prefix="ifguide-") if self.remote else None
+        self.local = Path(self._temporary.name) if self._temporary else folder
+        self._known: set[str] = set()
+
+    def pull(self) -> None:
+        """Download the files that are not here yet."""
+        if self.remote:
+            listing = {name: entry for name, entry in _listing(self.folder).items() if name not in self._known}
+            for name in listing:
+                _get(self.folder / name, self.local / name)
+            self._known |= listing.keys()
+
+    def push(self) -> None:
+        """Upload the files that are not there yet."""
+        if self.remote:
+            names = {p.relative_to(self.local).as_posix() for p in self.local.rglob("*") if p.is_file()}
+            for name in sorted(names - self._known):
+                upload(self.local / name, self.folder / name)
+            self._known |= names
+
+
+def _get(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _fs(source).get_file(_key(source), str(target))
+
+
+def _download(source: Path, listing: dict[str, Any], target: Path) -> None:
+    for name in listing:
+        _get(source / name if name else source, target / name if name else target)
+
+
+def _listing(path: Path) -> dict[str, dict[str, Any]]:
+    """Every file at or under a remote path: relative name ("" is the path itself) -> fsspec's description."""
+    fs, root = _fs(path), _key(path).rstrip("/")
+    return {name[len(root) :].lstrip("/"): entry for name, entry in fs.find(root, detail=True).items()}
+
+
+def _stamp(entry: dict[str, Any]) -> str:
+    return str(entry.get("ETag") or (entry.get("size"), entry.get("mtime"), entry.get("LastModified")))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _fs(path: Path) -> Any:
+    return path.fs  # type: ignore[attr-defined]
+
+
+def _key(path: Path) -> str:
+    return str(path.path)  # type: ignore[attr-defined]

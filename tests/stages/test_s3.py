@@ -1,0 +1,187 @@
+"""A run whose directory, corpus and prompts lie on an S3 server: the same bytes as on a disk, even if requests fail."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ifguide.artifacts import read_manifest
+from ifguide.ledger import LEDGER
+from ifguide.storage import location
+from tests.stages.conftest import ARCHITECTURE, small_config
+
+pytest.importorskip("moto.server")
+pytest.importorskip("s3fs")
+
+VERBS = ("pack_corpus", "fit_factors", "build_query", "score_corpus", "build_mask")
+RUN = (
+    "import sys; from ifguide.cli import main; sys.exit(any(main([v, '--config', sys.argv[1]]) for v in sys.argv[2:]))"
+)
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+REFUSED = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+
+
+@pytest.fixture(scope="module")
+def s3(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an S3 server on loopback with a bucket `lake`, which holds the demo data in `data/`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
+    server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert server.poll() is None, Path(log.name).read_text()
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+                patch.setenv(name, value)
+            fs = location("s3://lake/data").fs  # type: ignore[attr-defined]
+            fs.mkdir("lake")
+            for name in ("corpus.jsonl", "queries.jsonl"):
+                fs.put_file(str(data / name), f"lake/data/{name}")
+            yield port
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+        log.close()
+
+
+class Unreliable(ThreadingHTTPServer):
+    """Passes requests on to the S3 server, except a share of them, drawn from a seed, that it answers with 503."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, share: float, seed: int):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream, self.share, self.rng = port, share, random.Random(seed)
+        self.lock, self.requests, self.refused = threading.Lock(), 0, 0
+
+    def refuses(self) -> bool:
+        with self.lock:
+            refused = self.rng.random() < self.share
+            self.requests, self.refused = self.requests + 1, self.refused + refused
+            return refused
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Unreliable
+    protocol_version = "HTTP/1.1"
+
+    def _pass_on(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.refuses():
+            self._answer(503, [("Content-Type", "application/xml")], REFUSED)
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
+        upstream.request(self.command, self.path, content, dict(self.headers))
+        response = upstream.getresponse()
+        body = response.read()
+        dropped = {"transfer-encoding", "connection", "content-length"}
+        headers = [(name, value) for name, value in response.getheaders() if name.lower() not in dropped]
+        length = response.getheader("Content-Length") if self.command == "HEAD" else None
+        self._answer(response.status, headers, body, length)
+        upstream.close()
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, length: str | None = None) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", length or str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
+
+
+def run(
+    folder: Path, data: Path, run_dir: str, inputs: str, port: int, *verbs: str
+) -> subprocess.CompletedProcess[str]:
+    """The verbs by the command line, in a process and a Ray cluster of their own."""
+    config: dict[str, Any] = small_config(data, folder / "run")
+    config["run_dir"] = run_dir
+    config["proxy"] = {"architecture": {**ARCHITECTURE, "vocab_size": 512}}
+    config["pack_corpus"]["inputs"][0]["path"] = f"{inputs}/corpus.jsonl"
+    config["build_query"]["prompts"] = f"{inputs}/queries.jsonl"
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    environment = {
+        **os.environ,
+        **CREDENTIALS,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "IFGUIDE_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-c", RUN, str(path), *verbs]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def on_disk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the same run on a disk."""
+    folder = tmp_path_factory.mktemp("disk")
+    done = run(folder, data, str(folder / "run"), str(data), 1, *VERBS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "run"
+
+
+def compare(on_disk: Path, remote: Path) -> None:
+    """Every file of scores and mask has the same SHA-256; the manifests say so, and so do the files."""
+    for name in ("scores", "ranking", "mask"):
+        expected, found = read_manifest(on_disk / name), read_manifest(remote / name)
+        assert len(found.files) > 1
+        digests = {file: entry["sha256"] for file, entry in expected.files.items()}
+        assert {file: entry["sha256"] for file, entry in found.files.items()} == digests
+        for file, digest in digests.items():
+            assert hashlib.sha256((remote / name / file).read_bytes()).hexdigest() == digest
+        assert not (remote / name / LEDGER).exists()
+    assert not (remote / "mask" / "scratch").exists()
+
+
+@pytest.mark.timeout(900)
+def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(on_disk: Path, data: Path, s3: int, tmp_path: Path) -> None:
+    done = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, *VERBS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    compare(on_disk, location("s3://lake/run"))
+    again = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, "score_corpus")
+    assert again.returncode == 0
+    assert "complete" in again.stderr
+    refused = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, "pretrain")
+    assert refused.returncode == 1
+    assert "run_dir: pretrain needs a folder that every node mounts" in refused.stderr
+
+
+@pytest.mark.timeout(900)
+def test_a_fifth_of_the_requests_may_fail(on_disk: Path, data: Path, s3: int, tmp_path: Path) -> None:
+    proxy = Unreliable(s3, share=0.2, seed=5)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        done = run(tmp_path, data, "s3://lake/faulty", "s3://lake/data", proxy.server_port, *VERBS)
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert proxy.refused > 50
+    assert 0.1 < proxy.refused / proxy.requests < 0.3
+    compare(on_disk, location("s3://lake/faulty"))
