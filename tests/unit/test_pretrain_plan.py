@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ifguide.artifacts import Manifest, write_json
 from ifguide.cli import main
 from ifguide.config import Config, ConfigError, ModelSource, Pretrain, load_config
 from ifguide.models import load_model, transformer_blocks
@@ -213,3 +214,18 @@ def test_full_precision_of_one_worker_without_zero() -> None:
     memory = training_memory(config, shape, 16)
     P = shape.parameters
     assert (memory.weights, memory.gradients, memory.optimizer, memory.buffers) == (4 * P, 4 * P, 8 * P, 0)
+
+
+def test_steps_are_of_the_corpus_in_the_targets_tokens_where_it_is_packed(billion: Config, tmp_path: Path) -> None:
+    tokenizer = replace(billion.pretrain, tokenizer="./its/own")
+    config = replace(billion, run_dir=str(tmp_path), pretrain=tokenizer)
+    assert plan_pretrain(config).steps == 7630
+    for folder, tokens in (("corpus", 524_288 * 10), ("target/corpus", 524_288 * 30)):
+        manifest = Manifest(
+            verb="pack_corpus", fingerprint="", options={}, inputs={}, rows={"tokens": tokens}, summary={}, files={},
+            created="", seconds=0.0, environment={},
+        )  # fmt: skip
+        (tmp_path / folder).mkdir(parents=True)
+        write_json(tmp_path / folder / "manifest.json", asdict(manifest))
+        assert plan_pretrain(config).steps == 4 * tokens / 524_288
+    assert plan_pretrain(replace(config, pretrain=billion.pretrain)).steps == 40
