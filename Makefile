@@ -11,11 +11,11 @@ setup: $(STAMP)
 
 # torch and torchvision first and together: unpinned, kronfluence's requirement of torchvision brings another torch.
 # torchvision cannot load beside a torch without CUDA, and then breaks transformers; nothing here imports it.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" wheel
 	$(BIN)/python -m pip install --quiet torch==2.13.0 torchvision==0.28.0
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -c "import torch, sys; sys.exit(torch.version.cuda is None)" || \
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $(STAMP)
