@@ -21,10 +21,12 @@ from typing import Any, Literal
 
 import yaml
 
+from ifguide.pretrain_options import Pretrain, check_pretrain
 from ifguide.sources import Input, LabelledTexts, Prompts, PromptSet
 from ifguide.storage import location
 from ifguide.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
 
+NAME, NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*"), "letters, digits, '_', '.' and '-' alone"
 VERBS = (
     "pack_corpus",
     "pretrain",
@@ -85,45 +87,6 @@ class PackCorpus:
     max_bad_rows: int = option(0, at_least=0, affects_result=False)
     chunk_megabytes: float = option(32.0, above=0)
     cpus_per_task: float = option(1.0, above=0, affects_result=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wandb:
-    """A Weights & Biases project to log to as well; its package is imported only then (`pip install wandb`)."""
-
-    project: str = option(affects_result=False)
-    entity: str | None = option(None, affects_result=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pretrain:
-    """Train the target. `use_mask` false gives the plain baseline; `penalty` is lambda of Eq. 9. `tokenizer` is the
-    target's where it is not the corpus': the same documents are packed with it, and masked by characters."""
-
-    use_mask: bool = True
-    tokenizer: str | None = None
-    penalty: float = option(1.0, at_least=0)
-    init_from: str | None = None
-    epochs: float = option(4.0, above=0)
-    batch_blocks: int = option(512, at_least=1)
-    micro_batch_blocks: int = option(8, at_least=1)
-    learning_rate: float = option(6e-4, above=0)
-    final_learning_rate_ratio: float = option(0.1, at_least=0, at_most=1)
-    warmup_fraction: float = option(0.01, at_least=0, at_most=1)
-    weight_decay: float = option(4e-4, at_least=0)
-    betas: tuple[float, float] = option((0.9, 0.95), at_least=0, at_most=1)
-    gradient_clipping: float = option(1.0, above=0)
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    zero_stage: int = option(1, at_least=0, at_most=3)
-    offload_optimizer: bool = option(False, affects_result=False)
-    activation_checkpointing: bool = option(False, affects_result=False)
-    workers: int = option(1, at_least=1)
-    gpus_per_worker: float = option(1.0, at_least=0, affects_result=False)
-    cpus_per_worker: float = option(1.0, above=0, affects_result=False)
-    checkpoint_steps: int = option(500, at_least=1, affects_result=False)
-    log_steps: int = option(10, at_least=1, affects_result=False)
-    wandb: Wandb | None = option(None, affects_result=False)  # noqa: RUF009  # frozen, as its metadata are
-    max_failures: int = option(3, at_least=-1, affects_result=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +214,41 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to train that `compare` sets beside the run's own models: which tokens are masked, and their `penalty`.
+
+    `mask`: `influence` (the run's), `random` (as many tokens), `annotated` (tokens within the spans that came with the
+    documents), `words` and `sentences` (found by the word list, by the classifier), `word_documents`, `documents` and
+    `annotated_documents` (all of a document that holds such words, that the classifier flags, that has such a span).
+    `penalty` 0: masked tokens carry no loss, which filters them; null: that of `pretrain`."""
+
+    mask: Literal[
+        "influence",
+        "random",
+        "annotated",
+        "words",
+        "sentences",
+        "word_documents",
+        "documents",
+        "annotated_documents",
+    ]
+    penalty: float | None = option(None, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """The grid of `compare`. `classifier` null is that of `evaluate`; a text counts from `threshold` on. Words are
+    `evaluate.word_list`."""
+
+    methods: dict[str, Method] = field(default_factory=dict)
+    classifier: ClassifierSource | None = None
+    threshold: float = option(0.5, at_least=0, at_most=1)
+    cpus_per_task: float = option(1.0, above=0, affects_result=False)
+    gpus_per_task: float = option(0.0, at_least=0, affects_result=False)
+    max_attempts: int = option(3, at_least=1, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole run. `proxy` left empty means: the baseline that `pretrain` makes is the proxy."""
 
@@ -262,12 +260,13 @@ class Config:
     baseline: bool = True
     cluster: Cluster = Cluster()
     pack_corpus: PackCorpus = PackCorpus()
-    pretrain: Pretrain = Pretrain()
+    pretrain: Pretrain = Pretrain()  # noqa: RUF009  # frozen
     fit_factors: FitFactors = FitFactors()
     build_query: BuildQuery = BuildQuery()
     score_corpus: ScoreCorpus = ScoreCorpus()
     build_mask: BuildMask = BuildMask()
     evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
 
     @property
     def tokenizer_source(self) -> str:
@@ -346,13 +345,7 @@ def result_options(config: Config, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _check_across(config: Config) -> None:
-    train = config.pretrain
-    per_step = train.workers * train.micro_batch_blocks
-    if train.batch_blocks % per_step:
-        raise ConfigError(
-            f"pretrain.batch_blocks: {train.batch_blocks} is not a multiple of workers * micro_batch_blocks"
-            f" = {train.workers} * {train.micro_batch_blocks} = {per_step}"
-        )
+    check_pretrain(config.pretrain)
     if config.build_query.nontoxic_threshold >= config.build_query.toxic_threshold:
         raise ConfigError(
             f"build_query.nontoxic_threshold: {config.build_query.nontoxic_threshold} is not below"
@@ -363,7 +356,7 @@ def _check_across(config: Config) -> None:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
     if config.proxy_is_baseline and not config.baseline:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
-    if train.tokenizer is not None and config.proxy_is_baseline:
+    if config.pretrain.tokenizer is not None and config.proxy_is_baseline:
         raise ConfigError(
             "pretrain.tokenizer: the proxy reads the corpus' own tokens, so this run's baseline, which would read"
             " these, cannot be it; set proxy.source"
@@ -371,6 +364,9 @@ def _check_across(config: Config) -> None:
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
     _check_evaluate(config.evaluate)
+    for name in config.compare.methods:
+        if not NAME.fullmatch(name) or name in ("baseline", "penalised", *config.evaluate.models):
+            raise ConfigError(f"compare.methods: {name!r} names a folder of its own; use another name, of {NAME_RULE}")
     for name in ("proxy", "target"):
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:
@@ -381,8 +377,8 @@ def _check_evaluate(evaluate: Evaluate) -> None:
     groups: dict[str, Iterable[str]] = {key: getattr(evaluate, key) for key in ("models", "prompt_sets", "classifiers")}
     for key, names in {**groups, "report": [evaluate.report]}.items():
         for name in names:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-                raise ConfigError(f"evaluate.{key}: {name!r} names files; use letters, digits, '_', '.' and '-' alone")
+            if not NAME.fullmatch(name):
+                raise ConfigError(f"evaluate.{key}: {name!r} names files; use {NAME_RULE}")
     if "prompts" in evaluate.prompt_sets:
         raise ConfigError("evaluate.prompt_sets.prompts: that is the name of evaluate.prompts; choose another")
     if evaluate.balanced and evaluate.max_prompts is None:

@@ -1,84 +1,63 @@
-"""The penalised training loss: descend on ordinary tokens, ascend on masked ones.
+"""The training loss of one token: ordinary tokens are learned; masked ones are unlearned, ignored, or bounded.
 
-Method (IF-Guide, arXiv 2506.01790, Eq. 9), with NLL_j = -log p(x_j | x_<j):
+With NLL_j = -log p(x_j | x_<j), p_j = exp(-NLL_j), lambda the penalty, and N ONE global count of predicted tokens,
 
-    L = [ sum over unmasked j of NLL_j - penalty * sum over masked j of NLL_j ] / N
+    L = 1/N [ sum over unmasked j of NLL_j + lambda * sum over masked j of m(NLL_j) ]
 
-N is ONE global count of predicted tokens: all ranks, all accumulation steps of an optimizer step. So the
-gradients of micro-batches add (sum over accumulation steps, sum over ranks) to the gradient of the whole
-batch. A trainer that averages over ranks must multiply by the number of ranks.
+    kind           m(NLL)                 m'(NLL)
+    penalty        -NLL                   -1              Eq. 9 of IF-Guide (arXiv 2506.01790); unbounded below
+    clipped        -min(NLL, c)           -1 if NLL < c   c = -log(floor_probability): stops once p is below the floor
+    unlikelihood   -log(1 - p)            -p / (1 - p)    bounded below by 0 (Welleck et al., arXiv 1908.04319)
+    ignore         0                      0               masked tokens carry no loss
 
-Alignment: masks, weights and NLL are label aligned, as scores are. Entry [b, j] speaks of predicting token j,
-which the model does from the logits at j - 1. Index 0 has no prediction; it and padding carry no loss, no
-gradient and no count, whatever the mask says there.
+N counts masked tokens too, over all ranks and all accumulation steps of an optimizer step, so the gradients of
+micro-batches add to the gradient of the whole batch, whatever the kind. Cost: a few operations on (tokens,).
 
-Cost: one float32 log-softmax of (B, T, V), as for the ordinary loss; the mask adds (B, T) work. No value is
-read back from the device.
-
-It does not bound the masked term: NLL can grow without limit, and `penalty` and the size of the mask are what
-keep training stable.
+It does not know logits: `ifguide.lm_loss` makes NLL_j and carries m' back through the LM head.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ifguide.models import next_token_nll, predicted_positions
+Kind = Literal["penalty", "ignore", "unlikelihood", "clipped"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SignedLoss:
-    """`loss` carries the gradient; the rest is detached, for logs. All are scalars on the logits' device.
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """`penalty` is lambda, 0 or more; `floor_probability` is of `clipped` alone. Raises ValueError on other values."""
 
-    The sums are plain sums of NLL in nats: loss = (benign_sum - penalty * masked_sum) / token_count. The
-    counts (int64) are this batch's; their sum over the global batch is the `token_count` to pass.
-    """
+    kind: Kind = "penalty"
+    penalty: float = 1.0
+    floor_probability: float = 1e-3
 
-    loss: Tensor
-    benign_sum: Tensor
-    masked_sum: Tensor
-    benign_count: Tensor
-    masked_count: Tensor
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"objective kind {self.kind!r}: choose one of {', '.join(get_args(Kind))}")
+        if self.penalty < 0:
+            raise ValueError(f"penalty must be 0 or more, got {self.penalty}: masked tokens are subtracted already")
+        if not 0 < self.floor_probability < 1:
+            raise ValueError(f"floor_probability must lie between 0 and 1, got {self.floor_probability}")
 
-
-def token_weights(mask_BT: Tensor, penalty: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, T) weight of each NLL_j: 1, or -penalty where the bool mask is set."""
-    if penalty < 0:
-        raise ValueError(f"penalty must be 0 or more, got {penalty}: the masked sum is subtracted already")
-    return torch.ones_like(mask_BT, dtype=dtype).masked_fill(mask_BT, -penalty)
-
-
-def signed_loss(
-    logits_BTV: Tensor,
-    tokens_BT: Tensor,
-    mask_BT: Tensor | None,
-    lengths_B: Tensor,
-    *,
-    penalty: float,
-    token_count: int | Tensor,
-) -> SignedLoss:
-    """Eq. 9 for one micro-batch.
-
-    `logits_BTV` are the model's for the whole block, `tokens_BT` int64, `mask_BT` bool and label aligned
-    (None: nothing is masked), `lengths_B` the real tokens of each block, `token_count` the global N.
-    Raises ValueError for a negative penalty or a shape that does not fit.
-    """
-    if logits_BTV.shape[:2] != tokens_BT.shape or (mask_BT is not None and mask_BT.shape != tokens_BT.shape):
-        mask_shape = None if mask_BT is None else tuple(mask_BT.shape)
-        raise ValueError(
-            f"logits {tuple(logits_BTV.shape)}, tokens {tuple(tokens_BT.shape)} and mask {mask_shape} must "
-            "agree in block count and block size: was the mask built for another corpus?"
+    def of_tokens(self, nll_N: Tensor, masked_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(value_N, slope_N): each token's loss and its derivative by NLL, in nats. No value leaves the device."""
+        value_N, slope_N = self._of_masked(nll_N)
+        return (
+            torch.where(masked_N, self.penalty * value_N, nll_N),
+            torch.where(masked_N, self.penalty * slope_N, torch.ones_like(nll_N)),
         )
-    predicted = predicted_positions(tokens_BT, lengths_B)
-    masked = torch.zeros_like(predicted) if mask_BT is None else mask_BT & predicted
-    benign = predicted & ~masked
-    nll = next_token_nll(logits_BTV, tokens_BT, lengths_B)
-    detached = nll.detach()
-    return SignedLoss(
-        loss=(token_weights(masked, penalty, nll.dtype) * nll).sum() / token_count,
-        benign_sum=detached.masked_fill(~benign, 0).sum(),
-        masked_sum=detached.masked_fill(~masked, 0).sum(),
-        benign_count=benign.sum(),
-        masked_count=masked.sum(),
-    )
+
+    def _of_masked(self, nll_N: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "ignore":
+            return torch.zeros_like(nll_N), torch.zeros_like(nll_N)
+        if self.kind == "unlikelihood":
+            # p rounds to 1 below this, where 1 - p would be 0
+            nll_N = nll_N.clamp(min=torch.finfo(nll_N.dtype).eps)
+            return -torch.log(-torch.expm1(-nll_N)), -1 / torch.expm1(nll_N)
+        if self.kind == "clipped":
+            ceiling = -math.log(self.floor_probability)
+            return -nll_N.clamp(max=ceiling), -(nll_N < ceiling).to(nll_N.dtype)
+        return -nll_N, -torch.ones_like(nll_N)

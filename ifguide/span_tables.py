@@ -80,29 +80,45 @@ class SpanCounts(NamedTuple):
     tokens: int
 
 
-def write_spans(corpus: PackedCorpus, mask: Path, shard: int) -> SpanCounts:
-    """Write `spans-<shard>` in the folder of a mask: the documents that begin in the shard, however far they reach."""
-    name = shard_name(shard)
-    documents = schemas.read_table(corpus.folder / f"documents-{name}.parquet", schemas.DOCUMENTS)
-    ids, begins, sizes = (documents.column(key).to_numpy() for key in ("doc_id", "token_start", "num_tokens"))
-    found: list[np.ndarray] = [np.zeros((0, 2))] * len(ids)
+def write_spans(
+    corpus: PackedCorpus, mask: Path, shard: int, *, column: str = "masked", folder: Path | None = None
+) -> SpanCounts:
+    """Write `spans-<shard>` in the folder of a mask: the documents that begin in the shard, however far they reach.
+
+    Of another per-token `column` than the mask's, of tables that are sharded alike, where named; in `folder` then."""
+    documents = read_documents(corpus, shard)
+    begins, sizes = (documents.column(key).to_numpy() for key in ("token_start", "num_tokens"))
+    found: list[np.ndarray] = [np.zeros((0, 2))] * len(begins)
     tokens = 0
-    if len(ids):
+    if len(begins):
         first, end = int(begins[0]), int(begins[-1] + sizes[-1])
-        masked = corpus.read(mask, "shard", "masked", first, end)
+        masked = corpus.read(mask, "shard", column, first, end)
         stops = corpus.read(corpus.folder, "offsets", "stops", first, end)
         tokens = int(np.count_nonzero(masked))
         for i in np.unique(np.searchsorted(begins - first, np.flatnonzero(masked), side="right") - 1):
             own = slice(begins[i] - first, begins[i] - first + sizes[i])
             found[i] = spans_of_mask(masked[own], token_edges(stops[own]))
+    return write_found_spans(folder or mask, shard, documents, found, tokens)
+
+
+def read_documents(corpus: PackedCorpus, shard: int) -> pa.Table:
+    """The documents that begin in a shard, as `schemas.DOCUMENTS`."""
+    return schemas.read_table(corpus.folder / f"documents-{shard_name(shard)}.parquet", schemas.DOCUMENTS)
+
+
+def write_found_spans(
+    folder: Path, shard: int, documents: pa.Table, found: Sequence[np.ndarray], tokens: int
+) -> SpanCounts:
+    """Write `spans-<shard>` in `folder`: of each of `documents` the (K, 2) spans `found`, ascending and apart."""
     counts = np.array([len(spans) for spans in found], np.int64)
     flat = np.concatenate([np.zeros((0, 2)), *found])
     pairs = pa.StructArray.from_arrays([pa.array(flat[:, 0]), pa.array(flat[:, 1])], fields=list(schemas.SPAN))
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
-    columns = [pa.array(ids), documents.column("num_chars").combine_chunks(), pa.ListArray.from_arrays(offsets, pairs)]
-    with publish(mask / f"spans-{name}.parquet") as part:
+    ids, num_chars = (documents.column(name).combine_chunks() for name in ("doc_id", "num_chars"))
+    columns = [ids, num_chars, pa.ListArray.from_arrays(offsets, pairs)]
+    with publish(folder / f"spans-{shard_name(shard)}.parquet") as part:
         pq.write_table(pa.Table.from_arrays(columns, schema=schemas.SPANS), part)
-    return SpanCounts(len(ids), int(counts.sum()), tokens)
+    return SpanCounts(len(counts), int(counts.sum()), tokens)
 
 
 class MaskJob(NamedTuple):
@@ -170,10 +186,11 @@ def write_mask(corpus: PackedCorpus, source_mask: Path, folder: Path, job: MaskJ
         if own.stop > own.start:
             of_document = slice(bounds[i] - bounds[0], bounds[i + 1] - bounds[0])
             masked[own] = mask_of_spans(starts_stops[of_document], token_edges(stops[own]))
-    return _write_shard(corpus, folder, job.shard, masked[begin - low : end - low])
+    return write_mask_shard(corpus, folder, job.shard, masked[begin - low : end - low])
 
 
-def _write_shard(corpus: PackedCorpus, folder: Path, shard: int, masked: np.ndarray) -> dict[str, Any]:
+def write_mask_shard(corpus: PackedCorpus, folder: Path, shard: int, masked: np.ndarray) -> dict[str, Any]:
+    """Write a shard of a mask from its tokens' flags (n,), each block's first unmasked; counts as `write_mask`."""
     num_blocks = -(-len(masked) // corpus.block_size)
     masked_BT = np.zeros((num_blocks, corpus.block_size), bool)
     masked_BT.reshape(-1)[: len(masked)] = masked

@@ -1,4 +1,4 @@
-"""The pure parts of `pretrain`: which blocks a step sees, its learning rate, the DeepSpeed config.
+"""The pure parts of `pretrain`: which blocks a step sees, its learning rate, the DeepSpeed config, when to stop.
 
 Data are sampled by index: the order is a function of (seed, epoch), so every block is seen once an epoch, the
 position is one integer (the step), and the order does not depend on the number of workers.
@@ -49,9 +49,48 @@ class Schedule:
         return indices
 
 
+def split_heldout(num_blocks: int, heldout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks to train on, held-out blocks), ascending int64, drawn by seed; with none held out, all in order.
+
+    Raises ValueError when nothing would be left to train on.
+    """
+    if heldout >= num_blocks:
+        raise ValueError(
+            f"pretrain.heldout_blocks: {heldout} of the corpus' {num_blocks} blocks leave none to train on"
+        )
+    drawn = np.random.default_rng([seed, num_blocks, heldout]).permutation(num_blocks)
+    return np.sort(drawn[heldout:]), np.sort(drawn[:heldout])
+
+
 def rank_micro_batches(batch: np.ndarray, *, rank: int, world_size: int, micro_batch_blocks: int) -> np.ndarray:
-    """A rank's part of a batch, (accumulation steps, micro_batch_blocks)."""
-    return batch.reshape(-1, world_size, micro_batch_blocks)[:, rank]
+    """A rank's part of a batch, (accumulation steps, micro_batch_blocks); filled up with PADDING where it must be."""
+    missing = -len(batch) % (world_size * micro_batch_blocks)
+    padded = np.pad(batch, (0, missing), constant_values=PADDING)
+    return padded.reshape(-1, world_size, micro_batch_blocks)[:, rank]
+
+
+def accumulation_steps(config: Pretrain, world_size: int) -> int:
+    """Micro-batches of each rank in one step."""
+    return math.ceil(config.batch_blocks / (world_size * config.micro_batch_blocks))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a rank's random numbers (dropout) in a step: a resumed training draws the same."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+@dataclass
+class BenignRise:
+    """How far the benign loss, smoothed over about ten steps, is above its lowest: what diverges shows it first."""
+
+    smoothed: float | None = None
+    lowest: float | None = None
+
+    def update(self, benign_loss: float) -> float:
+        """Take one step's loss; the rise in nats, 0 at a new lowest."""
+        self.smoothed = benign_loss if self.smoothed is None else 0.9 * self.smoothed + 0.1 * benign_loss
+        self.lowest = self.smoothed if self.lowest is None else min(self.lowest, self.smoothed)
+        return self.smoothed - self.lowest
 
 
 def learning_rate(step: int, steps: int, config: Pretrain) -> float:
@@ -64,14 +103,21 @@ def learning_rate(step: int, steps: int, config: Pretrain) -> float:
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def deepspeed_config(config: Pretrain) -> dict[str, Any]:
+def deepspeed_config(
+    config: Pretrain, *, world_size: int | None = None, load_universal: bool = False
+) -> dict[str, Any]:
     """The engine's config. The optimizer is ours to build: a config AdamW compiles a kernel on first use."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    place: dict[str, Any] = {"device": "cpu"}
+    if config.offload_nvme is not None:
+        place = {"device": "nvme", "nvme_path": config.offload_nvme}
     if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return {
+        zero["offload_optimizer"] = place
+    if config.offload_parameters:
+        zero["offload_param"] = place
+    made = {
         "train_micro_batch_size_per_gpu": config.micro_batch_blocks,
-        "gradient_accumulation_steps": config.batch_blocks // (config.workers * config.micro_batch_blocks),
+        "gradient_accumulation_steps": accumulation_steps(config, world_size or config.workers),
         "gradient_clipping": config.gradient_clipping,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": zero,
@@ -79,6 +125,7 @@ def deepspeed_config(config: Pretrain) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    return {**made, "checkpoint": {"load_universal": True}} if load_universal else made
 
 
 def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

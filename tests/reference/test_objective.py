@@ -1,44 +1,107 @@
-"""Eq. 9 and its gradient against a token-by-token loop in float64 with its own autograd."""
+"""The chunked objective and its gradients against a token-by-token loop in float64 with its own autograd."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifguide.objective import signed_loss
+from ifguide.lm_loss import Head, chunked_loss
+from ifguide.objective import Kind, Objective
+
+FLOOR = 0.05
+
+
+def literal_token(nll: torch.Tensor, kind: Kind, penalty: float) -> torch.Tensor:
+    if kind == "penalty":
+        return -penalty * nll
+    if kind == "ignore":
+        return 0 * nll
+    if kind == "unlikelihood":
+        return -penalty * torch.log(1 - torch.exp(-nll))
+    return -penalty * torch.minimum(nll, torch.tensor(-math.log(FLOOR), dtype=torch.float64))
 
 
 def literal_loss(
-    logits: torch.Tensor, tokens: list[list[int]], mask: list[list[bool]], lengths: list[int], penalty: float, n: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tokens: list[list[int]],
+    mask: list[list[bool]],
+    lengths: list[int],
+    objective: Objective,
+    head: Head,
+    n: int,
 ) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float64)
+    """Every token by itself: logits, scale, soft cap, log of a sum of exponentials."""
+    total = 0 * hidden.sum() + 0 * weight.sum() + (0 if bias is None else 0 * bias.sum())
     for b, length in enumerate(lengths):
         for j in range(1, length):
-            row = logits[b, j - 1]
-            nll = torch.log(torch.exp(row).sum()) - row[tokens[b][j]]
-            total = total - penalty * nll if mask[b][j] else total + nll
+            row = weight @ hidden[b, j - 1] + (0 if bias is None else bias)
+            row = row * head.scale
+            if head.softcap is not None:
+                row = head.softcap * torch.tanh(row / head.softcap)
+            nll = torch.logsumexp(row, dim=0) - row[tokens[b][j]]
+            total = total + (literal_token(nll, objective.kind, objective.penalty) if mask[b][j] else nll)
     return total / n
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0, 5), st.booleans())
-def test_loss_and_gradient_equal_the_float64_loop(seed: int, penalty: float, wide: bool) -> None:
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(["penalty", "ignore", "unlikelihood", "clipped"]),
+    penalty=st.floats(0, 5),
+    chunk=st.integers(1, 20),
+    with_bias=st.booleans(),
+    scale=st.sampled_from([1.0, 0.25, 2.0]),
+    softcap=st.sampled_from([None, 3.0]),
+    first_masked=st.booleans(),
+    wide=st.booleans(),
+)
+def test_loss_and_gradients_equal_the_float64_loop(
+    seed, kind, penalty, chunk, with_bias, scale, softcap, first_masked, wide
+):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(3, 6, 9, generator=generator, dtype=torch.float64) * 3
+    objective = Objective(kind=kind, penalty=penalty, floor_probability=FLOOR)
+    head = Head(scale=scale, softcap=softcap, chunk_tokens=chunk)
+    hidden = torch.randn(3, 6, 4, generator=generator)
+    weight = torch.randn(9, 4, generator=generator)
+    bias = torch.randn(9, generator=generator) if with_bias else None
     tokens = torch.randint(9, (3, 6), generator=generator)
     mask = torch.rand(3, 6, generator=generator) < 0.4
-    lengths = torch.randint(1, 7, (3,), generator=generator)
+    mask[0, 1] = first_masked  # a kernel that takes the first token's weight for all would be right for one of these
+    lengths = torch.tensor([6, *torch.randint(1, 7, (2,), generator=generator).tolist()])
 
-    exact = logits.float().double().requires_grad_()
-    expected = literal_loss(exact, tokens.tolist(), mask.tolist(), lengths.tolist(), penalty, 14)
-    if expected.requires_grad:
-        (expected_gradient,) = torch.autograd.grad(expected, exact)
-    else:  # no token is predicted
-        expected_gradient = torch.zeros_like(exact)
+    leaves = [None if x is None else x.double().requires_grad_() for x in (hidden, weight, bias)]
+    wanted = literal_loss(*leaves, tokens.tolist(), mask.tolist(), lengths.tolist(), objective, head, 14)
+    expected = torch.autograd.grad(wanted, [x for x in leaves if x is not None])
 
-    used = (exact.detach() if wide else logits.float()).requires_grad_()
-    result = signed_loss(used, tokens, mask, lengths, penalty=penalty, token_count=14)
-    (gradient,) = torch.autograd.grad(result.loss, used)
-    # float32 rounds at 6e-8 of the largest term; the sum has at most 15 terms of size up to 20, times 5.
-    tolerance = 1e-12 if wide else 2e-5
-    torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
+    used = [None if x is None else (x.double() if wide else x.clone()).requires_grad_() for x in (hidden, weight, bias)]
+    result = chunked_loss(*used, tokens, mask, lengths, objective=objective, token_count=14, head=head)
+    found = torch.autograd.grad(result.loss, [x for x in used if x is not None])
+    tolerance = 1e-10 if wide else 1e-5
+    torch.testing.assert_close(result.loss.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
+    for one, other in zip(found, expected, strict=True):
+        # relative to the largest entry: single entries of a signed sum cancel
+        assert (one.double() - other).abs().max() <= tolerance * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("first_masked", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_and_untied_weights_get_the_float64_gradient(tied: bool, first_masked: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    embedding = torch.randn(9, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    output = embedding if tied else torch.randn(9, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    tokens = torch.randint(9, (2, 8), generator=generator)
+    mask = torch.rand(2, 8, generator=generator) < 0.3
+    mask[0, 1] = first_masked
+    lengths, objective, head = torch.tensor([8, 5]), Objective(penalty=0.7), Head(chunk_tokens=3)
+    hidden = torch.cumsum(embedding[tokens], dim=1).tanh()
+    arguments = (tokens.tolist(), mask.tolist(), lengths.tolist(), objective, head, 11)
+    wanted = literal_loss(hidden, output, None, *arguments)
+    leaves = [embedding] if tied else [embedding, output]
+    expected = torch.autograd.grad(wanted, leaves, retain_graph=True)
+    loss = chunked_loss(hidden, output, None, tokens, mask, lengths, objective=objective, token_count=11, head=head)
+    for one, other in zip(torch.autograd.grad(loss.loss, leaves), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

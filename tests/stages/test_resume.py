@@ -15,7 +15,7 @@ import yaml
 
 from ifguide.artifacts import read_manifest
 from ifguide.config import Config, to_mapping
-from ifguide.stages.pretrain import last_checkpoint
+from ifguide.stages.checkpoints import last_checkpoint
 from ifguide.stages.run import Run
 
 

@@ -182,6 +182,7 @@ def test_run_dir_is_put_into_every_string_after_the_overrides(tmp_path):
         "pretrain.log_steps=1",
         "pretrain.max_failures=0",
         "build_query.classifier.batch_size=2",
+        "pretrain.workers=2",
         "score_corpus.max_actors=7",
         "score_corpus.memory=1000",
         "evaluate.max_attempts=1",
@@ -198,7 +199,7 @@ def test_placement_leaves_the_result_options_as_they_are(tmp_path, override):
     [
         "seed=1",
         "pack_corpus.inputs=[a.txt]",
-        "pretrain.workers=2",
+        "pretrain.zero_stage=2",
         "build_query.classifier.name=labels",
         "score_corpus.micro_batch_blocks=4",
         "evaluate.models={a: b}",

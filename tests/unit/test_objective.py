@@ -1,107 +1,59 @@
-"""Eq. 9 on cases small enough to compute by hand."""
+"""The kinds of objective on single tokens, against autograd and by hand."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from ifguide.models import next_token_nll, predicted_positions
-from ifguide.objective import signed_loss, token_weights
+from ifguide.objective import Kind, Objective
 
-
-def batch(num_blocks: int = 3, block_size: int = 7, vocab: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(num_blocks, block_size, vocab, generator=generator)
-    return logits, torch.randint(vocab, (num_blocks, block_size), generator=generator)
+KINDS: tuple[Kind, ...] = ("penalty", "ignore", "unlikelihood", "clipped")
 
 
-def test_two_tokens_by_hand() -> None:
-    # Vocabulary of 2. Logits at 0 predict token 1 with p = 3/4, at 1 predict token 2 with p = 1/4.
-    logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)], [50.0, -50.0]]])
-    tokens = torch.tensor([[0, 1, 0]])
-    mask = torch.tensor([[False, False, True]])
-    result = signed_loss(logits, tokens, mask, torch.tensor([3]), penalty=0.5, token_count=2)
-    assert result.loss.item() == pytest.approx((math.log(4 / 3) - 0.5 * math.log(4)) / 2, rel=1e-6)
-    assert result.benign_sum.item() == pytest.approx(math.log(4 / 3), rel=1e-6)
-    assert result.masked_sum.item() == pytest.approx(math.log(4), rel=1e-6)
-    assert (result.benign_count.item(), result.masked_count.item()) == (1, 1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_benign_token_has_its_nll_and_slope_one_whatever_the_kind(kind: Kind) -> None:
+    nll = torch.tensor([0.0, 1e-9, 0.5, 80.0])
+    value, slope = Objective(kind=kind, penalty=3.0).of_tokens(nll, torch.zeros(4, dtype=torch.bool))
+    assert torch.equal(value, nll)
+    assert torch.equal(slope, torch.ones(4))
 
 
-@pytest.mark.parametrize("mask", [None, torch.zeros(3, 7, dtype=torch.bool)])
-def test_without_a_mask_it_is_cross_entropy(mask: torch.Tensor | None) -> None:
-    logits, tokens = batch()
-    count = tokens[:, 1:].numel()
-    loss = signed_loss(logits, tokens, mask, torch.full((3,), 7), penalty=1.0, token_count=count).loss
-    # Bit for bit against the same terms summed in the same order. reduction="mean" adds the same terms in
-    # another order, and float addition is not associative: only close.
-    shifted, labels = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    terms = F.cross_entropy(shifted, labels, reduction="none").view(3, 6)
-    assert torch.equal(loss, F.pad(terms, (1, 0)).sum() / count)
-    torch.testing.assert_close(loss, F.cross_entropy(shifted, labels), rtol=1e-6, atol=0)
+def test_masked_tokens_by_hand() -> None:
+    nll, masked = torch.tensor([math.log(4)], dtype=torch.float64), torch.tensor([True])  # p = 1/4
+
+    def at(kind: Kind, floor: float = 1e-3) -> tuple[float, float]:
+        value, slope = Objective(kind=kind, penalty=0.5, floor_probability=floor).of_tokens(nll, masked)
+        return value.item(), slope.item()
+
+    assert at("penalty") == pytest.approx((-0.5 * math.log(4), -0.5))
+    assert at("ignore") == (0.0, 0.0)
+    assert at("unlikelihood") == pytest.approx((0.5 * math.log(4 / 3), -0.5 / 3))
+    assert at("clipped", floor=0.2) == pytest.approx((-0.5 * math.log(4), -0.5))
+    assert at("clipped", floor=0.5) == pytest.approx((-0.5 * math.log(2), 0.0))
 
 
-def test_index_zero_and_padding_carry_no_loss_no_gradient_and_no_count() -> None:
-    logits, tokens = batch()
-    lengths = torch.tensor([7, 4, 1])
-    everything = torch.ones_like(tokens, dtype=torch.bool)
-    assert predicted_positions(tokens, lengths).sum(dim=1).tolist() == [6, 3, 0]
-    nll = next_token_nll(logits, tokens, lengths)
-    assert torch.equal(nll != 0, predicted_positions(tokens, lengths))
-    logits.requires_grad_()
-    result = signed_loss(logits, tokens, everything, lengths, penalty=2.0, token_count=9)
-    assert (result.benign_count.item(), result.masked_count.item(), result.benign_sum.item()) == (0, 9, 0)
-    result.loss.backward()
-    assert logits.grad is not None
-    touched = logits.grad.abs().sum(dim=-1) > 0
-    # The logits at j - 1 predict token j: index 0..5 of block 0, 0..2 of block 1, none of block 2.
-    assert touched.tolist() == [[True] * 6 + [False], [True] * 3 + [False] * 4, [False] * 7]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_slope_is_the_derivative_of_the_value(kind: Kind) -> None:
+    nll = torch.linspace(0.01, 12, 50, dtype=torch.float64, requires_grad=True)
+    masked = torch.arange(50) % 2 == 0
+    value, slope = Objective(kind=kind, penalty=1.3).of_tokens(nll, masked)
+    (expected,) = torch.autograd.grad(value.sum(), nll)
+    torch.testing.assert_close(slope.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_two_accumulation_halves_with_one_denominator_add_to_the_whole() -> None:
-    logits, tokens = batch(num_blocks=4)
-    lengths, mask = torch.tensor([7, 7, 7, 5]), torch.rand(4, 7, generator=torch.Generator().manual_seed(1)) < 0.3
-    logits.requires_grad_()
-    count = int(predicted_positions(tokens, lengths).sum())
-    whole = signed_loss(logits, tokens, mask, lengths, penalty=0.7, token_count=count)
-    (expected,) = torch.autograd.grad(whole.loss, logits)
-    halves = [
-        signed_loss(logits[part], tokens[part], mask[part], lengths[part], penalty=0.7, token_count=count)
-        for part in (slice(0, 1), slice(1, 4))
-    ]
-    assert sum(int(half.benign_count + half.masked_count) for half in halves) == count
-    torch.testing.assert_close(halves[0].loss + halves[1].loss, whole.loss, rtol=1e-6, atol=1e-7)
-    (found,) = torch.autograd.grad(halves[0].loss + halves[1].loss, logits)
-    assert torch.equal(found, expected)
+@pytest.mark.parametrize("kind", ["ignore", "unlikelihood", "clipped"])
+def test_the_bounded_kinds_are_bounded_below_and_finite_for_every_probability(kind: Kind) -> None:
+    nll = torch.tensor([0.0, 1e-9, 1e-6, 1.0, 100.0, 1e6])
+    value, slope = Objective(kind=kind, floor_probability=0.01).of_tokens(nll, torch.ones(6, dtype=torch.bool))
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(slope).all()
+    assert value.min() >= math.log(0.01) - 1e-5
 
 
-def test_loss_is_of_the_reported_sums_and_the_sums_carry_no_gradient() -> None:
-    logits, tokens = batch()
-    mask = tokens % 3 == 0
-    result = signed_loss(logits.requires_grad_(), tokens, mask, torch.full((3,), 7), penalty=1.5, token_count=18)
-    torch.testing.assert_close(result.loss, (result.benign_sum - 1.5 * result.masked_sum) / 18, rtol=1e-5, atol=1e-6)
-    assert result.loss.requires_grad
-    assert not result.benign_sum.requires_grad
-    assert not result.masked_sum.requires_grad
-
-
-def test_half_precision_logits_are_summed_in_float32() -> None:
-    logits, tokens = batch(vocab=5000)
-    lengths = torch.full((3,), 7)
-    half = logits.bfloat16()
-    assert torch.equal(next_token_nll(half, tokens % 11, lengths), next_token_nll(half.float(), tokens % 11, lengths))
-    assert next_token_nll(half, tokens % 11, lengths).dtype == torch.float32
-
-
-def test_weights_are_one_or_minus_penalty() -> None:
-    weights = token_weights(torch.tensor([[False, True]]), 0.25)
-    assert weights.dtype == torch.float32
-    assert weights.tolist() == [[1.0, -0.25]]
-
-
-def test_negative_penalty_and_a_mask_of_another_shape_are_refused() -> None:
-    logits, tokens = batch()
+def test_values_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="penalty must be 0 or more"):
-        signed_loss(logits, tokens, None, torch.full((3,), 7), penalty=-1.0, token_count=18)
-    with pytest.raises(ValueError, match="another corpus"):
-        signed_loss(logits, tokens, torch.ones(3, 8).bool(), torch.full((3,), 7), penalty=1.0, token_count=18)
+        Objective(penalty=-1.0)
+    with pytest.raises(ValueError, match="choose one of penalty"):
+        Objective(kind="ascent")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="floor_probability"):
+        Objective(kind="clipped", floor_probability=0.0)

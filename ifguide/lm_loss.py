@@ -1,0 +1,266 @@
+"""LM head, cross-entropy and the objective in chunks of tokens, their gradient formed inside the chunk.
+
+For a chunk of final hidden states H (n, d) and labels x, with z = f(H W^T + b), f the identity, a scale (Cohere,
+Granite) or a soft cap c tanh(z / c) (Gemma 2), and a_n = l'(NLL_n) / N the objective's slope of each token,
+
+    E = (softmax(z) - onehot(x)) * f'       dH = a * (E W)       dW += E^T (a * H)       db += E^T a
+
+which is all that the backward pass needs, so logits are never whole and W is not kept. Sums are float32 (float64 for
+a float64 model) whatever precision the products run in; dW adds up in it over the chunks.
+
+Cost: 6 d V FLOP a token, as for the ordinary loss. Memory: `CHUNK_VALUES` logits, dH, and dW in float32; the ordinary
+loss holds three times tokens * V. With one chunk size, all weights 1 is plain cross-entropy to the last bit.
+
+Alignment: tokens, masks and NLL are label aligned, as scores are. Entry [b, j] speaks of predicting token j, which the
+model does from the hidden state at j - 1. Index 0 has no prediction; it and padding carry no loss, no gradient and no
+count, whatever the mask says there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from ifguide.models import predicted_positions
+from ifguide.objective import Objective
+
+# Logits held at once: small enough for a CPU's cache, large enough for a GPU's matrix product.
+CHUNK_VALUES = {"cpu": 2 << 20, "cuda": 64 << 20}
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """`loss` carries the gradient; the rest is detached, for logs. All are scalars on the model's device.
+
+    The sums are plain sums of NLL in nats; the counts (int64) are this batch's: their sum over the global batch is the
+    `token_count` that divides `loss`.
+    """
+
+    loss: Tensor
+    benign_sum: Tensor
+    masked_sum: Tensor
+    benign_count: Tensor
+    masked_count: Tensor
+
+    def sums(self) -> Tensor:
+        """(5,) float64: loss, benign_sum, masked_sum, benign_count, masked_count, detached; they add over batches."""
+        return torch.stack([getattr(self, field.name).detach().double() for field in fields(self)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """How logits come from W h + b: `scale` times, then the soft cap, if any. `chunk_tokens` None: by device."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    chunk_tokens: int | None = None
+
+    def chunks(self, tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+        """Slices of at most `chunk_tokens` positions."""
+        size = self.chunk_tokens or max(1, CHUNK_VALUES.get(device.type, CHUNK_VALUES["cuda"]) // vocabulary)
+        return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+    def logits(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(N, V) logits, at least float32, and f' where f is not linear."""
+        logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits_NV = logits_NV.mul_(self.scale)
+        if self.softcap is None:
+            return logits_NV, None
+        tanh_NV = logits_NV.div_(self.softcap).tanh_()
+        return self.softcap * tanh_NV, 1 - tanh_NV.square()
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        counted_N: Tensor,
+        masked_N: Tensor,
+        token_count: Tensor,
+        objective: Objective,
+        head: Head,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        product_VD = weight_VD.to(hidden_ND.dtype)  # under autocast the weights are wider than the products
+        bias = None if bias_V is None else bias_V.to(hidden_ND.dtype)
+        by_hidden, by_weight, by_bias = ctx.needs_input_grad[:3]
+        hidden_gradient = torch.empty_like(hidden_ND) if by_hidden else None
+        weight_gradient = torch.zeros_like(weight_VD, dtype=dtype) if by_weight else None
+        bias_gradient = torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and by_bias else None
+        nll_N = torch.empty(len(hidden_ND), dtype=dtype, device=hidden_ND.device)
+        loss = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        for rows in head.chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
+            chunk_ND, labels = hidden_ND[rows], labels_N[rows, None]
+            logits_NV, slope_NV = head.logits(chunk_ND, product_VD, bias)
+            log_p_NV = logits_NV.log_softmax(dim=-1)
+            del logits_NV
+            nll = -log_p_NV.gather(1, labels).squeeze(1)
+            nll_N[rows] = nll
+            value, slope = objective.of_tokens(nll, masked_N[rows])
+            loss += value.masked_fill(~counted_N[rows], 0).sum()
+            if not (by_hidden or by_weight or by_bias):
+                continue
+            scale_N = slope.masked_fill(~counted_N[rows], 0) * (head.scale / token_count).to(dtype)
+            error_NV = log_p_NV.exp_().scatter_add_(1, labels, -torch.ones_like(log_p_NV[:, :1]))
+            if slope_NV is not None:
+                error_NV *= slope_NV
+            if bias_gradient is not None:
+                bias_gradient += scale_N @ error_NV
+            error_NV = error_NV.to(hidden_ND.dtype)
+            if hidden_gradient is not None:
+                torch.mul(error_NV @ product_VD, scale_N[:, None], out=hidden_gradient[rows])
+            if weight_gradient is not None:
+                _add_product(weight_gradient, error_NV, chunk_ND, scale_N)
+        ctx.gradients = (hidden_gradient, weight_gradient, bias_gradient)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(nll_N)
+        return loss / token_count.to(dtype), nll_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the loss was taken back twice; its gradients are freed the first time")
+        hidden, weight, bias = (None if each is None else each.mul_(gradient) for each in ctx.gradients)
+        ctx.gradients = None
+        weight = None if weight is None else weight.to(ctx.weight_dtype)
+        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 6
+
+
+def _add_product(total_VD: Tensor, error_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor) -> None:
+    """total += error^T (scale * hidden), added in the total's precision."""
+    scaled_ND = (hidden_ND * scale_N[:, None]).to(error_NV.dtype)
+    if total_VD.dtype == error_NV.dtype:
+        total_VD.addmm_(error_NV.T, scaled_ND)
+    else:
+        total_VD += error_NV.T @ scaled_ND
+
+
+def chunked_loss(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    tokens_BT: Tensor,
+    mask_BT: Tensor | None,
+    lengths_B: Tensor,
+    *,
+    objective: Objective,
+    token_count: int | Tensor,
+    head: Head | None = None,
+) -> Loss:
+    """The objective of one micro-batch from its final hidden states.
+
+    `tokens_BT` int64, `mask_BT` bool and label aligned (None: nothing is masked), `lengths_B` the real tokens of each
+    block, `token_count` the global N. Raises ValueError for shapes that do not fit.
+    """
+    if hidden_BTD.shape[:2] != tokens_BT.shape or (mask_BT is not None and mask_BT.shape != tokens_BT.shape):
+        mask_shape = None if mask_BT is None else tuple(mask_BT.shape)
+        raise ValueError(
+            f"hidden states {tuple(hidden_BTD.shape)}, tokens {tuple(tokens_BT.shape)} and mask {mask_shape} must "
+            "agree in block count and block size: was the mask built for another corpus?"
+        )
+    predicted = predicted_positions(tokens_BT, lengths_B)
+    masked = torch.zeros_like(predicted) if mask_BT is None else mask_BT & predicted
+
+    def shifted(values_BT: Tensor) -> Tensor:
+        return F.pad(values_BT[:, 1:], (0, 1)).flatten()
+
+    counted_N, masked_N = shifted(predicted), shifted(masked)
+    loss, nll_N = _ChunkedLoss.apply(
+        hidden_BTD.flatten(0, 1),
+        weight_VD,
+        bias_V,
+        shifted(tokens_BT),
+        counted_N,
+        masked_N,
+        torch.as_tensor(token_count, device=hidden_BTD.device).double(),  # float32 would round it
+        objective,
+        head or Head(),
+    )
+    return Loss(
+        loss=loss,
+        benign_sum=nll_N.masked_fill(~(counted_N & ~masked_N), 0).sum(),
+        masked_sum=nll_N.masked_fill(~masked_N, 0).sum(),
+        benign_count=(counted_N & ~masked_N).sum(),
+        masked_count=masked_N.sum(),
+    )
+
+
+class LanguageModelLoss(nn.Module):
+    """A causal LM that returns the objective instead of logits: what an engine trains.
+
+    The head's `forward` is replaced, so that the chunks run inside it: whatever an engine does around a module's
+    forward pass (ZeRO-3 gathers the module's weights for it) still happens. Called with hidden states alone, as by
+    the model itself, the head gives logits as before.
+
+    Raises:
+        ValueError: the output embedding is no nn.Linear; `check` also when the logits are not f(W h + b), f known.
+    """
+
+    def __init__(self, model: PreTrainedModel, objective: Objective, *, chunk_tokens: int | None = None):
+        super().__init__()
+        linear = model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{type(model).__name__}: its LM head is a {type(linear).__name__}, not an nn.Linear")
+        config = model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self.model = model
+        self.head = Head(
+            scale=scale / float(getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            chunk_tokens=chunk_tokens,
+        )
+        self.objective = objective
+        plain = linear.forward
+
+        def forward(hidden_BTD: Tensor, **batch: Any) -> Tensor | tuple[Tensor, ...]:
+            if not batch:
+                return plain(hidden_BTD)
+            loss = chunked_loss(hidden_BTD, linear.weight, linear.bias, **batch, head=self.head)
+            return loss.loss, loss.benign_sum, loss.masked_sum, loss.benign_count, loss.masked_count
+
+        linear.forward = forward  # type: ignore[method-assign, assignment]
+
+    def forward(
+        self, tokens_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor | None, token_count: int | Tensor
+    ) -> tuple[Tensor, ...]:
+        """The fields of `Loss` in order, as a tuple: engines look for tensors in tuples, not in dataclasses."""
+        hidden_BTD = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        return self.model.get_output_embeddings()(
+            hidden_BTD,
+            tokens_BT=tokens_BT,
+            mask_BT=mask_BT,
+            lengths_B=lengths_B,
+            objective=self.objective,
+            token_count=token_count,
+        )
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raises ValueError when the model's own logits do not give this loss: a head that is not understood."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        device = next(self.model.parameters()).device
+        tokens_BT = torch.arange(1, 9, device=device)[None] % vocabulary
+        training = self.model.training
+        self.model.eval()  # dropout would differ
+        loss = self(tokens_BT, tokens_BT.new_tensor([8]), None, 7)[0].float()
+        logits_TV = self.model(input_ids=tokens_BT, use_cache=False).logits[0, :-1]
+        self.model.train(training)
+        expected = F.cross_entropy(logits_TV.float(), tokens_BT[0, 1:])
+        tolerance = 5e-2 if logits_TV.dtype == torch.bfloat16 else 1e-3
+        if not torch.isclose(loss, expected, rtol=tolerance, atol=tolerance):
+            raise ValueError(
+                f"{type(self.model).__name__}: its logits are not its output embedding times the hidden state, up to a"
+                " scale or soft cap; choose a target of a common family (GPT-NeoX, Llama, Qwen, Gemma, ...)"
+            )

@@ -1,0 +1,95 @@
+"""The `pretrain` section of the config: objective, optimiser, engine, checkpoints.
+
+`affects_result=False` marks what a training can be resumed with another value of: workers, offload, checkpoints, logs.
+Micro-batches, ZeRO stage and engine change the order of sums, so they are part of what the model was made from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ifguide.typed_yaml import ConfigError, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """A Weights & Biases project to log to as well; its package is imported only then (`pip install wandb`)."""
+
+    project: str = option(affects_result=False)
+    entity: str | None = option(None, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLoss:
+    """What masked tokens carry (see `ifguide.objective`): `penalty` is the paper's, the others are bounded. `clipped`
+    stops once a masked token is less likely than `floor_probability`."""
+
+    kind: Literal["penalty", "ignore", "unlikelihood", "clipped"] = "penalty"
+    floor_probability: float = option(1e-3, above=0, at_most=0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Train the target. `use_mask` false gives the plain baseline; `penalty` is lambda of Eq. 9, `objective` what it
+    multiplies. `tokenizer` is the target's where it is not the corpus': the same documents are packed with it, and
+    masked by characters.
+
+    `engine: torch` trains on one device in the driver's process. Checkpoints are written every `checkpoint_steps`; the
+    last `keep_last` and the `keep_best` best on the `heldout_blocks` (which are not trained on) stay. `export` says
+    which becomes the model. Training stops early when the smoothed benign loss is `max_benign_rise` nats over its
+    lowest (null: never). A training may go on with another number of `workers`; with `min_workers` it starts with as
+    many as there are, and follows the cluster. `offload_nvme` is a folder that takes what is offloaded."""
+
+    use_mask: bool = True
+    tokenizer: str | None = None
+    objective: MaskedLoss = MaskedLoss()
+    penalty: float = option(1.0, at_least=0)
+    init_from: str | None = None
+    epochs: float = option(4.0, above=0)
+    batch_blocks: int = option(512, at_least=1)
+    micro_batch_blocks: int = option(8, at_least=1)
+    learning_rate: float = option(6e-4, above=0)
+    final_learning_rate_ratio: float = option(0.1, at_least=0, at_most=1)
+    warmup_fraction: float = option(0.01, at_least=0, at_most=1)
+    weight_decay: float = option(4e-4, at_least=0)
+    betas: tuple[float, float] = option((0.9, 0.95), at_least=0, at_most=1)
+    gradient_clipping: float = option(1.0, above=0)
+    max_benign_rise: float | None = option(1.0, above=0)
+    heldout_blocks: int = option(0, at_least=0)
+    export: Literal["last", "best"] = "last"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: int = option(1, at_least=0, at_most=3)
+    offload_optimizer: bool = option(False, affects_result=False)
+    offload_parameters: bool = option(False, affects_result=False)
+    offload_nvme: str | None = option(None, affects_result=False)
+    activation_checkpointing: bool = option(False, affects_result=False)
+    workers: int = option(1, at_least=1, affects_result=False)
+    min_workers: int | None = option(None, at_least=1, affects_result=False)
+    gpus_per_worker: float = option(1.0, at_least=0, affects_result=False)
+    cpus_per_worker: float = option(1.0, above=0, affects_result=False)
+    checkpoint_steps: int = option(500, at_least=1, affects_result=False)
+    keep_last: int = option(1, at_least=1, affects_result=False)
+    keep_best: int = option(1, at_least=0, affects_result=False)
+    log_steps: int = option(10, at_least=1, affects_result=False)
+    wandb: Wandb | None = option(None, affects_result=False)  # noqa: RUF009  # frozen, as its metadata are
+    max_failures: int = option(3, at_least=-1, affects_result=False)
+
+
+def check_pretrain(train: Pretrain) -> None:
+    """Raises ConfigError, naming the key, for options that do not go together."""
+    per_step = train.workers * train.micro_batch_blocks
+    if train.batch_blocks % per_step:
+        raise ConfigError(
+            f"pretrain.batch_blocks: {train.batch_blocks} is not a multiple of workers * micro_batch_blocks"
+            f" = {train.workers} * {train.micro_batch_blocks} = {per_step}"
+        )
+    if train.engine == "torch" and (train.workers > 1 or train.min_workers is not None):
+        raise ConfigError("pretrain.engine: torch has one worker; set pretrain.workers=1, or engine: deepspeed")
+    if train.min_workers is not None and train.min_workers > train.workers:
+        raise ConfigError(f"pretrain.min_workers: {train.min_workers} is over workers = {train.workers}")
+    if train.export == "best" and not (train.heldout_blocks and train.keep_best):
+        raise ConfigError("pretrain.export: best needs pretrain.heldout_blocks to tell, and keep_best of 1 or more")
+    if train.offload_parameters and train.zero_stage != 3:
+        raise ConfigError(f"pretrain.offload_parameters: needs zero_stage 3, not {train.zero_stage}")

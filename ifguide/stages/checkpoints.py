@@ -1,0 +1,120 @@
+"""A training's engine checkpoints: published whole by one rename, found again, kept or removed.
+
+    checkpoints/step-00000500/checkpoint.json    step, engine, world size, sizes of all files, held-out loss
+                              state/...          the engine's own files
+
+Everything is written under a `.part` name and fsynced before the rename, checkpoint.json last. What lacks it, or has a
+file of another size than it says, was torn and is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ifguide.artifacts import remove_tree
+from ifguide.telemetry import log
+
+CHECKPOINTS, DESCRIPTION, STATE = "checkpoints", "checkpoint.json", "state"
+UNIVERSAL = ".universal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A published checkpoint; `training` is the loop's own state, `heldout` its held-out loss in nats, if taken."""
+
+    folder: Path
+    step: int
+    engine: str
+    world_size: int
+    heldout: float | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def state(self) -> Path:
+        """The folder of the engine's files."""
+        return self.folder / STATE
+
+
+def part_folder(folder: Path, step: int) -> Path:
+    """Where the ranks write the files of a step's checkpoint, under `STATE`."""
+    return folder / CHECKPOINTS / f"step-{step:08d}.part"
+
+
+def publish_checkpoint(part: Path, description: Mapping[str, Any]) -> Path:
+    """Make the files in `part`, all of which are written, the checkpoint that `description` speaks of."""
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    sizes = {path.relative_to(part).as_posix(): path.stat().st_size for path in files}
+    written = part / DESCRIPTION
+    written.write_text(json.dumps({**description, "files": sizes}, indent=2), encoding="utf-8")
+    for path in [*files, written, *(path for path in part.rglob("*") if path.is_dir()), part]:
+        _fsync(path)
+    final = part.with_suffix("")
+    remove_tree(final)  # there is one only if it was torn
+    part.rename(final)
+    _fsync(final.parent)
+    return final
+
+
+def published_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The whole checkpoints of a model folder, by step."""
+    found = []
+    for path in sorted((folder / CHECKPOINTS).glob("step-*")):
+        if path.suffix:
+            continue  # unfinished, or converted
+        checkpoint = _read(path)
+        if checkpoint is None:
+            log("pretrain", f"{path} is torn and passed over: a file is missing or cut short")
+        else:
+            found.append(checkpoint)
+    return found
+
+
+def last_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a model folder."""
+    found = published_checkpoints(folder)
+    return found[-1] if found else None
+
+
+def best_checkpoints(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """Those with a held-out loss, lowest first; the earlier of equals."""
+    known = [checkpoint for checkpoint in checkpoints if checkpoint.heldout is not None]
+    return sorted(known, key=lambda checkpoint: (checkpoint.heldout, checkpoint.step))
+
+
+def remove_others(folder: Path, *, keep_last: int, keep_best: int) -> None:
+    """Remove all but the last and the best checkpoints, and every leftover."""
+    found = published_checkpoints(folder)
+    kept = {checkpoint.folder for checkpoint in [*found[-keep_last:], *best_checkpoints(found)[:keep_best]]}
+    for path in (folder / CHECKPOINTS).iterdir():
+        if path not in kept:
+            remove_tree(path)
+
+
+def _read(folder: Path) -> Checkpoint | None:
+    try:
+        content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    for name, size in content.pop("files").items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return None
+    return Checkpoint(folder=folder, **content)
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `publish_checkpoint` takes."""
+    return {key: value for key, value in asdict(checkpoint).items() if key != "folder"}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

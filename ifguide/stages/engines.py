@@ -1,0 +1,195 @@
+"""What computes a training's steps: DeepSpeed on any number of ranks, or plain torch on one device.
+
+An engine is given micro-batches and a learning rate and does what depends on the device and on other ranks: it
+adds up the gradients of a step's micro-batches over ranks, clips their norm, and moves the weights (AdamW). The loss
+has one global token count for its only denominator; DeepSpeed divides gradients by the accumulation steps and
+averages over ranks, so its loss is scaled to undo both.
+
+A DeepSpeed checkpoint of another number of ranks is converted to DeepSpeed's universal form first. DeepSpeed reads its
+files with pickle: a run directory is trusted as its owner's. Torch's are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ifguide.artifacts import remove_tree
+from ifguide.config import Pretrain
+from ifguide.lm_loss import LanguageModelLoss, Loss
+from ifguide.stages.checkpoints import STATE, UNIVERSAL, Checkpoint
+from ifguide.training import accumulation_steps, deepspeed_config, parameter_groups
+
+PREFIX = "model."  # of the LM's weights in a LanguageModelLoss
+
+
+class Engine(Protocol):
+    """One rank of a training. `restored` is the description of the checkpoint it started from."""
+
+    device: torch.device
+    module: LanguageModelLoss
+
+    def loss(self, batch: tuple[Any, ...]) -> Loss:
+        """The objective of `LanguageModelLoss` on (tokens, lengths, mask, token_count)."""
+
+    def begin_step(self, learning_rate: float) -> None:
+        """Before the first micro-batch of a step."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Once for each micro-batch."""
+
+    def end_step(self) -> float | None:
+        """Clip, move the weights, and give the gradient's norm before clipping (None: the engine does not tell)."""
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's files under `folder`."""
+
+    def weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """The LM's weights in a checkpoint by their own names, in full precision; on one rank alone."""
+
+
+def build_optimizer(module: LanguageModelLoss, config: Pretrain) -> torch.optim.AdamW:
+    """AdamW over the trained weights."""
+    groups = parameter_groups(module, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+
+
+class TorchEngine:
+    """One device; bfloat16 is autocast over float32 weights."""
+
+    def __init__(self, config: Pretrain, build: Callable[[], LanguageModelLoss], checkpoint: Checkpoint | None):
+        self.config = config
+        self.device = torch.device("cuda" if config.gpus_per_worker else "cpu")
+        self.module = build().to(self.device).train()
+        self.module.check()
+        self.optimizer = build_optimizer(self.module, config)
+        if checkpoint is not None:
+            state = torch.load(checkpoint.state / "torch.pt", map_location=self.device, weights_only=True)
+            self.module.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def loss(self, batch: tuple[Any, ...]) -> Loss:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return Loss(*self.module(*batch))
+
+    def begin_step(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def end_step(self) -> float | None:
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.gradient_clipping)
+        self.optimizer.step()
+        return float(norm)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"model": self.module.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, folder / "torch.pt")
+
+    def weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        return torch.load(checkpoint.state / "torch.pt", map_location="cpu", weights_only=True)["model"]
+
+
+class DeepSpeedEngine:
+    """One rank of `world_size`, whose process group is there already."""
+
+    def __init__(
+        self,
+        config: Pretrain,
+        build: Callable[[], LanguageModelLoss],
+        checkpoint: Checkpoint | None,
+        *,
+        rank: int,
+        world_size: int,
+    ):
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.config, self.scale = config, world_size * accumulation_steps(config, world_size)
+        source = None
+        if checkpoint is not None:
+            reshape = checkpoint.world_size != world_size and config.zero_stage > 0
+            source = _universal(checkpoint, rank, config) if reshape else checkpoint.folder
+        universal = source is not None and source.suffix == UNIVERSAL
+        settings = deepspeed_config(config, world_size=world_size, load_universal=universal)
+        # alive while the model is built: HF then partitions ZeRO-3 parameters as it initialises them
+        kept = HfDeepSpeedConfig(settings) if config.zero_stage == 3 else None
+        module = build()
+        del kept
+        optimizer = build_optimizer(module, config)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.device = torch.device(self.engine.device)
+        self.module = self.engine.module
+        if config.zero_stage < 3:  # under it the order of the modules' calls is recorded from the first on
+            self.module.check()
+        self.engine.train()
+        if source is not None:
+            path, _ = self.engine.load_checkpoint(str(source), tag=STATE)
+            if path is None:
+                raise ValueError(f"{source} cannot be loaded; delete it to go on from the checkpoint before it")
+
+    def loss(self, batch: tuple[Any, ...]) -> Loss:
+        return Loss(*self.engine(*batch))
+
+    def begin_step(self, learning_rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * self.scale)
+        self.engine.step()  # moves the weights after the last micro-batch of a step
+
+    def end_step(self) -> float | None:
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder.parent), tag=folder.name)
+
+    def weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        if self.config.zero_stage == 0:
+            path = checkpoint.state / "mp_rank_00_model_states.pt"
+            state = torch.load(path, map_location="cpu", weights_only=False)["module"]
+        else:
+            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=STATE)
+        return {name.removeprefix(PREFIX): value for name, value in state.items()}
+
+
+def _universal(checkpoint: Checkpoint, rank: int, config: Pretrain) -> Path:
+    """The checkpoint in DeepSpeed's universal form beside it: converted by rank 0, once."""
+    final = checkpoint.folder.with_suffix(UNIVERSAL)
+    if rank == 0 and not final.exists():
+        from deepspeed.checkpoint import ds_to_universal
+
+        part = final.with_suffix(f"{UNIVERSAL}-part")
+        remove_tree(part)
+        part.mkdir()
+        processes = max(1, int(config.cpus_per_worker))
+        with contextlib.redirect_stdout(io.StringIO()):
+            ds_to_universal.main(
+                argparse.Namespace(
+                    input_folder=str(checkpoint.state),
+                    output_folder=str(part / STATE),
+                    num_extract_workers=processes,
+                    num_merge_workers=processes,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,
+                )
+            )
+        part.rename(final)
+    torch.distributed.barrier()
+    return final

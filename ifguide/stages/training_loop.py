@@ -1,0 +1,274 @@
+"""One rank's training loop, the same for every engine: data order, objective, evaluation, checkpoints, resuming.
+
+A step is a function of the weights, the optimizer's state, the step's number and the config: its blocks, learning rate
+and random numbers all come from the number. So a training that goes on from a checkpoint repeats what an
+uninterrupted one does, to the last bit on as many ranks (on a CPU), and up to the order of sums on another number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ifguide.artifacts import remove_tree, write_json
+from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
+from ifguide.lm_loss import LanguageModelLoss
+from ifguide.models import load_architecture, load_model, load_tokenizer
+from ifguide.objective import Objective
+from ifguide.stages.checkpoints import (
+    STATE,
+    Checkpoint,
+    best_checkpoints,
+    describe_checkpoint,
+    last_checkpoint,
+    part_folder,
+    publish_checkpoint,
+    published_checkpoints,
+    remove_others,
+)
+from ifguide.stages.engines import DeepSpeedEngine, Engine, TorchEngine
+from ifguide.stages.training_blocks import TrainingBlocks
+from ifguide.telemetry import MetricsLog, log, read_metrics
+from ifguide.training import (
+    PADDING,
+    BenignRise,
+    Schedule,
+    learning_rate,
+    rank_micro_batches,
+    split_heldout,
+    step_seed,
+)
+from ifguide.training_log import meter_of
+
+VERB = "pretrain"
+METRICS, SUMMARY, EXPORT = "metrics.jsonl", "summary.json", "hf"
+
+
+def initial_model(config: Config) -> ModelSource:
+    """The weights to start from (`init_from`), or the target whose architecture is initialised at random."""
+    if config.pretrain.init_from:
+        return ModelSource(source=config.pretrain.init_from)
+    if config.target.source is None and config.target.architecture is None:
+        raise ConfigError("target: set target.architecture or target.source, or pretrain.init_from")
+    return config.target
+
+
+def architecture(config: Config, target: ModelSource, tokenizer: Any) -> dict[str, Any]:
+    """The HF config fields of the model to train; vocabulary and special tokens follow the tokenizer if unset."""
+    fields = load_architecture(target)
+    fields.setdefault("vocab_size", len(tokenizer))
+    fields.setdefault("max_position_embeddings", config.pack_corpus.block_size)
+    return {**fields, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+
+class TrainingLoop:
+    """The state of one rank: engine, blocks, position.
+
+    `settings`: `config` (a mapping), `corpus`, `mask` (None: none), `folder` of the model, `name`.
+    """
+
+    def __init__(self, settings: dict[str, Any], *, rank: int, world_size: int):
+        self.config = config_from_mapping(settings["config"])
+        self.rank, self.world_size, self.name = rank, world_size, settings["name"]
+        self.train = self.config.pretrain
+        self.folder = Path(settings["folder"])
+        torch.set_num_threads(max(1, int(self.train.cpus_per_worker)))
+        self.blocks = TrainingBlocks(Path(settings["corpus"]), Path(settings["mask"]) if settings["mask"] else None)
+        self.trained, self.heldout = split_heldout(
+            len(self.blocks.lengths), self.train.heldout_blocks, self.config.seed
+        )
+        self.schedule = Schedule(
+            num_blocks=len(self.trained),
+            batch_blocks=self.train.batch_blocks,
+            epochs=self.train.epochs,
+            seed=self.config.seed,
+        )
+        self.tokenizer = load_tokenizer(self.config.tokenizer_source)
+        checkpoint = last_checkpoint(self.folder)
+        self.engine = self._engine(checkpoint)
+        self.step = checkpoint.step if checkpoint else 0
+        self.rise = BenignRise(**(checkpoint.training if checkpoint else {}))
+        self.stopped = False
+
+    def _engine(self, checkpoint: Checkpoint | None) -> Engine:
+        torch.manual_seed(self.config.seed)
+        if checkpoint is not None and checkpoint.engine != self.train.engine:
+            raise ConfigError(f"pretrain.engine: {checkpoint.folder} is of engine {checkpoint.engine}")
+        if self.train.engine == "torch":
+            return TorchEngine(self.train, self._build_model, checkpoint)
+        return DeepSpeedEngine(self.train, self._build_model, checkpoint, rank=self.rank, world_size=self.world_size)
+
+    def _build_model(self) -> LanguageModelLoss:
+        target = initial_model(self.config)
+        if not self.train.init_from:
+            target = ModelSource(
+                architecture=architecture(self.config, target, self.tokenizer),
+                trust_remote_code=target.trust_remote_code,
+            )
+        model = load_model(target, seed=self.config.seed)
+        if self.train.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        objective = Objective(
+            kind=self.train.objective.kind,
+            penalty=self.train.penalty,
+            floor_probability=self.train.objective.floor_probability,
+        )
+        return LanguageModelLoss(model, objective)
+
+    def run(self) -> None:
+        """Train to the last step, export, and publish the summary."""
+        metrics = self._metrics() if self.rank == 0 else None
+        model_fields = self.engine.module.model.config.to_dict()
+        meter = meter_of(
+            self.config,
+            model_fields,
+            step=self.step,
+            steps=self.schedule.steps,
+            device=self.engine.device,
+            workers=self.world_size,
+        )
+        while self.step < self.schedule.steps and not self.stopped:
+            values = self._train_step()
+            last = self.step == self.schedule.steps or self.stopped
+            due = last or self.step % self.train.checkpoint_steps == 0
+            if due:
+                values["loss_heldout"] = self._heldout_loss()
+            if metrics and (due or self.step % self.train.log_steps == 0):
+                metrics.write(self.step, values | meter.values(self.step))
+            if due:
+                self._save(values["loss_heldout"])
+        self._finish()
+        if metrics:
+            metrics.close()
+
+    def _metrics(self) -> MetricsLog:
+        wandb = to_mapping(self.train.wandb) if self.train.wandb else None
+        return MetricsLog(self.folder / METRICS, wandb=wandb, config=to_mapping(self.config))
+
+    def _train_step(self) -> dict[str, Any]:
+        batch = self.schedule.batch(self.step)
+        batch = np.where(batch == PADDING, PADDING, self.trained[batch])
+        rate = learning_rate(self.step, self.schedule.steps, self.train)
+        torch.manual_seed(step_seed(self.config.seed, self.step, self.rank))
+        self.engine.begin_step(rate)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.engine.device)
+        for inputs in self._micro_batches(batch):
+            result = self.engine.loss(inputs)
+            sums += result.sums()
+            self.engine.backward(result.loss)
+        norm = self.engine.end_step()
+        self.step += 1
+        loss, benign_sum, masked_sum, benign_count, masked_count = self._over_ranks(sums)
+        benign = benign_sum / max(benign_count, 1)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} (benign {benign}) at step {self.step}; lower pretrain.learning_rate or"
+                " pretrain.penalty, or take a bounded pretrain.objective.kind"
+            )
+        rise = self.rise.update(benign)
+        self.stopped = self.train.max_benign_rise is not None and rise > self.train.max_benign_rise
+        return {
+            "loss": loss,
+            "loss_benign": benign,
+            "loss_masked": masked_sum / masked_count if masked_count else None,
+            "benign_rise": rise,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+        }
+
+    def _micro_batches(self, batch: np.ndarray) -> Iterator[tuple[Any, ...]]:
+        """This rank's micro-batches on the device: (tokens, lengths, mask, the whole batch's token count)."""
+        token_count = max(1, self.blocks.predicted_tokens(batch))
+        for indices in rank_micro_batches(
+            batch, rank=self.rank, world_size=self.world_size, micro_batch_blocks=self.train.micro_batch_blocks
+        ):
+            arrays = self.blocks.take(indices)
+            tensors = [None if array is None else torch.from_numpy(array).to(self.engine.device) for array in arrays]
+            yield (*tensors, token_count)
+
+    @torch.no_grad()
+    def _heldout_loss(self) -> float | None:
+        """Mean NLL in nats of the held-out blocks' tokens, masked or not; None if there are no such blocks."""
+        if not len(self.heldout):
+            return None
+        sums = torch.zeros(5, dtype=torch.float64, device=self.engine.device)
+        self.engine.module.eval()
+        for tokens, lengths, _, token_count in self._micro_batches(self.heldout):
+            sums += self.engine.loss((tokens, lengths, None, token_count)).sums()
+        self.engine.module.train()
+        _, total, _, count, _ = self._over_ranks(sums)
+        return total / count
+
+    def _over_ranks(self, sums: torch.Tensor) -> list[float]:
+        if self.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        return sums.tolist()
+
+    def _barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def _save(self, heldout: float | None) -> None:
+        """Publish the engine's state of this step, then remove what need not be kept."""
+        part = part_folder(self.folder, self.step)
+        if self.rank == 0:
+            remove_tree(part)
+            part.mkdir(parents=True)
+        self._barrier()
+        self.engine.save(part / STATE)
+        self._barrier()
+        if self.rank == 0:
+            made = Checkpoint(
+                folder=part,
+                step=self.step,
+                engine=self.train.engine,
+                world_size=self.world_size,
+                heldout=heldout,
+                training=asdict(self.rise),
+            )
+            publish_checkpoint(part, describe_checkpoint(made))
+            remove_others(self.folder, keep_last=self.train.keep_last, keep_best=self.train.keep_best)
+        self._barrier()
+
+    def _finish(self) -> None:
+        """Export the checkpoint that the config names and write the summary; on rank 0."""
+        if self.rank == 0:
+            checkpoints = published_checkpoints(self.folder)
+            best = best_checkpoints(checkpoints)
+            chosen = best[0] if self.train.export == "best" else checkpoints[-1]
+            self._export(chosen)
+            rows = read_metrics(self.folder / METRICS)
+            seen = min(self.step * self.train.batch_blocks, self.schedule.total_blocks)
+            parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+            summary = {"steps": self.step, "blocks_seen": seen, "parameters": parameters, "exported_step": chosen.step}
+            summary |= {name: rows[-1][name] for name in ("loss_benign", "loss_masked")}
+            if best:
+                summary |= {"loss_heldout": chosen.heldout, "best_step": best[0].step}
+            if self.step < self.schedule.steps:
+                summary["stopped_early"] = rows[-1]["benign_rise"]
+                log(VERB, f"{self.name}: stopped at step {self.step}, the benign loss has risen")
+            write_json(self.folder / SUMMARY, summary)
+        self._barrier()
+
+    def _export(self, checkpoint: Checkpoint) -> None:
+        """Write the HF checkpoint in float32, from the engine's own full-precision weights."""
+        trained = self.engine.module.model
+        model: Any = type(trained)(trained.config).float()
+        missing, unexpected = model.load_state_dict(self.engine.weights(checkpoint), strict=False)
+        tied = set(getattr(model, "_tied_weights_keys", None) or ())
+        if unexpected or set(missing) - tied:
+            raise ValueError(f"{checkpoint.folder} lacks {sorted(set(missing) - tied)}, and has {unexpected} too much")
+        model.tie_weights()
+        part = self.folder / f"{EXPORT}.part"
+        remove_tree(part)
+        model.generation_config.eos_token_id = self.tokenizer.eos_token_id
+        model.save_pretrained(part)
+        self.tokenizer.save_pretrained(part)
+        remove_tree(self.folder / EXPORT)
+        part.rename(self.folder / EXPORT)

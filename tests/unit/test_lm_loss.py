@@ -1,0 +1,149 @@
+"""The chunked loss: alignment, counts, chunks, and models whose heads it must understand or refuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ifguide.lm_loss import Head, LanguageModelLoss, Loss, chunked_loss
+from ifguide.objective import Objective
+from tests.tiny import ARCHITECTURES, VOCABULARY, as_tensors, random_blocks, tiny_model
+
+
+def batch(num_blocks: int = 3, block_size: int = 7, width: int = 5, vocab: int = 11) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_blocks, block_size, width, generator=generator)
+    weight = torch.randn(vocab, width, generator=generator)
+    return hidden, weight, torch.randint(vocab, (num_blocks, block_size), generator=generator)
+
+
+def whole(num_blocks: int = 3) -> torch.Tensor:
+    return torch.full((num_blocks,), 7)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 21, 100])
+def test_without_a_mask_it_is_cross_entropy_of_the_same_chunks_bit_for_bit(chunk_tokens: int) -> None:
+    hidden, weight, tokens = batch()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    head, nothing = Head(chunk_tokens=chunk_tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    results = [
+        chunked_loss(hidden, weight, None, tokens, mask, whole(), objective=objective, token_count=18, head=head)
+        for mask, objective in (
+            (None, Objective()),
+            (nothing, Objective()),
+            (nothing, Objective(kind="unlikelihood")),
+            (~nothing, Objective(penalty=0.0)),
+        )
+    ]
+    gradients = [torch.autograd.grad(result.loss, (hidden, weight)) for result in results]
+    labels = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
+    pieces = zip(hidden.flatten(0, 1).split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    total = torch.zeros(())
+    for states, here in pieces:
+        total = total + F.cross_entropy(states @ weight.T, here, reduction="none").sum()
+    for result in results[:3]:
+        assert torch.equal(result.loss, total / 18)
+    for found in gradients[1:3]:
+        assert all(torch.equal(a, b) for a, b in zip(found, gradients[0], strict=True))
+    for found, expected in zip(gradients[0], torch.autograd.grad(total / 18, (hidden, weight)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert all((gradient == 0).all() for gradient in gradients[3])
+
+
+def test_index_zero_and_padding_carry_no_loss_no_gradient_and_no_count() -> None:
+    hidden, weight, tokens = batch()
+    everything = torch.ones_like(tokens, dtype=torch.bool)
+    hidden.requires_grad_()
+    lengths = torch.tensor([7, 4, 1])
+    result = chunked_loss(
+        hidden, weight, None, tokens, everything, lengths, objective=Objective(penalty=2.0), token_count=9
+    )
+    assert (result.benign_count.item(), result.masked_count.item(), result.benign_sum.item()) == (0, 9, 0)
+    (gradient,) = torch.autograd.grad(result.loss, hidden)
+    # The state at j - 1 predicts token j: index 0..5 of block 0, 0..2 of block 1, none of block 2.
+    touched = gradient.abs().sum(dim=-1) > 0
+    assert touched.tolist() == [[True] * 6 + [False], [True] * 3 + [False] * 4, [False] * 7]
+
+
+def test_two_accumulation_parts_with_one_denominator_add_to_the_whole() -> None:
+    hidden, weight, tokens = batch(num_blocks=4)
+    lengths, mask = torch.tensor([7, 7, 7, 5]), torch.rand(4, 7, generator=torch.Generator().manual_seed(1)) < 0.3
+    weight.requires_grad_()
+
+    def gradient(part: slice) -> torch.Tensor:
+        inputs = (hidden[part], weight, None, tokens[part], mask[part], lengths[part])
+        loss = chunked_loss(*inputs, objective=Objective(penalty=0.7), token_count=22).loss
+        return torch.autograd.grad(loss, weight)[0]
+
+    torch.testing.assert_close(gradient(slice(0, 1)) + gradient(slice(1, 4)), gradient(slice(0, 4)))
+
+
+def test_loss_is_of_the_reported_sums_and_the_sums_carry_no_gradient() -> None:
+    hidden, weight, tokens = batch()
+    result = chunked_loss(
+        hidden.requires_grad_(), weight, None, tokens, tokens % 3 == 0, whole(), objective=Objective(penalty=1.5),
+        token_count=18,
+    )  # fmt: skip
+    torch.testing.assert_close(result.loss, (result.benign_sum - 1.5 * result.masked_sum) / 18, rtol=1e-5, atol=1e-6)
+    assert result.loss.requires_grad
+    assert not result.benign_sum.requires_grad
+    assert result.sums().dtype == torch.float64
+
+
+def test_half_precision_products_are_summed_in_float32() -> None:
+    hidden, weight, tokens = batch(width=32, vocab=5000)
+    half = [hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()]
+    result = chunked_loss(*half, None, tokens, None, whole(), objective=Objective(), token_count=18)
+    logits = (half[0] @ half[1].T).float()
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert result.loss.dtype == torch.float32
+    torch.testing.assert_close(result.loss, expected, rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(result.loss, half)
+    assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.bfloat16]
+
+
+def test_a_mask_of_another_shape_and_a_second_backward_are_refused() -> None:
+    hidden, weight, tokens = batch()
+    with pytest.raises(ValueError, match="another corpus"):
+        chunked_loss(
+            hidden, weight, None, tokens, torch.ones(3, 8).bool(), whole(), objective=Objective(), token_count=18
+        )
+    loss = chunked_loss(
+        hidden.requires_grad_(), weight, None, tokens, None, whole(), objective=Objective(), token_count=18
+    ).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken back twice"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_every_family_gives_the_loss_and_gradient_of_its_own_logits(family: str) -> None:
+    blocks, lengths = as_tensors(*random_blocks(3, 12))
+    mask = blocks % 5 == 0
+    count = int((lengths - 1).sum())
+    model = tiny_model(family, dtype=torch.float64).eval()
+    wrapped = LanguageModelLoss(model, Objective(penalty=0.8), chunk_tokens=7)
+    wrapped.check()
+    found = Loss(*wrapped(blocks, lengths, mask, count))
+    found.loss.backward()
+    parameters = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    logits = model(input_ids=blocks, use_cache=False).logits.double()
+    positions = torch.arange(11)
+    weights = torch.where(mask[:, 1:], -0.8, torch.ones((), dtype=torch.float64)) * (positions < (lengths - 1)[:, None])
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten(), reduction="none").view(3, 11)
+    expected = (weights * nll).sum() / count
+    torch.testing.assert_close(found.loss, expected.detach(), rtol=1e-10, atol=1e-10)
+    for (name, _), gradient in zip(
+        parameters.items(), torch.autograd.grad(expected, list(parameters.values())), strict=True
+    ):
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_head_that_is_not_understood_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    plain = model.forward
+    model.forward = lambda *a, **k: (lambda out: (setattr(out, "logits", out.logits * 3), out)[1])(plain(*a, **k))
+    with pytest.raises(ValueError, match="LlamaForCausalLM: its logits are not"):
+        LanguageModelLoss(model, Objective()).check()
+    assert model.config.vocab_size == VOCABULARY
