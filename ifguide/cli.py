@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--check-classifier", action="store_true", help="only compare the classifiers with the labels in check_data"
     )
     _add_config_flags(commands.add_parser("run", help="every verb in order; running again resumes"), _run_all)
+    _add_config_flags(commands.add_parser("compare", help="run, then train and measure compare.methods too"), _compare)
     show = commands.add_parser("show", help="what each artifact of a run directory holds")
     show.add_argument("run_dir", type=location)
     show.set_defaults(function=_show)
@@ -173,6 +174,18 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _run_all(options: argparse.Namespace) -> int:
     run_pipeline(_load(options), dry_run=options.dry_run)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from ifguide.stages.compare import compare
+    from ifguide.stages.run import Run
+
+    config = _load(options)
+    run_pipeline(config, dry_run=options.dry_run)
+    run = Run(config=config)
+    if compare(run, dry_run=options.dry_run):
+        print((run.folder / "compare" / "report" / "comparison.md").read_text(encoding="utf-8"), end="")
     return 0
 
 

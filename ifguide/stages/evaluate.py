@@ -9,6 +9,7 @@ with its interval, and what differs between the models.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,35 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {run.report / 'index.html'}")
         return artifact.manifest
+    results, metrics = measure_models(run, models, sets)
+    write_json(run.report / METRICS, metrics)  # before the report, which may quote it
+    data, figures = report_data(run, list(models), sets[PROMPTS], results)  # type: ignore[arg-type]
+    for name, further in headline(metrics).items():
+        figures[name] |= further
+    write_report(data, run.report)
+    files = [run.report / name for name in ("index.html", "report.json", METRICS)]
+    files += [path for folder in (CONTINUATIONS, FLUENCY) for path in (run.report / folder).rglob("*.parquet")]
+    prompts = sum(map(len, sets.values()))
+    manifest = artifact.finish(
+        files,
+        rows={"continuations": prompts * config.continuations * len(models), "prompts": prompts},
+        summary=figures,
+        remove=(LEDGER,),
+    )
+    log(VERB, f"{len(models)} models on {manifest.rows['prompts']} prompts; report: {run.report / 'index.html'}")
+    return manifest
+
+
+def measure_models(
+    run: Run, models: dict[str, tuple[str, str]], sets: Mapping[str, Sequence[Any]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Generate, classify and measure, in the folders `run.generations` and `run.report`: the pieces' results by key,
+    and the figures of `evaluation_figures.measure`. `models`: name -> (source, fingerprint), the first is the base.
+
+    Raises:
+        StageError: a piece failed, or continuations are missing.
+    """
+    config = run.config.evaluate
     sources = {name: source for name, (source, _) in models.items()}
     generations = open_generations(run, models, sets)
     pieces = generation_pieces(generations, sources, sets, prompts_per_shard=config.prompts_per_shard)
@@ -99,21 +129,7 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if scored != expected:
         raise StageError(f"{VERB}: {scored} continuations where {expected} were asked for")
     metrics = measure(run, list(models), sets, np.array(results["prompt-groups"]["flagged"], dtype=bool))
-    write_json(run.report / METRICS, metrics)  # before the report, which may quote it
-    data, figures = report_data(run, list(models), sets[PROMPTS], results)  # type: ignore[arg-type]
-    for name, further in headline(metrics).items():
-        figures[name] |= further
-    write_report(data, run.report)
-    files = [run.report / name for name in ("index.html", "report.json", METRICS)]
-    files += [path for folder in (CONTINUATIONS, FLUENCY) for path in (run.report / folder).rglob("*.parquet")]
-    manifest = artifact.finish(
-        files,
-        rows={"continuations": scored, "prompts": sum(map(len, sets.values()))},
-        summary=figures,
-        remove=(LEDGER,),
-    )
-    log(VERB, f"{len(models)} models on {manifest.rows['prompts']} prompts; report: {run.report / 'index.html'}")
-    return manifest
+    return results, metrics
 
 
 def _check(config: Any) -> None:

@@ -1,0 +1,97 @@
+"""What is easier than influence, on packed documents: the characters that a word list or a classifier marks.
+
+A mark is a half-open span of a document's characters; a document that is marked as a whole has one span over all of
+it, its EOS included. The text is what the document's tokens decode to, which is the original only with a tokenizer
+that loses nothing (byte-level ones): the number of characters is compared.
+
+Cost: one decoding of the corpus, and one classifier call for each sentence or document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ifguide.baselines import Span, sentence_spans, word_list_spans
+from ifguide.span_tables import PackedCorpus, SpanCounts, read_documents, write_found_spans
+
+Find = Callable[[Sequence[str]], list[list[Span]]]
+
+
+def find_words(words: Sequence[str]) -> Find:
+    """The words of a list."""
+    return lambda texts: [word_list_spans(text, words) for text in texts]
+
+
+def find_sentences(classify: Callable[[list[str]], np.ndarray], threshold: float) -> Find:
+    """Sentences that score at least `threshold`; the sentences of all texts are classified at once."""
+
+    def find(texts: Sequence[str]) -> list[list[Span]]:
+        spans = [sentence_spans(text) for text in texts]
+        sentences = [text[start:stop] for text, own in zip(texts, spans, strict=True) for start, stop in own]
+        scores = iter(classify(sentences).tolist() if sentences else [])
+        return [[span for span in own if next(scores) >= threshold] for own in spans]
+
+    return find
+
+
+def find_documents(classify: Callable[[list[str]], np.ndarray], threshold: float) -> Find:
+    """Documents that score at least `threshold`."""
+
+    def find(texts: Sequence[str]) -> list[list[Span]]:
+        scores = classify(list(texts)) if texts else np.zeros(0)
+        return [_whole(len(text)) if score >= threshold else [] for text, score in zip(texts, scores, strict=True)]
+
+    return find
+
+
+def whole_documents(find: Find) -> Find:
+    """All of each document in which `find` marks anything."""
+    return lambda texts: [_whole(len(text)) if own else [] for text, own in zip(texts, find(texts), strict=True)]
+
+
+def mark_texts(corpus: PackedCorpus, folder: Path, shard: int, tokenizer: Any, find: Find) -> SpanCounts:
+    """Write `spans-<shard>` in `folder`: what `find` marks in the documents that begin in the shard.
+
+    Raises:
+        ValueError: a document's tokens decode to another number of characters than it had; names it.
+    """
+    documents = read_documents(corpus, shard)
+    ids, begins, sizes, chars = (
+        documents.column(name).to_numpy() for name in ("doc_id", "token_start", "num_tokens", "num_chars")
+    )
+    texts = []
+    if len(ids):
+        tokens = corpus.read(corpus.folder, "shard", "tokens", int(begins[0]), int(begins[-1] + sizes[-1]))
+        for own, start, size, num_chars in zip(ids, begins - begins[0], sizes, chars, strict=True):
+            ends = start + size - 1  # without the EOS
+            texts.append(str(tokenizer.decode(tokens[start:ends].tolist(), clean_up_tokenization_spaces=False)))
+            if len(texts[-1]) != num_chars:
+                raise ValueError(
+                    f"{corpus.folder}: document {own} had {num_chars} characters and decodes to {len(texts[-1])}:"
+                    " its tokenizer does not give the text back; compare with a byte-level one"
+                )
+    found = [np.array(spans, np.float64).reshape(-1, 2) for spans in find(texts)]
+    return write_found_spans(folder, shard, documents, found, 0)
+
+
+def mark_annotated_documents(corpus: PackedCorpus, folder: Path, shard: int) -> SpanCounts:
+    """Write `spans-<shard>` in `folder`: all of each document that begins in the shard and has an annotated token."""
+    documents = read_documents(corpus, shard)
+    begins, sizes, chars = (documents.column(name).to_numpy() for name in ("token_start", "num_tokens", "num_chars"))
+    found = [np.zeros((0, 2))] * len(begins)
+    if len(begins):
+        annotated = corpus.read(corpus.folder, "shard", "annotated", int(begins[0]), int(begins[-1] + sizes[-1]))
+        marked = np.add.reduceat(annotated.astype(np.int64), begins - begins[0]) > 0
+        found = [
+            np.array(_whole(int(n)) if flag else [], float).reshape(-1, 2)
+            for n, flag in zip(chars, marked, strict=True)
+        ]
+    return write_found_spans(folder, shard, documents, found, 0)
+
+
+def _whole(num_chars: int) -> list[Span]:
+    return [(0, num_chars + 1)]
