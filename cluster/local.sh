@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# A Ray cluster of two nodes on this machine: cluster/local.sh start | status | stop
+# A Ray cluster of two nodes on this machine: cluster/local.sh start | env | status | stop
 # What a real cluster does and a local `ray.init` does not: two raylets, tokens, `ray job submit`.
 #
 # Both nodes have the address 127.0.0.1, but Ray's server listens on every interface: the token keeps others out.
-# NODE_CPUS (2), PORT (6379) and DASHBOARD_PORT (8265) can be set. Only the processes started here are stopped, by id.
+# NODE_CPUS (2), PORT (6379), DASHBOARD_PORT (8265) and STATE (a folder) can be set. Only the processes started here are
+# stopped, by id.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-STATE=$PWD/runs/.local_cluster
+STATE=${STATE:-$PWD/runs/.local_cluster}
 NODE_CPUS=${NODE_CPUS:-2} PORT=${PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
 RAY=$PWD/.venv/bin/ray
 [ -x "$RAY" ] || RAY=ray
@@ -54,17 +55,25 @@ start() {
   (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$STATE/auth_token")
   mktemp -d /tmp/ifguide.XXXXXX >"$STATE/temp_dir" # short: socket paths have at most 107 bytes
   echo "$PORT" >"$STATE/port"
+  echo "$DASHBOARD_PORT" >"$STATE/dashboard_port"
   start_node head --head --port="$PORT" --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD_PORT" \
     --ray-client-server-port="$((PORT + 1))"
   wait_for_nodes 1
   start_node worker --address="127.0.0.1:$PORT"
   wait_for_nodes 2
-  cat <<TEXT
-Two nodes of $NODE_CPUS CPUs. In the shell that uses them:
-  export RAY_ADDRESS=127.0.0.1:$PORT RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/auth_token
-  $RAY job submit -- ${RAY%ray}python $PWD/jobs/run.py --config FILE
-TEXT
+  echo "Two nodes of $NODE_CPUS CPUs. In the shell that uses them:"
+  echo "  eval \"\$(cluster/local.sh env)\""
+  echo "  $RAY job submit -- ${RAY%ray}python $PWD/jobs/run.py --config FILE"
+}
+
+environment() { # what a shell must export to use the cluster
+  if ! alive head; then
+    echo "local.sh: not running; start it with: cluster/local.sh start" >&2
+    exit 1
+  fi
+  echo "export RAY_ADDRESS=127.0.0.1:$(cat "$STATE/port")"
+  echo "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$(cat "$STATE/dashboard_port")"
+  echo "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/auth_token"
 }
 
 stop() {
@@ -78,14 +87,15 @@ stop() {
     rm -f "$STATE/$name.pid"
   done
   if [ -f "$STATE/temp_dir" ]; then rm -rf "$(cat "$STATE/temp_dir")"; fi
-  rm -f "$STATE"/{temp_dir,port,auth_token}
+  rm -f "$STATE"/{temp_dir,port,dashboard_port,auth_token}
 }
 
 case "${1:-}" in
   start) start ;;
+  env) environment ;;
   stop) stop ;;
   status)
     if alive head; then echo "$(nodes) nodes"; else echo "not running" && exit 1; fi
     ;;
-  *) echo "usage: cluster/local.sh start | status | stop" >&2 && exit 2 ;;
+  *) echo "usage: cluster/local.sh start | env | status | stop" >&2 && exit 2 ;;
 esac

@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run_pipeline(config: Config, *, dry_run: bool) -> None:
-    """Every verb in order. The baseline is trained when it is wanted or serves as the proxy."""
+def run_pipeline(config: Config, *, dry_run: bool, until: str | None = None) -> None:
+    """Every verb in order, up to `until`. The baseline is trained when it is wanted or serves as the proxy."""
     from ifguide.stages.run import Run
 
     run = Run(config=config)
@@ -57,9 +57,14 @@ def run_pipeline(config: Config, *, dry_run: bool) -> None:
         steps.append(("fit_factors", run))
     steps += [(verb, run) for verb in ("build_query", "score_corpus", "build_mask")]
     steps += [("pretrain", run.with_mask(True)), ("evaluate", run)]
+    if until is not None:
+        places = [place for place, (verb, _) in enumerate(steps) if verb == until]
+        if not places:
+            raise ValueError(f"--until {until}: this config does not run it")
+        steps = steps[: places[-1] + 1]
     for verb, step in steps:
         stage(verb)(step, dry_run=dry_run)
-    if not dry_run:
+    if not dry_run and until in (None, VERBS[-1]):
         log("run", f"done: open {run.report / 'index.html'}")
 
 
@@ -80,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs["evaluate"].add_argument(
         "--check-classifier", action="store_true", help="only compare the classifiers with the labels in check_data"
     )
-    _add_config_flags(commands.add_parser("run", help="every verb in order; running again resumes"), _run_all)
+    run = commands.add_parser("run", help="every verb in order; running again resumes")
+    _add_config_flags(run, _run_all)
+    run.add_argument("--until", choices=VERBS, help="the last verb to run (default: all)")
     _add_config_flags(commands.add_parser("compare", help="run, then train and measure compare.methods too"), _compare)
     show = commands.add_parser("show", help="what each artifact of a run directory holds")
     show.add_argument("run_dir", type=location)
@@ -111,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     demo.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
     demo.add_argument("--dry-run", action="store_true")
+    demo.add_argument("--data-only", action="store_true", help="make the corpus and the prompts, and run nothing")
     demo.set_defaults(function=_demo)
     return parser
 
@@ -173,7 +181,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _run_all(options: argparse.Namespace) -> int:
-    run_pipeline(_load(options), dry_run=options.dry_run)
+    run_pipeline(_load(options), dry_run=options.dry_run, until=options.until)
     return 0
 
 
@@ -190,11 +198,14 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from ifguide.demo.pipeline import run_demo
+    from ifguide.demo.pipeline import make_data, run_demo
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:
         print(to_yaml(config))
+        return 0
+    if options.data_only:
+        log(options.command, f"made {make_data(config)}")
         return 0
     print(json.dumps(run_demo(config, run_pipeline)))
     return 0

@@ -14,6 +14,13 @@ from ifguide.demo.baselines import INSULT_WORDS
 from ifguide.demo.generate import generate_demo
 
 
+def make_data(config: Config) -> Path:
+    """Make the embedded corpus, prompts and tokenizer of the config's seed in its run directory, if they are not there."""
+    folder = Path(config.run_dir) / "data"
+    generate_demo(folder, seed=config.seed)
+    return folder
+
+
 def run_demo(config: Config, run_pipeline: Callable[..., None]) -> dict[str, Any]:
     """Run everything in `config.run_dir`; returns the figures that the demo is judged by.
 
@@ -21,8 +28,7 @@ def run_demo(config: Config, run_pipeline: Callable[..., None]) -> dict[str, Any
     the tokens known to be insults.
     """
     started = time.monotonic()
-    folder = Path(config.run_dir)
-    generate_demo(folder / "data", seed=config.seed)
+    folder = make_data(config).parent
     config = replace(config, evaluate=replace(config.evaluate, word_list=tuple(sorted(INSULT_WORDS))))
     run_pipeline(config, dry_run=False)
     figures = json.loads((folder / "report" / "manifest.json").read_text())["summary"]

@@ -168,7 +168,7 @@ def test_an_imported_mask_is_trained_with_and_reported(
 ) -> None:
     before = columns(Run(config=finished).mask, "masked")
     torch.save(torch.from_numpy(before.copy()), tmp_path / "mask.pt")
-    config = copied(drop=("mask", "ranking", "model/penalised", "report"), pretrain__epochs=0.2)
+    config = copied(drop=("mask", "ranking", "model/penalised", "generations", "report"), pretrain__epochs=0.2)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert main(["import-mask", "--config", str(tmp_path / "config.yaml"), str(tmp_path / "mask.pt")]) == 0
     run = Run(config=config)

@@ -21,7 +21,7 @@ from ifguide.planning.simulation import Outcome
 from ifguide.planning.sweep import limit, recommended, sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PYTHIA = CONFIGS / "pythia160m.yaml"
+PYTHIA = CONFIGS / "pythia160m_owt.yaml"
 
 
 @pytest.fixture(scope="module")

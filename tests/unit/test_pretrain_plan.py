@@ -189,9 +189,9 @@ def test_what_fits_nowhere_says_so_and_a_worker_without_a_gpu_is_not_judged(bill
 def test_the_plan_of_all_stages_and_that_of_training_are_one(billion: Config) -> None:
     plan = plan_pretrain(billion)
     whole = next(
-        item for item in estimate(make_job(load_config(CONFIGS / "pythia160m.yaml"))) if item.stage == "pretrain"
+        item for item in estimate(make_job(load_config(CONFIGS / "pythia160m_owt.yaml"))) if item.stage == "pretrain"
     )
-    small = plan_pretrain(load_config(CONFIGS / "pythia160m.yaml"))
+    small = plan_pretrain(load_config(CONFIGS / "pythia160m_owt.yaml"))
     assert whole.flop == pytest.approx(2 * small.estimate.flop)  # the baseline too
     assert whole.memory == small.memory.total
     assert plan.memory.total < USABLE * plan.machine.memory
