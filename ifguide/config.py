@@ -132,7 +132,8 @@ class ScoreCorpus:
     """Score every token. `attribution: target` is the paper's Eq. 8, `position` what its code computes.
 
     `preset` sets engine, precision, rank and fused (see `influence.scorer`); each can be set alone, `rank: 0` meaning
-    full. `fused` compiles kernels, about 20 s per actor: null does where the preset does and a compiler is found.
+    full. `precision` null is the preset's, but float32 where the first actor's machine is not quicker in bfloat16.
+    `fused` compiles kernels, about 20 s per actor: null does where the preset does and a compiler is found.
     Before the first shard, `check_blocks` blocks are scored by the exact method too, and correlation and agreement of
     the top 1% must both reach `min_agreement`. `queries` names further behaviours, `name: folder of a query artifact`
     of the same proxy: each gives one more column of scores. `micro_batch_blocks` null is chosen to fit the memory.

@@ -23,6 +23,7 @@ from ifguide.config import ConfigError, ScoreCorpus
 from ifguide.influence.agreement import Agreement, compare
 from ifguide.influence.fused import can_fuse
 from ifguide.influence.memory import MemoryEstimate, available_bytes, estimate_memory
+from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.scorer import PRESETS, Method, TokenScorer
 from ifguide.models import predicted_positions
 from ifguide.stages.proxy import load_proxy
@@ -110,6 +111,8 @@ def _decide(
 ) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cpus_per_actor)))
     model = load_proxy(proxy, gpus=config.gpus_per_actor)
+    if config.precision is None and method.precision == "bfloat16" and not bfloat16_pays(model.device):
+        method = replace(method, precision="float32", fused=False)
     if method.fused and not can_fuse(model.device):
         if config.fused:
             raise ConfigError(

@@ -44,8 +44,10 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
             "micro_batch_blocks": 4,
             "learning_rate": 0.003,
             "dtype": "float32",
-            "workers": 2,
+            # starting Ray Train and DeepSpeed takes longer than these trainings; tests/stages/test_resume.py has both
+            "engine": "torch",
             "gpus_per_worker": 0,
+            "cpus_per_worker": 2,
             "checkpoint_steps": 8,
             "log_steps": 4,
         },
@@ -57,7 +59,13 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
             "partitions": 2,
             **no_gpu,
         },
-        "score_corpus": {"min_actors": 2, "max_actors": 2, "gpus_per_actor": 0, "fused": False},
+        "score_corpus": {
+            "min_actors": 1,
+            "max_actors": 1,
+            "gpus_per_actor": 0,
+            "fused": False,
+            "precision": "bfloat16",
+        },
         "build_mask": {"quantile": 0.97, "max_fraction": 0.02},
         "evaluate": {
             "prompts": str(data / "prompts.jsonl"),
@@ -69,7 +77,7 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
             "heldout": [str(data / "heldout.jsonl")],
             "cloze": str(data / "cloze.jsonl"),
             "word_list": ["clown", "pig"],
-            "actors": 2,
+            "actors": 1,
             "gpus_per_actor": 0,
         },
     }

@@ -88,7 +88,7 @@ def test_other_sampling_or_other_prompts_are_refused_not_mixed(copied: Callable[
 def test_generations_have_the_same_bytes_on_another_number_of_actors(
     finished: Config, copied: Callable[..., Config]
 ) -> None:
-    config = copied(drop=("report", "generations"), evaluate__actors=1, **PLAIN)
+    config = copied(drop=("report", "generations"), evaluate__actors=2, **PLAIN)
     stage("evaluate")(Run(config=config))
     for model in ("baseline", "penalised"):
         found, expected = (

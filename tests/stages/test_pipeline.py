@@ -87,7 +87,7 @@ def test_artifacts_have_the_same_bytes_on_another_number_of_workers(
 ) -> None:
     names = {"pack_corpus": ("corpus",), "score_corpus": ("scores",), "build_mask": ("ranking", "mask")}[verb]
     changes = (
-        {"score_corpus__min_actors": 1, "score_corpus__max_actors": 1}
+        {"score_corpus__min_actors": 2, "score_corpus__max_actors": 2}
         if verb == "score_corpus"
         else {f"{verb}__cpus_per_task": 2.0}
     )

@@ -1,6 +1,7 @@
 """`score_corpus`: its self-check, and further behaviours as columns."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
 from ifguide.cli import stage
 from ifguide.config import Config
-from ifguide.stages.run import Run
+from ifguide.stages import scoring_method
+from ifguide.stages.build_query import DIRECTION
+from ifguide.stages.run import Run, model_mapping
 
 
 def test_the_self_check_stands_in_the_manifest(finished: Config) -> None:
     summary = read_manifest(Run(config=finished).scores).summary
-    assert summary["method"] == {"engine": "difference", "precision": "bfloat16", "rank": None}
+    assert summary["method"] == {"engine": "difference", "precision": "bfloat16", "rank": None, "fused": False}
     assert summary["check"]["correlation"] > 0.99
     assert summary["check"]["tokens"] > 100
     assert summary["shards_with_halved_micro_batch"] == []
@@ -36,3 +39,15 @@ def test_further_queries_are_columns(finished: Config, copied: Callable[..., Con
         table = schemas.read_table(path)
         own, again = (schemas.per_token_array(table, schemas.score_column(name)) for name in (None, "again"))
         np.testing.assert_allclose(own, again, atol=1e-5 * np.abs(own).max())
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_preset_takes_bfloat16_only_where_it_pays(
+    finished: Config, monkeypatch: pytest.MonkeyPatch, pays: bool
+) -> None:
+    monkeypatch.setattr(scoring_method, "bfloat16_pays", lambda device: pays)
+    config, run = replace(finished.score_corpus, precision=None, check_blocks=0), Run(config=finished)
+    proxy, shard = model_mapping(run.proxy_source), str(data_files(run.corpus)[0])
+    directions = {"": str(run.query / DIRECTION)}
+    decision = scoring_method._decide(config, scoring_method.chosen_method(config), proxy, directions, shard)
+    assert decision["method"]["precision"] == ("bfloat16" if pays else "float32")

@@ -25,7 +25,7 @@ from tests.tiny import ARCHITECTURES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PARAMETERS = {
-    "pythia160m": 162_322_944,
+    "pythia160m_owt": 162_322_944,
     "pythia410m": 405_334_016,
     "pythia1b": 1_011_781_632,
     "pythia2.8b": 2_775_208_960,
