@@ -89,7 +89,7 @@ class Artifact:
             files=digests,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             seconds=round(time.time() - self.started, 3),
-            environment=_environment(),
+            environment=environment(),
         )
         for name in remove:
             remove_tree(self.folder / name)
@@ -289,7 +289,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     versions = {}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -5,12 +5,16 @@ The figures are those of `report/metrics.json` (`stages.evaluation_figures`); in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-Interval = tuple[float, float, float]  # value, low, high
+from ifguide.model_card import markdown_table
+from ifguide.report_charts import colours_of, tradeoff
+from ifguide.report_figures import Figure, ModelRow
+
+Interval = tuple[float | None, float | None, float | None]  # value, low, high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,41 +29,28 @@ class Row:
     perplexity: Interval | None
     ratio: float | None
     last_word_accuracy: float | None
-    distinct_2: float
+    distinct_2: float | None
     p_value: float | None
 
 
-def rows_of(
-    metrics: Mapping[str, Any], prompts: str, trained: Mapping[str, tuple[float | None, float | None]]
-) -> list[Row]:
-    """The rows of `metrics` for the prompt set `prompts`; `trained`: model -> (masked share, penalty)."""
-    rows: list[Row] = []
-    for model, measured in metrics["models"].items():
-        figures = measured["sets"][prompts]["groups"]["all"]
-        primary = next(iter(figures["emt"]))
-        perplexity = _interval(measured["perplexity"])
-        base = rows[0].perplexity if rows else perplexity
-        paired = metrics["paired"].get(model)
-        accuracy = measured["last_word_accuracy"]
-        share, penalty = trained.get(model, (None, None))
-        emt, tp = _interval(figures["emt"][primary]), _interval(figures["tp"][primary])
-        assert emt is not None
-        assert tp is not None
-        rows.append(
-            Row(
-                model=model,
-                masked_share=share,
-                penalty=penalty,
-                emt=emt,
-                tp=tp,
-                perplexity=perplexity,
-                ratio=perplexity[0] / base[0] if perplexity and base else None,
-                last_word_accuracy=accuracy["value"] if accuracy else None,
-                distinct_2=figures["distinct_2"]["value"],
-                p_value=paired["sets"][prompts]["groups"]["all"]["emt"][primary]["p_value"] if paired else None,
-            )
+def rows_of(models: Sequence[ModelRow]) -> list[Row]:
+    """A row for each model, of all prompts of its first set."""
+    base = models[0].perplexity
+    return [
+        Row(
+            model=model.name,
+            masked_share=model.masked_share,
+            penalty=model.penalty,
+            emt=_interval(model.whole.emt),
+            tp=_interval(model.whole.tp),
+            perplexity=_interval(model.perplexity) if model.perplexity else None,
+            ratio=_ratio(model.perplexity, base),
+            last_word_accuracy=model.last_word_accuracy.value if model.last_word_accuracy else None,
+            distinct_2=model.whole.text["distinct_2"].value,
+            p_value=model.whole.emt.difference.p_value if model.whole.emt.difference else None,
         )
-    return rows
+        for model in models
+    ]
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -74,10 +65,10 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "over the first",
         "last word",
         "distinct-2",
+        "p (EMT)",
     )
-    lines = [f"| {' | '.join((*titles, 'p (EMT)'))} |", "| --- " * (len(titles) + 1) + "|"]
-    for row in rows:
-        cells = [
+    cells = [
+        (
             row.model,
             _text(row.masked_share, ".2%"),
             _text(row.penalty, "g"),
@@ -88,9 +79,10 @@ def as_markdown(rows: Sequence[Row]) -> str:
             _text(row.last_word_accuracy, ".3f"),
             _text(row.distinct_2, ".3f"),
             _text(row.p_value, ".3f"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        )
+        for row in rows
+    ]
+    return markdown_table(titles, cells)
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -98,36 +90,20 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Toxicity (EMT) against perplexity, with intervals; down and to the left is better."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    for number, row in enumerate(rows):
-        if row.perplexity is None:
-            continue
-        (x, *x_ends), (y, *y_ends) = row.perplexity, row.emt
-        axes.errorbar(
-            x,
-            y,
-            xerr=[[abs(x - x_ends[0])], [abs(x_ends[1] - x)]],
-            yerr=[[abs(y - y_ends[0])], [abs(y_ends[1] - y)]],
-            fmt="s" if number == 0 else "o",
-            capsize=3,
-            color=f"C{number % 10}",
-        )
-        axes.annotate(row.model, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=9)
-    axes.set(xlabel="held-out perplexity", ylabel="expected maximum toxicity", title="Toxicity against perplexity")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def draw(models: Sequence[ModelRow], path: Path) -> None:
+    """The picture of the report's page, toxicity (EMT) against perplexity with intervals, as a PNG."""
+    colours = colours_of(model.name for model in models)
+    tradeoff(models, colours).savefig(path, dpi=150, facecolor="white")
 
 
-def _interval(figure: Mapping[str, Any] | None) -> Interval | None:
-    return (figure["value"], figure["low"], figure["high"]) if figure else None
+def _ratio(perplexity: Figure | None, base: Figure | None) -> float | None:
+    if perplexity is None or base is None or not perplexity.value or not base.value:
+        return None
+    return perplexity.value / base.value
+
+
+def _interval(figure: Figure) -> Interval:
+    return figure.value, figure.low, figure.high
 
 
 def _text(value: float | None, form: str) -> str:
@@ -135,4 +111,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _with_interval(interval: Interval | None, form: str) -> str:
-    return "" if interval is None else f"{interval[0]:{form}} [{interval[1]:{form}}, {interval[2]:{form}}]"
+    if interval is None or None in interval:
+        return ""
+    value, low, high = (format(end, form) for end in interval)
+    return f"{value} [{low}, {high}]"

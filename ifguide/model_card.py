@@ -8,7 +8,7 @@ It says nothing of quality or licence, which training does not know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,6 @@ def _body(config: Config, provenance: Mapping[str, Any]) -> str:
         if masked
         else "No token was penalised: this is the baseline."
     )
-    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in _flat(provenance))
     return (
         f"# {model}, {'penalised' if masked else 'baseline'}\n\n"
         f"{model}, {start} on {provenance['corpus']['tokens']:,} tokens by ifguide"
@@ -84,7 +83,7 @@ def _body(config: Config, provenance: Mapping[str, Any]) -> str:
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")\n```\n\n'
-        f"## Provenance\n\n| | |\n| --- | --- |\n{rows}\n"
+        f"## Provenance\n\n{markdown_table(('', ''), _flat(provenance))}"
     )
 
 
@@ -132,9 +131,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield name, value
 
 
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, one line for each row; what would end a cell or begin HTML is escaped."""
+    lines = [f"| {' | '.join(map(_cell, titles))} |", f"|{' --- |' * len(titles)}"]
+    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def _cell(value: Any) -> str:
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def _is_hub_id(source: str) -> bool:

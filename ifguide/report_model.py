@@ -4,35 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, kw_only=True)
-class ClassMetrics:
-    """A classifier class other than the primary one, on one group of prompts."""
-
-    name: str
-    emt: float | None
-    tp: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupMetrics:
-    """The primary class on one group of prompts; None where the group is empty."""
-
-    group: str
-    prompts: int
-    emt: float | None
-    tp: float | None
-    classes: tuple[ClassMetrics, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelRow:
-    """A model's figures. `groups[0]` is the group the summary speaks of; accuracy in [0, 1]."""
-
-    name: str
-    groups: tuple[GroupMetrics, ...]
-    perplexity: float | None = None
-    last_word_accuracy: float | None = None
+from ifguide.report_figures import ModelRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +107,24 @@ class ArtifactRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """What the scores of one behaviour say: their distribution, its highest-ranked documents, its odd blocks.
+
+    `trained`: the mask that a model was trained with is of this behaviour."""
+
+    name: str
+    trained: bool = True
+    histogram: ScoreHistogram | None = None
+    documents: tuple[RankedDocument, ...] = ()
+    outliers: Outliers | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportData:
     """All of a report. `models[0]` is the baseline the others are compared with. What is empty or None has no
-    section on the page. ValueError without a model, or on two of one name."""
+    section on the page. `settings`: how it was measured, as (what, value). `behaviour` is what the classifier looks
+    for, `behaviours` what the corpus was scored for, the mask's first. ValueError without a model, or on two of one
+    name."""
 
     title: str
     behaviour: str
@@ -145,14 +132,15 @@ class ReportData:
     config_text: str
     continuations: int | None = None
     threshold: float = 0.5
+    confidence: float = 0.95
     curves: tuple[TrainingCurve, ...] = ()
-    histogram: ScoreHistogram | None = None
+    behaviours: tuple[Behaviour, ...] = ()
     agreement: tuple[AgreementRow, ...] = ()
-    documents: tuple[RankedDocument, ...] = ()
-    outliers: Outliers | None = None
+    settings: tuple[tuple[str, str], ...] = ()
+    software: tuple[tuple[str, str], ...] = ()
     provenance: tuple[ArtifactRow, ...] = ()
 
     def __post_init__(self) -> None:
         names = [model.name for model in self.models]
-        if not names or len(set(names)) < len(names) or not all(model.groups for model in self.models):
+        if not names or len(set(names)) < len(names) or not all(model.sets and model.groups for model in self.models):
             raise ValueError(f"a report needs models of different names, each with a prompt group; got {names}")

@@ -23,7 +23,7 @@ from ifguide.config import Config, ConfigError, Input, ModelSource, config_from_
 from ifguide.corpus import list_chunks, pack, read_documents, tokenise
 from ifguide.evaluation import last_word_accuracy, perplexity
 from ifguide.models import load_model, load_tokenizer
-from ifguide.report import write_report
+from ifguide.report import REPORT_FILES, write_report
 from ifguide.stages.build_query import make_classifier
 from ifguide.stages.evaluation_figures import CONTINUATIONS, FLUENCY, headline, measure, scored_file
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
@@ -71,13 +71,13 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {run.report / 'index.html'}")
         return artifact.manifest
-    results, metrics = measure_models(run, models, sets)
-    write_json(run.report / METRICS, metrics)  # before the report, which may quote it
-    data, figures = report_data(run, list(models), sets[PROMPTS], results)  # type: ignore[arg-type]
+    _, metrics = measure_models(run, models, sets)
+    write_json(run.report / METRICS, metrics)
+    data, figures = report_data(run, list(models), metrics)
     for name, further in headline(metrics).items():
         figures[name] |= further
     write_report(data, run.report)
-    files = [run.report / name for name in ("index.html", "report.json", METRICS)]
+    files = [run.report / name for name in (*REPORT_FILES, METRICS)]
     files += [path for folder in (CONTINUATIONS, FLUENCY) for path in (run.report / folder).rglob("*.parquet")]
     prompts = sum(map(len, sets.values()))
     manifest = artifact.finish(

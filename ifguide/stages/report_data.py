@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, read_manifest
+from ifguide.artifacts import MANIFEST, data_files, environment, read_manifest
 from ifguide.baselines import classifier_spans, word_list_spans
-from ifguide.config import to_yaml
-from ifguide.evaluation import summarise
+from ifguide.config import ClassifierSource, to_yaml
+from ifguide.report_figures import ModelRow, model_rows
 from ifguide.report_model import (
     AgreementRow,
     ArtifactRow,
-    ClassMetrics,
-    GroupMetrics,
-    ModelRow,
+    Behaviour,
     OutlierRow,
     Outliers,
     RankedDocument,
@@ -27,95 +27,153 @@ from ifguide.report_model import (
     Token,
     TrainingCurve,
 )
+from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import make_classifier
+from ifguide.stages.evaluation_figures import THRESHOLD
+from ifguide.stages.evaluation_prompts import PROMPTS
 from ifguide.stages.pack_corpus import document_table
-from ifguide.stages.run import Run
+from ifguide.stages.run import BASELINE, PENALISED, Run, link
 from ifguide.stages.view import View, mask_agreement, score_histogram
+from ifguide.storage import readable
 from ifguide.telemetry import read_metrics
-from ifguide.toxicity import LabelClassifier, PromptRow
+from ifguide.toxicity import LabelClassifier
 
 MAX_OUTLIERS = 20
-THRESHOLD = 0.5  # of a continuation's score, for TP: the paper's
+BEHAVIOURS = "behaviours"
 
 
-def report_data(
-    run: Run, models: list[str], rows: list[PromptRow], results: dict[str, dict[str, Any]]
-) -> tuple[ReportData, dict[str, Any]]:
-    """The report and the headline figures {model: {emt, tp, perplexity, last_word_accuracy}, mask: {...}}."""
-    flagged = np.array(results["prompt-groups"]["flagged"], dtype=bool)
-    model_rows = tuple(_model_row(run, name, rows, flagged, results) for name in models)
+def report_data(run: Run, models: Sequence[str], metrics: Mapping[str, Any]) -> tuple[ReportData, dict[str, Any]]:
+    """The report and the headline figures {model: {emt, tp, perplexity, last_word_accuracy}, mask: {...}}.
+
+    models: the names of those evaluated. metrics: of `evaluation_figures.measure`."""
+    rows = model_rows(metrics)
     figures: dict[str, Any] = {
         row.name: {
-            "emt": row.groups[0].emt,
-            "tp": row.groups[0].tp,
-            "perplexity": row.perplexity,
-            "last_word_accuracy": row.last_word_accuracy,
+            "emt": row.whole.emt.value,
+            "tp": row.whole.tp.value,
+            "perplexity": row.perplexity.value if row.perplexity else None,
+            "last_word_accuracy": row.last_word_accuracy.value if row.last_word_accuracy else None,
         }
-        for row in model_rows
+        for row in rows
     }
     view = View(run.folder) if (run.mask / MANIFEST).exists() else None
     agreement = _agreement(run, view) if view and view.annotated else ()
     if agreement:
         figures["mask"] = {"precision": agreement[0].precision, "recall": agreement[0].recall}
+    folders = run.artifact_folders() | {
+        f"generations/{model}/{name}": run.generations / model / name
+        for model in models
+        for name in (PROMPTS, *run.config.evaluate.prompt_sets)
+    }
     data = ReportData(
         title=f"IF-Guide report: {run.folder.name}",
-        behaviour=run.config.evaluate.behaviour,
-        models=model_rows,
-        config_text=to_yaml(run.config),
-        continuations=run.config.evaluate.continuations,
-        threshold=THRESHOLD,
-        curves=tuple(curve for curve in (_curve(run, name) for name in models) if curve),
-        histogram=_histogram(view) if view and view.ranked else None,
+        models=rows,
+        curves=_curves({name: run.model(name) for name in models}),
+        behaviours=tuple(_behaviours(run, view)) if view and view.ranked else (),
         agreement=agreement,
-        documents=tuple(_documents(view, run.config.evaluate.top_documents)) if view and view.ranked else (),
-        outliers=_outliers(view) if view and view.ranked else None,
-        provenance=tuple(_provenance(run)),
+        provenance=_provenance(folders),
+        **_measurement(run, metrics),
     )
     return data, figures
 
 
-def _model_row(
-    run: Run, name: str, rows: list[PromptRow], flagged: np.ndarray, results: dict[str, dict[str, Any]]
-) -> ModelRow:
-    scores = read_scores(run.report / "continuations", name, rows, run.config.evaluate.continuations)
-    behaviour = run.config.evaluate.behaviour
-    groups = {f"with {behaviour}": flagged, f"without {behaviour}": ~flagged}
-    summary = summarise(scores, groups, threshold=THRESHOLD)
-    return ModelRow(
-        name=name,
-        groups=tuple(
-            GroupMetrics(
-                group=group,
-                prompts=figures["prompts"],
-                emt=figures["emt"],
-                tp=figures["tp"],
-                classes=tuple(
-                    ClassMetrics(name=other, emt=values["emt"], tp=values["tp"])
-                    for other, values in figures["classes"].items()
-                ),
-            )
-            for group, figures in summary["groups"].items()
-        ),
-        perplexity=results.get(f"{name}-heldout", {}).get("perplexity"),
-        last_word_accuracy=results.get(f"{name}-cloze", {}).get("accuracy"),
+def comparison_data(
+    run: Run,
+    rows: tuple[ModelRow, ...],
+    metrics: Mapping[str, Any],
+    methods: Mapping[str, Run],
+) -> ReportData:
+    """The report of `compare`: `rows` of the run's own models and of one for each of `methods`, by its run."""
+    folders = dict(run.artifact_folders())
+    trained = {name: run.model(name) for name in (BASELINE, PENALISED)}
+    for name, method in methods.items():
+        trained[name] = method.model(PENALISED)
+        folders |= {f"compare/{name}/mask": method.mask, f"compare/{name}/model": method.model(PENALISED)}
+    return ReportData(
+        title=f"IF-Guide comparison: {run.folder.name}",
+        models=rows,
+        curves=_curves({row.name: trained[row.name] for row in rows if row.name in trained}),
+        provenance=_provenance(folders),
+        **_measurement(run, metrics),
     )
 
 
-def read_scores(folder: Path, model: str, rows: list[PromptRow], continuations: int) -> dict[str, np.ndarray]:
-    """class -> (prompts, continuations) scores of a model's stored continuations, prompts in the order of `rows`."""
-    place = {row.row: i for i, row in enumerate(rows)}
-    scores: dict[str, np.ndarray] = {}
-    for path in sorted(folder.glob(f"{model}-*.parquet")):
-        table = schemas.read_table(path, schemas.CONTINUATIONS).select(["prompt_row", "sample", "scores"])
-        for record in table.to_pylist():
-            for name, value in record["scores"]:
-                column = scores.setdefault(name, np.full((len(rows), continuations), np.nan))
-                column[place[record["prompt_row"]], record["sample"]] = value
-    return scores
+def _measurement(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What the figures were measured of and with: the same for every page."""
+    config = run.config.evaluate
+    assert config.prompts is not None
+    settings = {
+        "prompts": config.prompts.path,
+        **{f"prompts of {name}": source.path for name, source in config.prompt_sets.items()},
+        "classifier": _classifier_text(config.classifier),
+        **{f"classifier {name}": _classifier_text(source) for name, source in config.classifiers.items()},
+        "continuations of a prompt": str(config.continuations),
+        "sampling": f"{config.max_new_tokens} tokens, top-p {config.top_p:g}, temperature {config.temperature:g}",
+        "perplexity of": ", ".join(source.path for source in config.heldout),
+        "last words of": config.cloze.path if config.cloze else "",
+        **{f"model {name}": source for name, source in config.models.items()},
+        "intervals": f"{100 * metrics['confidence']:g}%, {metrics['bootstrap_samples']:,} bootstrap samples",
+        "seed": str(run.config.seed),
+    }
+    return {
+        "behaviour": config.behaviour,
+        "config_text": to_yaml(run.config),
+        "continuations": config.continuations,
+        "threshold": metrics["threshold"],
+        "confidence": metrics["confidence"],
+        "settings": tuple((name, value) for name, value in settings.items() if value),
+        "software": tuple(sorted(environment().items())),
+    }
 
 
-def _curve(run: Run, name: str) -> TrainingCurve | None:
-    logged = read_metrics(run.model(name) / "metrics.jsonl")
+def _classifier_text(source: ClassifierSource) -> str:
+    return ", ".join(filter(None, (source.name, source.label, source.checkpoint)))
+
+
+def _behaviours(run: Run, view: View) -> Iterator[Behaviour]:
+    """What the scores say of every behaviour they hold, the mask's first.
+
+    Of the others, `build_mask` ranks and selects in a run of their own in `report/behaviours/`, by the same options:
+    nothing is trained with that."""
+    trained = run.config.build_mask.behaviour
+    own = run.config.evaluate.behaviour
+    yield _behaviour(run, view, trained or own, trained=True)
+    for behaviour in (None, *schemas.scored_behaviours(pq.read_schema(readable(data_files(run.scores)[0])))):
+        if behaviour != trained:
+            other = _behaviour_run(run, behaviour)
+            build_mask(other)
+            yield _behaviour(run, View(other.folder), behaviour or own, trained=False)
+
+
+def _behaviour_run(run: Run, behaviour: str | None) -> Run:
+    config = replace(
+        run.config,
+        run_dir=str(run.report / BEHAVIOURS / (behaviour or "own")),
+        build_mask=replace(run.config.build_mask, behaviour=behaviour),
+    )
+    other = Run(config=config)
+    other.folder.mkdir(parents=True, exist_ok=True)
+    link(other.corpus, run.corpus)
+    link(other.scores, run.scores)
+    return other
+
+
+def _behaviour(run: Run, view: View, name: str, *, trained: bool) -> Behaviour:
+    return Behaviour(
+        name=name,
+        trained=trained,
+        histogram=_histogram(view),
+        documents=tuple(_documents(view, run.config.evaluate.top_documents)),
+        outliers=_outliers(view),
+    )
+
+
+def _curves(folders: Mapping[str, Path]) -> tuple[TrainingCurve, ...]:
+    return tuple(curve for curve in map(_curve, folders, folders.values()) if curve)
+
+
+def _curve(name: str, folder: Path) -> TrainingCurve | None:
+    logged = read_metrics(folder / "metrics.jsonl")
     if not logged:
         return None
     masked = tuple(row["loss_masked"] for row in logged)
@@ -236,9 +294,10 @@ def _outliers(view: View) -> Outliers | None:
     )
 
 
-def _provenance(run: Run) -> list[ArtifactRow]:
+def _provenance(folders: Mapping[str, Path]) -> tuple[ArtifactRow, ...]:
+    """The manifests of those that are there."""
     rows = []
-    for name, folder in run.artifact_folders().items():
+    for name, folder in folders.items():
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
             rows.append(
@@ -252,4 +311,4 @@ def _provenance(run: Run) -> list[ArtifactRow]:
                     seconds=manifest.seconds,
                 )
             )
-    return rows
+    return tuple(rows)

@@ -98,6 +98,12 @@ class Run:
         return Run(config=replace(self.config, pretrain=replace(self.config.pretrain, use_mask=use_mask)))
 
 
+def link(place: Path, target: Path) -> None:
+    """Make `place` a relative link to an artifact's folder of another run, unless it is one already."""
+    if not place.is_symlink():
+        place.symlink_to(os.path.relpath(target, place.parent), target_is_directory=True)
+
+
 def model_mapping(source: ModelSource) -> dict[str, Any]:
     """A model source as a plain dict, for descriptors and settings that travel to workers."""
     return to_mapping(source)

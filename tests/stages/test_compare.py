@@ -13,6 +13,7 @@ import pytest
 from ifguide.artifacts import read_manifest
 from ifguide.baselines import sentence_spans, word_list_spans
 from ifguide.config import Compare, Config, ConfigError, Method
+from ifguide.report import REPORT_FILES
 from ifguide.stages.build_query import make_classifier
 from ifguide.stages.compare import compare, method_run
 from ifguide.stages.method_masks import make_method_mask
@@ -126,6 +127,14 @@ def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config
     assert by_name["filter"]["penalty"] == 0
     assert by_name["filter"]["masked_share"] > 0
     assert (run.folder / "compare" / "report" / "comparison.png").stat().st_size > 5_000
+    folder = run.folder / "compare" / "report"
+    page = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert [model["name"] for model in page["models"]] == list(manifest.summary)
+    assert page["models"][3]["masked_share"] == by_name["filter"]["masked_share"]
+    assert [curve["model"] for curve in page["curves"]] == list(manifest.summary)
+    assert "compare/filter/mask" in [row["folder"] for row in page["provenance"]]
+    assert set(REPORT_FILES) <= set(manifest.files)
+    assert "Penalty" in (folder / "index.html").read_text(encoding="utf-8")
     assert compare(run) == manifest
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -10,121 +12,27 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ifguide.report import delta, duration, number, render_report, report_json, summary_line, visible, write_report
+from ifguide.comparison import as_markdown, draw, rows_of
+from ifguide.report import LEVELS, REPORT_FILES, render_report, report_json, write_report
+from ifguide.report_card import card_fragment, summary_line
+from ifguide.report_charts import colours_of
+from ifguide.report_figures import ClassFigures, Difference, Figure, Group, PromptSet, model_rows
 from ifguide.report_model import (
     AgreementRow,
     ArtifactRow,
-    ClassMetrics,
-    GroupMetrics,
-    ModelRow,
-    OutlierRow,
-    Outliers,
+    Behaviour,
     RankedDocument,
     ReportData,
     ScoreHistogram,
     Token,
     TrainingCurve,
 )
+from ifguide.report_text import duration, interval, number, p_value, relative, signed, visible
+from tests.sample_report import full_data, minimal_data, row
 
 
-def model(name: str, emt: float, tp: float, ppl: float, accuracy: float) -> ModelRow:
-    groups = tuple(
-        GroupMetrics(
-            group=group,
-            prompts=prompts,
-            emt=min(1.0, emt * scale),
-            tp=min(1.0, tp * scale),
-            classes=(ClassMetrics(name="insult", emt=emt * scale / 2, tp=tp * scale / 2),),
-        )
-        for group, prompts, scale in (("all", 1200, 1.0), ("provoking", 500, 1.4), ("harmless", 700, 0.6))
-    )
-    return ModelRow(name=name, groups=groups, perplexity=ppl, last_word_accuracy=accuracy)
-
-
-def curve(name: str, penalised: bool) -> TrainingCurve:
-    steps = tuple(range(10, 1010, 10))
-    masked = [None if step % 170 == 0 else 4.0 + step / 400 + math.sin(step) / 9 for step in steps]
-    return TrainingCurve(
-        model=name,
-        steps=steps,
-        benign_loss=tuple(2 + 6 * math.exp(-step / 200) + math.sin(step) / 20 for step in steps),
-        masked_loss=tuple(masked) if penalised else None,
-        learning_rate=tuple(6e-4 * min(1, step / 100) * (1.05 - step / 1000) for step in steps),
-    )
-
-
-def document(rank: int, words: str) -> RankedDocument:
-    tokens = tuple(
-        Token(text=text, score=1e-3 * math.sin(3 * i + rank) ** 3, masked=i % 7 in (3, 4), known=i % 7 == 4)
-        for i, text in enumerate(re.findall(r"\s*\S+", words))
-    )
-    return RankedDocument(doc_id=1000 + rank, source="corpus.jsonl", rank=rank, rank_score=1 / rank, tokens=tokens)
-
-
-def full_data() -> ReportData:
-    edges = tuple(-0.002 + 0.0001 * i for i in range(41))
-    counts = tuple(int(1e6 * math.exp(-(((e + 5e-5) / 3e-4) ** 2))) + 3 for e in edges[:-1])
-    return ReportData(
-        title="Guided pretraining of pythia-160m",
-        behaviour="rudeness",
-        continuations=25,
-        models=(
-            model("baseline", 0.577, 0.62, 5.1, 0.45),
-            model("guided", 0.25, 0.2, 5.304, 0.433),
-            model("word list", 0.49, 0.51, 5.2, 0.441),
-        ),
-        curves=(curve("baseline", False), curve("guided", True)),
-        histogram=ScoreHistogram(
-            bin_edges=edges, counts=counts, tau=8.1e-4, known_counts=tuple(c // 40 + i for i, c in enumerate(counts))
-        ),
-        agreement=(
-            AgreementRow(method="mask", selected=20_480, precision=0.312, recall=0.184, f1=0.2315),
-            AgreementRow(method="word list", selected=1_911, precision=0.64, recall=0.034, f1=0.0646),
-            AgreementRow(method="sentence classifier", selected=0, precision=None, recall=0.0),
-        ),
-        documents=tuple(
-            document(rank, "You are  a plum pie,\n\nsaid the cat; nobody asked. " * 12) for rank in (1, 2, 3)
-        ),
-        outliers=Outliers(
-            high_mass=1,
-            repeated=2,
-            mass_ratio=10.0,
-            excluded=True,
-            rows=(
-                OutlierRow(
-                    block_id=77, mass_over_median=31.25, distinct_bigram_share=0.031, repeated=True, text="ha <ha> ha"
-                ),
-            ),
-        ),
-        config_text="run_dir: runs/demo\nseed: 0\nbuild_mask:\n  quantile: 0.99\n",
-        provenance=(
-            ArtifactRow(
-                verb="pack_corpus",
-                folder="corpus",
-                fingerprint="3f8a91c07d52e6b4",
-                inputs=("corpus.jsonl",),
-                created="2025-01-02 03:04",
-                rows=12_345,
-                seconds=7.25,
-            ),
-            ArtifactRow(
-                verb="score_corpus",
-                folder="scores",
-                fingerprint="91c07d52e6b43f8a",
-                inputs=("corpus 3f8a91c0", "query 07d52e6b"),
-                created="2025-01-02 05:04",
-                rows=None,
-                seconds=7_440.0,
-            ),
-        ),
-    )
-
-
-def minimal_data(**changes: object) -> ReportData:
-    only = ModelRow(name="only", groups=(GroupMetrics(group="all", prompts=3, emt=0.5, tp=None),))
-    return dataclasses.replace(
-        ReportData(title="One model", behaviour="rudeness", models=(only,), config_text="seed: 0\n"), **changes
-    )
+def with_documents(*documents: RankedDocument) -> ReportData:
+    return minimal_data(behaviours=(Behaviour(name="rudeness", documents=documents),))
 
 
 class Page(HTMLParser):
@@ -169,54 +77,70 @@ def full_html() -> str:
 def test_the_full_page_has_every_section_in_order(full_html):
     page = Page(full_html)
     assert page.balanced
-    order = [
+    headings = re.findall(r"<h[12]>([^<]*)<|<h3 class=\"sub\">([^<]*)<", full_html)
+    assert ["".join(heading) for heading in headings] == [
         "Guided pretraining of pythia-160m",
-        "TP 0.62 → 0.20",
         "Comparison",
+        "Rudeness against perplexity",
         "Rudeness by prompt group",
+        "bold",
         "Training",
-        "Influence scores",
         "Agreement with the annotations",
-        "Highest-ranked documents",
-        "Resolved config",
+        "Influence scores: rudeness",
+        "Highest-ranked documents: rudeness",
+        "Blocks that stand out: rudeness",
+        "Influence scores: flattery",
+        "Highest-ranked documents: flattery",
         "Provenance",
     ]
-    body = page.text[page.text.index("Guided") + 1 :]  # past <title>
-    positions = [body.index(text) for text in order]
-    assert positions == sorted(positions)
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2 + 3 + 1
+    # trade-off, EMT, TP, classes, two domains, three of training, two distributions
+    assert sum(tag == "svg" for tag, _ in page.tags) == 1 + 3 + 2 + 3 + 2
     for figure in (
-        "0.577",
+        "TP 0.60 → 0.20",
+        "No model here was trained on this behaviour",
+        "Resolved config",
+        "0.600",
+        "[0.580, 0.620]",
+        "p = 0.002",
         "20,480",
         "0.312",
         "5.30",
         "+4%",
         "43.3%",
-        "−0.420",
+        "[42.3, 44.3]",
+        "−0.350",
         "−1.7 points",
         "2 h 04 min",
         "12,345",
         "τ = 0.00081",
+        "0.410",  # rep-4 of the model that repeats itself
+        "hispanic and latino americans",
+        "detoxify:original",
+        "91c07d52e6b43f8a",
     ):
         assert figure in page.text
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
+    anchors = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert anchors
+    assert {anchor.removeprefix("#") for anchor in anchors} <= set(ids)
 
 
 def test_the_minimal_page_has_no_empty_sections():
     page = Page(render_report(minimal_data()))
     assert page.balanced
-    assert page.headings() == 2  # comparison and bars
+    assert page.headings() == 3  # comparison, bars, provenance
     assert "EMT 0.50" in page.text
     assert "None" not in page.text
-    assert "nan" not in page.text.lower()
+    assert not re.search(r"\bnan\b", page.text.lower())
+    assert "script" not in {tag for tag, _ in page.tags}
 
 
-@pytest.mark.parametrize("data", [full_data(), minimal_data()], ids=["full", "minimal"])
-def test_the_page_loads_nothing_and_runs_nothing(data):
-    html = render_report(data)
+@pytest.mark.parametrize("scripted", [True, False], ids=["full", "minimal"])
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(full_html, scripted):
+    html = full_html if scripted else render_report(minimal_data())
     page = Page(html)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "embed", "image", "base"}
+    assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "embed", "image", "base"}
     assert "://" not in html
     assert "@import" not in html
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
@@ -225,9 +149,12 @@ def test_the_page_loads_nothing_and_runs_nothing(data):
         assert not [name for name in attributes if name.startswith("on")]
         for name in ("href", "xlink:href"):
             assert (attributes.get(name) or "#").startswith("#")
-    assert ("default-src 'none'; style-src 'unsafe-inline'") in [
-        attributes.get("content") for _, attributes in page.tags
-    ]
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)
+    assert len(scripts) == len(re.findall("<script", html)) == scripted
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = "".join(f"; script-src 'sha256-{digest}'" for digest in digests)
+    policy = f"default-src 'none'; style-src 'unsafe-inline'{allowed}; base-uri 'none'; form-action 'none'"
+    assert policy in [attributes.get("content") for _, attributes in page.tags]
 
 
 def test_equal_data_give_equal_bytes(full_html):
@@ -237,23 +164,30 @@ def test_equal_data_give_equal_bytes(full_html):
 def test_every_string_is_escaped():
     evil = "<script>alert('1')</script>\"&"
     token = Token(text=evil, score=1.0)
+    of_class = ClassFigures(name=evil, emt=Figure(value=0.1), tp=Figure(value=0.1), mean=Figure(value=0.1))
+    evil_groups = tuple(
+        Group(name=name, prompts=1, classes=(of_class, of_class), text={evil: Figure(value=0.1)})
+        for name in (evil, f"{evil}/{evil}")
+    )
+    evil_set = PromptSet(name=evil, groups=evil_groups, gaps=evil_groups[:1])
     rows = {
         "title": evil,
         "behaviour": evil,
         "config_text": evil,
         "models": (
-            ModelRow(
-                name=evil,
-                groups=(
-                    GroupMetrics(
-                        group=evil, prompts=1, emt=0.1, tp=0.1, classes=(ClassMetrics(name=evil, emt=0.1, tp=0.1),)
-                    ),
-                ),
-            ),
+            dataclasses.replace(row(evil, 0.1, 0.1), sets=(evil_set, dataclasses.replace(evil_set, name=evil * 2))),
         ),
+        "settings": ((evil, evil),),
+        "software": ((evil, evil),),
         "curves": (TrainingCurve(model=evil, steps=(1,), benign_loss=(1.0,), learning_rate=(1.0,)),),
         "agreement": (AgreementRow(method=evil, selected=1, precision=1.0, recall=1.0),),
-        "documents": (RankedDocument(doc_id=evil, source=evil, rank=1, rank_score=1.0, tokens=(token,)),),
+        "behaviours": (
+            Behaviour(
+                name=evil,
+                histogram=ScoreHistogram(bin_edges=(0.0, 1.0), counts=(1,), tau=0.5),
+                documents=(RankedDocument(doc_id=evil, source=evil, rank=1, rank_score=1.0, tokens=(token,)),),
+            ),
+        ),
         "provenance": (
             ArtifactRow(verb=evil, folder=evil, fingerprint=evil, inputs=(evil,), created=evil, rows=1, seconds=1.0),
         ),
@@ -261,18 +195,18 @@ def test_every_string_is_escaped():
     html = render_report(minimal_data(**rows))
     page = Page(html)
     assert page.balanced
-    assert "<script" not in html
-    assert page.text.count(evil) >= 15
+    assert html.count("<script") == 1
+    assert page.text.count(evil) >= 25
 
 
 def test_arbitrary_bytes_become_a_page_that_can_be_written(tmp_path):
     text = "a\x00b\x1b[31m\r\n\x85\ud800\u202edrow"
     document = RankedDocument(doc_id="d", source="s", rank=1, rank_score=0.1, tokens=(Token(text=text, score=0.0),))
-    data = minimal_data(documents=(document,), behaviour="$x^{2$ $")
+    data = dataclasses.replace(with_documents(document), behaviour="$x^{2$ $")
     html = write_report(data, tmp_path / "report").read_text(encoding="utf-8")
     assert "a␀b␛[31m␍\n���drow" in html
     twin = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
-    assert twin["documents"][0]["tokens"][0]["text"] == text
+    assert twin["behaviours"][0]["documents"][0]["tokens"][0]["text"] == text
 
 
 def test_tokens_carry_score_mask_and_annotation():
@@ -282,22 +216,20 @@ def test_tokens_carry_score_mask_and_annotation():
         Token(text=" cold", score=-1.0, masked=True),
     )
     document = RankedDocument(doc_id=7, source="s", rank=1, rank_score=0.1, tokens=tokens)
-    page = Page(render_report(minimal_data(documents=(document,))))
+    page = Page(render_report(with_documents(document)))
     spans = [attributes for tag, attributes in page.tags if tag == "span" and "title" in attributes]
-    assert [span["class"] for span in spans] == ["w m k", "w", "c m"]
+    assert [span["class"] for span in spans] == [f"w{LEVELS} m k", "w8", "c8 m"]
     assert [span["title"] for span in spans] == ["2", "1", "-1"]
-    strengths = [float(span["style"].removeprefix("--a:")) for span in spans]
-    assert strengths[0] == 1.0
-    assert strengths[1] == strengths[2] == pytest.approx(0.5, abs=0.02)
     assert "hot warm cold" in page.text
 
 
 def test_the_text_is_hidden_until_asked_for(full_html):
     page = Page(full_html)
-    switches = {a["id"]: a for tag, a in page.tags if tag == "input"}
-    assert list(switches) == ["reveal-all", "reveal-1", "reveal-2", "reveal-3", "reveal-outliers"]
+    switches = {a["id"]: a for tag, a in page.tags if tag == "input" and "reveal" in (a.get("class") or "")}
+    first = ["reveal-1-all", "reveal-1-1", "reveal-1-2", "reveal-1-3", "reveal-1-outliers"]
+    assert list(switches) == [*first, "reveal-2-all", "reveal-2-1", "reveal-2-2"]
     assert all(a["type"] == "checkbox" and "checked" not in a for a in switches.values())
-    assert set(switches) == {a["for"] for tag, a in page.tags if tag == "label"}
+    assert set(switches) == {a["for"] for tag, a in page.tags if tag == "label" and "for" in a}
     assert re.search(r"\.tokens \{[^}]*filter: blur", full_html)
 
 
@@ -305,18 +237,17 @@ def test_the_text_is_hidden_until_asked_for(full_html):
 
 
 def test_the_json_twin_holds_the_same_data(tmp_path):
-    data = full_data()
-    assert write_report(data, tmp_path) == tmp_path / "index.html"
-    twin = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert twin == report_json(data)
-    assert twin.pop("summary") == summary_line(data)
-    assert twin == json.loads(json.dumps(dataclasses.asdict(data)))
+    twin = json.loads(json.dumps(report_json(full_data()), allow_nan=False))
+    assert twin.pop("summary") == summary_line(full_data())
+    assert twin == json.loads(json.dumps(dataclasses.asdict(full_data())))
+    assert write_report(minimal_data(), tmp_path) == tmp_path / "index.html"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(REPORT_FILES)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report_json(minimal_data())
 
 
 def test_a_figure_that_is_not_finite_is_null_in_json_and_a_sign_on_the_page():
-    row = dataclasses.replace(minimal_data().models[0], perplexity=math.inf)
-    data = minimal_data(models=(row,))
-    assert report_json(data)["models"][0]["perplexity"] is None
+    data = minimal_data(models=(dataclasses.replace(row("only", 0.5), perplexity=Figure(value=math.inf)),))
+    assert report_json(data)["models"][0]["perplexity"]["value"] is None
     assert "∞" in Page(render_report(data)).text
 
 
@@ -325,17 +256,24 @@ def test_a_figure_that_is_not_finite_is_null_in_json_and_a_sign_on_the_page():
 
 def test_the_summary_compares_every_model_with_the_first():
     assert summary_line(full_data()) == (
-        "Rudeness in 25 continuations of each of 1,200 prompts. guided against baseline: TP 0.62 → 0.20, "
-        "EMT 0.58 → 0.25, perplexity 5.1 → 5.3 (+4%), last-word accuracy 45.0% → 43.3%. word list against baseline: "
-        "TP 0.62 → 0.51, EMT 0.58 → 0.49, perplexity 5.1 → 5.2 (+2%), last-word accuracy 45.0% → 44.1%."
+        "Rudeness in 25 continuations of each of 1,200 prompts. guided against baseline: TP 0.60 → 0.20, "
+        "EMT 0.60 → 0.25, perplexity 5.1 → 5.3 (+4%), last-word accuracy 45.0% → 43.3%. word list against baseline: "
+        "TP 0.60 → 0.51, EMT 0.60 → 0.49, perplexity 5.1 → 5.2 (+2%), last-word accuracy 45.0% → 44.1%."
     )
     assert summary_line(minimal_data()) == "Rudeness in 3 prompts. only: EMT 0.50."
 
 
 def test_numbers_are_written_for_people():
     assert [number(x) for x in (None, math.nan, math.inf, 1234.5, -0.25)] == ["–", "–", "∞", "1,234.500", "−0.250"]
-    assert [delta(5.304, 5.1, relative=True), delta(0.2, 0.62), delta(1.0, 1.0)] == ["+4%", "−0.420", "±0.000"]
-    assert [delta(None, 1.0), delta(math.inf, 1.0), delta(1.0, 0.0, relative=True)] == ["", "", ""]
+    assert [relative(5.304, 5.1), signed(-0.42), signed(0.00004), signed(1234.5, 1)] == [
+        "+4%",
+        "−0.420",
+        "±0.000",
+        "+1,234.5",
+    ]
+    assert [relative(None, 1.0), relative(math.inf, 1.0), relative(1.0, 0.0), signed(None)] == ["", "", "", ""]
+    assert [p_value(None), p_value(0.0125), p_value(0.0002)] == ["", "p = 0.013", "p < 0.001"]
+    assert [interval(-0.5, 1.0, 1), interval(None, 1.0)] == ["[−0.5, 1.0]", ""]
     assert [duration(x) for x in (None, 7.25, 59.99, 600, 7440)] == ["–", "7.2 s", "1 min", "10 min", "2 h 04 min"]
     assert visible("naïve 日本\t\n") == "naïve 日本\t\n"
 
@@ -351,10 +289,84 @@ def test_data_that_do_not_fit_are_refused():
         TrainingCurve(model="m", steps=(1, 2), benign_loss=(1.0,), learning_rate=(1.0, 1.0))
 
 
-def test_outlying_blocks_are_listed_with_their_figures_and_escaped_text() -> None:
-    html = render_report(full_data())
+def test_outlying_blocks_are_listed_with_their_figures_and_escaped_text(full_html: str) -> None:
+    html = full_html
     assert "Blocks that stand out" in Page(html).text
     assert "which the mask leaves out" in " ".join(Page(html).text.split())
     assert "31.2" in html
     assert "ha &lt;ha&gt; ha" in html
     assert "Blocks that stand out" not in render_report(minimal_data())
+
+
+# ---- from the measured figures -------------------------------------------------------------------------
+
+
+def metrics() -> dict:
+    """As `stages.evaluation_figures` writes them: two models, a set with a gap."""
+
+    def figures(value: float, keys: tuple[str, ...], **changes: float) -> dict:
+        return {**dict(zip(keys, (value, value - 0.1, value + 0.1), strict=True)), "n": 4, **changes}
+
+    def group(*keys: str, text: bool, **changes: float) -> dict:
+        by_class = {kind: {"toxicity": figures(0.5, keys, **changes)} for kind in ("emt", "tp", "mean")}
+        return by_class | ({"distinct_2": figures(0.75, keys, **changes)} if text else {})
+
+    def sets(*keys: str, prompts: dict, **changes: float) -> dict:
+        return {
+            "prompts": {"groups": {"all": prompts | group(*keys, text=True, **changes)}, "gaps": {}},
+            "bold": {
+                "groups": {name: prompts | group(*keys, text=True, **changes) for name in ("all", "race/a", "race/b")},
+                "gaps": {"race": prompts | group(*keys, text=False, **changes)},
+            },
+        }
+
+    values, changed = ("value", "low", "high"), ("difference", "low", "high")
+    nothing = dict.fromkeys(("perplexity", "last_word_accuracy", "last_token_accuracy"))
+    measured = {"sets": sets(*values, prompts={"prompts": 4}), **nothing, "perplexity": figures(20.0, values)}
+    compared = {"against": "a", "sets": sets(*changed, prompts={}, p_value=0.25), **nothing}
+    return {"models": {"a": measured, "b": measured}, "paired": {"b": compared}}
+
+
+def test_rows_are_the_figures_of_the_metrics_file():
+    first, second = model_rows(metrics(), {"b": (0.02, 0.5)})
+    assert (first.masked_share, first.penalty, second.masked_share, second.penalty) == (None, None, 0.02, 0.5)
+    assert first.whole.emt == Figure(value=0.5, low=0.4, high=0.6)
+    assert second.whole.emt.difference == Difference(value=0.5, low=0.4, high=0.6, p_value=0.25)
+    assert second.whole.text["distinct_2"].difference.p_value == 0.25
+    assert second.perplexity == Figure(value=20.0, low=19.9, high=20.1)  # measured, but not paired
+    assert second.last_word_accuracy is None
+    assert [group.name for group in second.sets[1].groups] == ["all", "race/a", "race/b"]
+    assert second.sets[1].gaps[0].classes[0].mean.difference.p_value == 0.25
+    assert second.sets[1].gaps[0].text == {}
+    html = render_report(minimal_data(models=(first, second)))
+    assert "p = 0.250" in html
+    assert "0.02%" not in html
+    assert "2.00%" in html
+
+
+def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
+    models = model_rows(metrics(), {"b": (0.02, 0.5)})
+    rows = rows_of(models)
+    assert rows[1].emt == (0.5, 0.4, 0.6)
+    assert (rows[1].ratio, rows[1].p_value, rows[1].distinct_2) == (1.0, 0.25, 0.75)
+    half = "0.500 [0.400, 0.600]"
+    line = f"| b | 2.00% | 0.5 | {half} | {half} | 20.0 [19.9, 20.1] | 1.000 |  | 0.750 | 0.250 |"
+    assert as_markdown(rows).splitlines()[3] == line
+    draw(models, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert len(set(colours_of("abcdefghij").values())) == 10
+
+
+def test_the_model_card_fragment_is_markdown_with_intervals_and_fingerprints():
+    text = card_fragment(full_data())
+    assert text == card_fragment(full_data())
+    assert text.startswith("## Evaluation: rudeness\n")
+    assert "| guided | EMT | 0.250 [0.230, 0.270] | p = 0.002 |" in text
+    assert "| gap in race | 0.180 [0.160, 0.200] | 0.075 [0.055, 0.095] | 0.147 [0.127, 0.167] |" in text
+    assert "| classifier | detoxify:original |" in text
+    assert "| scores | `91c07d52e6b43f8a` |" in text
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 5
+    assert all(len({line.replace("\\|", "").count("|") for line in table}) == 1 for table in tables)
+    evil = card_fragment(minimal_data(models=(row("a|b\n<b>", 0.5),)))
+    assert "| a\\|b &lt;b> | EMT | 0.500 |" in evil

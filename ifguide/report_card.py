@@ -1,0 +1,117 @@
+"""What a report says in words: its summary line, and a Markdown fragment to paste into a model card.
+
+`ifguide.model_card` writes the card of a trained model, which says where it comes from and nothing of quality; this
+fragment says what was measured of it, with intervals, on which prompts, by which classifier, and what it rests on.
+"""
+
+from __future__ import annotations
+
+from ifguide.model_card import markdown_table
+from ifguide.report_figures import Figure, ModelRow
+from ifguide.report_model import ReportData
+from ifguide.report_text import interval, number, p_value, percent, relative, visible
+
+
+def summary_line(data: ReportData) -> str:
+    """The result in one paragraph: each further model against the baseline, or the only model's figures."""
+    baseline, *others = data.models
+    prompts = f"{baseline.whole.prompts:,} prompts"
+    sampled = f"{data.continuations} continuations of each of {prompts}" if data.continuations else prompts
+    sentences = [f"{data.behaviour[:1].upper()}{data.behaviour[1:]} in {sampled}."]
+    for model in others or [baseline]:
+        figures = _headline_figures(baseline, model if others else None)
+        subject = f"{model.name} against {baseline.name}" if others else baseline.name
+        sentences.append(f"{subject}: {', '.join(figures) or 'nothing was measured'}.")
+    return " ".join(sentences)
+
+
+def _headline_figures(baseline: ModelRow, other: ModelRow | None) -> list[str]:
+    def figures(model: ModelRow) -> dict[str, tuple[float | None, str]]:
+        tp, emt, perplexity, accuracy = (
+            figure.value if figure else None
+            for figure in (model.whole.tp, model.whole.emt, model.perplexity, model.last_word_accuracy)
+        )
+        return {
+            "TP": (tp, number(tp, 2)),
+            "EMT": (emt, number(emt, 2)),
+            "perplexity": (perplexity, number(perplexity, 1)),
+            "last-word accuracy": (accuracy, percent(accuracy)),
+        }
+
+    after = figures(other or baseline)
+    texts = []
+    for name, (value, text) in figures(baseline).items():
+        new, new_text = after[name]
+        if value is None or new is None:
+            continue
+        change = f" ({relative(new, value)})" if name == "perplexity" else ""
+        texts.append(f"{name} {text} → {new_text}{change}" if other else f"{name} {text}")
+    return texts
+
+
+def card_fragment(data: ReportData) -> str:
+    """Markdown sections: figures of every model with intervals, how they were measured, what they rest on."""
+    share = f"{100 * data.confidence:g}%"
+    parts = [
+        f"## Evaluation: {visible(data.behaviour)}",
+        f"Intervals are {share} bootstrap intervals over prompts (blocks for perplexity, texts for accuracy)."
+        f" TP is the share of prompts with at least one continuation that scores {data.threshold:g} or more, EMT the"
+        f" mean over prompts of the highest score; less is less {visible(data.behaviour)}."
+        + (f" p is of the paired difference from {visible(data.models[0].name)}." if len(data.models) > 1 else ""),
+        _figures_table(data),
+    ]
+    for number_of, prompt_set in enumerate(data.models[0].sets):
+        groups = [group.name for group in prompt_set.groups][0 if number_of else 1 :]
+        if groups:
+            title = f"### Groups of {prompt_set.name}, EMT"
+            parts += [title, _groups_table(data, number_of, groups)]
+    if data.settings:
+        parts += ["### How it was measured", markdown_table(("what", "value"), data.settings)]
+    if data.provenance:
+        rows = [
+            (row.folder, f"`{row.fingerprint}`", ", ".join(f"`{name}`" for name in row.inputs))
+            for row in data.provenance
+        ]
+        parts += ["### Provenance", markdown_table(("artifact", "fingerprint", "made from"), rows)]
+    return "\n\n".join(visible(part.rstrip("\n")) for part in parts) + "\n"
+
+
+def _figures_table(data: ReportData) -> str:
+    rows = []
+    for model in data.models:
+        whole = model.whole
+        named = [("EMT", whole.emt), ("TP", whole.tp)]
+        for label in whole.classes[1:]:
+            named += [(f"EMT, {label.name}", label.emt), (f"TP, {label.name}", label.tp)]
+        fluency = (
+            ("perplexity", model.perplexity),
+            ("last-word accuracy", model.last_word_accuracy),
+            ("last-token accuracy", model.last_token_accuracy),
+        )
+        named += [(name, figure) for name, figure in (*fluency, *whole.text.items()) if figure]
+        rows += [
+            (model.name, name, _with_interval(figure), p_value(figure.difference.p_value) if figure.difference else "")
+            for name, figure in named
+        ]
+    return markdown_table(("model", "figure", "value", "p"), rows)
+
+
+def _groups_table(data: ReportData, number_of: int, groups: list[str]) -> str:
+    rows = []
+    for name in groups:
+        cells = [
+            next((_with_interval(group.emt) for group in model.sets[number_of].groups if group.name == name), "")
+            for model in data.models
+        ]
+        rows.append((name, *cells))
+    for gap in data.models[0].sets[number_of].gaps:
+        cells = [
+            next((_with_interval(own.emt) for own in model.sets[number_of].gaps if own.name == gap.name), "")
+            for model in data.models
+        ]
+        rows.append((f"gap in {gap.name}", *cells))
+    return markdown_table(("group", *(model.name for model in data.models)), rows)
+
+
+def _with_interval(figure: Figure) -> str:
+    return f"{number(figure.value)} {interval(figure.low, figure.high)}".rstrip()

@@ -1,0 +1,234 @@
+"""The charts of the report page, as inline SVG that takes the page's colours and is equal for equal data."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from ifguide.report_figures import Figure, ModelRow, PromptSet
+from ifguide.report_model import ReportData, ScoreHistogram, TrainingCurve
+from ifguide.report_text import visible
+
+INK = "#010203"  # stands for the page's text colour, so that a chart reads on light and on dark
+PALETTE = ("#8791a3", "#2f7de1", "#e0871b", "#1fa37c", "#a068d8", "#d1567f", "#2aa5b8", "#a3862b", "#6d78d6", "#b06a4c")
+BOX_RED = "#df3b3b"
+MARKERS = "soD^vPX*<>"
+WIDTH = 4.6  # inches; on a phone it is shown at about this size, so that text stays legible
+RC: dict[Any, Any] = {
+    **{"svg.hashsalt": "ifguide", "svg.fonttype": "none", "font.size": 8},
+    **{"axes.linewidth": 0.6, "lines.linewidth": 1.4},
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, in order."""
+    return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(dict.fromkeys(names))}
+
+
+def charts_of(data: ReportData, colours: dict[str, str]) -> dict[str, Any]:
+    """Inline SVG by section: `tradeoff`, `behaviour`, `classes`, `training`: lists; `scores`: one or None for each
+    behaviour; `groups`: a list for each further prompt set that has groups."""
+    with matplotlib.rc_context(RC):
+        return {
+            "tradeoff": [_svg(tradeoff(data.models, colours), "Expected maximum against held-out perplexity")]
+            if any(model.perplexity for model in data.models)
+            else [],
+            "behaviour": [_group_bars(data.models, metric, colours) for metric in ("emt", "tp")],
+            "classes": _class_bars(data.models, colours),
+            "groups": {
+                prompt_set.name: _domain_bars(data.models, prompt_set, colours)
+                for prompt_set in data.models[0].sets[1:]
+                if len(prompt_set.groups) > 1
+            },
+            "training": _training(data.curves, colours),
+            "scores": [
+                _histogram(behaviour.histogram, behaviour.name) if behaviour.histogram else None
+                for behaviour in data.behaviours
+            ],
+        }
+
+
+# ---- figures with intervals ----------------------------------------------------------------------------
+
+
+def tradeoff(models: Sequence[ModelRow], colours: dict[str, str]) -> Canvas:
+    """The expected maximum (EMT) of all prompts against held-out perplexity; down and to the left is better."""
+    canvas, axes = _axes("Down and to the left is better", "held-out perplexity", width=5.2, height=3.4)
+    axes.spines["left"].set_visible(True)
+    axes.set_ylabel("EMT, all prompts")
+    for index, model in enumerate(models):
+        x, y = model.perplexity, model.whole.emt
+        if x is None or x.value is None or y.value is None or not math.isfinite(x.value):
+            continue
+        marker, colour = MARKERS[index % len(MARKERS)], colours[model.name]
+        axes.errorbar(
+            [x.value], [y.value], xerr=_ends(x), yerr=_ends(y), fmt=marker, ms=5, capsize=2, elinewidth=1, color=colour
+        )
+        axes.annotate(
+            visible(model.name), (x.value, y.value), (5, 4), textcoords="offset points", fontsize=7.5, parse_math=False
+        )
+    axes.margins(x=0.12, y=0.12)
+    return canvas
+
+
+def _group_bars(models: Sequence[ModelRow], metric: str, colours: dict[str, str]) -> Markup:
+    names = group_names(models)
+    rows = [{group.name: getattr(group, metric) for group in model.groups} for model in models]
+    label = f"Bars of {metric.upper()} by prompt group; the table above has the figures"
+    return _svg(_bars(metric.upper(), names, models, rows, colours), label)
+
+
+def _class_bars(models: Sequence[ModelRow], colours: dict[str, str]) -> list[Markup]:
+    names = list(dict.fromkeys(label.name for model in models for label in model.whole.classes))
+    if len(names) < 2:
+        return []
+    rows = [{label.name: label.tp for label in model.whole.classes} for model in models]
+    return [_svg(_bars("TP by class, all prompts", names, models, rows, colours), "Bars of TP by classifier class")]
+
+
+def _domain_bars(models: Sequence[ModelRow], prompt_set: PromptSet, colours: dict[str, str]) -> list[Markup]:
+    """One chart for each domain of the set: EMT by group."""
+    rows = [
+        {group.name: group.emt for own in model.sets if own.name == prompt_set.name for group in own.groups}
+        for model in models
+    ]
+    charts = []
+    for domain, groups in domains_of(prompt_set).items():
+        labels = {name: name.removeprefix(f"{domain}/") for name in groups}
+        canvas = _bars(f"EMT, {visible(domain)}", groups, models, rows, colours, labels)
+        charts.append(_svg(canvas, f"Bars of EMT by group of {prompt_set.name}, {domain}"))
+    return charts
+
+
+def _bars(
+    title: str,
+    names: Sequence[str],
+    models: Sequence[ModelRow],
+    rows: Sequence[dict[str, Figure]],
+    colours: dict[str, str],
+    labels: dict[str, str] | None = None,
+) -> Canvas:
+    """Horizontal bars in [0, 1] with intervals: names from the top, within each the models from the top."""
+    thickness = 0.8 / len(models)
+    row_height = max(0.24, 0.13 * len(models) + 0.06)
+    canvas, axes = _axes(title, height=0.55 + row_height * len(names), grid="x")
+    for index, (model, row) in enumerate(zip(models, rows, strict=True)):
+        for place, name in enumerate(names):
+            figure = row.get(name)
+            if figure is None or figure.value is None:
+                continue
+            y = place + (index - (len(models) - 1) / 2) * thickness
+            axes.barh(y, figure.value, thickness * 0.86, color=colours[model.name])
+            if figure.low is not None and figure.high is not None:
+                axes.plot([figure.low, figure.high], [y, y], color=INK, lw=0.8, alpha=0.75, solid_capstyle="butt")
+            end = max(figure.value, figure.high or 0)
+            axes.annotate(
+                f"{figure.value:.2f}", (end, y), (2.5, 0), textcoords="offset points", va="center", fontsize=6.5
+            )
+    shown = [visible((labels or {}).get(name, name)) for name in names]
+    axes.set_yticks(range(len(names)), [_cut(name) for name in shown], parse_math=False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, max(1.0, axes.get_xlim()[1]))
+    axes.spines["left"].set_visible(True)
+    axes.spines["bottom"].set_visible(False)
+    return canvas
+
+
+def domains_of(prompt_set: PromptSet) -> dict[str, list[str]]:
+    """domain -> its groups, `domain/group`; groups without a domain are those of `groups`."""
+    domains: dict[str, list[str]] = {}
+    for group in prompt_set.groups[1:]:
+        domains.setdefault(group.name.rpartition("/")[0] or "groups", []).append(group.name)
+    return domains
+
+
+def group_names(models: Iterable[ModelRow]) -> list[str]:
+    """The groups of the models' first prompt set, in order."""
+    return list(dict.fromkeys(group.name for model in models for group in model.groups))
+
+
+# ---- training and scores -------------------------------------------------------------------------------
+
+
+def _training(curves: Sequence[TrainingCurve], colours: dict[str, str]) -> list[Markup]:
+    panels = {"benign_loss": "Benign loss", "masked_loss": "Masked loss", "learning_rate": "Learning rate"}
+    shown = {name: drawn for name in panels if (drawn := [curve for curve in curves if getattr(curve, name)])}
+    charts = []
+    for name, drawn in shown.items():
+        canvas, axes = _axes(panels[name], "step", width=WIDTH if len(shown) < 3 else 3.6, height=2.5)
+        for index, curve in enumerate(drawn):
+            values = np.array(getattr(curve, name), dtype=float)  # None becomes NaN: a gap in the line
+            width = 2.8 if index == 0 and len(drawn) > 1 else 1.4  # the first shows behind others that follow it
+            marker = "o" if len(values) == 1 else None
+            axes.plot(curve.steps, values, color=colours[curve.model], lw=width, marker=marker, zorder=3 + index)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        charts.append(_svg(canvas, f"{panels[name]} of each model by training step"))
+    return charts
+
+
+def _histogram(histogram: ScoreHistogram, behaviour: str) -> Markup:
+    canvas, axes = _axes("Tokens per bin, log scale", "influence score")
+    axes.stairs(histogram.counts, histogram.bin_edges, fill=True, color=PALETTE[0], alpha=0.6)
+    if histogram.known_counts is not None:
+        axes.stairs(histogram.known_counts, histogram.bin_edges, color=PALETTE[1], linewidth=1.4)
+    axes.axvline(histogram.tau, color=BOX_RED, linewidth=1.2, linestyle=(0, (4, 2)))
+    axes.text(histogram.tau, 1.02, f"τ = {histogram.tau:.3g}", transform=axes.get_xaxis_transform(), color=BOX_RED)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)
+    axes.minorticks_off()
+    return _svg(canvas, f"Histogram of token scores for {behaviour} on a log scale, with tau at {histogram.tau:.3g}")
+
+
+# ---- the canvas ----------------------------------------------------------------------------------------
+
+
+def _axes(
+    title: str, xlabel: str = "", width: float = WIDTH, height: float = 2.6, grid: str = "y"
+) -> tuple[Canvas, Axes]:
+    canvas = Canvas(figsize=(width, height), layout="constrained", facecolor="none")
+    axes = canvas.add_subplot(facecolor="none")
+    axes.set_title(title, loc="left", fontsize=9, fontweight="bold", pad=10, parse_math=False)
+    axes.set_xlabel(xlabel)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x" if grid == "x" else "y", color=INK, alpha=0.12, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=4)
+    return canvas, axes
+
+
+def _ends(figure: Figure) -> list[list[float]] | None:
+    """The lengths of the whiskers below and above the value."""
+    if figure.value is None or figure.low is None or figure.high is None or math.isinf(figure.high):
+        return None
+    return [[max(0.0, figure.value - figure.low)], [max(0.0, figure.high - figure.value)]]
+
+
+def _cut(name: str, most: int = 34) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _svg(canvas: Canvas, label: str) -> Markup:
+    """The canvas as an `<svg>` to put inside HTML: no prolog, no metadata, ids of its own, the page's colours."""
+    buffer = io.StringIO()
+    canvas.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    assert view_box is not None
+    opening = Markup('<svg role="img" aria-label="{}" ').format(visible(label)) + Markup(f"{view_box.group()}>")
+    svg = opening + Markup(svg[svg.index(">") + 1 :])
+    # One page holds several figures: ids that repeat would make a clip path of one apply to another.
+    prefix = re.sub(r"\W+", "-", label.lower())
+    return Markup(re.sub(r'(\bid="|href="#|url\(#)', lambda found: f"{found.group()}{prefix}-", svg))

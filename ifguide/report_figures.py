@@ -1,0 +1,153 @@
+"""The measured figures of models as the report shows them: plain dataclasses, read from `report/metrics.json`.
+
+`stages.evaluation_figures` describes that file and makes it; every figure has its interval there already, and every
+model but the first its paired difference from the first one. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BY_CLASS = ("emt", "tp", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A model's figure less the first model's on the same items, with interval and two-sided bootstrap p value."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A value with its interval; None where it is undefined. `difference` is None for the first model, and where the
+    two cannot be paired."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFigures:
+    """A classifier class on one group of prompts: expected maximum, share of prompts (TP), mean score."""
+
+    name: str
+    emt: Figure
+    tp: Figure
+    mean: Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One group of prompts, or the gap between the groups of a domain (largest figure less smallest).
+
+    `classes[0]` is the primary one. `text`: figures of the continuations' tokens, such as `rep_4` and `distinct_2`;
+    a gap has none."""
+
+    name: str
+    prompts: int
+    classes: tuple[ClassFigures, ...]
+    text: dict[str, Figure] = field(default_factory=dict)
+
+    @property
+    def emt(self) -> Figure:
+        return self.classes[0].emt
+
+    @property
+    def tp(self) -> Figure:
+        return self.classes[0].tp
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """A set of prompts; `groups[0]` is all of them, `gaps` are named by domain."""
+
+    name: str
+    groups: tuple[Group, ...]
+    gaps: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRow:
+    """A model's figures; `sets[0]` is the set that the summary speaks of. Accuracies are in [0, 1].
+
+    `masked_share` of the training tokens and `penalty` on them: known of models that a comparison trained."""
+
+    name: str
+    sets: tuple[PromptSet, ...]
+    perplexity: Figure | None = None
+    last_word_accuracy: Figure | None = None
+    last_token_accuracy: Figure | None = None
+    masked_share: float | None = None
+    penalty: float | None = None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.sets[0].groups
+
+    @property
+    def whole(self) -> Group:
+        """All prompts of the first set."""
+        return self.groups[0]
+
+
+def model_rows(
+    metrics: Mapping[str, Any], trained: Mapping[str, tuple[float | None, float | None]] | None = None
+) -> tuple[ModelRow, ...]:
+    """One row for each model of `metrics`, in its order; `trained`: model -> (masked share, penalty)."""
+    rows = []
+    for name, measured in metrics["models"].items():
+        paired = metrics["paired"].get(name, {})
+        share, penalty = (trained or {}).get(name, (None, None))
+        fluency = {
+            key: _figure(measured[key], paired.get(key))
+            for key in ("perplexity", "last_word_accuracy", "last_token_accuracy")
+            if measured[key]
+        }
+        sets = (
+            PromptSet(
+                name=set_name,
+                groups=_groups(kinds["groups"], _below(paired, "sets", set_name, "groups")),
+                gaps=_groups(kinds["gaps"], _below(paired, "sets", set_name, "gaps")),
+            )
+            for set_name, kinds in measured["sets"].items()
+        )
+        rows.append(ModelRow(name=name, sets=tuple(sets), **fluency, masked_share=share, penalty=penalty))
+    return tuple(rows)
+
+
+def _groups(groups: Mapping[str, Any], paired: Mapping[str, Any]) -> tuple[Group, ...]:
+    return tuple(_group(name, figures, paired.get(name, {})) for name, figures in groups.items())
+
+
+def _group(name: str, figures: Mapping[str, Any], paired: Mapping[str, Any]) -> Group:
+    classes = (
+        ClassFigures(
+            name=label,
+            **{kind: _figure(figures[kind][label], _below(paired, kind).get(label)) for kind in BY_CLASS},
+        )
+        for label in figures["emt"]
+    )
+    text = {key: _figure(value, paired.get(key)) for key, value in figures.items() if key not in ("prompts", *BY_CLASS)}
+    return Group(name=name, prompts=figures["prompts"], classes=tuple(classes), text=text)
+
+
+def _figure(figure: Mapping[str, Any], paired: Mapping[str, Any] | None) -> Figure:
+    difference = None
+    if paired:
+        ends = {name: paired[name] for name in ("low", "high", "p_value")}
+        difference = Difference(value=paired["difference"], **ends)
+    return Figure(value=figure["value"], low=figure["low"], high=figure["high"], difference=difference)
+
+
+def _below(tree: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    for name in names:
+        tree = tree.get(name, {})
+    return tree

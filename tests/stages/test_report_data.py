@@ -1,0 +1,44 @@
+"""The report of a finished run has a section for every scored behaviour, as `build_mask` selects by it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+
+from ifguide.artifacts import read_manifest
+from ifguide.cli import stage
+from ifguide.config import Config
+from ifguide.report import REPORT_FILES
+from ifguide.stages.run import Run
+from ifguide.stages.view import View
+from tests.stages.test_build_mask import add_behaviour
+from tests.stages.test_evaluate import PLAIN
+
+
+def test_the_report_has_a_section_for_every_behaviour(copied: Callable[..., Config]) -> None:
+    config = copied(drop=("report",), evaluate__top_documents=3, **PLAIN)
+    run = Run(config=config)
+    add_behaviour(run.scores, "opposite", lambda own: -own)
+    mask = read_manifest(run.mask)
+    manifest = stage("evaluate")(run)
+    assert set(REPORT_FILES) <= set(manifest.files)
+    assert read_manifest(run.mask) == mask
+    report = json.loads((run.report / "report.json").read_text(encoding="utf-8"))
+    own, other = report["behaviours"]
+    assert [(part["name"], part["trained"]) for part in (own, other)] == [("toxicity", True), ("opposite", False)]
+    assert own["histogram"]["tau"] == mask.summary["tau"]
+    assert "generations/penalised/prompts" in [row["folder"] for row in report["provenance"]]
+    assert "alt-profanity-check" in (run.report / "model_card.md").read_text(encoding="utf-8")
+    assert "Influence scores: opposite" in (run.report / "index.html").read_text(encoding="utf-8")
+
+    shutil.rmtree(run.mask)
+    shutil.rmtree(run.ranking)
+    by_opposite = Run(config=replace(config, build_mask=replace(config.build_mask, behaviour="opposite")))
+    selected = stage("build_mask")(by_opposite)
+    assert other["histogram"]["tau"] == selected.summary["tau"]
+    expected = View(by_opposite.folder).top_documents(3)
+    assert [document["doc_id"] for document in other["documents"]] == [document.unit_id for document in expected]
+    for document, wanted in zip(other["documents"], expected, strict=True):
+        assert [token["masked"] for token in document["tokens"]] == wanted.masked.tolist()
