@@ -56,7 +56,7 @@ def main() -> int:
     if not (options.data / "civil_comments_spans.jsonl").is_file():
         print(f"{options.data} has no civil_comments_spans.jsonl; name the data folder with --data", file=sys.stderr)
         return 2
-    model, tokenizer = _proxy(options.proxy)
+    model, tokenizer = load_proxy(options.proxy)
     documents, others = sample_documents(options.data, options.documents, options.seed)
     print(json.dumps(localise(model, tokenizer, documents, others, options)))
     return 0
@@ -144,6 +144,7 @@ def score_blocks(
     fill: int,
     *,
     at_once: int = 4,
+    method: Method = METHOD,
 ) -> list[list[np.ndarray]]:
     """Per direction, the label-aligned scores of every block; `at_once` directions share a pass."""
     order = sorted(range(len(blocks)), key=lambda i: len(blocks[i][0]))
@@ -151,7 +152,7 @@ def score_blocks(
     passes = -(-len(directions) // at_once)
     progress = Progress(attribution, passes * sum(len(block[0]) for block in blocks), "tokens")
     for begin in range(0, len(directions), at_once):
-        scorer = TokenScorer(model, directions[begin : begin + at_once], attribution=attribution, method=METHOD)
+        scorer = TokenScorer(model, directions[begin : begin + at_once], attribution=attribution, method=method)
         part: list[list[np.ndarray]] = [[np.zeros(0)] * len(blocks) for _ in directions[begin : begin + at_once]]
         for batch in _batches(order, blocks):
             lengths = torch.tensor([len(blocks[i][0]) for i in batch])
@@ -246,13 +247,11 @@ def sample_documents(data: Path, count: int, seed: int) -> tuple[list[Document],
     """(sample, others): 3/5 comments with spans, 3/10 unflagged ones, the rest paragraphs; others are disjoint."""
     rng = np.random.default_rng(seed)
     sample, others = [], []
-    paragraphs = [
-        {"text": line.strip()}
-        for row in _rows(data / "wikitext2_articles.jsonl")
-        for line in row["text"].split("\n")
-        if len(line) > 200
-    ]
-    pools = (_rows(data / "civil_comments_spans.jsonl"), _rows(data / "civil_comments_unflagged.jsonl"), paragraphs)
+    pools = (
+        read_rows(data / "civil_comments_spans.jsonl"),
+        read_rows(data / "civil_comments_unflagged.jsonl"),
+        read_paragraphs(data),
+    )
     for pool, share in zip(pools, (0.6, 0.3, 0.1), strict=True):
         order = rng.permutation(len(pool))
         number = round(share * count)
@@ -275,7 +274,7 @@ def factor_documents(tokenizer: Any, others: Sequence[Document], tokens: int) ->
 def read_queries(data: Path, count: int, seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """`count` toxic and `count` other (prompt, continuation) pairs, by the labels of the rows."""
     toxic, benign = [], []
-    for row in _rows(data / "rtp_prompts.jsonl"):
+    for row in read_rows(data / "rtp_prompts.jsonl"):
         toxicity, text = row["continuation"]["toxicity"], row["continuation"]["text"]
         if toxicity is not None and text.strip():
             if toxicity >= 0.5:
@@ -292,12 +291,18 @@ def _texts(documents: Sequence[Document], blocks: Sequence[Any]) -> Iterator[tup
     return ((document["text"], block[1]) for document, block in zip(documents, blocks, strict=True))
 
 
-def _rows(path: Path) -> list[Document]:
+def read_paragraphs(data: Path) -> list[Document]:
+    """The paragraphs of the encyclopedia articles, headings left out."""
+    lines = (line for row in read_rows(data / "wikitext2_articles.jsonl") for line in row["text"].split("\n"))
+    return [{"text": line.strip()} for line in lines if len(line) > 200]
+
+
+def read_rows(path: Path) -> list[Document]:
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def _proxy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_proxy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if name == "smollm2":
         return load_smollm2()
     return linearise(load_model(ModelSource(source=name))), load_tokenizer(name)

@@ -89,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_flags(run, _run_all)
     run.add_argument("--until", choices=VERBS, help="the last verb to run (default: all)")
     _add_config_flags(commands.add_parser("compare", help="run, then train and measure compare.methods too"), _compare)
+    looked = commands.add_parser("analyse", help="logit lens, linear probes, adversarial suffixes of a run's models")
+    _add_config_flags(looked, _analyse)
     show = commands.add_parser("show", help="what each artifact of a run directory holds")
     show.add_argument("run_dir", type=location)
     show.set_defaults(function=_show)
@@ -182,6 +184,16 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _run_all(options: argparse.Namespace) -> int:
     run_pipeline(_load(options), dry_run=options.dry_run, until=options.until)
+    return 0
+
+
+def _analyse(options: argparse.Namespace) -> int:
+    from ifguide.stages.analyse import analyse
+    from ifguide.stages.run import Run
+
+    run = Run(config=_load(options))
+    if analyse(run, dry_run=options.dry_run):
+        print((run.analyses / "analyses.md").read_text(encoding="utf-8"), end="")
     return 0
 
 

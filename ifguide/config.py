@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ifguide.analyse_options import Analyse
 from ifguide.pretrain_options import Pretrain, check_pretrain
 from ifguide.sources import Input, LabelledTexts, Prompts, PromptSet
 from ifguide.storage import location
@@ -268,6 +269,7 @@ class Config:
     build_mask: BuildMask = BuildMask()
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
+    analyse: Analyse = Analyse()  # noqa: RUF009  # frozen
 
     @property
     def tokenizer_source(self) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ifguide.config import Config, ConfigError
+from ifguide.config import Config, ConfigError, LabelledTexts
 from ifguide.evaluation import Bootstrap, classifier_agreement
 from ifguide.stages.build_query import make_classifier
 from ifguide.stages.evaluation_figures import THRESHOLD
@@ -26,7 +27,9 @@ def check_classifiers(config: Config) -> list[dict[str, Any]]:
         ConfigError: no labelled texts are named, or rows outside of them. ValueError: bad rows, labels of one kind
             alone, or rows without the scores that `labels` reads.
     """
-    texts = _labelled(config)
+    if not config.evaluate.check_data:
+        raise ConfigError("evaluate.check_data: name JSONL or Parquet files of texts with labels (text, toxic)")
+    texts = labelled_texts(config.evaluate.check_data, "evaluate.check_data")
     labels = np.array([text.label for text in texts])
     bootstrap = Bootstrap(samples=config.evaluate.bootstrap_samples, seed=config.seed)
     found = []
@@ -47,16 +50,15 @@ def check_classifiers(config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def _labelled(config: Config) -> list[LabelledText]:
-    if not config.evaluate.check_data:
-        raise ConfigError("evaluate.check_data: name JSONL or Parquet files of texts with labels (text, toxic)")
+def labelled_texts(sources: Sequence[LabelledTexts], dotted_key: str) -> list[LabelledText]:
+    """The configured rows of all `sources`, in order. Raises ConfigError for rows outside of a file."""
     texts: list[LabelledText] = []
-    for index, source in enumerate(config.evaluate.check_data):
+    for index, source in enumerate(sources):
         rows = read_labelled(source.path, text_column=source.text_column, label_column=source.label_column)
         start, stop = source.rows or (0, len(rows))
         if stop > len(rows):
             raise ConfigError(
-                f"evaluate.check_data[{index}].rows: [{start}, {stop}) is not within the {len(rows)} of {source.path}"
+                f"{dotted_key}[{index}].rows: [{start}, {stop}) is not within the {len(rows)} of {source.path}"
             )
         texts += rows[start:stop]
     return texts

@@ -15,7 +15,7 @@ from ifguide import artifacts
 from ifguide.config import Config, ConfigError, ModelSource, result_options, to_mapping, to_yaml
 from ifguide.storage import is_remote, location
 
-LOCAL_VERBS = ("pretrain", "evaluate")  # they append, link and map files
+LOCAL_VERBS = ("pretrain", "evaluate", "analyse")  # they append, link and map files
 BASELINE, PENALISED = "baseline", "penalised"
 
 
@@ -36,6 +36,7 @@ class Run:
     scores = property(lambda self: self.folder / "scores")
     ranking = property(lambda self: self.folder / "ranking")
     mask = property(lambda self: self.folder / "mask")
+    analyses = property(lambda self: self.folder / "analyses")
     generations = property(lambda self: self.folder / "generations")
     report = property(lambda self: self.folder / self.config.evaluate.report)
 

@@ -13,8 +13,8 @@ JOBS = Path(__file__).parents[2] / "jobs"
 
 
 def test_every_verb_has_a_job_script_a_stage_and_a_config_section() -> None:
-    assert {path.stem for path in JOBS.glob("*.py")} == {*VERBS, "run", "compare"}
-    for verb in (*VERBS, "compare"):
+    assert {path.stem for path in JOBS.glob("*.py")} == {*VERBS, "run", "compare", "analyse"}
+    for verb in (*VERBS, "compare", "analyse"):
         assert f'main(["{verb}"' in (JOBS / f"{verb}.py").read_text()
         assert (JOBS.parent / "ifguide" / "stages" / f"{verb}.py").is_file()
 

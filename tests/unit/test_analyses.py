@@ -1,0 +1,171 @@
+"""Lens, probes and adversarial suffixes against what they mean, on tiny models of several families."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ifguide.analyses import (
+    Budget,
+    LogitLens,
+    attack,
+    final_norm,
+    greedy_continuation,
+    mean_residuals,
+    one_hot_gradient,
+    overrepresented_tokens,
+    probe_layers,
+    target_losses,
+)
+from ifguide.analyses.adversarial import replacements
+from ifguide.evaluation import Bootstrap
+from tests.tiny import VOCABULARY, tiny_model
+
+FAMILIES = ("gpt_neox", "llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neo")  # soft caps, scaled embeddings, ...
+TEXTS = [[5, 9, 3, 30, 7], [11, 2], [8, 8, 40]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_lens_at_the_last_depth_is_the_models_own_prediction(family: str) -> None:
+    model = tiny_model(family, dtype=torch.float64)
+    logits_BLV = LogitLens(model).logits(TEXTS)
+    assert logits_BLV.shape == (3, 3, VOCABULARY)
+    with torch.no_grad():
+        own_BV = torch.stack([model(torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in TEXTS])
+    torch.testing.assert_close(logits_BLV[:, -1], own_BV, rtol=1e-12, atol=1e-12)
+    assert (logits_BLV[:, 1] - own_BV).abs().max() > 1e-3  # and not at the depth before
+
+
+def test_the_lens_at_an_inner_depth_is_norm_and_head_of_the_block_by_hand() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    with torch.no_grad():
+        hidden = model(torch.tensor([TEXTS[0]]), output_hidden_states=True, use_cache=False).hidden_states
+        by_hand = [model.lm_head(model.model.norm(hidden[depth][0, -1])) for depth in (0, 1)]
+    torch.testing.assert_close(LogitLens(model).logits(TEXTS[:1])[0, :2], torch.stack(by_hand), rtol=1e-10, atol=1e-10)
+    mass_NL = LogitLens(model).mass(TEXTS, [4, 7, 4], batch_size=2)
+    np.testing.assert_allclose(mass_NL[0, :2], [float(z.softmax(-1)[[4, 7]].sum()) for z in by_hand], rtol=1e-6)
+    with pytest.raises(ValueError, match="word_list"):
+        LogitLens(model).mass(TEXTS, [], batch_size=2)
+
+
+def test_a_model_without_a_last_norm_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"OPTForCausalLM has no norm"):
+        final_norm(tiny_model("opt_350m"))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma3"])
+def test_mean_residuals_are_means_of_each_text_alone(family: str) -> None:
+    model = tiny_model(family)
+    found_LND = mean_residuals(model, TEXTS, batch_size=2)
+    for i, ids in enumerate(TEXTS):
+        alone = mean_residuals(model, [ids], batch_size=1)[:, 0]
+        torch.testing.assert_close(found_LND[:, i], alone, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        hidden = model(torch.tensor([TEXTS[0]]), output_hidden_states=True, use_cache=False).hidden_states
+    for depth in (0, 1):  # the last of transformers' own is behind the norm
+        torch.testing.assert_close(found_LND[depth, 0], hidden[depth][0].mean(0), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="text 1 has no tokens"):
+        mean_residuals(model, [[1], []], batch_size=2)
+
+
+def test_overrepresented_tokens_are_ranked_by_the_ratio_of_shares() -> None:
+    texts, others = [[1, 1, 1, 2, 2, 2, 3, 3]], [[2, 5, 5, 5, 5, 5]]
+    assert overrepresented_tokens(texts, others, 5) == [1, 2]  # 3 is too rare
+    assert overrepresented_tokens(texts, others, 1) == [1]
+    assert overrepresented_tokens([[5, 5, 5]], [[5, 5, 5]], 5) == []
+
+
+def test_probes_find_what_is_separable_and_nothing_in_noise() -> None:
+    rng = np.random.default_rng(0)
+    labels_N = np.arange(80) < 40
+    noise_ND = rng.normal(size=(80, 4))
+    separable_ND = noise_ND + 12 * labels_N[:, None]
+    found = probe_layers(
+        np.stack([noise_ND, separable_ND]), labels_N, folds=4, seed=0, bootstrap=Bootstrap(samples=100)
+    )
+    assert found[1]["accuracy"]["value"] == found[1]["auroc"]["value"] == 1
+    assert found[0]["auroc"]["value"] < 0.7
+    assert found[0]["auroc"]["low"] < found[0]["auroc"]["value"] < found[0]["auroc"]["high"]
+    with pytest.raises(ValueError, match=r"analyse\.folds"):
+        probe_layers(noise_ND[None], np.arange(80) < 3, folds=4, seed=0, bootstrap=Bootstrap(samples=100))
+
+
+CONTEXT, SUFFIX, TARGET = [5, 9, 3], [7, 7, 7, 7], [12, 31]
+
+
+def loss_by_hand(model: PreTrainedModel, embedded_TD: Tensor, target: list[int]) -> Tensor:
+    """The mean NLL of the target after its context, from one plain forward pass."""
+    log_p_TV = model(inputs_embeds=embedded_TD[None], use_cache=False).logits[0].log_softmax(-1)
+    places = range(len(embedded_TD) - len(target) - 1, len(embedded_TD) - 1)
+    return -torch.stack([log_p_TV[place, token] for place, token in zip(places, target, strict=True)]).mean()
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma3"])
+def test_one_hot_gradient_is_the_finite_difference_of_the_loss(family: str) -> None:
+    model = tiny_model(family, dtype=torch.float64)
+    ids = [*CONTEXT, *SUFFIX, *TARGET]
+    gradient_SV = one_hot_gradient(model, ids, (3, 7), 2)
+    embed, step = model.get_input_embeddings(), 1e-4
+    with torch.no_grad():
+        embedded_TD = embed(torch.tensor(ids))
+        for place, token in ((0, 4), (2, 40), (3, 7)):
+            change_TD = torch.zeros_like(embedded_TD)
+            change_TD[3 + place] = step * embed(torch.tensor(token))
+            up, down = (loss_by_hand(model, embedded_TD + sign * change_TD, TARGET) for sign in (1, -1))
+            expected = float(up - down) / (2 * step)
+            assert float(gradient_SV[place, token]) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_candidate_losses_are_those_of_a_plain_forward_pass() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    sequences = [[*CONTEXT, *suffix, *TARGET] for suffix in (SUFFIX, [1, 2, 3, 4])]
+    with torch.no_grad():
+        expected = [loss_by_hand(model, model.get_input_embeddings()(torch.tensor(ids)), TARGET) for ids in sequences]
+    torch.testing.assert_close(target_losses(model, sequences, 2).clone(), torch.stack(expected))
+
+
+def test_replacements_change_one_place_to_one_of_its_top() -> None:
+    top_SK = np.array([[10, 11], [20, 21], [30, 31]])
+    found = replacements([1, 2, 3], top_SK, 60, np.random.default_rng(0))
+    changed = [[(i, token) for i, token in enumerate(each) if token != [1, 2, 3][i]] for each in found]
+    assert {len(each) for each in changed} == {1}
+    assert {each[0] for each in changed} == {(i, token) for i in range(3) for token in top_SK[i].tolist()}
+
+
+def test_an_attack_lowers_the_loss_within_the_allowed_tokens_and_says_what_is_decoded() -> None:
+    model = tiny_model("gpt_neox")
+    allowed_V = torch.arange(VOCABULARY) >= 8
+    budget = Budget(steps=15, candidates=24, top_k=8, batch_size=10)
+    found = attack(model, CONTEXT, TARGET, SUFFIX, budget, seed=0, allowed_V=allowed_V)
+    ids = [*CONTEXT, *found.suffix, *TARGET]
+    assert found.loss < found.first_loss
+    assert found.loss == pytest.approx(float(target_losses(model, [ids], 2)[0]), rel=1e-4)
+    assert found.first_loss == pytest.approx(
+        float(target_losses(model, [[*CONTEXT, *SUFFIX, *TARGET]], 2)[0]), rel=1e-4
+    )
+    assert all(token == 7 or token >= 8 for token in found.suffix)
+    with torch.no_grad():
+        likeliest = model(torch.tensor([ids])).logits[0, -3:-1].argmax(-1).tolist()
+    assert found.exact == (likeliest == TARGET)
+    assert found == attack(model, CONTEXT, TARGET, SUFFIX, budget, seed=0, allowed_V=allowed_V)
+
+
+def test_an_attack_ends_at_once_where_the_target_is_decoded_anyway() -> None:
+    model = tiny_model("gpt_neox")
+    target = greedy_continuation(model, [*CONTEXT, *SUFFIX], 2)
+    found = attack(model, CONTEXT, target, SUFFIX, Budget(steps=3, candidates=4, top_k=4, batch_size=4), seed=0)
+    assert (found.exact, found.steps, list(found.suffix)) == (True, 0, SUFFIX)
+
+
+def test_candidates_that_do_not_survive_as_text_are_left_out() -> None:
+    model = tiny_model("gpt_neox")
+    budget = Budget(steps=4, candidates=24, top_k=8, batch_size=8)
+    found = attack(
+        model, CONTEXT, TARGET, SUFFIX, budget, seed=0, keeps_its_tokens=lambda suffix: suffix[0] == SUFFIX[0]
+    )
+    assert found.suffix[0] == SUFFIX[0]
+    with pytest.raises(ValueError, match="at least one token"):
+        attack(model, CONTEXT, [], SUFFIX, budget, seed=0)
