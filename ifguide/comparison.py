@@ -19,9 +19,12 @@ Interval = tuple[float | None, float | None, float | None]  # value, low, high
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model. `ratio` is its perplexity over the first model's; `p_value` of the difference in EMT to the first."""
+    """One model. `ratio` is its perplexity over the first model's; `p_value` of the difference in EMT to the first.
+
+    `fluency_of` names the model that a decoding method decodes: perplexity and last words are that one's."""
 
     model: str
+    made_by: str
     masked_share: float | None
     penalty: float | None
     emt: Interval
@@ -31,6 +34,7 @@ class Row:
     last_word_accuracy: float | None
     distinct_2: float | None
     p_value: float | None
+    fluency_of: str | None = None
 
 
 def rows_of(models: Sequence[ModelRow]) -> list[Row]:
@@ -39,8 +43,9 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
     return [
         Row(
             model=model.name,
-            masked_share=model.masked_share,
-            penalty=model.penalty,
+            made_by=model.made.by,
+            masked_share=model.made.masked_share,
+            penalty=model.made.penalty,
             emt=_interval(model.whole.emt),
             tp=_interval(model.whole.tp),
             perplexity=_interval(model.perplexity) if model.perplexity else None,
@@ -48,15 +53,17 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
             last_word_accuracy=model.last_word_accuracy.value if model.last_word_accuracy else None,
             distinct_2=model.whole.text["distinct_2"].value,
             p_value=model.whole.emt.difference.p_value if model.whole.emt.difference else None,
+            fluency_of=model.made.decodes,
         )
         for model in models
     ]
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """A Markdown table, one line a model."""
+    """A Markdown table, one line a model, and a note below it if there are decoding methods."""
     titles = (
         "model",
+        "made by",
         "tokens masked",
         "penalty",
         "EMT",
@@ -70,19 +77,28 @@ def as_markdown(rows: Sequence[Row]) -> str:
     cells = [
         (
             row.model,
+            row.made_by,
             _text(row.masked_share, ".2%"),
             _text(row.penalty, "g"),
             _with_interval(row.emt, ".3f"),
             _with_interval(row.tp, ".3f"),
-            _with_interval(row.perplexity, ".1f"),
-            _text(row.ratio, ".3f"),
-            _text(row.last_word_accuracy, ".3f"),
+            _starred(row, _with_interval(row.perplexity, ".1f")),
+            _starred(row, _text(row.ratio, ".3f")),
+            _starred(row, _text(row.last_word_accuracy, ".3f")),
             _text(row.distinct_2, ".3f"),
             _text(row.p_value, ".3f"),
         )
         for row in rows
     ]
-    return markdown_table(titles, cells)
+    table = markdown_table(titles, cells)
+    decoded = [f"{row.model}: {row.fluency_of}" for row in rows if row.fluency_of]
+    if decoded:
+        table += f"\n\\* of the model that is decoded ({', '.join(decoded)}): decoding does not change it.\n"
+    return table
+
+
+def _starred(row: Row, text: str) -> str:
+    return rf"{text}\*" if text and row.fluency_of else text
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from typing import Any, Literal
 import yaml
 
 from ifguide.analyse_options import Analyse
+from ifguide.compare_options import Compare, check_compare
 from ifguide.pretrain_options import Pretrain, check_pretrain
-from ifguide.sources import Input, LabelledTexts, Prompts, PromptSet
+from ifguide.sources import ClassifierSource, Input, LabelledTexts, Prompts, PromptSet
 from ifguide.storage import location
 from ifguide.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
 
@@ -48,21 +49,6 @@ class ModelSource:
     architecture: dict[str, Any] | None = None
     revision: str | None = None
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierSource:
-    """A text classifier: `detoxify:original|unbiased|multilingual|original-small|unbiased-small`, `hf:SOURCE` (any
-    sequence classifier, by hub id or local folder), `alt-profanity-check`, `words:FILE` (one word or phrase a line), or
-    `labels` (scores already in the rows). `label` is the label of an hf classifier that counts. `checkpoint` is a
-    local Detoxify checkpoint, `huggingface_config` a local folder with its model's config and tokenizer, for a machine
-    that cannot reach the hub."""
-
-    name: str = "detoxify:original"
-    label: str | None = None
-    checkpoint: str | None = None
-    huggingface_config: str | None = None
-    batch_size: int = option(64, at_least=1, affects_result=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +93,18 @@ class FitFactors:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildQuery:
-    """The direction V = (EK-FAC + damping)^-1 [mean toxic - mean non-toxic completion gradient].
+    """The direction V = (EK-FAC + damping)^-1 [mean toxic - mean non-toxic completion gradient]. With `differential`
+    false the mean of the toxic completions stands alone: plain influence, which finds what is merely common too.
     `damping` null means `damping_scale` * mean(lambda) per module. `factors` names a folder of factors that
     kronfluence fitted elsewhere; null means the run's own."""
 
     prompts: Prompts | None = None
-    classifier: ClassifierSource = ClassifierSource()
+    classifier: ClassifierSource = ClassifierSource()  # noqa: RUF009  # frozen
     toxic_threshold: float = option(0.5, at_least=0, at_most=1)
     nontoxic_threshold: float = option(0.1, at_least=0, at_most=1)
     max_toxic: int = option(10_000, at_least=1)
     max_nontoxic: int = option(10_000, at_least=1)
+    differential: bool = True
     max_tokens: int = option(512, at_least=2)
     batch_tokens: int = option(4096, at_least=1)
     partitions: int = option(1, at_least=1)
@@ -192,7 +180,7 @@ class Evaluate:
     max_prompts: int | None = option(None, at_least=1)
     balanced: bool = False
     prompt_sets: dict[str, PromptSet] = field(default_factory=dict)
-    classifier: ClassifierSource = ClassifierSource()
+    classifier: ClassifierSource = ClassifierSource()  # noqa: RUF009  # frozen
     classifiers: dict[str, ClassifierSource] = field(default_factory=dict)
     bootstrap_samples: int = option(1000, at_least=100)
     report: str = option("report", affects_result=False)
@@ -216,41 +204,6 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """A way to train that `compare` sets beside the run's own models: which tokens are masked, and their `penalty`.
-
-    `mask`: `influence` (the run's), `random` (as many tokens), `annotated` (tokens within the spans that came with the
-    documents), `words` and `sentences` (found by the word list, by the classifier), `word_documents`, `documents` and
-    `annotated_documents` (all of a document that holds such words, that the classifier flags, that has such a span).
-    `penalty` 0: masked tokens carry no loss, which filters them; null: that of `pretrain`."""
-
-    mask: Literal[
-        "influence",
-        "random",
-        "annotated",
-        "words",
-        "sentences",
-        "word_documents",
-        "documents",
-        "annotated_documents",
-    ]
-    penalty: float | None = option(None, at_least=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compare:
-    """The grid of `compare`. `classifier` null is that of `evaluate`; a text counts from `threshold` on. Words are
-    `evaluate.word_list`."""
-
-    methods: dict[str, Method] = field(default_factory=dict)
-    classifier: ClassifierSource | None = None
-    threshold: float = option(0.5, at_least=0, at_most=1)
-    cpus_per_task: float = option(1.0, above=0, affects_result=False)
-    gpus_per_task: float = option(0.0, at_least=0, affects_result=False)
-    max_attempts: int = option(3, at_least=1, affects_result=False)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole run. `proxy` left empty means: the baseline that `pretrain` makes is the proxy."""
 
@@ -268,7 +221,7 @@ class Config:
     score_corpus: ScoreCorpus = ScoreCorpus()
     build_mask: BuildMask = BuildMask()
     evaluate: Evaluate = Evaluate()
-    compare: Compare = Compare()
+    compare: Compare = Compare()  # noqa: RUF009  # frozen
     analyse: Analyse = Analyse()  # noqa: RUF009  # frozen
 
     @property
@@ -368,8 +321,9 @@ def _check_across(config: Config) -> None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
     _check_evaluate(config.evaluate)
     for name in config.compare.methods:
-        if not NAME.fullmatch(name) or name in ("baseline", "penalised", *config.evaluate.models):
-            raise ConfigError(f"compare.methods: {name!r} names a folder of its own; use another name, of {NAME_RULE}")
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"compare.methods: {name!r} names a folder; use {NAME_RULE}")
+    check_compare(config.compare, config.evaluate.models)
     for name in ("proxy", "target"):
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:

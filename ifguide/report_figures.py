@@ -75,18 +75,29 @@ class PromptSet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Made:
+    """How a model came about: `by` in words, and of the training it has its weights from the masked share and penalty.
+
+    `decodes` names the model whose weights a decoding method leaves as they are."""
+
+    by: str = "given"
+    masked_share: float | None = None
+    penalty: float | None = None
+    decodes: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelRow:
     """A model's figures; `sets[0]` is the set that the summary speaks of. Accuracies are in [0, 1].
 
-    `masked_share` of the training tokens and `penalty` on them: known of models that a comparison trained."""
+    Where `made` says that it decodes another's weights, the fluency figures are those of that model."""
 
     name: str
     sets: tuple[PromptSet, ...]
     perplexity: Figure | None = None
     last_word_accuracy: Figure | None = None
     last_token_accuracy: Figure | None = None
-    masked_share: float | None = None
-    penalty: float | None = None
+    made: Made = Made()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -98,18 +109,17 @@ class ModelRow:
         return self.groups[0]
 
 
-def model_rows(
-    metrics: Mapping[str, Any], trained: Mapping[str, tuple[float | None, float | None]] | None = None
-) -> tuple[ModelRow, ...]:
-    """One row for each model of `metrics`, in its order; `trained`: model -> (masked share, penalty)."""
+def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = None) -> tuple[ModelRow, ...]:
+    """One row for each model of `metrics`, in its order, each with how it was made where that is known."""
     rows = []
     for name, measured in metrics["models"].items():
         paired = metrics["paired"].get(name, {})
-        share, penalty = (trained or {}).get(name, (None, None))
+        how = (made or {}).get(name, Made())
+        source = how.decodes or name
         fluency = {
-            key: _figure(measured[key], paired.get(key))
+            key: _figure(metrics["models"][source][key], metrics["paired"].get(source, {}).get(key))
             for key in ("perplexity", "last_word_accuracy", "last_token_accuracy")
-            if measured[key]
+            if metrics["models"][source][key]
         }
         sets = (
             PromptSet(
@@ -119,7 +129,7 @@ def model_rows(
             )
             for set_name, kinds in measured["sets"].items()
         )
-        rows.append(ModelRow(name=name, sets=tuple(sets), **fluency, masked_share=share, penalty=penalty))
+        rows.append(ModelRow(name=name, sets=tuple(sets), **fluency, made=how))
     return tuple(rows)
 
 

@@ -1,4 +1,4 @@
-"""Where documents, prompts and labelled texts come from: what sections of the config name."""
+"""Where documents, prompts, labelled texts and classifiers come from: what sections of the config name."""
 
 from __future__ import annotations
 
@@ -49,3 +49,18 @@ class LabelledTexts:
     text_column: str = "text"
     label_column: str = "toxic"
     rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSource:
+    """A text classifier: `detoxify:original|unbiased|multilingual|original-small|unbiased-small`, `hf:SOURCE` (any
+    sequence classifier, by hub id or local folder), `alt-profanity-check`, `words:FILE` (one word or phrase a line), or
+    `labels` (scores already in the rows). `label` is the label of an hf classifier that counts. `checkpoint` is a
+    local Detoxify checkpoint, `huggingface_config` a local folder with its model's config and tokenizer, for a machine
+    that cannot reach the hub."""
+
+    name: str = "detoxify:original"
+    label: str | None = None
+    checkpoint: str | None = None
+    huggingface_config: str | None = None
+    batch_size: int = option(64, at_least=1, affects_result=False)

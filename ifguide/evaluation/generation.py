@@ -23,7 +23,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -52,6 +52,23 @@ class Sampling:
             raise ValueError("continuations and max_new_tokens must be at least 1")
         if not 0 < self.top_p <= 1 or not self.temperature > 0:
             raise ValueError(f"need 0 < top_p <= 1 and temperature > 0, got {self.top_p} and {self.temperature}")
+
+
+class GuidedRows(Protocol):
+    """Rows being sampled under a guide."""
+
+    def shift(self, logits_RV: Tensor) -> Tensor:
+        """The logits to draw each row's next token from, (R, V), given the model's; -inf rules a token out."""
+
+    def take(self, tokens_R: Tensor) -> None:
+        """Each row's sampled token."""
+
+
+class Guide(Protocol):
+    """What changes a model's logits while it is sampled from (`evaluation.reward_decoding`)."""
+
+    def begin(self, prompt_BT: Tensor, continuations: int) -> GuidedRows:
+        """B x continuations rows, those of a prompt together, before their first token."""
 
 
 def sample_continuations(
@@ -83,8 +100,9 @@ def sample_tokens(
     *,
     batch_size: int,
     prompt_ids: Sequence[int] | None = None,
+    guide: Guide | None = None,
 ) -> list[list[list[int]]]:
-    """Per prompt its sampled continuations as token ids, cut before the first EOS.
+    """Per prompt its sampled continuations as token ids, cut before the first EOS; `guide` shifts the logits.
 
     `batch_size` counts sequences (prompts times continuations); a batch holds at least one prompt. `prompt_ids`
     (default: 0, 1, 2, ...) name the prompts for the random numbers: the same in every shard. Torch's random state is
@@ -98,13 +116,13 @@ def sample_tokens(
     ids = list(range(len(prompts))) if prompt_ids is None else list(prompt_ids)
     if len(ids) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(ids)} prompt_ids")
-    encoded = _encode_prompts(model, tokenizer, prompts, sampling.max_new_tokens)
+    encoded = encode_prompts(model, tokenizer, prompts, sampling.max_new_tokens)
     sampled: list[list[list[int]]] = [[] for _ in prompts]
     with evaluating(model):
         for batch in _equal_length_batches(encoded, max(1, batch_size // sampling.continuations)):
             prompt_BT = torch.tensor([encoded[i] for i in batch], device=model.device)
             uniforms = _uniforms(sampling, [ids[i] for i in batch])
-            rows = _sample_batch(model, prompt_BT, uniforms, sampling, tokenizer.eos_token_id)
+            rows = _sample_batch(model, prompt_BT, uniforms, sampling, tokenizer.eos_token_id, guide)
             for place, index in enumerate(batch):
                 first = place * sampling.continuations
                 sampled[index] = rows[first : first + sampling.continuations]
@@ -122,10 +140,10 @@ def token_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) ->
     return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]] if len(prompts) else []
 
 
-def _encode_prompts(
+def encode_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
-    """Token ids of each prompt: never empty, and short enough to be continued."""
+    """Token ids of each prompt as `sample_tokens` takes them: never empty, and short enough to be continued."""
     room = max_positions(model) - max_new_tokens
     if room < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in this model")
@@ -160,7 +178,12 @@ def _uniforms(sampling: Sampling, prompt_ids: Sequence[int]) -> np.ndarray:
 
 
 def _sample_batch(
-    model: Any, prompt_BT: Tensor, uniforms: np.ndarray, sampling: Sampling, eos_token_id: int | None
+    model: Any,
+    prompt_BT: Tensor,
+    uniforms: np.ndarray,
+    sampling: Sampling,
+    eos_token_id: int | None,
+    guide: Guide | None = None,
 ) -> list[list[int]]:
     """Sampled ids of each of B x continuations rows, cut before the first EOS."""
     rows = len(uniforms)
@@ -170,11 +193,14 @@ def _sample_batch(
     cache = output.past_key_values
     cache.batch_repeat_interleave(sampling.continuations)
     logits_RV = output.logits[:, -1].repeat_interleave(sampling.continuations, dim=0)
+    guided = guide.begin(prompt_BT, sampling.continuations) if guide else None
     uniforms_RSU = torch.from_numpy(uniforms).to(prompt_BT.device)
     sampled_RS = torch.empty(rows, sampling.max_new_tokens, dtype=torch.int64, device=prompt_BT.device)
     ended_R = torch.zeros(rows, dtype=torch.bool, device=prompt_BT.device)
     steps = 0
     for step in range(sampling.max_new_tokens):
+        if guided:
+            logits_RV = guided.shift(logits_RV)
         next_R = sample_nucleus(logits_RV, uniforms_RSU[:, step], sampling.top_p, sampling.temperature)
         sampled_RS[:, step] = next_R
         steps = step + 1
@@ -185,6 +211,8 @@ def _sample_batch(
         if steps < sampling.max_new_tokens:
             output = model(input_ids=next_R[:, None], past_key_values=cache, use_cache=True)
             cache, logits_RV = output.past_key_values, output.logits[:, -1]
+            if guided:
+                guided.take(next_R)
     return [_before(tokens, eos_token_id) for tokens in sampled_RS[:, :steps].tolist()]
 
 

@@ -183,12 +183,16 @@ def _select_rows(config: Any) -> tuple[list[str], dict[str, Any]]:
         seed=config.seed,
     )
     lines = []
-    for toxic, chosen, scores in ((True, sets.toxic, sets.toxic_scores), (False, sets.nontoxic, sets.nontoxic_scores)):
+    used = [(True, sets.toxic, sets.toxic_scores)]
+    if options.differential:
+        used.append((False, sets.nontoxic, sets.nontoxic_scores))
+    for toxic, chosen, scores in used:
         for row, score in zip(chosen, scores, strict=True):
             query = {"row": row.row, "toxic": toxic, "score": score, "prompt": row.prompt}
             lines.append(json.dumps({**query, "completion": row.continuation}, ensure_ascii=False))
     counts = {name: getattr(sets, name) for name in ("toxic_found", "nontoxic_found", "undecided", "unusable")}
-    return lines, {"rows": len(rows), "toxic": len(sets.toxic), "nontoxic": len(sets.nontoxic), **counts}
+    nontoxic = len(lines) - len(sets.toxic)
+    return lines, {"rows": len(rows), "toxic": len(sets.toxic), "nontoxic": nontoxic, **counts}
 
 
 class SumGradients:
@@ -211,7 +215,8 @@ class SumGradients:
         lines = (self.folder / QUERIES).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         toxic = sum(row["toxic"] for row in rows)
-        weight = {True: 1 / toxic, False: -1 / (len(rows) - toxic)}
+        nontoxic = len(rows) - toxic
+        weight = {True: 1 / toxic, False: -1 / nontoxic if nontoxic else 0.0}
         mine = rows[descriptor["partition"] :: self.options["partitions"]]
         queries = [
             tokenise_query(self.tokenizer, row["prompt"], row["completion"], max_tokens=self.options["max_tokens"])

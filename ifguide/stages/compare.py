@@ -1,29 +1,42 @@
-"""`compare`: models whose training differs in what is masked and in nothing else, measured side by side.
+"""`compare`: the run's models beside those of other methods: other masks, DPO, reward-augmented decoding.
 
-Every method of `compare.methods` gets a run directory of its own in `compare/<name>`, with this run's corpus and the
-method's mask, and is trained as this run's models were: the same blocks in the same order, the same initial weights.
-`compare/report/` holds the figures of all of them, with the run's own models first, as `comparison.md`,
-`comparison.json`, `comparison.png`, `metrics.json` and as a page, `index.html`. Running it again resumes.
+A method with a mask gets a run directory of its own in `compare/<name>`, with this run's corpus and the method's mask,
+and is trained as this run's models were: the same blocks in the same order, the same initial weights. What DPO and RAD
+need is made by `stages.preference_methods`. `compare/report/` holds the figures of all models, with the run's own
+first, as `comparison.md`, `comparison.json`, `comparison.png`, `metrics.json` and as a page, `index.html`. Running it
+again resumes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ifguide.artifacts import MANIFEST, Manifest, publish, read_manifest, require, write_json
+from ifguide.compare_options import Dpo, Method, Rad
 from ifguide.comparison import as_json, as_markdown, draw, rows_of
-from ifguide.config import ConfigError, Method
+from ifguide.config import ConfigError
 from ifguide.report import REPORT_FILES, write_report
-from ifguide.report_figures import model_rows
+from ifguide.report_figures import Made, model_rows
+from ifguide.stages.build_mask import build_mask
+from ifguide.stages.build_query import build_query
 from ifguide.stages.evaluate import METRICS, measure_models, models_to_evaluate
 from ifguide.stages.evaluation_prompts import chosen_sets
 from ifguide.stages.method_masks import VERB, check_method, make_method_mask
+from ifguide.stages.preference_methods import (
+    check_preferences,
+    make_dpo_model,
+    make_reward_model,
+    make_samples,
+    rad_fingerprint,
+)
 from ifguide.stages.pretrain import pretrain
 from ifguide.stages.report_data import comparison_data
 from ifguide.stages.run import BASELINE, PENALISED, Run, link
+from ifguide.stages.score_corpus import score_corpus
 from ifguide.stages.shards import LEDGER
 from ifguide.telemetry import log
 
@@ -38,24 +51,76 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if not methods:
         raise ConfigError("compare.methods: name some, `name: {mask: ..., penalty: ...}`; see configs/demo.yaml")
     for name, method in methods.items():
-        check_method(run, name, method)
+        if method.mask is not None:
+            check_method(run, name, method)
+        else:
+            check_preferences(run.config, f"compare.methods.{name}")
     if dry_run:
         for name, method in methods.items():
-            log(VERB, f"would train {name}: {method.mask} masked, penalty {_penalty(run, method):g}")
+            log(VERB, f"would {'sample with' if method.rad else 'train'} {name}: {_describe(run, method)}")
         return None
     require(run.model(BASELINE), "pretrain --set pretrain.use_mask=false")
-    models = models_to_evaluate(run)
-    children = {name: method_run(run, name, method) for name, method in methods.items()}
-    trained = {name: _trained(run, name) for name in (BASELINE, PENALISED) if name in models}
+    grid = _Grid(run)
     for name, method in methods.items():
-        child = children[name]
-        mask = _mask(run, child, method)
+        grid.add(name, method)
+    return _measure(run, grid)
+
+
+class _Grid:
+    """The models of a comparison, the run's own first, and how each was made."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.models = models_to_evaluate(run)
+        self.made = {name: _own(run, name) for name in (BASELINE, PENALISED) if name in self.models}
+        self.guides: dict[str, dict[str, Any]] = {}
+        self.children: dict[str, Run] = {}
+
+    def add(self, name: str, method: Method) -> None:
+        """Train the method's model, or say how it decodes another's."""
+        if method.dpo:
+            self._add_dpo(name, method.dpo)
+        elif method.rad:
+            self._add_rad(name, method.rad)
+        else:
+            self._add_mask(name, method)
+
+    def _add_mask(self, name: str, method: Method) -> None:
+        child = method_run(self.run, name, method)
+        mask = _mask(self.run, child, method)
         pretrain(child)
-        manifest = read_manifest(child.model(PENALISED))
-        models[name] = (str(child.model(PENALISED) / "hf"), manifest.fingerprint)
-        trained[name] = (_share(mask), _penalty(run, method))
-        log(VERB, f"{name}: {mask.summary['tokens_masked']:,} tokens masked ({_share(mask):.2%}), trained")
-    return _measure(run, models, trained, children)
+        self.children[name] = child
+        self.models[name] = _model(child.model(PENALISED) / "hf", read_manifest(child.model(PENALISED)))
+        penalty, share = _penalty(self.run, method), _share(mask)
+        self.made[name] = Made(by=method.describe(), masked_share=share, penalty=penalty)
+        log(VERB, f"{name}: {mask.summary['tokens_masked']:,} tokens masked ({share:.2%}), trained")
+
+    def _add_dpo(self, name: str, method: Dpo) -> None:
+        samples = make_samples(self.run, self.models[BASELINE])
+        start = self._start(name, "dpo", method.model)
+        self.models[name] = _model(*make_dpo_model(self.run, name, method, start, samples))
+        self.made[name] = replace(self.made[method.model], by=f"DPO of {method.model}")
+
+    def _add_rad(self, name: str, method: Rad) -> None:
+        samples = make_samples(self.run, self.models[BASELINE])
+        folder, reward = make_reward_model(self.run, self.models[BASELINE], samples)
+        start = self._start(name, "rad", method.model)
+        self.models[name] = (start[0], rad_fingerprint(method, start, reward))
+        self.guides[name] = {"reward": str(folder), "beta": method.beta, "top_k": method.top_k}
+        self.made[name] = replace(self.made[method.model], by=f"RAD of {method.model}", decodes=method.model)
+
+    def _start(self, name: str, kind: str, model: str) -> tuple[str, str]:
+        if model not in self.models:
+            raise ConfigError(f"compare.methods.{name}.{kind}.model: this run has no finished model {model}")
+        return self.models[model]
+
+
+def _model(folder: Path, manifest: Manifest) -> tuple[str, str]:
+    return str(folder), manifest.fingerprint
+
+
+def _describe(run: Run, method: Method) -> str:
+    return method.describe() + (f", penalty {_penalty(run, method):g}" if method.mask else "")
 
 
 def method_run(run: Run, name: str, method: Method) -> Run:
@@ -72,18 +137,37 @@ def method_run(run: Run, name: str, method: Method) -> Run:
 
 
 def _mask(run: Run, child: Run, method: Method) -> Manifest:
+    if method.mask == "plain_influence":
+        return _plain_influence(run, child)
     if method.mask != "influence":
         return make_method_mask(run, child, method)
     link(child.mask, run.mask)
     return require(run.mask, "build_mask")
 
 
-def _measure(
-    run: Run,
-    models: dict[str, tuple[str, str]],
-    trained: dict[str, tuple[float | None, float | None]],
-    children: dict[str, Run],
-) -> Manifest:
+def _plain_influence(run: Run, child: Run) -> Manifest:
+    """The mask of the same selection from scores of the toxic queries alone, with this run's factors and proxy."""
+    config = child.config
+    plain = Run(
+        config=replace(
+            config,
+            build_query=replace(config.build_query, differential=False),
+            score_corpus=replace(config.score_corpus, queries={}),
+            build_mask=replace(config.build_mask, behaviour=None),
+        )
+    )
+    link(plain.model(BASELINE), run.model(BASELINE))
+    if config.build_query.factors is None:
+        link(plain.factors, run.factors)
+    build_query(plain)
+    score_corpus(plain)
+    mask = build_mask(plain)
+    assert mask is not None
+    return mask
+
+
+def _measure(run: Run, grid: _Grid) -> Manifest:
+    models = grid.models
     # Generations of the run itself are of other models: this folder has its own.
     evaluation = replace(run.config.evaluate, report="report")
     whole = Run(config=replace(run.config, run_dir=str(run.folder / VERB), evaluate=evaluation))
@@ -93,15 +177,15 @@ def _measure(
     if artifact.manifest:
         log(VERB, f"complete: {whole.report / 'index.html'}")
         return artifact.manifest
-    results, metrics = measure_models(whole, models, sets)
+    results, metrics = measure_models(whole, models, sets, grid.guides)
     write_json(whole.report / METRICS, metrics)
-    measured = model_rows(metrics, trained)
+    measured = model_rows(metrics, grid.made)
     rows = rows_of(measured)
     write_json(whole.report / "comparison.json", as_json(rows))
     with publish(whole.report / "comparison.md") as part:
         part.write_text(as_markdown(rows), encoding="utf-8")
     draw(measured, whole.report / "comparison.png")
-    write_report(comparison_data(run, measured, metrics, children), whole.report)
+    write_report(comparison_data(run, measured, metrics, grid.children), whole.report)
     names = (METRICS, "comparison.json", "comparison.md", "comparison.png", *REPORT_FILES)
     files = [whole.report / name for name in names]
     files += [path for folder in ("continuations", "fluency") for path in (whole.report / folder).rglob("*.parquet")]
@@ -121,8 +205,9 @@ def _share(mask: Manifest) -> float:
     return float(summary["tokens_masked"]) / max(int(summary["predicted_tokens"]), 1)
 
 
-def _trained(run: Run, name: str) -> tuple[float | None, float | None]:
-    """Masked share and penalty of one of the run's own models."""
+def _own(run: Run, name: str) -> Made:
+    """How one of the run's own models was made."""
     if name == BASELINE or not (run.mask / MANIFEST).exists():
-        return None, None
-    return _share(read_manifest(run.mask)), run.config.pretrain.penalty
+        return Made(by="pretraining")
+    penalty = run.config.pretrain.penalty
+    return Made(by="influence masked", masked_share=_share(read_manifest(run.mask)), penalty=penalty)

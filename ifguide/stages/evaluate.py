@@ -22,8 +22,10 @@ from ifguide.artifacts import MANIFEST, Manifest, publish, read_manifest, verify
 from ifguide.config import Config, ConfigError, Input, ModelSource, config_from_mapping, to_mapping
 from ifguide.corpus import list_chunks, pack, read_documents, tokenise
 from ifguide.evaluation import last_word_accuracy, perplexity
+from ifguide.evaluation.reward_decoding import RewardGuide
 from ifguide.models import load_model, load_tokenizer
 from ifguide.report import REPORT_FILES, write_report
+from ifguide.reward_model import load_reward_model
 from ifguide.stages.build_query import make_classifier
 from ifguide.stages.evaluation_figures import CONTINUATIONS, FLUENCY, headline, measure, scored_file
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
@@ -91,13 +93,33 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
 
 def measure_models(
-    run: Run, models: dict[str, tuple[str, str]], sets: Mapping[str, Sequence[Any]]
+    run: Run,
+    models: dict[str, tuple[str, str]],
+    sets: Mapping[str, Sequence[Any]],
+    guides: Mapping[str, Mapping[str, Any]] = {},
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Generate, classify and measure, in the folders `run.generations` and `run.report`: the pieces' results by key,
     and the figures of `evaluation_figures.measure`. `models`: name -> (source, fingerprint), the first is the base.
+    `guides`: as in `continue_prompts`.
 
     Raises:
         StageError: a piece failed, or continuations are missing.
+    """
+    results = continue_prompts(run, models, sets, guides)
+    metrics = measure(run, list(models), sets, np.array(results["prompt-groups"]["flagged"], dtype=bool))
+    return results, metrics
+
+
+def continue_prompts(
+    run: Run,
+    models: dict[str, tuple[str, str]],
+    sets: Mapping[str, Sequence[Any]],
+    guides: Mapping[str, Mapping[str, Any]] = {},
+) -> dict[str, dict[str, Any]]:
+    """The part of `measure_models` that is done by workers: the pieces' results by key.
+
+    `guides`: model -> `reward` (folder), `beta` and `top_k` of reward-augmented decoding. Decoding changes neither
+    perplexity nor last words, so of those models they are not measured.
     """
     config = run.config.evaluate
     sources = {name: source for name, (source, _) in models.items()}
@@ -106,13 +128,14 @@ def measure_models(
     connect(run.config)
     results = run_shards(
         VERB,
-        _descriptors(run.config, pieces, list(models)),
+        _descriptors(run.config, pieces, list(models), guides),
         EvaluateModel,
         {
             "config": to_mapping(run.config),
             "models": sources,
             "folder": str(run.report),
             "generations": str(run.generations),
+            "guides": dict(guides),
         },
         folder=run.report,
         pool=Pool(
@@ -128,8 +151,7 @@ def measure_models(
     expected = sum(map(len, sets.values())) * config.continuations * len(models)
     if scored != expected:
         raise StageError(f"{VERB}: {scored} continuations where {expected} were asked for")
-    metrics = measure(run, list(models), sets, np.array(results["prompt-groups"]["flagged"], dtype=bool))
-    return results, metrics
+    return results
 
 
 def _check(config: Any) -> None:
@@ -156,13 +178,15 @@ def models_to_evaluate(run: Run) -> dict[str, tuple[str, str]]:
     return models
 
 
-def _descriptors(config: Config, pieces: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
+def _descriptors(
+    config: Config, pieces: list[dict[str, Any]], models: list[str], guides: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """All pieces of work, model by model, so that an actor seldom changes its model."""
     descriptors: list[dict[str, Any]] = []
     for model in models:
-        if config.evaluate.heldout:
+        if config.evaluate.heldout and model not in guides:
             descriptors.append({"key": f"{model}-heldout", "model": model, "kind": "heldout"})
-        if config.evaluate.cloze:
+        if config.evaluate.cloze and model not in guides:
             descriptors.append({"key": f"{model}-cloze", "model": model, "kind": "cloze"})
         for piece in pieces:
             if piece["model"] == model:
@@ -176,15 +200,24 @@ def _descriptors(config: Config, pieces: list[dict[str, Any]], models: list[str]
 class EvaluateModel:
     """Worker: one piece of the evaluation; keeps the last model it used."""
 
-    def __init__(self, config: dict[str, Any], models: dict[str, str], folder: str, generations: str):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        models: dict[str, str],
+        folder: str,
+        generations: str,
+        guides: dict[str, dict[str, Any]],
+    ):
         self.config = config_from_mapping(config)
         self.options = self.config.evaluate
         self.models, self.folder, self.generations = models, Path(folder), Path(generations)
+        self.guides = guides
         self.sets = chosen_sets(self.config)
         gpus = self.options.gpus_per_actor
         self.classifier = make_classifier(self.options.classifier, gpus=gpus)
         self.further = {name: make_classifier(source, gpus=gpus) for name, source in self.options.classifiers.items()}
         self.loaded: tuple[str, Any, Any] | None = None
+        self.reward: tuple[str, Any] | None = None
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         kind = descriptor["kind"]
@@ -199,10 +232,20 @@ class EvaluateModel:
         if self.loaded is None or self.loaded[0] != name:
             self.loaded = None  # frees the old model before the new one is read
             source = self.models[name]
-            device = "cuda" if self.options.gpus_per_actor else "cpu"
-            model = load_model(ModelSource(source=source), device=device)
+            model = load_model(ModelSource(source=source), device=self._device())
             self.loaded = (name, model, load_tokenizer(source))
         return self.loaded[1], self.loaded[2]
+
+    def _guide(self, name: str) -> RewardGuide | None:
+        if name not in self.guides:
+            return None
+        options = self.guides[name]
+        if self.reward is None or self.reward[0] != options["reward"]:
+            self.reward = (options["reward"], load_reward_model(Path(options["reward"]), device=self._device()))
+        return RewardGuide(model=self.reward[1], beta=options["beta"], top_k=options["top_k"])
+
+    def _device(self) -> str:
+        return "cuda" if self.options.gpus_per_actor else "cpu"
 
     def _flag_prompts(self) -> list[bool]:
         """Which prompts show the behaviour themselves: by their labels if all have one, else by the classifier."""
@@ -222,8 +265,10 @@ class EvaluateModel:
             verify_digest(path, descriptor["sha256"], VERB)
         elif not path.exists():
             prompts = [self.sets[descriptor["set"]][i] for i in descriptor["prompts"]]
-            model, tokenizer = self._load(descriptor["model"])
-            generate_shard(path, descriptor["model"], model, tokenizer, prompts, self.options, self.config.seed)
+            name = descriptor["model"]
+            model, tokenizer = self._load(name)
+            guide = self._guide(name)
+            generate_shard(path, name, model, tokenizer, prompts, self.options, self.config.seed, guide)
         table = schemas.read_table(path, schemas.GENERATIONS)
         scores = self._score(table.column("continuation").to_pylist())
         kind = schemas.CONTINUATIONS.field("scores").type

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import Artifact, data_files, publish, require
 from ifguide.config import Evaluate
-from ifguide.evaluation.generation import Sampling, decode, sample_tokens, token_lengths
+from ifguide.evaluation.generation import Guide, Sampling, decode, sample_tokens, token_lengths
 from ifguide.models import load_tokenizer
 from ifguide.stages.run import Run
 from ifguide.stages.shards import StageError
@@ -49,7 +49,7 @@ def open_generations(
                 folder,
                 VERB,
                 keys=("seed",),
-                inputs={f"model/{model}": fingerprint, "prompts": _digest(prompts)},
+                inputs={f"model/{model}": fingerprint, "prompts": prompts_digest(prompts)},
                 extra={"evaluate": options},
             )
             if artifact.manifest:
@@ -58,7 +58,7 @@ def open_generations(
     return found
 
 
-def _digest(prompts: Prompts) -> str:
+def prompts_digest(prompts: Prompts) -> str:
     return hashlib.sha256(json.dumps([(row.row, row.prompt) for row in prompts]).encode()).hexdigest()
 
 
@@ -95,9 +95,16 @@ def generation_pieces(
 
 
 def generate_shard(
-    path: Path, model_name: str, model: Any, tokenizer: Any, prompts: Prompts, options: Evaluate, seed: int
+    path: Path,
+    model_name: str,
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    options: Evaluate,
+    seed: int,
+    guide: Guide | None = None,
 ) -> None:
-    """Sample the continuations of `prompts` and publish them as `path`."""
+    """Sample the continuations of `prompts`, under a guide or none, and publish them as `path`."""
     sampling = Sampling(
         continuations=options.continuations,
         max_new_tokens=options.max_new_tokens,
@@ -112,6 +119,7 @@ def generate_shard(
         sampling,
         batch_size=options.batch_size * options.continuations,
         prompt_ids=[row.row for row in prompts],
+        guide=guide,
     )
     tokens = [row for rows in sampled for row in rows]
     repeat = np.repeat(np.arange(len(prompts)), options.continuations).tolist()

@@ -15,7 +15,8 @@ import numpy as np
 import ray
 
 from ifguide.artifacts import Manifest, data_files, open_artifact, require
-from ifguide.config import ClassifierSource, Config, ConfigError, Method, config_from_mapping, to_mapping, to_yaml
+from ifguide.compare_options import Method
+from ifguide.config import ClassifierSource, Config, ConfigError, config_from_mapping, to_mapping, to_yaml
 from ifguide.models import load_tokenizer
 from ifguide.span_tables import (
     SPANS,

@@ -282,3 +282,41 @@ def test_result_options_of_sections_by_name_leave_placement_out():
     assert "report" not in options
     assert options["classifiers"]["implicit"]["name"] == "hf:x"
     assert "batch_size" not in options["classifiers"]["implicit"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"a": {}}, "compare.methods.a: set one of mask, dpo and rad; it has none"),
+        ({"a": {"mask": "random", "rad": {}}}, "compare.methods.a: set one of mask, dpo and rad; it has mask and rad"),
+        ({"a": {"dpo": {}, "penalty": 2}}, "compare.methods.a.penalty: is of masked tokens; dpo has none"),
+        ({"a": {"rad": {"model": "b"}}}, "compare.methods.a.rad.model: 'b' is none of baseline, penalised"),
+        ({"a": {"rad": {}}, "b": {"dpo": {"model": "a"}}}, "compare.methods.b.dpo.model: 'a' is none of baseline"),
+        (
+            {"a": {"rad": {"top_n": 3}}},
+            "compare.methods.a.rad.top_n: unknown key; did you mean compare.methods.a.rad.top_k?",
+        ),
+        ({"a": {"dpo": {"batch_size": 24}}}, "compare.methods.a.dpo.batch_size: 24 is not a multiple"),
+        ({"samples": "random"}, "compare.methods.samples: that name is taken"),
+        ({"x/y": "random"}, "compare.methods: 'x/y' names a folder"),
+    ],
+)
+def test_methods_of_a_comparison_are_checked_by_key(methods, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_from_mapping({"compare": {"methods": methods}})
+
+
+def test_a_method_starts_from_a_model_named_before_it():
+    methods = {
+        "mine": "random",
+        "dpo": {"dpo": {"model": "mine"}},
+        "both": {"rad": {"model": "dpo"}},
+        "x": {"rad": "dpo"},
+    }
+    config = config_from_mapping({"compare": {"methods": methods}})
+    assert [method.describe() for method in config.compare.methods.values()] == [
+        "random masked",
+        "DPO of mine",
+        "RAD of dpo",
+        "RAD of dpo",
+    ]

@@ -16,7 +16,7 @@ from ifguide.comparison import as_markdown, draw, rows_of
 from ifguide.report import LEVELS, REPORT_FILES, render_report, report_json, write_report
 from ifguide.report_card import card_fragment, summary_line
 from ifguide.report_charts import colours_of
-from ifguide.report_figures import ClassFigures, Difference, Figure, Group, PromptSet, model_rows
+from ifguide.report_figures import ClassFigures, Difference, Figure, Group, Made, PromptSet, model_rows
 from ifguide.report_model import (
     AgreementRow,
     ArtifactRow,
@@ -328,8 +328,9 @@ def metrics() -> dict:
 
 
 def test_rows_are_the_figures_of_the_metrics_file():
-    first, second = model_rows(metrics(), {"b": (0.02, 0.5)})
-    assert (first.masked_share, first.penalty, second.masked_share, second.penalty) == (None, None, 0.02, 0.5)
+    trained = Made(by="influence masked", masked_share=0.02, penalty=0.5)
+    first, second = model_rows(metrics(), {"b": trained})
+    assert (first.made, second.made) == (Made(), trained)
     assert first.whole.emt == Figure(value=0.5, low=0.4, high=0.6)
     assert second.whole.emt.difference == Difference(value=0.5, low=0.4, high=0.6, p_value=0.25)
     assert second.whole.text["distinct_2"].difference.p_value == 0.25
@@ -344,8 +345,16 @@ def test_rows_are_the_figures_of_the_metrics_file():
     assert "2.00%" in html
 
 
+def test_a_model_that_decodes_another_has_its_fluency_and_says_so():
+    measured = metrics()
+    measured["models"]["rad"] = measured["models"]["b"] | {"perplexity": None}
+    first, _, decoded = model_rows(measured, {"rad": Made(by="RAD of a", decodes="a")})
+    assert decoded.perplexity == first.perplexity
+    assert "rad decodes a: its perplexity" in render_report(minimal_data(models=(first, decoded)))
+
+
 def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
-    models = model_rows(metrics(), {"b": (0.02, 0.5)})
+    models = model_rows(metrics(), {"b": Made(masked_share=0.02, penalty=0.5)})
     rows = rows_of(models)
     assert rows[1].emt == (0.5, 0.4, 0.6)
     assert (rows[1].ratio, rows[1].p_value, rows[1].distinct_2) == (1.0, 0.25, 0.75)

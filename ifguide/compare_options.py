@@ -1,0 +1,144 @@
+"""The `compare` section: the grid of methods, and what preference methods and reward models learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ifguide.sources import ClassifierSource
+from ifguide.typed_yaml import ConfigError, option
+
+OWN_MODELS = ("baseline", "penalised")
+OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What DPO and the reward model of RAD learn from: continuations that the baseline gives to the prompts of
+    `build_query`, scored by the classifier of `compare`. Prompts that are evaluated too are left out.
+
+    Sampling is that of `evaluate`, with `continuations` for each of `max_prompts` prompts (null: of all)."""
+
+    continuations: int = option(8, at_least=2)
+    max_prompts: int | None = option(None, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """The training of RAD's reward model, one for all methods, from the run's baseline or another `source` with the
+    same tokenizer. A tenth of the prompts is held out to say how good it is."""
+
+    source: str | None = None
+    epochs: int = option(1, at_least=1)
+    batch_size: int = option(32, at_least=1)
+    learning_rate: float = option(1e-5, above=0)
+    weight_decay: float = option(0.01, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dpo:
+    """Direct preference optimisation (arXiv 2305.18290) of `model`, which is the reference too.
+
+    Of each prompt up to `pairs_per_prompt` pairs: its lowest scored continuation over its highest, the second lowest
+    over the second highest, and so on, where the scores are `min_difference` apart or more. `beta`, optimiser and
+    learning rate as in the paper, whose models are larger: a small one needs a higher rate."""
+
+    model: str = "baseline"
+    beta: float = option(0.1, above=0)
+    pairs_per_prompt: int = option(1, at_least=1)
+    min_difference: float = option(0.25, above=0, at_most=1)
+    epochs: float = option(1.0, above=0)
+    batch_size: int = option(64, at_least=1)
+    micro_batch_size: int = option(16, at_least=1)
+    learning_rate: float = option(1e-6, above=0)
+    checkpoint_steps: int = option(100, at_least=1, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rad:
+    """Reward-augmented decoding (arXiv 2310.09520) of `model`: of each next token's `top_k` likeliest candidates the
+    logits grow by `beta` times the reward of the text with the candidate. Defaults are the published code's."""
+
+    model: str = "baseline"
+    beta: float = option(50.0, at_least=0)
+    top_k: int = option(20, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method that `compare` sets beside the run's own models: a `mask` to train with, `dpo`, or `rad`.
+
+    `mask`: `influence` (the run's), `plain_influence` (of the toxic queries alone: another pass over the corpus),
+    `random` (as many tokens), `annotated` (tokens within the spans that came with the documents), `words` and
+    `sentences` (found by the word list, by the classifier), `word_documents`, `documents` and `annotated_documents`
+    (all of a document that holds such words, that the classifier flags, that has such a span).
+    `penalty` 0: masked tokens carry no loss, which filters them; null: that of `pretrain`.
+
+    `dpo` and `rad` start from a `model`: `baseline`, `penalised`, or a method named before."""
+
+    mask: (
+        Literal[
+            "influence",
+            "plain_influence",
+            "random",
+            "annotated",
+            "words",
+            "sentences",
+            "word_documents",
+            "documents",
+            "annotated_documents",
+        ]
+        | None
+    ) = None
+    penalty: float | None = option(None, at_least=0)
+    dpo: Dpo | None = None
+    rad: Rad | None = None
+
+    def describe(self) -> str:
+        """The method in a few words."""
+        if self.mask is not None:
+            return f"{self.mask} masked"
+        return f"DPO of {self.dpo.model}" if self.dpo else f"RAD of {self.rad.model if self.rad else None}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """The grid of `compare`. `classifier` null is that of `evaluate`; a text counts from `threshold` on. Words are
+    `evaluate.word_list`. Tasks that classify, and that train by preference, take `cpus_per_task` and
+    `gpus_per_task`."""
+
+    methods: dict[str, Method] = field(default_factory=dict)
+    samples: Samples = Samples()
+    reward: Reward = Reward()
+    classifier: ClassifierSource | None = None
+    threshold: float = option(0.5, at_least=0, at_most=1)
+    cpus_per_task: float = option(1.0, above=0, affects_result=False)
+    gpus_per_task: float = option(0.0, at_least=0, affects_result=False)
+    max_attempts: int = option(3, at_least=1, affects_result=False)
+
+
+def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
+    """Raises ConfigError, naming the key, for methods that say too much or too little, or start from no model.
+
+    `evaluated`: further models of `evaluate`, whose names are taken."""
+    models = list(OWN_MODELS)
+    for name, method in compare.methods.items():
+        key = f"compare.methods.{name}"
+        if name in (*OWN_MODELS, *OWN_FOLDERS, *evaluated):
+            raise ConfigError(f"{key}: that name is taken; a method's names a folder and a model of its own")
+        kinds = [kind for kind in ("mask", "dpo", "rad") if getattr(method, kind) is not None]
+        if len(kinds) != 1:
+            raise ConfigError(f"{key}: set one of mask, dpo and rad; it has {' and '.join(kinds) or 'none'}")
+        if method.penalty is not None and method.mask is None:
+            raise ConfigError(f"{key}.penalty: is of masked tokens; {kinds[0]} has none")
+        start = method.dpo or method.rad
+        if start and start.model not in models:
+            raise ConfigError(f"{key}.{kinds[0]}.model: {start.model!r} is none of {', '.join(models)}")
+        if method.dpo and method.dpo.batch_size % method.dpo.micro_batch_size:
+            raise ConfigError(
+                f"{key}.dpo.batch_size: {method.dpo.batch_size} is not a multiple of micro_batch_size ="
+                f" {method.dpo.micro_batch_size}"
+            )
+        if not method.rad:
+            models.append(name)

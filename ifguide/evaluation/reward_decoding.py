@@ -1,0 +1,73 @@
+"""Reward-augmented decoding (Deng and Raffel, EMNLP 2023, arXiv 2310.09520) as a guide of this package's sampler.
+
+Of the `top_k` likeliest next tokens c of a text x, the logits become  z_c + beta * r(x, c),  r being the reward of the
+text with the candidate, clamped to [0, 1], the range that it was trained on; all other tokens are ruled out. What is
+drawn from these logits, and with which random numbers, is the sampler's affair: with `top_p` below 1 the nucleus of
+them, where the paper draws from all `top_k`.
+
+The reward model is unidirectional, so its keys and values of the text are kept, and a candidate costs one token of it:
+the sampled texts' cache is copied for `CANDIDATES` candidates at a time, and dropped. A text costs `top_k` + 1
+tokens of the reward model for each of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ifguide.reward_model import RewardModel
+
+CANDIDATES = 2048  # rated at once: as many copies of a text's keys and values lie in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardGuide:
+    """`Guide` of `evaluation.generation`; see the module."""
+
+    model: RewardModel
+    beta: float
+    top_k: int
+
+    def begin(self, prompt_BT: Tensor, continuations: int) -> GuidedTexts:
+        """The texts (B x continuations rows) before their first sampled token."""
+        _, cache = self.model(prompt_BT, use_cache=True)
+        rows = torch.arange(len(prompt_BT), device=prompt_BT.device).repeat_interleave(continuations)
+        return GuidedTexts(self, [_select(cache, part) for part in rows.split(max(1, CANDIDATES // self.top_k))])
+
+
+class GuidedTexts:
+    """Texts being sampled, in parts of rows, with the reward model's cache of each part."""
+
+    def __init__(self, guide: RewardGuide, caches: list[Any]):
+        self.guide, self.caches = guide, caches
+        self.part = max(1, CANDIDATES // guide.top_k)
+
+    def shift(self, logits_RV: Tensor) -> Tensor:
+        """The logits of each row's next token, (R, V): those of the candidates with their rewards, else -inf."""
+        logits_RK, tokens_RK = logits_RV.float().topk(min(self.guide.top_k, logits_RV.shape[1]), dim=1)
+        rewards = [
+            self._rate(cache, tokens) for cache, tokens in zip(self.caches, tokens_RK.split(self.part), strict=True)
+        ]
+        shifted_RK = logits_RK + self.guide.beta * torch.cat(rewards)
+        return torch.full_like(logits_RV, -torch.inf, dtype=shifted_RK.dtype).scatter(1, tokens_RK, shifted_RK)
+
+    def _rate(self, cache: Any, tokens_RK: Tensor) -> Tensor:
+        candidates = copy.deepcopy(cache)
+        candidates.batch_repeat_interleave(tokens_RK.shape[1])
+        rewards_N1, _ = self.guide.model(tokens_RK.reshape(-1, 1), candidates, use_cache=True)
+        return rewards_N1.view(tokens_RK.shape).clamp(0, 1)
+
+    def take(self, tokens_R: Tensor) -> None:
+        """Each row goes on with its sampled token."""
+        parts = zip(self.caches, tokens_R.split(self.part), strict=True)
+        self.caches = [self.guide.model(tokens[:, None], cache, use_cache=True)[1] for cache, tokens in parts]
+
+
+def _select(cache: Any, rows: Tensor) -> Any:
+    selected = copy.deepcopy(cache)
+    selected.batch_select_indices(rows)
+    return selected

@@ -1,0 +1,156 @@
+"""A unidirectional reward model: a causal LM's trunk with a linear head, which gives every prefix of a text a reward.
+
+It is the reward model of reward-augmented decoding (Deng and Raffel, EMNLP 2023, arXiv 2310.09520), trained with their
+cumulative squared error: a text of l tokens with target r in [0, 1] costs
+
+    sum over t = 1..l of  t (r_t - r)^2  /  (l (l + 1) / 2),
+
+r_t being the reward of its first t tokens, so that a prefix counts the more, the more of the text it shows. Here the
+tokens that count are those of a continuation, with its prompt before them. On disk it is the LM in HF form, whose own
+head is not used, and `reward_head.safetensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ifguide.compare_options import Reward
+from ifguide.config import ModelSource
+from ifguide.models import load_model
+
+HEAD = "reward_head.safetensors"
+
+
+class RewardModel(nn.Module):
+    """Token ids (B, T) -> the reward of each prefix (B, T), float32: entry [b, j] is of tokens 0..j of text b."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model: Any = model
+        # The width that the LM head reads is the trunk's last, also where a projection follows the blocks (OPT-350M).
+        width = model.get_output_embeddings().weight.shape[1]
+        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, tokens_BT: Tensor, cache: Any = None, *, use_cache: bool = False) -> tuple[Tensor, Any]:
+        """(rewards (B, T), the cache that went on from `cache` with these tokens)."""
+        output = self.model.base_model(input_ids=tokens_BT, past_key_values=cache, use_cache=use_cache)
+        hidden_BTD = output.last_hidden_state.to(torch.promote_types(self.weight.dtype, output.last_hidden_state.dtype))
+        return hidden_BTD @ self.weight + self.bias, output.past_key_values
+
+    def save(self, folder: Path) -> None:
+        """Write the model's files into `folder`."""
+        self.model.save_pretrained(folder)
+        save_file({"weight": self.weight.detach().cpu(), "bias": self.bias.detach().cpu()}, folder / HEAD)
+
+
+def load_reward_model(folder: Path, *, device: str = "cpu") -> RewardModel:
+    """What `RewardModel.save` wrote, in eval mode. FileNotFoundError where it did not."""
+    if not (folder / HEAD).is_file():
+        raise FileNotFoundError(f"{folder} has no {HEAD}: it is not a reward model")
+    made = RewardModel(load_model(ModelSource(source=str(folder))))
+    with torch.no_grad():
+        for name, values in load_file(folder / HEAD).items():
+            getattr(made, name).copy_(values)
+    return made.to(device).eval()
+
+
+def cumulative_squared_error(rewards_BT: Tensor, targets_B: Tensor, first_B: Tensor, lengths_B: Tensor) -> Tensor:
+    """The loss of each text, (B,): the tokens first <= j < length count, the first with weight 1, the next with 2, ...
+
+    The published Eq. 1 with l = length - first. Every text must have a token that counts."""
+    places_T = torch.arange(rewards_BT.shape[1], device=rewards_BT.device)
+    weights_BT = (places_T + 1 - first_B[:, None]).clamp(min=0) * (places_T < lengths_B[:, None])
+    squared_BT = (rewards_BT - targets_B[:, None]).square()
+    return (weights_BT * squared_BT).sum(1) / weights_BT.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatedText:
+    """A prompt with a continuation of one token or more, and the reward that the whole text deserves, in [0, 1]."""
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+    reward: float
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.continuation or not 0 <= self.reward <= 1:
+            raise ValueError(f"a rated text needs tokens and a reward in [0, 1]: {self}")
+
+
+def train_reward_model(model: RewardModel, texts: Sequence[RatedText], options: Reward, *, seed: int) -> list[float]:
+    """Train in place with AdamW and a rate that falls linearly to 0; the mean loss of each epoch. ValueError: no texts,
+    or a loss that is not finite."""
+    if not texts:
+        raise ValueError("a reward model needs texts to learn from")
+    device = model.weight.device
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
+    steps = options.epochs * -(-len(texts) // options.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    losses = []
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for epoch in range(options.epochs):
+            order = np.random.default_rng([seed, epoch]).permutation(len(texts))
+            total = 0.0
+            for _, batch in _batches([texts[i] for i in order], options.batch_size, device):
+                loss_B = cumulative_squared_error(model(batch["tokens"])[0], *(batch[key] for key in FIELDS))
+                optimizer.zero_grad(set_to_none=True)
+                loss_B.mean().backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                total += float(loss_B.detach().double().sum())
+            if not np.isfinite(total):
+                raise ValueError("the reward model's loss is not finite; lower compare.reward.learning_rate")
+            losses.append(total / len(texts))
+    model.eval()
+    return losses
+
+
+def rate_texts(model: RewardModel, texts: Sequence[RatedText], *, batch_size: int) -> np.ndarray:
+    """The reward that the model gives each whole text, (n,) float64."""
+    rates: list[np.ndarray] = []
+    with torch.inference_mode():
+        for rows, batch in _batches(texts, batch_size, model.weight.device):
+            rewards_BT = model(batch["tokens"])[0]
+            last_B = rewards_BT[torch.arange(rows, device=rewards_BT.device), batch["lengths"] - 1]
+            rates.append(last_B.double().cpu().numpy())
+    return np.concatenate(rates)
+
+
+FIELDS = ("targets", "first", "lengths")
+
+
+def _batches(texts: Sequence[RatedText], size: int, device: torch.device) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Texts padded on the right, where a causal model's prefixes do not see it."""
+    for start in range(0, len(texts), size):
+        rows = texts[start : start + size]
+        lengths = [len(text.prompt) + len(text.continuation) for text in rows]
+        tokens_BT = np.zeros((len(rows), max(lengths)), dtype=np.int64)
+        for row, text in enumerate(rows):
+            tokens_BT[row, : lengths[row]] = text.prompt + text.continuation
+        yield (
+            len(rows),
+            {
+                "tokens": torch.from_numpy(tokens_BT).to(device),
+                "targets": torch.tensor([text.reward for text in rows], dtype=torch.float32, device=device),
+                "first": torch.tensor([len(text.prompt) for text in rows], device=device),
+                "lengths": torch.tensor(lengths, device=device),
+            },
+        )
