@@ -223,9 +223,9 @@ def publish(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
     try:
         yield part
-        _fsync(part)
+        fsync(part)
         os.replace(part, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         if error.filename is not None:
             raise
@@ -259,6 +259,21 @@ def remove_tree(folder: Path) -> None:
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         folder.rmdir()
+
+
+def fsync(path: Path) -> None:
+    """Have a file's contents, or a folder's own names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Have all of a folder on disk; a rename alone does not."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
 
 
 def _refuse_other_plan(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -306,14 +321,6 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json_digest(content: Any) -> str:

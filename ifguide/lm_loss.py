@@ -90,11 +90,12 @@ class _ChunkedLoss(torch.autograd.Function):
         token_count: Tensor,
         objective: Objective,
         head: Head,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         product_VD = weight_VD.to(hidden_ND.dtype)  # under autocast the weights are wider than the products
         bias = None if bias_V is None else bias_V.to(hidden_ND.dtype)
-        by_hidden, by_weight, by_bias = ctx.needs_input_grad[:3]
+        by_hidden, by_weight, by_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
         hidden_gradient = torch.empty_like(hidden_ND) if by_hidden else None
         weight_gradient = torch.zeros_like(weight_VD, dtype=dtype) if by_weight else None
         bias_gradient = torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and by_bias else None
@@ -135,7 +136,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden, weight, bias = (None if each is None else each.mul_(gradient) for each in ctx.gradients)
         ctx.gradients = None
         weight = None if weight is None else weight.to(ctx.weight_dtype)
-        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 6
+        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 7
 
 
 def _add_product(total_VD: Tensor, error_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor) -> None:
@@ -187,6 +188,7 @@ def chunked_loss(
         torch.as_tensor(token_count, device=hidden_BTD.device).double(),  # float32 would round it
         objective,
         head or Head(),
+        torch.is_grad_enabled(),  # inside a Function it never is, and its inputs need gradients all the same
     )
     return Loss(
         loss=loss,

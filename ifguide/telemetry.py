@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -177,6 +178,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_line(path)
         self.file = path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(path.parent / "tensorboard"))
         self.wandb = None if wandb is None else _wandb_run(path.parent, wandb, config or {})
@@ -197,6 +199,13 @@ class MetricsLog:
         self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove a last line that has no end, as a machine that went down may leave one, so that lines can be appended."""
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _wandb_run(folder: Path, where: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
@@ -222,5 +231,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics JSONL by step; of a step written twice (a resumed run) the last one counts."""
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what stands behind the last end was torn
+    rows = [json.loads(line) for line in lines if line.strip()]
     return list({row["step"]: row for row in sorted(rows, key=lambda row: row["step"])}.values())

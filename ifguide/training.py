@@ -86,11 +86,15 @@ class BenignRise:
     smoothed: float | None = None
     lowest: float | None = None
 
-    def update(self, benign_loss: float) -> float:
-        """Take one step's loss; the rise in nats, 0 at a new lowest."""
+    def update(self, benign_loss: float) -> None:
+        """Take one step's loss."""
         self.smoothed = benign_loss if self.smoothed is None else 0.9 * self.smoothed + 0.1 * benign_loss
         self.lowest = self.smoothed if self.lowest is None else min(self.lowest, self.smoothed)
-        return self.smoothed - self.lowest
+
+    @property
+    def value(self) -> float:
+        """The rise in nats; 0 at a new lowest, and before the first step."""
+        return 0.0 if self.smoothed is None or self.lowest is None else self.smoothed - self.lowest
 
 
 def learning_rate(step: int, steps: int, config: Pretrain) -> float:

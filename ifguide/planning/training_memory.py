@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ifguide.config import Pretrain
+from ifguide.lm_loss import CHUNK_VALUES
 from ifguide.models import transformer_blocks
 from ifguide.planning.shapes import ModelShape
 
@@ -70,8 +71,15 @@ def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> Tra
         optimizer=0.0 if config.offload_optimizer else states,
         buffers=_buffers(config, parameters, width),
         activations=float(config.micro_batch_blocks * per_block),
-        head=float(tokens * shape.vocabulary * (2 * width + 8)),  # logits and their gradient, in both precisions
+        head=_head(tokens, shape, width),
     )
+
+
+def _head(tokens: int, shape: ModelShape, width: int) -> float:
+    """What `ifguide.lm_loss` takes: a chunk's logits twice in float32, its gradient of the head's weights in float32
+    (and once more in the weights' own precision where that is another), and that of the hidden states."""
+    logits = min(CHUNK_VALUES["cuda"], tokens * shape.vocabulary)
+    return float(8 * logits + (4 if width == 4 else 4 + width) * shape.head + width * tokens * shape.hidden)
 
 
 def _buffers(config: Pretrain, parameters: float, width: int) -> float:

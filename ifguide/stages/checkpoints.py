@@ -10,13 +10,12 @@ file of another size than it says, was torn and is passed over for the one befor
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import remove_tree
+from ifguide.artifacts import fsync, fsync_tree, remove_tree
 from ifguide.telemetry import log
 
 CHECKPOINTS, DESCRIPTION, STATE = "checkpoints", "checkpoint.json", "state"
@@ -51,12 +50,11 @@ def publish_checkpoint(part: Path, description: Mapping[str, Any]) -> Path:
     sizes = {path.relative_to(part).as_posix(): path.stat().st_size for path in files}
     written = part / DESCRIPTION
     written.write_text(json.dumps({**description, "files": sizes}, indent=2), encoding="utf-8")
-    for path in [*files, written, *(path for path in part.rglob("*") if path.is_dir()), part]:
-        _fsync(path)
+    fsync_tree(part)
     final = part.with_suffix("")
     remove_tree(final)  # there is one only if it was torn
     part.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
     return final
 
 
@@ -110,11 +108,3 @@ def _read(folder: Path) -> Checkpoint | None:
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `publish_checkpoint` takes."""
     return {key: value for key, value in asdict(checkpoint).items() if key != "folder"}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

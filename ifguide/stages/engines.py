@@ -162,10 +162,22 @@ class DeepSpeedEngine:
 
         if self.config.zero_stage == 0:
             path = checkpoint.state / "mp_rank_00_model_states.pt"
-            state = torch.load(path, map_location="cpu", weights_only=False)["module"]
+            content = torch.load(path, map_location="cpu", weights_only=False)
+            state = content["module"] | self._masters(content["optimizer"].get("fp32_groups", []))
         else:
             state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=STATE)
         return {name.removeprefix(PREFIX): value for name, value in state.items()}
+
+    def _masters(self, values: list[list[Tensor]]) -> dict[str, Tensor]:
+        """The optimizer's float32 copies, by group, under all names of the bfloat16 weights they are of."""
+        groups = [group["params"] for group in parameter_groups(self.module, 0.0)][: len(values)]
+        of_parameter = {
+            id(parameter): value
+            for group, masters in zip(groups, values, strict=True)
+            for parameter, value in zip(group, masters, strict=True)
+        }
+        named = self.module.named_parameters(remove_duplicate=False)
+        return {name: of_parameter[id(parameter)] for name, parameter in named if id(parameter) in of_parameter}
 
 
 def _universal(checkpoint: Checkpoint, rank: int, config: Pretrain) -> Path:

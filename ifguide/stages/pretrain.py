@@ -27,7 +27,7 @@ from ifguide.stages.checkpoints import last_checkpoint
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
 from ifguide.stages.target_corpus import training_run
 from ifguide.stages.training_loop import EXPORT, METRICS, SUMMARY, VERB, TrainingLoop, architecture, initial_model
-from ifguide.telemetry import configure_logging, log
+from ifguide.telemetry import configure_logging, cut_torn_line, log
 from ifguide.training_log import training_line
 
 
@@ -175,6 +175,7 @@ class _ShownMetrics:
 
     def __init__(self, path: Path, name: str):
         self.path, self.name = path, name
+        cut_torn_line(path)
         self.offset = path.stat().st_size if path.exists() else 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ifguide.artifacts import remove_tree, write_json
+from ifguide.artifacts import fsync_tree, remove_tree, write_json
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
 from ifguide.lm_loss import LanguageModelLoss
 from ifguide.models import load_architecture, load_model, load_tokenizer
@@ -90,11 +90,26 @@ class TrainingLoop:
             seed=self.config.seed,
         )
         self.tokenizer = load_tokenizer(self.config.tokenizer_source)
-        checkpoint = last_checkpoint(self.folder)
+        checkpoint = self._agreed_checkpoint()
         self.engine = self._engine(checkpoint)
         self.step = checkpoint.step if checkpoint else 0
         self.rise = BenignRise(**(checkpoint.training if checkpoint else {}))
-        self.stopped = False
+        self.stopped = self._diverged()  # a checkpoint may be the last one of a training that stopped early
+
+    def _agreed_checkpoint(self) -> Checkpoint | None:
+        checkpoint = last_checkpoint(self.folder)
+        steps: list[Any] = [checkpoint.step if checkpoint else None] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(steps, steps[0])
+        if len(set(steps)) > 1:
+            raise RuntimeError(
+                f"the workers see different last checkpoints in {self.folder}, of steps {steps}: run_dir must lie on"
+                " storage that all nodes mount"
+            )
+        return checkpoint
+
+    def _diverged(self) -> bool:
+        return self.train.max_benign_rise is not None and self.rise.value > self.train.max_benign_rise
 
     def _engine(self, checkpoint: Checkpoint | None) -> Engine:
         torch.manual_seed(self.config.seed)
@@ -166,18 +181,18 @@ class TrainingLoop:
         self.step += 1
         loss, benign_sum, masked_sum, benign_count, masked_count = self._over_ranks(sums)
         benign = benign_sum / max(benign_count, 1)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss + (norm or 0.0)):  # before such weights replace a checkpoint
             raise FloatingPointError(
-                f"the loss is {loss} (benign {benign}) at step {self.step}; lower pretrain.learning_rate or"
-                " pretrain.penalty, or take a bounded pretrain.objective.kind"
+                f"the loss is {loss} (benign {benign}), its gradient's norm {norm} at step {self.step}; lower"
+                " pretrain.learning_rate or pretrain.penalty, or take a bounded pretrain.objective.kind"
             )
-        rise = self.rise.update(benign)
-        self.stopped = self.train.max_benign_rise is not None and rise > self.train.max_benign_rise
+        self.rise.update(benign)
+        self.stopped = self._diverged()
         return {
             "loss": loss,
             "loss_benign": benign,
             "loss_masked": masked_sum / masked_count if masked_count else None,
-            "benign_rise": rise,
+            "benign_rise": self.rise.value,
             "learning_rate": rate,
             "gradient_norm": norm,
         }
@@ -270,5 +285,6 @@ class TrainingLoop:
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.save_pretrained(part)
         self.tokenizer.save_pretrained(part)
+        fsync_tree(part)
         remove_tree(self.folder / EXPORT)
         part.rename(self.folder / EXPORT)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ifguide import lm_loss
 from ifguide.lm_loss import Head, LanguageModelLoss, Loss, chunked_loss
 from ifguide.objective import Objective
 from tests.tiny import ARCHITECTURES, VOCABULARY, as_tensors, random_blocks, tiny_model
@@ -100,6 +101,17 @@ def test_half_precision_products_are_summed_in_float32() -> None:
     torch.testing.assert_close(result.loss, expected, rtol=1e-6, atol=0)
     gradients = torch.autograd.grad(result.loss, half)
     assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.bfloat16]
+
+
+def test_where_no_gradient_is_wanted_none_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, tokens = batch()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    inputs = (hidden, weight, None, tokens, None, whole())
+    wanted = chunked_loss(*inputs, objective=Objective(), token_count=18).loss
+    monkeypatch.setattr(lm_loss, "_add_product", lambda *_: pytest.fail("a held-out loss needs no gradient"))
+    with torch.no_grad():
+        assert torch.equal(chunked_loss(*inputs, objective=Objective(), token_count=18).loss, wanted)
 
 
 def test_a_mask_of_another_shape_and_a_second_backward_are_refused() -> None:

@@ -159,7 +159,10 @@ def test_activations_and_head_grow_with_the_micro_batch_and_nothing_else_does(bi
         ({"micro_batch_blocks": 32}, "activation_checkpointing"),
         ({"workers": 1, "zero_stage": 0, "activation_checkpointing": True}, "offload_optimizer"),
         ({"zero_stage": 0, "activation_checkpointing": True, "micro_batch_blocks": 1}, "zero_stage"),
-        ({"zero_stage": 3, "activation_checkpointing": True, "micro_batch_blocks": 32}, "micro_batch_blocks"),
+        (
+            {"zero_stage": 3, "activation_checkpointing": True, "micro_batch_blocks": 32, "gpus_per_worker": 0.4},
+            "micro_batch_blocks",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_changes_that_fit(billion: Config, changes: dict[str, Any], key: str) -> None:

@@ -131,3 +131,13 @@ def test_wandb_that_is_not_installed_is_an_error_that_says_so(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pretrain\.wandb: .*pip install wandb"):
         MetricsLog(tmp_path / "metrics.jsonl", wandb={"project": "p"})
+
+
+def test_a_line_that_a_crash_tore_is_passed_over_and_cut_off_before_more_is_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 3.0}]
+    log = MetricsLog(path)
+    log.write(2, {"loss": 2.0})
+    log.close()
+    assert read_metrics(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]

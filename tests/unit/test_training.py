@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from ifguide.config import Pretrain
 from ifguide.training import (
     PADDING,
+    BenignRise,
     Schedule,
+    accumulation_steps,
     deepspeed_config,
     learning_rate,
     parameter_groups,
     rank_micro_batches,
+    split_heldout,
+    step_seed,
 )
 from tests.tiny import tiny_model
 
@@ -131,3 +135,54 @@ def test_weight_decay_is_for_matrices_and_every_trained_parameter_is_in_one_grou
     assert all(parameter.ndim < 2 for parameter in plain["params"])
     grouped = [id(parameter) for parameter in decayed["params"] + plain["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p is not frozen)
+
+
+def test_the_rise_is_of_the_smoothed_loss_over_its_lowest():
+    rise = BenignRise()
+    assert rise.value == 0
+    for loss in (5.0, 4.0, 3.0):
+        rise.update(loss)
+        assert rise.value == 0
+    lowest = 0.9 * (0.9 * 5 + 0.1 * 4) + 0.1 * 3
+    rise.update(13.0)
+    assert rise.value == pytest.approx(0.9 * lowest + 1.3 - lowest)
+    again = BenignRise(smoothed=rise.smoothed, lowest=rise.lowest)
+    again.update(13.0)
+    rise.update(13.0)
+    assert again == rise
+
+
+@settings(deadline=None)
+@given(num_blocks=st.integers(1, 60), heldout=st.integers(0, 59), seed=st.integers(0, 9))
+def test_every_block_is_trained_on_or_held_out(num_blocks, heldout, seed):
+    if heldout >= num_blocks:
+        with pytest.raises(ValueError, match=r"^pretrain\.heldout_blocks: "):
+            split_heldout(num_blocks, heldout, seed)
+        return
+    trained, held = split_heldout(num_blocks, heldout, seed)
+    assert sorted([*trained, *held]) == list(range(num_blocks))
+    assert len(held) == heldout
+    assert (np.diff(trained) > 0).all()
+    assert all((a == b).all() for a, b in zip((trained, held), split_heldout(num_blocks, heldout, seed), strict=True))
+
+
+def test_every_step_and_rank_has_random_numbers_of_its_own():
+    seeds = {
+        (seed, step, rank): step_seed(seed, step, rank) for seed in (0, 1) for step in range(50) for rank in (0, 1)
+    }
+    assert len(set(seeds.values())) == len(seeds)
+    assert step_seed(1, 7, 0) == seeds[1, 7, 0]
+
+
+@settings(deadline=None)
+@given(blocks=st.integers(1, 40), world_size=st.integers(1, 5), micro=st.integers(1, 4))
+def test_ranks_that_do_not_divide_a_batch_are_filled_up_with_padding(blocks, world_size, micro):
+    batch = np.arange(blocks)
+    parts = [
+        rank_micro_batches(batch, rank=rank, world_size=world_size, micro_batch_blocks=micro)
+        for rank in range(world_size)
+    ]
+    seen = np.concatenate(parts).reshape(-1)
+    assert sorted(seen[seen != PADDING].tolist()) == batch.tolist()
+    config = Pretrain(batch_blocks=blocks, micro_batch_blocks=micro)
+    assert all(part.shape == (accumulation_steps(config, world_size), micro) for part in parts)

@@ -1,0 +1,219 @@
+"""The training loop on one device, by the torch engine: objectives, early stop, what is kept and exported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ifguide.artifacts import MANIFEST, PLAN, file_digest, read_manifest, write_json
+from ifguide.stages import training_loop
+from ifguide.stages.checkpoints import CHECKPOINTS, last_checkpoint, part_folder, published_checkpoints
+from ifguide.stages.pretrain import pretrain
+from ifguide.stages.run import PENALISED, Run
+from ifguide.stages.training_loop import METRICS, SUMMARY, TrainingLoop
+from ifguide.telemetry import read_metrics
+from tests.stages.conftest import ARCHITECTURE
+from tests.stages.packed import packed_run, settings_of
+
+STEPS = 10
+Settings = dict[str, Any]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    options = {"engine": "torch", "epochs": 1, "heldout_blocks": 8, "checkpoint_steps": 2, "weight_decay": 0.0}
+    return packed_run(tmp_path_factory.mktemp("packed"), options, architecture=ARCHITECTURE)
+
+
+@pytest.fixture
+def train(run: Run, tmp_path: Path) -> Callable[..., Path]:
+    """Train into a folder by name, from its last checkpoint; `before` is called with the loop and each step."""
+
+    def go(name: str, *, before: Callable[[TrainingLoop, int], None] | None = None, **changes: Any) -> Path:
+        loop = TrainingLoop(settings_of(run, tmp_path / name, **changes), rank=0, world_size=1)
+        if before is not None:
+            step = loop._train_step
+
+            def watched() -> dict[str, Any]:
+                before(loop, loop.step)
+                return step()
+
+            loop._train_step = watched  # type: ignore[method-assign]
+        loop.run()
+        return tmp_path / name
+
+    return go
+
+
+def kill_at(step: int) -> Callable[[TrainingLoop, int], None]:
+    def before(loop: TrainingLoop, now: int) -> None:
+        if now == step:
+            raise Killed
+
+    return before
+
+
+def column(folder: Path, name: str) -> list[float]:
+    return [row[name] for row in read_metrics(folder / METRICS)]
+
+
+def digest(folder: Path) -> str:
+    return file_digest(folder / "hf" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ignored(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained with masked tokens left out of the loss."""
+    folder = tmp_path_factory.mktemp("ignored")
+    TrainingLoop(settings_of(run, folder, objective={"kind": "ignore"}), rank=0, world_size=1).run()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["penalty", "clipped", "unlikelihood"])
+def test_every_objective_learns_the_benign_tokens_and_unlearns_the_masked(
+    kind: str, train: Callable[..., Path], ignored: Path
+) -> None:
+    folder = train(kind, objective={"kind": kind, "floor_probability": 1e-3})
+    benign, masked = column(folder, "loss_benign"), column(folder, "loss_masked")
+    assert len(benign) == STEPS
+    assert benign[-1] < benign[0] - 1
+    assert masked[-1] > column(ignored, "loss_masked")[-1] + (0 if kind == "unlikelihood" else 0.05)
+
+
+def test_ignored_tokens_are_in_the_count_alone(ignored: Path) -> None:
+    rows = read_metrics(ignored / METRICS)
+    assert all(0.7 < row["loss"] / row["loss_benign"] < 1 for row in rows)
+    assert rows[-1]["loss_benign"] < rows[0]["loss_benign"] - 1
+
+
+def test_a_training_that_diverges_stops_early_with_advice_and_stays_stopped(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ifguide"), "propagate", True)
+    changed = replace(run.config.pretrain, penalty=30.0, max_benign_rise=0.2, learning_rate=0.03)
+    diverging = Run(config=replace(run.config, pretrain=changed))
+    manifest = pretrain(diverging)
+    assert 1 < manifest.rows["steps"] < STEPS
+    assert manifest.summary["stopped_early"] > 0.2
+    assert manifest.summary["exported_step"] == manifest.rows["steps"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "the benign loss rose by" in warning
+    assert "lower pretrain.penalty" in warning
+    folder = diverging.model(PENALISED)
+    (folder / MANIFEST).unlink()
+    (folder / SUMMARY).unlink()
+    write_json(folder / PLAN, {"verb": "pretrain", "options": manifest.options, "inputs": manifest.inputs})
+    again = pretrain(diverging)
+    assert (again.fingerprint, again.rows) == (manifest.fingerprint, manifest.rows)
+
+
+def test_with_dropout_a_resumed_training_is_the_uninterrupted_one(train: Callable[..., Path]) -> None:
+    architecture = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    whole = train("whole", architecture=architecture)
+    with pytest.raises(Killed):
+        train("resumed", architecture=architecture, before=kill_at(5))
+    resumed = train("resumed", architecture=architecture)
+    assert column(resumed, "loss") == column(whole, "loss") != column(train("plain"), "loss")
+    assert digest(resumed) == digest(whole)
+
+
+def test_a_torn_checkpoint_is_not_loaded(train: Callable[..., Path]) -> None:
+    whole = train("whole")
+    with pytest.raises(Killed):
+        train("torn", before=kill_at(7), keep_last=2)
+    folder = Path(whole.parent / "torn")
+    last = last_checkpoint(folder)
+    assert last.step == 6
+    state = last.state / "torch.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    part = part_folder(folder, 8)
+    part.mkdir()
+    (part / "half").write_text("torn")
+    (folder / METRICS).open("a").write('{"step": 7, "lo')
+    begun: list[int] = []
+    train("torn", before=lambda loop, step: begun.append(step), keep_last=2)
+    assert begun == [4, 5, 6, 7, 8, 9]
+    assert digest(folder) == digest(whole)
+    assert column(folder, "loss") == column(whole, "loss")
+    assert not [path for path in (folder / CHECKPOINTS).iterdir() if path.suffix]
+
+
+def test_the_best_checkpoint_is_kept_and_exported(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 1.5, 2.0, 1.7, 1.6])
+    monkeypatch.setattr(TrainingLoop, "_heldout_loss", lambda loop: next(losses))
+    folder = train("best", export="best", keep_last=2)
+    assert [(found.step, found.heldout) for found in published_checkpoints(folder)] == [(4, 1.5), (8, 1.7), (10, 1.6)]
+    best = torch.load(published_checkpoints(folder)[0].state / "torch.pt", weights_only=True)["model"]
+    exported = AutoModelForCausalLM.from_pretrained(folder / "hf").state_dict()
+    assert all(torch.equal(exported[name], best[name]) for name in best)
+    last = torch.load(last_checkpoint(folder).state / "torch.pt", weights_only=True)["model"]
+    assert any(not torch.equal(exported[name], last[name]) for name in last)
+
+
+def test_heldout_blocks_are_not_trained_on_and_their_loss_is_of_all_their_tokens(
+    train: Callable[..., Path], run: Run
+) -> None:
+    seen: set[int] = set()
+
+    def before(loop: TrainingLoop, step: int) -> None:
+        seen.update(loop.trained[loop.schedule.batch(step)[loop.schedule.batch(step) >= 0]].tolist())
+
+    folder = train("heldout", before=before)
+    loop = TrainingLoop(settings_of(run, folder), rank=0, world_size=1)
+    assert len(seen) == len(loop.trained) == 160
+    assert seen.isdisjoint(loop.heldout.tolist())
+    tokens, lengths, _ = loop.blocks.take(loop.heldout)
+    with torch.no_grad():
+        logits = loop.engine.module.model.eval()(input_ids=torch.from_numpy(tokens)).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), torch.from_numpy(tokens[:, 1:]).flatten(), reduction="none"
+    ).view(len(tokens), -1)
+    counted = torch.arange(1, tokens.shape[1]) < torch.from_numpy(lengths)[:, None]
+    assert read_metrics(folder / METRICS)[-1]["loss_heldout"] == pytest.approx(nll[counted].mean().item(), rel=1e-5)
+
+
+def test_weights_that_are_no_numbers_never_replace_a_checkpoint(train: Callable[..., Path], tmp_path: Path) -> None:
+    def before(loop: TrainingLoop, step: int) -> None:
+        if step == 5:
+            loop.engine.end_step = lambda: float("nan")  # type: ignore[method-assign]
+
+    with pytest.raises(FloatingPointError, match=r"norm nan at step 6; lower pretrain\.learning_rate"):
+        train("nan", before=before)
+    assert last_checkpoint(tmp_path / "nan").step == 4
+
+
+def test_activation_checkpointing_changes_no_loss(train: Callable[..., Path]) -> None:
+    plain, again = train("plain", epochs=0.3), train("again", epochs=0.3, activation_checkpointing=True)
+    assert column(again, "loss") == pytest.approx(column(plain, "loss"), rel=1e-5)
+
+
+def test_bfloat16_follows_float32(train: Callable[..., Path]) -> None:
+    half, plain = train("half", dtype="bfloat16"), train("plain")
+    assert column(half, "loss") != column(plain, "loss")
+    assert column(half, "loss_benign") == pytest.approx(column(plain, "loss_benign"), rel=0.02)
+    assert all(weight.dtype == torch.float32 for weight in load_file(half / "hf" / "model.safetensors").values())
+
+
+def test_workers_that_see_other_checkpoints_are_told_what_they_lack(
+    train: Callable[..., Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(found: list[Any], own: Any) -> None:
+        found[:] = [own, None]
+
+    folder = train("seen", epochs=0.2)
+    monkeypatch.setattr(training_loop.torch.distributed, "all_gather_object", gather)
+    with pytest.raises(RuntimeError, match=r"of steps \[2, None\]: run_dir must lie on storage that all nodes mount"):
+        TrainingLoop(settings_of(run, folder), rank=0, world_size=2)
+    assert read_manifest(run.corpus).rows["blocks"] == 168
