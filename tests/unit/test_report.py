@@ -359,7 +359,7 @@ def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
     assert rows[1].emt == (0.5, 0.4, 0.6)
     assert (rows[1].ratio, rows[1].p_value, rows[1].distinct_2) == (1.0, 0.25, 0.75)
     half = "0.500 [0.400, 0.600]"
-    line = f"| b | 2.00% | 0.5 | {half} | {half} | 20.0 [19.9, 20.1] | 1.000 |  | 0.750 | 0.250 |"
+    line = f"| b | given | 2.00% | 0.5 | {half} | {half} | 20.0 [19.9, 20.1] | 1.000 |  | 0.750 | 0.250 |"
     assert as_markdown(rows).splitlines()[3] == line
     draw(models, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
