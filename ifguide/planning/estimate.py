@@ -206,8 +206,8 @@ def pretrain_estimate(job: Job, *, models: int) -> StageEstimate:
         storage=models * parameters * (4 + width + 12),
         starts=STARTS["pretrain"] * models,
         notes=(
-            f"{models} models of {config.epochs:g} epochs; each worker also holds the corpus and its mask in the"
-            f" machine's memory: {host / 1e9:,.1f} GB",
+            f"{models} models of {config.epochs:g} epochs; while one trains, its workers map flat files of the corpus"
+            f" and its mask: {host / 1e9:,.1f} GB more of disk",
         ),
     )
 

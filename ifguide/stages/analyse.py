@@ -173,8 +173,10 @@ class AnalyseModel:
         if words:
             forms = [form for word in words for form in (word, f" {word}")]
             return sorted({self._encode(tokenizer, form)[0] for form in forms})
-        sets = [[self._encode(tokenizer, row["completion"]) for row in each] for each in (self.toxic, self.others)]
-        return overrepresented_tokens(*sets, self.options.lens_tokens)
+        texts, others = (
+            [self._encode(tokenizer, row["completion"]) for row in each] for each in (self.toxic, self.others)
+        )
+        return overrepresented_tokens(texts, others, self.options.lens_tokens)
 
     def _probes(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         texts, labels = self._labelled()

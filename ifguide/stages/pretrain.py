@@ -26,6 +26,7 @@ from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.stages.checkpoints import last_checkpoint
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
 from ifguide.stages.target_corpus import training_run
+from ifguide.stages.training_blocks import BLOCKS
 from ifguide.stages.training_loop import EXPORT, METRICS, SUMMARY, VERB, TrainingLoop, architecture, initial_model
 from ifguide.telemetry import configure_logging, cut_torn_line, log
 from ifguide.training_log import training_line
@@ -80,7 +81,8 @@ def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
         objective={"kind": config.objective.kind, "lambda": config.penalty},
         training=summary,
     )
-    remove_tree(artifact.folder / "ray_train")
+    for leftover in ("ray_train", BLOCKS):
+        remove_tree(artifact.folder / leftover)
     files = [path for path in (artifact.folder / EXPORT).iterdir() if path.is_file()]
     rows = {"steps": summary["steps"], "blocks_seen": summary["blocks_seen"]}
     manifest = artifact.finish(files, rows=rows, summary=summary)

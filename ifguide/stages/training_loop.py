@@ -33,7 +33,7 @@ from ifguide.stages.checkpoints import (
     remove_others,
 )
 from ifguide.stages.engines import DeepSpeedEngine, Engine, TorchEngine
-from ifguide.stages.training_blocks import TrainingBlocks
+from ifguide.stages.training_blocks import BLOCKS, TrainingBlocks, flatten_blocks
 from ifguide.telemetry import MetricsLog, log, read_metrics
 from ifguide.training import (
     PADDING,
@@ -79,7 +79,11 @@ class TrainingLoop:
         self.train = self.config.pretrain
         self.folder = Path(settings["folder"])
         torch.set_num_threads(max(1, int(self.train.cpus_per_worker)))
-        self.blocks = TrainingBlocks(Path(settings["corpus"]), Path(settings["mask"]) if settings["mask"] else None)
+        if rank == 0:
+            mask = Path(settings["mask"]) if settings["mask"] else None
+            flatten_blocks(Path(settings["corpus"]), mask, self.folder / BLOCKS)
+        self._barrier()
+        self.blocks = TrainingBlocks(self.folder / BLOCKS)
         self.trained, self.heldout = split_heldout(
             len(self.blocks.lengths), self.train.heldout_blocks, self.config.seed
         )

@@ -28,7 +28,7 @@ from ifguide.influence.factors import NextTokenTask
 from ifguide.influence.query import load_factors
 from ifguide.interchange import FACTOR_FILES, check_factors, export_scores, import_mask, read_mask
 from ifguide.models import tracked_modules
-from ifguide.stages.training_blocks import TrainingBlocks
+from ifguide.stages.training_blocks import TrainingBlocks, flatten_blocks
 from tests.tiny import random_blocks, tiny_model
 
 T, LENGTHS = 6, (6, 6, 6, 6, 4)
@@ -237,7 +237,9 @@ def saved_mask(path: Path, *places: tuple[int, int], dtype: torch.dtype = torch.
 def imported(run_dir: Path, path: Path, shift: int = 0) -> set[tuple[int, int]]:
     """What `pretrain` gets of the mask."""
     import_mask(path, corpus=run_dir / "corpus", folder=run_dir / "mask", shift=shift, config_yaml="seed: 0\n")
-    masked = TrainingBlocks(run_dir / "corpus", run_dir / "mask").masked
+    blocks = path.with_suffix(".blocks")
+    flatten_blocks(run_dir / "corpus", run_dir / "mask", blocks)
+    masked = TrainingBlocks(blocks).masked
     assert masked is not None
     return {(int(block), int(index)) for block, index in np.argwhere(masked)}
 
