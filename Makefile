@@ -23,15 +23,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ifguide demo --set seed=$(SEED) --set run_dir=$(RUN_DIR)
 
+# Two processes: what needs a Ray cluster waits for its workers to start most of the time (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest
+	$(MAKE) test
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
