@@ -84,14 +84,15 @@ def drawn_benchmark(options: argparse.Namespace) -> Benchmark:
     count, references = options.examples or 10_000, options.reference or 32
     unsafe = _draw(rng, toxic, options.unsafe + references)
     sources = (
-        ([row["text"] for row in read_rows(options.data / "civil_comments_unflagged.jsonl")], 0.5),
-        ([row["text"] for row in read_paragraphs(options.data)], 0.25),
-        (_bold_sentences(options.data), 0.25),
+        [row["text"] for row in read_rows(options.data / "civil_comments_unflagged.jsonl")],
+        [row["text"] for row in read_paragraphs(options.data)],
+        _bold_sentences(options.data),
     )
     train = [_text(text, True) for text in unsafe[: options.unsafe]]
     benign = []
-    for pool, share in sources:
-        number, held = round(share * (count - options.unsafe)), round(share * references)
+    places = (0, 0.5, 0.75, 1)  # of the sources' shares, so that rounded numbers add up
+    for pool, *ends in zip(sources, places[:-1], places[1:], strict=True):
+        number, held = (round(ends[1] * n) - round(ends[0] * n) for n in (count - options.unsafe, references))
         chosen = _draw(rng, pool, number + held)
         train += [_text(text, False) for text in chosen[:number]]
         benign += [_text(text, False) for text in chosen[number:]]

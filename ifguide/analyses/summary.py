@@ -12,8 +12,14 @@ Models = Mapping[str, Mapping[str, Any]]  # model -> analysis -> its figures
 def as_markdown(models: Models) -> str:
     """One line a model: the lens at the last depth, the best probe, the attacks."""
     titles = [
-        *("model", "lens, last depth", "best probe: AUROC (depth)", "accuracy there"),
-        *("attacks: exact", "flagged", "flagged before", "loss"),
+        "model",
+        "lens, last depth",
+        "best probe: AUROC (depth)",
+        "accuracy there",
+        "attacks: exact",
+        "flagged",
+        "flagged before",
+        "loss",
     ]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for model, found in models.items():

@@ -132,7 +132,7 @@ def _descriptors(config: Config, models: Sequence[str], toxic: int) -> list[dict
         for method in options.methods:
             numbers = chosen if method == "gcg" else [0]
             found += [
-                {"key": f"{model}-{method}-{i:04d}", "model": model, "method": method, "number": number}
+                {"key": f"{method}-{i:04d}-{model}", "model": model, "method": method, "number": number}
                 for i, number in enumerate(numbers)
             ]
     return found
@@ -173,10 +173,10 @@ class AnalyseModel:
         if words:
             forms = [form for word in words for form in (word, f" {word}")]
             return sorted({self._encode(tokenizer, form)[0] for form in forms})
-        texts, others = (
+        toxic, others = (
             [self._encode(tokenizer, row["completion"]) for row in each] for each in (self.toxic, self.others)
         )
-        return overrepresented_tokens(texts, others, self.options.lens_tokens)
+        return overrepresented_tokens(toxic, others, self.options.lens_tokens)
 
     def _probes(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         texts, labels = self._labelled()
@@ -254,7 +254,8 @@ def collect(results: Mapping[str, dict[str, Any]], models: Sequence[str], bootst
     shown: dict[str, dict[str, Any]] = {}
     replicates: dict[str, dict[str, Replicates]] = {}
     for model in models:
-        own = {key.removeprefix(f"{model}-"): result for key, result in results.items() if key.startswith(f"{model}-")}
+        by_key = {tuple(key.split("-", 2)): result for key, result in results.items()}  # a model's name may hold dashes
+        own = {f"{method}-{i}": result for (method, i, name), result in by_key.items() if name == model}
         items: dict[str, np.ndarray] = {}
         found: dict[str, Any] = {}
         attacks = [result for key, result in own.items() if key.startswith("gcg-")]

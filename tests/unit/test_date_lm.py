@@ -168,6 +168,7 @@ def test_a_drawn_set_has_disjoint_parts(tmp_path: Path) -> None:
     write(tmp_path / "wikitext2_articles.jsonl", [{"text": "\n".join(f"{i} " + "x" * 300 for i in range(20))}])
     (tmp_path / "bold").mkdir()
     (tmp_path / "bold" / "a_wiki.json").write_text(json.dumps({"g": {"n": [f"fact {i}" for i in range(20)]}}))
+    assert len(read_benchmark(options(tmp_path, examples=23)).train) == 23
     found = read_benchmark(options(tmp_path))
     texts = [e.response for e in [*found.train, *found.reference, *found.benign]]
     assert len(texts) == len(set(texts)) == 20 + 4 + 4
