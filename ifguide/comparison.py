@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
 from ifguide.model_card import markdown_table
-from ifguide.report_charts import colours_of, tradeoff
+from ifguide.report_charts import RC, colours_of, tradeoff
 from ifguide.report_figures import Figure, ModelRow
 
 Interval = tuple[float | None, float | None, float | None]  # value, low, high
@@ -108,8 +110,8 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def draw(models: Sequence[ModelRow], path: Path) -> None:
     """The picture of the report's page, toxicity (EMT) against perplexity with intervals, as a PNG."""
-    colours = colours_of(model.name for model in models)
-    tradeoff(models, colours).savefig(path, dpi=150, facecolor="white")
+    with matplotlib.rc_context(RC):
+        tradeoff(models, colours_of(model.name for model in models)).savefig(path, dpi=200, facecolor="white")
 
 
 def _ratio(perplexity: Figure | None, base: Figure | None) -> float | None:

@@ -135,10 +135,12 @@ def _behaviours(run: Run, view: View) -> Iterator[Behaviour]:
 
     Of the others, `build_mask` ranks and selects in a run of their own in `report/behaviours/`, by the same options:
     nothing is trained with that."""
-    trained = run.config.build_mask.behaviour
-    own = run.config.evaluate.behaviour
+    trained, own = run.config.build_mask.behaviour, run.config.evaluate.behaviour
+    files = data_files(run.scores)  # none where somebody has removed them after build_mask
+    further = schemas.scored_behaviours(pq.read_schema(readable(files[0]))) if files else ()
+    own = f"{own} (own query)" if own in further else own
     yield _behaviour(run, view, trained or own, trained=True)
-    for behaviour in (None, *schemas.scored_behaviours(pq.read_schema(readable(data_files(run.scores)[0])))):
+    for behaviour in (None, *further) if files else ():
         if behaviour != trained:
             other = _behaviour_run(run, behaviour)
             build_mask(other)
