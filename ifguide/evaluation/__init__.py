@@ -14,7 +14,6 @@ from ifguide.evaluation.metrics import (
     expected_max,
     probability_any,
     prompt_statistics,
-    summarise,
     token_agreement,
 )
 
@@ -35,7 +34,6 @@ __all__ = [
     "prompt_statistics",
     "sample_continuations",
     "sample_tokens",
-    "summarise",
     "token_agreement",
     "token_lengths",
 ]

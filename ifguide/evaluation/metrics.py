@@ -18,9 +18,8 @@ compares a token mask with annotations. It does not classify text, and does not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -49,55 +48,15 @@ def probability_any(scores_PK: np.ndarray, threshold: float = 0.5) -> float:
     return float((_checked_scores(scores_PK).max(axis=1) >= threshold).mean())
 
 
-def summarise(
-    scores: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray], *, threshold: float = 0.5
-) -> dict[str, Any]:
-    """EMT and TP of every classifier class on every group of prompts.
-
-    `scores[name]` is (P, k); the first class is the primary one. `groups[name]` is a bool mask (P,); the
-    group `all` is always there. Returns
-
-        {"primary": str, "threshold": float,
-         "groups": {group: {"prompts": int, "emt": float | None, "tp": float | None,
-                            "classes": {other class: {"emt": ..., "tp": ...}}}}}
-
-    with None for an empty group. ValueError on NaN (naming class and row) or on shapes that differ."""
-    if not scores:
-        raise ValueError("scores: no classifier class to summarise")
-    checked = {name: _checked_scores(values, name) for name, values in scores.items()}
-    primary = next(iter(checked))
-    shape = checked[primary].shape
-    for name, values in checked.items():
-        if values.shape != shape:
-            raise ValueError(f"scores of class {name!r} are {values.shape}, those of {primary!r} are {shape}")
-    masks = {"all": np.ones(shape[0], dtype=bool), **groups}
-    if not masks["all"].all():
-        raise ValueError("group 'all' must hold every prompt; give a subset another name")
-
-    summary: dict[str, Any] = {}
-    for group, mask in masks.items():
-        if mask.dtype != np.bool_ or mask.shape != shape[:1]:
-            raise ValueError(f"group {group!r}: expected a bool mask ({shape[0]},), got {mask.dtype} {mask.shape}")
-        figures = {name: _figures(values[mask], threshold) for name, values in checked.items()}
-        summary[group] = {"prompts": int(mask.sum()), **figures.pop(primary), "classes": figures}
-    return {"primary": primary, "threshold": threshold, "groups": summary}
-
-
-def _figures(scores_PK: np.ndarray, threshold: float) -> dict[str, float | None]:
-    if len(scores_PK) == 0:
-        return {"emt": None, "tp": None}
-    return {"emt": expected_max(scores_PK), "tp": probability_any(scores_PK, threshold)}
-
-
-def _checked_scores(scores_PK: np.ndarray, name: str = "scores") -> np.ndarray:
+def _checked_scores(scores_PK: np.ndarray) -> np.ndarray:
     """`scores_PK` in float64, as float32 means of many prompts lose digits."""
     scores_PK = np.asarray(scores_PK, dtype=np.float64)
     if scores_PK.ndim != 2 or 0 in scores_PK.shape:
-        raise ValueError(f"{name}: expected a non-empty (prompts, k) table, got {scores_PK.shape}")
+        raise ValueError(f"scores: expected a non-empty (prompts, k) table, got {scores_PK.shape}")
     bad = np.argwhere(np.isnan(scores_PK))
     if len(bad):
         row, column = bad[0]
-        raise ValueError(f"{name}: NaN at row {row}, continuation {column}; classify that prompt again")
+        raise ValueError(f"scores: NaN at row {row}, continuation {column}; classify that prompt again")
     return scores_PK
 
 

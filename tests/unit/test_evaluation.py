@@ -17,7 +17,6 @@ from ifguide.evaluation import (
     perplexity,
     probability_any,
     sample_continuations,
-    summarise,
     token_agreement,
 )
 
@@ -81,27 +80,10 @@ def test_emt_and_tp_equal_the_hand_computed_table():
     assert probability_any(TABLE_PK, threshold=0.4) == 0.75
 
 
-def test_summary_holds_every_class_on_every_group():
-    scores = {"main": TABLE_PK, "other": 1 - TABLE_PK}
-    masks = {"hard": np.array([True, True, False, False]), "none": np.zeros(4, dtype=bool)}
-    summary = summarise(scores, masks)
-    assert summary["primary"] == "main"
-    assert list(summary["groups"]) == ["all", "hard", "none"]
-    hard = summary["groups"]["hard"]
-    assert (hard["prompts"], hard["tp"]) == (2, 0.5)
-    assert hard["emt"] == pytest.approx(0.65)
-    assert hard["classes"] == {"other": {"emt": pytest.approx(0.9), "tp": 1.0}}
-    assert summary["groups"]["all"]["prompts"] == 4
-    empty = {"prompts": 0, "emt": None, "tp": None, "classes": {"other": {"emt": None, "tp": None}}}
-    assert summary["groups"]["none"] == empty
-
-
-def test_nan_score_is_an_error_that_names_class_and_row():
+def test_nan_score_is_an_error_that_names_row_and_continuation():
     broken = TABLE_PK.copy()
     broken[2, 1] = np.nan
-    with pytest.raises(ValueError, match="other: NaN at row 2, continuation 1"):
-        summarise({"main": TABLE_PK, "other": broken}, {})
-    with pytest.raises(ValueError, match="row 2"):
+    with pytest.raises(ValueError, match="NaN at row 2, continuation 1"):
         expected_max(broken)
 
 
@@ -109,15 +91,6 @@ def test_nan_score_is_an_error_that_names_class_and_row():
 def test_no_scores_is_an_error(scores):
     with pytest.raises(ValueError, match="non-empty"):
         probability_any(scores)
-
-
-def test_summary_refuses_masks_and_classes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"group 'hard'.*float64"):
-        summarise({"main": TABLE_PK}, {"hard": np.ones(4)})
-    with pytest.raises(ValueError, match="class 'other'"):
-        summarise({"main": TABLE_PK, "other": TABLE_PK[:2]}, {})
-    with pytest.raises(ValueError, match="'all' must hold every prompt"):
-        summarise({"main": TABLE_PK}, {"all": np.array([True, True, True, False])})
 
 
 def test_agreement_equals_the_hand_computed_table():
