@@ -12,6 +12,7 @@ settings.load_profile("ifguide")
 STAGES = Path(__file__).parent / "stages"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs stages shares one process of `pytest -n`: one Ray cluster and one finished run serve all of it."""
     for item in items:
