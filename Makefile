@@ -25,7 +25,7 @@ demo: setup
 
 # Two processes: what needs a Ray cluster waits for its workers to start most of the time (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff format --check .
