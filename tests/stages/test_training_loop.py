@@ -102,10 +102,10 @@ def test_a_training_that_diverges_stops_early_with_advice_and_stays_stopped(
     run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("ifguide"), "propagate", True)
-    changed = replace(run.config.pretrain, penalty=30.0, max_benign_rise=0.2, learning_rate=0.03)
+    changed = replace(run.config.pretrain, epochs=4, penalty=30.0, max_benign_rise=0.2, gradient_clipping=1e3)
     diverging = Run(config=replace(run.config, pretrain=changed))
     manifest = pretrain(diverging)
-    assert 1 < manifest.rows["steps"] < STEPS
+    assert STEPS < manifest.rows["steps"] < 4 * STEPS
     assert manifest.summary["stopped_early"] > 0.2
     assert manifest.summary["exported_step"] == manifest.rows["steps"]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
