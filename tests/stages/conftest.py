@@ -64,7 +64,6 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
             "max_actors": 1,
             "gpus_per_actor": 0,
             "fused": False,
-            "precision": "bfloat16",
         },
         "build_mask": {"quantile": 0.97, "max_fraction": 0.02},
         "evaluate": {
