@@ -102,6 +102,7 @@ class Run:
 def link(place: Path, target: Path) -> None:
     """Make `place` a relative link to an artifact's folder of another run, unless it is one already."""
     if not place.is_symlink():
+        place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(os.path.relpath(target, place.parent), target_is_directory=True)
 
 
