@@ -12,10 +12,11 @@ settings.load_profile("ifguide")
 
 
 class StagesTogether(LoadScopeScheduling):
-    """What runs stages goes to one process of `pytest -n`: one Ray cluster and one finished run serve all of it."""
+    """What runs stages goes to one process of `pytest -n`: one Ray cluster and one finished run serve all of it. Of the
+    rest, a file stays together for the sake of its fixtures."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "stages" if nodeid.startswith("tests/stages/") else nodeid
+        return "stages" if nodeid.startswith("tests/stages/") else nodeid.split("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> StagesTogether:

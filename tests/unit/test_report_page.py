@@ -17,6 +17,7 @@ from tests.sample_report import full_data, large_data
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -62,9 +63,13 @@ def show(browser: Any, page: Path, width: int = 1280) -> None:
     """Open the page anew on a screen of `width` CSS pixels."""
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get("about:blank")
     for kind in ("browser", "performance"):
         browser.get_log(kind)  # forgets what was before
     browser.get(page.as_uri())
+    # on a busy machine `get` came back with the page still empty
+    loaded = "return document.readyState === 'complete' && document.querySelector('main') !== null"
+    WebDriverWait(browser, 60).until(lambda _: browser.execute_script(loaded))
 
 
 def network(browser: Any, event: str) -> list[dict[str, Any]]:
