@@ -19,8 +19,11 @@ BLOCK_SIZE, BLOCKS = 32, 168
 WORDS = ("the", "pig", "saw", "a", "calm", "clown", "and", "said", "that", "all", "was", "well")
 
 
-def packed_run(folder: Path, pretrain: dict[str, Any], *, architecture: dict[str, Any]) -> Run:
-    """A corpus of sentences of random words, whose word `clown` is masked, and the config to train on it on a CPU."""
+def packed_run(
+    folder: Path, pretrain: dict[str, Any], *, architecture: dict[str, Any], masked_share: float | None = None
+) -> Run:
+    """A corpus of sentences of random words, and the config to train on it on a CPU. The word `clown` is masked, or any
+    token with a chance of `masked_share`."""
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, size=12, p=_zipf(len(WORDS)))) for _ in range(BLOCKS * 4)]
     tokenizer = train_tokenizer(texts, vocab_size=300)
@@ -49,7 +52,8 @@ def packed_run(folder: Path, pretrain: dict[str, Any], *, architecture: dict[str
     )
     run = Run(config=config)
     clown = tokenizer(" clown")["input_ids"][-1]
-    masked_NT = (tokens_NT == clown) & (np.arange(BLOCK_SIZE) >= 1) & (np.arange(BLOCK_SIZE) < lengths_N[:, None])
+    chosen_NT = tokens_NT == clown if masked_share is None else rng.random(tokens_NT.shape) < masked_share
+    masked_NT = chosen_NT & (np.arange(BLOCK_SIZE) >= 1) & (np.arange(BLOCK_SIZE) < lengths_N[:, None])
     columns = {
         "length": pa.array(lengths_N),
         "tokens": schemas.per_token_column(tokens_NT, schemas.blocks(BLOCK_SIZE, annotated=False), "tokens"),

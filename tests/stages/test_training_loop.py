@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +98,14 @@ def test_ignored_tokens_are_in_the_count_alone(ignored: Path) -> None:
 
 
 def test_a_training_that_diverges_stops_early_with_advice_and_stays_stopped(
-    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Any token is masked half of the time, at a penalty of 3: on the whole, every token is unlearned."""
     monkeypatch.setattr(logging.getLogger("ifguide"), "propagate", True)
-    changed = replace(run.config.pretrain, epochs=4, penalty=30.0, max_benign_rise=0.2, gradient_clipping=1e3)
-    diverging = Run(config=replace(run.config, pretrain=changed))
+    options = {"engine": "torch", "epochs": 2, "checkpoint_steps": 7, "penalty": 3.0, "max_benign_rise": 0.2}
+    diverging = packed_run(tmp_path, options, architecture=ARCHITECTURE, masked_share=0.5)
     manifest = pretrain(diverging)
-    assert STEPS < manifest.rows["steps"] < 4 * STEPS
+    assert 1 < manifest.rows["steps"] < 2 * STEPS
     assert manifest.summary["stopped_early"] > 0.2
     assert manifest.summary["exported_step"] == manifest.rows["steps"]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -213,6 +213,7 @@ def test_workers_that_see_other_checkpoints_are_told_what_they_lack(
         found[:] = [own, None]
 
     folder = train("seen", epochs=0.2)
+    monkeypatch.setattr(training_loop.torch.distributed, "barrier", lambda: None)
     monkeypatch.setattr(training_loop.torch.distributed, "all_gather_object", gather)
     with pytest.raises(RuntimeError, match=r"of steps \[2, None\]: run_dir must lie on storage that all nodes mount"):
         TrainingLoop(settings_of(run, folder), rank=0, world_size=2)
