@@ -32,14 +32,14 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess
         "DASHBOARD_PORT": str(ports[1]),
     }
     script = str(ROOT / "cluster" / "local.sh")
-    subprocess.run([script, "start"], env=environment, check=True, timeout=150, stdout=subprocess.DEVNULL)
+    subprocess.run([script, "start"], env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
     exports = subprocess.run([script, "env"], env=environment, check=True, capture_output=True, text=True).stdout
     client = environment | dict(word.split("=", 1) for word in shlex.split(exports) if "=" in word)
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(binaries / "ray"), "job", "submit", "--", sys.executable, *command],
-            env=client, capture_output=True, text=True, timeout=150,
+            env=client, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     try:
@@ -55,7 +55,7 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_submitted_job_scores_the_corpus_and_a_wrong_one_says_why(
     submit: Callable[..., Any], copied: Callable[..., Config], finished: Config, tmp_path: Path
 ) -> None:
