@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -32,6 +33,7 @@ from ifguide.storage import is_remote, make_folder, remove_folder, sizes, upload
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 LIBRARIES = ("ifguide", "torch", "ray", "transformers", "kronfluence", "deepspeed", "pyarrow", "numpy")
+REMOVALS = 5  # of a folder that is written to meanwhile
 
 
 class MismatchError(ValueError):
@@ -255,10 +257,21 @@ def remove_tree(folder: Path) -> None:
     """Remove scratch work of an artifact; a missing folder is fine."""
     if is_remote(folder):
         remove_folder(folder)
-    elif folder.exists():
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        folder.rmdir()
+        return
+    for attempt in range(REMOVALS):  # an actor that starts late may still write its start count
+        try:
+            if folder.exists():
+                _remove_local(folder)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or attempt == REMOVALS - 1:
+                raise
+
+
+def _remove_local(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.rmdir()
 
 
 def fsync(path: Path) -> None:
