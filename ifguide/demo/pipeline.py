@@ -15,7 +15,7 @@ from ifguide.demo.generate import generate_demo
 
 
 def make_data(config: Config) -> Path:
-    """Make the corpus, prompts and tokenizer of the config's seed in its run directory, if they are not there."""
+    """Make the corpus, prompts and tokenizer of the config's seed in its run directory."""
     folder = Path(config.run_dir) / "data"
     generate_demo(folder, seed=config.seed)
     return folder

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from ifguide import schemas
-from ifguide.artifacts import data_files, remove_tree
+from ifguide.artifacts import data_files, fsync_tree, remove_tree
 from ifguide.stages.pack_corpus import corpus_block_size
 from ifguide.training import PADDING
 
@@ -41,6 +41,7 @@ def flatten_blocks(corpus: Path, mask: Path | None, folder: Path) -> None:
     _write(part / TOKENS, shape, np.int32, (schemas.per_token_array(_read(path, "tokens"), "tokens") for path in files))
     if mask is not None:
         _write(part / MASKED, shape, np.bool_, _masks(files, mask, block_size))
+    fsync_tree(part)
     part.rename(folder)
 
 
