@@ -23,9 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ifguide demo --set seed=$(SEED) --set run_dir=$(RUN_DIR)
 
-# Two processes: what needs a Ray cluster waits for its workers to start most of the time (tests/conftest.py).
+# Two processes, each with a Ray cluster of its own; the files go to them one by one, those that run stages first.
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -39,8 +39,9 @@ from ifguide.influence.factors import (
     gather_eigenvectors,
 )
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
-from ifguide.models import load_model, load_tokenizer, state_fingerprint, tracked_modules
+from ifguide.models import load_model, state_fingerprint, tracked_modules
 from ifguide.telemetry import Progress, log
+from ifguide.tokenizer import load_tokenizer
 
 Query = tuple[str, str]
 CACHE = Path(__file__).parents[1] / "runs" / "bench"

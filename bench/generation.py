@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.direction import load_smollm2
 from ifguide.config import ModelSource
 from ifguide.evaluation.generation import UNIFORMS, Sampling, sample_nucleus, sample_tokens
-from ifguide.models import load_model, train_tokenizer
+from ifguide.models import load_model
+from ifguide.tokenizer import train_tokenizer
 
 RTP = Path(__file__).parents[2] / "shared" / "data" / "rtp_prompts.jsonl"
 NEOX = {

@@ -40,8 +40,9 @@ from ifguide.baselines import sentence_spans, word_list_spans
 from ifguide.config import ModelSource
 from ifguide.influence.query import load_factors, precondition
 from ifguide.influence.scorer import Attribution, Method, TokenScorer
-from ifguide.models import linearise, load_model, load_tokenizer
+from ifguide.models import linearise, load_model
 from ifguide.telemetry import Progress, configure_logging, log
+from ifguide.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 Document = dict[str, Any]

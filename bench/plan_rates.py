@@ -28,8 +28,8 @@ import torch
 
 from ifguide.config import Config, Input
 from ifguide.corpus import list_chunks, read_documents, tokenise
-from ifguide.models import load_tokenizer
 from ifguide.planning.flops import EIGEN_FLOP
+from ifguide.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

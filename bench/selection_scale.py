@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -44,6 +45,8 @@ from ifguide.stages.run import Run
 
 BLOCK_SIZE, BLOCKS_PER_SHARD, VOCABULARY = 1024, 4096, 50_000
 DOCUMENT_TOKENS = 600.0  # on average
+CHARACTERS = 4  # of a token
+ENCODING = {"stops.list.element": "DELTA_BINARY_PACKED"}  # of pack_corpus
 WARM_UP = 1  # million scores
 MEGABYTE = 1e6
 
@@ -119,14 +122,15 @@ def _cpu_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in [driver, *driver.children(recursive=True)])
 
 
-def make_run(folder: Path, millions: int) -> Run:
+def make_run(folder: Path, millions: float) -> Run:
     """A run directory with a corpus and its scores."""
     run = Run(config=config_from_mapping({"run_dir": str(folder), "cluster": {"num_cpus": 1}}))
-    num_blocks = -(-millions * 1_000_000 // BLOCK_SIZE)
-    plan: dict[str, Any] = {"options": {}, "config_yaml": ""}
+    num_blocks = math.ceil(millions * 1_000_000 / BLOCK_SIZE)
+    plan: dict[str, Any] = {"options": {"pack_corpus": {"blocks_per_shard": BLOCKS_PER_SHARD}}, "config_yaml": ""}
     corpus = open_artifact(run.corpus, verb="pack_corpus", inputs={}, **plan)
-    rng = np.random.default_rng(millions)
+    rng = np.random.default_rng(int(millions))
     documents = _documents(rng, num_blocks * BLOCK_SIZE)
+    starts, num_documents = np.zeros(0, np.int64), 0
     for number, first in enumerate(range(0, num_blocks, BLOCKS_PER_SHARD)):
         shape = (min(BLOCKS_PER_SHARD, num_blocks - first), BLOCK_SIZE)
         tokens = (VOCABULARY * rng.random(shape, dtype=np.float32) ** 3).astype(np.int32)
@@ -136,12 +140,27 @@ def make_run(folder: Path, millions: int) -> Run:
         columns = [block_ids, lengths, schemas.per_token_column(tokens, schema, "tokens")]
         name = f"{number:05d}.parquet"
         pq.write_table(pa.Table.from_arrays(columns, schema=schema), run.corpus / f"shard-{name}", use_dictionary=False)
-        pq.write_table(documents.send((first + shape[0]) * BLOCK_SIZE), run.corpus / f"documents-{name}")
-    files = data_files(run.corpus) + data_files(run.corpus, "documents-*.parquet")
-    made = corpus.finish(files, rows={"blocks": num_blocks}, summary={"block_size": BLOCK_SIZE})
+        table = documents.send((first + shape[0]) * BLOCK_SIZE)
+        pq.write_table(table, run.corpus / f"documents-{name}")
+        starts = np.append(starts[-1:], table.column("token_start").to_numpy())
+        num_documents += len(table)
+        _write_offsets(run.corpus / f"offsets-{name}", block_ids, starts)
+    files = [path for kind in ("shard", "documents", "offsets") for path in data_files(run.corpus, f"{kind}-*.parquet")]
+    rows = {"blocks": num_blocks, "documents": num_documents, "tokens": num_blocks * BLOCK_SIZE}
+    made = corpus.finish(files, rows=rows, summary={"block_size": BLOCK_SIZE})
     scores = _write_scores(run, rng, made.fingerprint, plan)
     scores.finish(data_files(run.scores), rows={"blocks": num_blocks}, summary={})
     return run
+
+
+def _write_offsets(path: Path, block_ids: pa.Array, starts: np.ndarray) -> None:
+    """Every token has four characters; `starts` are those of all documents that reach into the shard."""
+    places = np.arange(block_ids[0].as_py() * BLOCK_SIZE, (block_ids[-1].as_py() + 1) * BLOCK_SIZE)
+    stops = CHARACTERS * (places + 1 - starts[np.searchsorted(starts, places, side="right") - 1])
+    schema = schemas.offsets(BLOCK_SIZE)
+    column = schemas.per_token_column(stops.astype(np.int32).reshape(-1, BLOCK_SIZE), schema, "stops")
+    table = pa.Table.from_arrays([block_ids, column], schema=schema)
+    pq.write_table(table, path, use_dictionary=False, column_encoding=ENCODING)
 
 
 def _write_scores(run: Run, rng: np.random.Generator, corpus: str, plan: dict[str, Any]) -> Any:
@@ -182,7 +201,7 @@ def _document_tables(rng: np.random.Generator, num_tokens: int) -> Iterator[Any]
             [
                 pa.array(ids),
                 pa.array(["synthetic"] * len(ids), pa.string()),
-                *(pa.array(column) for column in (ids, 4 * (lasts - starts), lasts - starts, starts)),
+                *(pa.array(column) for column in (ids, CHARACTERS * (lasts - starts), lasts - starts, starts)),
                 pa.array(starts // BLOCK_SIZE),
                 pa.array((starts % BLOCK_SIZE).astype(np.int32)),
             ],

@@ -10,8 +10,7 @@ the one script that searches the documents. Without the script everything but th
 bytes. Every string of the data is escaped; control bytes are made visible.
 
 Cost: about 2 s of CPU time for eleven charts, nearly all matplotlib's; 4 s with thirteen, two of 80 bars, and 120,000
-tokens of documents. The module does not know which behaviour it reports on, read artifacts, or publish folders; the
-stages do.
+tokens of documents. The module does not know which behaviour it reports on, and reads no artifacts; the stages do.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from ifguide.artifacts import write_text
 from ifguide.report_card import card_fragment, summary_line
 from ifguide.report_charts import PALETTE, charts_of, colours_of, domains_of, group_names
 from ifguide.report_figures import Difference, Figure, Group, ModelRow
@@ -85,12 +85,11 @@ def report_json(data: ReportData) -> dict[str, Any]:
 
 
 def write_report(data: ReportData, folder: Path) -> Path:
-    """Write `REPORT_FILES` (UTF-8) into `folder`, made if missing; returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `REPORT_FILES` (UTF-8) into `folder`; returns the page's path."""
     page = folder / "index.html"
     figures = json.dumps(report_json(data), allow_nan=False) + "\n"
     for name, text in zip(REPORT_FILES, (render_report(data), figures, card_fragment(data)), strict=True):
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return page
 
 

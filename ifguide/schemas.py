@@ -186,28 +186,37 @@ def read_table(path: Path, schema: pa.Schema | None = None, columns: Sequence[st
         wanted = None if columns is None else [name for name in columns if name in present]
         table = pq.read_table(readable(path), columns=wanted, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist") from error
-        raise ValueError(f"{path} cannot be read as Parquet ({error}); delete it and run its stage again") from error
-    missing = sorted(set(columns or ()) - set(present))
-    if missing:
-        raise ValueError(f"{path} has no column {missing[0]}, only {', '.join(present)}; another version made it")
+        raise _unreadable(path, error) from error
+    _require_columns(path, columns or (), present)
     if schema is not None and not table.schema.equals(schema, check_metadata=False):
         raise ValueError(f"{path} has columns\n{table.schema}\nwhere\n{schema}\nis expected; another version made it")
     return table
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    if not path.exists():
+        return FileNotFoundError(f"{path} does not exist")
+    return ValueError(f"{path} cannot be read as Parquet ({error}); delete it and run its stage again")
+
+
+def _require_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -> None:
+    missing = sorted(set(columns) - set(present))
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]}, only {', '.join(present)}; another version made it")
 
 
 def read_batches(path: Path, column: str, rows: int) -> Iterator[pa.Table]:
     """One column of a Parquet file, `rows` rows at a time (the last may be shorter): for a file too large to hold.
 
     Raises:
-        ValueError: the file is truncated or not Parquet; names it.
+        ValueError: the file is truncated or not Parquet, or lacks the column; names it.
     """
     try:
         with pq.ParquetFile(readable(path)) as file:
+            _require_columns(path, [column], file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=rows, columns=[column], use_threads=False):
                 yield pa.Table.from_batches([batch])
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet ({error}); delete it and run its stage again") from error
+        raise _unreadable(path, error) from error
     finally:
         pa.default_memory_pool().release_unused()  # or a worker keeps twice what it ever held at once

@@ -9,6 +9,7 @@ Cost: the stops of the shard's tokens, half a byte each on disk; memory is one s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, publish
-from ifguide.spans import mask_of_spans, spans_of_mask, token_edges
+from ifguide.spans import mask_of_spans, opens_span, spans_of_mask, token_edges
 
 SPANS, DOCUMENTS = "spans-*.parquet", "documents-*.parquet"
+READ_TOKENS = 1 << 19  # of a column at a time
+EDGES_AT_ONCE = 1 << 16  # tokens whose edges are computed together: in a CPU's cache
 CONTEXT = 256  # tokens: more than share a character in any tokenizer
 
 
@@ -58,12 +61,18 @@ class PackedCorpus:
         return shard * self.shard_tokens, min((shard + 1) * self.shard_tokens, self.num_tokens)
 
     def read(self, folder: Path, kind: str, column: str, begin: int, end: int) -> np.ndarray:
-        """A per-token column of the tables `kind` in `folder`, sharded as the corpus is, at positions [begin, end)."""
+        """A per-token column of the tables `kind` in `folder`, sharded as the corpus is, at positions [begin, end).
+
+        Parquet's own representation is never whole: it takes several times the column."""
         parts = []
         for shard in range(begin // self.shard_tokens, -(-end // self.shard_tokens)):
-            table = schemas.read_table(folder / f"{kind}-{shard_name(shard)}.parquet", columns=[column])
+            path = folder / f"{kind}-{shard_name(shard)}.parquet"
             first, _ = self.extent(shard)
-            parts.append(schemas.per_token_array(table, column).reshape(-1)[max(begin - first, 0) : end - first])
+            for table in schemas.read_batches(path, column, max(1, READ_TOKENS // self.block_size)):
+                values = schemas.per_token_array(table, column).reshape(-1)
+                if first < end and first + len(values) > begin:
+                    parts.append(values[max(begin - first, 0) : end - first])
+                first += len(values)
         return np.concatenate(parts)
 
 
@@ -88,17 +97,26 @@ def write_spans(
     Of another per-token `column` than the mask's, of tables that are sharded alike, where named; in `folder` then."""
     documents = read_documents(corpus, shard)
     begins, sizes = (documents.column(key).to_numpy() for key in ("token_start", "num_tokens"))
-    found: list[np.ndarray] = [np.zeros((0, 2))] * len(begins)
-    tokens = 0
+    spans, counts, tokens = [np.zeros((0, 2))], [np.zeros(0, np.int64)], 0
     if len(begins):
         first, end = int(begins[0]), int(begins[-1] + sizes[-1])
         masked = corpus.read(mask, "shard", column, first, end)
         stops = corpus.read(corpus.folder, "offsets", "stops", first, end)
         tokens = int(np.count_nonzero(masked))
-        for i in np.unique(np.searchsorted(begins - first, np.flatnonzero(masked), side="right") - 1):
-            own = slice(begins[i] - first, begins[i] - first + sizes[i])
-            found[i] = spans_of_mask(masked[own], token_edges(stops[own]))
-    return write_found_spans(folder or mask, shard, documents, found, tokens)
+        for some in _document_groups(sizes):
+            begin, stop = int(begins[some][0]) - first, int(begins[some][-1] + sizes[some][-1]) - first
+            own = begins[some] - first - begin
+            counts.append(np.add.reduceat(opens_span(masked[begin:stop], own), own, dtype=np.int64))
+            if counts[-1].any():
+                spans.append(spans_of_mask(masked[begin:stop], token_edges(stops[begin:stop], own), own))
+    return write_found_spans(folder or mask, shard, documents, np.concatenate(spans), np.concatenate(counts), tokens)
+
+
+def _document_groups(sizes: np.ndarray) -> Iterator[slice]:
+    """Consecutive documents of about `EDGES_AT_ONCE` tokens, or one that has more."""
+    groups = np.cumsum(sizes) // EDGES_AT_ONCE
+    cuts = [0, *(np.flatnonzero(np.diff(groups)) + 1), len(sizes)]
+    return (slice(start, stop) for start, stop in itertools.pairwise(cuts) if stop > start)
 
 
 def read_documents(corpus: PackedCorpus, shard: int) -> pa.Table:
@@ -107,12 +125,11 @@ def read_documents(corpus: PackedCorpus, shard: int) -> pa.Table:
 
 
 def write_found_spans(
-    folder: Path, shard: int, documents: pa.Table, found: Sequence[np.ndarray], tokens: int
+    folder: Path, shard: int, documents: pa.Table, spans: np.ndarray, counts: np.ndarray, tokens: int
 ) -> SpanCounts:
-    """Write `spans-<shard>` in `folder`: of each of `documents` the (K, 2) spans `found`, ascending and apart."""
-    counts = np.array([len(spans) for spans in found], np.int64)
-    flat = np.concatenate([np.zeros((0, 2)), *found])
-    pairs = pa.StructArray.from_arrays([pa.array(flat[:, 0]), pa.array(flat[:, 1])], fields=list(schemas.SPAN))
+    """Write `spans-<shard>` in `folder`: the (K, 2) `spans` of all `documents`, of each one as many as `counts` says,
+    ascending and apart."""
+    pairs = pa.StructArray.from_arrays([pa.array(spans[:, 0]), pa.array(spans[:, 1])], fields=list(schemas.SPAN))
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
     ids, num_chars = (documents.column(name).combine_chunks() for name in ("doc_id", "num_chars"))
     columns = [ids, num_chars, pa.ListArray.from_arrays(offsets, pairs)]

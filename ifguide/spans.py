@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
+Places = NDArray[np.int64]
+
+FIRST = np.zeros(1, np.int64)  # one document alone begins at the first token
 
 
 def token_stops(offset_mapping: Any, num_chars: int) -> Ints:
@@ -33,21 +36,32 @@ def token_stops(offset_mapping: Any, num_chars: int) -> Ints:
     return np.append(np.maximum.accumulate(stops), np.int32(num_chars + 1)).astype(np.int32)
 
 
-def token_edges(stops: Ints) -> Floats:
-    """(n,) float64, strictly ascending: the edges of consecutive tokens of ONE document, from its `token_stops`.
+def token_edges(stops: Ints, begins: Places = FIRST) -> Floats:
+    """(n,) float64: the edges of consecutive tokens, from their `token_stops`; strictly ascending in each document.
 
-    A part of a document may be given: edges are right but within a run of equal stops at either end of the part.
+    `begins`: where the documents begin among these tokens, ascending from 0. Tokens may be missing at either end: the
+    edges are right but within a run of equal stops there.
     """
-    _, first, shared = np.unique(stops, return_index=True, return_counts=True)
-    place = np.arange(len(stops)) - np.repeat(first, shared)  # among the tokens that stop at the same character
-    return stops - (np.repeat(shared, shared) - 1 - place) / np.repeat(shared, shared)
+    first = _runs(stops, begins)
+    shared = np.diff(first, append=len(stops))  # tokens that stop at the same character
+    behind = np.repeat(first + shared, shared) - np.arange(1, len(stops) + 1)
+    return stops - behind / np.repeat(shared, shared)
 
 
-def spans_of_mask(masked: Bools, edges: Floats) -> Floats:
-    """(K, 2) float64 [start, stop): ascending, apart from each other, the parts of the masked tokens and no more."""
-    changes = np.flatnonzero(np.diff(masked.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-    starts = _starts(edges)
-    return np.stack([starts[changes[:, 0]], edges[changes[:, 1] - 1]], axis=1)
+def spans_of_mask(masked: Bools, edges: Floats, begins: Places = FIRST) -> Floats:
+    """(K, 2) float64 [start, stop): the parts of the masked tokens and no more, apart from each other.
+
+    No span goes from one document to the next; `begins` as in `token_edges`. `opens_span` tells whose they are.
+    """
+    closes = opens_span(masked[::-1], len(masked) - np.append(begins[1:], len(masked))[::-1])[::-1]
+    return np.stack([_starts(edges, begins)[opens_span(masked, begins)], edges[closes]], axis=1)
+
+
+def opens_span(masked: Bools, begins: Places = FIRST) -> Bools:
+    """(n,): the first token of each of the spans that `spans_of_mask` gives."""
+    goes_on = np.append(False, masked[:-1])
+    goes_on[begins] = False
+    return masked & ~goes_on
 
 
 def mask_of_spans(spans: Floats, edges: Floats) -> Bools:
@@ -59,5 +73,15 @@ def mask_of_spans(spans: Floats, edges: Floats) -> Bools:
     return (first_behind_start < len(spans)) & (spans[reached, 0] < edges)
 
 
-def _starts(edges: Floats) -> Floats:
-    return np.concatenate([[0.0 if len(edges) and edges[0] > 0 else -1.0], edges[:-1]])
+def _starts(edges: Floats, begins: Places = FIRST) -> Floats:
+    starts = np.concatenate([[0.0], edges[:-1]])
+    starts[begins] = np.where(edges[begins] > 0, 0.0, -1.0)
+    return starts
+
+
+def _runs(stops: Ints, begins: Places) -> Places:
+    """The first of the tokens of one document that stop at the same character, of each such run."""
+    other = np.ones(len(stops), bool)
+    other[1:] = stops[1:] != stops[:-1]
+    other[begins] = True
+    return np.flatnonzero(other)

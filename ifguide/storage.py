@@ -91,9 +91,36 @@ def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: found[name] for name in names if name in found}
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file under a folder, by its name relative to it."""
+    if not is_remote(folder):
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {name: entry["size"] for name, entry in sorted(_listing(folder).items())}
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders within a folder, sorted; those of an object store hold at least one file. None, if it is missing."""
+    if not is_remote(folder):
+        return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
+    return [folder / name for name in sorted({name.partition("/")[0] for name in _listing(folder) if "/" in name})]
+
+
 def upload(source: Path, path: Path) -> None:
     """Write a local file to a remote path: whole, or not at all."""
     _fs(path).put_file(str(source), _key(path))
+
+
+def upload_folder(source: Path, folder: Path) -> None:
+    """Write every file of a local folder into a remote one."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            upload(path, folder / path.relative_to(source).as_posix())
+
+
+def download_folder(folder: Path, target: Path) -> None:
+    """Write every file of a remote folder into a local one."""
+    _download(folder, _listing(folder), target)
 
 
 def remove_folder(folder: Path) -> None:
@@ -102,17 +129,22 @@ def remove_folder(folder: Path) -> None:
         _fs(folder).rm(_key(folder), recursive=True)
 
 
-def local_copy(path: str | Path) -> Path:
-    """A local path as it is; of a remote file or folder a copy in the cache of this machine.
+def machine_folder() -> Path:
+    """This machine's folder for copies: `IFGUIDE_CACHE`, by default `ifguide-cache-<uid>` in the temporary folder."""
+    folder = Path(os.environ.get("IFGUIDE_CACHE", f"{tempfile.gettempdir()}/ifguide-cache-{os.getuid()}"))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
-    The cache is `IFGUIDE_CACHE`, by default `ifguide-cache-<uid>` in the temporary folder; a file that changes has
-    another name there. It is never emptied.
+
+def local_copy(path: str | Path) -> Path:
+    """A local path as it is; of a remote file or folder a copy in `machine_folder`.
+
+    A file that changes has another name there. Copies are never removed.
     """
     source = location(path)
     if not is_remote(source):
         return source
-    cache = Path(os.environ.get("IFGUIDE_CACHE", f"{tempfile.gettempdir()}/ifguide-cache-{os.getuid()}"))
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    cache = machine_folder()
     listing = _listing(source)
     stamp = "-".join(sorted(f"{name}:{_stamp(entry)}" for name, entry in listing.items()))
     target = cache / f"{_digest(f'{source} {stamp}')}" / source.name

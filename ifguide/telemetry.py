@@ -167,8 +167,8 @@ def format_seconds(seconds: float) -> str:
 class MetricsLog:
     """Metrics of a run: JSONL at `path`, TensorBoard event files beside it and, if `wandb` says where, W&B.
 
-    wandb: `project` and `entity`; a resumed run goes on in the same W&B run, whose id is in `wandb.json`. config: what
-    W&B shows as the run's settings.
+    wandb: `project`, `entity` and the run's `name`; a resumed run goes on in the same W&B run, whose id is in
+    `wandb.json`. config: what W&B shows as the run's settings.
 
     Raises:
         ValueError: `wandb` is given and its package is not installed.
@@ -219,7 +219,7 @@ def _wandb_run(folder: Path, where: Mapping[str, Any], config: Mapping[str, Any]
     return wandb.init(
         project=where["project"],
         entity=where.get("entity"),
-        name=f"{folder.parent.parent.name}/{folder.name}",
+        name=where["name"],
         id=run_id,
         resume="allow",
         dir=str(folder),

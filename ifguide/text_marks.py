@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ifguide.baselines import Span, sentence_spans, word_list_spans
 from ifguide.span_tables import PackedCorpus, SpanCounts, read_documents, write_found_spans
@@ -75,7 +76,13 @@ def mark_texts(corpus: PackedCorpus, folder: Path, shard: int, tokenizer: Any, f
                     " its tokenizer does not give the text back; compare with a byte-level one"
                 )
     found = [np.array(spans, np.float64).reshape(-1, 2) for spans in find(texts)]
-    return write_found_spans(folder, shard, documents, found, 0)
+    return _write(folder, shard, documents, found)
+
+
+def _write(folder: Path, shard: int, documents: pa.Table, found: Sequence[np.ndarray]) -> SpanCounts:
+    """Write `spans-<shard>`, of each of `documents` the (K, 2) spans `found`."""
+    counts = np.array([len(spans) for spans in found], np.int64)
+    return write_found_spans(folder, shard, documents, np.concatenate([np.zeros((0, 2)), *found]), counts, 0)
 
 
 def mark_annotated_documents(corpus: PackedCorpus, folder: Path, shard: int) -> SpanCounts:
@@ -90,7 +97,7 @@ def mark_annotated_documents(corpus: PackedCorpus, folder: Path, shard: int) -> 
             np.array(_whole(int(n)) if flag else [], float).reshape(-1, 2)
             for n, flag in zip(chars, marked, strict=True)
         ]
-    return write_found_spans(folder, shard, documents, found, 0)
+    return _write(folder, shard, documents, found)
 
 
 def _whole(num_chars: int) -> list[Span]:

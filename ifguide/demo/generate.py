@@ -40,7 +40,7 @@ from ifguide.demo.baselines import (
     word_list_spans,
 )
 from ifguide.demo.documents import Document, Passage, compose
-from ifguide.models import save_tokenizer, train_tokenizer
+from ifguide.tokenizer import save_tokenizer, train_tokenizer
 from ifguide.toxicity import load_classifier
 
 logger = logging.getLogger(__name__)

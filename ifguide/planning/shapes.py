@@ -20,7 +20,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ifguide.config import Config, ConfigError, ModelSource
-from ifguide.models import linearise, load_architecture, load_tokenizer, tracked_modules
+from ifguide.models import linearise, load_architecture, tracked_modules
+from ifguide.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ from ifguide.artifacts import Manifest, publish, require, verify_file, write_jso
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
 from ifguide.evaluation import Bootstrap, Replicates
 from ifguide.evaluation.generation import decode
-from ifguide.models import load_model, load_tokenizer
+from ifguide.models import load_model
 from ifguide.stages.build_query import QUERIES, make_classifier
 from ifguide.stages.check_classifier import labelled_texts
 from ifguide.stages.evaluate import models_to_evaluate
@@ -50,6 +50,7 @@ from ifguide.stages.evaluation_prompts import chosen_prompts
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, run_shards
 from ifguide.telemetry import log
+from ifguide.tokenizer import load_tokenizer
 
 VERB = "analyse"
 DRAW = {"lens": draw_lens, "probes": draw_probes, "gcg": draw_gcg}

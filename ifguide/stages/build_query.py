@@ -19,12 +19,12 @@ from ifguide.artifacts import MANIFEST, Manifest, publish, require, require_same
 from ifguide.config import ClassifierSource, ConfigError, Prompts, to_mapping
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
 from ifguide.interchange import check_factors
-from ifguide.models import load_tokenizer
 from ifguide.stages.proxy import ProxyFacts, describe_proxy, load_proxy
 from ifguide.stages.run import Run, model_mapping
 from ifguide.stages.shards import LEDGER, Pool, run_shards
 from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
+from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import PromptRow, load_classifier, read_prompts, select_queries
 
 VERB = "build_query"

@@ -4,7 +4,8 @@
                               state/...          the engine's own files
 
 Everything is written under a `.part` name and fsynced before the rename, checkpoint.json last. What lacks it, or has a
-file of another size than it says, was torn and is passed over for the one before it.
+file of another size than it says, was torn and is passed over for the one before it. An object store has no rename:
+each machine uploads what its ranks wrote, then checkpoint.json names all that has arrived.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import fsync, fsync_tree, remove_tree
+from ifguide.artifacts import fsync, fsync_tree, remove_tree, write_json
+from ifguide.storage import file_sizes, sizes, subfolders
 from ifguide.telemetry import log
 
 CHECKPOINTS, DESCRIPTION, STATE = "checkpoints", "checkpoint.json", "state"
@@ -46,10 +48,7 @@ def part_folder(folder: Path, step: int) -> Path:
 
 def publish_checkpoint(part: Path, description: Mapping[str, Any]) -> Path:
     """Make the files in `part`, all of which are written, the checkpoint that `description` speaks of."""
-    files = sorted(path for path in part.rglob("*") if path.is_file())
-    sizes = {path.relative_to(part).as_posix(): path.stat().st_size for path in files}
-    written = part / DESCRIPTION
-    written.write_text(json.dumps({**description, "files": sizes}, indent=2), encoding="utf-8")
+    describe_files(part, description)
     fsync_tree(part)
     final = part.with_suffix("")
     remove_tree(final)  # there is one only if it was torn
@@ -58,10 +57,15 @@ def publish_checkpoint(part: Path, description: Mapping[str, Any]) -> Path:
     return final
 
 
+def describe_files(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write the `checkpoint.json` of the files that are in a folder; in an object store this publishes them."""
+    write_json(folder / DESCRIPTION, {**description, "files": file_sizes(folder)})
+
+
 def published_checkpoints(folder: Path) -> list[Checkpoint]:
     """The whole checkpoints of a model folder, by step."""
     found = []
-    for path in sorted((folder / CHECKPOINTS).glob("step-*")):
+    for path in subfolders(folder / CHECKPOINTS):
         if path.suffix:
             continue  # unfinished, or converted
         checkpoint = _read(path)
@@ -88,7 +92,7 @@ def remove_others(folder: Path, *, keep_last: int, keep_best: int) -> None:
     """Remove all but the last and the best checkpoints, and every leftover."""
     found = published_checkpoints(folder)
     kept = {checkpoint.folder for checkpoint in [*found[-keep_last:], *best_checkpoints(found)[:keep_best]]}
-    for path in (folder / CHECKPOINTS).iterdir():
+    for path in subfolders(folder / CHECKPOINTS):
         if path not in kept:
             remove_tree(path)
 
@@ -98,10 +102,9 @@ def _read(folder: Path) -> Checkpoint | None:
         content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    for name, size in content.pop("files").items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            return None
+    files = content.pop("files")
+    if sizes(folder, files) != files:
+        return None
     return Checkpoint(folder=folder, **content)
 
 

@@ -38,6 +38,7 @@ from ifguide.stages.report_data import comparison_data
 from ifguide.stages.run import BASELINE, PENALISED, Run, link
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.stages.shards import LEDGER
+from ifguide.storage import is_remote
 from ifguide.telemetry import log
 
 
@@ -50,6 +51,11 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     methods = run.config.compare.methods
     if not methods:
         raise ConfigError("compare.methods: name some, `name: {mask: ..., penalty: ...}`; see configs/demo.yaml")
+    if is_remote(run.folder):  # methods share artifacts by links
+        raise ConfigError(
+            f"run_dir: compare needs a folder that every node mounts, not {run.config.run_dir}; copy the run directory"
+            f" there, and compare with --set run_dir=<that folder>"
+        )
     for name, method in methods.items():
         if method.mask is not None:
             check_method(run, name, method)

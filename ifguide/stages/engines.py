@@ -102,7 +102,7 @@ class TorchEngine:
 
 
 class DeepSpeedEngine:
-    """One rank of `world_size`, whose process group is there already."""
+    """One rank of `world_size`, whose process group is there already. `leads`: it prepares its machine's files."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         build: Callable[[], LanguageModelLoss],
         checkpoint: Checkpoint | None,
         *,
-        rank: int,
+        leads: bool,
         world_size: int,
     ):
         import deepspeed
@@ -120,7 +120,7 @@ class DeepSpeedEngine:
         source = None
         if checkpoint is not None:
             reshape = checkpoint.world_size != world_size and config.zero_stage > 0
-            source = _universal(checkpoint, rank, config) if reshape else checkpoint.folder
+            source = _universal(checkpoint, leads, config) if reshape else checkpoint.folder
         universal = source is not None and source.suffix == UNIVERSAL
         settings = deepspeed_config(config, world_size=world_size, load_universal=universal)
         # alive while the model is built: HF then partitions ZeRO-3 parameters as it initialises them
@@ -180,10 +180,10 @@ class DeepSpeedEngine:
         return {name: of_parameter[id(parameter)] for name, parameter in named if id(parameter) in of_parameter}
 
 
-def _universal(checkpoint: Checkpoint, rank: int, config: Pretrain) -> Path:
-    """The checkpoint in DeepSpeed's universal form beside it: converted by rank 0, once."""
+def _universal(checkpoint: Checkpoint, leads: bool, config: Pretrain) -> Path:
+    """The checkpoint in DeepSpeed's universal form beside it: converted once, by the rank that leads."""
     final = checkpoint.folder.with_suffix(UNIVERSAL)
-    if rank == 0 and not final.exists():
+    if leads and not final.exists():
         from deepspeed.checkpoint import ds_to_universal
 
         part = final.with_suffix(f"{UNIVERSAL}-part")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ifguide.config import Config, ConfigError, Input, ModelSource, config_from_
 from ifguide.corpus import list_chunks, pack, read_documents, tokenise
 from ifguide.evaluation import last_word_accuracy, perplexity
 from ifguide.evaluation.reward_decoding import RewardGuide
-from ifguide.models import load_model, load_tokenizer
+from ifguide.models import load_model
 from ifguide.report import REPORT_FILES, write_report
 from ifguide.reward_model import load_reward_model
 from ifguide.stages.build_query import make_classifier
@@ -39,7 +38,9 @@ from ifguide.stages.generations import (
 from ifguide.stages.report_data import report_data
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.storage import file_sizes, local_copy, location
 from ifguide.telemetry import log
+from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import LabelClassifier
 
 METRICS = "metrics.json"
@@ -80,7 +81,12 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
         figures[name] |= further
     write_report(data, run.report)
     files = [run.report / name for name in (*REPORT_FILES, METRICS)]
-    files += [path for folder in (CONTINUATIONS, FLUENCY) for path in (run.report / folder).rglob("*.parquet")]
+    files += [
+        run.report / folder / name
+        for folder in (CONTINUATIONS, FLUENCY)
+        for name in file_sizes(run.report / folder)
+        if name.endswith(".parquet")
+    ]
     prompts = sum(map(len, sets.values()))
     manifest = artifact.finish(
         files,
@@ -210,7 +216,7 @@ class EvaluateModel:
     ):
         self.config = config_from_mapping(config)
         self.options = self.config.evaluate
-        self.models, self.folder, self.generations = models, Path(folder), Path(generations)
+        self.models, self.folder, self.generations = models, location(folder), location(generations)
         self.guides = guides
         self.sets = chosen_sets(self.config)
         gpus = self.options.gpus_per_actor
@@ -241,7 +247,7 @@ class EvaluateModel:
             return None
         options = self.guides[name]
         if self.reward is None or self.reward[0] != options["reward"]:
-            self.reward = (options["reward"], load_reward_model(Path(options["reward"]), device=self._device()))
+            self.reward = (options["reward"], load_reward_model(local_copy(options["reward"]), device=self._device()))
         return RewardGuide(model=self.reward[1], beta=options["beta"], top_k=options["top_k"])
 
     def _device(self) -> str:

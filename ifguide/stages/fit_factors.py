@@ -24,12 +24,13 @@ from ifguide.influence.factors import (
     fit_lambda_partition,
     gather_eigenvectors,
 )
-from ifguide.models import check_vocabulary, load_tokenizer
+from ifguide.models import check_vocabulary
 from ifguide.stages.proxy import describe_proxy, load_proxy
 from ifguide.stages.run import Run, model_mapping
 from ifguide.stages.shards import LEDGER, Pool, run_shards
 from ifguide.storage import Mirror, location, readable
 from ifguide.telemetry import log
+from ifguide.tokenizer import load_tokenizer
 
 VERB = "fit_factors"
 WORK = "partitions"

@@ -21,9 +21,10 @@ from ifguide import schemas
 from ifguide.artifacts import Artifact, data_files, publish, require
 from ifguide.config import Evaluate
 from ifguide.evaluation.generation import Guide, Sampling, decode, sample_tokens, token_lengths
-from ifguide.models import load_tokenizer
 from ifguide.stages.run import Run
 from ifguide.stages.shards import StageError
+from ifguide.storage import readable
+from ifguide.tokenizer import load_tokenizer
 
 VERB = "evaluate"
 OPTIONS = ("continuations", "max_new_tokens", "top_p", "temperature", "prompts_per_shard", "batch_size")
@@ -150,7 +151,8 @@ def finish_generations(
         if artifact.manifest:
             continue
         files = data_files(artifact.folder)
-        count, expected = sum(pq.read_metadata(file).num_rows for file in files), len(sets[name]) * continuations
+        count = sum(pq.read_metadata(readable(file)).num_rows for file in files)
+        expected = len(sets[name]) * continuations
         if count != expected:
             raise StageError(
                 f"{VERB}: {artifact.folder} holds {count} continuations where {expected} were asked for: delete it and"

@@ -17,7 +17,6 @@ import ray
 from ifguide.artifacts import Manifest, data_files, open_artifact, require
 from ifguide.compare_options import Method
 from ifguide.config import ClassifierSource, Config, ConfigError, config_from_mapping, to_mapping, to_yaml
-from ifguide.models import load_tokenizer
 from ifguide.span_tables import (
     SPANS,
     PackedCorpus,
@@ -39,6 +38,7 @@ from ifguide.text_marks import (
     mark_texts,
     whole_documents,
 )
+from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import LabelClassifier
 
 VERB = "compare"

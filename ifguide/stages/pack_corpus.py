@@ -32,11 +32,11 @@ from ifguide.corpus import (
     stream_order,
     token_table,
 )
-from ifguide.models import load_tokenizer, save_tokenizer, train_tokenizer
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.storage import Mirror, location, readable
 from ifguide.telemetry import log
+from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 VERB = "pack_corpus"
 TOKENS = "tokens"  # scratch folder of tokenised chunks

@@ -23,7 +23,7 @@ from ifguide.compare_options import Dpo, Rad
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, result_options, to_mapping, to_yaml
 from ifguide.dpo import dpo_trainer, train_dpo
 from ifguide.evaluation.generation import encode_prompts
-from ifguide.models import load_model, load_tokenizer
+from ifguide.models import load_model
 from ifguide.preferences import ScoredPrompt, make_pairs, rate_continuations
 from ifguide.reward_model import RatedText, RewardModel, rate_texts, train_reward_model
 from ifguide.stages.evaluate import continue_prompts
@@ -34,6 +34,7 @@ from ifguide.stages.method_masks import VERB, compared_classifier
 from ifguide.stages.run import BASELINE, Run, connect
 from ifguide.stages.shards import LEDGER
 from ifguide.telemetry import configure_logging, log
+from ifguide.tokenizer import load_tokenizer
 from ifguide.typed_yaml import result_part
 
 DPO, HF, SCRATCH = "dpo", "hf", "checkpoints"

@@ -17,18 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from ifguide.artifacts import Manifest, remove_tree, require, require_same
 from ifguide.config import to_mapping
 from ifguide.model_card import write_model_card
-from ifguide.models import check_vocabulary, load_tokenizer
+from ifguide.models import check_vocabulary
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.stages.checkpoints import last_checkpoint
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
 from ifguide.stages.target_corpus import training_run
 from ifguide.stages.training_blocks import BLOCKS
-from ifguide.stages.training_loop import EXPORT, METRICS, SUMMARY, VERB, TrainingLoop, architecture, initial_model
+from ifguide.stages.training_folder import METRICS
+from ifguide.stages.training_loop import EXPORT, SUMMARY, VERB, TrainingLoop, architecture, initial_model
+from ifguide.storage import is_remote, location
 from ifguide.telemetry import configure_logging, cut_torn_line, log
+from ifguide.tokenizer import load_tokenizer
 from ifguide.training_log import training_line
 
 
@@ -143,10 +147,18 @@ def _train_on_ray(run: Run, settings: dict[str, Any]) -> None:
         ),
         run_config=ray.train.RunConfig(
             name=f"{settings['name']}-{time.time_ns()}",
-            storage_path=str(Path(settings["folder"]) / "ray_train"),
+            **_ray_storage(location(settings["folder"]) / "ray_train"),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     ).fit()
+
+
+def _ray_storage(folder: Path) -> dict[str, Any]:
+    """Ray Train's own folder, for it, through this program's file systems."""
+    if not is_remote(folder):
+        return {"storage_path": str(folder)}
+    remote: Any = folder
+    return {"storage_path": remote.path, "storage_filesystem": PyFileSystem(FSSpecHandler(remote.fs))}
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -156,17 +168,22 @@ def train_loop(settings: dict[str, Any]) -> None:
     configure_logging()
     os.chdir(settings["working_directory"])  # Ray Train moved to its own; relative paths in the config are the driver's
     context = ray.train.get_context()
-    run_rank(settings, rank=context.get_world_rank(), world_size=context.get_world_size())
+    run_rank(
+        settings,
+        rank=context.get_world_rank(),
+        local_rank=context.get_local_rank(),
+        world_size=context.get_world_size(),
+    )
 
 
-def run_rank(settings: dict[str, Any], *, rank: int, world_size: int) -> None:
+def run_rank(settings: dict[str, Any], *, rank: int, local_rank: int, world_size: int) -> None:
     """One rank of the DeepSpeed job, in whatever process group torch has."""
     if not settings["config"]["pretrain"]["gpus_per_worker"]:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a 80 s compilation; gloo serves
-    TrainingLoop(settings, rank=rank, world_size=world_size).run()
+    TrainingLoop(settings, rank=rank, world_size=world_size, local_rank=local_rank).run()
 
 
 class _ShownMetrics:
@@ -177,7 +194,9 @@ class _ShownMetrics:
 
     def __init__(self, path: Path, name: str):
         self.path, self.name = path, name
-        cut_torn_line(path)
+        self.seconds = 10.0 if is_remote(path) else 1.0
+        if not is_remote(path):  # a remote one is uploaded whole
+            cut_torn_line(path)
         self.offset = path.stat().st_size if path.exists() else 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -191,7 +210,7 @@ class _ShownMetrics:
         self._show_new()
 
     def _follow(self) -> None:
-        while not self.stop.wait(1.0):
+        while not self.stop.wait(self.seconds):
             self._show_new()
 
     def _show_new(self) -> None:

@@ -32,7 +32,7 @@ from ifguide.stages.build_query import make_classifier
 from ifguide.stages.evaluation_figures import THRESHOLD
 from ifguide.stages.evaluation_prompts import PROMPTS
 from ifguide.stages.pack_corpus import document_table
-from ifguide.stages.run import BASELINE, PENALISED, Run, link
+from ifguide.stages.run import BASELINE, PENALISED, Run
 from ifguide.stages.view import View, mask_agreement, score_histogram
 from ifguide.storage import readable
 from ifguide.telemetry import read_metrics
@@ -144,7 +144,7 @@ def _behaviours(run: Run, view: View) -> Iterator[Behaviour]:
         if behaviour != trained:
             other = _behaviour_run(run, behaviour)
             build_mask(other)
-            yield _behaviour(run, View(other.folder), behaviour or own, trained=False)
+            yield _behaviour(run, View(other.folder, **other.lent), behaviour or own, trained=False)
 
 
 def _behaviour_run(run: Run, behaviour: str | None) -> Run:
@@ -153,11 +153,7 @@ def _behaviour_run(run: Run, behaviour: str | None) -> Run:
         run_dir=str(run.report / BEHAVIOURS / (behaviour or "own")),
         build_mask=replace(run.config.build_mask, behaviour=behaviour),
     )
-    other = Run(config=config)
-    other.folder.mkdir(parents=True, exist_ok=True)
-    link(other.corpus, run.corpus)
-    link(other.scores, run.scores)
-    return other
+    return Run(config=config, lent={"corpus": run.corpus, "scores": run.scores})
 
 
 def _behaviour(run: Run, view: View, name: str, *, trained: bool) -> Behaviour:

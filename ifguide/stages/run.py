@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from ifguide import artifacts
-from ifguide.config import Config, ConfigError, ModelSource, result_options, to_mapping, to_yaml
-from ifguide.storage import is_remote, location
+from ifguide.config import Config, ModelSource, result_options, to_mapping, to_yaml
+from ifguide.storage import location
 
-LOCAL_VERBS = ("pretrain", "evaluate", "analyse")  # they append, link and map files
 BASELINE, PENALISED = "baseline", "penalised"
 
 
@@ -24,16 +23,17 @@ class Run:
     """One config in one run directory. Artifact folders are named here and nowhere else."""
 
     config: Config
+    lent: Mapping[str, Path] = field(default_factory=dict)  # `corpus` and `scores`, where they are another run's
 
     @property
     def folder(self) -> Path:
         """The run directory, local (then absolute) or remote: Ray workers have another working directory."""
         return location(self.config.run_dir)
 
-    corpus = property(lambda self: self.folder / "corpus")
+    corpus = property(lambda self: self.lent.get("corpus", self.folder / "corpus"))
     factors = property(lambda self: self.folder / "factors")
     query = property(lambda self: self.folder / "query")
-    scores = property(lambda self: self.folder / "scores")
+    scores = property(lambda self: self.lent.get("scores", self.folder / "scores"))
     ranking = property(lambda self: self.folder / "ranking")
     mask = property(lambda self: self.folder / "mask")
     analyses = property(lambda self: self.folder / "analyses")
@@ -79,16 +79,7 @@ class Run:
         inputs: Mapping[str, str],
         extra: Mapping[str, Any] = {},
     ) -> artifacts.Artifact:
-        """Open the artifact of a verb whose result depends on the config sections `keys` and on `inputs`.
-
-        Raises:
-            ConfigError: the verb works on local folders alone, and the run directory is remote.
-        """
-        if verb in LOCAL_VERBS and is_remote(folder):
-            raise ConfigError(
-                f"run_dir: {verb} needs a folder that every node mounts, not {self.config.run_dir}; copy the run"
-                f" directory there (`aws s3 sync`), and run {verb} with --set run_dir=<that folder>"
-            )
+        """Open the artifact of a verb whose result depends on the config sections `keys` and on `inputs`."""
         options = {**result_options(self.config, keys), **extra}
         return artifacts.open_artifact(
             folder, verb=verb, options=options, inputs=inputs, config_yaml=to_yaml(self.config)

@@ -23,7 +23,7 @@ from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, publish, read_manifest, require, require_same, verify_file
 from ifguide.influence.memory import is_out_of_memory, keep_memory
 from ifguide.influence.scorer import Method, TokenScorer
-from ifguide.models import check_vocabulary, load_tokenizer, state_fingerprint
+from ifguide.models import check_vocabulary, state_fingerprint
 from ifguide.stages.build_query import DIRECTION
 from ifguide.stages.proxy import describe_proxy, load_proxy
 from ifguide.stages.run import Run, model_mapping
@@ -31,6 +31,7 @@ from ifguide.stages.scoring_method import METHOD, chosen_method, decide
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
+from ifguide.tokenizer import load_tokenizer
 
 VERB = "score_corpus"
 logger = logging.getLogger(__name__)

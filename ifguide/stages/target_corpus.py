@@ -9,7 +9,6 @@ and every document's number of characters are checked.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +20,7 @@ from ifguide.span_tables import SPANS, MaskJob, PackedCorpus, mask_jobs, shard_n
 from ifguide.stages.pack_corpus import pack_corpus
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.storage import location
 from ifguide.telemetry import log
 
 VERB = "pretrain"
@@ -124,7 +124,7 @@ class MaskShard:
     """Worker: one shard of the target's corpus -> its mask."""
 
     def __init__(self, corpus: PackedCorpus, source_mask: str, folder: str):
-        self.corpus, self.source_mask, self.folder = corpus, Path(source_mask), Path(folder)
+        self.corpus, self.source_mask, self.folder = corpus, location(source_mask), location(folder)
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         return write_mask(self.corpus, self.source_mask, self.folder, MaskJob(*descriptor["job"]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from ifguide.artifacts import fsync_tree, remove_tree, write_json
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
 from ifguide.lm_loss import LanguageModelLoss
-from ifguide.models import load_architecture, load_model, load_tokenizer
+from ifguide.models import load_architecture, load_model
 from ifguide.objective import Objective
 from ifguide.stages.checkpoints import (
     STATE,
@@ -27,14 +26,14 @@ from ifguide.stages.checkpoints import (
     best_checkpoints,
     describe_checkpoint,
     last_checkpoint,
-    part_folder,
-    publish_checkpoint,
     published_checkpoints,
-    remove_others,
 )
 from ifguide.stages.engines import DeepSpeedEngine, Engine, TorchEngine
 from ifguide.stages.training_blocks import BLOCKS, TrainingBlocks, flatten_blocks
+from ifguide.stages.training_folder import METRICS, TrainingFolder
+from ifguide.storage import location
 from ifguide.telemetry import MetricsLog, log, read_metrics
+from ifguide.tokenizer import load_tokenizer
 from ifguide.training import (
     PADDING,
     BenignRise,
@@ -47,7 +46,7 @@ from ifguide.training import (
 from ifguide.training_log import meter_of
 
 VERB = "pretrain"
-METRICS, SUMMARY, EXPORT = "metrics.jsonl", "summary.json", "hf"
+SUMMARY, EXPORT = "summary.json", "hf"
 
 
 def initial_model(config: Config) -> ModelSource:
@@ -73,17 +72,23 @@ class TrainingLoop:
     `settings`: `config` (a mapping), `corpus`, `mask` (None: none), `folder` of the model, `name`.
     """
 
-    def __init__(self, settings: dict[str, Any], *, rank: int, world_size: int):
+    def __init__(self, settings: dict[str, Any], *, rank: int, world_size: int, local_rank: int | None = None):
         self.config = config_from_mapping(settings["config"])
         self.rank, self.world_size, self.name = rank, world_size, settings["name"]
         self.train = self.config.pretrain
-        self.folder = Path(settings["folder"])
         torch.set_num_threads(max(1, int(self.train.cpus_per_worker)))
-        if rank == 0:
-            mask = Path(settings["mask"]) if settings["mask"] else None
-            flatten_blocks(Path(settings["corpus"]), mask, self.folder / BLOCKS)
+        self.place = TrainingFolder(
+            settings["folder"],
+            rank=rank,
+            local_rank=rank if local_rank is None else local_rank,
+            barrier=self._barrier,
+        )
+        self.folder = self.place.folder
+        if self.place.leads:
+            mask = location(settings["mask"]) if settings["mask"] else None
+            flatten_blocks(location(settings["corpus"]), mask, self.place.local / BLOCKS)
         self._barrier()
-        self.blocks = TrainingBlocks(self.folder / BLOCKS)
+        self.blocks = TrainingBlocks(self.place.local / BLOCKS)
         self.trained, self.heldout = split_heldout(
             len(self.blocks.lengths), self.train.heldout_blocks, self.config.seed
         )
@@ -94,7 +99,7 @@ class TrainingLoop:
             seed=self.config.seed,
         )
         self.tokenizer = load_tokenizer(self.config.tokenizer_source)
-        checkpoint = self._agreed_checkpoint()
+        checkpoint = self.place.fetch_for_all(self._agreed_checkpoint())
         self.engine = self._engine(checkpoint)
         self.step = checkpoint.step if checkpoint else 0
         self.rise = BenignRise(**(checkpoint.training if checkpoint else {}))
@@ -108,7 +113,7 @@ class TrainingLoop:
         if len(set(steps)) > 1:
             raise RuntimeError(
                 f"the workers see different last checkpoints in {self.folder}, of steps {steps}: run_dir must lie on"
-                " storage that all nodes mount"
+                " storage that all nodes mount, or be remote"
             )
         return checkpoint
 
@@ -121,7 +126,9 @@ class TrainingLoop:
             raise ConfigError(f"pretrain.engine: {checkpoint.folder} is of engine {checkpoint.engine}")
         if self.train.engine == "torch":
             return TorchEngine(self.train, self._build_model, checkpoint)
-        return DeepSpeedEngine(self.train, self._build_model, checkpoint, rank=self.rank, world_size=self.world_size)
+        return DeepSpeedEngine(
+            self.train, self._build_model, checkpoint, leads=self.place.leads, world_size=self.world_size
+        )
 
     def _build_model(self) -> LanguageModelLoss:
         target = initial_model(self.config)
@@ -160,15 +167,19 @@ class TrainingLoop:
                 values["loss_heldout"] = self._heldout_loss()
             if metrics and (due or self.step % self.train.log_steps == 0):
                 metrics.write(self.step, values | meter.values(self.step))
+                self.place.share_metrics(now=due)
             if due:
                 self._save(values["loss_heldout"])
         self._finish()
         if metrics:
             metrics.close()
+            self.place.share_metrics(now=True)
+        self.place.close()
 
     def _metrics(self) -> MetricsLog:
-        wandb = to_mapping(self.train.wandb) if self.train.wandb else None
-        return MetricsLog(self.folder / METRICS, wandb=wandb, config=to_mapping(self.config))
+        name = f"{self.folder.parent.parent.name}/{self.folder.name}"
+        wandb = {**to_mapping(self.train.wandb), "name": name} if self.train.wandb else None
+        return MetricsLog(self.place.local / METRICS, wandb=wandb, config=to_mapping(self.config))
 
     def _train_step(self) -> dict[str, Any]:
         batch = self.schedule.batch(self.step)
@@ -235,25 +246,18 @@ class TrainingLoop:
 
     def _save(self, heldout: float | None) -> None:
         """Publish the engine's state of this step, then remove what need not be kept."""
-        part = part_folder(self.folder, self.step)
-        if self.rank == 0:
-            remove_tree(part)
-            part.mkdir(parents=True)
-        self._barrier()
+        part = self.place.checkpoint_part(self.step)
         self.engine.save(part / STATE)
-        self._barrier()
-        if self.rank == 0:
-            made = Checkpoint(
-                folder=part,
-                step=self.step,
-                engine=self.train.engine,
-                world_size=self.world_size,
-                heldout=heldout,
-                training=asdict(self.rise),
-            )
-            publish_checkpoint(part, describe_checkpoint(made))
-            remove_others(self.folder, keep_last=self.train.keep_last, keep_best=self.train.keep_best)
-        self._barrier()
+        made = Checkpoint(
+            folder=part,
+            step=self.step,
+            engine=self.train.engine,
+            world_size=self.world_size,
+            heldout=heldout,
+            training=asdict(self.rise),
+        )
+        self.place.publish_checkpoint(part, describe_checkpoint(made))
+        self.place.remove_checkpoints(keep_last=self.train.keep_last, keep_best=self.train.keep_best)
 
     def _finish(self) -> None:
         """Export the checkpoint that the config names and write the summary; on rank 0."""
@@ -261,8 +265,8 @@ class TrainingLoop:
             checkpoints = published_checkpoints(self.folder)
             best = best_checkpoints(checkpoints)
             chosen = best[0] if self.train.export == "best" else checkpoints[-1]
-            self._export(chosen)
-            rows = read_metrics(self.folder / METRICS)
+            self._export(self.place.fetch(chosen))
+            rows = read_metrics(self.place.local / METRICS)
             seen = min(self.step * self.train.batch_blocks, self.schedule.total_blocks)
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
             summary = {"steps": self.step, "blocks_seen": seen, "parameters": parameters, "exported_step": chosen.step}
@@ -284,11 +288,10 @@ class TrainingLoop:
         if unexpected or set(missing) - tied:
             raise ValueError(f"{checkpoint.folder} lacks {sorted(set(missing) - tied)}, and has {unexpected} too much")
         model.tie_weights()
-        part = self.folder / f"{EXPORT}.part"
+        part = self.place.local / f"{EXPORT}.part"
         remove_tree(part)
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.save_pretrained(part)
         self.tokenizer.save_pretrained(part)
         fsync_tree(part)
-        remove_tree(self.folder / EXPORT)
-        part.rename(self.folder / EXPORT)
+        self.place.publish_folder(part, EXPORT)

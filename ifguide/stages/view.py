@@ -16,8 +16,9 @@ import ray
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
-from ifguide.models import load_tokenizer
 from ifguide.stages.pack_corpus import corpus_block_size
+from ifguide.storage import location, readable
+from ifguide.tokenizer import load_tokenizer
 
 MAX_SHOWN_TOKENS = 600
 HISTOGRAM_BINS = 80
@@ -40,19 +41,20 @@ class ShownDocument:
 
 
 class View:
-    """Random access to the tokens of one run directory that has a mask; scores are of the mask's behaviour."""
+    """Random access to the tokens of one run directory that has a mask; scores are of the mask's behaviour.
 
-    def __init__(self, folder: Path):
-        self.corpus, self.scores, self.mask, self.ranking = (
-            folder / name for name in ("corpus", "scores", "mask", "ranking")
-        )
-        corpus, mask = read_manifest(self.corpus), read_manifest(self.mask)
-        self.summary = mask.summary
-        self.options = mask.options.get("build_mask", {})
-        self.ranked = mask.verb == "build_mask"  # an imported mask has neither ranking nor tau
+    `corpus` and `scores`: where these lie, if not in the run directory."""
+
+    def __init__(self, folder: Path, *, corpus: Path | None = None, scores: Path | None = None):
+        self.corpus, self.scores = corpus or folder / "corpus", scores or folder / "scores"
+        self.mask, self.ranking = folder / "mask", folder / "ranking"
+        manifest, made = read_manifest(self.mask), read_manifest(self.corpus)
+        self.summary = manifest.summary
+        self.options = manifest.options.get("build_mask", {})
+        self.ranked = manifest.verb == "build_mask"  # an imported mask has neither ranking nor tau
         self.score_column = schemas.score_column(self.summary.get("behaviour"))
-        self.tokenizer = load_tokenizer(corpus.summary["tokenizer"])
-        self.annotated = bool(corpus.summary["annotated"])
+        self.tokenizer = load_tokenizer(made.summary["tokenizer"])
+        self.annotated = bool(made.summary["annotated"])
         self.block_size = corpus_block_size(self.corpus)
         self.files = data_files(self.corpus)
         self.first_blocks = [_first_block(path) for path in self.files]
@@ -92,7 +94,7 @@ class View:
         """A row of the document table, from the one file that holds it."""
         first = 0
         for path in data_files(self.corpus, "documents-*.parquet"):
-            number = pq.read_metadata(path).num_rows
+            number = pq.read_metadata(readable(path)).num_rows
             if doc_id < first + number:
                 return schemas.read_table(path, schemas.DOCUMENTS).slice(doc_id - first, 1).to_pylist()[0]
             first += number
@@ -167,8 +169,8 @@ def _agreement(columns: dict[str, np.ndarray], valid: np.ndarray) -> tuple[int, 
 
 def _on_columns(function: Any, path: str, folders: tuple[str, str, str], *arguments: Any) -> Any:
     scores, score_column, mask = folders
-    lengths = pq.read_table(path, columns=["length"], partitioning=None).column("length").to_numpy()
-    columns = _shard_columns(Path(path), Path(scores), score_column, Path(mask))
+    lengths = schemas.read_table(location(path), columns=["length"]).column("length").to_numpy()
+    columns = _shard_columns(location(path), location(scores), score_column, location(mask))
     index = np.arange(columns["tokens"].shape[1])
     return function(columns, (index >= 1) & (index < lengths[:, None]), *arguments)
 
@@ -196,4 +198,4 @@ def _shard_columns(path: Path, scores: Path, score_column: str, mask: Path) -> d
 
 
 def _first_block(path: Path) -> int:
-    return pq.read_table(path, columns=["block_id"], partitioning=None).column("block_id")[0].as_py()
+    return schemas.read_table(path, columns=["block_id"]).column("block_id")[0].as_py()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import ray
+from filelock import FileLock
 
 from ifguide.cli import run_pipeline
 from ifguide.config import Config, config_from_mapping, to_mapping
 from ifguide.demo import generate_demo
+from ifguide.demo.generate import SUMMARY
 from ifguide.stages.run import connect
 
 ARCHITECTURE = {
@@ -83,10 +86,21 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of all processes of `pytest -n`, while it is this one's alone: what one has made, the next one finds."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(shared: Path) -> Path:
     """A small demo data set."""
-    folder = tmp_path_factory.mktemp("data")
-    generate_demo(folder, seed=3, documents=140, vocab_size=512, queries=40, prompts=20, cloze=10)
+    folder = shared / "data"
+    with FileLock(shared / "data.lock"):
+        if not (folder / SUMMARY).exists():
+            generate_demo(folder, seed=3, documents=140, vocab_size=512, queries=40, prompts=20, cloze=10)
     return folder
 
 
@@ -99,10 +113,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished(data: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def finished(data: Path, cluster: None, shared: Path) -> Config:
     """The config of a finished run of every verb. Tests read it; to change something they copy it."""
-    config = config_from_mapping(small_config(data, tmp_path_factory.mktemp("run") / "small"))
-    run_pipeline(config, dry_run=False)
+    config = config_from_mapping(small_config(data, shared / "run"))
+    with FileLock(shared / "run.lock"):
+        run_pipeline(config, dry_run=False)  # nothing is left to do for the second process
     return config
 
 

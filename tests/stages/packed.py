@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import open_artifact
 from ifguide.config import config_from_mapping, result_options, to_mapping
-from ifguide.models import train_tokenizer
 from ifguide.stages.run import Run
+from ifguide.tokenizer import train_tokenizer
 
 BLOCK_SIZE, BLOCKS = 32, 168
 WORDS = ("the", "pig", "saw", "a", "calm", "clown", "and", "said", "that", "all", "was", "well")

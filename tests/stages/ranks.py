@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,14 +42,23 @@ class Kill:
     rank: int | None
 
 
-def run_ranks(settings: dict[str, Any], world_size: int, kill: Kill | None = None) -> None:
-    """Train with `world_size` ranks to the end, or until `kill`; fails if it ends in any other way."""
+def run_ranks(
+    settings: dict[str, Any],
+    world_size: int,
+    kill: Kill | None = None,
+    *,
+    machines: Sequence[dict[str, str]] | None = None,
+) -> None:
+    """Train with `world_size` ranks to the end, or until `kill`; fails if it ends in any other way.
+
+    machines: of every rank the environment, as if each ran on a machine of its own; None: all run on one.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"  # the server inherits it
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    folder = Path(tempfile.mkdtemp(dir=Path(settings["folder"]).parent, prefix="attempt-"))
+    folder = Path(tempfile.mkdtemp(prefix="ifguide-ranks-"))
     processes = [
-        context.Process(target=_rank, args=(settings, rank, world_size, folder, kill), daemon=True)
+        context.Process(target=_rank, args=(settings, rank, world_size, folder, kill, machines), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -61,6 +72,7 @@ def run_ranks(settings: dict[str, Any], world_size: int, kill: Kill | None = Non
                 process.join()
     codes = [process.exitcode for process in processes]
     output = "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(folder.glob("*.log")))
+    shutil.rmtree(folder)
     if kill is None:
         assert codes == [0] * world_size, output
     else:
@@ -77,16 +89,25 @@ def _join(processes: list[Any], *, timeout: float, patience: float) -> None:
             deadline = min(deadline, time.monotonic() + patience)
 
 
-def _rank(settings: dict[str, Any], rank: int, world_size: int, folder: Path, kill: Kill | None) -> None:
+def _rank(
+    settings: dict[str, Any],
+    rank: int,
+    world_size: int,
+    folder: Path,
+    kill: Kill | None,
+    machines: Sequence[dict[str, str]] | None,
+) -> None:
+    local_rank = rank if machines is None else 0
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
+        **(machines[rank] if machines else {}),
     }
     import torch
 
@@ -101,13 +122,13 @@ def _rank(settings: dict[str, Any], rank: int, world_size: int, folder: Path, ki
     )
     if kill is not None and kill.rank in (None, rank):
         _doom(kill)
-    pretrain.run_rank(settings, rank=rank, world_size=world_size)
+    pretrain.run_rank(settings, rank=rank, local_rank=local_rank, world_size=world_size)
     torch.distributed.destroy_process_group()
 
 
 def _doom(kill: Kill) -> None:
     """Have this process' training loop kill the process where `kill` says."""
-    from ifguide.stages import pretrain, training_loop
+    from ifguide.stages import pretrain, training_folder, training_loop
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -134,7 +155,7 @@ def _doom(kill: Kill) -> None:
                 die()
             return super()._train_step()
 
-    publish = training_loop.publish_checkpoint
+    publish = training_folder.publish_checkpoint
 
     def publish_and_die(part: Path, description: Any) -> Path:
         final = publish(part, description)
@@ -142,5 +163,5 @@ def _doom(kill: Kill) -> None:
             die()
         return final
 
-    training_loop.publish_checkpoint = publish_and_die
+    training_folder.publish_checkpoint = publish_and_die
     pretrain.TrainingLoop = DoomedLoop  # type: ignore[misc]

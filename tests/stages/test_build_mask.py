@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from bench.selection_scale import make_run
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
 from ifguide.cli import main, stage
@@ -178,3 +179,9 @@ def test_an_imported_mask_is_trained_with_and_reported(
     assert stage("evaluate")(run).summary["mask"]["precision"] is not None
     assert main(["inspect", config.run_dir]) == 0
     assert f"imported from {tmp_path / 'mask.pt'}" in capsys.readouterr().out
+
+
+def test_the_corpus_of_the_selection_bench_is_one_that_the_stage_takes(cluster: None, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0.05)
+    summary = stage("build_mask")(run).summary
+    assert summary["tokens_masked"] == summary["token_budget"] > 0

@@ -16,10 +16,10 @@ from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_mani
 from ifguide.cli import main, run_pipeline, stage
 from ifguide.config import Config, load_config
 from ifguide.evaluation import expected_max, probability_any
-from ifguide.models import load_tokenizer
 from ifguide.stages.pack_corpus import document_table
 from ifguide.stages.run import Run
 from ifguide.stages.view import View, mask_agreement
+from ifguide.tokenizer import load_tokenizer
 from tests.reference import algorithm1
 
 

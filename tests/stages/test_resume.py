@@ -28,7 +28,8 @@ from ifguide.config import to_mapping
 from ifguide.stages.checkpoints import last_checkpoint
 from ifguide.stages.pretrain import pretrain
 from ifguide.stages.run import Run
-from ifguide.stages.training_loop import METRICS, TrainingLoop
+from ifguide.stages.training_folder import METRICS
+from ifguide.stages.training_loop import TrainingLoop
 from ifguide.telemetry import read_metrics
 from tests.stages.conftest import ARCHITECTURE
 from tests.stages.packed import packed_run, settings_of

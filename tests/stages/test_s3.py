@@ -21,13 +21,19 @@ import yaml
 
 from ifguide.artifacts import read_manifest
 from ifguide.ledger import LEDGER
-from ifguide.storage import location
+from ifguide.stages.checkpoints import CHECKPOINTS, last_checkpoint
+from ifguide.stages.training_folder import METRICS
+from ifguide.storage import location, subfolders
+from ifguide.telemetry import read_metrics
 from tests.stages.conftest import ARCHITECTURE, small_config
+from tests.stages.packed import packed_run, settings_of
+from tests.stages.ranks import Kill, run_ranks
 
 pytest.importorskip("moto.server")
 pytest.importorskip("s3fs")
 
 VERBS = ("pack_corpus", "fit_factors", "build_query", "score_corpus", "build_mask")
+MODELS = ("pretrain", "evaluate")
 RUN = (
     "import sys; from ifguide.cli import main; sys.exit(any(main([v, '--config', sys.argv[1]]) for v in sys.argv[2:]))"
 )
@@ -141,16 +147,20 @@ def run(
 def on_disk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of the same run on a disk."""
     folder = tmp_path_factory.mktemp("disk")
-    done = run(folder, data, str(folder / "run"), str(data), 1, *VERBS)
+    done = run(folder, data, str(folder / "run"), str(data), 1, *VERBS, *MODELS)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder / "run"
 
 
-def compare(on_disk: Path, remote: Path) -> None:
+def compare(on_disk: Path, remote: Path, further: tuple[str, ...] = ()) -> None:
     """Every file of scores and mask has the same SHA-256; the manifests say so, and so do the files."""
-    for name in ("scores", "ranking", "mask"):
+    for name in ("scores", "ranking", "mask", *further):
         expected, found = read_manifest(on_disk / name), read_manifest(remote / name)
         assert len(found.files) > 1
+        if name == "report":  # pages hold times and places
+            assert expected.summary == found.summary
+            assert set(expected.files) == set(found.files)
+            continue
         digests = {file: entry["sha256"] for file, entry in expected.files.items()}
         assert {file: entry["sha256"] for file, entry in found.files.items()} == digests
         for file, digest in digests.items():
@@ -161,15 +171,16 @@ def compare(on_disk: Path, remote: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(on_disk: Path, data: Path, s3: int, tmp_path: Path) -> None:
-    done = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, *VERBS)
+    done = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, *VERBS, *MODELS)
     assert done.returncode == 0, done.stderr[-4000:]
-    compare(on_disk, location("s3://lake/run"))
-    again = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, "score_corpus")
+    compare(on_disk, location("s3://lake/run"), ("generations/penalised/prompts", "report"))
+    trained = [folder / "model/penalised/hf/model.safetensors" for folder in (on_disk, location("s3://lake/run"))]
+    assert trained[0].read_bytes() == trained[1].read_bytes()
+    assert "penalised step" in done.stderr
+    again = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, "score_corpus", "pretrain", "evaluate")
     assert again.returncode == 0
-    assert "complete" in again.stderr
-    refused = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, "pretrain")
-    assert refused.returncode == 1
-    assert "run_dir: pretrain needs a folder that every node mounts" in refused.stderr
+    assert again.stderr.count("complete") == 3
+    assert not list((tmp_path / "cache").glob("training-*"))
 
 
 @pytest.mark.timeout(900)
@@ -185,3 +196,36 @@ def test_a_fifth_of_the_requests_may_fail(on_disk: Path, data: Path, s3: int, tm
     assert proxy.refused > 50
     assert 0.1 < proxy.refused / proxy.requests < 0.3
     compare(on_disk, location("s3://lake/faulty"))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_machines_that_share_no_disk_train_through_the_store(stage: int, s3: int, tmp_path: Path) -> None:
+    """Two ranks, a folder each, killed twice, on one machine in between: the weights of an undisturbed training."""
+    options = {"epochs": 1, "heldout_blocks": 8, "checkpoint_steps": 2, "zero_stage": stage, "workers": 2}
+    packed = packed_run(tmp_path, options, architecture={**ARCHITECTURE, "vocab_size": 4096})
+    machines = [
+        {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}", "IFGUIDE_CACHE": str(tmp_path / f"machine{rank}")}
+        for rank in range(2)
+    ]
+    reference = settings_of(packed, tmp_path / "reference")
+    run_ranks(reference, 2)
+    killed = {**settings_of(packed, tmp_path / "killed"), "folder": f"s3://lake/model-{stage}"}
+    folder = location(killed["folder"])
+    run_ranks(killed, 2, Kill(step=3, place="save", rank=1), machines=machines)
+    assert last_checkpoint(folder).step == 2
+    run_ranks(killed, 2, Kill(step=6, place="backward", rank=None), machines=machines)
+    assert last_checkpoint(folder).step == 6
+    run_ranks(killed, 2, machines=machines)
+    weights = [(place / "hf" / "model.safetensors").read_bytes() for place in (folder, Path(reference["folder"]))]
+    assert weights[0] == weights[1]
+    expected = {row["step"]: row["loss"] for row in read_metrics(Path(reference["folder"]) / METRICS)}
+    assert {row["step"]: row["loss"] for row in read_metrics(folder / METRICS)} == expected
+    assert [path.name for path in subfolders(folder / CHECKPOINTS)] == [f"step-{max(expected):08d}"]
+    assert not [path for machine in machines for path in Path(machine["IFGUIDE_CACHE"]).glob("training-*")]
+
+    reshaped = {**killed, "folder": f"s3://lake/reshaped-{stage}"}
+    run_ranks(reshaped, 2, Kill(step=5, place="step", rank=0), machines=machines)
+    run_ranks(reshaped, 1, machines=machines)
+    losses = {row["step"]: row["loss"] for row in read_metrics(location(reshaped["folder"]) / METRICS)}
+    assert losses == pytest.approx(expected, rel=1e-4)

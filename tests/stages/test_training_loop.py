@@ -17,7 +17,8 @@ from ifguide.stages import training_loop
 from ifguide.stages.checkpoints import CHECKPOINTS, last_checkpoint, part_folder, published_checkpoints
 from ifguide.stages.pretrain import pretrain
 from ifguide.stages.run import PENALISED, Run
-from ifguide.stages.training_loop import METRICS, SUMMARY, TrainingLoop
+from ifguide.stages.training_folder import METRICS
+from ifguide.stages.training_loop import SUMMARY, TrainingLoop
 from ifguide.telemetry import read_metrics
 from tests.stages.conftest import ARCHITECTURE
 from tests.stages.packed import packed_run, settings_of

@@ -28,7 +28,7 @@ from ifguide.corpus import (
     token_table,
     tokenise,
 )
-from ifguide.models import train_tokenizer
+from ifguide.tokenizer import train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "", "a naïve 日本 cat\r\nsat", "mat mat", "the end"]
 MEGABYTE_LINE = json.dumps({"text": "x" * 2**20}).encode()

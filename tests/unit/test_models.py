@@ -18,13 +18,13 @@ from ifguide.models import (
     linearise,
     load_architecture,
     load_model,
-    load_tokenizer,
     next_token_nll,
     predicted_positions,
     state_fingerprint,
     tracked_modules,
 )
 from ifguide.stages.proxy import _describe, load_proxy
+from ifguide.tokenizer import load_tokenizer
 from tests.tiny import ARCHITECTURES, GPT2, GPT_NEOX, LLAMA, as_tensors, random_blocks, tiny_model
 
 

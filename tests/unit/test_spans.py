@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from ifguide.corpus import RawDocument, tokenise
-from ifguide.models import train_tokenizer
-from ifguide.spans import mask_of_spans, spans_of_mask, token_edges, token_stops
+from ifguide.spans import mask_of_spans, opens_span, spans_of_mask, token_edges, token_stops
+from ifguide.tokenizer import train_tokenizer
 
 TEXTS = (
     "The weather in the city was cold, and the river ran high.",
@@ -92,6 +92,27 @@ def test_another_tokenizer_masks_every_token_that_overlaps_and_no_other(
             max(start, begin) < min(stop, end) for begin, end in (part(edges, i) for i in np.flatnonzero(masked))
         )
         assert found[j] == overlaps, (j, start, stop)
+
+
+@settings(max_examples=200)
+@given(
+    texts=st.lists(WRITTEN, min_size=1, max_size=4), name=st.sampled_from(["bpe", "unigram", "bytes"]), data=st.data()
+)
+def test_documents_side_by_side_have_the_edges_and_spans_of_each_alone(
+    texts: list[str], name: str, data: st.DataObject
+) -> None:
+    stops = [each.stops for each in tokenise([RawDocument(row=0, text=text) for text in texts], tokenizers()[name],
+                                             annotate=False)]  # fmt: skip
+    begins = np.cumsum([0, *map(len, stops[:-1])])
+    size = sum(map(len, stops))
+    masked = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), bool)
+    edges = token_edges(np.concatenate(stops), begins)
+    alone = [token_edges(each) for each in stops]
+    np.testing.assert_array_equal(edges, np.concatenate(alone))
+    own = [spans_of_mask(masked[b : b + len(each)], each) for b, each in zip(begins, alone, strict=True)]
+    np.testing.assert_array_equal(spans_of_mask(masked, edges, begins), np.concatenate(own))
+    counts = np.add.reduceat(opens_span(masked, begins), begins, dtype=np.int64)
+    assert counts.tolist() == [len(each) for each in own]
 
 
 @settings(max_examples=200)

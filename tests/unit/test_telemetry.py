@@ -117,7 +117,7 @@ def test_wandb_is_asked_for_by_name_and_a_resumed_run_goes_on_in_it(tmp_path, mo
     path = tmp_path / "model" / "penalised" / "metrics.jsonl"
     ids = []
     for step in (1, 2):
-        log = MetricsLog(path, wandb={"project": "p", "entity": None}, config={"seed": step})
+        log = MetricsLog(path, wandb={"project": "p", "entity": None, "name": "n"}, config={"seed": step})
         assert wandb.run is log.wandb
         log.write(step, {"loss_benign": 1.5, "loss_masked": None})
         ids.append(log.wandb.id)

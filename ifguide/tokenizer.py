@@ -1,0 +1,84 @@
+"""Tokenizers: of a hub id, a local folder or a .gguf file, or trained on a corpus.
+
+Apart from `ifguide.models`, because importing what models need takes a process seconds, and packing a corpus needs none
+of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ifguide.artifacts import remove_tree
+from ifguide.storage import local_copy
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a hub id, a local folder or a .gguf file.
+
+    Raises FileNotFoundError when a local source does not exist; ValueError when the tokenizer is not a fast
+    one (character offsets are needed) or has no EOS token (documents are joined with it).
+    """
+    location, options = locate(source, revision, trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{source}: a fast tokenizer (tokenizer.json) is needed for its character offsets")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{source}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    return cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens whose only special token ends a text. It adds none itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # Offsets must exclude the leading space: a token is then inside a span or outside it, as its word is.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Publish a tokenizer's folder by rename."""
+    part = folder.with_name(f"{folder.name}.part")
+    remove_tree(part)
+    tokenizer.save_pretrained(part)
+    remove_tree(folder)
+    part.rename(folder)
+
+
+def locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """`source` as `from_pretrained` wants it, and its options; FileNotFoundError for a missing local path."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    if "://" in source:
+        source = str(local_copy(source))
+    path = Path(source).expanduser()
+    is_gguf = path.suffix == ".gguf"
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or is_gguf
+    if looks_local and not path.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder; a hub id has the form owner/name")
+    if is_gguf:
+        return str(path.parent), options | {"gguf_file": path.name}
+    return (str(path) if path.is_dir() else source), options
