@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact, publish
 from ifguide.config import ModelSource, config_from_mapping, to_mapping
-from ifguide.influence.scorer import PRESETS, TokenScorer
+from ifguide.influence.products import bfloat16_pays
+from ifguide.influence.scorer import PRESETS, Method, TokenScorer
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
 
 BLOCK_SIZE, VOCABULARY, MICRO_BATCH = 256, 2048, 4
@@ -105,7 +107,7 @@ def prepare(folder: Path, shards: int, shard_seconds: float) -> int:
         columns = module.weight.shape[1] + (module.bias is not None)
         direction[name] = torch.randn(module.weight.shape[0], columns, generator=generator)
     save_file(direction, folder / "direction.safetensors")
-    scorer = TokenScorer(proxy, [direction], attribution="target", method=PRESETS["fast"])
+    scorer = TokenScorer(proxy, [direction], attribution="target", method=fast_method())
     (folder / "settings.json").write_text(json.dumps({"steps": scorer.steps, "fingerprint": state_fingerprint(proxy)}))
     tokens = torch.randint(1, VOCABULARY, (MICRO_BATCH, BLOCK_SIZE), generator=generator)
     lengths = torch.full((MICRO_BATCH,), BLOCK_SIZE)
@@ -136,6 +138,12 @@ def _write_corpus(folder: Path, shards: int, blocks: int) -> None:
     artifact.finish(data_files(folder), rows={"blocks": shards * blocks}, summary={})
 
 
+def fast_method() -> Method:
+    """The fast preset as the stage runs it on this CPU, nothing compiled."""
+    precision = PRESETS["fast"].precision if bfloat16_pays(torch.device("cpu")) else "float32"
+    return replace(PRESETS["fast"], precision=precision, fused=False)
+
+
 def run_way(actors: int, folder: Path) -> float:
     """Seconds from the beginning of the first shard to the publication of the last."""
     from ifguide.stages.run import connect
@@ -155,7 +163,7 @@ def run_way(actors: int, folder: Path) -> float:
         "proxy_fingerprint": made["fingerprint"],
         "attribution": "target",
         "decision": {
-            "method": vars(PRESETS["fast"]),
+            "method": vars(fast_method()),
             "steps": made["steps"],
             "micro_batch_blocks": MICRO_BATCH,
             "threads": 1,
@@ -173,7 +181,8 @@ def run_way(actors: int, folder: Path) -> float:
     pool = Pool(size=actors, cpus=1, gpus=0, in_flight=2)
     results = run_shards("scaling", descriptors, ScoreShard, settings, folder=scores, pool=pool, unit="shards")
     published = {path.stem: path.stat().st_mtime for path in data_files(scores)}
-    began = min(published[key] - result["seconds"] for key, result in results.items())
+    begins = sorted(published[key] - result["seconds"] for key, result in results.items())
+    began = begins[0]
     return max(published.values()) - began
 
 

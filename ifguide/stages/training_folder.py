@@ -98,6 +98,7 @@ class TrainingFolder:
                 describe_files(self._published(part), description)
         elif self.rank == 0:
             publish_checkpoint(part, description)
+        self.barrier()
 
     def remove_checkpoints(self, *, keep_last: int, keep_best: int) -> None:
         """Remove all published checkpoints but the last and the best ones; every rank calls it."""

@@ -1,0 +1,151 @@
+"""Where a training works: with an object store, machines that share no disk hand checkpoints over through it."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ifguide.stages import training_folder
+from ifguide.stages.checkpoints import STATE, Checkpoint, describe_checkpoint, last_checkpoint, published_checkpoints
+from ifguide.stages.training_folder import METRICS, TrainingFolder
+from ifguide.storage import file_sizes, location, subfolders
+
+pytest.importorskip("upath")
+THREAD = threading.local()
+
+
+@pytest.fixture
+def store() -> Iterator[Path]:
+    """An empty folder of fsspec's file system in memory."""
+    folder = location(f"memory://{secrets.token_hex(8)}")
+    yield folder
+    folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def on_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs `work(place, rank)` as two ranks, each with a disk of its own."""
+    monkeypatch.setattr(training_folder, "machine_folder", lambda: THREAD.machine)
+
+    def run(folder: Path, work: Callable[[TrainingFolder, int], None]) -> None:
+        barrier, errors = threading.Barrier(2, timeout=20), []
+
+        def rank(number: int) -> None:
+            THREAD.machine = tmp_path / f"machine{number}"
+            THREAD.machine.mkdir(exist_ok=True)
+            try:
+                work(TrainingFolder(folder, rank=number, local_rank=0, barrier=lambda: barrier.wait() and None), number)
+            except BaseException as error:
+                errors.append(error)
+                barrier.abort()
+
+        threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    return run
+
+
+def save(place: TrainingFolder, rank: int, step: int, **more: Any) -> None:
+    """Every rank's own file of a step, published."""
+    part = place.checkpoint_part(step)
+    (part / STATE).mkdir(exist_ok=True)
+    (part / STATE / f"rank{rank}").write_text(f"{rank} at {step}")
+    made = Checkpoint(folder=part, step=step, engine="deepspeed", world_size=2, **more)
+    place.publish_checkpoint(part, describe_checkpoint(made))
+
+
+def test_a_checkpoint_holds_what_every_machine_wrote_and_is_fetched_whole(
+    store: Path, on_machines: Callable[..., None]
+) -> None:
+    def train(place: TrainingFolder, rank: int) -> None:
+        save(place, rank, 4)
+        (found,) = published_checkpoints(store)
+        fetched = place.fetch_for_all(found)
+        assert fetched is not None
+        assert not list(place.local.glob("checkpoints/*.part"))
+        assert fetched.folder.is_relative_to(THREAD.machine)
+        assert [(fetched.state / f"rank{other}").read_text() for other in (0, 1)] == ["0 at 4", "1 at 4"]
+        place.close()
+        assert not place.local.exists()
+
+    on_machines(store, train)
+    assert set(file_sizes(store / "checkpoints")) == {
+        "step-00000004/checkpoint.json",
+        "step-00000004/state/rank0",
+        "step-00000004/state/rank1",
+    }
+
+
+def test_what_was_uploaded_and_never_described_is_passed_over_and_replaced(
+    store: Path, on_machines: Callable[..., None]
+) -> None:
+    (store / "checkpoints" / "step-00000004" / STATE / "rank7").write_text("of eight ranks that were killed")
+    assert last_checkpoint(store) is None
+    on_machines(store, lambda place, rank: save(place, rank, 4))
+    found = last_checkpoint(store)
+    assert found is not None
+    assert sorted(file_sizes(found.state)) == ["rank0", "rank1"]
+    (found.state / "rank1").write_text("cut")
+    assert last_checkpoint(store) is None
+
+
+def test_the_last_and_the_best_stay_in_the_store(store: Path, on_machines: Callable[..., None]) -> None:
+    def train(place: TrainingFolder, rank: int) -> None:
+        for step, heldout in ((2, 1.0), (4, 3.0), (6, 2.0)):
+            save(place, rank, step, heldout=heldout)
+        place.remove_checkpoints(keep_last=1, keep_best=1)
+
+    on_machines(store, train)
+    assert [path.name for path in subfolders(store / "checkpoints")] == ["step-00000002", "step-00000006"]
+
+
+def test_metrics_go_on_from_those_of_an_earlier_attempt_and_a_killed_one_leaves_nothing(
+    store: Path, on_machines: Callable[..., None]
+) -> None:
+    def first(place: TrainingFolder, rank: int) -> None:
+        if rank == 0:
+            (place.local / METRICS).write_text("one\n")
+            place.share_metrics(now=False)
+            (place.local / METRICS).write_text("one\ntwo\n")
+            place.share_metrics(now=False)  # too soon
+        (place.local / "leftover").write_text("of the killed attempt")
+
+    def second(place: TrainingFolder, rank: int) -> None:
+        assert [path.name for path in place.local.iterdir()] == [METRICS]
+        with (place.local / METRICS).open("a") as file:
+            file.write("three\n")
+        if rank == 0:
+            place.share_metrics(now=True)
+        part = place.local / "hf.part"
+        part.mkdir()
+        (part / "model").write_text(f"of {rank}")
+        if rank == 0:
+            place.publish_folder(part, "hf")
+
+    on_machines(store, first)
+    assert (store / METRICS).read_text() == "one\n"
+    on_machines(store, second)
+    assert (store / METRICS).read_text() == "one\nthree\n"
+    assert (store / "hf" / "model").read_text() == "of 0"
+
+
+def test_a_local_folder_is_worked_in_itself(tmp_path: Path) -> None:
+    place = TrainingFolder(tmp_path, rank=0, local_rank=0, barrier=lambda: None)
+    assert place.local == tmp_path
+    assert place.leads
+    assert not TrainingFolder(tmp_path, rank=8, local_rank=0, barrier=lambda: None).leads  # nodes share the folder
+    save(place, 0, 4)
+    found = last_checkpoint(tmp_path)
+    assert found is not None
+    assert place.fetch_for_all(found) is found
+    assert (found.state / "rank0").exists()
