@@ -54,7 +54,7 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
             "checkpoint_steps": 8,
             "log_steps": 4,
         },
-        "fit_factors": {"sample_blocks": 40, "data_partitions": 2, **no_gpu},
+        "fit_factors": {"sample_blocks": 40, **no_gpu},
         "build_query": {
             "prompts": str(data / "queries.jsonl"),
             "classifier": "alt-profanity-check",

@@ -23,7 +23,7 @@ from ifguide.artifacts import read_manifest
 from ifguide.ledger import LEDGER
 from ifguide.stages.checkpoints import CHECKPOINTS, last_checkpoint
 from ifguide.stages.training_folder import METRICS
-from ifguide.storage import location, subfolders
+from ifguide.storage import location, subfolders, upload_folder
 from ifguide.telemetry import read_metrics
 from tests.stages.conftest import ARCHITECTURE, small_config
 from tests.stages.packed import packed_run, settings_of
@@ -185,10 +185,22 @@ def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(on_disk: Path, data: Path,
 
 @pytest.mark.timeout(900)
 def test_a_fifth_of_the_requests_may_fail(on_disk: Path, data: Path, s3: int, tmp_path: Path) -> None:
+    """From packing to the mask; factors and query, which take longest to wait for so many retries, are uploaded."""
+    for name in ("factors", "query"):
+        upload_folder(on_disk / name, location(f"s3://lake/faulty/{name}"))
     proxy = Unreliable(s3, share=0.2, seed=5)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
-        done = run(tmp_path, data, "s3://lake/faulty", "s3://lake/data", proxy.server_port, *VERBS)
+        done = run(
+            tmp_path,
+            data,
+            "s3://lake/faulty",
+            "s3://lake/data",
+            proxy.server_port,
+            "pack_corpus",
+            "score_corpus",
+            "build_mask",
+        )
     finally:
         proxy.shutdown()
         proxy.server_close()
