@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from ifguide.models import predicted_positions
 from ifguide.objective import Objective
 
-# Logits held at once: small enough for a CPU's cache, large enough for a GPU's matrix product.
-CHUNK_VALUES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Logits held at once: every chunk reads and writes the head's gradient, so they are many.
+CHUNK_VALUES = {"cpu": 12 << 20, "cuda": 64 << 20}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +65,16 @@ class Head:
         size = self.chunk_tokens or max(1, CHUNK_VALUES.get(device.type, CHUNK_VALUES["cuda"]) // vocabulary)
         return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
-    def logits(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(N, V) logits, at least float32, and f' where f is not linear."""
-        logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
+    def logits(
+        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(N, V) logits, at least float32, in `out` if there is one, and f' where f is not linear."""
+        if out is None:
+            logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
+        elif bias_V is None:
+            logits_NV = torch.mm(hidden_ND, weight_VD.T, out=out)
+        else:
+            logits_NV = torch.addmm(bias_V, hidden_ND, weight_VD.T, out=out)
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         if self.scale != 1.0:
             logits_NV = logits_NV.mul_(self.scale)
@@ -97,14 +104,19 @@ class _ChunkedLoss(torch.autograd.Function):
         bias = None if bias_V is None else bias_V.to(hidden_ND.dtype)
         by_hidden, by_weight, by_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
         hidden_gradient = torch.empty_like(hidden_ND) if by_hidden else None
-        weight_gradient = torch.zeros_like(weight_VD, dtype=dtype) if by_weight else None
+        weight_gradient = torch.empty_like(weight_VD, dtype=dtype) if by_weight else None
         bias_gradient = torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and by_bias else None
         nll_N = torch.empty(len(hidden_ND), dtype=dtype, device=hidden_ND.device)
         loss = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        scratch: tuple[Tensor, ...] = ()
         for rows in head.chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
             chunk_ND, labels = hidden_ND[rows], labels_N[rows, None]
-            logits_NV, slope_NV = head.logits(chunk_ND, product_VD, bias)
-            log_p_NV = logits_NV.log_softmax(dim=-1)
+            if not scratch and hidden_ND.device.type == "cpu" and hidden_ND.dtype == dtype:
+                # a CPU gets such memory page by page, and gives it back at once: a tenth of the time
+                scratch = tuple(hidden_ND.new_empty(len(chunk_ND), len(weight_VD)) for _ in range(2))
+            logits_out, log_p_out = (part[: len(chunk_ND)] for part in scratch) if scratch else (None, None)
+            logits_NV, slope_NV = head.logits(chunk_ND, product_VD, bias, logits_out)
+            log_p_NV = torch.log_softmax(logits_NV, dim=-1, out=log_p_out)
             del logits_NV
             nll = -log_p_NV.gather(1, labels).squeeze(1)
             nll_N[rows] = nll
@@ -122,7 +134,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if hidden_gradient is not None:
                 torch.mul(error_NV @ product_VD, scale_N[:, None], out=hidden_gradient[rows])
             if weight_gradient is not None:
-                _add_product(weight_gradient, error_NV, chunk_ND, scale_N)
+                _add_product(weight_gradient, error_NV, chunk_ND, scale_N, first=rows.start == 0)
         ctx.gradients = (hidden_gradient, weight_gradient, bias_gradient)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nll_N)
@@ -133,17 +145,20 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the loss was taken back twice; its gradients are freed the first time")
-        hidden, weight, bias = (None if each is None else each.mul_(gradient) for each in ctx.gradients)
+        as_it_is = gradient.device.type == "cpu" and bool(gradient == 1)  # the usual case; a GPU would have to wait
+        hidden, weight, bias = (each if each is None or as_it_is else each.mul_(gradient) for each in ctx.gradients)
         ctx.gradients = None
         weight = None if weight is None else weight.to(ctx.weight_dtype)
         return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 7
 
 
-def _add_product(total_VD: Tensor, error_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor) -> None:
-    """total += error^T (scale * hidden), added in the total's precision."""
+def _add_product(total_VD: Tensor, error_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor, *, first: bool) -> None:
+    """total += error^T (scale * hidden), added in the total's precision; the first one overwrites what was there."""
     scaled_ND = (hidden_ND * scale_N[:, None]).to(error_NV.dtype)
     if total_VD.dtype == error_NV.dtype:
-        total_VD.addmm_(error_NV.T, scaled_ND)
+        total_VD.addmm_(error_NV.T, scaled_ND, beta=0 if first else 1)
+    elif first:
+        total_VD.copy_(error_NV.T @ scaled_ND)
     else:
         total_VD += error_NV.T @ scaled_ND
 

@@ -140,7 +140,7 @@ def run(
     }
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-c", RUN, str(path), *verbs]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
