@@ -1,6 +1,6 @@
 """What the objective costs: a step with a mask against the same without, and against Hugging Face's `labels=` loss.
 
-    python bench/objective_overhead.py [--blocks 4] [--block-size 256] [--rounds 11] [--threads N]
+    python bench/objective_overhead.py [--blocks 4] [--block-size 512] [--rounds 11] [--threads N]
     python bench/objective_overhead.py --device cuda --shape EleutherAI/pythia-160m --blocks 16 --block-size 1024
     python bench/objective_overhead.py --device cuda --shape meta-llama/Llama-3.2-1B --blocks 4 --block-size 1024
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", help="a hub id of planning/shapes.yaml (default: a GPT-NeoX of 64M parameters)")
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--block-size", type=int, default=256)
+    parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=1, help="of each side in a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -30,7 +30,7 @@ from ifguide.models import predicted_positions
 from ifguide.objective import Objective
 
 # Logits held at once: every chunk reads and writes the head's gradient, so they are many.
-CHUNK_VALUES = {"cpu": 12 << 20, "cuda": 64 << 20}
+CHUNK_VALUES = {"cpu": 24 << 20, "cuda": 64 << 20}
 
 
 @dataclass(frozen=True, eq=False)
