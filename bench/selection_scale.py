@@ -46,7 +46,6 @@ from ifguide.stages.run import Run
 BLOCK_SIZE, BLOCKS_PER_SHARD, VOCABULARY = 1024, 4096, 50_000
 DOCUMENT_TOKENS = 600.0  # on average
 CHARACTERS = 4  # of a token
-ENCODING = {"stops.list.element": "DELTA_BINARY_PACKED"}  # of pack_corpus
 WARM_UP = 1  # million scores
 MEGABYTE = 1e6
 
@@ -160,7 +159,7 @@ def _write_offsets(path: Path, block_ids: pa.Array, starts: np.ndarray) -> None:
     schema = schemas.offsets(BLOCK_SIZE)
     column = schemas.per_token_column(stops.astype(np.int32).reshape(-1, BLOCK_SIZE), schema, "stops")
     table = pa.Table.from_arrays([block_ids, column], schema=schema)
-    pq.write_table(table, path, use_dictionary=False, column_encoding=ENCODING)
+    pq.write_table(table, path, use_dictionary=False, column_encoding=schemas.OFFSETS_ENCODING)
 
 
 def _write_scores(run: Run, rng: np.random.Generator, corpus: str, plan: dict[str, Any]) -> Any:

@@ -108,10 +108,13 @@ class _ChunkedLoss(torch.autograd.Function):
         bias_gradient = torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and by_bias else None
         nll_N = torch.empty(len(hidden_ND), dtype=dtype, device=hidden_ND.device)
         loss = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        device = hidden_ND.device.type
+        # a product into given memory would pass autocast by
+        keeps = device == "cpu" and hidden_ND.dtype == dtype and not torch.is_autocast_enabled(device)
         scratch: tuple[Tensor, ...] = ()
         for rows in head.chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
             chunk_ND, labels = hidden_ND[rows], labels_N[rows, None]
-            if not scratch and hidden_ND.device.type == "cpu" and hidden_ND.dtype == dtype:
+            if keeps and not scratch:
                 # a CPU gets such memory page by page, and gives it back at once: a tenth of the time
                 scratch = tuple(hidden_ND.new_empty(len(chunk_ND), len(weight_VD)) for _ in range(2))
             logits_out, log_p_out = (part[: len(chunk_ND)] for part in scratch) if scratch else (None, None)

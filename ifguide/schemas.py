@@ -126,6 +126,9 @@ def offsets(block_size: int) -> pa.Schema:
     )
 
 
+OFFSETS_ENCODING = {"stops.list.element": "DELTA_BINARY_PACKED"}  # differences of neighbours: half a byte a token
+
+
 def scores(block_size: int, behaviours: Sequence[str] = ()) -> pa.Schema:
     """Token scores, key `block_id`: of the run's own query, then one column for each further behaviour.
 

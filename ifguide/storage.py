@@ -87,7 +87,7 @@ def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     if not is_remote(folder):
         paths = {name: folder / name for name in names}
         return {name: path.stat().st_size for name, path in paths.items() if path.exists()}
-    found = {name: entry["size"] for name, entry in _listing(folder).items()}
+    found = file_sizes(folder)
     return {name: found[name] for name in names if name in found}
 
 
@@ -113,9 +113,8 @@ def upload(source: Path, path: Path) -> None:
 
 def upload_folder(source: Path, folder: Path) -> None:
     """Write every file of a local folder into a remote one."""
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            upload(path, folder / path.relative_to(source).as_posix())
+    for name in file_sizes(source):
+        upload(source / name, folder / name)
 
 
 def download_folder(folder: Path, target: Path) -> None:
@@ -183,7 +182,7 @@ class Mirror:
     def push(self) -> None:
         """Upload the files that are not there yet."""
         if self.remote:
-            names = {p.relative_to(self.local).as_posix() for p in self.local.rglob("*") if p.is_file()}
+            names = file_sizes(self.local).keys()
             for name in sorted(names - self._known):
                 upload(self.local / name, self.folder / name)
             self._known |= names

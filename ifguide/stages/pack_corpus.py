@@ -179,10 +179,8 @@ class PackShard:
         schema = schemas.offsets(self.block_size)
         columns = [block_ids, schemas.per_token_column(stops_BT, schema, "stops")]
         with publish(self.folder / f"offsets-{key}.parquet") as part:
-            # Differences of neighbours: half a byte a token.
-            encoding = {"stops.list.element": "DELTA_BINARY_PACKED"}
             table = pa.Table.from_arrays(columns, schema=schema)
-            pq.write_table(table, part, use_dictionary=False, column_encoding=encoding)
+            pq.write_table(table, part, use_dictionary=False, column_encoding=schemas.OFFSETS_ENCODING)
 
     def _documents(self, ranges: list[list[int]]) -> pa.Table:
         """The documents `ranges` (per input: [lo, hi)) in stream order."""

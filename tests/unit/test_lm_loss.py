@@ -159,3 +159,17 @@ def test_a_head_that_is_not_understood_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM: its logits are not"):
         LanguageModelLoss(model, Objective()).check()
     assert model.config.vocab_size == VOCABULARY
+
+
+def test_autocast_rounds_the_products_of_the_head_as_it_rounds_all_others() -> None:
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(2, 5, 8), torch.randn(11, 8), torch.randn(11)
+    tokens, lengths = torch.randint(11, (2, 5)), torch.tensor([5, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = chunked_loss(
+            hidden, weight, bias, tokens, None, lengths, objective=Objective(), token_count=8, head=Head(chunk_tokens=3)
+        )
+        logits = F.linear(hidden, weight, bias)
+    assert logits.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+    assert float(found.benign_sum) == pytest.approx(float(expected), rel=1e-6)
