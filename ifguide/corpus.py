@@ -146,17 +146,18 @@ def tokenise(documents: Sequence[RawDocument], tokenizer: Any, *, annotate: bool
 
 
 def token_table(
-    chunk: Chunk, source: Input, tokenizer: Any, *, first_row: int, first_input_row: int, annotate: bool
-) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Tokenise a chunk: a table `row, num_chars, tokens, stops[, annotated]`, and the bad rows with their reasons.
-
-    `first_row` numbers rows within their file, `first_input_row` within the whole input (for `source.rows`).
+    chunk: Chunk, source: Input, tokenizer: Any, *, first_input_row: int, annotate: bool
+) -> tuple[pa.Table, list[dict[str, Any]], int]:
+    """Tokenise a chunk: a table `row, num_chars, tokens, stops[, annotated]`, the bad rows with their reasons, and how
+    many rows were read. Rows count from the chunk's first; `first_input_row` is that one's, for `source.rows`.
     """
     start, stop = source.rows or (0, np.iinfo(np.int64).max)
     good: list[RawDocument] = []
     bad: list[dict[str, Any]] = []
-    for document in read_documents(chunk, source, first_row=first_row):
-        if not start <= first_input_row + (document.row - first_row) < stop:
+    read = 0
+    for document in read_documents(chunk, source, first_row=0):
+        read += 1
+        if not start <= first_input_row + document.row < stop:
             continue
         if document.reason is None:
             good.append(document)
@@ -174,7 +175,7 @@ def token_table(
     }
     if annotate:
         columns["annotated"] = pa.array([document.annotated for document in encoded], type=pa.large_list(pa.bool_()))
-    return pa.table(columns), bad
+    return pa.table(columns), bad, read
 
 
 def stream_order(counts: Sequence[int], *, interleave: bool) -> tuple[np.ndarray, np.ndarray]:

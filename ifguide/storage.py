@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 S3 = ("s3", "s3a")
+AT_ONCE = 4  # files moved side by side: s3fs holds up to half a GB of each large one
 
 
 def location(path: str | Path) -> Path:
@@ -111,14 +112,20 @@ def upload(source: Path, path: Path) -> None:
     _fs(path).put_file(str(source), _key(path))
 
 
-def upload_folder(source: Path, folder: Path) -> None:
-    """Write every file of a local folder into a remote one."""
-    for name in file_sizes(source):
-        upload(source / name, folder / name)
+def upload_folder(source: Path, folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write the files `names` of a local folder (default: all) into a remote one, a few at once."""
+    names = list(file_sizes(source) if names is None else names)
+    if names:
+        keys = [_key(folder / name) for name in names]
+        _fs(folder).put([str(source / name) for name in names], keys, **_at_once(folder))
 
 
 def download_folder(folder: Path, target: Path) -> None:
-    """Write every file of a remote folder into a local one."""
+    """Write every file of a remote folder into a local one, a few at once.
+
+    Raises:
+        OSError: a file came with another size than its listing says.
+    """
     _download(folder, _listing(folder), target)
 
 
@@ -175,27 +182,31 @@ class Mirror:
         """Download the files that are not here yet."""
         if self.remote:
             listing = {name: entry for name, entry in _listing(self.folder).items() if name not in self._known}
-            for name in listing:
-                _get(self.folder / name, self.local / name)
+            _download(self.folder, listing, self.local)
             self._known |= listing.keys()
 
     def push(self) -> None:
         """Upload the files that are not there yet."""
         if self.remote:
             names = file_sizes(self.local).keys()
-            for name in sorted(names - self._known):
-                upload(self.local / name, self.folder / name)
+            upload_folder(self.local, self.folder, sorted(names - self._known))
             self._known |= names
 
 
-def _get(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _fs(source).get_file(_key(source), str(target))
-
-
 def _download(source: Path, listing: dict[str, Any], target: Path) -> None:
-    for name in listing:
-        _get(source / name if name else source, target / name if name else target)
+    """`listing` as of `_listing`: a folder's files, or the file `source` itself by the name ""."""
+    copies = {name: target / name if name else target for name in listing}
+    keys = [_key(source / name if name else source) for name in copies]
+    if keys:
+        _fs(source).get(keys, [str(copy) for copy in copies.values()], **_at_once(source))
+    for name, copy in copies.items():
+        size, expected = copy.stat().st_size, listing[name]["size"]
+        if expected not in (size, None):  # None: the server does not say
+            raise OSError(f"{source / name}: {size:,} of {expected:,} bytes were read")
+
+
+def _at_once(path: Path) -> dict[str, int]:
+    return {"batch_size": AT_ONCE} if _fs(path).async_impl else {}
 
 
 def _listing(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,8 @@
 """`pack_corpus`: documents -> packed token blocks, where each token stops in its text, and a document table.
 
-Three passes, each a task per chunk or shard: count rows, tokenise chunks (scratch Parquet), pack shards.
-The driver holds one integer per document (its token count), never text or tokens.
+Two passes, each a task per chunk or shard: tokenise chunks (scratch Parquet), pack shards. Inputs of which only some
+`rows` are taken are read once more before, to count them. The driver holds one integer per document (its token count),
+never text or tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -29,19 +31,18 @@ from ifguide.corpus import (
     merge_order,
     pack,
     read_documents,
-    stream_order,
     token_table,
 )
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.stages.stream_plan import TOKENS, StreamPlan
 from ifguide.storage import Mirror, location, readable
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 VERB = "pack_corpus"
-TOKENS = "tokens"  # scratch folder of tokenised chunks
 TOKENIZER_CHARS = 200_000_000  # what a tokenizer is trained on at most: more changes its merges little
-COUNTS = "counts"  # scratch folder of the row-count pass
+COUNTS = "counts"  # scratch folder of the row counts
 
 
 def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -76,7 +77,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     pool = Pool(size=max(1, int(ray.cluster_resources().get("CPU", 1))), cpus=config.cpus_per_task, gpus=0)
     tokenised = _tokenise_chunks(run, chunks, pool)
     _check_bad_rows(run, tokenised)
-    plan = _StreamPlan(run, chunks, tokenised)
+    plan = StreamPlan(run, chunks, tokenised)
     results = run_shards(
         VERB,
         plan.shard_descriptors(),
@@ -111,14 +112,14 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
 
 class CountRows:
-    """Worker of the first pass: rows per chunk."""
+    """Worker of the pass before: rows per chunk."""
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         return {"rows": count_rows(chunk_from_mapping(descriptor["chunk"]))}
 
 
 class TokeniseChunk:
-    """Worker of the second pass: one chunk -> one scratch table, with its bad rows beside it."""
+    """Worker of the first pass: one chunk -> one scratch table, with its bad rows beside it."""
 
     def __init__(self, inputs: list[dict[str, Any]], tokenizer: str, folder: str, annotate: bool):
         self.inputs = [Input(**{**item, "rows": tuple(item["rows"]) if item["rows"] else None}) for item in inputs]
@@ -127,21 +128,20 @@ class TokeniseChunk:
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         chunk = chunk_from_mapping(descriptor["chunk"])
-        table, bad = token_table(
+        table, bad, rows = token_table(
             chunk,
             self.inputs[chunk.input_index],
             self.tokenizer,
-            first_row=descriptor["first_row"],
             first_input_row=descriptor["first_input_row"],
             annotate=self.annotate,
         )
         with publish(self.folder / f"{descriptor['key']}.parquet") as part:
             pq.write_table(table, part, row_group_size=1024)
-        return {"documents": table.num_rows, "bad_rows": len(bad), "bad": bad[:1000]}
+        return {"rows": rows, "documents": table.num_rows, "bad_rows": len(bad), "bad": bad[:1000]}
 
 
 class PackShard:
-    """Worker of the third pass: blocks [first_block, ...) of the stream and the documents that start in them."""
+    """Worker of the second pass: blocks [first_block, ...) of the stream and the documents that start in them."""
 
     def __init__(self, folder: str, plan: dict[str, Any], block_size: int):
         self.folder, self.plan, self.block_size = location(folder), plan, block_size
@@ -186,11 +186,13 @@ class PackShard:
         """The documents `ranges` (per input: [lo, hi)) in stream order."""
         tables = []
         for files, (lo, hi) in zip(self.plan["files"], ranges, strict=True):
-            bounds = np.concatenate([[0], np.cumsum([count for _, _, count in files])])
-            for (key, source, count), first in zip(files, bounds[:-1], strict=True):
+            bounds = np.concatenate([[0], np.cumsum([count for *_, count in files])])
+            for (key, source, first_row, count), first in zip(files, bounds[:-1], strict=True):
                 start, stop = max(lo - int(first), 0), min(hi - int(first), count)
                 if start < stop:
                     part = _read_rows(self.folder / TOKENS / f"{key}.parquet", start, stop)
+                    place = part.schema.get_field_index("row")
+                    part = part.set_column(place, "row", pc.add(part.column(place), first_row))
                     tables.append(part.append_column("source", pa.array([source] * part.num_rows, pa.string())))
         table = pa.concat_tables(tables)
         if self.plan["interleave"]:
@@ -212,70 +214,6 @@ class PackShard:
         )
 
 
-class _StreamPlan:
-    """Where every document lies in the stream, from the token counts alone."""
-
-    def __init__(self, run: Run, chunks: list[Chunk], tokenised: dict[str, dict[str, Any]]):
-        config = run.config.pack_corpus
-        tokenizer = load_tokenizer(run.config.tokenizer_source)
-        self.block_size, self.blocks_per_shard = config.block_size, config.blocks_per_shard
-        self.interleave, self.eos, self.vocab_size = config.interleave, tokenizer.eos_token_id, len(tokenizer)
-        self.annotate = any(source.spans_column for source in config.inputs)
-        self.files: list[list[tuple[str, str, int]]] = [[] for _ in config.inputs]
-        lengths: list[list[np.ndarray]] = [[] for _ in config.inputs]
-        for chunk, (key, result) in zip(chunks, tokenised.items(), strict=True):
-            # the name alone: the same files in another folder make the same corpus; the manifest has the paths
-            source = chunk.path if chunk.kind == "hub" else Path(chunk.path).name
-            self.files[chunk.input_index].append((key, source, result["documents"]))
-            table = schemas.read_table(run.corpus / TOKENS / f"{key}.parquet", columns=["num_tokens"])
-            lengths[chunk.input_index].append(table.column(0).to_numpy())
-        per_input = [np.concatenate([*arrays, np.zeros(0, np.int64)]) for arrays in lengths]
-        self.counts = [len(array) for array in per_input]
-        self.inputs, self.indices = stream_order(self.counts, interleave=self.interleave)
-        self.num_documents = len(self.inputs)
-        if not self.num_documents:
-            raise ValueError(f"pack_corpus.inputs: no document in {', '.join(i.path for i in config.inputs)}")
-        offsets = np.concatenate([[0], np.cumsum(self.counts)[:-1]]).astype(np.int64)
-        num_tokens = np.concatenate(per_input)[offsets[self.inputs] + self.indices]
-        self.bounds = np.concatenate([[0], np.cumsum(num_tokens)])
-        self.num_tokens = int(self.bounds[-1])
-        if self.num_tokens < self.block_size:
-            raise ValueError(
-                f"the corpus has {self.num_tokens} tokens, fewer than one block of pack_corpus.block_size ="
-                f" {self.block_size}: lower it or add documents"
-            )
-        self.num_blocks = -(-self.num_tokens // self.block_size)
-
-    def settings(self) -> dict[str, Any]:
-        """What every `PackShard` needs."""
-        names = ("files", "counts", "interleave", "annotate", "eos")
-        return {name: getattr(self, name) for name in names}
-
-    def shard_descriptors(self) -> list[dict[str, Any]]:
-        """One small descriptor per shard of `blocks_per_shard` blocks."""
-        descriptors = []
-        for number, first_block in enumerate(range(0, self.num_blocks, self.blocks_per_shard)):
-            start = first_block * self.block_size
-            stop = min(start + self.blocks_per_shard * self.block_size, self.num_tokens)
-            lo = int(np.searchsorted(self.bounds, start, side="right")) - 1
-            hi = int(np.searchsorted(self.bounds, stop, side="left"))
-            descriptors.append(
-                {
-                    "key": f"{number:05d}",
-                    "first_block": first_block,
-                    "num_tokens": stop - start,
-                    "first_doc_id": lo,
-                    "first_token_start": int(self.bounds[lo]),
-                    "ranges": [self._range(index, lo, hi) for index in range(len(self.counts))],
-                }
-            )
-        return descriptors
-
-    def _range(self, input_index: int, lo: int, hi: int) -> list[int]:
-        indices = self.indices[lo:hi][self.inputs[lo:hi] == input_index]
-        return [int(indices[0]), int(indices[-1]) + 1] if len(indices) else [0, 0]
-
-
 def _plan_chunks(run: Run, *, open_hub: bool) -> list[Chunk]:
     config = run.config.pack_corpus
     chunk_bytes = max(1, int(config.chunk_megabytes * 2**20))
@@ -293,22 +231,7 @@ def _tokenise_chunks(run: Run, chunks: list[Chunk], pool: Pool) -> dict[str, dic
     descriptors: list[dict[str, Any]] = [
         {"key": f"chunk-{i:05d}", "chunk": chunk_to_mapping(chunk)} for i, chunk in enumerate(chunks)
     ]
-    counted = run_shards(VERB, descriptors, CountRows, {}, folder=run.corpus / COUNTS, pool=pool, unit="chunks counted")
-    rows_of_file: dict[tuple[int, str], int] = {}
-    rows_of_input = [0] * len(run.config.pack_corpus.inputs)
-    for chunk, descriptor in zip(chunks, descriptors, strict=True):
-        rows = counted[descriptor["key"]]["rows"]
-        file = (chunk.input_index, chunk.path)  # one file may be two inputs, of different rows
-        descriptor["first_row"] = rows_of_file.get(file, 0)
-        descriptor["first_input_row"] = rows_of_input[chunk.input_index]
-        rows_of_file[file] = descriptor["first_row"] + rows
-        rows_of_input[chunk.input_index] += rows
-    for index, source in enumerate(run.config.pack_corpus.inputs):
-        if source.rows and source.rows[1] > rows_of_input[index]:
-            raise ConfigError(
-                f"pack_corpus.inputs[{index}].rows: ends at {source.rows[1]}, but {source.path} has"
-                f" {rows_of_input[index]} rows"
-            )
+    _count_rows(run, chunks, descriptors, pool)
     if run.config.pack_corpus.train_tokenizer is not None and not location(run.config.tokenizer_source).exists():
         log(VERB, f"training a tokenizer of {run.config.pack_corpus.train_tokenizer:,} tokens")
         ray.get(ray.remote(num_cpus=1)(_train_tokenizer).remote(run.config, descriptors))
@@ -318,7 +241,7 @@ def _tokenise_chunks(run: Run, chunks: list[Chunk], pool: Pool) -> dict[str, dic
         "folder": str(run.corpus / TOKENS),
         "annotate": any(source.spans_column for source in run.config.pack_corpus.inputs),
     }
-    return run_shards(
+    tokenised = run_shards(
         VERB,
         descriptors,
         TokeniseChunk,
@@ -327,6 +250,31 @@ def _tokenise_chunks(run: Run, chunks: list[Chunk], pool: Pool) -> dict[str, dic
         pool=pool,
         unit="chunks tokenised",
     )
+    read: dict[tuple[int, str], int] = {}  # of a file so far; one may be two inputs, of different rows
+    for chunk, result in zip(chunks, tokenised.values(), strict=True):
+        file = (chunk.input_index, chunk.path)
+        result["first_row"] = read.get(file, 0)
+        read[file] = result["first_row"] + result["rows"]
+        for row in result["bad"]:
+            row["row"] += result["first_row"]
+    return tokenised
+
+
+def _count_rows(run: Run, chunks: list[Chunk], descriptors: list[dict[str, Any]], pool: Pool) -> None:
+    """Give each descriptor its chunk's `first_input_row`, if only some rows of that input are taken; else 0."""
+    inputs = run.config.pack_corpus.inputs
+    todo = [item for chunk, item in zip(chunks, descriptors, strict=True) if inputs[chunk.input_index].rows]
+    counted = run_shards(VERB, todo, CountRows, {}, folder=run.corpus / COUNTS, pool=pool, unit="chunks counted")
+    rows_of_input = [0] * len(inputs)
+    for chunk, descriptor in zip(chunks, descriptors, strict=True):
+        descriptor["first_input_row"] = rows_of_input[chunk.input_index]
+        rows_of_input[chunk.input_index] += counted[descriptor["key"]]["rows"] if descriptor["key"] in counted else 0
+    for index, source in enumerate(inputs):
+        if source.rows and source.rows[1] > rows_of_input[index]:
+            raise ConfigError(
+                f"pack_corpus.inputs[{index}].rows: ends at {source.rows[1]}, but {source.path} has"
+                f" {rows_of_input[index]} rows"
+            )
 
 
 def _train_tokenizer(config: Config, descriptors: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ifguide.artifacts import MismatchError, data_files, read_manifest
 from ifguide.cli import main, stage
-from ifguide.config import Config, config_from_mapping, to_mapping
+from ifguide.config import Config, ConfigError, config_from_mapping, to_mapping
 from ifguide.models import load_model
 from ifguide.stages.pack_corpus import document_table
 from ifguide.stages.run import Run
@@ -27,7 +27,7 @@ def pack(data: Path, tmp_path: Path, cluster: None) -> Callable[..., Any]:
 
     def run(lines: list[bytes], **options: Any) -> tuple[Run, Any]:
         (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + (b"\n" if lines else b""))
-        tree = small_config(data, tmp_path / "run")
+        tree = small_config(data, Path(options.pop("run_dir", tmp_path / "run")))
         tree["pack_corpus"] = {"inputs": [str(tmp_path / "in.jsonl")], "block_size": 16, **options}
         made = Run(config=config_from_mapping(tree))
         return made, stage("pack_corpus")(made)
@@ -84,11 +84,23 @@ def test_bad_rows_are_listed_and_fail_unless_allowed(pack: Callable[..., Any]) -
     good = row("The pig sat in the barn and slept all day, and nobody minded it at all.")
     lines = [good, b'{"text": "\xff\xfe"}', good, b'{"other": 1}', row(7), b"not json"]
     with pytest.raises(StageError, match=r"4 bad rows") as caught:
-        pack(lines)
+        pack(lines, chunk_megabytes=2e-5)  # a chunk for every line or two
     assert all(f"in.jsonl row {i}" in str(caught.value) for i in (1, 3, 4, 5))
-    run, manifest = pack(lines, max_bad_rows=4)
+    run, manifest = pack(lines, max_bad_rows=4, chunk_megabytes=2e-5)
     assert manifest.rows["documents"] == 2
-    assert len((run.corpus / "bad_rows.csv").read_text().splitlines()) == 5
+    listed = (run.corpus / "bad_rows.csv").read_text().splitlines()[1:]
+    assert [int(line.split(",")[1]) for line in listed] == [1, 3, 4, 5]
+    assert [record["row"] for record in document_table(run.corpus).to_pylist()] == [0, 2]
+
+
+def test_rows_of_an_input_count_over_all_its_chunks(pack: Callable[..., Any], tmp_path: Path) -> None:
+    lines = [row(f"The pig of farm {i} sat in the barn.") for i in range(12)]
+    inputs = [{"path": str(tmp_path / "in.jsonl"), "rows": rows} for rows in ([1, 3], [4, 9])]
+    run, _ = pack(lines, inputs=inputs, chunk_megabytes=1e-4)
+    assert sorted(record["row"] for record in document_table(run.corpus).to_pylist()) == [1, 2, 4, 5, 6, 7, 8]
+    inputs[1]["rows"] = [4, 13]
+    with pytest.raises(ConfigError, match=r"inputs\[1\]\.rows: ends at 13, but .*in\.jsonl has 12 rows"):
+        pack(lines, inputs=inputs, run_dir=str(tmp_path / "other"))
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(finished: Config, copied: Callable[..., Config]) -> None:

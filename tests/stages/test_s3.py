@@ -33,7 +33,7 @@ pytest.importorskip("moto.server")
 pytest.importorskip("s3fs")
 
 VERBS = ("pack_corpus", "fit_factors", "build_query", "score_corpus", "build_mask")
-MODELS = ("pretrain", "evaluate")
+MODELS = ("pretrain", "evaluate", "analyse")
 RUN = (
     "import sys; from ifguide.cli import main; sys.exit(any(main([v, '--config', sys.argv[1]]) for v in sys.argv[2:]))"
 )
@@ -129,6 +129,8 @@ def run(
     config["proxy"] = {"architecture": {**ARCHITECTURE, "vocab_size": 512}}
     config["pack_corpus"]["inputs"][0]["path"] = f"{inputs}/corpus.jsonl"
     config["build_query"]["prompts"] = f"{inputs}/queries.jsonl"
+    config["analyse"] = {"methods": ["lens", "probes"], "max_prompts": 4, "folds": 2, "max_texts": 12, "actors": 1}
+    config["analyse"]["gpus_per_actor"] = 0
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     environment = {
@@ -173,13 +175,13 @@ def compare(on_disk: Path, remote: Path, further: tuple[str, ...] = ()) -> None:
 def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(on_disk: Path, data: Path, s3: int, tmp_path: Path) -> None:
     done = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, *VERBS, *MODELS)
     assert done.returncode == 0, done.stderr[-4000:]
-    compare(on_disk, location("s3://lake/run"), ("generations/penalised/prompts", "report"))
+    compare(on_disk, location("s3://lake/run"), ("generations/penalised/prompts", "report", "analyses"))
     trained = [folder / "model/penalised/hf/model.safetensors" for folder in (on_disk, location("s3://lake/run"))]
     assert trained[0].read_bytes() == trained[1].read_bytes()
     assert "penalised step" in done.stderr
-    again = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, "score_corpus", "pretrain", "evaluate")
+    again = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, "score_corpus", *MODELS)
     assert again.returncode == 0
-    assert again.stderr.count("complete") == 3
+    assert again.stderr.count("complete") == 4
     assert not list((tmp_path / "cache").glob("training-*"))
 
 

@@ -267,7 +267,8 @@ def test_token_table_keeps_the_rows_asked_for_counted_over_the_whole_input(tmp_p
     path.write_bytes(b"".join(b"bad\n" if i in (99, 150, 680) else line for i, line in enumerate(lines)))
     (chunk,) = list_chunks(source, 0, chunk_bytes=10**9, dotted_key="k")
     ranged = dataclasses.replace(source, rows=(1100, 1680))
-    table, bad = token_table(chunk, ranged, tokenizer, first_row=0, first_input_row=1000, annotate=annotate)
+    table, bad, read = token_table(chunk, ranged, tokenizer, first_input_row=1000, annotate=annotate)
+    assert read == 700
     rows = [row for row in range(100, 680) if row != 150]  # more than one tokeniser batch
     assert table.column("row").to_pylist() == rows
     assert [(entry["row"], entry["source"]) for entry in bad] == [(150, source.path)]
@@ -282,8 +283,8 @@ def test_token_table_of_no_good_row_has_no_rows(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(b"\n\n")
     source = Input(path=str(tmp_path / "a.jsonl"))
     (chunk,) = list_chunks(source, 0, chunk_bytes=9, dotted_key="k")
-    table, bad = token_table(chunk, source, tokenizer, first_row=0, first_input_row=0, annotate=True)
-    assert table.num_rows == 0
+    table, bad, read = token_table(chunk, source, tokenizer, first_input_row=0, annotate=True)
+    assert (table.num_rows, read) == (0, 2)
     assert [entry["reason"] for entry in bad] == ["empty line"] * 2
 
 

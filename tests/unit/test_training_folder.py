@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ifguide import storage
 from ifguide.stages import training_folder
 from ifguide.stages.checkpoints import STATE, Checkpoint, describe_checkpoint, last_checkpoint, published_checkpoints
 from ifguide.stages.training_folder import METRICS, TrainingFolder
@@ -31,6 +32,13 @@ def store() -> Iterator[Path]:
 def on_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs `work(place, rank)` as two ranks, each with a disk of its own."""
     monkeypatch.setattr(training_folder, "machine_folder", lambda: THREAD.machine)
+    one_reads = threading.Lock()  # a file in memory is one object with one position, for all who read it
+
+    def download(folder: Path, target: Path) -> None:
+        with one_reads:
+            storage.download_folder(folder, target)
+
+    monkeypatch.setattr(training_folder, "download_folder", download)
 
     def run(folder: Path, work: Callable[[TrainingFolder, int], None]) -> None:
         barrier, errors = threading.Barrier(2, timeout=20), []

@@ -1,0 +1,83 @@
+"""Folders that go to a remote file system and come back, on fsspec's file system in memory."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ifguide.storage import Mirror, download_folder, file_sizes, local_copy, location, upload_folder
+
+pytest.importorskip("upath")
+TEXTS = {"a": "one", "sub/b": "second", "sub/deep/c": ""}
+
+
+@pytest.fixture
+def store() -> Iterator[Path]:
+    """An empty remote folder."""
+    folder = location(f"memory://{secrets.token_hex(8)}")
+    yield folder
+    folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, text in TEXTS.items():
+        path = tmp_path / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "source"
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in file_sizes(folder)}
+
+
+def test_a_folder_comes_back_whole(folder: Path, store: Path, tmp_path: Path) -> None:
+    upload_folder(folder, store)
+    assert texts(store) == TEXTS
+    download_folder(store, tmp_path / "back")
+    assert texts(tmp_path / "back") == TEXTS
+    upload_folder(folder, store / "some", ["sub/b"])
+    assert texts(store / "some") == {"sub/b": "second"}
+    upload_folder(folder, store / "none", [])
+    download_folder(store / "none", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_mirror_moves_only_what_is_new(folder: Path, store: Path) -> None:
+    upload_folder(folder, store)
+    first, second = Mirror(store), Mirror(store)
+    first.pull()
+    assert texts(first.local) == TEXTS
+    (first.local / "a").write_text("changed, which files here never do")
+    (first.local / "new").write_text("by the first")
+    first.push()
+    assert texts(store) == {**TEXTS, "new": "by the first"}
+    second.pull()
+    assert texts(second.local) == texts(store)
+    (store / "later").write_text("by another machine")
+    second.pull()
+    assert (second.local / "later").read_text() == "by another machine"
+
+
+def test_a_file_that_comes_short_is_an_error(
+    folder: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_folder(folder, store)
+    monkeypatch.setenv("IFGUIDE_CACHE", str(tmp_path / "cache"))
+    fs: Any = store.fs  # type: ignore[attr-defined]
+    whole = fs.get_file
+
+    def cut(source: str, target: str, **options: Any) -> None:
+        whole(source, target, **options)
+        if source.endswith("/b"):
+            Path(target).write_text("sec")
+
+    monkeypatch.setattr(fs, "get_file", cut)
+    for read in (lambda: download_folder(store, tmp_path / "back"), lambda: local_copy(store / "sub/b")):
+        with pytest.raises(OSError, match=r"/sub/b: 3 of 6 bytes were read"):
+            read()
