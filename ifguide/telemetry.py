@@ -10,10 +10,11 @@ import json
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ifguide.storage import is_remote
 
@@ -26,11 +27,23 @@ def configure_logging(level: int = logging.INFO) -> None:
     """Log the project's lines to stderr as `HH:MM:SS verb | text`; for entry points and Ray workers."""
     logger = logging.getLogger(ROOT)
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(level)
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what is `sys.stderr` at the time of the line: notebooks and tests replace it."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: object) -> None:
+        pass
 
 
 def log(verb: str, text: str, *, level: int = logging.INFO) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ import pytest
 import yaml
 
 from ifguide.artifacts import read_manifest
+from ifguide.config import Config, config_from_mapping, to_mapping
 from ifguide.ledger import LEDGER
+from ifguide.stages.analyse import analyse
 from ifguide.stages.checkpoints import CHECKPOINTS, last_checkpoint
+from ifguide.stages.run import Run
 from ifguide.stages.training_folder import METRICS
 from ifguide.storage import location, subfolders, upload_folder
 from ifguide.telemetry import read_metrics
@@ -33,7 +36,14 @@ pytest.importorskip("moto.server")
 pytest.importorskip("s3fs")
 
 VERBS = ("pack_corpus", "fit_factors", "build_query", "score_corpus", "build_mask")
-MODELS = ("pretrain", "evaluate", "analyse")
+ANALYSE = {
+    "methods": ["lens", "probes"],
+    "max_prompts": 4,
+    "folds": 2,
+    "max_texts": 12,
+    "actors": 1,
+    "gpus_per_actor": 0,
+}
 RUN = (
     "import sys; from ifguide.cli import main; sys.exit(any(main([v, '--config', sys.argv[1]]) for v in sys.argv[2:]))"
 )
@@ -120,17 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
 
 
-def run(
-    folder: Path, data: Path, run_dir: str, inputs: str, port: int, *verbs: str
-) -> subprocess.CompletedProcess[str]:
-    """The verbs by the command line, in a process and a Ray cluster of their own."""
+def run(folder: Path, data: Path, run_dir: str, port: int, *verbs: str) -> subprocess.CompletedProcess[str]:
+    """The verbs of the finished run by the command line, in a process and a Ray cluster of their own."""
     config: dict[str, Any] = small_config(data, folder / "run")
     config["run_dir"] = run_dir
-    config["proxy"] = {"architecture": {**ARCHITECTURE, "vocab_size": 512}}
-    config["pack_corpus"]["inputs"][0]["path"] = f"{inputs}/corpus.jsonl"
-    config["build_query"]["prompts"] = f"{inputs}/queries.jsonl"
-    config["analyse"] = {"methods": ["lens", "probes"], "max_prompts": 4, "folds": 2, "max_texts": 12, "actors": 1}
-    config["analyse"]["gpus_per_actor"] = 0
+    config["pack_corpus"]["inputs"][0]["path"] = "s3://lake/data/corpus.jsonl"
+    config["build_query"]["prompts"] = "s3://lake/data/queries.jsonl"
+    config["analyse"] = ANALYSE
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     environment = {
@@ -138,23 +144,13 @@ def run(
         **CREDENTIALS,
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "IFGUIDE_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
     }
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-c", RUN, str(path), *verbs]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
 
 
-@pytest.fixture(scope="module")
-def on_disk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of the same run on a disk."""
-    folder = tmp_path_factory.mktemp("disk")
-    done = run(folder, data, str(folder / "run"), str(data), 1, *VERBS, *MODELS)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder / "run"
-
-
-def compare(on_disk: Path, remote: Path, further: tuple[str, ...] = ()) -> None:
+def compare(on_disk: Path, remote: Path, *further: str) -> None:
     """Every file of scores and mask has the same SHA-256; the manifests say so, and so do the files."""
     for name in ("scores", "ranking", "mask", *further):
         expected, found = read_manifest(on_disk / name), read_manifest(remote / name)
@@ -172,44 +168,40 @@ def compare(on_disk: Path, remote: Path, further: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(on_disk: Path, data: Path, s3: int, tmp_path: Path) -> None:
-    done = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, *VERBS, *MODELS)
+def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(
+    copied: Callable[..., Config], data: Path, s3: int, tmp_path: Path
+) -> None:
+    on_disk = Run(config=config_from_mapping({**to_mapping(copied()), "analyse": ANALYSE}))
+    analyse(on_disk)
+    done = run(tmp_path, data, "s3://lake/run", s3, "run", "analyse")
     assert done.returncode == 0, done.stderr[-4000:]
-    compare(on_disk, location("s3://lake/run"), ("generations/penalised/prompts", "report", "analyses"))
-    trained = [folder / "model/penalised/hf/model.safetensors" for folder in (on_disk, location("s3://lake/run"))]
-    assert trained[0].read_bytes() == trained[1].read_bytes()
-    assert "penalised step" in done.stderr
-    again = run(tmp_path, data, "s3://lake/run", "s3://lake/data", s3, "score_corpus", *MODELS)
+    remote = location("s3://lake/run")
+    compare(on_disk.folder, remote, "factors", "query", "generations/penalised/prompts", "report", "analyses")
+    for model in ("baseline", "penalised"):
+        weights = [folder / f"model/{model}/hf/model.safetensors" for folder in (on_disk.folder, remote)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+        assert f"{model} step" in done.stderr
+    again = run(tmp_path, data, "s3://lake/run", s3, "score_corpus", "pretrain", "evaluate", "analyse")
     assert again.returncode == 0
     assert again.stderr.count("complete") == 4
     assert not list((tmp_path / "cache").glob("training-*"))
 
 
 @pytest.mark.timeout(900)
-def test_a_fifth_of_the_requests_may_fail(on_disk: Path, data: Path, s3: int, tmp_path: Path) -> None:
-    """From packing to the mask; factors and query, which take longest to wait for so many retries, are uploaded."""
-    for name in ("factors", "query"):
-        upload_folder(on_disk / name, location(f"s3://lake/faulty/{name}"))
+def test_a_fifth_of_the_requests_may_fail(finished: Config, data: Path, s3: int, tmp_path: Path) -> None:
+    on_disk, remote = Path(finished.run_dir), location("s3://lake/faulty")
+    upload_folder(on_disk / "model/baseline", remote / "model/baseline")
     proxy = Unreliable(s3, share=0.2, seed=5)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
-        done = run(
-            tmp_path,
-            data,
-            "s3://lake/faulty",
-            "s3://lake/data",
-            proxy.server_port,
-            "pack_corpus",
-            "score_corpus",
-            "build_mask",
-        )
+        done = run(tmp_path, data, str(remote), proxy.server_port, *VERBS)
     finally:
         proxy.shutdown()
         proxy.server_close()
     assert done.returncode == 0, done.stderr[-4000:]
     assert proxy.refused > 50
     assert 0.1 < proxy.refused / proxy.requests < 0.3
-    compare(on_disk, location("s3://lake/faulty"))
+    compare(on_disk, remote, "factors", "query")
 
 
 @pytest.mark.timeout(600)
