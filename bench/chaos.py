@@ -120,14 +120,18 @@ def disturbed_run(run_dir: Path, cluster: LocalCluster, left: list[str], rng: ra
     """Score `run_dir` to its end, taking kills from `left` as long as it lasts."""
     actors = 2
     driver = cluster.start(run_dir, actors, "score_corpus")
-    seen, patience = done(run_dir), time.monotonic() + WAIT_SECONDS
+    seen = finished = done(run_dir)
+    patience = time.monotonic() + WAIT_SECONDS
     hasty = False
     try:
         while driver.poll() is None:
             time.sleep(0.02)
+            count = done(run_dir)
+            if count > finished:
+                finished, patience = count, time.monotonic() + WAIT_SECONDS
             if time.monotonic() > patience:
                 raise RuntimeError(f"nothing was finished for {WAIT_SECONDS:.0f} s; {cluster.log_of(run_dir)}")
-            if not left or not (hasty or done(run_dir) > seen):
+            if not left or not (hasty or count > seen):
                 continue
             time.sleep(rng.uniform(0, 0.6))
             if driver.poll() is not None:

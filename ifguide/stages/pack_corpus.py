@@ -41,6 +41,7 @@ from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 VERB = "pack_corpus"
+TOKENIZER = "tokenizer"  # its folder in the corpus
 TOKENIZER_CHARS = 200_000_000  # what a tokenizer is trained on at most: more changes its merges little
 COUNTS = "counts"  # scratch folder of the row counts
 
@@ -78,6 +79,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     tokenised = _tokenise_chunks(run, chunks, pool)
     _check_bad_rows(run, tokenised)
     plan = StreamPlan(run, chunks, tokenised)
+    _keep_tokenizer(run)
     results = run_shards(
         VERB,
         plan.shard_descriptors(),
@@ -102,7 +104,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     outputs = [
         path for kind in ("shard", "documents", "offsets") for path in data_files(run.corpus, f"{kind}-*.parquet")
     ]
-    outputs += [path for path in (run.corpus / "tokenizer").glob("*") if path.is_file()]
+    outputs += [path for path in (run.corpus / TOKENIZER).glob("*") if path.is_file()]
     manifest = artifact.finish(outputs, rows=rows, summary=summary, remove=(LEDGER, TOKENS, COUNTS))
     log(
         VERB,
@@ -297,6 +299,14 @@ def _train_tokenizer(config: Config, descriptors: list[dict[str, Any]]) -> None:
     folder = Mirror(location(config.tokenizer_source))
     save_tokenizer(tokenizer, folder.local)
     folder.push()
+
+
+def _keep_tokenizer(run: Run) -> None:
+    """Keep the tokenizer with the corpus, where a trained one is already: its source may move or change."""
+    if run.config.pack_corpus.train_tokenizer is None:
+        folder = Mirror(run.corpus / TOKENIZER)
+        save_tokenizer(load_tokenizer(run.config.tokenizer_source), folder.local)
+        folder.push()
 
 
 def _check_bad_rows(run: Run, tokenised: dict[str, dict[str, Any]]) -> None:

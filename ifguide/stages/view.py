@@ -16,7 +16,7 @@ import ray
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
-from ifguide.stages.pack_corpus import corpus_block_size
+from ifguide.stages.pack_corpus import TOKENIZER, corpus_block_size
 from ifguide.storage import location, readable
 from ifguide.tokenizer import load_tokenizer
 
@@ -53,7 +53,7 @@ class View:
         self.options = manifest.options.get("build_mask", {})
         self.ranked = manifest.verb == "build_mask"  # an imported mask has neither ranking nor tau
         self.score_column = schemas.score_column(self.summary.get("behaviour"))
-        self.tokenizer = load_tokenizer(made.summary["tokenizer"])
+        self.tokenizer = load_tokenizer(str(self.corpus / TOKENIZER))
         self.annotated = bool(made.summary["annotated"])
         self.block_size = corpus_block_size(self.corpus)
         self.files = data_files(self.corpus)

@@ -98,6 +98,14 @@ def test_artifacts_have_the_same_bytes_on_another_number_of_workers(
         assert found.fingerprint == expected.fingerprint
 
 
+def test_a_run_directory_is_read_without_what_it_was_made_from(copied: Callable[..., Config]) -> None:
+    run = Run(config=copied())
+    view = View(run.folder)
+    assert view.tokenizer.name_or_path == str(run.corpus / "tokenizer")
+    assert view.tokenizer.get_vocab() == load_tokenizer(run.config.tokenizer_source).get_vocab()
+    assert any(name.startswith("tokenizer/") for name in read_manifest(run.corpus).files)
+
+
 def test_shard_and_chunk_size_do_not_change_the_stream(finished: Config, copied: Callable[..., Config]) -> None:
     again = copied(drop=("corpus",), pack_corpus__blocks_per_shard=37, pack_corpus__chunk_megabytes=0.01)
     stage("pack_corpus")(Run(config=again))
