@@ -111,15 +111,15 @@ class _ChunkedLoss(torch.autograd.Function):
         device = hidden_ND.device.type
         # a product into given memory would pass autocast by
         keeps = device == "cpu" and hidden_ND.dtype == dtype and not torch.is_autocast_enabled(device)
-        scratch: tuple[Tensor, ...] = ()
+        scratch_NV: Tensor | None = None
         for rows in head.chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
             chunk_ND, labels = hidden_ND[rows], labels_N[rows, None]
-            if keeps and not scratch:
+            if keeps and scratch_NV is None:
                 # a CPU gets such memory page by page, and gives it back at once: a tenth of the time
-                scratch = tuple(hidden_ND.new_empty(len(chunk_ND), len(weight_VD)) for _ in range(2))
-            logits_out, log_p_out = (part[: len(chunk_ND)] for part in scratch) if scratch else (None, None)
-            logits_NV, slope_NV = head.logits(chunk_ND, product_VD, bias, logits_out)
-            log_p_NV = torch.log_softmax(logits_NV, dim=-1, out=log_p_out)
+                scratch_NV = hidden_ND.new_empty(len(chunk_ND), len(weight_VD))
+            out_NV = None if scratch_NV is None else scratch_NV[: len(chunk_ND)]
+            logits_NV, slope_NV = head.logits(chunk_ND, product_VD, bias, out_NV)
+            log_p_NV = torch.log_softmax(logits_NV, dim=-1, out=None if out_NV is None else logits_NV)  # in place
             del logits_NV
             nll = -log_p_NV.gather(1, labels).squeeze(1)
             nll_N[rows] = nll

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, data_files, environment, read_manifest
-from ifguide.baselines import classifier_spans, word_list_spans
 from ifguide.config import ClassifierSource, to_yaml
 from ifguide.report_figures import ModelRow, model_rows
 from ifguide.report_model import (
@@ -36,9 +35,11 @@ from ifguide.stages.run import BASELINE, PENALISED, Run
 from ifguide.stages.view import View, mask_agreement, score_histogram
 from ifguide.storage import readable
 from ifguide.telemetry import read_metrics
+from ifguide.text_marks import Find, find_sentences, find_words
 from ifguide.toxicity import LabelClassifier
 
 MAX_OUTLIERS = 20
+DOCUMENTS_AT_ONCE = 500  # whose sentences a classifier gets together
 BEHAVIOURS = "behaviours"
 
 
@@ -197,43 +198,44 @@ def _histogram(view: View) -> ScoreHistogram:
 def _agreement(run: Run, view: View) -> tuple[AgreementRow, ...]:
     """The mask, a word list and the sentence classifier against the annotations."""
     selected, known, both = mask_agreement(view)
-    rows = [_agreement_row("mask (IF-Guide)", selected, known, both)]
     config = run.config.evaluate
+    finders: dict[str, Find] = {}
     if config.word_list:
-        words = config.word_list
-        rows.append(_span_agreement(view, "word list", lambda text: word_list_spans(text, words)))
+        finders["word list"] = find_words(config.word_list)
     classifier = make_classifier(config.classifier, gpus=0)
     if not isinstance(classifier, LabelClassifier):
 
         def classify(texts: list[str]) -> np.ndarray:
             return classifier.score(texts)[classifier.classes[0]]
 
-        name = f"sentences by {config.classifier.name}"
-        rows.append(_span_agreement(view, name, lambda text: classifier_spans(text, classify, THRESHOLD)))
-    return tuple(rows)
+        finders[f"sentences by {config.classifier.name}"] = find_sentences(classify, THRESHOLD)
+    return _agreement_row("mask (IF-Guide)", selected, known, both), *_span_agreement(view, finders)
 
 
-def _span_agreement(view: View, method: str, find: Callable[[str], list[tuple[int, int]]]) -> AgreementRow:
-    """Tokens that overlap a found span against the annotated ones, document by document.
+def _span_agreement(view: View, finders: Mapping[str, Find]) -> Iterator[AgreementRow]:
+    """Tokens that overlap a found span against the annotated ones, of each method.
 
     The text is what the document's tokens decode to; annotated corpora are small, so this is one process' work.
     """
-    counts = np.zeros(3, dtype=np.int64)
+    counts = {method: np.zeros(3, dtype=np.int64) for method in finders}
     table = document_table(view.corpus)
-    starts, lengths = table.column("token_start").to_numpy(), table.column("num_tokens").to_numpy()
-    columns = view.read(0, int(starts[-1] + lengths[-1]))
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        tokens = columns["tokens"][start : start + length - 1].tolist()
-        annotated = columns["annotated"][start : start + length - 1]
-        text = str(view.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-        spans = find(text)
-        found = np.zeros(len(tokens), dtype=bool)
-        places = _token_places(view.tokenizer, text, tokens) if spans else None
-        for begin, end in spans:
-            assert places is not None
-            found |= (places[:, 0] < end) & (places[:, 1] > begin)
-        counts += (found.sum(), annotated.sum(), (found & annotated).sum())
-    return _agreement_row(method, *counts.tolist())
+    starts, lengths = (table.column(name).to_numpy().tolist() for name in ("token_start", "num_tokens"))
+    columns = view.read(0, starts[-1] + lengths[-1])
+    for first in range(0, len(starts), DOCUMENTS_AT_ONCE):
+        group = slice(first, first + DOCUMENTS_AT_ONCE)
+        own = [slice(start, start + n - 1) for start, n in zip(starts[group], lengths[group], strict=True)]
+        tokens = [columns["tokens"][each].tolist() for each in own]
+        texts = [str(view.tokenizer.decode(each, clean_up_tokenization_spaces=False)) for each in tokens]
+        for method, find in finders.items():
+            for i, spans in enumerate(find(texts)):
+                annotated, found = columns["annotated"][own[i]], np.zeros(len(tokens[i]), dtype=bool)
+                if spans:
+                    begins, ends = _token_places(view.tokenizer, texts[i], tokens[i]).T
+                    for begin, end in spans:
+                        found |= (begins < end) & (ends > begin)
+                counts[method] += (found.sum(), annotated.sum(), (found & annotated).sum())
+    for method, values in counts.items():
+        yield _agreement_row(method, *values.tolist())
 
 
 def _token_places(tokenizer: Any, text: str, tokens: list[int]) -> np.ndarray:
