@@ -11,8 +11,8 @@ without EK-FAC (`identity`: V is the gradient), V without the non-toxic set (`no
 the marked spans of documents outside the sample hold in at least half of five or more uses: it has seen human marks,
 which the others have not), and alt-profanity-check's probability of the token's sentence.
 
-Scores are those of the difference engine in bfloat16 at full rank; all directions share one pass. `--sweep` adds what
-raises or lowers the result. Intervals are of a bootstrap over documents.
+Scores are those of the difference engine at full rank, in bfloat16 where the CPU has instructions for it; directions
+share one pass. `--sweep` adds what raises or lowers the result. Intervals are of a bootstrap over documents.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.direction import differential, fit_factors, load_smollm2, low_rank, mean_gradient, tracked_names
 from ifguide.baselines import sentence_spans, word_list_spans
 from ifguide.config import ModelSource
+from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.query import load_factors, precondition
-from ifguide.influence.scorer import Attribution, Method, TokenScorer
+from ifguide.influence.scorer import Attribution, Method, Precision, TokenScorer
 from ifguide.models import linearise, load_model
 from ifguide.telemetry import Progress, configure_logging, log
 from ifguide.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 Document = dict[str, Any]
-METHOD = Method(engine="difference", precision="bfloat16", rank=None)
+PRECISION: Precision = "bfloat16" if bfloat16_pays(torch.device("cpu")) else "float32"
+METHOD = Method(engine="difference", precision=PRECISION, rank=None)
 MAX_TOKENS = 128
 BATCH_TOKENS = 2048
 
