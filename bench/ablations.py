@@ -30,7 +30,7 @@ from ifguide.cli import run_pipeline, stage
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.demo.pipeline import run_demo
 from ifguide.planning.shapes import shape_of_fields, target_shape
-from ifguide.stages.run import BASELINE, Run, link
+from ifguide.stages.run import BASELINE, Run
 from ifguide.telemetry import configure_logging, log
 
 BASE = "base"
@@ -181,7 +181,10 @@ def small_architecture(config: Config, share: float) -> dict[str, Any]:
 def lend(run: Run, base: Run, names: Iterable[str]) -> None:
     """Make artifacts of the base the run's own, by links."""
     for name in names:
-        link(run.folder / name, base.folder / name)
+        place = run.folder / name
+        if not place.is_symlink():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(os.path.relpath(base.folder / name, place.parent), target_is_directory=True)
 
 
 def figures_of(run: Run) -> dict[str, float]:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ifguide.storage import is_remote, make_folder, remove_folder, sizes, upload
+from ifguide.storage import is_remote, make_folder, remove_folder, sizes, upload, upload_folder
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -234,6 +234,30 @@ def publish(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, f"writing failed: {error.strerror or error}", str(path)) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty local folder to fill; on success it becomes `folder`, in place of what was there."""
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="ifguide-") as temporary:
+            yield Path(temporary)
+            move_folder(Path(temporary), folder)
+        return
+    part = folder.with_name(f"{folder.name}.part")
+    remove_tree(part)
+    part.mkdir(parents=True)
+    yield part
+    move_folder(part, folder)
+
+
+def move_folder(part: Path, folder: Path) -> None:
+    """Make a whole local folder `folder`, in place of what was there: by rename, or by upload if that is remote."""
+    remove_tree(folder)
+    if is_remote(folder):
+        upload_folder(part, folder)
+    else:
+        part.rename(folder)
 
 
 def write_text(path: Path, text: str) -> None:

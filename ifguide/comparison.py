@@ -111,7 +111,8 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def draw(models: Sequence[ModelRow], path: Path) -> None:
     """The picture of the report's page, toxicity (EMT) against perplexity with intervals, as a PNG."""
     with matplotlib.rc_context(RC):
-        tradeoff(models, colours_of(model.name for model in models)).savefig(path, dpi=200, facecolor="white")
+        figure = tradeoff(models, colours_of(model.name for model in models))
+        figure.savefig(path, dpi=200, facecolor="white", format="png")  # the path may end in .part
 
 
 def _ratio(perplexity: Figure | None, base: Figure | None) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ifguide.artifacts import remove_tree
+from ifguide.artifacts import publish_folder
 from ifguide.storage import local_copy
 
 END_OF_TEXT = "<|endoftext|>"
@@ -59,12 +59,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Publish a tokenizer's folder by rename."""
-    part = folder.with_name(f"{folder.name}.part")
-    remove_tree(part)
-    tokenizer.save_pretrained(part)
-    remove_tree(folder)
-    part.rename(folder)
+    """Publish a tokenizer's folder, local or remote."""
+    with publish_folder(folder) as part:
+        tokenizer.save_pretrained(part)
 
 
 def locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:

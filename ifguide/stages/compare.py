@@ -1,10 +1,10 @@
 """`compare`: the run's models beside those of other methods: other masks, DPO, reward-augmented decoding.
 
-A method with a mask gets a run directory of its own in `compare/<name>`, with this run's corpus and the method's mask,
-and is trained as this run's models were: the same blocks in the same order, the same initial weights. What DPO and RAD
-need is made by `stages.preference_methods`. `compare/report/` holds the figures of all models, with the run's own
-first, as `comparison.md`, `comparison.json`, `comparison.png`, `metrics.json` and as a page, `index.html`. Running it
-again resumes.
+A method with a mask gets a run directory of its own in `compare/<name>`, for the method's mask and model; the rest is
+this run's. It is trained as this run's models were: the same blocks in the same order, the same initial weights. What
+DPO and RAD need is made by `stages.preference_methods`. `compare/report/` holds the figures of all models, with the
+run's own first, as `comparison.md`, `comparison.json`, `comparison.png`, `metrics.json` and as a page, `index.html`.
+Running it again resumes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ifguide.report_figures import Made, model_rows
 from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import build_query
 from ifguide.stages.evaluate import METRICS, measure_models, models_to_evaluate
+from ifguide.stages.evaluation_figures import measured_files
 from ifguide.stages.evaluation_prompts import chosen_sets
 from ifguide.stages.method_masks import VERB, check_method, make_method_mask
 from ifguide.stages.preference_methods import (
@@ -35,10 +36,9 @@ from ifguide.stages.preference_methods import (
 )
 from ifguide.stages.pretrain import pretrain
 from ifguide.stages.report_data import comparison_data
-from ifguide.stages.run import BASELINE, PENALISED, Run, link
+from ifguide.stages.run import BASELINE, PENALISED, Run
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.stages.shards import LEDGER
-from ifguide.storage import is_remote
 from ifguide.telemetry import log
 
 
@@ -51,11 +51,6 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     methods = run.config.compare.methods
     if not methods:
         raise ConfigError("compare.methods: name some, `name: {mask: ..., penalty: ...}`; see configs/demo.yaml")
-    if is_remote(run.folder):  # methods share artifacts by links
-        raise ConfigError(
-            f"run_dir: compare needs a folder that every node mounts, not {run.config.run_dir}; copy the run directory"
-            f" there, and compare with --set run_dir=<that folder>"
-        )
     for name, method in methods.items():
         if method.mask is not None:
             check_method(run, name, method)
@@ -130,16 +125,13 @@ def _describe(run: Run, method: Method) -> str:
 
 
 def method_run(run: Run, name: str, method: Method) -> Run:
-    """The run of one method, in a directory of its own with this run's corpus in it."""
+    """The run of one method, in a directory of its own, on this run's corpus."""
     config = replace(
         run.config,
         run_dir=str(run.folder / VERB / name),
         pretrain=replace(run.config.pretrain, use_mask=True, penalty=_penalty(run, method)),
     )
-    child = Run(config=config)
-    child.folder.mkdir(parents=True, exist_ok=True)
-    link(child.corpus, run.corpus)
-    return child
+    return Run(config=config).borrow(run, "corpus", *(["mask"] if method.mask == "influence" else []))
 
 
 def _mask(run: Run, child: Run, method: Method) -> Manifest:
@@ -147,24 +139,19 @@ def _mask(run: Run, child: Run, method: Method) -> Manifest:
         return _plain_influence(run, child)
     if method.mask != "influence":
         return make_method_mask(run, child, method)
-    link(child.mask, run.mask)
     return require(run.mask, "build_mask")
 
 
 def _plain_influence(run: Run, child: Run) -> Manifest:
     """The mask of the same selection from scores of the toxic queries alone, with this run's factors and proxy."""
     config = child.config
-    plain = Run(
-        config=replace(
-            config,
-            build_query=replace(config.build_query, differential=False),
-            score_corpus=replace(config.score_corpus, queries={}),
-            build_mask=replace(config.build_mask, behaviour=None),
-        )
+    config = replace(
+        config,
+        build_query=replace(config.build_query, differential=False),
+        score_corpus=replace(config.score_corpus, queries={}),
+        build_mask=replace(config.build_mask, behaviour=None),
     )
-    link(plain.model(BASELINE), run.model(BASELINE))
-    if config.build_query.factors is None:
-        link(plain.factors, run.factors)
+    plain = replace(child, config=config).borrow(run, "model/baseline", "factors")
     build_query(plain)
     score_corpus(plain)
     mask = build_mask(plain)
@@ -190,11 +177,11 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
     write_json(whole.report / "comparison.json", as_json(rows))
     with publish(whole.report / "comparison.md") as part:
         part.write_text(as_markdown(rows), encoding="utf-8")
-    draw(measured, whole.report / "comparison.png")
+    with publish(whole.report / "comparison.png") as part:
+        draw(measured, part)
     write_report(comparison_data(run, measured, metrics, grid.children), whole.report)
     names = (METRICS, "comparison.json", "comparison.md", "comparison.png", *REPORT_FILES)
-    files = [whole.report / name for name in names]
-    files += [path for folder in ("continuations", "fluency") for path in (whole.report / folder).rglob("*.parquet")]
+    files = [whole.report / name for name in names] + measured_files(whole.report)
     summary = {row.model: {"emt": row.emt[0], "tp": row.tp[0], "perplexity_ratio": row.ratio} for row in rows}
     counted = int(np.sum([result.get("continuations", 0) for result in results.values()]))
     manifest = artifact.finish(files, rows={"continuations": counted}, summary=summary, remove=(LEDGER,))

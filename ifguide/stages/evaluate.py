@@ -26,7 +26,7 @@ from ifguide.models import load_model
 from ifguide.report import REPORT_FILES, write_report
 from ifguide.reward_model import load_reward_model
 from ifguide.stages.build_query import make_classifier
-from ifguide.stages.evaluation_figures import CONTINUATIONS, FLUENCY, headline, measure, scored_file
+from ifguide.stages.evaluation_figures import FLUENCY, headline, measure, measured_files, scored_file
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
 from ifguide.stages.generations import (
     VERB,
@@ -38,7 +38,7 @@ from ifguide.stages.generations import (
 from ifguide.stages.report_data import report_data
 from ifguide.stages.run import BASELINE, PENALISED, Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
-from ifguide.storage import file_sizes, local_copy, location
+from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import LabelClassifier
@@ -80,13 +80,7 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
     for name, further in headline(metrics).items():
         figures[name] |= further
     write_report(data, run.report)
-    files = [run.report / name for name in (*REPORT_FILES, METRICS)]
-    files += [
-        run.report / folder / name
-        for folder in (CONTINUATIONS, FLUENCY)
-        for name in file_sizes(run.report / folder)
-        if name.endswith(".parquet")
-    ]
+    files = [run.report / name for name in (*REPORT_FILES, METRICS)] + measured_files(run.report)
     prompts = sum(map(len, sets.values()))
     manifest = artifact.finish(
         files,

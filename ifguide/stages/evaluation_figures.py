@@ -32,6 +32,7 @@ from ifguide.evaluation.bootstrap import gap
 from ifguide.stages.evaluation_prompts import PROMPTS
 from ifguide.stages.run import Run
 from ifguide.stages.shards import StageError
+from ifguide.storage import file_sizes
 
 CONTINUATIONS, FLUENCY = "continuations", "fluency"
 THRESHOLD = 0.5  # of a continuation's score, for TP: the paper's
@@ -47,6 +48,12 @@ class _Measured:
     sets: dict[str, dict[str, dict[str, Figures]]]
     fluency: dict[str, Replicates | None]
     block_tokens: list[float] | None
+
+
+def measured_files(report: Path) -> list[Path]:
+    """The Parquet files of continuations and fluency in a report's folder."""
+    folders = (report / CONTINUATIONS, report / FLUENCY)
+    return [folder / name for folder in folders for name in file_sizes(folder) if name.endswith(".parquet")]
 
 
 def scored_file(report: Path, model: str, prompt_set: str, number: int) -> Path:

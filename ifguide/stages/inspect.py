@@ -23,10 +23,9 @@ def terminal_view(run_dir: Path, *, documents: int, context: int) -> Iterator[st
     manifest = require(run_dir / "mask", "build_mask")
     summary = manifest.summary
     if manifest.verb != "build_mask":
-        yield (
-            f"{summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked, imported from"
-            f" {summary['source']}; there is no ranking to show"
-        )
+        made = f"imported from {summary['source']}" if "source" in summary else f"made by {manifest.verb}"
+        share = f"{summary['tokens_masked']:,} of {summary['predicted_tokens']:,}"
+        yield f"{share} tokens masked, {made}; there is no ranking to show"
         return
     if summary["behaviour"] is not None:
         yield f"behaviour {summary['behaviour']}"

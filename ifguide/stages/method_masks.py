@@ -8,7 +8,6 @@ and resumed.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from ifguide.stages.build_query import make_classifier
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.stages.target_corpus import MaskShard
+from ifguide.storage import location
 from ifguide.text_marks import (
     Find,
     find_documents,
@@ -130,7 +130,7 @@ class MarkShard:
 
     def __init__(self, config: dict[str, Any], corpus: PackedCorpus, kind: str, folder: str, own_mask: str):
         self.config, self.corpus, self.kind = config_from_mapping(config), corpus, kind
-        self.folder, self.own_mask = Path(folder), Path(own_mask)
+        self.folder, self.own_mask = location(folder), location(own_mask)
         if kind in WORDS + CLASSIFIED:
             self.tokenizer = load_tokenizer(self.config.tokenizer_source)
             self.find = self._finder()

@@ -36,7 +36,7 @@ from ifguide.corpus import (
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.stages.stream_plan import TOKENS, StreamPlan
-from ifguide.storage import Mirror, location, readable
+from ifguide.storage import location, readable
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -296,17 +296,13 @@ def _train_tokenizer(config: Config, descriptors: list[dict[str, Any]]) -> None:
 
     assert config.pack_corpus.train_tokenizer is not None
     tokenizer = train_tokenizer(texts(), vocab_size=config.pack_corpus.train_tokenizer)
-    folder = Mirror(location(config.tokenizer_source))
-    save_tokenizer(tokenizer, folder.local)
-    folder.push()
+    save_tokenizer(tokenizer, location(config.tokenizer_source))
 
 
 def _keep_tokenizer(run: Run) -> None:
     """Keep the tokenizer with the corpus, where a trained one is already: its source may move or change."""
     if run.config.pack_corpus.train_tokenizer is None:
-        folder = Mirror(run.corpus / TOKENIZER)
-        save_tokenizer(load_tokenizer(run.config.tokenizer_source), folder.local)
-        folder.push()
+        save_tokenizer(load_tokenizer(run.config.tokenizer_source), run.corpus / TOKENIZER)
 
 
 def _check_bad_rows(run: Run, tokenised: dict[str, dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ import ray
 import torch
 
 from ifguide import schemas
-from ifguide.artifacts import Artifact, Manifest, data_files, open_artifact, remove_tree
+from ifguide.artifacts import Artifact, Manifest, data_files, open_artifact, publish_folder, remove_tree
 from ifguide.compare_options import Dpo, Rad
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, result_options, to_mapping, to_yaml
 from ifguide.dpo import dpo_trainer, train_dpo
@@ -27,12 +27,13 @@ from ifguide.models import load_model
 from ifguide.preferences import ScoredPrompt, make_pairs, rate_continuations
 from ifguide.reward_model import RatedText, RewardModel, rate_texts, train_reward_model
 from ifguide.stages.evaluate import continue_prompts
-from ifguide.stages.evaluation_figures import scored_file
+from ifguide.stages.evaluation_figures import measured_files, scored_file
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
 from ifguide.stages.generations import OPTIONS, prompts_digest
 from ifguide.stages.method_masks import VERB, compared_classifier
 from ifguide.stages.run import BASELINE, Run, connect
 from ifguide.stages.shards import LEDGER
+from ifguide.storage import file_sizes, is_remote, location, machine_folder
 from ifguide.telemetry import configure_logging, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.typed_yaml import result_part
@@ -71,10 +72,9 @@ def make_samples(run: Run, baseline: Model) -> Manifest:
     if artifact.manifest:
         return artifact.manifest
     continue_prompts(sampler, {BASELINE: baseline}, sets)
-    files = list((sampler.report / "continuations").rglob("*.parquet"))
     count = len(sets[PROMPTS]) * evaluate.continuations
     rows = {"continuations": count, "prompts": len(sets[PROMPTS])}
-    manifest = artifact.finish(files, rows=rows, summary={}, remove=(LEDGER,))
+    manifest = artifact.finish(measured_files(sampler.report), rows=rows, summary={}, remove=(LEDGER,))
     log(VERB, f"{count:,} continuations of {len(sets[PROMPTS]):,} training prompts sampled and scored")
     return manifest
 
@@ -170,7 +170,6 @@ def make_dpo_model(run: Run, name: str, method: Dpo, start: Model, samples: Mani
     if artifact.manifest:
         return folder / HF, artifact.manifest
     summary = _on_a_worker(run, _train_dpo, name, start[0], str(folder))
-    remove_tree(folder / SCRATCH)
     manifest = artifact.finish(_files(folder), rows={"pairs": summary["pairs"]}, summary=summary)
     log(
         VERB,
@@ -192,7 +191,7 @@ def _open(run: Run, folder: Path, options: dict[str, Any], inputs: dict[str, str
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in (folder / HF).iterdir() if path.is_file()]
+    return [folder / HF / name for name in file_sizes(folder / HF)]
 
 
 def _on_a_worker(run: Run, train: Any, *arguments: str) -> dict[str, Any]:
@@ -229,7 +228,7 @@ def _train_reward(config: dict[str, Any], baseline: str, folder: str) -> dict[st
     }
     model = RewardModel(trunk).to(device)
     losses = train_reward_model(model, split[False], options, seed=run.config.seed)
-    _publish(Path(folder), model.save, tokenizer)
+    _publish(location(folder), model.save, tokenizer)
     wanted = np.array([text.reward for text in split[True]])
     rates = rate_texts(model, split[True], batch_size=options.batch_size) if heldout else wanted
     return {
@@ -261,12 +260,13 @@ def _train_dpo(config: dict[str, Any], name: str, start: str, folder: str) -> di
             f"compare.methods.{name}.dpo.min_difference: no two continuations of one of the {len(prompts)} prompts have"
             f" scores {options.min_difference} apart; lower it, or raise compare.samples.continuations"
         )
-    scratch = Path(folder) / SCRATCH
+    scratch = _scratch(location(folder))
     trainer = dpo_trainer(
         model, reference, tokenizer, pairs, options, folder=scratch, seed=run.config.seed, use_cpu=device == "cpu"
     )
     trained = train_dpo(trainer, scratch)
-    _publish(Path(folder), lambda part: _with_weights(model, start).save_pretrained(part), load_tokenizer(start))
+    _publish(location(folder), _with_weights(model, start).save_pretrained, load_tokenizer(start))
+    remove_tree(scratch)
     return {"pairs": len(pairs), "prompts": len(prompts), "prompts_left_out": left_out, **trained}
 
 
@@ -277,11 +277,14 @@ def _with_weights(model: Any, start: str) -> Any:
     return plain
 
 
+def _scratch(folder: Path) -> Path:
+    """Where a training's checkpoints lie: a disk. With a remote artifact they are this machine's, and end with it."""
+    if not is_remote(folder):
+        return folder / SCRATCH
+    return machine_folder() / f"{DPO}-{hashlib.sha256(str(folder).encode()).hexdigest()[:24]}"
+
+
 def _publish(folder: Path, save: Any, tokenizer: Any) -> None:
-    part = folder / f"{HF}.part"
-    remove_tree(part)
-    part.mkdir(parents=True)
-    save(part)
-    tokenizer.save_pretrained(part)
-    remove_tree(folder / HF)
-    part.rename(folder / HF)
+    with publish_folder(folder / HF) as part:
+        save(part)
+        tokenizer.save_pretrained(part)

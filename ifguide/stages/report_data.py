@@ -145,7 +145,9 @@ def _behaviours(run: Run, view: View) -> Iterator[Behaviour]:
         if behaviour != trained:
             other = _behaviour_run(run, behaviour)
             build_mask(other)
-            yield _behaviour(run, View(other.folder, **other.lent), behaviour or own, trained=False)
+            yield _behaviour(
+                run, View(other.folder, corpus=other.corpus, scores=other.scores), behaviour or own, trained=False
+            )
 
 
 def _behaviour_run(run: Run, behaviour: str | None) -> Run:
@@ -154,7 +156,7 @@ def _behaviour_run(run: Run, behaviour: str | None) -> Run:
         run_dir=str(run.report / BEHAVIOURS / (behaviour or "own")),
         build_mask=replace(run.config.build_mask, behaviour=behaviour),
     )
-    return Run(config=config, lent={"corpus": run.corpus, "scores": run.scores})
+    return Run(config=config).borrow(run, "corpus", "scores")
 
 
 def _behaviour(run: Run, view: View, name: str, *, trained: bool) -> Behaviour:

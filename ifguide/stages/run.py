@@ -23,26 +23,29 @@ class Run:
     """One config in one run directory. Artifact folders are named here and nowhere else."""
 
     config: Config
-    lent: Mapping[str, Path] = field(default_factory=dict)  # `corpus` and `scores`, where they are another run's
+    lent: Mapping[str, Path] = field(default_factory=dict)  # artifacts that are another run's, by name
 
     @property
     def folder(self) -> Path:
         """The run directory, local (then absolute) or remote: Ray workers have another working directory."""
         return location(self.config.run_dir)
 
-    corpus = property(lambda self: self.lent.get("corpus", self.folder / "corpus"))
-    factors = property(lambda self: self.folder / "factors")
-    query = property(lambda self: self.folder / "query")
-    scores = property(lambda self: self.lent.get("scores", self.folder / "scores"))
-    ranking = property(lambda self: self.folder / "ranking")
-    mask = property(lambda self: self.folder / "mask")
+    corpus = property(lambda self: self._place("corpus"))
+    factors = property(lambda self: self._place("factors"))
+    query = property(lambda self: self._place("query"))
+    scores = property(lambda self: self._place("scores"))
+    ranking = property(lambda self: self._place("ranking"))
+    mask = property(lambda self: self._place("mask"))
     analyses = property(lambda self: self.folder / "analyses")
     generations = property(lambda self: self.folder / "generations")
     report = property(lambda self: self.folder / self.config.evaluate.report)
 
     def model(self, name: str) -> Path:
         """Folder of a trained model: `baseline` or `penalised`."""
-        return self.folder / "model" / name
+        return self._place(f"model/{name}")
+
+    def _place(self, name: str) -> Path:
+        return self.lent.get(name, self.folder / name)
 
     def artifact_folders(self) -> dict[str, Path]:
         """All artifact folders in pipeline order, whether they exist or not."""
@@ -87,14 +90,12 @@ class Run:
 
     def with_mask(self, use_mask: bool) -> Run:
         """The same run for one of the two models that `pretrain` makes."""
-        return Run(config=replace(self.config, pretrain=replace(self.config.pretrain, use_mask=use_mask)))
+        return replace(self, config=replace(self.config, pretrain=replace(self.config.pretrain, use_mask=use_mask)))
 
-
-def link(place: Path, target: Path) -> None:
-    """Make `place` a relative link to an artifact's folder of another run, unless it is one already."""
-    if not place.is_symlink():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(os.path.relpath(target, place.parent), target_is_directory=True)
+    def borrow(self, other: Run, *names: str) -> Run:
+        """This run with artifacts of another one, as in `artifact_folders`, in place of its own."""
+        folders = other.artifact_folders()
+        return replace(self, lent={**self.lent, **{name: folders[name] for name in names}})
 
 
 def model_mapping(source: ModelSource) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import remove_tree
+from ifguide.artifacts import move_folder, remove_tree
 from ifguide.stages.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -119,11 +119,7 @@ class TrainingFolder:
 
     def publish_folder(self, part: Path, name: str) -> None:
         """Make a whole local folder the artifact's folder of that name, in place of what was there."""
-        remove_tree(self.folder / name)
-        if self.remote:
-            upload_folder(part, self.folder / name)
-        else:
-            part.rename(self.folder / name)
+        move_folder(part, self.folder / name)
 
     def close(self) -> None:
         """Remove this machine's own folder; every rank calls it."""

@@ -47,7 +47,7 @@ def marked(copied: Callable[..., Config]) -> tuple[Run, dict[str, np.ndarray]]:
 
 
 def stream(run: Run, column: str) -> np.ndarray:
-    view = View(run.folder)
+    view = View(run.folder, corpus=run.corpus, scores=run.scores)
     rows = read_manifest(run.corpus).rows["tokens"]
     return np.asarray(view.read(0, rows)[column])
 

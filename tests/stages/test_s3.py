@@ -44,6 +44,15 @@ ANALYSE = {
     "actors": 1,
     "gpus_per_actor": 0,
 }
+COMPARE = {
+    "methods": {
+        "same": {"mask": "influence"},
+        "filter": {"mask": "words", "penalty": 0},
+        "dpo": {"dpo": {"min_difference": 0.02, "learning_rate": 1e-4, "batch_size": 4, "micro_batch_size": 4}},
+        "rad": {"rad": {"model": "dpo", "top_k": 5}},
+    },
+    "samples": {"continuations": 4, "max_prompts": 12},
+}
 RUN = (
     "import sys; from ifguide.cli import main; sys.exit(any(main([v, '--config', sys.argv[1]]) for v in sys.argv[2:]))"
 )
@@ -136,7 +145,7 @@ def run(folder: Path, data: Path, run_dir: str, port: int, *verbs: str) -> subpr
     config["run_dir"] = run_dir
     config["pack_corpus"]["inputs"][0]["path"] = "s3://lake/data/corpus.jsonl"
     config["build_query"]["prompts"] = "s3://lake/data/queries.jsonl"
-    config["analyse"] = ANALYSE
+    config |= {"analyse": ANALYSE, "compare": COMPARE}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     environment = {
@@ -173,7 +182,7 @@ def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(
 ) -> None:
     on_disk = Run(config=config_from_mapping({**to_mapping(copied()), "analyse": ANALYSE}))
     analyse(on_disk)
-    done = run(tmp_path, data, "s3://lake/run", s3, "run", "analyse")
+    done = run(tmp_path, data, "s3://lake/run", s3, "run", "analyse", "compare")
     assert done.returncode == 0, done.stderr[-4000:]
     remote = location("s3://lake/run")
     compare(on_disk.folder, remote, "factors", "query", "generations/penalised/prompts", "report", "analyses")
@@ -181,10 +190,15 @@ def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(
         weights = [folder / f"model/{model}/hf/model.safetensors" for folder in (on_disk.folder, remote)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
         assert f"{model} step" in done.stderr
-    again = run(tmp_path, data, "s3://lake/run", s3, "score_corpus", "pretrain", "evaluate", "analyse")
+    assert (remote / "compare/same/model/penalised/hf/model.safetensors").read_bytes() == weights[0]
+    compared = read_manifest(remote / "compare/report").summary
+    assert list(compared) == ["baseline", "penalised", *COMPARE["methods"]]
+    assert compared["same"] == compared["penalised"]
+    assert compared["rad"]["emt"] != compared["dpo"]["emt"]
+    again = run(tmp_path, data, "s3://lake/run", s3, "score_corpus", "pretrain", "evaluate", "analyse", "compare")
     assert again.returncode == 0
-    assert again.stderr.count("complete") == 4
-    assert not list((tmp_path / "cache").glob("training-*"))
+    assert again.stderr.count("complete") >= 4 + len(VERBS)
+    assert not list((tmp_path / "cache").glob("training-*")) + list((tmp_path / "cache").glob("dpo-*"))
 
 
 @pytest.mark.timeout(900)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ifguide.artifacts import publish_folder
 from ifguide.storage import Mirror, download_folder, file_sizes, local_copy, location, upload_folder
 
 pytest.importorskip("upath")
@@ -20,7 +21,8 @@ def store() -> Iterator[Path]:
     """An empty remote folder."""
     folder = location(f"memory://{secrets.token_hex(8)}")
     yield folder
-    folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
+    if folder.exists():
+        folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -62,6 +64,29 @@ def test_a_mirror_moves_only_what_is_new(folder: Path, store: Path) -> None:
     (store / "later").write_text("by another machine")
     second.pull()
     assert (second.local / "later").read_text() == "by another machine"
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_folder_is_published_whole_or_not_at_all(remote: bool, store: Path, tmp_path: Path) -> None:
+    folder = (store if remote else tmp_path) / "made"
+    for made in ({"a": "one", "b": "two"}, {"b": "three"}):
+        with publish_folder(folder) as part:
+            for name, text in made.items():
+                (part / name).write_text(text)
+        assert texts(folder) == made
+
+    def fail() -> None:
+        with publish_folder(folder) as part:
+            (part / "half").write_text("of it")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert texts(folder) == made
+    with publish_folder(folder) as part:
+        assert not list(part.iterdir())  # what the failed one left is gone
+        (part / "c").write_text("four")
+    assert texts(folder) == {"c": "four"}
 
 
 def test_a_file_that_comes_short_is_an_error(
