@@ -31,11 +31,13 @@ def with_methods(config: Config, **methods: Method) -> Config:
     return replace(config, compare=Compare(methods=methods, threshold=0.5))
 
 
-@pytest.fixture
-def marked(copied: Callable[..., Config]) -> tuple[Run, dict[str, np.ndarray]]:
+@pytest.fixture(scope="module")
+def marked(finished: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, np.ndarray]]:
     """A finished run, and the mask of every kind of method as flags along the token stream."""
-    config = with_methods(copied(), **{kind: Method(mask=kind) for kind in KINDS})
-    run = Run(config=config)
+    folder = tmp_path_factory.mktemp("marked") / "run"
+    shutil.copytree(finished.run_dir, folder)
+    config = with_methods(finished, **{kind: Method(mask=kind) for kind in KINDS})
+    run = Run(config=replace(config, run_dir=str(folder)))
     masks = {}
     for name, method in config.compare.methods.items():
         child = method_run(run, name, method)

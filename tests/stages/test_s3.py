@@ -190,9 +190,10 @@ def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(
         weights = [folder / f"model/{model}/hf/model.safetensors" for folder in (on_disk.folder, remote)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
         assert f"{model} step" in done.stderr
-    assert (remote / "compare/same/model/penalised/hf/model.safetensors").read_bytes() == weights[0]
+    same = remote / "compare/same/model/penalised/hf/model.safetensors"
+    assert same.read_bytes() == weights[0].read_bytes()
     compared = read_manifest(remote / "compare/report").summary
-    assert list(compared) == ["baseline", "penalised", *COMPARE["methods"]]
+    assert set(compared) == {"baseline", "penalised", *COMPARE["methods"]}
     assert compared["same"] == compared["penalised"]
     assert compared["rad"]["emt"] != compared["dpo"]["emt"]
     again = run(tmp_path, data, "s3://lake/run", s3, "score_corpus", "pretrain", "evaluate", "analyse", "compare")
