@@ -270,7 +270,7 @@ def _count_rows(run: Run, chunks: list[Chunk], descriptors: list[dict[str, Any]]
     rows_of_input = [0] * len(inputs)
     for chunk, descriptor in zip(chunks, descriptors, strict=True):
         descriptor["first_input_row"] = rows_of_input[chunk.input_index]
-        rows_of_input[chunk.input_index] += counted[descriptor["key"]]["rows"] if descriptor["key"] in counted else 0
+        rows_of_input[chunk.input_index] += counted.get(descriptor["key"], {"rows": 0})["rows"]
     for index, source in enumerate(inputs):
         if source.rows and source.rows[1] > rows_of_input[index]:
             raise ConfigError(
