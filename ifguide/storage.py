@@ -142,6 +142,11 @@ def machine_folder() -> Path:
     return folder
 
 
+def work_folder(kind: str, folder: Path) -> Path:
+    """Where this machine works for a remote folder: a name of its own in `machine_folder`, the same every time."""
+    return machine_folder() / f"{kind}-{_digest(str(folder))}"
+
+
 def local_copy(path: str | Path) -> Path:
     """A local path as it is; of a remote file or folder a copy in `machine_folder`.
 

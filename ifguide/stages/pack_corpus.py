@@ -78,8 +78,10 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     pool = Pool(size=max(1, int(ray.cluster_resources().get("CPU", 1))), cpus=config.cpus_per_task, gpus=0)
     tokenised = _tokenise_chunks(run, chunks, pool)
     _check_bad_rows(run, tokenised)
-    plan = StreamPlan(run, chunks, tokenised)
-    _keep_tokenizer(run)
+    tokenizer = load_tokenizer(run.config.tokenizer_source)
+    plan = StreamPlan(run, chunks, tokenised, tokenizer)
+    if config.train_tokenizer is None:  # a trained one is there already; the source of another may move or change
+        save_tokenizer(tokenizer, run.corpus / TOKENIZER)
     results = run_shards(
         VERB,
         plan.shard_descriptors(),
@@ -297,12 +299,6 @@ def _train_tokenizer(config: Config, descriptors: list[dict[str, Any]]) -> None:
     assert config.pack_corpus.train_tokenizer is not None
     tokenizer = train_tokenizer(texts(), vocab_size=config.pack_corpus.train_tokenizer)
     save_tokenizer(tokenizer, location(config.tokenizer_source))
-
-
-def _keep_tokenizer(run: Run) -> None:
-    """Keep the tokenizer with the corpus, where a trained one is already: its source may move or change."""
-    if run.config.pack_corpus.train_tokenizer is None:
-        save_tokenizer(load_tokenizer(run.config.tokenizer_source), run.corpus / TOKENIZER)
 
 
 def _check_bad_rows(run: Run, tokenised: dict[str, dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ from ifguide.stages.generations import OPTIONS, prompts_digest
 from ifguide.stages.method_masks import VERB, compared_classifier
 from ifguide.stages.run import BASELINE, Run, connect
 from ifguide.stages.shards import LEDGER
-from ifguide.storage import file_sizes, is_remote, location, machine_folder
+from ifguide.storage import file_sizes, is_remote, location, work_folder
 from ifguide.telemetry import configure_logging, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.typed_yaml import result_part
@@ -279,9 +279,7 @@ def _with_weights(model: Any, start: str) -> Any:
 
 def _scratch(folder: Path) -> Path:
     """Where a training's checkpoints lie: a disk. With a remote artifact they are this machine's, and end with it."""
-    if not is_remote(folder):
-        return folder / SCRATCH
-    return machine_folder() / f"{DPO}-{hashlib.sha256(str(folder).encode()).hexdigest()[:24]}"
+    return work_folder(DPO, folder) if is_remote(folder) else folder / SCRATCH
 
 
 def _publish(folder: Path, save: Any, tokenizer: Any) -> None:

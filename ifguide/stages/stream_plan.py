@@ -10,7 +10,6 @@ import numpy as np
 from ifguide import schemas
 from ifguide.corpus import Chunk, stream_order
 from ifguide.stages.run import Run
-from ifguide.tokenizer import load_tokenizer
 
 TOKENS = "tokens"  # scratch folder of tokenised chunks
 
@@ -18,9 +17,8 @@ TOKENS = "tokens"  # scratch folder of tokenised chunks
 class StreamPlan:
     """Where every document lies in the stream, from the token counts alone."""
 
-    def __init__(self, run: Run, chunks: list[Chunk], tokenised: dict[str, dict[str, Any]]):
+    def __init__(self, run: Run, chunks: list[Chunk], tokenised: dict[str, dict[str, Any]], tokenizer: Any):
         config = run.config.pack_corpus
-        tokenizer = load_tokenizer(run.config.tokenizer_source)
         self.block_size, self.blocks_per_shard = config.block_size, config.blocks_per_shard
         self.interleave, self.eos, self.vocab_size = config.interleave, tokenizer.eos_token_id, len(tokenizer)
         self.annotate = any(source.spans_column for source in config.inputs)

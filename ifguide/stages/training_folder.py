@@ -9,7 +9,6 @@ On every machine one rank, the one that leads, moves the files, so each machine'
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,7 +24,7 @@ from ifguide.stages.checkpoints import (
     publish_checkpoint,
     remove_others,
 )
-from ifguide.storage import download_folder, is_remote, location, machine_folder, upload, upload_folder
+from ifguide.storage import download_folder, is_remote, location, upload, upload_folder, work_folder
 
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb.json"
 UPLOAD_SECONDS = 15.0  # between uploads of the metrics
@@ -45,7 +44,7 @@ class TrainingFolder:
         self.local = self.folder
         self.uploaded = float("-inf")
         if self.remote:
-            self.local = machine_folder() / f"training-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:24]}"
+            self.local = work_folder("training", self.folder)
             if self.leads:
                 remove_tree(self.local)  # of an attempt that was killed; what it published is remote
                 self.local.mkdir()

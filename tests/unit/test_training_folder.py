@@ -31,7 +31,7 @@ def store() -> Iterator[Path]:
 @pytest.fixture
 def on_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs `work(place, rank)` as two ranks, each with a disk of its own."""
-    monkeypatch.setattr(training_folder, "machine_folder", lambda: THREAD.machine)
+    monkeypatch.setattr(storage, "machine_folder", lambda: THREAD.machine)
     one_reads = threading.Lock()  # a file in memory is one object with one position, for all who read it
 
     def download(folder: Path, target: Path) -> None:
