@@ -3,9 +3,9 @@
     python bench/ablations.py [--seeds 0 1 2] [--only penalty window ...] [--folder runs/ablations]
 
 Sweeps: lambda for each kind of objective that has one, the mask's budget, its window, and a proxy of a tenth of the
-target's parameters instead of the baseline. The demo of each seed is the base of all; a variant is a run
-directory of its own in `<folder>/seed<N>/ablations/`, in which whatever the change leaves alone is a link to the
-base's. Running it again resumes. `--only` takes names of sweeps or variants.
+target's parameters instead of the baseline. The demo of each seed, with the paper's objective (a penalty of 1), is the
+base of all; a variant is a run directory of its own in `<folder>/seed<N>/ablations/`, in which whatever the change
+leaves alone is a link to the base's. Running it again resumes. `--only` takes names of sweeps or variants.
 
 Written to the folder: `ablations.md` (means and ranges over seeds), `ablations.png` (toxicity against the perplexity
 ratio), `ablations.json`. The last line printed is one JSON object: per variant and figure the values of all seeds.
@@ -34,6 +34,7 @@ from ifguide.stages.run import BASELINE, Run
 from ifguide.telemetry import configure_logging, log
 
 BASE = "base"
+PAPER = ("pretrain.objective.kind=penalty", "pretrain.penalty=1")
 FIGURES = {
     "tokens_masked": ",.0f",
     "mask_precision": ".3f",
@@ -89,7 +90,7 @@ def main() -> None:
     names = chosen(options.only)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in (BASE, *names)}
     for seed in options.seeds:
-        overrides = [f"seed={seed}", f"run_dir={options.folder / f'seed{seed}'}"]
+        overrides = [f"seed={seed}", f"run_dir={options.folder / f'seed{seed}'}", *PAPER]
         base = Run(config=load_config(options.config, overrides))
         run_demo(base.config, run_pipeline)
         figures[BASE].append(figures_of(base))

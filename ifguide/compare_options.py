@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ifguide.pretrain_options import ObjectiveKind
 from ifguide.sources import ClassifierSource
 from ifguide.typed_yaml import ConfigError, option
 
@@ -73,7 +74,7 @@ class Method:
     `random` (as many tokens), `annotated` (tokens within the spans that came with the documents), `words` and
     `sentences` (found by the word list, by the classifier), `word_documents`, `documents` and `annotated_documents`
     (all of a document that holds such words, that the classifier flags, that has such a span).
-    `penalty` 0: masked tokens carry no loss, which filters them; null: that of `pretrain`.
+    `objective` and `penalty` null are those of `pretrain`; `ignore` filters: masked tokens carry no loss.
 
     `dpo` and `rad` start from a `model`: `baseline`, `penalised`, or a method named before."""
 
@@ -91,6 +92,7 @@ class Method:
         ]
         | None
     ) = None
+    objective: ObjectiveKind | None = None
     penalty: float | None = option(None, at_least=0)
     dpo: Dpo | None = None
     rad: Rad | None = None
@@ -130,8 +132,9 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
         kinds = [kind for kind in ("mask", "dpo", "rad") if getattr(method, kind) is not None]
         if len(kinds) != 1:
             raise ConfigError(f"{key}: set one of mask, dpo and rad; it has {' and '.join(kinds) or 'none'}")
-        if method.penalty is not None and method.mask is None:
-            raise ConfigError(f"{key}.penalty: is of masked tokens; {kinds[0]} has none")
+        for option_name in ("objective", "penalty"):
+            if getattr(method, option_name) is not None and method.mask is None:
+                raise ConfigError(f"{key}.{option_name}: is of masked tokens; {kinds[0]} has none")
         start = method.dpo or method.rad
         if start and start.model not in models:
             raise ConfigError(f"{key}.{kinds[0]}.model: {start.model!r} is none of {', '.join(models)}")

@@ -28,7 +28,7 @@ class Row:
     model: str
     made_by: str
     masked_share: float | None
-    penalty: float | None
+    masked_loss: str | None
     emt: Interval
     tp: Interval
     perplexity: Interval | None
@@ -47,7 +47,7 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
             model=model.name,
             made_by=model.made.by,
             masked_share=model.made.masked_share,
-            penalty=model.made.penalty,
+            masked_loss=model.made.masked_loss,
             emt=_interval(model.whole.emt),
             tp=_interval(model.whole.tp),
             perplexity=_interval(model.perplexity) if model.perplexity else None,
@@ -67,7 +67,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "model",
         "made by",
         "tokens masked",
-        "penalty",
+        "their loss",
         "EMT",
         "TP",
         "perplexity",
@@ -81,7 +81,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             row.model,
             row.made_by,
             _text(row.masked_share, ".2%"),
-            _text(row.penalty, "g"),
+            row.masked_loss or "",
             _with_interval(row.emt, ".3f"),
             _with_interval(row.tp, ".3f"),
             _starred(row, _with_interval(row.perplexity, ".1f")),

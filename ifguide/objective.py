@@ -18,25 +18,25 @@ It does not know logits: `ifguide.lm_loss` makes NLL_j and carries m' back throu
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Kind = Literal["penalty", "ignore", "unlikelihood", "clipped"]
+from ifguide.pretrain_options import ObjectiveKind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """`penalty` is lambda, 0 or more; `floor_probability` is of `clipped` alone. Raises ValueError on other values."""
 
-    kind: Kind = "penalty"
+    kind: ObjectiveKind = "penalty"
     penalty: float = 1.0
     floor_probability: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"objective kind {self.kind!r}: choose one of {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(ObjectiveKind):
+            raise ValueError(f"objective kind {self.kind!r}: choose one of {', '.join(get_args(ObjectiveKind))}")
         if self.penalty < 0:
             raise ValueError(f"penalty must be 0 or more, got {self.penalty}: masked tokens are subtracted already")
         if not 0 < self.floor_probability < 1:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from ifguide.typed_yaml import ConfigError, option
 
+ObjectiveKind = Literal["penalty", "ignore", "unlikelihood", "clipped"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb:
@@ -25,7 +27,7 @@ class MaskedLoss:
     """What masked tokens carry (see `ifguide.objective`): `penalty` is the paper's, the others are bounded. `clipped`
     stops once a masked token is less likely than `floor_probability`."""
 
-    kind: Literal["penalty", "ignore", "unlikelihood", "clipped"] = "penalty"
+    kind: ObjectiveKind = "penalty"
     floor_probability: float = option(1e-3, above=0, at_most=0.999)
 
 

@@ -74,16 +74,28 @@ class PromptSet:
     gaps: tuple[Group, ...] = ()
 
 
+def masked_loss(objective: str, penalty: float) -> str:
+    """What masked tokens carried, in a word and a number; without a penalty they are ignored, whatever the kind."""
+    return "ignore" if objective == "ignore" or penalty == 0 else f"{objective} {penalty:g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """How a model came about: `by` in words, and of the training it has its weights from the masked share and penalty.
+    """How a model came about: `by` in words, and of the training it has its weights from the share of tokens masked
+    and what they carried.
 
     `decodes` names the model whose weights a decoding method leaves as they are."""
 
     by: str = "given"
     masked_share: float | None = None
+    objective: str | None = None
     penalty: float | None = None
     decodes: str | None = None
+
+    @property
+    def masked_loss(self) -> str | None:
+        """Kind and weight of the masked tokens' loss; None where nothing was masked."""
+        return None if self.objective is None or self.penalty is None else masked_loss(self.objective, self.penalty)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ import numpy as np
 from ifguide.artifacts import MANIFEST, Manifest, publish, read_manifest, require, write_json
 from ifguide.compare_options import Dpo, Method, Rad
 from ifguide.comparison import as_json, as_markdown, draw, rows_of
-from ifguide.config import ConfigError
+from ifguide.config import ConfigError, Pretrain
 from ifguide.report import REPORT_FILES, write_report
-from ifguide.report_figures import Made, model_rows
+from ifguide.report_figures import Made, masked_loss, model_rows
 from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import build_query
 from ifguide.stages.evaluate import METRICS, measure_models, models_to_evaluate
@@ -92,9 +92,8 @@ class _Grid:
         pretrain(child)
         self.children[name] = child
         self.models[name] = _model(child.model(PENALISED) / "hf", read_manifest(child.model(PENALISED)))
-        penalty, share = _penalty(self.run, method), _share(mask)
-        self.made[name] = Made(by=method.describe(), masked_share=share, penalty=penalty)
-        log(VERB, f"{name}: {mask.summary['tokens_masked']:,} tokens masked ({share:.2%}), trained")
+        self.made[name] = _trained(child, mask, method.describe())
+        log(VERB, f"{name}: {mask.summary['tokens_masked']:,} tokens masked ({_share(mask):.2%}), trained")
 
     def _add_dpo(self, name: str, method: Dpo) -> None:
         samples = make_samples(self.run, self.models[BASELINE])
@@ -121,16 +120,26 @@ def _model(folder: Path, manifest: Manifest) -> tuple[str, str]:
 
 
 def _describe(run: Run, method: Method) -> str:
-    return method.describe() + (f", penalty {_penalty(run, method):g}" if method.mask else "")
+    if method.mask is None:
+        return method.describe()
+    training = _training(run, method)
+    return f"{method.describe()}, {masked_loss(training.objective.kind, training.penalty)}"
+
+
+def _training(run: Run, method: Method) -> Pretrain:
+    """The run's training, with the method's own loss of masked tokens."""
+    own = run.config.pretrain
+    return replace(
+        own,
+        use_mask=True,
+        objective=replace(own.objective, kind=method.objective or own.objective.kind),
+        penalty=own.penalty if method.penalty is None else method.penalty,
+    )
 
 
 def method_run(run: Run, name: str, method: Method) -> Run:
     """The run of one method, in a directory of its own, on this run's corpus."""
-    config = replace(
-        run.config,
-        run_dir=str(run.folder / VERB / name),
-        pretrain=replace(run.config.pretrain, use_mask=True, penalty=_penalty(run, method)),
-    )
+    config = replace(run.config, run_dir=str(run.folder / VERB / name), pretrain=_training(run, method))
     return Run(config=config).borrow(run, "corpus", *(["mask"] if method.mask == "influence" else []))
 
 
@@ -189,10 +198,6 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
     return manifest
 
 
-def _penalty(run: Run, method: Method) -> float:
-    return run.config.pretrain.penalty if method.penalty is None else method.penalty
-
-
 def _share(mask: Manifest) -> float:
     summary: dict[str, Any] = mask.summary
     return float(summary["tokens_masked"]) / max(int(summary["predicted_tokens"]), 1)
@@ -202,5 +207,9 @@ def _own(run: Run, name: str) -> Made:
     """How one of the run's own models was made."""
     if name == BASELINE or not (run.mask / MANIFEST).exists():
         return Made(by="pretraining")
-    penalty = run.config.pretrain.penalty
-    return Made(by="influence masked", masked_share=_share(read_manifest(run.mask)), penalty=penalty)
+    return _trained(run, read_manifest(run.mask), "influence masked")
+
+
+def _trained(run: Run, mask: Manifest, by: str) -> Made:
+    train = run.config.pretrain
+    return Made(by=by, masked_share=_share(mask), objective=train.objective.kind, penalty=train.penalty)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import ray
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, require
@@ -91,11 +92,8 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     fit("covariance", tasks, "covariance partitions")
     fit("eigen", len(proxy.module_names), "eigendecompositions")
     fit("lambda", tasks, "lambda partitions")
-    fit("gather", 1, "gathered files")
-    work, exported = Mirror(run.factors / WORK), Mirror(run.factors)
-    work.pull()
-    export_factors(work.local, exported.local)
-    exported.push()
+    # a task, not a pool: Ray gives it the process that described the proxy, which has imported all it needs
+    ray.get(ray.remote(num_cpus=config.cpus_per_task)(_gather).remote(settings | {"gpus": 0}, str(run.factors)))
     files = [*run.factors.glob("*.safetensors"), run.factors / "factor_arguments.json"]
     summary = {"coverage": proxy.coverage, "untracked": [list(item) for item in proxy.untracked]}
     manifest = artifact.finish(
@@ -135,16 +133,26 @@ class FitPartition:
         step, index = descriptor["step"], descriptor["index"]
         if step == "eigen":
             eigendecompose(self.model, self.sample, self.names[index], **options)
-        elif step == "gather":
-            gather_eigenvectors(self.model, self.sample, **options)
-            counts = {"num_partitions": self.sample.num_partitions, "module_partitions": self.sample.module_partitions}
-            aggregate_lambdas(self.work.local, **counts)
         else:
             fit = {"covariance": fit_covariance_partition, "lambda": fit_lambda_partition}[step]
             data_partition, module_partition = divmod(index, self.sample.module_partitions)
             fit(self.model, self.sample, data_partition, module_partition=module_partition, **options)
         self.work.push()
         return {}
+
+    def gather(self, out: Path) -> None:
+        """Write the factors of all modules to `out`, once every partition is there."""
+        work, exported = self.work, Mirror(out)
+        work.pull()
+        gather_eigenvectors(self.model, self.sample, module_names=self.names, workdir=work.local)
+        counts = {"num_partitions": self.sample.num_partitions, "module_partitions": self.sample.module_partitions}
+        aggregate_lambdas(work.local, **counts)
+        export_factors(work.local, exported.local)
+        exported.push()
+
+
+def _gather(settings: dict[str, Any], out: str) -> None:
+    FitPartition(**settings).gather(location(out))
 
 
 def sample_blocks(corpus: Path, num_blocks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

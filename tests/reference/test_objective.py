@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifguide.lm_loss import Head, chunked_loss
-from ifguide.objective import Kind, Objective
+from ifguide.objective import Objective
+from ifguide.pretrain_options import ObjectiveKind
 
 FLOOR = 0.05
 
 
-def literal_token(nll: torch.Tensor, kind: Kind, penalty: float) -> torch.Tensor:
+def literal_token(nll: torch.Tensor, kind: ObjectiveKind, penalty: float) -> torch.Tensor:
     if kind == "penalty":
         return -penalty * nll
     if kind == "ignore":

@@ -114,7 +114,7 @@ def test_annotated_and_random_masks(marked: tuple[Run, dict[str, np.ndarray]]) -
 
 
 def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config]) -> None:
-    methods = {"same": Method(mask="influence"), "filter": Method(mask="words", penalty=0)}
+    methods = {"same": Method(mask="influence"), "filter": Method(mask="words", objective="ignore")}
     methods["plain"] = Method(mask="plain_influence")
     config = with_methods(copied(), **methods)
     run = Run(config=config)
@@ -131,7 +131,7 @@ def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config
     by_name = {row["model"]: row for row in rows}
     assert by_name["same"]["emt"] == by_name["penalised"]["emt"]
     assert by_name["baseline"]["ratio"] == 1
-    assert by_name["filter"]["penalty"] == 0
+    assert by_name["filter"]["masked_loss"] == "ignore"
     assert by_name["filter"]["masked_share"] > 0
     assert (run.folder / "compare" / "report" / "comparison.png").stat().st_size > 5_000
     folder = run.folder / "compare" / "report"
@@ -141,7 +141,7 @@ def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config
     assert [curve["model"] for curve in page["curves"]] == list(manifest.summary)
     assert "compare/filter/mask" in [row["folder"] for row in page["provenance"]]
     assert set(REPORT_FILES) <= set(manifest.files)
-    assert "Penalty" in (folder / "index.html").read_text(encoding="utf-8")
+    assert "Their loss" in (folder / "index.html").read_text(encoding="utf-8")
     plain = method_run(run, "plain", methods["plain"])
     queries = read_manifest(plain.query)
     assert queries.rows["queries"] == queries.summary["toxic"] == read_manifest(run.query).summary["toxic"]

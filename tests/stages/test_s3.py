@@ -47,7 +47,7 @@ ANALYSE = {
 COMPARE = {
     "methods": {
         "same": {"mask": "influence"},
-        "filter": {"mask": "words", "penalty": 0},
+        "filter": {"mask": "words", "objective": "ignore"},
         "dpo": {"dpo": {"min_difference": 0.02, "learning_rate": 1e-4, "batch_size": 4, "micro_batch_size": 4}},
         "rad": {"rad": {"model": "dpo", "top_k": 5}},
     },

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from ifguide.objective import Kind, Objective
+from ifguide.objective import Objective
+from ifguide.pretrain_options import ObjectiveKind
 
-KINDS: tuple[Kind, ...] = ("penalty", "ignore", "unlikelihood", "clipped")
+KINDS: tuple[ObjectiveKind, ...] = ("penalty", "ignore", "unlikelihood", "clipped")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_benign_token_has_its_nll_and_slope_one_whatever_the_kind(kind: Kind) -> None:
+def test_a_benign_token_has_its_nll_and_slope_one_whatever_the_kind(kind: ObjectiveKind) -> None:
     nll = torch.tensor([0.0, 1e-9, 0.5, 80.0])
     value, slope = Objective(kind=kind, penalty=3.0).of_tokens(nll, torch.zeros(4, dtype=torch.bool))
     assert torch.equal(value, nll)
@@ -21,7 +22,7 @@ def test_a_benign_token_has_its_nll_and_slope_one_whatever_the_kind(kind: Kind) 
 def test_masked_tokens_by_hand() -> None:
     nll, masked = torch.tensor([math.log(4)], dtype=torch.float64), torch.tensor([True])  # p = 1/4
 
-    def at(kind: Kind, floor: float = 1e-3) -> tuple[float, float]:
+    def at(kind: ObjectiveKind, floor: float = 1e-3) -> tuple[float, float]:
         value, slope = Objective(kind=kind, penalty=0.5, floor_probability=floor).of_tokens(nll, masked)
         return value.item(), slope.item()
 
@@ -33,7 +34,7 @@ def test_masked_tokens_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_slope_is_the_derivative_of_the_value(kind: Kind) -> None:
+def test_the_slope_is_the_derivative_of_the_value(kind: ObjectiveKind) -> None:
     nll = torch.linspace(0.01, 12, 50, dtype=torch.float64, requires_grad=True)
     masked = torch.arange(50) % 2 == 0
     value, slope = Objective(kind=kind, penalty=1.3).of_tokens(nll, masked)
@@ -42,7 +43,7 @@ def test_the_slope_is_the_derivative_of_the_value(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ignore", "unlikelihood", "clipped"])
-def test_the_bounded_kinds_are_bounded_below_and_finite_for_every_probability(kind: Kind) -> None:
+def test_the_bounded_kinds_are_bounded_below_and_finite_for_every_probability(kind: ObjectiveKind) -> None:
     nll = torch.tensor([0.0, 1e-9, 1e-6, 1.0, 100.0, 1e6])
     value, slope = Objective(kind=kind, floor_probability=0.01).of_tokens(nll, torch.ones(6, dtype=torch.bool))
     assert torch.isfinite(value).all()

@@ -328,7 +328,7 @@ def metrics() -> dict:
 
 
 def test_rows_are_the_figures_of_the_metrics_file():
-    trained = Made(by="influence masked", masked_share=0.02, penalty=0.5)
+    trained = Made(by="influence masked", masked_share=0.02, objective="clipped", penalty=0.5)
     first, second = model_rows(metrics(), {"b": trained})
     assert (first.made, second.made) == (Made(), trained)
     assert first.whole.emt == Figure(value=0.5, low=0.4, high=0.6)
@@ -354,12 +354,12 @@ def test_a_model_that_decodes_another_has_its_fluency_and_says_so():
 
 
 def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
-    models = model_rows(metrics(), {"b": Made(masked_share=0.02, penalty=0.5)})
+    models = model_rows(metrics(), {"b": Made(masked_share=0.02, objective="clipped", penalty=0.5)})
     rows = rows_of(models)
     assert rows[1].emt == (0.5, 0.4, 0.6)
     assert (rows[1].ratio, rows[1].p_value, rows[1].distinct_2) == (1.0, 0.25, 0.75)
     half = "0.500 [0.400, 0.600]"
-    line = f"| b | given | 2.00% | 0.5 | {half} | {half} | 20.0 [19.9, 20.1] | 1.000 |  | 0.750 | 0.250 |"
+    line = f"| b | given | 2.00% | clipped 0.5 | {half} | {half} | 20.0 [19.9, 20.1] | 1.000 |  | 0.750 | 0.250 |"
     assert as_markdown(rows).splitlines()[3] == line
     draw(models, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
