@@ -65,7 +65,7 @@ from bench.similarity import (
 )
 from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient, precondition, tokenise_query
 from ifguide.models import next_token_nll
-from ifguide.selection import Extremes, rank_scores
+from ifguide.selection.algorithm import Extremes, rank_scores
 from ifguide.telemetry import Progress, configure_logging, log
 
 TOP = 10  # tokens whose mean is an example's score

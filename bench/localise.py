@@ -36,12 +36,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.direction import differential, fit_factors, load_smollm2, low_rank, mean_gradient, tracked_names
-from ifguide.baselines import sentence_spans, word_list_spans
 from ifguide.config import ModelSource
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.query import load_factors, precondition
 from ifguide.influence.scorer import Attribution, Method, Precision, TokenScorer
 from ifguide.models import linearise, load_model
+from ifguide.spans.finders import sentence_spans, word_list_spans
 from ifguide.telemetry import Progress, configure_logging, log
 from ifguide.tokenizer import load_tokenizer
 

@@ -5,8 +5,9 @@
     python bench/objective_overhead.py --device cuda --shape meta-llama/Llama-3.2-1B --blocks 4 --block-size 1024
 
 A step is the forward pass, the backward pass and AdamW, on random tokens of which 2% are masked. `mask` and `plain`
-are one model (`ifguide.lm_loss`), `hf` another of the same weights. The sides take turns in one process, each first in
-its turn; a ratio is the median over rounds of the ratio within a round. float32 on a CPU, bfloat16 weights on a GPU.
+are one model (`ifguide.training.lm_loss`), `hf` another of the same weights. The sides take turns in one process, each
+first in its turn; a ratio is the median over rounds of the ratio within a round. float32 on a CPU, bfloat16 weights
+on a GPU.
 
 Memory is what the forward and backward pass take above model and optimizer: on a CPU the rise of the resident set's
 peak (VmHWM, reset after a first step), in a process of its own for each side whose allocator gives freed memory back at
@@ -36,12 +37,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ifguide.config import ModelSource
-from ifguide.lm_loss import LanguageModelLoss
 from ifguide.models import load_model
 from ifguide.objective import Objective
 from ifguide.planning import flops
 from ifguide.planning.measurements import hardware_of_device
 from ifguide.planning.shapes import published_shapes, shape_of_fields
+from ifguide.training.lm_loss import LanguageModelLoss
 
 SIDES = ("mask", "plain", "hf")
 MASKED = 0.02

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact
 from ifguide.config import config_from_mapping
-from ifguide.distributed_selection import select
+from ifguide.selection.distributed import select
 from ifguide.stages import build_mask as stage
 from ifguide.stages.run import Run
 

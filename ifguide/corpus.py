@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide.config import Input
-from ifguide.spans import token_stops
+from ifguide.spans.mapping import token_stops
 from ifguide.storage import location, matching, readable
 
 HUB_PREFIX = "hf://"

@@ -13,7 +13,7 @@ With NLL_j = -log p(x_j | x_<j), p_j = exp(-NLL_j), lambda the penalty, and N ON
 N counts masked tokens too, over all ranks and all accumulation steps of an optimizer step, so the gradients of
 micro-batches add to the gradient of the whole batch, whatever the kind. Cost: a few operations on (tokens,).
 
-It does not know logits: `ifguide.lm_loss` makes NLL_j and carries m' back through the LM head.
+It does not know logits: `ifguide.training.lm_loss` makes NLL_j and carries m' back through the LM head.
 """
 
 import math
@@ -23,7 +23,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ifguide.pretrain_options import ObjectiveKind
+from ifguide.config.pretrain import ObjectiveKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ SPANS = pa.schema(
         pa.field("doc_id", pa.int64(), nullable=False),
         pa.field("num_chars", pa.int64(), nullable=False),
         # characters [start, stop) that are masked, ascending and apart; a fraction where tokens share a character;
-        # num_chars to num_chars + 1 is the closing EOS (`ifguide.spans`)
+        # num_chars to num_chars + 1 is the closing EOS (`ifguide.spans.mapping`)
         pa.field("spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False),
     ]
 )
@@ -116,8 +116,8 @@ def blocks(block_size: int, *, annotated: bool) -> pa.Schema:
 
 
 def offsets(block_size: int) -> pa.Schema:
-    """Where each token stops in the text of its document, `ifguide.spans.token_stops`, key `block_id`: the files
-    `offsets-*.parquet` beside the blocks. Not to be confused with a document's `offset` within its block."""
+    """Where each token stops in the text of its document, `ifguide.spans.mapping.token_stops`, key `block_id`: the
+    files `offsets-*.parquet` beside the blocks. Not to be confused with a document's `offset` within its block."""
     return pa.schema(
         [
             pa.field("block_id", pa.int64(), nullable=False),

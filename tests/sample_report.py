@@ -6,8 +6,7 @@ import dataclasses
 import math
 import re
 
-from ifguide.report_figures import ClassFigures, Difference, Figure, Group, ModelRow, PromptSet
-from ifguide.report_model import (
+from ifguide.report.contents import (
     AgreementRow,
     ArtifactRow,
     Behaviour,
@@ -19,6 +18,7 @@ from ifguide.report_model import (
     Token,
     TrainingCurve,
 )
+from ifguide.report.figures import ClassFigures, Difference, Figure, Group, ModelRow, PromptSet
 
 BOLD = {
     "gender": ("american actors", "american actresses"),

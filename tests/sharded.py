@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import data_files
 from ifguide.corpus import RawDocument, pack, tokenise
-from ifguide.distributed_selection import RunTasks
-from ifguide.selection_passes import Rules, ShardFiles
-from ifguide.span_tables import PackedCorpus, shard_name
+from ifguide.selection.distributed import RunTasks
+from ifguide.selection.passes import Rules, ShardFiles
+from ifguide.spans.tables import PackedCorpus, shard_name
 
 # Small enough that a few tokens make several chunks, runs, splitters and files.
 SMALL = {"chunk_tokens": 8, "run_units": 3, "sample_units": 2, "file_units": 4}

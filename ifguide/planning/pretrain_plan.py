@@ -18,7 +18,7 @@ from ifguide.planning.measurements import Hardware, hardware
 from ifguide.planning.shapes import ModelShape, target_shape
 from ifguide.planning.table import duration, size
 from ifguide.planning.training_memory import USABLE, TrainingMemory, training_memory
-from ifguide.training import Schedule
+from ifguide.training.schedule import Schedule
 
 MOST_WORKERS = 4096
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ifguide.config import Pretrain
-from ifguide.lm_loss import CHUNK_VALUES
 from ifguide.models import transformer_blocks
 from ifguide.planning.shapes import ModelShape
+from ifguide.training.lm_loss import CHUNK_VALUES
 
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own, NCCL's, and what lies between allocations
 BUCKET = 5e8  # elements that DeepSpeed reduces or gathers at once, by default
@@ -76,8 +76,8 @@ def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> Tra
 
 
 def _head(tokens: int, shape: ModelShape, width: int) -> float:
-    """What `ifguide.lm_loss` takes: a chunk's logits twice in float32, its gradient of the head's weights in float32
-    (and once more in the weights' own precision where that is another), and that of the hidden states."""
+    """What `ifguide.training.lm_loss` takes: a chunk's logits twice in float32, its gradient of the head's weights in
+    float32 (and once more in the weights' own precision where that is another), and that of the hidden states."""
     logits = min(CHUNK_VALUES["cuda"], tokens * shape.vocabulary)
     return float(8 * logits + (4 if width == 4 else 4 + width) * shape.head + width * tokens * shape.hidden)
 

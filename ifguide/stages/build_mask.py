@@ -1,8 +1,8 @@
 """`build_mask`: token scores -> ranking of documents and token mask, by Algorithm 1, exactly.
 
-The passes of `ifguide.distributed_selection` as Ray tasks, one for each shard. Blocks that stand out, of great score
-mass or of repeated tokens, are listed beside the ranking (`ifguide.outliers`). The scratch tables of an interrupted
-run are not used again: the passes are cheap beside scoring, and a rerun computes the same bytes.
+The passes of `ifguide.selection.distributed` as Ray tasks, one for each shard. Blocks that stand out, of great score
+mass or of repeated tokens, are listed beside the ranking (`ifguide.selection.outliers`). The scratch tables of an
+interrupted run are not used again: the passes are cheap beside scoring, and a rerun computes the same bytes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import ray
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, remove_tree, require, require_same
 from ifguide.config import ConfigError
-from ifguide.distributed_selection import Selection, select
-from ifguide.selection_passes import Rules, ShardFiles
-from ifguide.span_tables import SPANS, PackedCorpus, write_spans
+from ifguide.selection.distributed import Selection, select
+from ifguide.selection.passes import Rules, ShardFiles
+from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import StageError
 from ifguide.storage import readable
@@ -169,7 +169,7 @@ def _shard_files(run: Run, scored: Manifest) -> list[ShardFiles]:
 
 
 def run_tasks(cpus: float) -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]:
-    """`RunTasks` of `ifguide.distributed_selection` on the Ray cluster, each task on `cpus`."""
+    """`RunTasks` of `ifguide.selection.distributed` on the Ray cluster, each task on `cpus`."""
 
     def run(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         task = ray.remote(function).options(num_cpus=cpus)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from ifguide.artifacts import MANIFEST, Manifest, publish, read_manifest, require, write_json
-from ifguide.compare_options import Dpo, Method, Rad
-from ifguide.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.config import ConfigError, Pretrain
-from ifguide.report import REPORT_FILES, write_report
-from ifguide.report_figures import Made, masked_loss, model_rows
+from ifguide.config.compare import Dpo, Method, Rad
+from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
+from ifguide.report.figures import Made, masked_loss, model_rows
+from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import build_query
 from ifguide.stages.evaluate import METRICS, measure_models, models_to_evaluate

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ifguide.artifacts import remove_tree
 from ifguide.config import Pretrain
-from ifguide.lm_loss import LanguageModelLoss, Loss
 from ifguide.stages.checkpoints import STATE, UNIVERSAL, Checkpoint
-from ifguide.training import accumulation_steps, deepspeed_config, parameter_groups
+from ifguide.training.lm_loss import LanguageModelLoss, Loss
+from ifguide.training.schedule import accumulation_steps, deepspeed_config, parameter_groups
 
 PREFIX = "model."  # of the LM's weights in a LanguageModelLoss
 

@@ -23,8 +23,8 @@ from ifguide.corpus import list_chunks, pack, read_documents, tokenise
 from ifguide.evaluation import last_word_accuracy, perplexity
 from ifguide.evaluation.reward_decoding import RewardGuide
 from ifguide.models import load_model
-from ifguide.report import REPORT_FILES, write_report
-from ifguide.reward_model import load_reward_model
+from ifguide.preferences.reward_model import load_reward_model
+from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.stages.build_query import make_classifier
 from ifguide.stages.evaluation_figures import FLUENCY, headline, measure, measured_files, scored_file
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets

@@ -14,9 +14,18 @@ import numpy as np
 import ray
 
 from ifguide.artifacts import Manifest, data_files, open_artifact, require
-from ifguide.compare_options import Method
 from ifguide.config import ClassifierSource, Config, ConfigError, config_from_mapping, to_mapping, to_yaml
-from ifguide.span_tables import (
+from ifguide.config.compare import Method
+from ifguide.spans.marks import (
+    Find,
+    find_documents,
+    find_sentences,
+    find_words,
+    mark_annotated_documents,
+    mark_texts,
+    whole_documents,
+)
+from ifguide.spans.tables import (
     SPANS,
     PackedCorpus,
     mask_jobs,
@@ -29,15 +38,6 @@ from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.stages.target_corpus import MaskShard
 from ifguide.storage import location
-from ifguide.text_marks import (
-    Find,
-    find_documents,
-    find_sentences,
-    find_words,
-    mark_annotated_documents,
-    mark_texts,
-    whole_documents,
-)
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import LabelClassifier
 

@@ -19,13 +19,14 @@ import torch
 
 from ifguide import schemas
 from ifguide.artifacts import Artifact, Manifest, data_files, open_artifact, publish_folder, remove_tree
-from ifguide.compare_options import Dpo, Rad
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, result_options, to_mapping, to_yaml
-from ifguide.dpo import dpo_trainer, train_dpo
+from ifguide.config.compare import Dpo, Rad
+from ifguide.config.typed_yaml import result_part
 from ifguide.evaluation.generation import encode_prompts
 from ifguide.models import load_model
-from ifguide.preferences import ScoredPrompt, make_pairs, rate_continuations
-from ifguide.reward_model import RatedText, RewardModel, rate_texts, train_reward_model
+from ifguide.preferences.dpo import dpo_trainer, train_dpo
+from ifguide.preferences.pairs import ScoredPrompt, make_pairs, rate_continuations
+from ifguide.preferences.reward_model import RatedText, RewardModel, rate_texts, train_reward_model
 from ifguide.stages.evaluate import continue_prompts
 from ifguide.stages.evaluation_figures import measured_files, scored_file
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
@@ -36,7 +37,6 @@ from ifguide.stages.shards import LEDGER
 from ifguide.storage import file_sizes, is_remote, location, work_folder
 from ifguide.telemetry import configure_logging, log
 from ifguide.tokenizer import load_tokenizer
-from ifguide.typed_yaml import result_part
 
 DPO, HF, SCRATCH = "dpo", "hf", "checkpoints"
 HELDOUT = 10  # one prompt in so many says how good the reward model is

@@ -21,7 +21,6 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from ifguide.artifacts import Manifest, remove_tree, require, require_same
 from ifguide.config import to_mapping
-from ifguide.model_card import write_model_card
 from ifguide.models import check_vocabulary
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.stages.checkpoints import last_checkpoint
@@ -29,11 +28,12 @@ from ifguide.stages.run import BASELINE, PENALISED, Run, connect
 from ifguide.stages.target_corpus import training_run
 from ifguide.stages.training_blocks import BLOCKS
 from ifguide.stages.training_folder import METRICS
+from ifguide.stages.training_log import training_line
 from ifguide.stages.training_loop import EXPORT, SUMMARY, VERB, TrainingLoop, architecture, initial_model
 from ifguide.storage import is_remote, location
 from ifguide.telemetry import configure_logging, cut_torn_line, log
 from ifguide.tokenizer import load_tokenizer
-from ifguide.training_log import training_line
+from ifguide.training.model_card import write_model_card
 
 
 def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, data_files, environment, read_manifest
 from ifguide.config import ClassifierSource, to_yaml
-from ifguide.report_figures import ModelRow, model_rows
-from ifguide.report_model import (
+from ifguide.report.contents import (
     AgreementRow,
     ArtifactRow,
     Behaviour,
@@ -26,6 +25,8 @@ from ifguide.report_model import (
     Token,
     TrainingCurve,
 )
+from ifguide.report.figures import ModelRow, model_rows
+from ifguide.spans.marks import Find, find_sentences, find_words
 from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import make_classifier
 from ifguide.stages.evaluation_figures import THRESHOLD
@@ -35,7 +36,6 @@ from ifguide.stages.run import BASELINE, PENALISED, Run
 from ifguide.stages.view import View, mask_agreement, score_histogram
 from ifguide.storage import readable
 from ifguide.telemetry import read_metrics
-from ifguide.text_marks import Find, find_sentences, find_words
 from ifguide.toxicity import LabelClassifier
 
 MAX_OUTLIERS = 20

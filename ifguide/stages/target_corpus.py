@@ -16,7 +16,7 @@ import ray
 from ifguide import artifacts
 from ifguide.artifacts import MismatchError, data_files, require, require_same
 from ifguide.config import Config, to_yaml
-from ifguide.span_tables import SPANS, MaskJob, PackedCorpus, mask_jobs, shard_name, write_mask
+from ifguide.spans.tables import SPANS, MaskJob, PackedCorpus, mask_jobs, shard_name, write_mask
 from ifguide.stages.pack_corpus import pack_corpus
 from ifguide.stages.run import Run, connect
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards

@@ -17,7 +17,6 @@ import torch
 
 from ifguide.artifacts import fsync_tree, remove_tree, write_json
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
-from ifguide.lm_loss import LanguageModelLoss
 from ifguide.models import load_architecture, load_model
 from ifguide.objective import Objective
 from ifguide.stages.checkpoints import (
@@ -31,10 +30,12 @@ from ifguide.stages.checkpoints import (
 from ifguide.stages.engines import DeepSpeedEngine, Engine, TorchEngine
 from ifguide.stages.training_blocks import BLOCKS, TrainingBlocks, flatten_blocks
 from ifguide.stages.training_folder import METRICS, TrainingFolder
+from ifguide.stages.training_log import meter_of
 from ifguide.storage import location
 from ifguide.telemetry import MetricsLog, log, read_metrics
 from ifguide.tokenizer import load_tokenizer
-from ifguide.training import (
+from ifguide.training.lm_loss import LanguageModelLoss
+from ifguide.training.schedule import (
     PADDING,
     BenignRise,
     Schedule,
@@ -43,7 +44,6 @@ from ifguide.training import (
     split_heldout,
     step_seed,
 )
-from ifguide.training_log import meter_of
 
 VERB = "pretrain"
 SUMMARY, EXPORT = "summary.json", "hf"

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifguide.artifacts import data_files
-from ifguide.distributed_selection import Selection, select
-from ifguide.selection_passes import Rules
+from ifguide.selection.distributed import Selection, select
+from ifguide.selection.passes import Rules
 from tests.reference import algorithm1
 from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifguide.lm_loss import Head, chunked_loss
+from ifguide.config.pretrain import ObjectiveKind
 from ifguide.objective import Objective
-from ifguide.pretrain_options import ObjectiveKind
+from ifguide.training.lm_loss import Head, chunked_loss
 
 FLOOR = 0.05
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ifguide.analyse_options import Analyse, Gcg
 from ifguide.cli import main
 from ifguide.config import ClassifierSource, Config, ConfigError, to_yaml
+from ifguide.config.analyse import Analyse, Gcg
 from ifguide.stages.analyse import analyse
 from ifguide.stages.run import Run
 

@@ -21,8 +21,8 @@ from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
 from ifguide.cli import main, stage
 from ifguide.config import Config, ConfigError, to_yaml
-from ifguide.distributed_selection import select
-from ifguide.outliers import distinct_bigram_share
+from ifguide.selection.distributed import select
+from ifguide.selection.outliers import distinct_bigram_share
 from ifguide.stages.build_mask import run_tasks
 from ifguide.stages.run import Run
 from ifguide.stages.view import View

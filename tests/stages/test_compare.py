@@ -14,10 +14,10 @@ import pytest
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
-from ifguide.baselines import sentence_spans, word_list_spans
-from ifguide.compare_options import Compare, Dpo, Method, Rad, Reward, Samples
 from ifguide.config import Config, ConfigError
-from ifguide.report import REPORT_FILES
+from ifguide.config.compare import Compare, Dpo, Method, Rad, Reward, Samples
+from ifguide.report.page import REPORT_FILES
+from ifguide.spans.finders import sentence_spans, word_list_spans
 from ifguide.stages.build_query import make_classifier
 from ifguide.stages.compare import compare, method_run
 from ifguide.stages.method_masks import make_method_mask

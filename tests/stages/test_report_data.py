@@ -10,7 +10,7 @@ from dataclasses import replace
 from ifguide.artifacts import read_manifest
 from ifguide.cli import stage
 from ifguide.config import Config
-from ifguide.report import REPORT_FILES
+from ifguide.report.page import REPORT_FILES
 from ifguide.stages.run import Run
 from ifguide.stages.view import View
 from tests.stages.test_build_mask import add_behaviour

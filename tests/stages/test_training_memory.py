@@ -59,7 +59,7 @@ def measure(stage: int, dtype: str, path: Path) -> None:
 
     from ifguide.config import ModelSource
     from ifguide.models import load_model
-    from ifguide.training import deepspeed_config, parameter_groups
+    from ifguide.training.schedule import deepspeed_config, parameter_groups
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     store = path.with_name("store")

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from ifguide.artifacts import Manifest, write_json
 from ifguide.config import Config, Input, ModelSource, PackCorpus, Pretrain
-from ifguide.model_card import write_model_card
+from ifguide.training.model_card import write_model_card
 
 
 def manifest(verb: str, **changes: object) -> Manifest:

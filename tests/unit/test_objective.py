@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from ifguide.config.pretrain import ObjectiveKind
 from ifguide.objective import Objective
-from ifguide.pretrain_options import ObjectiveKind
 
 KINDS: tuple[ObjectiveKind, ...] = ("penalty", "ignore", "unlikelihood", "clipped")
 

@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as hnp
 
 from ifguide import schemas
 from ifguide.config import BuildMask
-from ifguide.outliers import block_mass, distinct_bigram_share, find_outliers
-from ifguide.quantiles import high_histogram, low_histogram, quantile_buckets, quantile_from_histograms
-from ifguide.selection import ScoreShard
+from ifguide.selection.algorithm import ScoreShard
+from ifguide.selection.outliers import block_mass, distinct_bigram_share, find_outliers
+from ifguide.selection.quantiles import high_histogram, low_histogram, quantile_buckets, quantile_from_histograms
 from ifguide.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ifguide.quantiles import (
+from ifguide.selection.quantiles import (
     from_order_preserving_uint32,
     high_histogram,
     low_histogram,

@@ -12,12 +12,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ifguide.comparison import as_markdown, draw, rows_of
-from ifguide.report import LEVELS, REPORT_FILES, render_report, report_json, write_report
-from ifguide.report_card import card_fragment, summary_line
-from ifguide.report_charts import colours_of
-from ifguide.report_figures import ClassFigures, Difference, Figure, Group, Made, PromptSet, model_rows
-from ifguide.report_model import (
+from ifguide.report.card import card_fragment, summary_line
+from ifguide.report.charts import colours_of
+from ifguide.report.comparison import as_markdown, draw, rows_of
+from ifguide.report.contents import (
     AgreementRow,
     ArtifactRow,
     Behaviour,
@@ -27,7 +25,9 @@ from ifguide.report_model import (
     Token,
     TrainingCurve,
 )
-from ifguide.report_text import duration, interval, number, p_value, relative, signed, visible
+from ifguide.report.figures import ClassFigures, Difference, Figure, Group, Made, PromptSet, model_rows
+from ifguide.report.page import LEVELS, REPORT_FILES, render_report, report_json, write_report
+from ifguide.report.text import duration, interval, number, p_value, relative, signed, visible
 from tests.sample_report import full_data, minimal_data, row
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ifguide.report import render_report
+from ifguide.report.page import render_report
 from tests.sample_report import full_data, large_data
 
 webdriver = pytest.importorskip("selenium.webdriver")

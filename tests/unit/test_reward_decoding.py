@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ifguide.compare_options import Reward
+from ifguide.config.compare import Reward
 from ifguide.evaluation import reward_decoding
 from ifguide.evaluation.generation import Sampling, _sample_batch, _uniforms, sample_nucleus
 from ifguide.evaluation.reward_decoding import RewardGuide
-from ifguide.reward_model import (
+from ifguide.preferences.reward_model import (
     RatedText,
     RewardModel,
     cumulative_squared_error,

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ifguide.distributed_selection import place_shards, select
-from ifguide.selection import (
+from ifguide.selection.algorithm import (
     NO_TOKENS,
     Cutoff,
     Documents,
@@ -18,8 +17,9 @@ from ifguide.selection import (
     rank_scores,
     token_budget,
 )
-from ifguide.selection_passes import Extent, ShardFiles
-from ifguide.selection_ranking import Splitter
+from ifguide.selection.distributed import place_shards, select
+from ifguide.selection.passes import Extent, ShardFiles
+from ifguide.selection.ranking import Splitter
 from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ifguide import schemas
 from ifguide.artifacts import data_files
-from ifguide.span_tables import SPANS, PackedCorpus, mask_jobs, write_mask, write_spans
-from ifguide.spans import mask_of_spans, spans_of_mask, token_edges
+from ifguide.spans.mapping import mask_of_spans, spans_of_mask, token_edges
+from ifguide.spans.tables import SPANS, PackedCorpus, mask_jobs, write_mask, write_spans
 from tests.sharded import write_corpus, write_mask_shards
 from tests.unit.test_spans import WRITTEN, tokenizers
 

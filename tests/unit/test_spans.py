@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from ifguide.corpus import RawDocument, tokenise
-from ifguide.spans import mask_of_spans, opens_span, spans_of_mask, token_edges, token_stops
+from ifguide.spans.mapping import mask_of_spans, opens_span, spans_of_mask, token_edges, token_stops
 from ifguide.tokenizer import train_tokenizer
 
 TEXTS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ifguide.typed_yaml import option
+from ifguide.config.typed_yaml import option
 
 
 @dataclass(frozen=True, kw_only=True)

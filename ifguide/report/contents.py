@@ -1,10 +1,10 @@
-"""What a report says: the figures of a run as plain dataclasses. `ifguide.report` makes the page and its JSON twin."""
+"""What a report says: the figures of a run as plain dataclasses. `page` makes HTML and JSON of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ifguide.report_figures import ModelRow
+from ifguide.report.figures import ModelRow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import publish
-from ifguide.selection import Extremes, Floats, Ints, rank_scores
-from ifguide.selection_passes import UNITS, Rules
+from ifguide.selection.algorithm import Extremes, Floats, Ints, rank_scores
+from ifguide.selection.passes import UNITS, Rules
 from ifguide.storage import readable
 
 GROUP_UNITS = 1 << 14  # what is read of a run at least

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ifguide.typed_yaml import ConfigError, option
+from ifguide.config.typed_yaml import ConfigError, option
 
 ObjectiveKind = Literal["penalty", "ignore", "unlikelihood", "clipped"]
 

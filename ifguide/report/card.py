@@ -1,15 +1,16 @@
 """What a report says in words: its summary line, and a Markdown fragment to paste into a model card.
 
-`ifguide.model_card` writes the card of a trained model, which says where it comes from and nothing of quality; this
-fragment says what was measured of it, with intervals, on which prompts, by which classifier, and what it rests on.
+`ifguide.training.model_card` writes the card of a trained model, which says where it comes from and nothing of
+quality; this fragment says what was measured of it, with intervals, on which prompts, by which classifier, and what it
+rests on.
 """
 
 from __future__ import annotations
 
-from ifguide.model_card import markdown_table
-from ifguide.report_figures import Figure, ModelRow
-from ifguide.report_model import ReportData
-from ifguide.report_text import interval, number, p_value, percent, relative, visible
+from ifguide.report.contents import ReportData
+from ifguide.report.figures import Figure, ModelRow
+from ifguide.report.text import interval, number, p_value, percent, relative, visible
+from ifguide.training.model_card import markdown_table
 
 
 def summary_line(data: ReportData) -> str:

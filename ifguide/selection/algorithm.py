@@ -6,12 +6,12 @@ Units are ranked by 2sf / (s + f), descending, ties by id. In that order every t
 its `window` neighbours, until `floor(max_fraction * predicted tokens)` are; the last unit is cut in position order.
 
 What lets the sequential loop be done in parts, bit for bit:
-- an order statistic needs counts only (`ifguide.quantiles`), and so does the place where the budget ends;
+- an order statistic needs counts only (`ifguide.selection.quantiles`), and so does the place where the budget ends;
 - f is defined as a sum of pieces (unit within block) in block order, each summed token by token: whoever adds the
   pieces of a unit in that order gets the same float64;
 - neighbours stay within document and block, so tau alone decides what a unit would mask, and rank only where to
   stop: a `Cutoff` is all that a part of the corpus needs to fill its own mask.
-`ifguide.distributed_selection` puts the steps together.
+`ifguide.selection.distributed` puts the steps together.
 
 Alignment: block b, index i is stream position b * T + i, and `scores[b, i]` speaks of predicting token i. Index 0
 of a block has no prediction: like padding it is never counted and never selected.

@@ -1,6 +1,6 @@
 """Algorithm 1 over a corpus in shards, exactly, where no process holds corpus-sized data.
 
-`select` runs the passes of `ifguide.selection_passes` and `ifguide.selection_ranking` as independent tasks and keeps,
+`select` runs the passes of `ifguide.selection.passes` and `ifguide.selection.ranking` as independent tasks and keeps,
 between them, one small tuple per shard, two histograms of 65,536 counts, and a sample of a thousandth of the ranking.
 What a pass knows of its shard goes to the next through scratch tables in the mask's folder.
 
@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ifguide.quantiles import BUCKETS, quantile_buckets, quantile_from_histograms
-from ifguide.selection import NO_TOKENS, NOTHING_CUT, Cutoff, Extremes, Ints, token_budget
-from ifguide.selection_passes import (
+from ifguide.selection.algorithm import NO_TOKENS, NOTHING_CUT, Cutoff, Extremes, Ints, token_budget
+from ifguide.selection.passes import (
     Carried,
     Extent,
     Rules,
@@ -34,7 +33,8 @@ from ifguide.selection_passes import (
     scan,
     unit_statistics,
 )
-from ifguide.selection_ranking import Part, count_run, sort_run, splitters, write_ranking
+from ifguide.selection.quantiles import BUCKETS, quantile_buckets, quantile_from_histograms
+from ifguide.selection.ranking import Part, count_run, sort_run, splitters, write_ranking
 
 # Calls the function once with each tuple of arguments, anywhere; results in any order.
 RunTasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]

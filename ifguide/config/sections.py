@@ -21,12 +21,12 @@ from typing import Any, Literal
 
 import yaml
 
-from ifguide.analyse_options import Analyse
-from ifguide.compare_options import Compare, check_compare
-from ifguide.pretrain_options import Pretrain, check_pretrain
-from ifguide.sources import ClassifierSource, Input, LabelledTexts, Prompts, PromptSet
+from ifguide.config.analyse import Analyse
+from ifguide.config.compare import Compare, check_compare
+from ifguide.config.pretrain import Pretrain, check_pretrain
+from ifguide.config.sources import ClassifierSource, Input, LabelledTexts, Prompts, PromptSet
+from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
 from ifguide.storage import location
-from ifguide.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
 
 NAME, NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*"), "letters, digits, '_', '.' and '-' alone"
 VERBS = (

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, publish
-from ifguide.spans import mask_of_spans, opens_span, spans_of_mask, token_edges
+from ifguide.spans.mapping import mask_of_spans, opens_span, spans_of_mask, token_edges
 
 SPANS, DOCUMENTS = "spans-*.parquet", "documents-*.parquet"
 READ_TOKENS = 1 << 19  # of a column at a time

@@ -12,9 +12,9 @@ from typing import Any
 
 import matplotlib
 
-from ifguide.model_card import markdown_table
-from ifguide.report_charts import RC, colours_of, tradeoff
-from ifguide.report_figures import Figure, ModelRow
+from ifguide.report.charts import RC, colours_of, tradeoff
+from ifguide.report.figures import Figure, ModelRow
+from ifguide.training.model_card import markdown_table
 
 Interval = tuple[float | None, float | None, float | None]  # value, low, high
 

@@ -1,4 +1,4 @@
-"""Algorithm 1 on one shard of a corpus: the passes that `ifguide.distributed_selection` runs as tasks.
+"""Algorithm 1 on one shard of a corpus: the passes that `ifguide.selection.distributed` runs as tasks.
 
 A pass reads its shard a few blocks at a time, writes one small scratch table under a name that the shard fixes, and
 returns scalars and histograms. In order:
@@ -28,9 +28,7 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import publish, verify_digest
-from ifguide.outliers import block_mass, distinct_bigram_share, find_outliers
-from ifguide.quantiles import BUCKETS, high_histogram, least_of, low_histogram
-from ifguide.selection import (
+from ifguide.selection.algorithm import (
     Bools,
     Cutoff,
     Documents,
@@ -44,6 +42,8 @@ from ifguide.selection import (
     check_lengths,
     rank_scores,
 )
+from ifguide.selection.outliers import block_mass, distinct_bigram_share, find_outliers
+from ifguide.selection.quantiles import BUCKETS, high_histogram, least_of, low_histogram
 from ifguide.storage import readable
 
 CHUNK_TOKENS = 1 << 18  # a chunk and its temporary arrays stay in a core's cache
@@ -72,7 +72,7 @@ class Rules:
     ranking: Path
     mask: Path
     chunk_tokens: int = CHUNK_TOKENS
-    run_units: int = RUN_UNITS  # these three: see `ifguide.selection_ranking`
+    run_units: int = RUN_UNITS  # these three: see `ifguide.selection.ranking`
     sample_units: int = SAMPLE_UNITS
     file_units: int = FILE_UNITS
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ifguide.sources import LabelledTexts
-from ifguide.typed_yaml import option
+from ifguide.config.sources import LabelledTexts
+from ifguide.config.typed_yaml import option
 
 
 @dataclass(frozen=True, kw_only=True)

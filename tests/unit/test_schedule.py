@@ -1,4 +1,4 @@
-"""ifguide.training: every block once an epoch, in an order that batch size and workers do not change."""
+"""ifguide.training.schedule: every block once an epoch, in an order that batch size and workers do not change."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifguide.config import Pretrain
-from ifguide.training import (
+from ifguide.training.schedule import (
     PADDING,
     BenignRise,
     Schedule,

@@ -3,7 +3,7 @@
 The paper leaves open what its odd, highly influential documents are. Two plain figures per block tell them apart:
 
 - mass, the sum of |score| over its predicted tokens, in float64, kept as float32; high where it is over `mass_ratio`
-  times the median block's, which `ifguide.quantiles` gives exactly;
+  times the median block's, which `ifguide.selection.quantiles` gives exactly;
 - distinct bigram share, the number of distinct pairs of neighbouring tokens over the number of pairs; repeated where
   it is below `bigram_share`. A text of period p in a block of T has a share near p / T; running text in blocks of up
   to 8,192 tokens stays above 0.4.
@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ifguide import schemas
-from ifguide.selection import ScoreShard
+from ifguide.selection.algorithm import ScoreShard
 
 
 def block_mass(shard: ScoreShard) -> NDArray[np.float32]:

@@ -17,10 +17,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ifguide.compare_options import Dpo
 from ifguide.config import ModelSource
+from ifguide.config.compare import Dpo
 from ifguide.models import load_model
-from ifguide.preferences import Pair
+from ifguide.preferences.pairs import Pair
 
 
 def dpo_trainer(

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ifguide.pretrain_options import ObjectiveKind
-from ifguide.sources import ClassifierSource
-from ifguide.typed_yaml import ConfigError, option
+from ifguide.config.pretrain import ObjectiveKind
+from ifguide.config.sources import ClassifierSource
+from ifguide.config.typed_yaml import ConfigError, option
 
 OWN_MODELS = ("baseline", "penalised")
 OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ifguide.compare_options import Reward
 from ifguide.config import ModelSource
+from ifguide.config.compare import Reward
 from ifguide.models import load_model
 
 HEAD = "reward_head.safetensors"

@@ -1,0 +1,48 @@
+"""One typed YAML for the whole pipeline: `sections` holds the tree, a module each what grew too long for it.
+
+`typed_yaml` is generic, `sources` says where inputs come from, `pretrain`, `compare` and `analyse` are sections.
+"""
+
+from ifguide.config.pretrain import Pretrain
+from ifguide.config.sections import (
+    VERBS,
+    BuildMask,
+    BuildQuery,
+    Config,
+    Evaluate,
+    FitFactors,
+    ModelSource,
+    PackCorpus,
+    ScoreCorpus,
+    config_from_mapping,
+    load_config,
+    result_options,
+    to_mapping,
+    to_yaml,
+)
+from ifguide.config.sources import ClassifierSource, Input, LabelledTexts, Prompts, PromptSet
+from ifguide.config.typed_yaml import ConfigError
+
+__all__ = [
+    "VERBS",
+    "BuildMask",
+    "BuildQuery",
+    "ClassifierSource",
+    "Config",
+    "ConfigError",
+    "Evaluate",
+    "FitFactors",
+    "Input",
+    "LabelledTexts",
+    "ModelSource",
+    "PackCorpus",
+    "Pretrain",
+    "PromptSet",
+    "Prompts",
+    "ScoreCorpus",
+    "config_from_mapping",
+    "load_config",
+    "result_options",
+    "to_mapping",
+    "to_yaml",
+]
