@@ -22,6 +22,7 @@ INK = "#010203"  # stands for the page's text colour, so that a chart reads on l
 PALETTE = ("#8791a3", "#2f7de1", "#e0871b", "#1fa37c", "#a068d8", "#d1567f", "#2aa5b8", "#a3862b", "#6d78d6", "#b06a4c")
 BOX_RED = "#df3b3b"
 MARKERS = "soD^vPX*<>"
+NAMED_BESIDE = 3  # models of a trade-off plot
 WIDTH = 4.6  # inches; on a phone it is shown at about this size, so that text stays legible
 RC: dict[Any, Any] = {
     **{"svg.hashsalt": "ifguide", "svg.fonttype": "none", "font.size": 8},
@@ -62,23 +63,38 @@ def charts_of(data: ReportData, colours: dict[str, str]) -> dict[str, Any]:
 
 
 def tradeoff(models: Sequence[ModelRow], colours: dict[str, str]) -> Canvas:
-    """The expected maximum (EMT) of all prompts against held-out perplexity; down and to the left is better."""
-    canvas, axes = _axes("Down and to the left is better", "held-out perplexity", width=5.2, height=3.4)
+    """The expected maximum (EMT) of all prompts against held-out perplexity; down and to the left is better.
+
+    A few models are named beside their points; of more, whose names would cover each other, there is a legend."""
+    beside = len(models) <= NAMED_BESIDE
+    canvas, axes = _axes(
+        "Down and to the left is better", "held-out perplexity", width=5.2 if beside else 6.6, height=3.4
+    )
     axes.spines["left"].set_visible(True)
     axes.set_ylabel("EMT, all prompts")
     for index, model in enumerate(models):
         x, y = model.perplexity, model.whole.emt
         if x is None or x.value is None or y.value is None or not math.isfinite(x.value):
             continue
-        marker, colour = MARKERS[index % len(MARKERS)], colours[model.name]
         axes.errorbar(
-            [x.value], [y.value], xerr=_ends(x), yerr=_ends(y), fmt=marker, ms=5, capsize=2, elinewidth=1, color=colour
-        )
-        axes.annotate(
-            visible(model.name), (x.value, y.value), (5, 4), textcoords="offset points", fontsize=7.5, parse_math=False
-        )
+            [x.value], [y.value], xerr=_ends(x), yerr=_ends(y), fmt=_marker(index), color=colours[model.name],
+            ms=5, capsize=2, elinewidth=1, label=visible(model.name),
+        )  # fmt: skip
+        if beside:
+            axes.annotate(
+                visible(model.name), (x.value, y.value), (5, 4), textcoords="offset points", fontsize=7.5,
+                parse_math=False,
+            )  # fmt: skip
+    if not beside:
+        for text in canvas.legend(loc="outside right center", fontsize=7, frameon=False).get_texts():
+            text.set_parse_math(False)
     axes.margins(x=0.12, y=0.12)
     return canvas
+
+
+def _marker(index: int) -> str:
+    """Colours repeat after ten models; the marker is another one then."""
+    return MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
 
 
 def _group_bars(models: Sequence[ModelRow], metric: str, colours: dict[str, str]) -> Markup:

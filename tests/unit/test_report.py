@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ifguide.report.card import card_fragment, summary_line
-from ifguide.report.charts import colours_of
+from ifguide.report.charts import colours_of, tradeoff
 from ifguide.report.comparison import as_markdown, draw, rows_of
 from ifguide.report.contents import (
     AgreementRow,
@@ -363,7 +363,17 @@ def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
     assert as_markdown(rows).splitlines()[3] == line
     draw(models, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert len(set(colours_of("abcdefghij").values())) == 10
+
+
+def test_many_models_are_told_apart_in_a_legend():
+    names = [f"model_{index}" for index in range(25)]
+    one = model_rows(metrics(), {})[0]
+    models, colours = [dataclasses.replace(one, name=name) for name in names], colours_of(names)
+    axes = tradeoff(models, colours).axes[0]
+    looks = {(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() not in "|_"}
+    assert len(looks) == len(names)
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == names
+    assert not tradeoff(models[:2], colours).legends
 
 
 def test_the_model_card_fragment_is_markdown_with_intervals_and_fingerprints():
