@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ifguide.artifacts import publish_folder
-from ifguide.storage import Mirror, download_folder, file_sizes, local_copy, location, upload_folder
+from ifguide.storage import Mirror, download_folder, file_sizes, local_copy, upload_folder
 
 pytest.importorskip("upath")
 TEXTS = {"a": "one", "sub/b": "second", "sub/deep/c": ""}
-
-
-@pytest.fixture
-def store() -> Iterator[Path]:
-    """An empty remote folder."""
-    folder = location(f"memory://{secrets.token_hex(8)}")
-    yield folder
-    if folder.exists():
-        folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
 
 
 @pytest.fixture

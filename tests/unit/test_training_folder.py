@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,10 @@ from ifguide import storage
 from ifguide.stages import training_folder
 from ifguide.stages.checkpoints import STATE, Checkpoint, describe_checkpoint, last_checkpoint, published_checkpoints
 from ifguide.stages.training_folder import METRICS, TrainingFolder
-from ifguide.storage import file_sizes, location, subfolders
+from ifguide.storage import file_sizes, subfolders
 
 pytest.importorskip("upath")
 THREAD = threading.local()
-
-
-@pytest.fixture
-def store() -> Iterator[Path]:
-    """An empty folder of fsspec's file system in memory."""
-    folder = location(f"memory://{secrets.token_hex(8)}")
-    yield folder
-    folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
 
 
 @pytest.fixture
