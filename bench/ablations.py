@@ -41,6 +41,7 @@ FIGURES = {
     "mask_recall": ".3f",
     "emt": ".3f",
     "tp": ".3f",
+    "emt_ratio": ".3f",
     "perplexity_ratio": ".4f",
 }
 UNMASKED = ("corpus", f"model/{BASELINE}", "factors", "query", "scores")  # what a mask is built from
@@ -198,6 +199,7 @@ def figures_of(run: Run) -> dict[str, float]:
         "tp": penalised["tp"],
         "emt_baseline": baseline["emt"],
         "tp_baseline": baseline["tp"],
+        "emt_ratio": penalised["emt"] / baseline["emt"],
         "perplexity_ratio": penalised["perplexity"] / baseline["perplexity"],
     }
     mask = summary.get("mask", {})
@@ -243,26 +245,30 @@ def _cell(values: Sequence[float], form: str) -> str:
 
 
 def draw(figures: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """EMT against the perplexity ratio, means over seeds, a line for each sweep; down and to the left is better."""
+    """EMT against perplexity, each over its seed's baseline: means and ranges over seeds, a line for each sweep."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    def mean(name: str, key: str) -> float:
-        return sum(seed[key] for seed in figures[name]) / len(figures[name])
+    def over_seeds(name: str, key: str) -> tuple[float, float, float]:
+        """Mean, and how far it is from there to the least and to the greatest."""
+        values = [seed[key] for seed in figures[name]]
+        mean = sum(values) / len(values)
+        return mean, mean - min(values), max(values) - mean
 
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    axes.plot(1.0, mean(BASE, "emt_baseline"), "ks", label="no mask")
+    axes.plot(1.0, 1.0, "ks", label="no mask")
     for sweep, values in SWEEPS.items():
-        points = [(value, mean(name, "perplexity_ratio"), mean(name, "emt")) for value, name in values.items()
-                  if figures.get(name)]  # fmt: skip
-        if len({name for name in values.values() if figures.get(name)} - {BASE}) == 0:
+        made = {value: name for value, name in values.items() if figures.get(name)}
+        if not set(made.values()) - {BASE}:
             continue
-        axes.plot([x for _, x, _ in points], [y for *_, y in points], "o-", label=sweep)
-        for value, x, y in points:
-            axes.annotate(value, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="held-out perplexity over the baseline's", ylabel="expected maximum toxicity")
+        x, *x_range = zip(*(over_seeds(name, "perplexity_ratio") for name in made.values()), strict=True)
+        y, *y_range = zip(*(over_seeds(name, "emt_ratio") for name in made.values()), strict=True)
+        axes.errorbar(x, y, xerr=x_range, yerr=y_range, fmt="o-", elinewidth=0.6, label=sweep)
+        for value, *place in zip(made, x, y, strict=True):
+            axes.annotate(value, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="held-out perplexity / the baseline's", ylabel="expected maximum toxicity / the baseline's")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
