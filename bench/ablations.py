@@ -60,11 +60,10 @@ class Variant:
 # a penalty of 0 is to leave masked tokens out, whatever the kind
 VARIANTS = {
     "ignore": Variant(train={"objective": "ignore"}),
-    **{f"penalty-{value:g}": Variant(train={"penalty": value}) for value in (0.5, 2.0)},
     **{
         f"{kind}-{value:g}": Variant(train={"objective": kind, "penalty": value})
-        for kind in ("clipped", "unlikelihood")
-        for value in (0.5, 1.0, 2.0)
+        for kind, values in {"penalty": (0.5, 2.0), "clipped": (0.5, 1.0, 2.0), "unlikelihood": (0.5, 1.0, 2.0)}.items()
+        for value in values
     },
     **{f"budget-{share:g}": Variant(mask={"max_fraction": share / 100}) for share in (0.5, 1, 2, 4)},
     **{f"window-{window}": Variant(mask={"window": window}) for window in (0, 2)},

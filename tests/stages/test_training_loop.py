@@ -101,9 +101,10 @@ def test_ignored_tokens_are_in_the_count_alone(ignored: Path) -> None:
 def test_a_training_that_diverges_stops_early_with_advice_and_stays_stopped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any token is masked half of the time, at a penalty of 3: on the whole, every token is unlearned."""
+    """Any token is masked half of the time, at an unbounded penalty of 3: on the whole, every token is unlearned."""
     monkeypatch.setattr(logging.getLogger("ifguide"), "propagate", True)
     options = {"engine": "torch", "epochs": 2, "checkpoint_steps": 7, "penalty": 3.0, "max_benign_rise": 0.2}
+    options |= {"objective": {"kind": "penalty"}}
     diverging = packed_run(tmp_path, options, architecture=ARCHITECTURE, masked_share=0.5)
     manifest = pretrain(diverging)
     assert 1 < manifest.rows["steps"] < 2 * STEPS
