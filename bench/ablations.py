@@ -77,6 +77,7 @@ SWEEPS: dict[str, dict[str, str]] = {
     "window": {"0": "window-0", "1": BASE, "2": "window-2"},
     "proxy": {"the baseline": BASE, "a tenth": "small-proxy"},
 }
+OBJECTIVES = ("penalty", "clipped", "unlikelihood")  # sweeps of the loss; the others are of the mask
 
 
 def main() -> None:
@@ -256,20 +257,24 @@ def draw(figures: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> No
         mean = sum(values) / len(values)
         return mean, mean - min(values), max(values) - mean
 
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    axes.plot(1.0, 1.0, "ks", label="no mask")
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for sweep, values in SWEEPS.items():
         made = {value: name for value, name in values.items() if figures.get(name)}
         if not set(made.values()) - {BASE}:
             continue
+        axes = panels[0 if sweep in OBJECTIVES else 1]
         x, *x_range = zip(*(over_seeds(name, "perplexity_ratio") for name in made.values()), strict=True)
         y, *y_range = zip(*(over_seeds(name, "emt_ratio") for name in made.values()), strict=True)
         axes.errorbar(x, y, xerr=x_range, yerr=y_range, fmt="o-", elinewidth=0.6, label=sweep)
         for value, *place in zip(made, x, y, strict=True):
             axes.annotate(value, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="held-out perplexity / the baseline's", ylabel="expected maximum toxicity / the baseline's")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    panels[0].set(title="loss of masked tokens, by lambda", ylabel="expected maximum toxicity / the baseline's")
+    panels[1].set(title="mask, with the paper's loss")
+    for axes in panels:
+        axes.set(xlabel="held-out perplexity / the baseline's")
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
