@@ -77,7 +77,10 @@ SWEEPS: dict[str, dict[str, str]] = {
     "window": {"0": "window-0", "1": BASE, "2": "window-2"},
     "proxy": {"the baseline": BASE, "a tenth": "small-proxy"},
 }
-OBJECTIVES = ("penalty", "clipped", "unlikelihood")  # sweeps of the loss; the others are of the mask
+PANELS = {  # of the picture
+    "loss of masked tokens, by lambda": ("penalty", "clipped", "unlikelihood"),
+    "mask, with the paper's loss": ("budget", "window", "proxy"),
+}
 
 
 def main() -> None:
@@ -257,24 +260,29 @@ def draw(figures: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> No
         mean = sum(values) / len(values)
         return mean, mean - min(values), max(values) - mean
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-    for sweep, values in SWEEPS.items():
-        made = {value: name for value, name in values.items() if figures.get(name)}
-        if not set(made.values()) - {BASE}:
-            continue
-        axes = panels[0 if sweep in OBJECTIVES else 1]
-        x, *x_range = zip(*(over_seeds(name, "perplexity_ratio") for name in made.values()), strict=True)
-        y, *y_range = zip(*(over_seeds(name, "emt_ratio") for name in made.values()), strict=True)
-        axes.errorbar(x, y, xerr=x_range, yerr=y_range, fmt="o-", elinewidth=0.6, label=sweep)
-        for value, *place in zip(made, x, y, strict=True):
-            axes.annotate(value, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    panels[0].set(title="loss of masked tokens, by lambda", ylabel="expected maximum toxicity / the baseline's")
-    panels[1].set(title="mask, with the paper's loss")
-    for axes in panels:
-        axes.set(xlabel="held-out perplexity / the baseline's")
+    made = {
+        sweep: {value: name for value, name in values.items() if figures.get(name)} for sweep, values in SWEEPS.items()
+    }
+    drawn = [
+        (title, sweeps)
+        for title, members in PANELS.items()
+        if (sweeps := [sweep for sweep in members if set(made[sweep].values()) - {BASE}])
+    ]
+    size = (1 + 5 * max(1, len(drawn)), 5)
+    figure, panels = pyplot.subplots(
+        1, max(1, len(drawn)), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (title, sweeps) in zip(panels[0], drawn, strict=False):
+        for sweep in sweeps:
+            x, *x_range = zip(*(over_seeds(name, "perplexity_ratio") for name in made[sweep].values()), strict=True)
+            y, *y_range = zip(*(over_seeds(name, "emt_ratio") for name in made[sweep].values()), strict=True)
+            axes.errorbar(x, y, xerr=x_range, yerr=y_range, fmt="o-", elinewidth=0.6, label=sweep)
+            for value, *place in zip(made[sweep], x, y, strict=True):
+                axes.annotate(value, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.set(title=title, xlabel="held-out perplexity / the baseline's")
         axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend()
+        axes.legend()
+    panels[0, 0].set_ylabel("expected maximum toxicity / the baseline's")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
