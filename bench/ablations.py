@@ -260,24 +260,20 @@ def draw(figures: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> No
         mean = sum(values) / len(values)
         return mean, mean - min(values), max(values) - mean
 
-    made = {
-        sweep: {value: name for value, name in values.items() if figures.get(name)} for sweep, values in SWEEPS.items()
-    }
-    drawn = [
-        (title, sweeps)
-        for title, members in PANELS.items()
-        if (sweeps := [sweep for sweep in members if set(made[sweep].values()) - {BASE}])
-    ]
-    size = (1 + 5 * max(1, len(drawn)), 5)
+    made = {sweep: {value: name for value, name in of.items() if figures.get(name)} for sweep, of in SWEEPS.items()}
+    changed = {sweep: names for sweep, names in made.items() if set(names.values()) - {BASE}}
+    drawn = [title for title, sweeps in PANELS.items() if changed.keys() & set(sweeps)]
     figure, panels = pyplot.subplots(
-        1, max(1, len(drawn)), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        1, len(drawn), figsize=(1 + 5 * len(drawn), 5), sharey=True, squeeze=False, layout="constrained"
     )
-    for axes, (title, sweeps) in zip(panels[0], drawn, strict=False):
-        for sweep in sweeps:
-            x, *x_range = zip(*(over_seeds(name, "perplexity_ratio") for name in made[sweep].values()), strict=True)
-            y, *y_range = zip(*(over_seeds(name, "emt_ratio") for name in made[sweep].values()), strict=True)
+    for axes, title in zip(panels[0], drawn, strict=True):
+        for sweep in PANELS[title]:
+            if sweep not in changed:
+                continue
+            x, *x_range = zip(*(over_seeds(name, "perplexity_ratio") for name in changed[sweep].values()), strict=True)
+            y, *y_range = zip(*(over_seeds(name, "emt_ratio") for name in changed[sweep].values()), strict=True)
             axes.errorbar(x, y, xerr=x_range, yerr=y_range, fmt="o-", elinewidth=0.6, label=sweep)
-            for value, *place in zip(made[sweep], x, y, strict=True):
+            for value, *place in zip(changed[sweep], x, y, strict=True):
                 axes.annotate(value, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.set(title=title, xlabel="held-out perplexity / the baseline's")
         axes.grid(alpha=0.3)

@@ -28,7 +28,8 @@ from ifguide.config.pretrain import ObjectiveKind
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """`penalty` is lambda, 0 or more; `floor_probability` is of `clipped` alone. Raises ValueError on other values."""
+    """Eq. 9 unless told otherwise. `penalty` is lambda, 0 or more; `floor_probability` is of `clipped` alone. Raises
+    ValueError on other values."""
 
     kind: ObjectiveKind = "penalty"
     penalty: float = 1.0

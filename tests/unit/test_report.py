@@ -363,6 +363,7 @@ def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
     assert as_markdown(rows).splitlines()[3] == line
     draw(models, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert len(set(colours_of("abcdefghij").values())) == 10
 
 
 def test_many_models_are_told_apart_in_a_legend():
