@@ -82,6 +82,8 @@ PANELS = {  # of the picture
     "mask, with the paper's loss": ("budget", "window", "proxy"),
 }
 
+LINEAR_PERCENT = 10  # a panel whose perplexities rise by more is logarithmic beyond
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,10 +255,11 @@ def draw(figures: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> No
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, ScalarFormatter
 
     def over_seeds(name: str, key: str) -> tuple[float, float, float]:
-        """Mean, and how far it is from there to the least and to the greatest."""
-        values = [seed[key] for seed in figures[name]]
+        """Mean, and how far it is from there to the least and to the greatest; of perplexities what is added, in %."""
+        values = [100 * (seed[key] - 1) if key == "perplexity_ratio" else seed[key] for seed in figures[name]]
         mean = sum(values) / len(values)
         return mean, mean - min(values), max(values) - mean
 
@@ -275,7 +278,12 @@ def draw(figures: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> No
             axes.errorbar(x, y, xerr=x_range, yerr=y_range, fmt="o-", elinewidth=0.6, label=sweep)
             for value, *place in zip(changed[sweep], x, y, strict=True):
                 axes.annotate(value, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axes.set(title=title, xlabel="held-out perplexity / the baseline's")
+        axes.set(title=title, xlabel="held-out perplexity above the baseline's, %")
+        if axes.get_xlim()[1] > LINEAR_PERCENT:
+            axes.set_xscale("symlog", linthresh=LINEAR_PERCENT, linscale=2)
+            axes.set_xlim(left=axes.dataLim.x0 - 1)
+            axes.xaxis.set_major_locator(FixedLocator([0, 2, 4, 6, 8, 10, 20, 50, 100, 200]))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.grid(alpha=0.3)
         axes.legend()
     panels[0, 0].set_ylabel("expected maximum toxicity / the baseline's")
