@@ -36,7 +36,8 @@ class Pretrain:
     """Train the target. `use_mask` false gives the plain baseline; `penalty` is lambda of Eq. 9, `objective` what it
     multiplies: by default half of a clipped penalty, which had the best trade-off (`bench/ablations.py`); the paper has
     kind `penalty` and 1. `tokenizer` is the target's where it is not the corpus': the same documents are packed with
-    it, and masked by characters.
+    it, and masked by characters. `train_tokenizer` trains one of that many tokens on these documents, as
+    `pack_corpus.train_tokenizer` does.
 
     `engine: torch` trains on one device in the driver's process. Checkpoints are written every `checkpoint_steps`; the
     last `keep_last` and the `keep_best` best on the `heldout_blocks` (which are not trained on) stay. `export` says
@@ -46,6 +47,7 @@ class Pretrain:
 
     use_mask: bool = True
     tokenizer: str | None = None
+    train_tokenizer: int | None = option(None, at_least=300)
     objective: MaskedLoss = MaskedLoss()
     penalty: float = option(0.5, at_least=0)
     init_from: str | None = None
@@ -79,9 +81,16 @@ class Pretrain:
     wandb: Wandb | None = option(None, affects_result=False)  # noqa: RUF009  # frozen, as its metadata are
     max_failures: int = option(3, at_least=-1, affects_result=False)
 
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """True when the target is given another tokenizer than the corpus'."""
+        return self.tokenizer is not None or self.train_tokenizer is not None
+
 
 def check_pretrain(train: Pretrain) -> None:
     """Raises ConfigError, naming the key, for options that do not go together."""
+    if train.tokenizer is not None and train.train_tokenizer is not None:
+        raise ConfigError("pretrain.train_tokenizer: pretrain.tokenizer is named too; unset one of them")
     per_step = train.workers * train.micro_batch_blocks
     if train.batch_blocks % per_step:
         raise ConfigError(

@@ -312,9 +312,10 @@ def _check_across(config: Config) -> None:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
     if config.proxy_is_baseline and not config.baseline:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
-    if config.pretrain.tokenizer is not None and config.proxy_is_baseline:
+    if config.pretrain.has_own_tokenizer and config.proxy_is_baseline:
+        key = "tokenizer" if config.pretrain.tokenizer is not None else "train_tokenizer"
         raise ConfigError(
-            "pretrain.tokenizer: the proxy reads the corpus' own tokens, so this run's baseline, which would read"
+            f"pretrain.{key}: the proxy reads the corpus' own tokens, so this run's baseline, which would read"
             " these, cannot be it; set proxy.source"
         )
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:

@@ -51,7 +51,7 @@ def plan_pretrain(config: Config) -> PretrainPlan:
     """
     train, block_size = config.pretrain, config.pack_corpus.block_size
     machine = planned_hardware(config) if train.gpus_per_worker else hardware("cpu")
-    tokens, notes = planned_tokens(config, ("corpus",) if train.tokenizer is None else ("target/corpus", "corpus"))
+    tokens, notes = planned_tokens(config, ("target/corpus", "corpus") if train.has_own_tokenizer else ("corpus",))
     target = target_shape(config)
     job = Job(config=config, proxy=target, target=target, tokens=tokens, machine=machine, core=hardware("cpu"))
     schedule = Schedule(

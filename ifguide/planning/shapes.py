@@ -139,6 +139,8 @@ def _skeleton(fields: str) -> PreTrainedModel:
 
 
 def _vocabulary(config: Config) -> int:
+    if config.pretrain.train_tokenizer is not None:
+        return config.pretrain.train_tokenizer
     if config.pack_corpus.train_tokenizer is not None and config.pretrain.tokenizer is None:
         return config.pack_corpus.train_tokenizer
     try:

@@ -1,8 +1,9 @@
 """What `pretrain` trains on when its target has another tokenizer than the corpus: the same documents, in its tokens.
 
 `target/corpus` is packed from the same inputs by `pack_corpus`; `target/mask` masks every token of it that overlaps a
-character span of the run's mask, a task for each shard. Both are artifacts like any other: resumed, and refused
-when they belong to something else. Documents are the same when inputs and rows are: their number, their sizes on disk
+character span of the run's mask, a task for each shard. They lie beside the corpus and the mask that they are made of,
+another run's where those are lent. Both are artifacts like any other: resumed, and refused when they belong to
+something else. Documents are the same when inputs and rows are: their number, their sizes on disk
 and every document's number of characters are checked.
 """
 
@@ -24,19 +25,20 @@ from ifguide.storage import location
 from ifguide.telemetry import log
 
 VERB = "pretrain"
+TARGET = "target"  # the folder of both, beside what they are made of
 
 
-def training_config(config: Config) -> Config:
+def training_config(run: Run) -> Config:
     """The config of the corpus that is trained on: the run's own, or that of the target's tokenizer in `target/`."""
-    tokenizer = config.pretrain.tokenizer
-    if tokenizer is None or tokenizer == config.tokenizer_source:
+    config, train = run.config, run.config.pretrain
+    if not train.has_own_tokenizer or train.tokenizer == config.tokenizer_source:
         return config
     return replace(
         config,
-        run_dir=str(Run(config=config).folder / "target"),
-        tokenizer=tokenizer,
-        pack_corpus=replace(config.pack_corpus, train_tokenizer=None),
-        pretrain=replace(config.pretrain, tokenizer=None),
+        run_dir=str(run.corpus.parent / TARGET),
+        tokenizer=train.tokenizer,
+        pack_corpus=replace(config.pack_corpus, train_tokenizer=train.train_tokenizer),
+        pretrain=replace(train, tokenizer=None, train_tokenizer=None),
     )
 
 
@@ -47,10 +49,10 @@ def training_run(run: Run) -> Run:
         FileNotFoundError: the run's own corpus or mask is missing. MismatchError: the inputs have changed since they
             were packed. ValueError: a document has.
     """
-    config = training_config(run.config)
+    config = training_config(run)
     if config is run.config:
         return run
-    target = Run(config=config)
+    target = Run(config=config, lent={"mask": run.mask.parent / TARGET / "mask"})
     pack_corpus(target)
     _require_same_inputs(run, target)
     if run.config.pretrain.use_mask:

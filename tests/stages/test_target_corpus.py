@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -43,7 +44,7 @@ def documents_of(data: Path) -> dict[int, str]:
     return {row: json.loads(line)["text"] for row, line in enumerate(lines)}
 
 
-def with_tokenizer(copied: Callable[..., Config], tokenizer: str, **changes: Any) -> Config:
+def with_tokenizer(copied: Callable[..., Config], tokenizer: str | None, **changes: Any) -> Config:
     """The finished run's copy with its baseline as a named proxy, and a target of `tokenizer`."""
     config = copied(drop=("model/penalised",))
     proxy = ModelSource(source=str(Run(config=config).model("baseline") / "hf"))
@@ -102,7 +103,7 @@ def test_every_token_that_overlaps_a_span_is_masked_and_no_other(
 
 def test_the_corpus_own_tokenizer_has_the_identical_mask(finished: Config, copied: Callable[..., Config]) -> None:
     own = with_tokenizer(copied, finished.tokenizer_source)
-    assert training_config(own) is own
+    assert training_config(Run(config=own)) is own
     same = (
         str(Path(finished.tokenizer_source) / "." / "..") + "/" + Path(finished.tokenizer_source).name
     )  # by another name
@@ -111,6 +112,27 @@ def test_the_corpus_own_tokenizer_has_the_identical_mask(finished: Config, copie
     assert target.corpus != run.corpus
     np.testing.assert_array_equal(flat(target.corpus, "tokens"), flat(run.corpus, "tokens"))
     np.testing.assert_array_equal(flat(target.mask, "masked"), flat(run.mask, "masked"))
+
+
+def test_a_tokenizer_is_trained_for_the_target_and_lent_artifacts_share_what_is_made_of_them(
+    data: Path, copied: Callable[..., Config], tmp_path: Path
+) -> None:
+    run = Run(config=with_tokenizer(copied, None, train_tokenizer=300))
+    target = training_run(run)
+    assert target.folder == run.folder / "target"
+    assert len(load_tokenizer(target.config.tokenizer_source)) == 300 < len(load_tokenizer(run.config.tokenizer_source))
+    assert sum(1 for _ in pieces(target, documents_of(data))) == read_manifest(run.corpus).rows["documents"]
+    assert flat(target.mask, "masked").sum() == read_manifest(target.mask).summary["tokens_masked"] > 0
+
+    written = {path: path.stat().st_mtime_ns for path in target.folder.rglob("*.parquet")}
+    method = Run(config=replace(run.config, run_dir=str(tmp_path / "method")))
+    shutil.copytree(run.mask, method.mask)
+    own_mask = training_run(method.borrow(run, "corpus"))
+    assert (own_mask.corpus, own_mask.mask) == (target.corpus, method.folder / "target" / "mask")
+    np.testing.assert_array_equal(flat(own_mask.mask, "masked"), flat(target.mask, "masked"))
+    shared = training_run(method.borrow(run, "corpus", "mask"))
+    assert (shared.corpus, shared.mask) == (target.corpus, target.mask)
+    assert {path: path.stat().st_mtime_ns for path in target.folder.rglob("*.parquet")} == written
 
 
 def test_spans_have_a_row_for_each_document(finished: Config) -> None:
@@ -163,10 +185,11 @@ def test_changed_documents_and_masks_without_spans_are_refused(
 def test_the_baseline_cannot_be_the_proxy_of_other_tokens(finished: Config) -> None:
     from ifguide.config import config_from_mapping, to_mapping
 
-    tree = to_mapping(finished)
-    tree["pretrain"]["tokenizer"] = "some/other"
-    with pytest.raises(ConfigError, match=r"^pretrain\.tokenizer: "):
-        config_from_mapping(tree)
+    for key, value in (("tokenizer", "some/other"), ("train_tokenizer", 512)):
+        tree = to_mapping(finished)
+        tree["pretrain"][key] = value
+        with pytest.raises(ConfigError, match=rf"^pretrain\.{key}: the proxy reads"):
+            config_from_mapping(tree)
 
 
 def test_a_target_trains_on_its_own_tokens_and_its_card_says_on_what(
@@ -184,7 +207,7 @@ def test_a_target_trains_on_its_own_tokens_and_its_card_says_on_what(
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPTNeoXForCausalLM"]
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     known = front["ifguide"]
-    target = Run(config=training_config(run.config))
+    target = Run(config=training_config(run))
     assert known["corpus"]["fingerprint"] == read_manifest(target.corpus).fingerprint
     assert known["mask"]["inputs"]["mask"] == read_manifest(run.mask).fingerprint
     assert known["objective"]["lambda"] == run.config.pretrain.penalty

@@ -124,6 +124,10 @@ def test_errors_name_the_dotted_key_and_the_reason(tmp_path, override, message):
 def test_tokenizer_cannot_be_named_and_trained(tmp_path):
     with pytest.raises(ConfigError, match=r"^pack_corpus\.train_tokenizer: a tokenizer is named too"):
         load_config(write(tmp_path, "tokenizer: gpt2"), ["pack_corpus.train_tokenizer=512"])
+    with pytest.raises(ConfigError, match=r"^pretrain\.train_tokenizer: pretrain\.tokenizer is named too"):
+        load_config(
+            write(tmp_path, "pretrain: {tokenizer: gpt2}\nproxy: {source: p}"), ["pretrain.train_tokenizer=512"]
+        )
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a", "expected a mapping of sections")])
