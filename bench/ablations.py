@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.over_seeds import by_figure, cell, mean_and_range
 from ifguide.artifacts import publish, read_manifest, write_json
 from ifguide.cli import run_pipeline, stage
 from ifguide.config import Config, ModelSource, load_config
@@ -32,6 +33,7 @@ from ifguide.demo.pipeline import run_demo
 from ifguide.planning.shapes import shape_of_fields, target_shape
 from ifguide.stages.run import BASELINE, Run
 from ifguide.telemetry import configure_logging, log
+from ifguide.training.model_card import markdown_table
 
 BASE = "base"
 PAPER = ("pretrain.objective.kind=penalty", "pretrain.penalty=1")
@@ -211,15 +213,6 @@ def figures_of(run: Run) -> dict[str, float]:
     return found | {f"mask_{name}": mask[name] for name in ("precision", "recall") if mask.get(name) is not None}
 
 
-def by_figure(figures: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
-    """Variant -> figure -> its values in the order of the seeds."""
-    return {
-        name: {key: [round(values[key], 5) for values in seeds] for key in seeds[0]}
-        for name, seeds in figures.items()
-        if seeds
-    }
-
-
 def write_results(folder: Path, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """The table, the picture and the figures, of what there is."""
     write_json(folder / "ablations.json", by_figure(figures))
@@ -231,22 +224,15 @@ def write_results(folder: Path, figures: Mapping[str, Sequence[Mapping[str, floa
 def as_markdown(figures: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """A line for each value of each sweep that was made: the mean over seeds, and the lowest to the highest."""
     titles = ["sweep", "value", *(name.replace("_", " ") for name in FIGURES)]
-    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    rows = []
     for sweep, values in SWEEPS.items():
         for value, name in values.items():
             if figures.get(name):
                 cells = [
-                    _cell([seed[key] for seed in figures[name] if key in seed], form) for key, form in FIGURES.items()
+                    cell([seed[key] for seed in figures[name] if key in seed], form) for key, form in FIGURES.items()
                 ]
-                lines.append(f"| {sweep} | {value} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(values: Sequence[float], form: str) -> str:
-    if not values:
-        return ""
-    mean = format(sum(values) / len(values), form)
-    return mean if len(values) == 1 else f"{mean} [{min(values):{form}}, {max(values):{form}}]"
+                rows.append((sweep, value, *cells))
+    return markdown_table(titles, rows)
 
 
 def draw(figures: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
@@ -259,9 +245,9 @@ def draw(figures: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> No
 
     def over_seeds(name: str, key: str) -> tuple[float, float, float]:
         """Mean, and how far it is from there to the least and to the greatest; of perplexities what is added, in %."""
-        values = [100 * (seed[key] - 1) if key == "perplexity_ratio" else seed[key] for seed in figures[name]]
-        mean = sum(values) / len(values)
-        return mean, mean - min(values), max(values) - mean
+        return mean_and_range(
+            [100 * (seed[key] - 1) if key == "perplexity_ratio" else seed[key] for seed in figures[name]]
+        )
 
     made = {sweep: {value: name for value, name in of.items() if figures.get(name)} for sweep, of in SWEEPS.items()}
     changed = {sweep: names for sweep, names in made.items() if set(names.values()) - {BASE}}

@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.direction import smollm2_folder
+from bench.over_seeds import by_figure, cell, mean_and_range
 from ifguide.artifacts import publish
 from ifguide.cli import run_pipeline
 from ifguide.config import Config, load_config
@@ -35,6 +36,7 @@ from ifguide.stages.pretrain import pretrain
 from ifguide.stages.run import Run
 from ifguide.stages.view import View, mask_agreement
 from ifguide.telemetry import configure_logging, log
+from ifguide.training.model_card import markdown_table
 
 SHARED = ("corpus", "factors", "query", "scores", "ranking", "mask")  # of all seeds
 FIGURES = {
@@ -73,18 +75,9 @@ def main() -> None:
     with publish(folder / "comparison.md") as part:
         part.write_text(as_markdown(figures, losses), encoding="utf-8")
     draw(figures, folder / "comparison.png")
-    print(
-        json.dumps(
-            {
-                "seeds": options.seeds,
-                "models": {
-                    name: {key: [values[key] for values in each] for key in each[0]} for name, each in figures.items()
-                },
-                "mask": against_annotations(base),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-            }
-        )
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    result = {"models": by_figure(figures), "mask": against_annotations(base), "machine": machine}
+    print(json.dumps({"seeds": options.seeds, **result}))
 
 
 def _proxy(name: str) -> list[str]:
@@ -137,19 +130,11 @@ def against_annotations(run: Run) -> dict[str, float]:
 def as_markdown(figures: Figures, losses: Mapping[str, str | None]) -> str:
     """A line for each model: the mean over seeds, and the least to the greatest."""
     titles = ["model", "loss of masked tokens", *(name.replace("_", " ") for name in FIGURES)]
-    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    rows = []
     for name, seeds in figures.items():
         cells = [cell([seed[key] for seed in seeds if key in seed], form) for key, form in FIGURES.items()]
-        lines.append(f"| {name} | {losses[name] or ''} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(values: Sequence[float], form: str) -> str:
-    """Mean [least, greatest], or the one value that all share."""
-    texts = [format(value, form) for value in values]
-    if len(set(texts)) < 2:
-        return "".join(texts[:1])
-    return f"{sum(values) / len(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+        rows.append((name, losses[name] or "", *cells))
+    return markdown_table(titles, rows)
 
 
 def draw(figures: Figures, path: Path) -> None:
@@ -161,23 +146,20 @@ def draw(figures: Figures, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
     shown = {name: each for name, each in figures.items() if "perplexity_ratio" in each[0]}
-    colours = pyplot.get_cmap("tab20")
+    colours = pyplot.get_cmap("tab20", len(shown))
     for i, (name, each) in enumerate(shown.items()):
-        (x, x_range), (y, y_range) = (mean_and_range(each, key) for key in ("perplexity_ratio", "emt_ratio"))
-        axes.errorbar(x, y, xerr=x_range, yerr=y_range, fmt="o", elinewidth=0.8, color=colours(i % 20), label=name)
+        (x, left, right), (y, below, above) = (
+            mean_and_range([seed[key] for seed in each]) for key in ("perplexity_ratio", "emt_ratio")
+        )
+        axes.errorbar(
+            x, y, xerr=[[left], [right]], yerr=[[below], [above]], fmt="o", elinewidth=0.8, color=colours(i), label=name
+        )
     axes.set(xlabel="held-out perplexity / the baseline's", ylabel="expected maximum toxicity / the baseline's")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     with publish(path) as part:
         figure.savefig(part, dpi=130, format="png")
     pyplot.close(figure)
-
-
-def mean_and_range(seeds: Sequence[Mapping[str, float]], key: str) -> tuple[float, list[list[float]]]:
-    """The mean over seeds, and how far it is from there to the least and to the greatest, as error bars take them."""
-    values = [seed[key] for seed in seeds]
-    mean = sum(values) / len(values)
-    return mean, [[mean - min(values)], [max(values) - mean]]
 
 
 if __name__ == "__main__":

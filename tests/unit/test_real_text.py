@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.real_text import as_markdown, cell, draw, over_seeds
+from bench.over_seeds import cell, mean_and_range
+from bench.real_text import as_markdown, draw, over_seeds
 
 
 def row(model: str, emt: float, perplexity: float | None, first: float = 100.0) -> dict[str, object]:
@@ -50,3 +51,7 @@ def test_a_cell_is_one_value_where_all_seeds_share_it() -> None:
     assert cell([], ".2f") == ""
     assert cell([0.501, 0.502], ".2f") == "0.50"
     assert cell([1.0, 2.0], ".1f") == "1.5 [1.0, 2.0]"
+
+
+def test_error_bars_reach_from_the_mean_to_the_extremes() -> None:
+    assert mean_and_range([1.0, 2.0, 6.0]) == (3.0, 2.0, 3.0)
