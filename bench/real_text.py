@@ -60,7 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     configure_logging()
     config = load_config(options.config, [*_proxy(options.proxy), *options.overrides])
-    run_pipeline(config, dry_run=False, until="build_mask")
+    scored = replace(config, baseline=config.proxy_is_baseline)  # each seed trains its own, seed 0 too
+    run_pipeline(scored, dry_run=False, until="build_mask")
     base = Run(config=config)
     seeds = []
     for seed in options.seeds:
