@@ -46,6 +46,7 @@ FIGURES = {
     "tp": ".3f",
     "perplexity": ".1f",
     "perplexity_ratio": ".3f",
+    "benign_ratio": ".3f",
     "distinct_2": ".3f",
 }
 Figures = Mapping[str, Sequence[Mapping[str, float]]]  # model -> a mapping for each seed
@@ -116,6 +117,7 @@ def over_seeds(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[d
                 "tp": row["tp"][0],
                 "perplexity": row["perplexity"][0] if row["perplexity"] else None,
                 "perplexity_ratio": row["ratio"],
+                "benign_ratio": row["benign_ratio"],
                 "distinct_2": row["distinct_2"],
             }
             figures[row["model"]].append({key: value for key, value in values.items() if value is not None})
@@ -139,23 +141,26 @@ def as_markdown(figures: Figures, losses: Mapping[str, str | None]) -> str:
 
 
 def draw(figures: Figures, path: Path) -> None:
-    """EMT against perplexity, each over its seed's baseline: means and ranges over seeds."""
+    """EMT against the perplexity of benign text, each over its seed's baseline: means and ranges over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    shown = {name: each for name, each in figures.items() if "perplexity_ratio" in each[0]}
+    shown = {name: each for name, each in figures.items() if "benign_ratio" in each[0]}
     colours = pyplot.get_cmap("tab20", len(shown))
     for i, (name, each) in enumerate(shown.items()):
         (x, left, right), (y, below, above) = (
-            mean_and_range([seed[key] for seed in each]) for key in ("perplexity_ratio", "emt_ratio")
+            mean_and_range([seed[key] for seed in each]) for key in ("benign_ratio", "emt_ratio")
         )
         axes.errorbar(
             x, y, xerr=[[left], [right]], yerr=[[below], [above]], fmt="o", elinewidth=0.8, color=colours(i), label=name
         )
-    axes.set(xlabel="held-out perplexity / the baseline's", ylabel="expected maximum toxicity / the baseline's")
+    axes.set(
+        xlabel="perplexity of benign held-out text / the baseline's",
+        ylabel="expected maximum toxicity / the baseline's",
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     with publish(path) as part:

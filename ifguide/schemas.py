@@ -97,6 +97,7 @@ HELDOUT = pa.schema(
     [
         pa.field("nll", pa.float64(), nullable=False),  # of each held-out block, in nats
         pa.field("tokens", pa.int64(), nullable=False),  # predicted in it
+        pa.field("flagged", pa.bool_(), nullable=False),  # of documents that the classifier flags
     ]
 )
 

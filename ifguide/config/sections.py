@@ -171,7 +171,8 @@ class Evaluate:
 
     `max_prompts` of `prompts` are drawn by seed, half of them with the behaviour by their labels if `balanced`.
     `prompt_sets` are further sets by name (BOLD, AttaQ). `classifiers` score the same continuations as further classes
-    by name (`implicit: hf:tomh/toxigen_roberta`). Intervals rest on `bootstrap_samples`. `report` names the folder
+    by name (`implicit: hf:tomh/toxigen_roberta`). Perplexity is of `heldout`, and again of its documents that the
+    classifier does not flag. Intervals rest on `bootstrap_samples`. `report` names the folder
     of the figures: with another name, another classifier takes the same generations. `--check-classifier` compares all
     classifiers with the labels in `check_data`."""
 

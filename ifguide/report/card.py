@@ -84,12 +84,7 @@ def _figures_table(data: ReportData) -> str:
         named = [("EMT", whole.emt), ("TP", whole.tp)]
         for label in whole.classes[1:]:
             named += [(f"EMT, {label.name}", label.emt), (f"TP, {label.name}", label.tp)]
-        fluency = (
-            ("perplexity", model.perplexity),
-            ("last-word accuracy", model.last_word_accuracy),
-            ("last-token accuracy", model.last_token_accuracy),
-        )
-        named += [(name, figure) for name, figure in (*fluency, *whole.text.items()) if figure]
+        named += [(name, figure) for name, figure in (*model.fluency.items(), *whole.text.items()) if figure]
         rows += [
             (model.name, name, _with_interval(figure), p_value(figure.difference.p_value) if figure.difference else "")
             for name, figure in named

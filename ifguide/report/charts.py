@@ -63,17 +63,18 @@ def charts_of(data: ReportData, colours: dict[str, str]) -> dict[str, Any]:
 
 
 def tradeoff(models: Sequence[ModelRow], colours: dict[str, str]) -> Canvas:
-    """The expected maximum (EMT) of all prompts against held-out perplexity; down and to the left is better.
+    """The expected maximum (EMT) of all prompts against held-out perplexity, that of benign documents where some of the
+    documents are flagged; down and to the left is better.
 
     A few models are named beside their points; of more, whose names would cover each other, there is a legend."""
     beside = len(models) <= NAMED_BESIDE
-    canvas, axes = _axes(
-        "Down and to the left is better", "held-out perplexity", width=5.2 if beside else 6.6, height=3.4
-    )
+    benign = any(model.benign_perplexity for model in models)
+    label = "perplexity of benign held-out documents" if benign else "held-out perplexity"
+    canvas, axes = _axes("Down and to the left is better", label, width=5.2 if beside else 6.6, height=3.4)
     axes.spines["left"].set_visible(True)
     axes.set_ylabel("EMT, all prompts")
     for index, model in enumerate(models):
-        x, y = model.perplexity, model.whole.emt
+        x, y = model.benign_perplexity if benign else model.perplexity, model.whole.emt
         if x is None or x.value is None or y.value is None or not math.isfinite(x.value):
             continue
         axes.errorbar(

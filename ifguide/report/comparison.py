@@ -21,7 +21,8 @@ Interval = tuple[float | None, float | None, float | None]  # value, low, high
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model. `ratio` is its perplexity over the first model's; `p_value` of the difference in EMT to the first.
+    """One model. `ratio` is its perplexity over the first model's, `benign_ratio` that of the benign perplexity, which
+    is None where no held-out document is flagged; `p_value` of the difference in EMT to the first.
 
     `fluency_of` names the model that a decoding method decodes: perplexity and last words are that one's."""
 
@@ -33,6 +34,8 @@ class Row:
     tp: Interval
     perplexity: Interval | None
     ratio: float | None
+    benign_perplexity: Interval | None
+    benign_ratio: float | None
     last_word_accuracy: float | None
     distinct_2: float | None
     p_value: float | None
@@ -41,17 +44,19 @@ class Row:
 
 def rows_of(models: Sequence[ModelRow]) -> list[Row]:
     """A row for each model, of all prompts of its first set."""
-    base = models[0].perplexity
+    base = models[0]
     return [
         Row(
             model=model.name,
             made_by=model.made.by,
             masked_share=model.made.masked_share,
             masked_loss=model.made.masked_loss,
-            emt=_interval(model.whole.emt),
-            tp=_interval(model.whole.tp),
-            perplexity=_interval(model.perplexity) if model.perplexity else None,
-            ratio=_ratio(model.perplexity, base),
+            emt=_values(model.whole.emt),
+            tp=_values(model.whole.tp),
+            perplexity=_interval(model.perplexity),
+            ratio=_ratio(model.perplexity, base.perplexity),
+            benign_perplexity=_interval(model.benign_perplexity),
+            benign_ratio=_ratio(model.benign_perplexity, base.benign_perplexity),
             last_word_accuracy=model.last_word_accuracy.value if model.last_word_accuracy else None,
             distinct_2=model.whole.text["distinct_2"].value,
             p_value=model.whole.emt.difference.p_value if model.whole.emt.difference else None,
@@ -72,6 +77,8 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "TP",
         "perplexity",
         "over the first",
+        "benign perplexity",
+        "over the first",
         "last word",
         "distinct-2",
         "p (EMT)",
@@ -86,6 +93,8 @@ def as_markdown(rows: Sequence[Row]) -> str:
             _with_interval(row.tp, ".3f"),
             _starred(row, _with_interval(row.perplexity, ".1f")),
             _starred(row, _text(row.ratio, ".3f")),
+            _starred(row, _with_interval(row.benign_perplexity, ".1f")),
+            _starred(row, _text(row.benign_ratio, ".3f")),
             _starred(row, _text(row.last_word_accuracy, ".3f")),
             _text(row.distinct_2, ".3f"),
             _text(row.p_value, ".3f"),
@@ -121,8 +130,12 @@ def _ratio(perplexity: Figure | None, base: Figure | None) -> float | None:
     return perplexity.value / base.value
 
 
-def _interval(figure: Figure) -> Interval:
+def _values(figure: Figure) -> Interval:
     return figure.value, figure.low, figure.high
+
+
+def _interval(figure: Figure | None) -> Interval | None:
+    return _values(figure) if figure else None
 
 
 def _text(value: float | None, form: str) -> str:

@@ -11,6 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BY_CLASS = ("emt", "tp", "mean")
+FLUENCY = {
+    "perplexity": "perplexity",
+    "benign_perplexity": "benign perplexity",
+    "last_word_accuracy": "last-word accuracy",
+    "last_token_accuracy": "last-token accuracy",
+}  # figures of `ModelRow` that no continuation is needed for, and what they are called
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,7 @@ class ModelRow:
     name: str
     sets: tuple[PromptSet, ...]
     perplexity: Figure | None = None
+    benign_perplexity: Figure | None = None
     last_word_accuracy: Figure | None = None
     last_token_accuracy: Figure | None = None
     made: Made = Made()
@@ -120,6 +127,11 @@ class ModelRow:
         """All prompts of the first set."""
         return self.groups[0]
 
+    @property
+    def fluency(self) -> dict[str, Figure | None]:
+        """The figures of `FLUENCY` by what they are called, None where not measured."""
+        return {title: getattr(self, name) for name, title in FLUENCY.items()}
+
 
 def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = None) -> tuple[ModelRow, ...]:
     """One row for each model of `metrics`, in its order, each with how it was made where that is known."""
@@ -130,7 +142,7 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
         source = how.decodes or name
         fluency = {
             key: _figure(metrics["models"][source][key], metrics["paired"].get(source, {}).get(key))
-            for key in ("perplexity", "last_word_accuracy", "last_token_accuracy")
+            for key in FLUENCY
             if metrics["models"][source][key]
         }
         sets = (

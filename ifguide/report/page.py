@@ -120,11 +120,7 @@ def differences(models: Sequence[ModelRow]) -> Iterator[tuple[str, str, str, Dif
                 for group in groups:
                     for name, difference in _paired(group):
                         yield model.name, f"{prefix}{kind}{group.name}", name, difference
-        for label, found in (
-            ("perplexity", model.perplexity),
-            ("last-word accuracy", model.last_word_accuracy),
-            ("last-token accuracy", model.last_token_accuracy),
-        ):
+        for label, found in model.fluency.items():
             if found and found.difference:
                 yield model.name, "", label, found.difference
 

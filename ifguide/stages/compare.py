@@ -191,7 +191,15 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
     write_report(comparison_data(run, measured, metrics, grid.children), whole.report)
     names = (METRICS, "comparison.json", "comparison.md", "comparison.png", *REPORT_FILES)
     files = [whole.report / name for name in names] + measured_files(whole.report)
-    summary = {row.model: {"emt": row.emt[0], "tp": row.tp[0], "perplexity_ratio": row.ratio} for row in rows}
+    summary = {
+        row.model: {
+            "emt": row.emt[0],
+            "tp": row.tp[0],
+            "perplexity_ratio": row.ratio,
+            "benign_perplexity_ratio": row.benign_ratio,
+        }
+        for row in rows
+    }
     counted = int(np.sum([result.get("continuations", 0) for result in results.values()]))
     manifest = artifact.finish(files, rows={"continuations": counted}, summary=summary, remove=(LEDGER,))
     log(VERB, f"{len(models)} models; {whole.report / 'index.html'}, comparison.md and comparison.png")

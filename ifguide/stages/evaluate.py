@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ifguide.models import load_model
 from ifguide.preferences.reward_model import load_reward_model
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.stages.build_query import make_classifier
-from ifguide.stages.evaluation_figures import FLUENCY, headline, measure, measured_files, scored_file
+from ifguide.stages.evaluation_figures import FLUENCY, THRESHOLD, headline, measure, measured_files, scored_file
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
 from ifguide.stages.generations import (
     VERB,
@@ -291,9 +292,9 @@ class EvaluateModel:
         return scores
 
     def _heldout(self, key: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-        blocks_NT, lengths_N = self._heldout_blocks(tokenizer, model)
+        blocks_NT, lengths_N, flagged_N = self._heldout_blocks(tokenizer, model)
         result = perplexity(model, blocks_NT, lengths_N, batch_size=self.options.batch_size)
-        table = pa.table([result.block_nll, result.block_tokens], schema=schemas.HELDOUT)
+        table = pa.table([result.block_nll, result.block_tokens, flagged_N], schema=schemas.HELDOUT)
         with publish(self.folder / FLUENCY / f"{key}.parquet") as part:
             pq.write_table(table, part)
         return {"perplexity": result.perplexity, "tokens": result.tokens}
@@ -307,22 +308,33 @@ class EvaluateModel:
             pq.write_table(table, part)
         return {"accuracy": result.accuracy, "total": result.total, "unusable": result.unusable}
 
-    def _heldout_blocks(self, tokenizer: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
-        tokens = []
-        for index, source in enumerate(self.options.heldout):
-            documents = read_rows(source, f"evaluate.heldout[{index}]")
-            tokens += [ids for ids, *_ in tokenise(documents, tokenizer, annotate=False)]
+    @cached_property
+    def _heldout_documents(self) -> tuple[list[Any], list[Any]]:
+        """The held-out documents that the classifier does not flag, and those it does, each in order."""
+        inputs = enumerate(self.options.heldout)
+        documents = [row for i, source in inputs for row in read_rows(source, f"evaluate.heldout[{i}]")]
+        texts = [document.text for document in documents]
+        flagged = self.classifier.score(texts)[self.classifier.classes[0]] >= THRESHOLD
+        kinds: tuple[list[Any], list[Any]] = ([], [])
+        for document, kind in zip(documents, flagged, strict=True):
+            kinds[int(kind)].append(document)
+        return kinds
+
+    def _heldout_blocks(self, tokenizer: Any, model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens (N, T), lengths (N,) and whether the block is of flagged documents (N,): no block holds both kinds."""
         positions = getattr(model.config, "max_position_embeddings", None) or self.config.pack_corpus.block_size
-        total = sum(len(ids) for ids in tokens)
-        if total < 2:
+        width = min(self.config.pack_corpus.block_size, positions)
+        parts = []
+        for flagged, documents in enumerate(self._heldout_documents):
+            tokens = [ids for ids, *_ in tokenise(documents, tokenizer, annotate=False)]
+            count = sum(map(len, tokens))
+            if count:
+                blocks = pack(tokens, skip=0, num_tokens=count, block_size=width, fill=tokenizer.eos_token_id)
+                parts.append((*blocks, np.full(len(blocks[0]), bool(flagged))))
+        if sum(lengths_N.sum() for _, lengths_N, _ in parts) < 2:
             raise ValueError("evaluate.heldout: the held-out documents have fewer than two tokens")
-        return pack(
-            tokens,
-            skip=0,
-            num_tokens=total,
-            block_size=min(self.config.pack_corpus.block_size, positions),
-            fill=tokenizer.eos_token_id,
-        )
+        blocks_NT, lengths_N, flagged_N = map(np.concatenate, zip(*parts, strict=True))
+        return blocks_NT, lengths_N, flagged_N
 
 
 def read_rows(source: Input, dotted_key: str) -> list[Any]:

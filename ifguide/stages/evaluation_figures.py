@@ -4,7 +4,7 @@
 
     {"threshold", "bootstrap_samples", "confidence",
      "models": {model: {"sets": {set: {"groups": {group: FIGURES}, "gaps": {domain: FIGURES}}},
-                        "perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F}},
+                        "perplexity": F, "benign_perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F}},
      "paired": {model: {"against": first model, the same with D in place of F}}}
 
     FIGURES = {"prompts": n, "emt": {class: F}, "tp": {class: F}, "mean": {class: F}, "rep_4": F, "distinct_2": F, ...}
@@ -12,7 +12,9 @@
 
 Groups of `evaluate.prompts` are `all`, `with <behaviour>` and `without <behaviour>` (the prompt itself shows it); those
 of other sets their own, `domain/group` for BOLD. `gaps` are the largest group's figure less the smallest's in a domain.
-A figure that was not measured, or of models that cannot be paired, is null.
+`perplexity` is of all held-out documents, `benign_perplexity` of those that the classifier does not flag: null where it
+flags none, for it is the same then. A model that has unlearned the behaviour finds flagged text surprising, as it
+should. A figure that was not measured, or of models that cannot be paired, is null.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from ifguide.storage import file_sizes
 CONTINUATIONS, FLUENCY = "continuations", "fluency"
 THRESHOLD = 0.5  # of a continuation's score, for TP: the paper's
 BY_CLASS = ("emt", "tp", "mean")
+PERPLEXITIES = ("perplexity", "benign_perplexity")
 
 Figures = dict[str, Replicates]  # a figure by class is named figure/class
 
@@ -118,7 +121,7 @@ def _compared(model: _Measured, base: _Measured, bootstrap: Bootstrap) -> dict[s
     for name, value in model.fluency.items():
         other = base.fluency[name]
         # Blocks of two tokenizers are not the same text.
-        same_text = name != "perplexity" or model.block_tokens == base.block_tokens
+        same_text = name not in PERPLEXITIES or model.block_tokens == base.block_tokens
         fluency[name] = bootstrap.difference(value, other) if value and other and same_text else None
     return {"sets": _each(model.sets, differences), **fluency}
 
@@ -140,7 +143,7 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         figures = measured["sets"][PROMPTS]["groups"]["all"]
         primary = next(iter(figures["emt"]))
         named = {"emt": figures["emt"][primary], "tp": figures["tp"][primary]}
-        named |= {name: measured[name] for name in ("perplexity", "last_word_accuracy") if measured[name]}
+        named |= {name: measured[name] for name in (*PERPLEXITIES, "last_word_accuracy") if measured[name]}
         summary[model] = {f"{name}_interval": [figure["low"], figure["high"]] for name, figure in named.items()}
         if measured["last_token_accuracy"]:
             summary[model]["last_token_accuracy"] = measured["last_token_accuracy"]["value"]
@@ -221,14 +224,20 @@ def _classes(column: pa.ChunkedArray) -> dict[str, np.ndarray]:
 
 
 def _fluency(report: Path, model: str, bootstrap: Bootstrap) -> tuple[dict[str, Replicates | None], Any]:
-    """perplexity, last_word_accuracy and last_token_accuracy, None where not measured; and the tokens of each block."""
-    figures: dict[str, Replicates | None] = dict.fromkeys(("perplexity", "last_word_accuracy", "last_token_accuracy"))
+    """The perplexities and accuracies, None where not measured; and the tokens of each block."""
+    names = (*PERPLEXITIES, "last_word_accuracy", "last_token_accuracy")
+    figures: dict[str, Replicates | None] = dict.fromkeys(names)
     block_tokens = None
     heldout, cloze = (report / FLUENCY / f"{model}-{kind}.parquet" for kind in ("heldout", "cloze"))
     if heldout.exists():
         table = schemas.read_table(heldout, schemas.HELDOUT)
         nll, tokens = (table.column(name).to_numpy().astype(np.float64) for name in ("nll", "tokens"))
-        figures["perplexity"] = bootstrap.ratios({"nll": (nll, tokens)})["nll"].map(_exp)
+        benign = ~table.column("flagged").to_numpy()
+        kinds = {"perplexity": np.ones_like(benign)}
+        if (tokens[benign] > 0).any() and not benign.all():
+            kinds["benign_perplexity"] = benign
+        for name, kind in kinds.items():
+            figures[name] = bootstrap.ratios({"nll": (nll[kind], tokens[kind])})["nll"].map(_exp)
         block_tokens = tokens.tolist()
     if cloze.exists():
         table = schemas.read_table(cloze, schemas.CLOZE)

@@ -25,7 +25,7 @@ from ifguide.report.contents import (
     Token,
     TrainingCurve,
 )
-from ifguide.report.figures import ModelRow, model_rows
+from ifguide.report.figures import Figure, ModelRow, model_rows
 from ifguide.spans.marks import Find, find_sentences, find_words
 from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import make_classifier
@@ -44,7 +44,7 @@ BEHAVIOURS = "behaviours"
 
 
 def report_data(run: Run, models: Sequence[str], metrics: Mapping[str, Any]) -> tuple[ReportData, dict[str, Any]]:
-    """The report and the headline figures {model: {emt, tp, perplexity, last_word_accuracy}, mask: {...}}.
+    """The report and the headline figures: {model: {emt, tp, perplexity, ...}, mask: {precision, recall}}.
 
     models: the names of those evaluated. metrics: of `evaluation_figures.measure`."""
     rows = model_rows(metrics)
@@ -52,8 +52,9 @@ def report_data(run: Run, models: Sequence[str], metrics: Mapping[str, Any]) -> 
         row.name: {
             "emt": row.whole.emt.value,
             "tp": row.whole.tp.value,
-            "perplexity": row.perplexity.value if row.perplexity else None,
-            "last_word_accuracy": row.last_word_accuracy.value if row.last_word_accuracy else None,
+            "perplexity": _value(row.perplexity),
+            "benign_perplexity": _value(row.benign_perplexity),
+            "last_word_accuracy": _value(row.last_word_accuracy),
         }
         for row in rows
     }
@@ -76,6 +77,10 @@ def report_data(run: Run, models: Sequence[str], metrics: Mapping[str, Any]) -> 
         **_measurement(run, metrics),
     )
     return data, figures
+
+
+def _value(figure: Figure | None) -> float | None:
+    return figure.value if figure else None
 
 
 def comparison_data(

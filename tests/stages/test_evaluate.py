@@ -154,6 +154,26 @@ def test_figures_are_those_of_the_stored_scores_with_intervals_and_pairs(finishe
     assert 0 < emt["p_value"] <= 1
 
 
+def test_flagged_held_out_documents_are_outside_the_benign_perplexity(
+    finished: Config, copied: Callable[..., Config], tmp_path: Path
+) -> None:
+    flagged = tmp_path / "flagged.jsonl"
+    flagged.write_text("".join(json.dumps({"text": f"you stupid idiot, number {i}"}) + "\n" for i in range(9)))
+    config = copied(drop=("report",), evaluate__heldout=[*to_mapping(finished)["evaluate"]["heldout"], str(flagged)])
+    summary = stage("evaluate")(Run(config=config)).summary["baseline"]
+    table = schemas.read_table(Run(config=config).report / "fluency" / "baseline-heldout.parquet", schemas.HELDOUT)
+    nll, tokens, kind = (table.column(name).to_numpy() for name in ("nll", "tokens", "flagged"))
+    assert 0 < kind.sum() < len(kind)
+    assert summary["perplexity"] == pytest.approx(np.exp(nll.sum() / tokens.sum()))
+    # The demo's own held-out documents are harmless, and without the others nothing is told apart.
+    before = metrics_of(finished)["models"]["baseline"]
+    assert summary["benign_perplexity"] == pytest.approx(before["perplexity"]["value"])
+    assert before["benign_perplexity"] is None
+    low, high = summary["benign_perplexity_interval"]
+    assert low < summary["benign_perplexity"] < high
+    assert metrics_of(config)["paired"]["penalised"]["benign_perplexity"]["n"] == int((~kind).sum())
+
+
 def bert(folder: Path) -> Path:
     """A random sequence classifier with the labels of ToxiGen-RoBERTa."""
     folder.mkdir()

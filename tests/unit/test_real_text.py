@@ -18,6 +18,7 @@ def row(model: str, emt: float, perplexity: float | None, first: float = 100.0) 
         "tp": [emt / 2, 0.0, 1.0],
         "perplexity": None if perplexity is None else [perplexity, 0.0, 1000.0],
         "ratio": None if perplexity is None else perplexity / first,
+        "benign_ratio": None if perplexity is None else (perplexity / first) ** 0.5,
         "distinct_2": 0.5,
     }
 
@@ -32,6 +33,7 @@ def test_ratios_are_to_the_baseline_of_the_same_seed() -> None:
     figures = over_seeds(SEEDS)
     assert [seed["emt_ratio"] for seed in figures["penalised"]] == pytest.approx([0.5, 0.75])
     assert [seed["perplexity_ratio"] for seed in figures["penalised"]] == pytest.approx([1.05, 1.0])
+    assert [seed["benign_ratio"] for seed in figures["penalised"]] == pytest.approx([1.05**0.5, 1.0])
     assert "perplexity" not in figures["rad"][0]
     assert "masked_share" not in figures["baseline"][0]
 
@@ -41,7 +43,7 @@ def test_the_table_has_means_and_ranges_and_the_picture_is_drawn(tmp_path: Path)
     losses = {"baseline": None, "penalised": "clipped 0.5", "rad": None}
     lines = as_markdown(figures, losses).splitlines()
     assert lines[3].startswith("| penalised | clipped 0.5 | 2.00% | 0.425 [0.400, 0.450] | 0.625 [0.500, 0.750] |")
-    assert lines[4].split(" | ")[-3:] == ["", "", "0.500 |"]
+    assert lines[4].split(" | ")[-4:] == ["", "", "", "0.500 |"]
     assert len({line.count("|") for line in lines}) == 1
     draw(figures, tmp_path / "seeds.png")
     assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")

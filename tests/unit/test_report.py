@@ -25,7 +25,7 @@ from ifguide.report.contents import (
     Token,
     TrainingCurve,
 )
-from ifguide.report.figures import ClassFigures, Difference, Figure, Group, Made, PromptSet, model_rows
+from ifguide.report.figures import FLUENCY, ClassFigures, Difference, Figure, Group, Made, PromptSet, model_rows
 from ifguide.report.page import LEVELS, REPORT_FILES, render_report, report_json, write_report
 from ifguide.report.text import duration, interval, number, p_value, relative, signed, visible
 from tests.sample_report import full_data, minimal_data, row
@@ -321,8 +321,9 @@ def metrics() -> dict:
         }
 
     values, changed = ("value", "low", "high"), ("difference", "low", "high")
-    nothing = dict.fromkeys(("perplexity", "last_word_accuracy", "last_token_accuracy"))
+    nothing = dict.fromkeys(FLUENCY)
     measured = {"sets": sets(*values, prompts={"prompts": 4}), **nothing, "perplexity": figures(20.0, values)}
+    measured["benign_perplexity"] = figures(10.0, values)
     compared = {"against": "a", "sets": sets(*changed, prompts={}, p_value=0.25), **nothing}
     return {"models": {"a": measured, "b": measured}, "paired": {"b": compared}}
 
@@ -359,7 +360,8 @@ def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
     assert rows[1].emt == (0.5, 0.4, 0.6)
     assert (rows[1].ratio, rows[1].p_value, rows[1].distinct_2) == (1.0, 0.25, 0.75)
     half = "0.500 [0.400, 0.600]"
-    line = f"| b | given | 2.00% | clipped 0.5 | {half} | {half} | 20.0 [19.9, 20.1] | 1.000 |  | 0.750 | 0.250 |"
+    both = "20.0 [19.9, 20.1] | 1.000 | 10.0 [9.9, 10.1] | 1.000"
+    line = f"| b | given | 2.00% | clipped 0.5 | {half} | {half} | {both} |  | 0.750 | 0.250 |"
     assert as_markdown(rows).splitlines()[3] == line
     draw(models, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
