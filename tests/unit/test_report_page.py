@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,26 +11,14 @@ from typing import Any
 
 import pytest
 
+from bench.screenshots import CHROMIUM, DRIVER, SCREENS, open_browser, screenshot, show
 from ifguide.report.page import render_report
 from tests.sample_report import full_data, large_data
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium, chromium-driver)"
 )
@@ -38,13 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    driver.set_page_load_timeout(60)
+    driver = open_browser(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()
 
@@ -57,19 +39,6 @@ def full_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(path: Path, html: str) -> Path:
     path.write_text(html, encoding="utf-8")
     return path
-
-
-def show(browser: Any, page: Path, width: int = 1280) -> None:
-    """Open the page anew on a screen of `width` CSS pixels."""
-    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get("about:blank")
-    for kind in ("browser", "performance"):
-        browser.get_log(kind)  # forgets what was before
-    browser.get(page.as_uri())
-    # on a busy machine `get` came back with the page still empty
-    loaded = "return document.readyState === 'complete' && document.querySelector('main') !== null"
-    WebDriverWait(browser, 60).until(lambda _: browser.execute_script(loaded))
 
 
 def network(browser: Any, event: str) -> list[dict[str, Any]]:
@@ -214,3 +183,11 @@ def test_a_very_large_page_is_small_and_quick_enough(browser: Any, tmp_path: Pat
     assert browser.find_element(By.CSS_SELECTOR, "#documents-1 output").text == "1 of 200 documents"
     assert time.monotonic() - start < 20
     assert shown(browser) == ["Document 137"]
+
+
+@pytest.mark.parametrize("screen", list(SCREENS))
+def test_a_screenshot_is_as_large_as_the_screen(browser: Any, full_page: Path, screen: str) -> None:
+    width, height = SCREENS[screen]
+    picture = screenshot(browser, full_page, width, height)
+    assert picture.startswith(b"\x89PNG")
+    assert struct.unpack(">II", picture[16:24]) == (width, height)
