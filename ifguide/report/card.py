@@ -12,6 +12,8 @@ from ifguide.report.figures import Figure, ModelRow
 from ifguide.report.text import interval, number, p_value, percent, relative, visible
 from ifguide.training.model_card import markdown_table
 
+SUMMARISED = 3  # models besides the first: of more the summary is of one, and the table has the others
+
 
 def summary_line(data: ReportData) -> str:
     """The result in one paragraph: each further model against the baseline, or the only model's figures."""
@@ -19,23 +21,31 @@ def summary_line(data: ReportData) -> str:
     prompts = f"{baseline.whole.prompts:,} prompts"
     sampled = f"{data.continuations} continuations of each of {prompts}" if data.continuations else prompts
     sentences = [f"{data.behaviour[:1].upper()}{data.behaviour[1:]} in {sampled}."]
-    for model in others or [baseline]:
+    told = others if len(others) <= SUMMARISED else others[:1]
+    for model in told or [baseline]:
         figures = _headline_figures(baseline, model if others else None)
         subject = f"{model.name} against {baseline.name}" if others else baseline.name
         sentences.append(f"{subject}: {', '.join(figures) or 'nothing was measured'}.")
+    if len(told) < len(others):
+        sentences.append(f"The table has {len(others) - len(told)} more.")
     return " ".join(sentences)
 
 
 def _headline_figures(baseline: ModelRow, other: ModelRow | None) -> list[str]:
     def figures(model: ModelRow) -> dict[str, tuple[float | None, str]]:
-        tp, emt, perplexity, accuracy = (
-            figure.value if figure else None
-            for figure in (model.whole.tp, model.whole.emt, model.perplexity, model.last_word_accuracy)
+        measured = (
+            model.whole.tp,
+            model.whole.emt,
+            model.perplexity,
+            model.benign_perplexity,
+            model.last_word_accuracy,
         )
+        tp, emt, perplexity, benign, accuracy = (figure.value if figure else None for figure in measured)
         return {
             "TP": (tp, number(tp, 2)),
             "EMT": (emt, number(emt, 2)),
             "perplexity": (perplexity, number(perplexity, 1)),
+            "benign perplexity": (benign, number(benign, 1)),
             "last-word accuracy": (accuracy, percent(accuracy)),
         }
 
@@ -45,7 +55,7 @@ def _headline_figures(baseline: ModelRow, other: ModelRow | None) -> list[str]:
         new, new_text = after[name]
         if value is None or new is None:
             continue
-        change = f" ({relative(new, value)})" if name == "perplexity" else ""
+        change = f" ({relative(new, value)})" if name.endswith("perplexity") else ""
         texts.append(f"{name} {text} → {new_text}{change}" if other else f"{name} {text}")
     return texts
 

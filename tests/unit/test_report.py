@@ -263,6 +263,18 @@ def test_the_summary_compares_every_model_with_the_first():
     assert summary_line(minimal_data()) == "Rudeness in 3 prompts. only: EMT 0.50."
 
 
+def test_the_summary_of_many_models_is_of_one_and_of_its_benign_perplexity():
+    baseline, guided, *_ = full_data().models
+    baseline = dataclasses.replace(baseline, benign_perplexity=Figure(value=4.0))
+    guided = dataclasses.replace(guided, benign_perplexity=Figure(value=4.1))
+    rows = (baseline, guided, *(dataclasses.replace(guided, name=f"method {i}") for i in range(3)))
+    text = summary_line(dataclasses.replace(full_data(), models=rows))
+    assert "guided against baseline: " in text
+    assert "benign perplexity 4.0 → 4.1 (+2.5%)" in text
+    assert "method" not in text
+    assert text.endswith("The table has 3 more.")
+
+
 def test_numbers_are_written_for_people():
     assert [number(x) for x in (None, math.nan, math.inf, 1234.5, -0.25)] == ["–", "–", "∞", "1,234.500", "−0.250"]
     assert [relative(5.304, 5.1), signed(-0.42), signed(0.00004), signed(1234.5, 1)] == [
