@@ -141,7 +141,8 @@ def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config
     assert [curve["model"] for curve in page["curves"]] == list(manifest.summary)
     assert "compare/filter/mask" in [row["folder"] for row in page["provenance"]]
     assert set(REPORT_FILES) <= set(manifest.files)
-    assert "Their loss" in (folder / "index.html").read_text(encoding="utf-8")
+    filtered = f"{by_name['filter']['masked_share']:.2%} masked: ignore"
+    assert filtered in (folder / "index.html").read_text(encoding="utf-8")
     plain = method_run(run, "plain", methods["plain"])
     queries = read_manifest(plain.query)
     assert queries.rows["queries"] == queries.summary["toxic"] == read_manifest(run.query).summary["toxic"]
