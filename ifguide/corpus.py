@@ -123,6 +123,8 @@ class Encoded(NamedTuple):
 
 def tokenise(documents: Sequence[RawDocument], tokenizer: Any, *, annotate: bool) -> list[Encoded]:
     """Good documents as tokens with EOS appended; `annotate` asks for `Encoded.annotated`."""
+    if not documents:
+        return []  # a tokenizer refuses a list of no texts
     encoded = tokenizer(
         [document.text for document in documents],
         add_special_tokens=False,

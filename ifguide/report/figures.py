@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BY_CLASS = ("emt", "tp", "mean")
-FLUENCY = {
+FLUENCY_TITLES = {
     "perplexity": "perplexity",
     "benign_perplexity": "benign perplexity",
     "last_word_accuracy": "last-word accuracy",
@@ -129,8 +129,8 @@ class ModelRow:
 
     @property
     def fluency(self) -> dict[str, Figure | None]:
-        """The figures of `FLUENCY` by what they are called, None where not measured."""
-        return {title: getattr(self, name) for name, title in FLUENCY.items()}
+        """The figures of `FLUENCY_TITLES` by what they are called, None where not measured."""
+        return {title: getattr(self, name) for name, title in FLUENCY_TITLES.items()}
 
 
 def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = None) -> tuple[ModelRow, ...]:
@@ -142,7 +142,7 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
         source = how.decodes or name
         fluency = {
             key: _figure(metrics["models"][source][key], metrics["paired"].get(source, {}).get(key))
-            for key in FLUENCY
+            for key in FLUENCY_TITLES
             if metrics["models"][source][key]
         }
         sets = (

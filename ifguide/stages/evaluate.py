@@ -326,7 +326,7 @@ class EvaluateModel:
         width = min(self.config.pack_corpus.block_size, positions)
         parts = []
         for flagged, documents in enumerate(self._heldout_documents):
-            tokens = [ids for ids, *_ in tokenise(documents, tokenizer, annotate=False)] if documents else []
+            tokens = [ids for ids, *_ in tokenise(documents, tokenizer, annotate=False)]
             count = sum(map(len, tokens))
             if count:
                 blocks = pack(tokens, skip=0, num_tokens=count, block_size=width, fill=tokenizer.eos_token_id)

@@ -31,6 +31,7 @@ from ifguide import schemas
 from ifguide.artifacts import data_files
 from ifguide.evaluation import Bootstrap, Replicates, Resampled, prompt_statistics
 from ifguide.evaluation.bootstrap import gap
+from ifguide.report.figures import BY_CLASS, FLUENCY_TITLES
 from ifguide.stages.evaluation_prompts import PROMPTS
 from ifguide.stages.run import Run
 from ifguide.stages.shards import StageError
@@ -38,7 +39,6 @@ from ifguide.storage import file_sizes
 
 CONTINUATIONS, FLUENCY = "continuations", "fluency"
 THRESHOLD = 0.5  # of a continuation's score, for TP: the paper's
-BY_CLASS = ("emt", "tp", "mean")
 PERPLEXITIES = ("perplexity", "benign_perplexity")
 
 Figures = dict[str, Replicates]  # a figure by class is named figure/class
@@ -225,8 +225,7 @@ def _classes(column: pa.ChunkedArray) -> dict[str, np.ndarray]:
 
 def _fluency(report: Path, model: str, bootstrap: Bootstrap) -> tuple[dict[str, Replicates | None], Any]:
     """The perplexities and accuracies, None where not measured; and the tokens of each block."""
-    names = (*PERPLEXITIES, "last_word_accuracy", "last_token_accuracy")
-    figures: dict[str, Replicates | None] = dict.fromkeys(names)
+    figures: dict[str, Replicates | None] = dict.fromkeys(FLUENCY_TITLES)
     block_tokens = None
     heldout, cloze = (report / FLUENCY / f"{model}-{kind}.parquet" for kind in ("heldout", "cloze"))
     if heldout.exists():

@@ -13,8 +13,6 @@ from html.parser import HTMLParser
 import pytest
 
 from ifguide.report.card import card_fragment, summary_line
-from ifguide.report.charts import colours_of, tradeoff
-from ifguide.report.comparison import as_markdown, draw, rows_of
 from ifguide.report.contents import (
     AgreementRow,
     ArtifactRow,
@@ -25,7 +23,7 @@ from ifguide.report.contents import (
     Token,
     TrainingCurve,
 )
-from ifguide.report.figures import FLUENCY, ClassFigures, Difference, Figure, Group, Made, PromptSet, model_rows
+from ifguide.report.figures import ClassFigures, Figure, Group, PromptSet
 from ifguide.report.page import LEVELS, REPORT_FILES, render_report, report_json, write_report
 from ifguide.report.text import duration, interval, number, p_value, relative, signed, visible
 from tests.sample_report import full_data, minimal_data, row
@@ -308,87 +306,6 @@ def test_outlying_blocks_are_listed_with_their_figures_and_escaped_text(full_htm
     assert "31.2" in html
     assert "ha &lt;ha&gt; ha" in html
     assert "Blocks that stand out" not in render_report(minimal_data())
-
-
-# ---- from the measured figures -------------------------------------------------------------------------
-
-
-def metrics() -> dict:
-    """As `stages.evaluation_figures` writes them: two models, a set with a gap."""
-
-    def figures(value: float, keys: tuple[str, ...], **changes: float) -> dict:
-        return {**dict(zip(keys, (value, value - 0.1, value + 0.1), strict=True)), "n": 4, **changes}
-
-    def group(*keys: str, text: bool, **changes: float) -> dict:
-        by_class = {kind: {"toxicity": figures(0.5, keys, **changes)} for kind in ("emt", "tp", "mean")}
-        return by_class | ({"distinct_2": figures(0.75, keys, **changes)} if text else {})
-
-    def sets(*keys: str, prompts: dict, **changes: float) -> dict:
-        return {
-            "prompts": {"groups": {"all": prompts | group(*keys, text=True, **changes)}, "gaps": {}},
-            "bold": {
-                "groups": {name: prompts | group(*keys, text=True, **changes) for name in ("all", "race/a", "race/b")},
-                "gaps": {"race": prompts | group(*keys, text=False, **changes)},
-            },
-        }
-
-    values, changed = ("value", "low", "high"), ("difference", "low", "high")
-    nothing = dict.fromkeys(FLUENCY)
-    measured = {"sets": sets(*values, prompts={"prompts": 4}), **nothing, "perplexity": figures(20.0, values)}
-    measured["benign_perplexity"] = figures(10.0, values)
-    compared = {"against": "a", "sets": sets(*changed, prompts={}, p_value=0.25), **nothing}
-    return {"models": {"a": measured, "b": measured}, "paired": {"b": compared}}
-
-
-def test_rows_are_the_figures_of_the_metrics_file():
-    trained = Made(by="influence masked", masked_share=0.02, objective="clipped", penalty=0.5)
-    first, second = model_rows(metrics(), {"b": trained})
-    assert (first.made, second.made) == (Made(), trained)
-    assert first.whole.emt == Figure(value=0.5, low=0.4, high=0.6)
-    assert second.whole.emt.difference == Difference(value=0.5, low=0.4, high=0.6, p_value=0.25)
-    assert second.whole.text["distinct_2"].difference.p_value == 0.25
-    assert second.perplexity == Figure(value=20.0, low=19.9, high=20.1)  # measured, but not paired
-    assert second.last_word_accuracy is None
-    assert [group.name for group in second.sets[1].groups] == ["all", "race/a", "race/b"]
-    assert second.sets[1].gaps[0].classes[0].mean.difference.p_value == 0.25
-    assert second.sets[1].gaps[0].text == {}
-    html = render_report(minimal_data(models=(first, second)))
-    assert "p = 0.250" in html
-    assert "0.02%" not in html
-    assert "2.00%" in html
-
-
-def test_a_model_that_decodes_another_has_its_fluency_and_says_so():
-    measured = metrics()
-    measured["models"]["rad"] = measured["models"]["b"] | {"perplexity": None}
-    first, _, decoded = model_rows(measured, {"rad": Made(by="RAD of a", decodes="a")})
-    assert decoded.perplexity == first.perplexity
-    assert "rad decodes a: its perplexity" in render_report(minimal_data(models=(first, decoded)))
-
-
-def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
-    models = model_rows(metrics(), {"b": Made(masked_share=0.02, objective="clipped", penalty=0.5)})
-    rows = rows_of(models)
-    assert rows[1].emt == (0.5, 0.4, 0.6)
-    assert (rows[1].ratio, rows[1].p_value, rows[1].distinct_2) == (1.0, 0.25, 0.75)
-    half = "0.500 [0.400, 0.600]"
-    both = "20.0 [19.9, 20.1] | 1.000 | 10.0 [9.9, 10.1] | 1.000"
-    line = f"| b | given | 2.00% | clipped 0.5 | {half} | {half} | {both} |  | 0.750 | 0.250 |"
-    assert as_markdown(rows).splitlines()[3] == line
-    draw(models, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert len(set(colours_of("abcdefghij").values())) == 10
-
-
-def test_many_models_are_told_apart_in_a_legend():
-    names = [f"model_{index}" for index in range(25)]
-    one = model_rows(metrics(), {})[0]
-    models, colours = [dataclasses.replace(one, name=name) for name in names], colours_of(names)
-    axes = tradeoff(models, colours).axes[0]
-    looks = {(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() not in "|_"}
-    assert len(looks) == len(names)
-    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == names
-    assert not tradeoff(models[:2], colours).legends
 
 
 def test_the_model_card_fragment_is_markdown_with_intervals_and_fingerprints():
