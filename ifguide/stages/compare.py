@@ -4,7 +4,7 @@ A method with a mask gets a run directory of its own in `compare/<name>`, for th
 this run's. It is trained as this run's models were: the same blocks in the same order, the same initial weights. What
 DPO and RAD need is made by `stages.preference_methods`. `compare/report/` holds the figures of all models, with the
 run's own first, as `comparison.md`, `comparison.json`, `comparison.png`, `metrics.json` and as a page, `index.html`.
-Running it again resumes.
+Continuations that `evaluate` has sampled from the run's own models are not sampled again. Running it again resumes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ifguide.stages.build_query import build_query
 from ifguide.stages.evaluate import METRICS, measure_models, models_to_evaluate
 from ifguide.stages.evaluation_figures import measured_files
 from ifguide.stages.evaluation_prompts import chosen_sets
+from ifguide.stages.generations import has_generations
 from ifguide.stages.method_masks import VERB, check_method, make_method_mask
 from ifguide.stages.preference_methods import (
     check_preferences,
@@ -170,10 +171,11 @@ def _plain_influence(run: Run, child: Run) -> Manifest:
 
 def _measure(run: Run, grid: _Grid) -> Manifest:
     models = grid.models
-    # Generations of the run itself are of other models: this folder has its own.
     evaluation = replace(run.config.evaluate, report="report")
     whole = Run(config=replace(run.config, run_dir=str(run.folder / VERB), evaluate=evaluation))
     sets = chosen_sets(run.config)
+    own = [name for name, (_, fingerprint) in models.items() if has_generations(run, name, fingerprint, sets)]
+    whole = whole.borrow(run, *(f"generations/{name}" for name in own))
     inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
     artifact = whole.open(whole.report, VERB, keys=("evaluate", "seed"), inputs=inputs)
     if artifact.manifest:

@@ -185,7 +185,7 @@ def _items(run: Run, model: str, name: str, rows: Sequence[Any], continuations: 
     place = {row.row: i for i, row in enumerate(rows)}
     tokens: list[list[list[int]]] = [[[]] * continuations for _ in rows]
     scores: dict[str, np.ndarray] = {}
-    for number, path in enumerate(data_files(run.generations / model / name)):
+    for number, path in enumerate(data_files(run.generations(model) / name)):
         generated = schemas.read_table(path, schemas.GENERATIONS)
         scored = schemas.read_table(scored_file(run.report, model, name, number), schemas.CONTINUATIONS)
         if not scored.select(["prompt_row", "sample"]).equals(generated.select(["prompt_row", "sample"])):

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import Artifact, data_files, publish, require
+from ifguide.artifacts import MANIFEST, Artifact, MismatchError, data_files, publish, require
 from ifguide.config import Evaluate
 from ifguide.evaluation.generation import Guide, Sampling, decode, sample_tokens, token_lengths
 from ifguide.stages.run import Run
@@ -45,7 +45,7 @@ def open_generations(
     found = {}
     for model, (_, fingerprint) in models.items():
         for name, prompts in sets.items():
-            folder = run.generations / model / name
+            folder = run.generations(model) / name
             artifact = run.open(
                 folder,
                 VERB,
@@ -57,6 +57,17 @@ def open_generations(
                 require(folder, VERB)
             found[model, name] = artifact
     return found
+
+
+def has_generations(run: Run, model: str, fingerprint: str, sets: Mapping[str, Prompts]) -> bool:
+    """Whether the run has all continuations of a model, of these prompts and sampled as its config says."""
+    if not all((run.generations(model) / name / MANIFEST).exists() for name in sets):
+        return False
+    try:
+        open_generations(run, {model: ("", fingerprint)}, sets)
+    except MismatchError:
+        return False
+    return True
 
 
 def prompts_digest(prompts: Prompts) -> str:

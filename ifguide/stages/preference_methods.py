@@ -118,7 +118,7 @@ def read_samples(run: Run, tokenizer: Any, model: Any) -> tuple[list[ScoredPromp
     """The scored training prompts, and how many prompts were sampled but are evaluated too."""
     sampler = samples_run(run)
     rows: dict[int, tuple[list[tuple[int, ...]], list[float]]] = {}
-    for number, path in enumerate(data_files(sampler.generations / BASELINE / PROMPTS)):
+    for number, path in enumerate(data_files(sampler.generations(BASELINE) / PROMPTS)):
         generated = schemas.read_table(path, schemas.GENERATIONS).to_pylist()
         scored = schemas.read_table(scored_file(sampler.report, BASELINE, PROMPTS, number), schemas.CONTINUATIONS)
         for row, scores in zip(generated, scored.column("scores").to_pylist(), strict=True):

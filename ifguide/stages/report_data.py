@@ -63,7 +63,7 @@ def report_data(run: Run, models: Sequence[str], metrics: Mapping[str, Any]) -> 
     if agreement:
         figures["mask"] = {"precision": agreement[0].precision, "recall": agreement[0].recall}
     folders = run.artifact_folders() | {
-        f"generations/{model}/{name}": run.generations / model / name
+        f"generations/{model}/{name}": run.generations(model) / name
         for model in models
         for name in (PROMPTS, *run.config.evaluate.prompt_sets)
     }

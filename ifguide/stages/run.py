@@ -37,12 +37,15 @@ class Run:
     ranking = property(lambda self: self._place("ranking"))
     mask = property(lambda self: self._place("mask"))
     analyses = property(lambda self: self.folder / "analyses")
-    generations = property(lambda self: self.folder / "generations")
     report = property(lambda self: self.folder / self.config.evaluate.report)
 
     def model(self, name: str) -> Path:
         """Folder of a trained model: `baseline` or `penalised`."""
         return self._place(f"model/{name}")
+
+    def generations(self, model: str) -> Path:
+        """Folder of a model's continuations, an artifact for each prompt set."""
+        return self._place(f"generations/{model}")
 
     def _place(self, name: str) -> Path:
         return self.lent.get(name, self.folder / name)
@@ -93,9 +96,8 @@ class Run:
         return replace(self, config=replace(self.config, pretrain=replace(self.config.pretrain, use_mask=use_mask)))
 
     def borrow(self, other: Run, *names: str) -> Run:
-        """This run with artifacts of another one, as in `artifact_folders`, in place of its own."""
-        folders = other.artifact_folders()
-        return replace(self, lent={**self.lent, **{name: folders[name] for name in names}})
+        """This run with artifacts of another one in place of its own: folders by their names in a run directory."""
+        return replace(self, lent={**self.lent, **{name: other._place(name) for name in names}})
 
 
 def model_mapping(source: ModelSource) -> dict[str, Any]:

@@ -129,6 +129,8 @@ def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config
     assert weights[0] == weights[1]
     rows: list[dict[str, Any]] = json.loads((run.folder / "compare" / "report" / "comparison.json").read_text())
     by_name = {row["model"]: row for row in rows}
+    # Nor are the run's own models sampled again: the figures of the same weights are those of `evaluate`'s texts.
+    assert {path.name for path in (run.folder / "compare" / "generations").iterdir()} == {"same", "filter", "plain"}
     assert by_name["same"]["emt"] == by_name["penalised"]["emt"]
     assert by_name["baseline"]["ratio"] == 1
     assert by_name["filter"]["masked_loss"] == "ignore"
@@ -186,7 +188,10 @@ def preferring(copied: Callable[..., Config]) -> Config:
 
 
 def sampled(run: Run, model: str) -> dict[tuple[int, int], list[int]]:
-    folder = run.folder / "compare" / "generations" / model / "prompts"
+    own = (
+        run.generations(model) if model in ("baseline", "penalised") else run.folder / "compare" / "generations" / model
+    )
+    folder = own / "prompts"
     rows = [row for path in data_files(folder) for row in schemas.read_table(path, schemas.GENERATIONS).to_pylist()]
     return {(row["prompt_row"], row["sample"]): row["tokens"] for row in rows}
 

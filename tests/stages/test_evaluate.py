@@ -18,7 +18,8 @@ from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_ma
 from ifguide.cli import main, stage
 from ifguide.config import Config, ConfigError, to_mapping
 from ifguide.evaluation import expected_max, probability_any
-from ifguide.stages.evaluation_prompts import chosen_prompts
+from ifguide.stages.evaluation_prompts import chosen_prompts, chosen_sets
+from ifguide.stages.generations import has_generations
 from ifguide.stages.run import Run
 
 PLAIN = {"evaluate__heldout": [], "evaluate__cloze": None}  # so that nothing but generation loads a model
@@ -27,7 +28,7 @@ PLAIN = {"evaluate__heldout": [], "evaluate__cloze": None}  # so that nothing bu
 def texts_of(config: Config, model: str, prompt_set: str = "prompts") -> dict[tuple[int, int], str]:
     """(prompt row, sample) -> continuation."""
     found = {}
-    for path in data_files(Run(config=config).generations / model / prompt_set):
+    for path in data_files(Run(config=config).generations(model) / prompt_set):
         for row in schemas.read_table(path, schemas.GENERATIONS).to_pylist():
             found[row["prompt_row"], row["sample"]] = row["continuation"]
     return found
@@ -60,29 +61,37 @@ def test_another_classifier_takes_the_same_generations_without_the_models(
     classifier = {"name": words(tmp_path, "the", "a")}
     config = copied(evaluate__classifier=classifier, evaluate__report="report-words", **PLAIN)
     run = Run(config=config)
-    before = {path: path.stat().st_mtime_ns for path in run.generations.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in (run.folder / "generations").rglob("*") if path.is_file()}
     assert len(before) >= 8
     for name in ("baseline", "penalised"):
         (run.model(name) / "hf" / "model.safetensors").unlink()  # whoever generates fails
     manifest = stage("evaluate")(run)
-    assert {path: path.stat().st_mtime_ns for path in run.generations.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in (run.folder / "generations").rglob("*") if path.is_file()
+    } == before
     assert (run.folder / "report" / MANIFEST).exists()
     assert set(np.unique(scores_of(config, "baseline")["toxicity"])) <= {0.0, 1.0}
     assert manifest.rows["continuations"] == 2 * 10 * 3
-    shard = data_files(run.generations / "baseline" / "prompts")[0]
+    shard = data_files(run.generations("baseline") / "prompts")[0]
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
     again = replace(config, evaluate=replace(config.evaluate, report="third"))
     with pytest.raises(Exception, match=f"{shard.name} has changed since it was made"):
         stage("evaluate")(Run(config=again))
 
 
-def test_other_sampling_or_other_prompts_are_refused_not_mixed(copied: Callable[..., Config]) -> None:
+def test_other_sampling_or_other_prompts_are_refused_not_mixed(finished: Config, copied: Callable[..., Config]) -> None:
     config = copied(evaluate__top_p=0.5, evaluate__report="again")
     with pytest.raises(MismatchError, match=r"generations/baseline/prompts.*evaluate.top_p was 0.9, now 0.5"):
         stage("evaluate")(Run(config=config))
-    config = copied(evaluate__max_prompts=9, evaluate__report="again")
+    fewer = copied(evaluate__max_prompts=9, evaluate__report="again")
     with pytest.raises(MismatchError, match=r"inputs|prompts was"):
-        stage("evaluate")(Run(config=config))
+        stage("evaluate")(Run(config=fewer))
+    for each, same in ((finished, True), (config, False), (fewer, False)):
+        run = Run(config=each)
+        fingerprint = read_manifest(run.model("baseline")).fingerprint
+        assert has_generations(run, "baseline", fingerprint, chosen_sets(each)) == same
+        assert not has_generations(run, "baseline", "another model's", chosen_sets(each))
+        assert not has_generations(run, "absent", fingerprint, chosen_sets(each))
 
 
 def test_generations_have_the_same_bytes_on_another_number_of_actors(
@@ -92,7 +101,7 @@ def test_generations_have_the_same_bytes_on_another_number_of_actors(
     stage("evaluate")(Run(config=config))
     for model in ("baseline", "penalised"):
         found, expected = (
-            read_manifest(Run(config=each).generations / model / "prompts") for each in (config, finished)
+            read_manifest(Run(config=each).generations(model) / "prompts") for each in (config, finished)
         )
         assert found.fingerprint == expected.fingerprint
         assert found.rows == {"continuations": 30, "prompts": 10}
@@ -101,14 +110,14 @@ def test_generations_have_the_same_bytes_on_another_number_of_actors(
 def test_shards_of_another_size_hold_the_same_texts(finished: Config, copied: Callable[..., Config]) -> None:
     config = copied(drop=("report", "generations"), evaluate__prompts_per_shard=7, **PLAIN)
     stage("evaluate")(Run(config=config))
-    assert len(data_files(Run(config=config).generations / "baseline" / "prompts")) == 2
+    assert len(data_files(Run(config=config).generations("baseline") / "prompts")) == 2
     assert texts_of(config, "baseline") == texts_of(finished, "baseline")
     assert texts_of(config, "baseline") != texts_of(finished, "penalised")
 
 
 def test_what_was_generated_before_an_interruption_is_kept(finished: Config, copied: Callable[..., Config]) -> None:
     config = copied(drop=("report",), **PLAIN)
-    folder = Run(config=config).generations / "penalised" / "prompts"
+    folder = Run(config=config).generations("penalised") / "prompts"
     manifest = read_manifest(folder)
     (folder / MANIFEST).unlink()
     write_json(folder / PLAN, {"verb": manifest.verb, "options": manifest.options, "inputs": manifest.inputs})
@@ -204,9 +213,9 @@ def test_further_sets_and_classifiers_are_measured_by_group_with_their_gap(
         evaluate__classifiers={"implicit": {"name": f"hf:{bert(tmp_path / 'bert')}", "label": "LABEL_1"}},
         **PLAIN,
     )
-    before = (Run(config=config).generations / "baseline" / "prompts" / MANIFEST).stat().st_mtime_ns
+    before = (Run(config=config).generations("baseline") / "prompts" / MANIFEST).stat().st_mtime_ns
     stage("evaluate")(Run(config=config))
-    assert (Run(config=config).generations / "baseline" / "prompts" / MANIFEST).stat().st_mtime_ns == before
+    assert (Run(config=config).generations("baseline") / "prompts" / MANIFEST).stat().st_mtime_ns == before
     sets = metrics_of(config)["models"]["penalised"]["sets"]
     assert list(sets) == ["prompts", "bold", "attaq"]
     assert set(sets["prompts"]["groups"]["all"]["tp"]) == {"toxicity", "implicit"}
