@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,9 @@ class KronfluenceSide:
         rank = int(setting.partition("rank")[2] or 0)
         arguments.compute_per_token_scores = True
         arguments.query_gradient_low_rank = rank or None
-        with self.active(True):
+        # Its loop calls torch.compiler.reset(): our compiled kernels would be thrown away, and be compiled anew in each
+        # round. It compiles nothing itself.
+        with self.active(True), patch("torch.compiler.reset"):
             update_score_args(self.model, arguments)
             for name, module in self.wrapped.items():
                 assert isinstance(module, TrackedModule)

@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def measure(
         "full": Method(engine="difference", precision="float32", rank=None),
         "exact": PRESETS["exact"],
         "fast": fast,
-        f"fast_rank{RANK}": Method(engine=fast.engine, precision=fast.precision, rank=RANK),
+        f"fast_rank{RANK}": replace(fast, rank=RANK),
     }
     names = list(directions)
     sides: dict[str, Callable[[], Any]] = {}

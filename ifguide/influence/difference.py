@@ -53,7 +53,7 @@ class DifferenceEngine:
     ) -> None:
         self.kernels = kernels(fused=fused)
         self.model, self.dtype = model, product_dtype or model.dtype
-        self.head = LMHead(model, product_dtype=product_dtype)
+        self.head = LMHead(model, product_dtype=product_dtype, fused=fused)
         self.low_precision = self.dtype != model.dtype
         self.K = len(directions)
         # Attention in low precision needs its own treatment of the pair, as the linear maps do.
@@ -63,9 +63,11 @@ class DifferenceEngine:
 
     @torch.no_grad()
     def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        hidden_NTD, tangents_KNTD = self._hidden(tokens_BT[:, :-1], self.forwards)
+        # The last token predicts nothing, but sizes that are powers of two multiply faster than ones below them.
+        hidden_BTD, tangents_KBTD = self._hidden(tokens_BT, self.forwards)
+        hidden_BTD, tangents_KBTD = hidden_BTD[:, :-1], tangents_KBTD[:, :, :-1]
         scores_KN = self.head.tangents(
-            hidden_NTD.flatten(0, 1), tangents_KNTD.flatten(1, 2), tokens_BT[:, 1:].flatten()
+            hidden_BTD.flatten(0, 1), tangents_KBTD.flatten(1, 2), tokens_BT[:, 1:].flatten()
         )
         for k, step in enumerate(self.steps):
             scores_KN[k] /= 2 * step

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ifguide.influence.fused import kernels
 from ifguide.influence.products import Product
 
 # 4M logits are 16 MB in float32: small enough for a cache, large enough for a matrix product.
@@ -31,7 +32,10 @@ class LMHead:
     Raises ValueError when the model's logits are not f(W h) with an f that is known: checked on `probe_BT` tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, *, product_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, product_dtype: torch.dtype | None = None, fused: bool = False
+    ) -> None:
+        self.kernels = kernels(fused=fused)
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"{type(model).__name__}: its LM head is a {type(head).__name__}, not an nn.Linear")
@@ -72,14 +76,13 @@ class LMHead:
         scores_KN = tangents_KND.new_empty(tangents_KND.shape[:2])
         for rows in self._chunks(len(hidden_ND)):
             logits_NV, slope_NV = self._logits(hidden_ND[rows])
-            p_NV = logits_NV.softmax(dim=-1)
             labels = labels_N[rows, None]
             for k, tangent_ND in enumerate(tangents_KND[:, rows]):
                 change_NV = self.project(tangent_ND.to(self.dtype))
                 if slope_NV is not None or self.scale != 1.0:
                     change_NV = change_NV * (self.scale if slope_NV is None else slope_NV)
                 observed_N = change_NV.gather(1, labels).squeeze(1)
-                scores_KN[k, rows] = (p_NV * change_NV).sum(dim=-1) - observed_N
+                scores_KN[k, rows] = self.kernels.expected_change(logits_NV, change_NV) - observed_N
         return scores_KN
 
     def gradient(self, hidden_ND: Tensor, labels_N: Tensor, weight_N: Tensor) -> Tensor:

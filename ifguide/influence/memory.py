@@ -22,7 +22,7 @@ from ifguide.influence.paired_attention import QUERY_CHUNK
 # Beyond these, larger batches gain nothing: caches on a CPU, full tensor cores on a GPU.
 MAX_TOKENS = {"cpu": 2048, "cuda": 65_536}
 USABLE = 0.6
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def keep_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes: larger blocks are returned as before
+        mallopt(M_MMAP_MAX, 0)  # no block gets pages of its own, which would be returned with it
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

@@ -62,34 +62,45 @@ def paired_attention(
         kernels.mix(x.view(K, 2, B, *x.shape[1:]), dtype, scale)
         for x, scale in ((query, 0.25 * scaling), (key, 1.0), (value, 0.5))
     )
-    q = q.view(1 + K, B * groups, H // groups, T, D)
+    # Rows of one key head: queries in order, each with its H / groups heads, so that a chunk of queries is a slice.
+    q = q.view(1 + K, B * groups, H // groups, T, D).transpose(2, 3).reshape(1 + K, B * groups, -1, D)
     k, v = (x.view(1 + K, B * groups, T, D) for x in (k, v))
-    k_pairs = [torch.cat([k[0], k[1 + i]], dim=-1).mT for i in range(K)]
-    primal = torch.empty(B, H, T, D, dtype=dtype, device=query.device)
-    changes = torch.empty(K, B, H, T, D, dtype=dtype, device=query.device)
+    pairs = [(torch.cat([q[1 + i], q[0]], dim=-1), torch.cat([k[0], k[1 + i]], dim=-1)) for i in range(K)]
+    outputs = torch.empty_like(q)
     for start in range(0, T, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, T)
-        rows = q[:, :, :, start:stop].reshape(1 + K, B * groups, -1, D)
-        allowed = _allowed(attention_mask, start, stop, B, H, groups, q.device)
-        S = torch.bmm(rows[0], k[0, :, :stop].mT)
-        S_change = [torch.bmm(torch.cat([rows[1 + i], rows[0]], dim=-1), k_pairs[i][:, :, :stop]) for i in range(K)]
-        P, P_change = kernels.softmax_and_change(S, torch.stack(S_change), allowed, softcap)
-        primal[:, :, start:stop] = torch.bmm(P, v[0, :, :stop]).view(B, H, -1, D)
+        rows = slice(start * (H // groups), stop * (H // groups))
+        mask = _additive(attention_mask, start, stop, B, H, groups, query)
+        S = torch.bmm(q[0, :, rows], _prefix(k[0], stop).mT)
+        S_change = [torch.bmm(q_pair[:, rows], _prefix(k_pair, stop).mT) for q_pair, k_pair in pairs]
+        P, P_change = kernels.softmax_and_change(
+            S, S_change[0][None] if K == 1 else torch.stack(S_change), mask, softcap
+        )
+        values = _prefix(v[0], stop)
+        outputs[0, :, rows] = torch.bmm(P, values)
         for i in range(K):
-            change = torch.baddbmm(torch.bmm(P, v[1 + i, :, :stop]), P_change[i], v[0, :, :stop])
-            changes[i, :, :, start:stop] = change.view(B, H, -1, D)
-    output = kernels.unmix(primal.transpose(1, 2).reshape(-1, D), changes.transpose(2, 3).reshape(K, -1, D), None, None)
+            outputs[1 + i, :, rows] = torch.baddbmm(torch.bmm(P, _prefix(v[1 + i], stop)), P_change[i], values)
+    # (1 + K, B, groups, T, H / groups, D) -> (1 + K, B T, H D)
+    outputs = outputs.view(1 + K, B, groups, T, H // groups, D).permute(0, 1, 3, 2, 4, 5).reshape(1 + K, B * T, -1)
+    output = kernels.unmix(outputs[0], outputs[1:], None, None)
     return output.to(query.dtype).view(streams, T, H, D), None
 
 
-def _allowed(mask: Tensor | None, start: int, stop: int, B: int, H: int, groups: int, device: torch.device) -> Tensor:
-    """Where queries start..stop may look, broadcastable to (B * groups, H / groups * rows, stop)."""
+def _prefix(x: Tensor, stop: int) -> Tensor:
+    """The first `stop` rows of each of (N, T, D), next to each other: products copy (and transpose) what is not."""
+    return x[:, :stop].contiguous()
+
+
+def _additive(mask: Tensor | None, start: int, stop: int, B: int, H: int, groups: int, like: Tensor) -> Tensor:
+    """0 where queries start..stop may look, else -inf; broadcastable to (B * groups, rows of the chunk, stop)."""
     if mask is None:
-        causal = torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(diagonal=start)
-        return causal.repeat(H // groups, 1)[None]
-    assert mask.dtype == torch.bool, "the masks of sdpa are boolean"
-    rows = mask[:B, :, start:stop, :stop].expand(B, H, -1, -1)
-    return rows.reshape(B * groups, -1, stop)
+        allowed = torch.ones(stop - start, stop, dtype=torch.bool, device=like.device).tril(diagonal=start)
+        allowed = allowed.repeat_interleave(H // groups, dim=0)[None]
+    else:
+        assert mask.dtype == torch.bool, "the masks of sdpa are boolean"
+        allowed = mask[:B, :, start:stop, :stop].expand(B, H, -1, -1)
+        allowed = allowed.reshape(B, groups, -1, *allowed.shape[2:]).transpose(2, 3).reshape(B * groups, -1, stop)
+    return torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, -torch.inf)
 
 
 AttentionInterface.register(PAIRED, paired_attention)

@@ -174,13 +174,13 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
     evaluation = replace(run.config.evaluate, report="report")
     whole = Run(config=replace(run.config, run_dir=str(run.folder / VERB), evaluate=evaluation))
     sets = chosen_sets(run.config)
-    own = [name for name, (_, fingerprint) in models.items() if has_generations(run, name, fingerprint, sets)]
-    whole = whole.borrow(run, *(f"generations/{name}" for name in own))
     inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
     artifact = whole.open(whole.report, VERB, keys=("evaluate", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {whole.report / 'index.html'}")
         return artifact.manifest
+    own = [name for name, (_, fingerprint) in models.items() if has_generations(run, name, fingerprint, sets)]
+    whole = whole.borrow(run, *(f"generations/{name}" for name in own))
     results, metrics = measure_models(whole, models, sets, grid.guides)
     write_json(whole.report / METRICS, metrics)
     measured = model_rows(metrics, grid.made)
