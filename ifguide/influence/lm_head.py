@@ -27,9 +27,10 @@ CHUNK_VALUES = 4 << 20
 
 
 class LMHead:
-    """The output embedding of `model`, its products run in `product_dtype` (None: the model's own).
+    """The output embedding of `model`, its products run in `product_dtype` (None: the model's own); `fused` compiles
+    the sum over the vocabulary in `tangents`.
 
-    Raises ValueError when the model's logits are not f(W h) with an f that is known: checked on `probe_BT` tokens.
+    Raises ValueError when the model's logits are not f(W h) with an f that is known (`check`).
     """
 
     def __init__(
