@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide.influence.directions import Direction, linear_module
-from ifguide.influence.fused import kernels
+from ifguide.influence.fused import kernels, stacked
 from ifguide.influence.lm_head import LMHead
 from ifguide.influence.paired_attention import PAIRED, pairs_of_streams
 from ifguide.influence.patching import attention, replaced_forwards
@@ -159,7 +159,7 @@ class DifferenceEngine:
                 for factor in factors[:-1]:
                     inner = factor(inner)
                 tangents[k] = factors[-1].added_to(tangents[k], inner)
-            output = unmix(primal, tangents[0][None] if K == 1 else torch.stack(tangents), bias, change_bias)
+            output = unmix(primal, stacked(tangents), bias, change_bias)
             return output.to(x.dtype).view(*x.shape[:-1], -1)
 
         return forward

@@ -10,7 +10,7 @@ Compiled or not changes the last bits of a score: a run decides once (`stages/sc
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,11 @@ def kernels(*, fused: bool) -> Kernels:
         softmax_and_change=compiled(softmax_and_change),
         expected_change=compiled(expected_change),
     )
+
+
+def stacked(each: Sequence[Tensor]) -> Tensor:
+    """K tensors -> (K, ...); a single one is not copied."""
+    return each[0][None] if len(each) == 1 else torch.stack(list(each))
 
 
 def mix(streams: Tensor, dtype: torch.dtype, scale: float) -> Tensor:

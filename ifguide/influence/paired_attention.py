@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ifguide.influence.fused import Kernels
+from ifguide.influence.fused import Kernels, stacked
 
 PAIRED = "ifguide_paired"
 QUERY_CHUNK = 128
@@ -73,9 +73,7 @@ def paired_attention(
         mask = _additive(attention_mask, start, stop, B, H, groups, query)
         S = torch.bmm(q[0, :, rows], _prefix(k[0], stop).mT)
         S_change = [torch.bmm(q_pair[:, rows], _prefix(k_pair, stop).mT) for q_pair, k_pair in pairs]
-        P, P_change = kernels.softmax_and_change(
-            S, S_change[0][None] if K == 1 else torch.stack(S_change), mask, softcap
-        )
+        P, P_change = kernels.softmax_and_change(S, stacked(S_change), mask, softcap)
         values = _prefix(v[0], stop)
         outputs[0, :, rows] = torch.bmm(P, values)
         for i in range(K):
@@ -94,12 +92,11 @@ def _prefix(x: Tensor, stop: int) -> Tensor:
 def _additive(mask: Tensor | None, start: int, stop: int, B: int, H: int, groups: int, like: Tensor) -> Tensor:
     """0 where queries start..stop may look, else -inf; broadcastable to (B * groups, rows of the chunk, stop)."""
     if mask is None:
-        allowed = torch.ones(stop - start, stop, dtype=torch.bool, device=like.device).tril(diagonal=start)
-        allowed = allowed.repeat_interleave(H // groups, dim=0)[None]
-    else:
-        assert mask.dtype == torch.bool, "the masks of sdpa are boolean"
-        allowed = mask[:B, :, start:stop, :stop].expand(B, H, -1, -1)
-        allowed = allowed.reshape(B, groups, -1, *allowed.shape[2:]).transpose(2, 3).reshape(B * groups, -1, stop)
+        causal = torch.full((stop - start, stop), -torch.inf, dtype=like.dtype, device=like.device).triu(start + 1)
+        return causal.repeat_interleave(H // groups, dim=0)[None]
+    assert mask.dtype == torch.bool, "the masks of sdpa are boolean"
+    allowed = mask[:B, :, start:stop, :stop].expand(B, H, -1, -1)
+    allowed = allowed.reshape(B, groups, -1, *allowed.shape[2:]).transpose(2, 3).reshape(B * groups, -1, stop)
     return torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, -torch.inf)
 
 
