@@ -1,12 +1,15 @@
 """How fast tokens are scored, beside kronfluence's per-token scores, and how well the fast preset agrees.
 
     python bench/score_throughput.py [--shape neox30m|smollm2|pythia160m|llama1b] [--device cuda] [--rounds 5]
+    on a GPU: --shape pythia160m --v gradient --block-size 2048 --blocks 32 --micro-batch 16 --check-blocks 4
+              --sides position_fast --kronfluence-batches 4 8 --rounds 3
 
 Every side scores the same blocks with the same V in one process, one after the other in rounds; a side's time is the
 median of its rounds. kronfluence runs its own loop (`compute_dot_products_with_loader`) over its own wrapped modules,
 with V put where it keeps a preconditioned query gradient: at several batch sizes in float32 and in its own bfloat16
 settings, at full rank and at rank 64; its best is taken. V is fitted: EK-FAC of a sample of blocks and
-the differential gradient of two query sets, on real text for SmolLM2, on random tokens where the weights are random.
+the differential gradient of two query sets, on real text for SmolLM2, on random tokens where the weights are random;
+with `--v gradient` it is that gradient alone, for models whose factors would take longer than the benchmark.
 
 Floor: 6N FLOP a token for the fast preset (forward, tangent, V; 4N for the LM head), 4N for `full` in float32 (two
 forward passes), N the tracked parameters, at the rate this machine multiplies matrices of the model's width, measured
@@ -39,10 +42,12 @@ from bench.kronfluence_side import KronfluenceSide, kronfluence_settings
 from ifguide.config import ModelSource
 from ifguide.influence.agreement import compare
 from ifguide.influence.memory import keep_memory
-from ifguide.influence.scorer import PRESETS, Method, TokenScorer
-from ifguide.models import load_model, predicted_positions, tracked_modules
+from ifguide.influence.scorer import PRESETS, Attribution, Method, TokenScorer
+from ifguide.models import load_model, predicted_positions
 
 RANK = 64  # of the low-rank sides
+ALWAYS = ("full", "fast")
+SIDES = [*ALWAYS, "exact", f"fast_rank{RANK}", "position_fast", "fast_two_behaviours"]
 CACHE = Path(__file__).parents[1] / "runs" / "bench"
 NEOX = {"model_type": "gpt_neox", "hidden_act": "gelu", "initializer_range": 0.02}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -91,34 +96,37 @@ def measure(
     }
     names = list(directions)
     sides: dict[str, Callable[[], Any]] = {}
-    scorers = {}
-    for name, method in methods.items():
-        scorers[name] = TokenScorer(model, directions, attribution="target", method=method)
-        sides[name] = _ours(scorers[name], tokens_BT, lengths_B, options.micro_batch)
-    scorers["position"] = TokenScorer(model, directions, attribution="position", method=fast)
-    sides["position_fast"] = _ours(scorers["position"], tokens_BT, lengths_B, options.micro_batch)
-    position = TokenScorer(model, directions, attribution="position", method=PRESETS["exact"])
-    several = TokenScorer(model, [directions] * 2, attribution="target", method=fast)
-    sides["fast_two_behaviours"] = _ours(several, tokens_BT, lengths_B, options.micro_batch)
-    agreement = compare(
-        scorers["fast"].score(tokens_BT, lengths_B), _exact(scorers["exact"], tokens_BT), _predicted(tokens_BT)
-    )
-    low_rank = compare(
-        scorers[f"fast_rank{RANK}"].score(tokens_BT, lengths_B),
-        _exact(scorers["exact"], tokens_BT),
-        _predicted(tokens_BT),
-    )
-    reference = position.score(tokens_BT[:2], lengths_B[:2])
+
+    def scorer(attribution: Attribution, method: Method, behaviours: Any = directions) -> TokenScorer:
+        return TokenScorer(model, behaviours, attribution=attribution, method=method)
+
+    scorers = {name: scorer("target", method) for name, method in methods.items() if name in options.sides}
+    if "position_fast" in options.sides:
+        scorers["position_fast"] = scorer("position", fast)
+    if "fast_two_behaviours" in options.sides:
+        scorers["fast_two_behaviours"] = scorer("target", fast, [directions] * 2)
+    for name, each in scorers.items():
+        sides[name] = _ours(each, tokens_BT, lengths_B, options.micro_batch)
+    checked = slice(options.check_blocks)
+    exact = _exact(scorer("target", PRESETS["exact"]), tokens_BT[checked])
+    agreement = {
+        name: compare(sides[name]()[checked], exact, _predicted(tokens_BT[checked]))
+        for name in ("fast", f"fast_rank{RANK}")
+        if name in scorers
+    }
+    reference = scorer("position", PRESETS["exact"]).score(tokens_BT[:2], lengths_B[:2])
+    low_rank = f"fast_rank{RANK}" in scorers
+    settings = kronfluence_settings(RANK if low_rank else 0)
     with KronfluenceSide(model, names, directions) as theirs:
-        for setting in kronfluence_settings(RANK):
+        for setting in settings:
             for batch in options.kronfluence_batches:
                 sides[f"kronfluence_{setting}_b{batch}"] = lambda s=setting, b=batch: theirs.score(tokens_BT, b, s)
         cosine = F.cosine_similarity(theirs.score(tokens_BT[:2], 2, "float32").flatten(), reference.flatten(), dim=0)
-        seconds = _alternate(sides, options.rounds, theirs)
+        seconds, peaks = _alternate(sides, options.rounds, theirs)
     rate = {name: tokens_BT.numel() / value for name, value in seconds.items()}
     best = {
         setting: max(value for name, value in rate.items() if name.startswith(f"kronfluence_{setting}_b"))
-        for setting in kronfluence_settings(RANK)
+        for setting in settings
     }
     for name, value in rate.items():
         print(f"{name:36s} {value:12,.0f} tok/s")
@@ -126,32 +134,39 @@ def measure(
     tracked = sum(model.get_submodule(name).weight.numel() for name in names)  # type: ignore[union-attr]
     N = tracked + model.get_output_embeddings().weight.numel()  # type: ignore[union-attr]
     theirs_bf16 = max(value for setting, value in best.items() if setting.startswith("bfloat16"))
-    energy = list(scorers[f"fast_rank{RANK}"].energy.values())
-    return {
-        "full_vs_kronfluence": round(max(rate["full"], rate["exact"]) / best["float32"], 3),
+    found: dict[str, Any] = {
+        "full_vs_kronfluence": round(max(rate["full"], rate.get("exact", 0)) / best["float32"], 3),
         "fast_vs_kronfluence": round(rate["fast"] / best["float32"], 3),
         "fast_vs_kronfluence_bf16": round(rate["fast"] / theirs_bf16, 3),
-        "fast_spearman": round(agreement.spearman, 5),
-        "fast_top1pct_agreement": round(agreement.top, 4),
+        "fast_spearman": round(agreement["fast"].spearman, 5),
+        "fast_top1pct_agreement": round(agreement["fast"].top, 4),
         "floor_share": round(rate["fast"] * (6 * tracked + 4 * (N - tracked)) / matmul[torch.bfloat16], 3),
         "full_floor_share": round(rate["full"] * 4 * N / matmul[torch.float32], 3),
-        "fast_correlation": round(agreement.correlation, 6),
-        f"rank{RANK}_vs_kronfluence": round(rate[f"fast_rank{RANK}"] / best["float32"], 3),
-        f"rank{RANK}_spearman_top1pct": [round(low_rank.spearman, 5), round(low_rank.top, 4)],
-        f"rank{RANK}_energy_least_mean": [round(min(energy), 3), round(sum(energy) / len(energy), 3)],
+        "fast_correlation": round(agreement["fast"].correlation, 6),
         "position_cosine_with_kronfluence": round(float(cosine), 7),
-        "second_behaviour_cost": round(rate["fast"] / rate["fast_two_behaviours"] - 1, 3),
+    }
+    if low_rank:
+        low, energy = agreement[f"fast_rank{RANK}"], list(scorers[f"fast_rank{RANK}"].energy.values())
+        found[f"rank{RANK}_vs_kronfluence"] = round(rate[f"fast_rank{RANK}"] / best["float32"], 3)
+        found[f"rank{RANK}_spearman_top1pct"] = [round(low.spearman, 5), round(low.top, 4)]
+        found[f"rank{RANK}_energy_least_mean"] = [round(min(energy), 3), round(sum(energy) / len(energy), 3)]
+    if "fast_two_behaviours" in rate:
+        found["second_behaviour_cost"] = round(rate["fast"] / rate["fast_two_behaviours"] - 1, 3)
+    return found | {
         "tokens_per_second": {name: round(value) for name, value in rate.items()},
+        "peak_gigabytes": peaks,
         "matmul_gflops": {str(dtype).removeprefix("torch."): round(value / 1e9) for dtype, value in matmul.items()},
         "tokens": tokens_BT.numel(),
         "block_size": tokens_BT.shape[1],
-    } | _peak(model.device)
+        "v": options.v,
+    }
 
 
-def _ours(scorer: TokenScorer, tokens_BT: Tensor, lengths_B: Tensor, micro_batch: int) -> Callable[[], None]:
-    def score() -> None:
-        for start in range(0, len(tokens_BT), micro_batch):
-            scorer.score(tokens_BT[start : start + micro_batch], lengths_B[start : start + micro_batch])
+def _ours(scorer: TokenScorer, tokens_BT: Tensor, lengths_B: Tensor, micro_batch: int) -> Callable[[], Tensor]:
+    def score() -> Tensor:
+        starts = range(0, len(tokens_BT), micro_batch)
+        scores = [scorer.score(tokens_BT[i : i + micro_batch], lengths_B[i : i + micro_batch]) for i in starts]
+        return torch.cat(scores, dim=-2)
 
     return score
 
@@ -165,30 +180,34 @@ def _predicted(tokens_BT: Tensor) -> Tensor:
     return predicted_positions(tokens_BT, torch.full((len(tokens_BT),), tokens_BT.shape[1])).to(tokens_BT.device)
 
 
-def _alternate(sides: dict[str, Callable[[], Any]], rounds: int, theirs: Any) -> dict[str, float]:
-    """Median seconds of each side; one uncounted round warms caches up."""
+def _alternate(
+    sides: dict[str, Callable[[], Any]], rounds: int, theirs: KronfluenceSide
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each side, and on a GPU its peak memory in GB; one uncounted round warms caches up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    peaks: dict[str, float] = {}
+    on_gpu = theirs.model.device.type == "cuda"
     for round_number in range(rounds + 1):
         for name, side in sides.items():
             with theirs.active(name.startswith("kronfluence")):
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
                 _synchronise()
                 started = time.perf_counter()
                 side()
                 _synchronise()
             if round_number:
                 seconds[name].append(time.perf_counter() - started)
+            if on_gpu:
+                peaks[name] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         gc.collect()
         print(f"round {round_number} of {rounds}", file=sys.stderr)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}, peaks
 
 
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _peak(device: torch.device) -> dict[str, float]:
-    return {"peak_gigabytes": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if device.type == "cuda" else {}
 
 
 def _matmul_rate(model: PreTrainedModel, dtype: torch.dtype) -> float:
@@ -211,33 +230,23 @@ def _workload(options: argparse.Namespace, device: torch.device) -> tuple[PreTra
 
         model, directions, tokens_BT = smollm2_workload(options.blocks, options.block_size)
     else:
-        model = load_model(ModelSource(architecture=SHAPES[options.shape]))
-        directions = _fitted_on_random_tokens(model, options)
+        model = load_model(ModelSource(architecture=SHAPES[options.shape]), device=device)
+        directions = _directions_of_random_tokens(model, options)
         generator = torch.Generator().manual_seed(7)
         vocabulary = model.config.vocab_size
         tokens_BT = torch.randint(1, vocabulary, (options.blocks, options.block_size), generator=generator)
     return nn.Module.to(model, device), directions, tokens_BT.to(device)
 
 
-def _fitted_on_random_tokens(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Tensor]:
-    """V of random weights: fitted on random tokens like any other, or random of decaying spectrum with --random-v."""
-    from bench.throughput_text import fit_on_tokens
+def _directions_of_random_tokens(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Tensor]:
+    from bench.throughput_text import differential_gradient, fit_on_tokens
 
-    names = tracked_modules(model).names
-    if options.random_v:
-        generator = torch.Generator().manual_seed(1)
-        directions = {}
-        for name in names:
-            module = model.get_submodule(name)
-            assert isinstance(module, nn.Linear)
-            inner = module.in_features + (module.bias is not None)
-            left, right = (torch.randn(size, 32, generator=generator) for size in (module.out_features, inner))
-            directions[name] = left @ right.T * 1e-3
-        return directions
+    if options.v == "gradient":
+        return differential_gradient(model)
     path = CACHE / f"throughput-{options.shape}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in fit_on_tokens(model).items()}, path)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in fit_on_tokens(model).items()}, path)
     return load_file(path)
 
 
@@ -250,8 +259,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4, help="blocks at a time on our side")
     parser.add_argument("--kronfluence-batches", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--random-v", action="store_true", help="a random V of rank 32 instead of a fitted one")
-    return parser.parse_args()
+    parser.add_argument("--v", choices=["fitted", "gradient"], default="fitted", help="gradient: not preconditioned")
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES, help="full and fast always run")
+    parser.add_argument("--check-blocks", type=int, help="blocks scored exactly, for the agreement (all)")
+    options = parser.parse_args()
+    options.sides = {*options.sides, *ALWAYS}
+    return options
 
 
 if __name__ == "__main__":

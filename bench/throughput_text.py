@@ -28,10 +28,19 @@ from ifguide.models import tracked_modules
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-def fit_on_tokens(
-    model: PreTrainedModel, *, blocks: int = 32, block_size: int = 256, queries: int = 64
-) -> dict[str, Tensor]:
-    """V per tracked module, from `blocks` random blocks for the factors and random completions, half of each set."""
+def differential_gradient(model: PreTrainedModel, *, queries: int = 64) -> dict[str, Tensor]:
+    """The gradient per tracked module of random completions, half of each set."""
+    rng = np.random.default_rng(1)
+    completions = [
+        TokenisedQuery(token_ids=tuple(rng.integers(1, model.config.vocab_size, 24).tolist()), completion_start=8)
+        for _ in range(queries)
+    ]
+    weights = [(1 if i % 2 else -1) * 2 / queries for i in range(queries)]
+    return mean_completion_gradient(model, tracked_modules(model).names, completions, weights, batch_tokens=1024)
+
+
+def fit_on_tokens(model: PreTrainedModel, *, blocks: int = 32, block_size: int = 256) -> dict[str, Tensor]:
+    """V per tracked module: `differential_gradient`, preconditioned by factors of `blocks` random blocks."""
     rng = np.random.default_rng(0)
     names = tracked_modules(model).names
     tokens_NT = rng.integers(1, model.config.vocab_size, (blocks, block_size), dtype=np.int32)
@@ -42,12 +51,7 @@ def fit_on_tokens(
         batch_size=4,
         seed=0,
     )
-    completions = [
-        TokenisedQuery(token_ids=tuple(rng.integers(1, model.config.vocab_size, 24).tolist()), completion_start=8)
-        for _ in range(queries)
-    ]
-    weights = [(1 if i % 2 else -1) * 2 / queries for i in range(queries)]
-    gradient = mean_completion_gradient(model, names, completions, weights, batch_tokens=1024)
+    gradient = differential_gradient(model)
     with tempfile.TemporaryDirectory() as folder:
         work, out = Path(folder) / "work", Path(folder) / "factors"
         fit_covariance_partition(model, sample, 0, module_names=names, workdir=work)

@@ -1,7 +1,14 @@
 """Settings of all tests."""
 
+import os
+
 import pytest
+import torch
 from hypothesis import settings
+
+# Without a GPU, Triton's kernels are interpreted; Triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # a busy machine is no failure: examples have no time limit of their own, tests have pytest's
 settings.register_profile("ifguide", deadline=None)

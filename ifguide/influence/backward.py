@@ -26,6 +26,8 @@ from ifguide.models import predicted_positions
 class BackwardEngine:
     """`score` gives (K, B, T) label-aligned `position` scores; products run in `product_dtype` (None: the model's)."""
 
+    fixed_sizes = False
+
     def __init__(
         self,
         model: PreTrainedModel,

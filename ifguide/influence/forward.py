@@ -25,6 +25,8 @@ from ifguide.influence.patching import attention, replaced_forwards
 class ForwardEngine:
     """`score` gives (K, B, T) derivatives of each token's NLL along K directions."""
 
+    fixed_sizes = False
+
     def __init__(self, model: PreTrainedModel, directions: Sequence[Mapping[str, Direction]]) -> None:
         self.model = model
         self.head = LMHead(model)

@@ -5,6 +5,9 @@ and differences and back, and the softmax with its derivative. Run one operation
 value several times; compiled (`torch.compile`, which needs a C++ compiler on a CPU and Triton on a GPU) they read
 and write it once. `kernels(fused=False)` are the same functions, not compiled.
 
+On a CPU each function is compiled alone. On a GPU each layer of the model is, with these functions in its graph, so
+that norms, activations and rotary embeddings are fused with them too; attention is a kernel of its own (`flash_pair`).
+
 Compiled or not changes the last bits of a score: a run decides once (`stages/scoring_method.py`).
 """
 
@@ -12,20 +15,31 @@ import functools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The functions below, compiled or as they are."""
+    """The functions below, compiled or as they are.
+
+    With an `attend` they are for `compiled_layers`: it attends causally, given q, k, v and a soft cap (`flash_pair`).
+    """
 
     mix: Callable[[Tensor, torch.dtype, float], Tensor]
     unmix: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
     softmax_and_change: Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
     expected_change: Callable[[Tensor, Tensor], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the model's layers are compiled with these in their graphs."""
+        return self.attend is not None
 
 
 def can_fuse(device: torch.device) -> bool:
@@ -38,7 +52,7 @@ def can_fuse(device: torch.device) -> bool:
 
 
 @functools.cache
-def kernels(*, fused: bool) -> Kernels:
+def kernels(*, fused: bool, device_type: str) -> Kernels:
     """The kernels; `fused` ones are compiled when they first meet a dtype or a count of behaviours."""
 
     def compiled(function: Callable) -> Callable:
@@ -48,12 +62,43 @@ def kernels(*, fused: bool) -> Kernels:
         options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
         return torch.compile(function, **options) if fused else function
 
+    if fused and device_type == "cuda":
+        from ifguide.influence.flash_pair import flash_pair
+
+        return layer_kernels(flash_pair, compiled(expected_change))
     return Kernels(
         mix=compiled(mix),
         unmix=compiled(unmix),
         softmax_and_change=compiled(softmax_and_change),
         expected_change=compiled(expected_change),
     )
+
+
+def layer_kernels(
+    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor],
+    expected_change: Callable[[Tensor, Tensor], Tensor],
+) -> Kernels:
+    """Kernels for the graphs of `compiled_layers`."""
+    return Kernels(
+        mix=mix_by_sign,
+        unmix=unmix_by_sign,
+        softmax_and_change=softmax_and_change,
+        expected_change=expected_change,
+        attend=attend,
+    )
+
+
+def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any]]:
+    """The repeated layers of a model and their compiled forwards, for fixed sizes; layers of a kind share one graph."""
+    options: dict[str, Any] = {"dynamic": False, "recompile_limit": 64}
+    names = set(model._no_split_modules or ())
+    kinds = {type(module) for module in model.base_model.modules() if type(module).__name__ in names}
+    compiled: dict[type, Any] = {kind: torch.compile(kind.forward, **options) for kind in kinds}
+    return {
+        module: MethodType(compiled[type(module)], module)
+        for module in model.base_model.modules()
+        if type(module) in compiled
+    }
 
 
 def stacked(each: Sequence[Tensor]) -> Tensor:
@@ -111,3 +156,39 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
     """exp(logits - their row's highest), and one over its row sum (..., 1)."""
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
     return weights, weights.sum(dim=-1, keepdim=True).reciprocal()
+
+
+# For graphs that Triton compiles: the same values without `cat` and `stack`, which it turns into a choice between
+# their parts at each element, every part computed. Element-wise functions of both streams stay one kernel so.
+
+
+def mix_by_sign(streams: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """As `mix`."""
+    first = streams[0, 0] + _signs(streams, streams.dim() - 1) * streams[0, 1]
+    if len(streams) > 1:
+        first = torch.cat([first, streams[1:, 0] - streams[1:, 1]])
+    return (scale * first).to(dtype)
+
+
+def unmix_by_sign(primal: Tensor, change: Tensor, bias: Tensor | None, change_bias: Tensor | None) -> Tensor:
+    """As `unmix`."""
+    dtype = torch.promote_types(primal.dtype, torch.float32)
+    primal, change = primal.to(dtype), change.to(dtype)
+    if bias is not None:
+        primal = primal + bias
+    if change_bias is not None:
+        change = change + change_bias[:, None]
+    return primal + _signs(primal, 3) * change[:, None]
+
+
+def change_and_total(streams: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Streams (K, 2, N, D) -> (N, 2 D): x+ - x- of pair k, and next to it x+ + x- of the first pair."""
+    if k == 0:
+        plus, minus = streams[0, :, :, None]
+        return (plus - _signs(streams, 2) * minus).to(dtype).flatten(1)
+    return torch.cat([streams[k, 0] - streams[k, 1], streams[0, 0] + streams[0, 1]], dim=-1).to(dtype)
+
+
+def _signs(like: Tensor, dims: int) -> Tensor:
+    """1 and -1, (2, 1, ...) of `dims` dimensions."""
+    return (1 - 2 * torch.arange(2, device=like.device, dtype=like.dtype)).view(2, *[1] * (dims - 1))

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from ifguide.influence.fused import kernels
 from ifguide.influence.products import Product
 
-# 4M logits are 16 MB in float32: small enough for a cache, large enough for a matrix product.
-CHUNK_VALUES = 4 << 20
+# Logits at a time. 4M are 16 MB in float32: small enough for a CPU's cache, large enough for a matrix product.
+CHUNK_VALUES = {"cpu": 4 << 20, "cuda": 128 << 20}
 
 
 class LMHead:
@@ -36,7 +36,7 @@ class LMHead:
     def __init__(
         self, model: PreTrainedModel, *, product_dtype: torch.dtype | None = None, fused: bool = False
     ) -> None:
-        self.kernels = kernels(fused=fused)
+        self.kernels = kernels(fused=fused, device_type=model.device.type)
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"{type(model).__name__}: its LM head is a {type(head).__name__}, not an nn.Linear")
@@ -91,19 +91,22 @@ class LMHead:
         gradient_ND = torch.empty_like(hidden_ND)
         for rows in self._chunks(len(hidden_ND)):
             logits_NV, slope_NV = self._logits(hidden_ND[rows])
-            error_NV = logits_NV.softmax(dim=-1)
+            error_NV = logits_NV.to(torch.promote_types(self.dtype, torch.float32)).softmax(dim=-1)
             error_NV.scatter_add_(1, labels_N[rows, None], -torch.ones_like(error_NV[:, :1]))
             error_NV *= weight_N[rows, None] * (self.scale if slope_NV is None else slope_NV)
             gradient_ND[rows] = (error_NV.to(self.dtype) @ self.weight).to(gradient_ND.dtype)
         return gradient_ND
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        size = max(1, CHUNK_VALUES // self._head.out_features)
+        values = CHUNK_VALUES.get(self._head.weight.device.type, CHUNK_VALUES["cpu"])
+        size = max(1, values // self._head.out_features)
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def _logits(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits, at least float32, and f' where f is not linear."""
+        """Logits, at least float32 if f is not the identity, and f' where f is not linear."""
         logits_NV = self.project(hidden_ND.to(self.dtype))
+        if self.bias is None and self.scale == 1.0 and self.softcap is None:
+            return logits_NV, None
         logits_NV = logits_NV.to(torch.promote_types(self.dtype, torch.float32))
         if self.bias is not None:
             logits_NV += self.bias

@@ -60,7 +60,7 @@ def estimate_memory(
     directions = behaviours * sum(out * inner if rank is None else rank * (out + inner) for out, inner in shapes)
     fixed = 4 * parameters + low * directions + (low * tracked if precision == "bfloat16" else 0)
     fixed += 8 * behaviours * tracked if folded else 0
-    fixed += 4 * 4 * CHUNK_VALUES
+    fixed += 4 * 4 * CHUNK_VALUES.get(model.device.type, CHUNK_VALUES["cpu"])
     widest, width, heads = max(out + inner for out, inner in shapes), config.hidden_size, config.num_attention_heads
     if engine == "backward":
         per_layer = sum(out + inner for out, inner in shapes) / config.num_hidden_layers + 4 * width

@@ -6,7 +6,8 @@ for the linear maps, the streams are turned into sums and differences, and with 
     S' = q' k^T + q k'^T,   P' = P * (S' - rowsum(P * S')),   o = P v,   o' = P' v + P v'.
 
 Queries are taken `QUERY_CHUNK` at a time, keys up to the chunk's end only: the weights in memory are
-(B, heads, QUERY_CHUNK, T), and about half of the products beyond the diagonal are never computed.
+(B, heads, QUERY_CHUNK, T), and about half of the products beyond the diagonal are never computed. Kernels that
+`attend` (on a GPU, `flash_pair`) do so where the mask is causal and nothing else.
 
 It is registered with transformers under the name `PAIRED`, with the masks of `sdpa`. Grouped-query attention, sliding
 windows (by mask) and soft caps are covered; dropout is not, nor are attention sinks.
@@ -14,7 +15,6 @@ windows (by mask) and soft caps are covered; dropout is not, nor are attention s
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,17 +26,18 @@ from ifguide.influence.fused import Kernels, stacked
 
 PAIRED = "ifguide_paired"
 QUERY_CHUNK = 128
-_streams: ContextVar[tuple[int, torch.dtype, Kernels]] = ContextVar("streams")
+# What the streams of the pass in hand are. (Not a ContextVar: graphs with one in them cannot be compiled.)
+_streams: list[tuple[int, torch.dtype, Kernels]] = []
 
 
 @contextmanager
 def pairs_of_streams(count: int, product_dtype: torch.dtype, kernels: Kernels) -> Iterator[None]:
     """Inside, batches are `count` pairs of streams, the outer dimensions (pair, sign, row)."""
-    token = _streams.set((count, product_dtype, kernels))
+    _streams.append((count, product_dtype, kernels))
     try:
         yield
     finally:
-        _streams.reset(token)
+        _streams.pop()
 
 
 def paired_attention(
@@ -53,15 +54,30 @@ def paired_attention(
     """query (2K B, H, T, D), key and value (2K B, H_kv, T, D) -> (2K B, T, H, D), by transformers' interface."""
     if options.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__}: attention sinks are not supported; score with engine forward")
-    K, dtype, kernels = _streams.get()
+    K, dtype, kernels = _streams[-1]
     streams, H, T, D = query.shape
-    B, groups = streams // (2 * K), key.shape[1]
+    B = streams // (2 * K)
     scaling = D**-0.5 if scaling is None else scaling
     # Sums are twice the value: a quarter here and a half in v make S, o and their changes come out unscaled.
     q, k, v = (
-        kernels.mix(x.view(K, 2, B, *x.shape[1:]), dtype, scale)
+        kernels.mix(x.view(K, 2, B, *x.shape[1:]), dtype, scale).contiguous()
         for x, scale in ((query, 0.25 * scaling), (key, 1.0), (value, 0.5))
     )
+    if kernels.attend is not None and attention_mask is None:
+        outputs = kernels.attend(q, k, v, softcap)
+    else:
+        outputs = _in_chunks(q, k, v, attention_mask, softcap, kernels)
+    outputs = outputs.reshape(1 + K, B * T, -1)
+    output = kernels.unmix(outputs[0], outputs[1:], None, None)
+    return output.to(query.dtype).view(streams, T, H, D), None
+
+
+def _in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, softcap: float | None, kernels: Kernels
+) -> Tensor:
+    """q (1 + K, B, H, T, D), k and v (1 + K, B, H_kv, T, D) -> o and its changes (1 + K, B, T, H, D)."""
+    K, B, H, T, D = q.shape[0] - 1, *q.shape[1:]
+    groups = k.shape[2]
     # Rows of one key head: queries in order, each with its H / groups heads, so that a chunk of queries is a slice.
     q = q.view(1 + K, B * groups, H // groups, T, D).transpose(2, 3).reshape(1 + K, B * groups, -1, D)
     k, v = (x.view(1 + K, B * groups, T, D) for x in (k, v))
@@ -70,7 +86,7 @@ def paired_attention(
     for start in range(0, T, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, T)
         rows = slice(start * (H // groups), stop * (H // groups))
-        mask = _additive(attention_mask, start, stop, B, H, groups, query)
+        mask = _additive(attention_mask, start, stop, B, H, groups, q.device)
         S = torch.bmm(q[0, :, rows], _prefix(k[0], stop).mT)
         S_change = [torch.bmm(q_pair[:, rows], _prefix(k_pair, stop).mT) for q_pair, k_pair in pairs]
         P, P_change = kernels.softmax_and_change(S, stacked(S_change), mask, softcap)
@@ -78,10 +94,8 @@ def paired_attention(
         outputs[0, :, rows] = torch.bmm(P, values)
         for i in range(K):
             outputs[1 + i, :, rows] = torch.baddbmm(torch.bmm(P, _prefix(v[1 + i], stop)), P_change[i], values)
-    # (1 + K, B, groups, T, H / groups, D) -> (1 + K, B T, H D)
-    outputs = outputs.view(1 + K, B, groups, T, H // groups, D).permute(0, 1, 3, 2, 4, 5).reshape(1 + K, B * T, -1)
-    output = kernels.unmix(outputs[0], outputs[1:], None, None)
-    return output.to(query.dtype).view(streams, T, H, D), None
+    # (1 + K, B, groups, T, H / groups, D) -> (1 + K, B, T, H, D)
+    return outputs.view(1 + K, B, groups, T, H // groups, D).permute(0, 1, 3, 2, 4, 5).reshape(1 + K, B, T, H, D)
 
 
 def _prefix(x: Tensor, stop: int) -> Tensor:
@@ -89,15 +103,15 @@ def _prefix(x: Tensor, stop: int) -> Tensor:
     return x[:, :stop].contiguous()
 
 
-def _additive(mask: Tensor | None, start: int, stop: int, B: int, H: int, groups: int, like: Tensor) -> Tensor:
+def _additive(mask: Tensor | None, start: int, stop: int, B: int, H: int, groups: int, device: torch.device) -> Tensor:
     """0 where queries start..stop may look, else -inf; broadcastable to (B * groups, rows of the chunk, stop)."""
     if mask is None:
-        causal = torch.full((stop - start, stop), -torch.inf, dtype=like.dtype, device=like.device).triu(start + 1)
+        causal = torch.full((stop - start, stop), -torch.inf, device=device).triu(start + 1)
         return causal.repeat_interleave(H // groups, dim=0)[None]
     assert mask.dtype == torch.bool, "the masks of sdpa are boolean"
     allowed = mask[:B, :, start:stop, :stop].expand(B, H, -1, -1)
     allowed = allowed.reshape(B, groups, -1, *allowed.shape[2:]).transpose(2, 3).reshape(B * groups, -1, stop)
-    return torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, -torch.inf)
+    return torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -torch.inf)
 
 
 AttentionInterface.register(PAIRED, paired_attention)

@@ -38,6 +38,24 @@ class Product:
         return y.addmm_(x, self.matrix.mT)
 
 
+class JointProduct:
+    """Multiplies by two matrices L (d_out, m) and R (d_out, n) at once, [a b] -> L a + R b, or by L alone.
+
+    One product in place of one that is added to another's output, which is written and read once more for it."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.matrix = torch.cat([left.detach(), right.detach()], dim=1)
+        self.width = left.shape[1]
+
+    def left(self, a: Tensor) -> Tensor:
+        """a (N, m) -> (N, d_out)."""
+        return F.linear(a, self.matrix[:, : self.width])
+
+    def both(self, a_and_b: Tensor) -> Tensor:
+        """a_and_b (N, m + n) -> (N, d_out)."""
+        return F.linear(a_and_b, self.matrix)
+
+
 @functools.cache
 def bfloat16_pays(device: torch.device) -> bool:
     """Whether products are quicker in bfloat16 than in float32 on a device.

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,7 +61,10 @@ PRESETS = {
 
 
 class Engine(Protocol):
-    """Scores (K, B, T), label-aligned; entries without a prediction may hold anything."""
+    """Scores (K, B, T), label-aligned; entries without a prediction may hold anything. With `fixed_sizes`, batches of
+    another number of blocks cost a compilation."""
+
+    fixed_sizes: bool
 
     def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor: ...
 
@@ -117,14 +121,17 @@ class TokenScorer:
             raise ValueError("engine forward runs in the model's own precision; use precision float32 or difference")
         self._engine.head.check(model)
 
-    def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def score(self, tokens_BT: Tensor, lengths_B: Tensor, *, usual_blocks: int = 0) -> Tensor:
         """Scores (B, T), or (K, B, T) of a sequence of directions; label-aligned, on the model's device.
 
         float32, or float64 if the model is. tokens_BT: int64, padded on the right with any valid id; lengths_B: real
-        tokens of each row.
+        tokens of each row. usual_blocks: B of most calls; a smaller batch is padded to it where the engine has
+        fixed sizes.
         """
         tokens_BT, lengths_B = tokens_BT.to(self.model.device), lengths_B.to(self.model.device)
-        scores_KBT = self._engine.score(tokens_BT, lengths_B)
+        missing = max(0, usual_blocks - len(tokens_BT)) if self._engine.fixed_sizes else 0
+        padded = F.pad(tokens_BT, (0, 0, 0, missing)), F.pad(lengths_B, (0, missing))
+        scores_KBT = self._engine.score(*padded)[:, : len(tokens_BT)]
         scores_KBT = scores_KBT.masked_fill(~predicted_positions(tokens_BT, lengths_B), 0.0)
         scores_KBT = scores_KBT if scores_KBT.dtype == torch.float64 else scores_KBT.float()
         return scores_KBT if self._several else scores_KBT[0]

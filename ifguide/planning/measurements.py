@@ -3,6 +3,7 @@
 efficiency = tokens per second * FLOP per token / (units * peak FLOP per second). For a pass on a kind of device:
 
 - this program measured in the wanted precision on this hardware: interpolated in the logarithm of the model's size;
+- else so measured on others of the same kind of device, an extrapolation;
 - else other programs' figures on the same kind of device and precision; else on the same kind of device, and those
   of the same precision on the other kind: their geometric mean, an extrapolation.
 
@@ -159,13 +160,14 @@ def efficiency(pass_: str, machine: Hardware, precision: str, size: float) -> Ef
     if not of_pass:
         raise ValueError(f"no measurement of {pass_}; add one to ifguide/planning/measurements.yaml")
     alike = [item for item in of_pass if item.precision == precision and item.hardware.device == machine.device]
-    own = [item for item in alike if item.program == "ifguide" and item.hardware.name == machine.name]
+    own = [item for item in alike if item.program == "ifguide"]
+    here = [item for item in own if item.hardware.name == machine.name]
     if own:
-        points = sorted(own, key=lambda item: item.size)
+        points = sorted(here or own, key=lambda item: item.size)
         sizes, values = [math.log(item.size) for item in points], [math.log(item.efficiency) for item in points]
         expected = math.exp(float(np.interp(math.log(size), sizes, values)))
         within = points[0].size / 2 <= size <= 2 * points[-1].size
-        return _ranged(expected, points, extrapolated=not within)
+        return _ranged(expected, points, extrapolated=not (here and within))
     same_device = [item for item in of_pass if item.hardware.device == machine.device]
     basis = alike or [*same_device, *(item for item in of_pass if item.precision == precision)] or of_pass
     expected = math.exp(sum(math.log(item.efficiency) for item in basis) / len(basis))

@@ -208,7 +208,7 @@ class ScoreShard:
             tokens = torch.from_numpy(tokens_BT[rows].astype(np.int64))
             lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
             try:
-                parts.append(self.scorer.score(tokens, lengths).float().cpu().numpy())
+                parts.append(self.scorer.score(tokens, lengths, usual_blocks=size).float().cpu().numpy())
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise

@@ -80,9 +80,15 @@ def test_what_was_measured_here_is_given_back_and_elsewhere_is_called_an_extrapo
     assert here.expected == pytest.approx(seen.efficiency)
     assert not here.extrapolated
     assert efficiency("score", cpu, "bfloat16", 100 * seen.size).extrapolated
-    there = efficiency("score", hardware("h100"), "bfloat16", seen.size)
+    on_a_gpu = next(item for item in throughputs() if item.id == "score-160m-h200")
+    assert not efficiency("score", hardware("h200"), "bfloat16", on_a_gpu.size).extrapolated
+    there = efficiency("score", hardware("h100"), "bfloat16", on_a_gpu.size)
     assert there.extrapolated
-    assert there.low < there.expected < there.high < MOST
+    assert there.expected == pytest.approx(on_a_gpu.efficiency)
+    assert set(there.basis) == {"score-160m-h200", "score-1b-h200"}, "other programs say nothing of this one"
+    elsewhere = efficiency("factors", hardware("h100"), "bfloat16", 1e8)
+    assert elsewhere.extrapolated
+    assert elsewhere.low < elsewhere.expected < elsewhere.high < MOST
     with pytest.raises(ValueError, match="no measurement of dreaming"):
         efficiency("dreaming", cpu, "bfloat16", 1e6)
 
@@ -98,7 +104,7 @@ def test_the_plan_has_every_stage_with_floor_below_range(pythia: dict[str, Any])
         if stage["on_gpu"]:
             assert stage["gpu_hours"] == pytest.approx(hours["expected"] * stage["workers"], rel=1e-2)
             assert stage["cost"] == pytest.approx(2.0 * stage["gpu_hours"], rel=1e-2)
-            assert stage["extrapolated"], "nothing was measured on a GPU yet"
+            assert stage["extrapolated"], "nothing was measured on this GPU"
         else:
             assert stage["gpu_hours"] == stage["cost"] == 0
 
@@ -168,7 +174,7 @@ def test_the_text_names_stages_sources_and_extrapolations(capsys: pytest.Capture
     text = capsys.readouterr().out
     for verb in VERBS:
         assert f"\n{verb}" in text
-    assert "arXiv 2506.01790" in text
+    assert "] measured: score-160m-h200: bench/LOG.md" in text
     assert "~ extrapolated" in text
 
 

@@ -149,7 +149,7 @@ def test_options_that_do_not_go_together_are_refused() -> None:
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
 def test_the_chunked_head_gives_gradient_and_tangent_of_the_nll(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ifguide.influence.lm_head.CHUNK_VALUES", 48 * 5)
+    monkeypatch.setattr("ifguide.influence.lm_head.CHUNK_VALUES", {"cpu": 48 * 5})
     model = tiny_model(family, dtype=torch.float64)
     tokens_BT, lengths_B = as_tensors(*random_blocks(2, LENGTH))
     hidden = model.base_model(tokens_BT, use_cache=False).last_hidden_state.detach().requires_grad_()
