@@ -1,12 +1,11 @@
-"""The element-wise work around the difference engine's matrix products, each kernel one function.
+"""The element-wise work around the difference engine's matrix products, and its compilation.
 
 A product in low precision leaves so little time that what lies between the products counts: turning streams into sums
-and differences and back, and the softmax with its derivative. Run one operation at a time, these read and write each
-value several times; compiled (`torch.compile`, which needs a C++ compiler on a CPU and Triton on a GPU) they read
-and write it once. `kernels(fused=False)` are the same functions, not compiled.
-
-On a CPU each function is compiled alone. On a GPU each layer of the model is, with these functions in its graph, so
-that norms, activations and rotary embeddings are fused with them too; attention is a kernel of its own (`flash_pair`).
+and differences and back, norms, activations, rotary embeddings. Run one operation at a time, these read and write
+each value several times. So each layer of the model is compiled (`torch.compile`, which needs a C++ compiler on a CPU
+and Triton on a GPU) with the functions below in its graph; products and attention stay calls. Fixed sizes are
+compiled: with symbolic ones every view of pairs is a division to reason about. The softmax of attention and the sum of
+the LM head are kernels of their own.
 
 Compiled or not changes the last bits of a score: a run decides once (`stages/scoring_method.py`).
 """
@@ -25,21 +24,17 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The functions below, compiled or as they are.
+    """`mix` and the functions of the same names below, compiled or not.
 
-    With an `attend` they are for `compiled_layers`: it attends causally, given q, k, v and a soft cap (`flash_pair`).
+    by_layer: `mix` goes into `compiled_layers`. flash: causal attention of q, k, v with a soft cap by one kernel
+    (`flash_pair`); where there is one, on a GPU, linear maps make their changes by one product too.
     """
 
     mix: Callable[[Tensor, torch.dtype, float], Tensor]
-    unmix: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
     softmax_and_change: Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
     expected_change: Callable[[Tensor, Tensor], Tensor]
-    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
-
-    @property
-    def by_layer(self) -> bool:
-        """Whether the model's layers are compiled with these in their graphs."""
-        return self.attend is not None
+    by_layer: bool
+    flash: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
 
 
 def can_fuse(device: torch.device) -> bool:
@@ -54,37 +49,25 @@ def can_fuse(device: torch.device) -> bool:
 @functools.cache
 def kernels(*, fused: bool, device_type: str) -> Kernels:
     """The kernels; `fused` ones are compiled when they first meet a dtype or a count of behaviours."""
-
-    def compiled(function: Callable) -> Callable:
-        # One kernel for all sizes; a variant for each layout and for sizes of one, whose number is bounded. Past the
-        # limit `fullgraph` raises; running on uncompiled would change bits in the middle of a run.
-        # (The type overloads of torch.compile leave `recompile_limit` out.)
-        options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
-        return torch.compile(function, **options) if fused else function
-
-    if fused and device_type == "cuda":
+    if not fused:
+        return Kernels(mix=mix, softmax_and_change=softmax_and_change, expected_change=expected_change, by_layer=False)
+    # One kernel for all sizes; a variant for each layout and for sizes of one, whose number is bounded. Past the limit
+    # `fullgraph` raises; running on uncompiled would change bits in the middle of a run.
+    # (The type overloads of torch.compile leave `recompile_limit` out.)
+    options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
+    softmax: Any = torch.compile(softmax_and_change, **options)
+    expected: Any = torch.compile(expected_change, **options)
+    flash = None
+    if device_type == "cuda":
         from ifguide.influence.flash_pair import flash_pair
 
-        return layer_kernels(flash_pair, compiled(expected_change))
+        flash = flash_pair
     return Kernels(
-        mix=compiled(mix),
-        unmix=compiled(unmix),
-        softmax_and_change=compiled(softmax_and_change),
-        expected_change=compiled(expected_change),
-    )
-
-
-def layer_kernels(
-    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor],
-    expected_change: Callable[[Tensor, Tensor], Tensor],
-) -> Kernels:
-    """Kernels for the graphs of `compiled_layers`."""
-    return Kernels(
-        mix=mix_by_sign,
-        unmix=unmix_by_sign,
-        softmax_and_change=softmax_and_change,
-        expected_change=expected_change,
-        attend=attend,
+        mix=mix if flash is None else mix_by_sign,
+        softmax_and_change=softmax,
+        expected_change=expected,
+        by_layer=True,
+        flash=flash,
     )
 
 
@@ -92,18 +75,24 @@ def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any
     """The repeated layers of a model and their compiled forwards, for fixed sizes; layers of a kind share one graph."""
     options: dict[str, Any] = {"dynamic": False, "recompile_limit": 64}
     names = set(model._no_split_modules or ())
-    kinds = {type(module) for module in model.base_model.modules() if type(module).__name__ in names}
-    compiled: dict[type, Any] = {kind: torch.compile(kind.forward, **options) for kind in kinds}
-    return {
-        module: MethodType(compiled[type(module)], module)
+    layers = [
+        module
         for module in model.base_model.modules()
-        if type(module) in compiled
-    }
+        if not names.isdisjoint(kind.__name__ for kind in type(module).__mro__)
+    ]
+    kinds: set[Any] = {type(layer) for layer in layers}
+    compiled = {kind: torch.compile(kind.forward, **options) for kind in kinds}
+    return {layer: MethodType(compiled[type(layer)], layer) for layer in layers}
 
 
 def stacked(each: Sequence[Tensor]) -> Tensor:
     """K tensors -> (K, ...); a single one is not copied."""
     return each[0][None] if len(each) == 1 else torch.stack(list(each))
+
+
+def pairs(x: Tensor, count: int) -> Tensor:
+    """Streams (2K B, ...) by their outer dimensions, direction, sign and row -> (K, 2, B, ...), K the `count`."""
+    return x.reshape(count, 2, x.shape[0] // (2 * count), *x.shape[1:])
 
 
 def mix(streams: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
@@ -114,8 +103,25 @@ def mix(streams: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     return torch.cat([total.to(dtype), change.to(dtype)])
 
 
+def mix_by_sign(streams: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """As `mix`, for Triton. It turns `cat` into a choice between its parts at each element, every part computed: an
+    activation or a rotary embedding before it would be computed twice as often."""
+    first = streams[0, 0] + _signs(streams, streams.dim() - 1) * streams[0, 1]
+    if len(streams) > 1:
+        first = torch.cat([first, streams[1:, 0] - streams[1:, 1]])
+    return (scale * first).to(dtype)
+
+
+def change_and_total(streams: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Streams (K, 2, ..., D) -> (..., 2 D): x+ - x- of pair k, and next to it x+ + x- of the first pair."""
+    if k == 0:
+        plus, minus = streams[0, 0].unsqueeze(-2), streams[0, 1].unsqueeze(-2)
+        return (plus - _signs(streams, 2) * minus).to(dtype).flatten(-2)
+    return torch.cat([streams[k, 0] - streams[k, 1], streams[0, 0] + streams[0, 1]], dim=-1).to(dtype)
+
+
 def unmix(primal: Tensor, change: Tensor, bias: Tensor | None, change_bias: Tensor | None) -> Tensor:
-    """y (N, D) and its half differences (K, N, D) -> (K, 2, N, D) streams, at least float32.
+    """y (..., D) and its half differences (K, ..., D) -> (K, 2, ..., D) streams, at least float32.
 
     `bias` (D,) and `change_bias` (K, D), or None, are added to them first.
     """
@@ -124,8 +130,9 @@ def unmix(primal: Tensor, change: Tensor, bias: Tensor | None, change_bias: Tens
     if bias is not None:
         primal = primal + bias
     if change_bias is not None:
-        change = change + change_bias[:, None]
-    return torch.stack([primal + change, primal - change], dim=1)
+        change = change + change_bias.view(len(change), *[1] * (primal.dim() - 1), -1)
+    # By sign and not by `stack`, whose parts a compiler writes down before it goes on.
+    return primal + _signs(primal, primal.dim() + 1) * change[:, None]
 
 
 def softmax_and_change(S: Tensor, change: Tensor, mask: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -156,37 +163,6 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
     """exp(logits - their row's highest), and one over its row sum (..., 1)."""
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
     return weights, weights.sum(dim=-1, keepdim=True).reciprocal()
-
-
-# For graphs that Triton compiles: the same values without `cat` and `stack`, which it turns into a choice between
-# their parts at each element, every part computed. Element-wise functions of both streams stay one kernel so.
-
-
-def mix_by_sign(streams: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """As `mix`."""
-    first = streams[0, 0] + _signs(streams, streams.dim() - 1) * streams[0, 1]
-    if len(streams) > 1:
-        first = torch.cat([first, streams[1:, 0] - streams[1:, 1]])
-    return (scale * first).to(dtype)
-
-
-def unmix_by_sign(primal: Tensor, change: Tensor, bias: Tensor | None, change_bias: Tensor | None) -> Tensor:
-    """As `unmix`."""
-    dtype = torch.promote_types(primal.dtype, torch.float32)
-    primal, change = primal.to(dtype), change.to(dtype)
-    if bias is not None:
-        primal = primal + bias
-    if change_bias is not None:
-        change = change + change_bias[:, None]
-    return primal + _signs(primal, 3) * change[:, None]
-
-
-def change_and_total(streams: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """Streams (K, 2, N, D) -> (N, 2 D): x+ - x- of pair k, and next to it x+ + x- of the first pair."""
-    if k == 0:
-        plus, minus = streams[0, :, :, None]
-        return (plus - _signs(streams, 2) * minus).to(dtype).flatten(1)
-    return torch.cat([streams[k, 0] - streams[k, 1], streams[0, 0] + streams[0, 1]], dim=-1).to(dtype)
 
 
 def _signs(like: Tensor, dims: int) -> Tensor:

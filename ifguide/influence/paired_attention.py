@@ -7,7 +7,7 @@ for the linear maps, the streams are turned into sums and differences, and with 
 
 Queries are taken `QUERY_CHUNK` at a time, keys up to the chunk's end only: the weights in memory are
 (B, heads, QUERY_CHUNK, T), and about half of the products beyond the diagonal are never computed. Kernels that
-`attend` (on a GPU, `flash_pair`) do so where the mask is causal and nothing else.
+with a `flash` (`flash_pair`, on a GPU) attend by it where the mask is causal and nothing else.
 
 It is registered with transformers under the name `PAIRED`, with the masks of `sdpa`. Grouped-query attention, sliding
 windows (by mask) and soft caps are covered; dropout is not, nor are attention sinks.
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ifguide.influence.fused import Kernels, stacked
+from ifguide.influence.fused import Kernels, pairs, stacked, unmix
+from ifguide.influence.fused import kernels as fused_kernels
 
 PAIRED = "ifguide_paired"
 QUERY_CHUNK = 128
@@ -56,20 +57,32 @@ def paired_attention(
         raise ValueError(f"{type(module).__name__}: attention sinks are not supported; score with engine forward")
     K, dtype, kernels = _streams[-1]
     streams, H, T, D = query.shape
-    B = streams // (2 * K)
     scaling = D**-0.5 if scaling is None else scaling
     # Sums are twice the value: a quarter here and a half in v make S, o and their changes come out unscaled.
     q, k, v = (
-        kernels.mix(x.view(K, 2, B, *x.shape[1:]), dtype, scale).contiguous()
+        kernels.mix(pairs(x, K), dtype, scale).contiguous()
         for x, scale in ((query, 0.25 * scaling), (key, 1.0), (value, 0.5))
     )
-    if kernels.attend is not None and attention_mask is None:
-        outputs = kernels.attend(q, k, v, softcap)
+    if kernels.flash is not None and attention_mask is None:
+        outputs = kernels.flash(q, k, v, softcap)
+    elif torch.compiler.is_compiling():
+        outputs = _chunks_of_a_graph(q, k, v, attention_mask, softcap)
     else:
         outputs = _in_chunks(q, k, v, attention_mask, softcap, kernels)
-    outputs = outputs.reshape(1 + K, B * T, -1)
-    output = kernels.unmix(outputs[0], outputs[1:], None, None)
+    output = unmix(outputs[0], outputs[1:], None, None)
     return output.to(query.dtype).view(streams, T, H, D), None
+
+
+@torch.library.custom_op("ifguide::attention_in_chunks", mutates_args=())
+def _chunks_of_a_graph(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, softcap: float | None) -> Tensor:
+    """`_in_chunks` as one operation of a compiled graph, not unrolled in it."""
+    return _in_chunks(q, k, v, attention_mask, softcap, fused_kernels(fused=True, device_type=q.device.type))
+
+
+@_chunks_of_a_graph.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, softcap: float | None) -> Tensor:
+    streams, B, H, T, D = q.shape
+    return q.new_empty(streams, B, T, H, D)
 
 
 def _in_chunks(
@@ -95,7 +108,8 @@ def _in_chunks(
         for i in range(K):
             outputs[1 + i, :, rows] = torch.baddbmm(torch.bmm(P, _prefix(v[1 + i], stop)), P_change[i], values)
     # (1 + K, B, groups, T, H / groups, D) -> (1 + K, B, T, H, D)
-    return outputs.view(1 + K, B, groups, T, H // groups, D).permute(0, 1, 3, 2, 4, 5).reshape(1 + K, B, T, H, D)
+    outputs = outputs.view(1 + K, B, groups, T, H // groups, D).permute(0, 1, 3, 2, 4, 5)
+    return outputs.reshape(1 + K, B, T, H, D).contiguous()
 
 
 def _prefix(x: Tensor, stop: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ifguide.influence.directions import Direction
-from ifguide.influence.fused import Kernels, change_and_total, stacked
+from ifguide.influence.fused import Kernels, change_and_total, pairs, stacked, unmix
 from ifguide.influence.products import JointProduct, Product
 
 PairedLinear = Callable[[Tensor], Tensor]
@@ -29,7 +29,9 @@ def paired_linear(
     """The map of `module` with K directions, its products in `dtype`."""
     if dtype == module.weight.dtype and all(direction.weight is not None for direction in directions):
         return _folded(module, directions, steps)
-    return (_joint if kernels.by_layer else _added)(module, directions, steps, dtype, kernels)
+    if kernels.flash is not None:
+        return _joint(module, directions, steps, dtype)
+    return _added(module, directions, steps, dtype, kernels)
 
 
 def _folded(module: nn.Linear, directions: Sequence[Direction], steps: Sequence[float]) -> PairedLinear:
@@ -59,22 +61,23 @@ def _added(
     bias, change_bias, K = module.bias, _change_bias(directions, steps), len(directions)
 
     def forward(x: Tensor) -> Tensor:
-        mixed = kernels.mix(x.reshape(K, 2, -1, x.shape[-1]), dtype, 1.0)
-        count = mixed.shape[1]
-        primal, *tangents = weight(mixed.view(-1, x.shape[-1])).view(1 + K, count, -1)
+        mixed = kernels.mix(pairs(x, K), dtype, 1.0)
+        primal, *tangents = weight(mixed.view(-1, x.shape[-1])).view(1 + K, -1, module.out_features)
+        total = mixed[0].view(-1, x.shape[-1])
         for k, factors in enumerate(changes):
-            inner = mixed[0]
+            inner = total
             for factor in factors[:-1]:
                 inner = factor(inner)
             tangents[k] = factors[-1].added_to(tangents[k], inner)
-        output = kernels.unmix(primal, stacked(tangents), bias, change_bias)
+        shape = *mixed.shape[1:-1], module.out_features
+        output = unmix(primal.view(shape), stacked(tangents).view(K, *shape), bias, change_bias)
         return output.to(x.dtype).view(*x.shape[:-1], -1)
 
     return forward
 
 
 def _joint(
-    module: nn.Linear, directions: Sequence[Direction], steps: Sequence[float], dtype: torch.dtype, kernels: Kernels
+    module: nn.Linear, directions: Sequence[Direction], steps: Sequence[float], dtype: torch.dtype
 ) -> PairedLinear:
     weight = _halved(module, dtype)
     factors = [_scaled(direction, step, dtype) for direction, step in zip(directions, steps, strict=True)]
@@ -82,15 +85,14 @@ def _joint(
     bias, change_bias, K = module.bias, _change_bias(directions, steps), len(directions)
 
     def forward(x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        streams = x.reshape(K, 2, -1, width)
+        width, streams = x.shape[-1], pairs(x, K)
         operands = [change_and_total(streams, k, dtype) for k in range(K)]
-        total = operands[0][:, width:]
+        total = operands[0][..., width:]
         for k, each in enumerate(factors):
             if len(each) > 1:  # low rank
-                operands[k] = torch.cat([operands[k][:, :width], F.linear(total, each[0])], dim=-1)
+                operands[k] = torch.cat([operands[k][..., :width], F.linear(total, each[0])], dim=-1)
         tangents = [joint.both(operand) for joint, operand in zip(joints, operands, strict=True)]
-        output = kernels.unmix(joints[0].left(total), stacked(tangents), bias, change_bias)
+        output = unmix(joints[0].left(total), stacked(tangents), bias, change_bias)
         return output.to(x.dtype).view(*x.shape[:-1], -1)
 
     return forward

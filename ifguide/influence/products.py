@@ -9,6 +9,8 @@ Cost: 2 FLOP for each entry of M and row of x; M is held once. Sums are float32 
 
 import functools
 import platform
+from typing import ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +20,59 @@ EXPECTED_ROWS = 2048  # oneDNN chooses the blocks for about so many; any number 
 
 
 class Product:
-    """Multiplies rows by a matrix of shape (d_out, d_in), which it may keep in blocks; the matrix must not change."""
+    """Multiplies rows by a matrix of shape (d_out, d_in), which it may keep in blocks; the matrix must not change.
+
+    A graph that is being compiled cannot hold a matrix in blocks: it holds a key of it, and the product is a call."""
+
+    _by_key: ClassVar[WeakValueDictionary[int, "Product"]] = WeakValueDictionary()
 
     def __init__(self, matrix: Tensor) -> None:
         self.packed = matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and can_pack()
         matrix = matrix.detach()
+        self.d_out = len(matrix)
         self.matrix = _pack(matrix) if self.packed else matrix
+        self.key = torch.tensor(id(self))  # a tensor: of a number, each value would be compiled anew
+        self._by_key[id(self)] = self
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, d_in), in the matrix' dtype -> (N, d_out)."""
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.matrix, None, "none", [], "")
-        return F.linear(x, self.matrix)
+        if not self.packed:
+            return F.linear(x, self.matrix)
+        if torch.compiler.is_compiling():
+            return _product(x, self.key, self.d_out)
+        return torch.ops.mkldnn._linear_pointwise(x, self.matrix, None, "none", [], "")
 
     def added_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y + x M^T, rounded once; y (N, d_out) may be overwritten."""
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.matrix, None, "add")
-        return y.addmm_(x, self.matrix.mT)
+        if not self.packed:
+            return y.addmm_(x, self.matrix.mT)
+        if torch.compiler.is_compiling():
+            return _product_added(y, x, self.key)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.matrix, None, "add")
+
+    @classmethod
+    def of_key(cls, key: Tensor) -> "Product":
+        return cls._by_key[int(key)]
+
+
+@torch.library.custom_op("ifguide::product", mutates_args=())
+def _product(x: Tensor, key: Tensor, d_out: int) -> Tensor:
+    return Product.of_key(key)(x)
+
+
+@_product.register_fake
+def _(x: Tensor, key: Tensor, d_out: int) -> Tensor:
+    return x.new_empty(len(x), d_out)
+
+
+@torch.library.custom_op("ifguide::product_added", mutates_args=())
+def _product_added(y: Tensor, x: Tensor, key: Tensor) -> Tensor:
+    return Product.of_key(key).added_to(y, x)
+
+
+@_product_added.register_fake
+def _(y: Tensor, x: Tensor, key: Tensor) -> Tensor:
+    return torch.empty_like(y)
 
 
 class JointProduct:
@@ -48,11 +85,11 @@ class JointProduct:
         self.width = left.shape[1]
 
     def left(self, a: Tensor) -> Tensor:
-        """a (N, m) -> (N, d_out)."""
+        """a (..., m) -> (..., d_out)."""
         return F.linear(a, self.matrix[:, : self.width])
 
     def both(self, a_and_b: Tensor) -> Tensor:
-        """a_and_b (N, m + n) -> (N, d_out)."""
+        """a_and_b (..., m + n) -> (..., d_out)."""
         return F.linear(a_and_b, self.matrix)
 
 

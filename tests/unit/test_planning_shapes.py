@@ -79,7 +79,7 @@ def test_scoring_is_counted_as_torch_counts_it(method: Method, behaviours: int) 
          zip(shape.module_names, shape.linears, strict=True)}
         for _ in range(behaviours)
     ]  # fmt: skip
-    method = replace(method, fused=False)  # the counter cannot look into compiled kernels; they hold no products
+    method = replace(method, fused=False)  # the counter cannot look into compiled layers
     scorer = TokenScorer(model, directions, attribution="target", method=method)
     tokens = torch.from_numpy(random_blocks(2, TOKENS, ragged=False)[0]).long()
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
