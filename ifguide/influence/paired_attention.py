@@ -94,14 +94,14 @@ def _in_chunks(
     # Rows of one key head: queries in order, each with its H / groups heads, so that a chunk of queries is a slice.
     q = q.view(1 + K, B * groups, H // groups, T, D).transpose(2, 3).reshape(1 + K, B * groups, -1, D)
     k, v = (x.view(1 + K, B * groups, T, D) for x in (k, v))
-    pairs = [(torch.cat([q[1 + i], q[0]], dim=-1), torch.cat([k[0], k[1 + i]], dim=-1)) for i in range(K)]
+    operands = [(torch.cat([q[1 + i], q[0]], dim=-1), torch.cat([k[0], k[1 + i]], dim=-1)) for i in range(K)]
     outputs = torch.empty_like(q)
     for start in range(0, T, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, T)
         rows = slice(start * (H // groups), stop * (H // groups))
         mask = _additive(attention_mask, start, stop, B, H, groups, q.device)
         S = torch.bmm(q[0, :, rows], _prefix(k[0], stop).mT)
-        S_change = [torch.bmm(q_pair[:, rows], _prefix(k_pair, stop).mT) for q_pair, k_pair in pairs]
+        S_change = [torch.bmm(q_pair[:, rows], _prefix(k_pair, stop).mT) for q_pair, k_pair in operands]
         P, P_change = kernels.softmax_and_change(S, stacked(S_change), mask, softcap)
         values = _prefix(v[0], stop)
         outputs[0, :, rows] = torch.bmm(P, values)

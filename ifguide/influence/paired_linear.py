@@ -3,7 +3,7 @@
 - `folded` (full rank in the model's own precision): x+ meets W + step V, x- meets W - step V.
 - `added` and `joint` (low precision, or low rank): with s = x+ + x- and d = x+ - x-, y = W s and y' = W d + step V s.
   Rounding a product to bfloat16 then touches h and h' alike by one part in 256; a difference of two rounded products
-  would be nothing but rounding. `joint`, where a model's layers are compiled, makes y' by one product of [W V].
+  would be nothing but rounding. `joint`, for compiled layers on a GPU, makes y' by one product of [W V].
 
 A map takes streams (2K B, ..., d_in), the outer dimensions (direction, sign, row), and returns (2K B, ..., d_out).
 Cost per token: K 4 d_in d_out FLOP folded, else (1 + K) 2 d_in d_out and those of V, as much again at full rank.
