@@ -1,8 +1,8 @@
 """How fast tokens are scored, beside kronfluence's per-token scores, and how well the fast preset agrees.
 
     python bench/score_throughput.py [--shape neox30m|smollm2|pythia160m|llama1b] [--device cuda] [--rounds 5]
-    on a GPU: --shape pythia160m --v gradient --block-size 2048 --blocks 32 --micro-batch 16 --check-blocks 4
-              --sides position_fast --kronfluence-batches 4 8 --rounds 3
+    on a GPU: --shape pythia160m --v gradient --block-size 2048 --blocks 16 --micro-batch 16 --check-blocks 2
+              --sides full --kronfluence-batches 4 --rounds 1
 
 Every side scores the same blocks with the same V in one process, one after the other in rounds; a side's time is the
 median of its rounds. kronfluence runs its own loop (`compute_dot_products_with_loader`) over its own wrapped modules,
