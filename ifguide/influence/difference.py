@@ -2,8 +2,9 @@
 
 For each direction the model runs on a pair of streams, x+ and x-, that stand for h +- step * h'. Where they are equal
 in the mean, everything but a linear map may treat them as ordinary inputs, fused kernels included; the tracked modules
-take the pair apart (`paired_linear`), and so does attention in low precision (`paired_attention`). 4N FLOP a token at
-full rank in the model's own precision and at low rank, else 6N.
+take the pair apart (`paired_linear`), and so do attention in low precision (`paired_attention`) and, compiled for a CPU,
+gated activations (`paired_activation`). 4N FLOP a token at full rank in the model's own precision and at low rank, else
+6N.
 
 The streams themselves stay float32. The LM head and the loss are differentiated exactly (`lm_head`). The error is
 O(step^2) from the truncation and 2^-24 / step from the streams; the step is set so that the final hidden state
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from ifguide.influence.directions import Direction, linear_module
 from ifguide.influence.fused import compiled_layers, kernels
 from ifguide.influence.lm_head import LMHead
+from ifguide.influence.paired_activation import paired_activations
 from ifguide.influence.paired_attention import PAIRED, pairs_of_streams
 from ifguide.influence.paired_linear import paired_linear
 from ifguide.influence.patching import attention, replaced_forwards
@@ -36,8 +38,8 @@ class DifferenceEngine:
     """`score` gives (K, B, T) derivatives of each token's NLL along K directions.
 
     product_dtype: of the matrix products (None: the model's own). steps: one per direction, or None to calibrate
-    them on a fixed probe; they are powers of two, so that they scale exactly. fused: compile the element-wise work, on
-    a GPU with the model's layers around it, for each number of blocks anew (`fixed_sizes`).
+    them on a fixed probe; they are powers of two, so that they scale exactly. fused: compile the model's layers with
+    the element-wise work in them, for each number of blocks anew (`fixed_sizes`).
     """
 
     def __init__(
@@ -59,11 +61,14 @@ class DifferenceEngine:
         self.steps = list(steps) if steps is not None else self._calibrate(directions)
         self.forwards = self._forwards(directions, self.steps)
         self.fixed_sizes = self.kernels.by_layer
-        self.layers = compiled_layers(model) if self.fixed_sizes else {}
+        if self.fixed_sizes:
+            self.forwards |= compiled_layers(model)
+            if model.device.type == "cpu":
+                self.forwards |= paired_activations(model, self.K)
 
     @torch.no_grad()
     def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        hidden_BTD, tangents_KBTD = self._hidden(tokens_BT, self.forwards, self.layers)
+        hidden_BTD, tangents_KBTD = self._hidden(tokens_BT, self.forwards)
         # The last token predicts nothing, but sizes that are powers of two multiply faster than ones below them.
         hidden_BTD, tangents_KBTD = hidden_BTD[:, :-1], tangents_KBTD[:, :, :-1]
         scores_KN = self.head.tangents(
@@ -73,18 +78,12 @@ class DifferenceEngine:
             scores_KN[k] /= 2 * step
         return F.pad(scores_KN.view(self.K, len(tokens_BT), -1), (1, 0))
 
-    def _hidden(
-        self,
-        tokens_BT: Tensor,
-        forwards: Mapping[str, Callable[[Tensor], Tensor]],
-        layers: Mapping[nn.Module, Callable[..., Any]],
-    ) -> tuple[Tensor, Tensor]:
+    def _hidden(self, tokens_BT: Tensor, forwards: Mapping[nn.Module, Callable[..., Any]]) -> tuple[Tensor, Tensor]:
         """Final hidden states (B, T, D), and x+ - x- (K, B, T, D)."""
-        by_module = {self.model.get_submodule(name): forward for name, forward in forwards.items()}
         with (
             pairs_of_streams(self.K, self.dtype, self.kernels),
             attention(self.model, self.attention),
-            replaced_forwards({**by_module, **layers}),
+            replaced_forwards(forwards),
         ):
             streams = self.model.base_model(tokens_BT.repeat(2 * self.K, 1), use_cache=False).last_hidden_state
         pairs = streams.view(self.K, 2, *tokens_BT.shape, -1)
@@ -107,7 +106,7 @@ class DifferenceEngine:
                 raise ValueError("a direction is zero in every module; build the query again")
             steps.append(_power_of_two(RELATIVE_STEP * weight_norm / norm))
         for _ in range(2):  # once from the norms, once more from near the right size
-            hidden, differences = self._hidden(probe[None], self._forwards(directions, steps), {})
+            hidden, differences = self._hidden(probe[None], self._forwards(directions, steps))
             size = hidden.square().mean().sqrt()
             for k in range(self.K):
                 moved = float(0.5 * differences[k].square().mean().sqrt() / size)
@@ -118,17 +117,18 @@ class DifferenceEngine:
 
     def _forwards(
         self, directions: Sequence[Mapping[str, Direction]], steps: Sequence[float]
-    ) -> dict[str, Callable[[Tensor], Tensor]]:
+    ) -> dict[nn.Module, Callable[..., Any]]:
         dtype = torch.promote_types(self.model.dtype, torch.float32)
+        modules = {name: linear_module(self.model, name) for name in directions[0]}
         return {
-            name: paired_linear(
-                linear_module(self.model, name),
+            module: paired_linear(
+                module,
                 [one[name].to(self.model.device, dtype) for one in directions],
                 steps,
                 self.dtype,
                 self.kernels,
             )
-            for name in directions[0]
+            for name, module in modules.items()
         }
 
 

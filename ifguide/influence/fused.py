@@ -73,7 +73,10 @@ def kernels(*, fused: bool, device_type: str) -> Kernels:
 
 def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any]]:
     """The repeated layers of a model and their compiled forwards, for fixed sizes; layers of a kind share one graph."""
-    options: dict[str, Any] = {"dynamic": False, "recompile_limit": 64}
+    compilation: dict[str, Any] = {"dynamic": False, "recompile_limit": 64}
+    if model.device.type == "cpu":
+        # Streams of which sums and differences are taken are computed for both at once, and not written down between.
+        compilation["options"] = {"realize_opcount_threshold": 200, "realize_reads_threshold": 16}
     names = set(model._no_split_modules or ())
     layers = [
         module
@@ -81,7 +84,7 @@ def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any
         if not names.isdisjoint(kind.__name__ for kind in type(module).__mro__)
     ]
     kinds: set[Any] = {type(layer) for layer in layers}
-    compiled = {kind: torch.compile(kind.forward, **options) for kind in kinds}
+    compiled = {kind: torch.compile(kind.forward, **compilation) for kind in kinds}
     return {layer: MethodType(compiled[type(layer)], layer) for layer in layers}
 
 
@@ -131,8 +134,14 @@ def unmix(primal: Tensor, change: Tensor, bias: Tensor | None, change_bias: Tens
         primal = primal + bias
     if change_bias is not None:
         change = change + change_bias.view(len(change), *[1] * (primal.dim() - 1), -1)
+    return with_signs(primal, change)
+
+
+def with_signs(mean: Tensor, change: Tensor) -> Tensor:
+    """Means (..., D) or (K, ..., D) and half differences (K, ..., D) -> streams (K, 2, ..., D), mean +- change."""
     # By sign and not by `stack`, whose parts a compiler writes down before it goes on.
-    return primal + _signs(primal, primal.dim() + 1) * change[:, None]
+    mean = mean.expand_as(change)
+    return mean[:, None] + _signs(change, change.dim()) * change[:, None]
 
 
 def softmax_and_change(S: Tensor, change: Tensor, mask: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
