@@ -2,9 +2,9 @@
 
 For each direction the model runs on a pair of streams, x+ and x-, that stand for h +- step * h'. Where they are equal
 in the mean, everything but a linear map may treat them as ordinary inputs, fused kernels included; the tracked modules
-take the pair apart (`paired_linear`), and so do attention in low precision (`paired_attention`) and, compiled for a CPU,
-gated activations (`paired_activation`). 4N FLOP a token at full rank in the model's own precision and at low rank, else
-6N.
+take the pair apart (`paired_linear`), and so do attention in low precision (`paired_attention`) and, where layers are
+compiled for a CPU, gated activations (`paired_activation`). 4N FLOP a token at full rank in the model's own precision
+and at low rank, else 6N.
 
 The streams themselves stay float32. The LM head and the loss are differentiated exactly (`lm_head`). The error is
 O(step^2) from the truncation and 2^-24 / step from the streams; the step is set so that the final hidden state
