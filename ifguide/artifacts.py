@@ -3,7 +3,7 @@
 A stage opens its folder with `open_artifact`. That writes `plan.json` (the options and inputs it is made
 from), so that a rerun can tell its own unfinished work from somebody else's. Files are published with
 `publish`: `.part`, fsync, rename; on an object store, one upload. `Artifact.finish` writes `manifest.json`
-last: its presence means complete. The manifest holds the options, the fingerprints of the inputs, and each
+over all of them: its presence means complete. The manifest holds the options, the fingerprints of the inputs, and each
 file's SHA-256; an artifact's fingerprint is the digest of its files' digests, so equal contents have equal
 fingerprints. The resolved config lies beside it as `config.yaml` and can be run again.
 
@@ -24,6 +24,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from ifguide.storage import is_remote, make_folder, remove_folder, sizes, upload
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+SCRATCH = "scratch"  # of a finished plan: the folders to remove
 LIBRARIES = ("ifguide", "torch", "ray", "transformers", "kronfluence", "deepspeed", "pyarrow", "numpy")
+HASHED_AT_ONCE = 16  # files: one alone is read at a disk's or a store's latency
 REMOVALS = 5  # of a folder that is written to meanwhile
 
 
@@ -75,11 +78,18 @@ class Artifact:
         summary: Mapping[str, Any],
         remove: Iterable[str] = (),
     ) -> Manifest:
-        """Publish the manifest over `files` (inside the folder). `remove` names folders of scratch work."""
-        digests = {}
-        for path in sorted(files):
-            relative = path.relative_to(self.folder).as_posix()
-            digests[relative] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        """Publish the manifest over `files` (inside the folder). `remove` names folders of scratch work.
+
+        Scratch goes when the manifest is there: whoever is killed in between leaves a complete artifact, and
+        `open_artifact` removes the rest.
+
+        Raises:
+            FileNotFoundError: one of `files` is not there.
+        """
+        paths = sorted(files)
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
+            entries = list(threads.map(_file_entry, paths))
+        digests = {path.relative_to(self.folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
         write_text(self.folder / "config.yaml", self.config_yaml)
         manifest = Manifest(
             verb=self.verb,
@@ -93,12 +103,9 @@ class Artifact:
             seconds=round(time.time() - self.started, 3),
             environment=environment(),
         )
-        for name in remove:
-            remove_tree(self.folder / name)
-        for part in () if is_remote(self.folder) else self.folder.rglob("*.part"):
-            part.unlink(missing_ok=True)  # of attempts that were killed
+        write_json(self.folder / PLAN, {**self.plan, SCRATCH: list(remove)})
         write_json(self.folder / MANIFEST, dataclasses.asdict(manifest))
-        (self.folder / PLAN).unlink(missing_ok=True)
+        _remove_scratch(self.folder)
         self.manifest = manifest
         return manifest
 
@@ -118,6 +125,8 @@ def open_artifact(
     )
     if manifest is not None:
         _refuse_other_plan(folder, {"options": manifest.options, "inputs": manifest.inputs}, plan)
+        if (folder / PLAN).exists():  # whoever published the manifest was killed before the last step
+            _remove_scratch(folder)
         return artifact
     plan_path = folder / PLAN
     if plan_path.exists():
@@ -131,6 +140,15 @@ def open_artifact(
     make_folder(folder)
     write_json(plan_path, plan)
     return artifact
+
+
+def _remove_scratch(folder: Path) -> None:
+    """What is left of the work on a complete artifact; the plan, which names it, goes last."""
+    for name in _read_json(folder / PLAN).get(SCRATCH, ()):
+        remove_tree(folder / name)
+    for part in () if is_remote(folder) else folder.rglob("*.part"):
+        part.unlink(missing_ok=True)  # of attempts that were killed
+    (folder / PLAN).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -269,6 +287,10 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Publish a JSON file."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
 
 
 def file_digest(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ifguide import artifacts
 from ifguide.artifacts import (
     MANIFEST,
     PLAN,
@@ -149,7 +150,7 @@ def test_kill_at_any_rename_leaves_no_trusted_part_and_a_rerun_completes(tmp_pat
     assert require(folder, "v").fingerprint == made(tmp_path / "whole").fingerprint
 
 
-def test_manifest_is_written_last_and_scratch_is_gone_by_then(tmp_path, monkeypatch):
+def test_manifest_is_written_last_and_scratch_goes_after_it(tmp_path, monkeypatch):
     artifact = opened(tmp_path)
     shard = write_shard(tmp_path, "content")
     write_shard(tmp_path / "scratch" / "deep", "x")
@@ -161,7 +162,34 @@ def test_manifest_is_written_last_and_scratch_is_gone_by_then(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "replace", recording_replace)
     artifact.finish([shard], rows={}, summary={}, remove=["scratch", "never-made"])
-    assert names == [("config.yaml", True), (MANIFEST, False)]
+    assert names == [("config.yaml", True), (PLAN, True), (MANIFEST, True)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", MANIFEST, SHARD]
+
+
+def test_a_finish_killed_before_its_scratch_is_gone_leaves_a_complete_artifact(tmp_path, monkeypatch):
+    artifact = opened(tmp_path)
+    shard = write_shard(tmp_path, "content")
+    write_shard(tmp_path / "scratch", "x")
+    write_shard(tmp_path / "other", "y")
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifacts, "remove_tree", killed)
+        artifact.finish([shard], rows={"n": 1}, summary={}, remove=["scratch"])
+    assert require(tmp_path, "v").rows == {"n": 1}
+    assert (tmp_path / "scratch").exists()
+    assert opened(tmp_path).manifest is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", MANIFEST, "other", SHARD]
+
+
+def test_a_file_that_is_gone_is_no_artifact(tmp_path):
+    artifact = opened(tmp_path)
+    shard = write_shard(tmp_path, "content")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        artifact.finish([shard, tmp_path / "gone"], rows={}, summary={})
+    assert not (tmp_path / MANIFEST).exists()
 
 
 def test_publish_that_fails_leaves_the_old_file_and_no_part(tmp_path):
