@@ -16,6 +16,7 @@ import dataclasses
 import glob
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,11 @@ from ifguide.config import Input
 from ifguide.spans.mapping import token_stops
 from ifguide.storage import location, matching, readable
 
+logger = logging.getLogger(__name__)
+
 HUB_PREFIX = "hf://"
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".json": "json"}
+SHOWN_OTHERS = 10  # names of files that a folder holds besides documents
 TOKENISE_BATCH = 256  # documents per tokeniser call: enough for its batching, little memory
 
 
@@ -231,9 +235,16 @@ def _list_files(path: str, dotted_key: str) -> list[Path]:
     remote = "://" in path
     expanded = location(path) if remote else Path(path).expanduser()
     if expanded.is_dir():
-        files = sorted(p for p in expanded.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+        every = sorted(p for p in expanded.rglob("*") if p.is_file())
+        files = [p for p in every if p.suffix in SUFFIXES]
         if not files:
             raise FileNotFoundError(f"{dotted_key}: folder {path} holds no {', '.join(SUFFIXES)} file")
+        others = [p.name for p in every if p.suffix not in SUFFIXES and not p.name.startswith(".")]
+        if others:
+            logger.warning(
+                "%s: of folder %s, %d files are none of %s and left out: %s",
+                dotted_key, path, len(others), ", ".join(SUFFIXES), ", ".join(others[:SHOWN_OTHERS]),
+            )  # fmt: skip
         return files
     if expanded.is_file():
         return [expanded]

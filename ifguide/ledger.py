@@ -58,6 +58,11 @@ def finished_entries(ledger: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(text) for path, text in zip(paths, read_texts(paths), strict=True)}
 
 
+def forget(ledger: Path, key: str) -> None:
+    """A shard is not done after all."""
+    (ledger / f"{key}.json").unlink(missing_ok=True)
+
+
 def unfinished_attempts(ledger: Path) -> list[Path]:
     """The counters of shards that are in work, were interrupted, or were given up."""
     return sorted(ledger.glob("*.attempts"))

@@ -15,12 +15,12 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from ifguide.artifacts import MANIFEST, Manifest, publish, require, require_same, write_text
+from ifguide.artifacts import MANIFEST, Manifest, file_digest, publish, require, require_same, write_text
 from ifguide.config import ClassifierSource, ConfigError, Prompts, to_mapping
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
 from ifguide.interchange import check_factors
 from ifguide.stages.proxy import ProxyFacts, describe_proxy, load_proxy
-from ifguide.stages.run import Run, model_mapping
+from ifguide.stages.run import Run, model_mapping, require_resources
 from ifguide.stages.shards import LEDGER, Pool, run_shards
 from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
@@ -60,6 +60,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary}")
         return artifact.manifest
+    require_resources(run.config, VERB, "task", cpus=config.cpus_per_task, gpus=config.gpus_per_task)
     summary = _select(run)
     pool = Pool(
         size=config.partitions, cpus=config.cpus_per_task, gpus=config.gpus_per_task, max_attempts=config.max_attempts
@@ -72,8 +73,19 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         "options": to_mapping(config),
         "gpus": config.gpus_per_task,
     }
-    descriptors = [{"key": f"part-{i:04d}", "partition": i} for i in range(config.partitions)]
-    results = run_shards(VERB, descriptors, SumGradients, settings, folder=run.query, pool=pool, unit="partitions")
+    # Prompts that were edited since an interrupted run, or classified otherwise, make other queries.
+    queries = file_digest(run.query / QUERIES)[:16]
+    descriptors = [{"key": f"part-{i:04d}-{queries}", "partition": i} for i in range(config.partitions)]
+    results = run_shards(
+        VERB,
+        descriptors,
+        SumGradients,
+        settings,
+        folder=run.query,
+        pool=pool,
+        unit="partitions",
+        output=lambda descriptor: f"{PARTIAL}/{descriptor['key']}.safetensors",
+    )
     used = sum(result["queries"] for result in results.values())
     assert used == summary["toxic"] + summary["nontoxic"], (used, summary)
     task = ray.remote(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task)(_precondition)
@@ -195,6 +207,12 @@ def _select_rows(config: Any) -> tuple[list[str], dict[str, Any]]:
     return lines, {"rows": len(rows), "toxic": len(sets.toxic), "nontoxic": nontoxic, **counts}
 
 
+def read_queries(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a query's `queries.jsonl`: `row`, `toxic`, `score`, `prompt`, `completion`."""
+    lines = (folder / QUERIES).read_text(encoding="utf-8").split("\n")[:-1]  # `splitlines` would cut texts in two
+    return [json.loads(line) for line in lines]
+
+
 class SumGradients:
     """Worker: the weighted gradient sum of one partition of the queries."""
 
@@ -212,8 +230,7 @@ class SumGradients:
         self.tokenizer = load_tokenizer(tokenizer)
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        lines = (self.folder / QUERIES).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = read_queries(self.folder)
         toxic = sum(row["toxic"] for row in rows)
         nontoxic = len(rows) - toxic
         weight = {True: 1 / toxic, False: -1 / nontoxic if nontoxic else 0.0}

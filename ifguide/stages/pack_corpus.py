@@ -91,6 +91,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         pool=pool,
         unit="tokens",
         amount=lambda descriptor: descriptor["num_tokens"],
+        output=lambda descriptor: f"shard-{descriptor['key']}.parquet",
     )
     rows = {name: sum(result[name] for result in results.values()) for name in ("blocks", "documents", "tokens")}
     expected = {"blocks": plan.num_blocks, "documents": plan.num_documents, "tokens": plan.num_tokens}
@@ -103,9 +104,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         "annotated": plan.annotate,
         "bad_rows": sum(result["bad_rows"] for result in tokenised.values()),
     }
-    outputs = [
-        path for kind in ("shard", "documents", "offsets") for path in data_files(run.corpus, f"{kind}-*.parquet")
-    ]
+    outputs = [run.corpus / f"{kind}-{key}.parquet" for kind in ("shard", "documents", "offsets") for key in results]
     outputs += [path for path in (run.corpus / TOKENIZER).glob("*") if path.is_file()]
     manifest = artifact.finish(outputs, rows=rows, summary=summary, remove=(LEDGER, TOKENS, COUNTS))
     log(
@@ -253,6 +252,7 @@ def _tokenise_chunks(run: Run, chunks: list[Chunk], pool: Pool) -> dict[str, dic
         folder=run.corpus / TOKENS,
         pool=pool,
         unit="chunks tokenised",
+        output=lambda descriptor: f"{descriptor['key']}.parquet",
     )
     read: dict[tuple[int, str], int] = {}  # of a file so far; one may be two inputs, of different rows
     for chunk, result in zip(chunks, tokenised.values(), strict=True):
@@ -283,7 +283,7 @@ def _count_rows(run: Run, chunks: list[Chunk], descriptors: list[dict[str, Any]]
 
 def _train_tokenizer(config: Config, descriptors: list[dict[str, Any]]) -> None:
     """Train on up to TOKENIZER_CHARS characters, an equal share of every chunk; publish in `corpus/tokenizer`."""
-    share = TOKENIZER_CHARS // len(descriptors)
+    share = TOKENIZER_CHARS // max(1, len(descriptors))
 
     def texts() -> Iterator[str]:
         for descriptor in descriptors:
@@ -292,7 +292,9 @@ def _train_tokenizer(config: Config, descriptors: list[dict[str, Any]]) -> None:
             start, stop = source.rows or (0, np.iinfo(np.int64).max)
             left = share
             for document in read_documents(chunk, source, first_row=descriptor["first_input_row"]):
-                if left > 0 and document.reason is None and start <= document.row < stop:
+                if left <= 0 or document.row >= stop:
+                    break
+                if document.reason is None and document.row >= start:
                     left -= len(document.text)
                     yield document.text
 

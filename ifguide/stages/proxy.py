@@ -58,6 +58,6 @@ def _describe(proxy: dict[str, Any], min_coverage: float) -> ProxyFacts:
         module_names=tracked.names,
         untracked=tracked.untracked,
         coverage=tracked.coverage,
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.config.get_text_config().vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )

@@ -12,8 +12,9 @@ from typing import Any
 import ray
 
 from ifguide import artifacts
-from ifguide.config import Config, ModelSource, result_options, to_mapping, to_yaml
+from ifguide.config import Config, ConfigError, ModelSource, result_options, to_mapping, to_yaml
 from ifguide.storage import location
+from ifguide.telemetry import log
 
 BASELINE, PENALISED = "baseline", "penalised"
 
@@ -111,7 +112,7 @@ def connect(config: Config) -> None:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the backend warns of what Ray Data does by design
     # Stages show their own progress; workers' output stays in Ray's logs, and their errors come back.
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -125,3 +126,33 @@ def connect(config: Config) -> None:
         _node_ip_address="127.0.0.1",
         **options,
     )
+
+
+def require_resources(config: Config, verb: str, kind: str, count: int = 1, *, cpus: float, gpus: float) -> None:
+    """Refuse `count` processes that this machine can never hold: Ray would wait for ever. `kind`: of `cpus_per_<kind>`.
+
+    A cluster that was joined may grow: there it says what it waits for.
+
+    Raises:
+        ConfigError: Ray runs on this machine alone, and that is too small.
+    """
+    wanted = {"CPU": cpus, "GPU": gpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def room(*names: str) -> int:
+        each = [[node.get(name, 0) / wanted[name] for name in names if wanted[name]] for node in nodes]
+        return sum(int(min(shares, default=count) + 1e-6) for shares in each)
+
+    if room("CPU", "GPU") >= count:
+        return
+    key = f"{verb}.{'cpus' if room('GPU') >= count else 'gpus'}_per_{kind}"
+    there = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in wanted)
+    text = f"{key}: {count} {kind}{'s' * (count > 1)} of {cpus:g} CPU and {gpus:g} GPU asked for, there are {there}"
+    if not _address(config):
+        raise ConfigError(f"{text}; lower it" + (" or their number" if count > 1 else ""))
+    log(verb, f"waiting for the cluster to grow: {text}", level=logging.WARNING)
+
+
+def _address(config: Config) -> str | None:
+    """Of the cluster to join; None where Ray runs on this machine alone."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")

@@ -26,7 +26,7 @@ from ifguide.influence.scorer import Method, TokenScorer
 from ifguide.models import check_vocabulary, state_fingerprint
 from ifguide.stages.build_query import DIRECTION
 from ifguide.stages.proxy import describe_proxy, load_proxy
-from ifguide.stages.run import Run, model_mapping
+from ifguide.stages.run import Run, model_mapping, require_resources
 from ifguide.stages.scoring_method import METHOD, chosen_method, decide
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.storage import local_copy, location
@@ -81,8 +81,10 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
+    require_resources(run.config, VERB, "actor", cpus=config.cpus_per_actor, gpus=config.gpus_per_actor)
     descriptors: list[dict[str, Any]] = [
-        {"key": path.stem, "shard": path.name, "bytes": path.stat().st_size} for path in data_files(run.corpus)
+        {"key": path.stem, "shard": path.name, "bytes": corpus.files[path.name]["bytes"]}
+        for path in data_files(run.corpus)
     ]
     tokens_per_byte = corpus.rows["tokens"] / sum(descriptor["bytes"] for descriptor in descriptors)
     model = model_mapping(run.proxy_source)
@@ -115,6 +117,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         ),
         unit="tokens",
         amount=lambda descriptor: descriptor["bytes"] * tokens_per_byte,
+        output=lambda descriptor: descriptor["shard"],
     )
     rows = {name: sum(result[name] for result in results.values()) for name in ("blocks", "tokens")}
     expected = {name: corpus.rows[name] for name in rows}
@@ -130,7 +133,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         "score_max": max(result["score_max"] for result in results.values()),
         "tokens_per_second_per_actor": round(rows["tokens"] / actor_seconds, 1),
     }
-    files = [*data_files(run.scores), run.scores / METHOD]
+    files = [*(run.scores / descriptor["shard"] for descriptor in descriptors), run.scores / METHOD]
     manifest = artifact.finish(files, rows=rows, summary=summary, remove=(LEDGER,))
     log(VERB, f"{rows['tokens']:,} tokens, {summary['tokens_per_second_per_actor']:,.0f} tok/s per actor, {run.scores}")
     return manifest
@@ -157,10 +160,8 @@ class ScoreShard:
         self.micro_batch_blocks = decision["micro_batch_blocks"]
         torch.set_num_threads(decision["threads"])  # of the run, whatever this run's actors have: it changes the bytes
         model = load_proxy(proxy, gpus=gpus)
-        if gpus == 0:  # the driver hashed the same model on the CPU; another node may see another one
-            require_same(
-                "the proxy on this node", state_fingerprint(model), "the driver's", proxy_fingerprint, "sync it"
-            )
+        # Another node may see another model of that name.
+        require_same("the proxy on this node", state_fingerprint(model), "the driver's", proxy_fingerprint, "sync it")
         self.scorer = TokenScorer(
             model,
             [load_file(local_copy(path)) for path in directions.values()],

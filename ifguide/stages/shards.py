@@ -4,6 +4,8 @@ A row of the dataset is a small descriptor, never data: a worker reads its own i
 output under a name that the descriptor fixes, then publishes `ledger/<key>.json` with its small result.
 The ledger entry means done: a rerun, or a retry of Ray's, skips those keys.
 
+A process whose device has failed ends itself: all that it does from then on would fail, and faster than others work.
+
 Ray restarts an actor whose process died, and runs its shards again, without end. So attempts are counted on storage,
 in `ledger/<key>.attempts`, before the work starts: a shard that kills its process is given up after `max_attempts`,
 and so is an actor that does not survive its constructor; one that cannot count its start, on a full disk for
@@ -21,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
 import traceback
@@ -34,8 +37,8 @@ import ray.data
 from ray.util.metrics import Gauge
 
 from ifguide.artifacts import write_json
-from ifguide.ledger import ACTORS, LEDGER, Attempts, finished_entries, unfinished_attempts
-from ifguide.storage import location, make_folder
+from ifguide.ledger import ACTORS, LEDGER, Attempts, finished_entries, forget, unfinished_attempts
+from ifguide.storage import location, make_folder, sizes
 from ifguide.telemetry import Progress, ProgressFile, configure_logging, log
 
 __all__ = ["LEDGER", "Pool", "StageError", "Worker", "run_shards"]
@@ -80,10 +83,12 @@ def run_shards(
     pool: Pool,
     unit: str = "shards",
     amount: Callable[[Mapping[str, Any]], float] = lambda descriptor: 1.0,
+    output: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Process every descriptor once (each a JSON-able dict with a unique `key`); returns key -> result.
 
-    Results are small dicts. Those of an earlier run are taken from `folder`/ledger.
+    Results are small dicts. Those of an earlier run are taken from `folder`/ledger, unless the file of `folder` that
+    `output` names is gone: that shard is done again.
 
     Raises:
         StageError: some shards failed and all others were done, or no worker could be started.
@@ -92,7 +97,14 @@ def run_shards(
     make_folder(ledger)
     weights = {descriptor["key"]: amount(descriptor) for descriptor in descriptors}
     assert len(weights) == len(descriptors), "keys are not unique"
-    state = _State(results={key: entry["result"] for key, entry in finished_entries(ledger).items() if key in weights})
+    done = {key: entry["result"] for key, entry in finished_entries(ledger).items() if key in weights}
+    if output and done:
+        names = {descriptor["key"]: output(descriptor) for descriptor in descriptors if descriptor["key"] in done}
+        there = sizes(folder, names.values())
+        for key in [key for key, name in names.items() if name not in there]:
+            forget(ledger, key)
+            del done[key]
+    state = _State(results=done)
     todo = [descriptor for descriptor in descriptors if descriptor["key"] not in state.results]
     if todo:
         for leftover in unfinished_attempts(ledger):
@@ -263,8 +275,10 @@ class _LedgerWorker:
                     if not isinstance(error.__cause__, OSError):  # bad input is the same next time: say it once
                         return attempts.give_up(str(error))
                     attempts.failed(str(error))
-                except Exception:
+                except Exception as error:
                     attempts.failed(traceback.format_exc(limit=-3).strip())
+                    if _is_device_lost(error):
+                        os._exit(1)
                 else:
                     seconds = result.get("seconds", time.monotonic() - started)
                     write_json(done, {"key": key, "result": result, "attempts": attempts.made, "seconds": seconds})
@@ -321,6 +335,13 @@ class _RayMetrics:
     def _repeat(self) -> None:
         while not self.closed.wait(10):
             self(self.values)
+
+
+def _is_device_lost(error: Exception) -> bool:
+    """Whether torch can use the device of this process no more; memory that ran out is another error."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError)
 
 
 def _said(error: OSError) -> str:

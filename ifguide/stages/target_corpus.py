@@ -113,7 +113,7 @@ def _mask_target(run: Run, target: Run) -> None:
         raise StageError(f"{VERB}: {counts['blocks']} blocks were masked, {target.corpus} has {packed.rows['blocks']}")
     summary = {"tokens_masked": counts["masked"], "predicted_tokens": counts["predicted"]}
     artifact.finish(
-        data_files(target.mask),
+        [target.mask / f"shard-{shard_name(shard)}.parquet" for shard in jobs],
         rows={"blocks": counts["blocks"], "tokens": counts["masked"]},
         summary=summary,
         remove=(LEDGER,),

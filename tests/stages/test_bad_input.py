@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ifguide.artifacts import MismatchError, data_files, read_manifest
 from ifguide.cli import main, stage
 from ifguide.config import Config, ConfigError, config_from_mapping, to_mapping
 from ifguide.models import load_model
+from ifguide.stages import build_query
 from ifguide.stages.pack_corpus import document_table
 from ifguide.stages.run import Run
 from ifguide.stages.shards import StageError
@@ -69,6 +71,36 @@ def test_a_corpus_smaller_than_a_block_is_refused(lines: list[bytes], pack: Call
         pack(lines)
 
 
+def test_a_tokenizer_of_no_documents_is_refused(pack: Callable[..., Any], data: Path, tmp_path: Path) -> None:
+    tree = small_config(data, tmp_path / "run")
+    del tree["tokenizer"]
+    (tmp_path / "in.jsonl").write_bytes(b"")
+    tree["pack_corpus"] = {"inputs": [str(tmp_path / "in.jsonl")], "train_tokenizer": 300}
+    with pytest.raises(ValueError, match=r"pack_corpus.inputs: no document in .*in.jsonl"):
+        stage("pack_corpus")(Run(config=config_from_mapping(tree)))
+
+
+@pytest.mark.parametrize(
+    ("verb", "section", "kind"),
+    [
+        ("fit_factors", "fit_factors", "task"),
+        ("build_query", "build_query", "task"),
+        ("score_corpus", "score_corpus", "actor"),
+    ],
+)
+@pytest.mark.parametrize("resource", ["cpus", "gpus"])
+def test_resources_that_this_machine_has_not_are_refused(
+    verb: str, section: str, kind: str, resource: str, copied: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    folder = {"fit_factors": "factors", "build_query": "query", "score_corpus": "scores"}[verb]
+    config = copied(drop=(folder,), **{f"{section}__{resource}_per_{kind}": 3.0})
+    with pytest.raises(
+        ConfigError, match=rf"{section}\.{resource}_per_{kind}: 1 {kind} of .* there are 2 CPU and 0 GPU"
+    ):
+        stage(verb)(Run(config=config))
+
+
 def test_odd_documents_are_all_kept(pack: Callable[..., Any]) -> None:
     huge = "The pig sat in the barn. " * 420_000  # over 10 MB
     run, manifest = pack([row("x"), row(" \n\t " * 50), row(""), row(huge), row("The end is near, my friend.")])
@@ -117,6 +149,28 @@ def test_a_query_set_without_toxic_rows_is_refused(copied: Callable[..., Config]
     config = copied(drop=("query",), build_query__prompts={"path": str(path), "rows": None})
     with pytest.raises(ValueError, match=r"build_query.toxic_threshold"):
         stage("build_query")(Run(config=config))
+
+
+def test_prompts_edited_since_an_interrupted_run_leave_nothing_of_the_old_ones(
+    copied: Callable[..., Config], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their completions hold a line separator, which is no end of a row."""
+    rows = [json.loads(line) for line in (data / "queries.jsonl").read_text().splitlines()]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run(config=copied(drop=("query",), build_query__prompts={"path": str(prompts)}, build_query__partitions=1))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(build_query, "_precondition", lambda *arguments: 1 / 0)
+        stage("build_query")(run)
+    for row in rows:
+        row["continuation"]["text"] += "\u2028You see."
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage("build_query")(run)
+    resumed = (run.query / "direction.safetensors").read_bytes()
+    assert "\u2028" in build_query.read_queries(run.query)[0]["completion"]
+    shutil.rmtree(run.query)
+    stage("build_query")(run)
+    assert (run.query / "direction.safetensors").read_bytes() == resumed
 
 
 def test_a_query_of_another_proxy_is_refused_with_both_fingerprints(

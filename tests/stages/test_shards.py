@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from ifguide.artifacts import PLAN, write_json
 from ifguide.ledger import LEDGER
@@ -35,6 +36,7 @@ class Toy:
         if start == "dies" or (start == "dies twice" and starts <= 2):
             os.kill(os.getpid(), signal.SIGKILL)
         self.others = threading.Barrier(meet) if meet else None
+        self.broken = False
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         times = self._note(descriptor["key"])
@@ -43,6 +45,12 @@ class Toy:
         time.sleep(self.seconds)
         if descriptor["key"] == self.poison or (self.poison == f"{descriptor['key']} once" and times == 1):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.poison == "device" and times == 1 and descriptor["key"] == "s3":
+            self.broken = True
+        if self.broken:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        if "output" in descriptor:
+            Path(descriptor["output"]).write_text(descriptor["key"])
         if descriptor["key"] == "unlucky" and times < 3:
             raise RuntimeError("the network is down")
         return {"process": os.getpid()}
@@ -95,6 +103,28 @@ def test_what_was_raised_is_the_reason_and_transient_errors_are_retried(cluster:
         run(tmp_path / "again", ["a", "unlucky", "b"], {"max_attempts": 2})
     entry = json.loads((tmp_path / LEDGER / "unlucky.json").read_text())
     assert entry["attempts"] == 3
+
+
+def test_an_actor_whose_device_has_failed_takes_no_further_shard(cluster: None, tmp_path: Path) -> None:
+    results = run(tmp_path, KEYS, {"max_attempts": 2}, poison="device")
+    assert list(results) == KEYS
+    assert [worked_on(tmp_path).count(key) for key in KEYS] == [1, 1, 1, 2, 1, 1, 1, 1]
+    assert len({result["process"] for result in results.values()}) == 2
+
+
+def test_a_shard_whose_output_is_gone_is_done_again(cluster: None, tmp_path: Path) -> None:
+    descriptors = [{"key": key, "output": str(tmp_path / f"{key}.out")} for key in KEYS]
+
+    def work() -> dict[str, Any]:
+        settings, pool = {"log": str(tmp_path / "log")}, Pool(size=1, cpus=1, gpus=0)
+        output = "{key}.out".format_map
+        return run_shards("toy", descriptors, Toy, settings, folder=tmp_path, pool=pool, output=output)
+
+    work()
+    (tmp_path / "s2.out").unlink()
+    assert list(work()) == KEYS
+    assert worked_on(tmp_path) == [*KEYS, "s2"]
+    assert (tmp_path / "s2.out").read_text() == "s2"
 
 
 @pytest.mark.parametrize(

@@ -173,12 +173,15 @@ def test_parquet_that_cannot_be_used_is_named(tmp_path):
         read(Input(path=str(path)))
 
 
-def test_text_file_is_one_document_and_json_one_per_string_anywhere(tmp_path):
+def test_text_file_is_one_document_and_json_one_per_string_anywhere(tmp_path, caplog):
     (tmp_path / "b.txt").write_bytes("naïve\r\nline\n".encode())
     (tmp_path / "a.json").write_text(json.dumps({"k": ["x", {"deep": "y"}, 3, None], "l": "z", "m": []}))
     (tmp_path / "c.txt").write_bytes(b"\xff")
     (tmp_path / "ignored.csv").write_text("q")
+    (tmp_path / "more.jsonl.gz").write_text("q")
+    (tmp_path / ".hidden").write_text("q")
     found = read(Input(path=str(tmp_path)))
+    assert "2 files are none of .jsonl, .parquet, .txt, .json and left out: ignored.csv, more.jsonl.gz" in caplog.text
     assert [document.text for document in found[:4]] == ["x", "y", "z", "naïve\r\nline\n"]
     assert [document.reason for document in found[4:]] == ["not UTF-8 (invalid start byte at byte 0)"]
 
