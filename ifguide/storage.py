@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -136,9 +137,20 @@ def remove_folder(folder: Path) -> None:
 
 
 def machine_folder() -> Path:
-    """This machine's folder for copies: `IFGUIDE_CACHE`, by default `ifguide-cache-<uid>` in the temporary folder."""
-    folder = Path(os.environ.get("IFGUIDE_CACHE", f"{tempfile.gettempdir()}/ifguide-cache-{os.getuid()}"))
+    """This machine's folder for copies: `IFGUIDE_CACHE`, by default `ifguide-cache-<uid>` in the temporary folder.
+
+    Raises:
+        PermissionError: others can write to the default one, whose name they could guess and make it first.
+    """
+    chosen = os.environ.get("IFGUIDE_CACHE")
+    folder = Path(chosen or f"{tempfile.gettempdir()}/ifguide-cache-{os.getuid()}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    if not chosen and not own:
+        raise PermissionError(
+            f"{folder} is not a folder of yours that only you can write; remove it or set IFGUIDE_CACHE"
+        )
     return folder
 
 
@@ -183,10 +195,11 @@ class Mirror:
         self.local = Path(self._temporary.name) if self._temporary else folder
         self._known: set[str] = set()
 
-    def pull(self) -> None:
-        """Download the files that are not here yet."""
+    def pull(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Download the files of `wanted` names that are not here yet."""
         if self.remote:
-            listing = {name: entry for name, entry in _listing(self.folder).items() if name not in self._known}
+            found = _listing(self.folder).items()
+            listing = {name: entry for name, entry in found if name not in self._known and wanted(name)}
             _download(self.folder, listing, self.local)
             self._known |= listing.keys()
 

@@ -177,6 +177,10 @@ class FactorSample:
         chosen = np.array_split(np.arange(len(module_names)), self.module_partitions)[module_partition]
         return [module_names[index] for index in chosen]
 
+    def module_partition(self, module_names: Sequence[str], module_name: str) -> int:
+        """The partition that a module is in."""
+        return next(m for m in range(self.module_partitions) if module_name in self.modules(module_names, m))
+
     def loader(self, partition: int) -> DataLoader:
         """Batches of one partition, in row order."""
         rows = np.array_split(np.arange(len(self.blocks_NT)), self.num_partitions)[partition]
@@ -255,7 +259,7 @@ def eigendecompose(
     """Q_A and Q_S of one module, of its partitions' sums added in order. On the model's device.
 
     FileNotFoundError names a partition that is missing."""
-    part = next(m for m in range(sample.module_partitions) if module_name in sample.modules(module_names, m))
+    part = sample.module_partition(module_names, module_name)
     partitions = [(partition, part) for partition in range(sample.num_partitions)]
     path_function = kron_covariance.covariance_matrices_save_path
     covariances = sum_partitions(workdir, path_function, COVARIANCE_FACTOR_NAMES, partitions, only=module_name)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
 from ifguide import schemas
-from ifguide.artifacts import Manifest, data_files, require
+from ifguide.artifacts import Manifest, publish, require
 from ifguide.influence.factors import (
     FactorSample,
     aggregate_lambdas,
@@ -26,15 +27,17 @@ from ifguide.influence.factors import (
     gather_eigenvectors,
 )
 from ifguide.models import check_vocabulary
+from ifguide.spans.tables import PackedCorpus, shard_name
 from ifguide.stages.proxy import describe_proxy, load_proxy
-from ifguide.stages.run import Run, model_mapping
+from ifguide.stages.run import Run, model_mapping, require_resources
 from ifguide.stages.shards import LEDGER, Pool, run_shards
-from ifguide.storage import Mirror, location, readable
+from ifguide.storage import Mirror, location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
 
 VERB = "fit_factors"
 WORK = "partitions"
+SAMPLE = "sample.parquet"  # in WORK: the blocks that the factors are fitted on
 
 
 def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -70,13 +73,15 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     partitions = min(config.data_partitions, num_blocks)
     tasks = partitions * config.module_partitions
     pool = Pool(size=tasks, cpus=config.cpus_per_task, gpus=config.gpus_per_task, max_attempts=config.max_attempts)
+    require_resources(run.config, VERB, "task", cpus=config.cpus_per_task, gpus=config.gpus_per_task)
+    packed = PackedCorpus.of(run.corpus, corpus)
+    draw = ray.remote(num_cpus=config.cpus_per_task)(draw_sample)
+    ray.get(draw.remote(packed, corpus.rows["blocks"], num_blocks, run.config.seed, str(run.factors / WORK / SAMPLE)))
     settings = {
-        "corpus": str(run.corpus),
         "proxy": model_mapping(run.proxy_source),
         "module_names": list(proxy.module_names),
         "work": str(run.factors / WORK),
         "sample": {
-            "num_blocks": num_blocks,
             "num_partitions": partitions,
             "module_partitions": config.module_partitions,
             "batch_size": config.batch_size,
@@ -106,21 +111,13 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
 class FitPartition:
     """Worker: one step of kronfluence, on one partition of data and modules or on one module."""
 
-    def __init__(
-        self,
-        corpus: str,
-        proxy: dict[str, Any],
-        module_names: list[str],
-        work: str,
-        sample: dict[str, int],
-        gpus: float,
-    ):
+    def __init__(self, proxy: dict[str, Any], module_names: list[str], work: str, sample: dict[str, int], gpus: float):
         self.model = load_proxy(proxy, gpus=gpus)
         self.names, self.work = module_names, Mirror(location(work))
-        blocks_NT, lengths_N = sample_blocks(location(corpus), sample["num_blocks"], sample["seed"])
+        blocks = schemas.read_table(location(work) / SAMPLE)
         self.sample = FactorSample(
-            blocks_NT=blocks_NT,
-            lengths_N=lengths_N,
+            blocks_NT=schemas.per_token_array(blocks, "tokens"),
+            lengths_N=blocks.column("length").to_numpy(),
             num_partitions=sample["num_partitions"],
             batch_size=sample["batch_size"],
             seed=sample["seed"],
@@ -129,13 +126,17 @@ class FitPartition:
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         options: dict[str, Any] = {"module_names": self.names, "workdir": self.work.local}
-        self.work.pull()
         step, index = descriptor["step"], descriptor["index"]
         if step == "eigen":
+            part = self.sample.module_partition(self.names, self.names[index])
+            self.work.pull(lambda name: "covariance" in name and f"_module_partition{part}." in name)
             eigendecompose(self.model, self.sample, self.names[index], **options)
         else:
             fit = {"covariance": fit_covariance_partition, "lambda": fit_lambda_partition}[step]
             data_partition, module_partition = divmod(index, self.sample.module_partitions)
+            modules = tuple(f"modules/{name}/" for name in self.sample.modules(self.names, module_partition))
+            own = f"_data_partition{data_partition}_module_partition{module_partition}."
+            self.work.pull(lambda name: (step in name and own in name) or name.startswith(modules))
             fit(self.model, self.sample, data_partition, module_partition=module_partition, **options)
         self.work.push()
         return {}
@@ -143,7 +144,7 @@ class FitPartition:
     def gather(self, out: Path) -> None:
         """Write the factors of all modules to `out`, once every partition is there."""
         work, exported = self.work, Mirror(out)
-        work.pull()
+        work.pull(lambda name: "lambda" in name or name.startswith("modules/"))
         gather_eigenvectors(self.model, self.sample, module_names=self.names, workdir=work.local)
         counts = {"num_partitions": self.sample.num_partitions, "module_partitions": self.sample.module_partitions}
         aggregate_lambdas(work.local, **counts)
@@ -155,18 +156,15 @@ def _gather(settings: dict[str, Any], out: str) -> None:
     FitPartition(**settings).gather(location(out))
 
 
-def sample_blocks(corpus: Path, num_blocks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`num_blocks` blocks of a corpus by seed, ascending by id: (N, T) int32 and their lengths (N,)."""
-    files = data_files(corpus)
-    counts = [pq.read_metadata(readable(path)).num_rows for path in files]
-    total = sum(counts)
-    chosen = np.sort(np.random.default_rng(seed).choice(total, size=num_blocks, replace=False))
-    blocks, lengths, first = [], [], 0
-    for path, count in zip(files, counts, strict=True):
-        here = chosen[(chosen >= first) & (chosen < first + count)] - first
-        first += count
-        if len(here):
-            table = schemas.read_table(path)
-            blocks.append(schemas.per_token_array(table, "tokens")[here])
-            lengths.append(table.column("length").to_numpy()[here])
-    return np.concatenate(blocks), np.concatenate(lengths)
+def draw_sample(corpus: PackedCorpus, blocks: int, count: int, seed: int, path: str) -> None:
+    """Publish `count` of the corpus' blocks by seed, ascending by id, as one table; one that is there is kept."""
+    if location(path).exists():
+        return
+    chosen = np.sort(np.random.default_rng(seed).choice(blocks, size=count, replace=False))
+    shards, firsts = np.unique(chosen // corpus.blocks_per_shard, return_index=True)
+    tables = []
+    for shard, here in zip(shards, np.split(chosen % corpus.blocks_per_shard, firsts[1:]), strict=True):
+        file = corpus.folder / f"shard-{shard_name(shard)}.parquet"
+        tables.append(schemas.read_table(file, columns=["block_id", "length", "tokens"]).take(here))
+    with publish(location(path)) as part:
+        pq.write_table(pa.concat_tables(tables), part)

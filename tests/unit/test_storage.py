@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ifguide.artifacts import publish_folder
-from ifguide.storage import Mirror, download_folder, file_sizes, local_copy, upload_folder
+from ifguide.storage import Mirror, download_folder, file_sizes, local_copy, machine_folder, upload_folder
 
 pytest.importorskip("upath")
 TEXTS = {"a": "one", "sub/b": "second", "sub/deep/c": ""}
@@ -51,6 +53,8 @@ def test_a_mirror_moves_only_what_is_new(folder: Path, store: Path) -> None:
     second.pull()
     assert texts(second.local) == texts(store)
     (store / "later").write_text("by another machine")
+    second.pull(lambda name: name != "later")
+    assert not (second.local / "later").exists()
     second.pull()
     assert (second.local / "later").read_text() == "by another machine"
 
@@ -95,3 +99,37 @@ def test_a_file_that_comes_short_is_an_error(
     for read in (lambda: download_folder(store, tmp_path / "back"), lambda: local_copy(store / "sub/b")):
         with pytest.raises(OSError, match=r"/sub/b: 3 of 6 bytes were read"):
             read()
+
+
+@pytest.mark.parametrize("made", ["writable by the group", "writable by others", "a link", "of another user"])
+def test_a_cache_that_another_user_could_have_made_is_refused(
+    made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("IFGUIDE_CACHE", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = machine_folder()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert machine_folder() == folder, "its own is taken again"
+    if made == "a link":
+        folder.rmdir()
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif made == "of another user":
+        another = os.getuid() + 1
+        folder.rename(tmp_path / f"ifguide-cache-{another}")
+        monkeypatch.setattr(os, "getuid", lambda: another)
+    else:
+        folder.chmod(0o770 if made == "writable by the group" else 0o707)
+    with pytest.raises(PermissionError, match=r"ifguide-cache-\d+ is not a folder of yours .* set IFGUIDE_CACHE"):
+        machine_folder()
+
+
+def test_a_cache_that_the_user_chose_may_be_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "shared")
+    for name in ("shared", "link", "new/folder"):
+        monkeypatch.setenv("IFGUIDE_CACHE", str(tmp_path / name))
+        assert machine_folder() == tmp_path / name
+        assert machine_folder().is_dir()
