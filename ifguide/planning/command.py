@@ -16,6 +16,7 @@ from ifguide.planning.job import Job, StageEstimate
 from ifguide.planning.measurements import Hardware, hardware, sources
 from ifguide.planning.shapes import ModelShape, proxy_shape, target_shape
 from ifguide.planning.sweep import ACTORS, Point, plot, recommended, sweep
+from ifguide.storage import location
 
 DEFAULT_TOKENS = 1e9
 LARGEST_CORPUS = 1e12
@@ -27,6 +28,8 @@ WORKERS = {
     "pretrain": ("workers", "gpus_per_worker"),
     "evaluate": ("actors", "gpus_per_actor"),
 }
+# And what it lowers to that where it is more.
+LEAST_WORKERS = {"score_corpus": "min_actors", "pretrain": "min_workers"}
 
 
 def plan(
@@ -49,6 +52,8 @@ def plan(
     Raises:
         ValueError, OSError: config, GPU type or shape that cannot be planned with; says what to do.
     """
+    if mtbf_hours is not None and not mtbf_hours > 0:
+        raise ValueError(f"--mtbf-hours {mtbf_hours:g}: must be above 0")
     config = load_config(path, overrides)
     settings = [] if gpus is None else worker_settings(config, gpus)
     config = load_config(path, [*overrides, *settings])
@@ -112,7 +117,7 @@ def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | N
 def planned_tokens(config: Config, corpora: Sequence[str] = ("corpus",)) -> tuple[float, list[str]]:
     """Tokens of the first of these folders that is packed, else `DEFAULT_TOKENS`; and a note that says which."""
     for name in corpora:
-        corpus = Path(config.run_dir).expanduser() / name
+        corpus = location(config.run_dir) / name
         if (corpus / MANIFEST).exists():
             return float(read_manifest(corpus).rows["tokens"]), [f"corpus size: of {corpus}"]
     return DEFAULT_TOKENS, ["corpus size: assumed; pack it, or say `ifguide plan --corpus-tokens`"]
@@ -132,8 +137,12 @@ def worker_settings(config: Config, gpus: int) -> list[str]:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
     settings = []
     for verb, (key, per_worker) in WORKERS.items():
-        share = getattr(getattr(config, verb), per_worker) or 1
-        settings.append(f"{verb}.{key}={max(1, int(gpus / share))}")
+        section = getattr(config, verb)
+        workers = max(1, int(gpus / (getattr(section, per_worker) or 1)))
+        settings.append(f"{verb}.{key}={workers}")
+        least = LEAST_WORKERS.get(verb)
+        if least is not None and (getattr(section, least) or 1) > workers:
+            settings.append(f"{verb}.{least}={workers}")
     return settings
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ifguide.config import Config, Prompts
 from ifguide.planning.measurements import SPREAD, Hardware, efficiency, rates
 from ifguide.planning.shapes import ModelShape
+from ifguide.storage import location
 
 ASSUMED_ROWS = 100_000
 # A stage's pools of workers, each of which starts anew. Of pretrain: for each of its models.
@@ -194,7 +194,7 @@ def rows(job: Job, prompts: Prompts | None, key: str) -> int:
         return ASSUMED_ROWS
     if prompts.rows is not None:
         return prompts.rows[1] - prompts.rows[0]
-    path = Path(prompts.path).expanduser()
+    path = location(prompts.path)
     if path.suffix == ".jsonl" and path.is_file():
         with path.open("rb") as lines:
             return sum(1 for _ in lines)

@@ -46,6 +46,17 @@ class Cluster:
     actor_bytes_per_second: float = math.inf
     prefetch: bool = True
 
+    @property
+    def mtbf_seconds(self) -> float:
+        """Of one actor, by itself or with its node."""
+        return min(self.actor_mtbf_seconds, self.node_mtbf_seconds)
+
+    def first_shard_seconds(self, shard_tokens: float) -> float:
+        """What an actor must live for to score a shard at all: it starts, waits for its turn among all, computes."""
+        served = self.dispatch_seconds + self.requests_per_shard / self.requests_per_second
+        served += shard_tokens * self.read_bytes_per_token / self.bytes_per_second
+        return self.start_seconds + self.actors * served + shard_tokens / self.tokens_per_second
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -98,10 +109,16 @@ def simulate(cluster: Cluster, *, tokens: float, shard_tokens: float, seed: int 
     """Score `tokens` in shards of `shard_tokens` (the last one may be short).
 
     Raises:
-        ValueError: no tokens, shards or actors.
+        ValueError: no tokens, shards or actors; actors that fail too soon to score a shard.
     """
     if tokens <= 0 or shard_tokens <= 0 or cluster.actors < 1:
         raise ValueError(f"{tokens:g} tokens in shards of {shard_tokens:g} by {cluster.actors} actors: all must be > 0")
+    needed = cluster.first_shard_seconds(min(tokens, shard_tokens))
+    if not needed < cluster.mtbf_seconds:
+        raise ValueError(
+            f"mean time between an actor's failures of {cluster.mtbf_seconds:g} s: must be above the {needed:,.0f} s in"
+            f" which it starts and scores a shard of {min(tokens, shard_tokens):,.0f} tokens"
+        )
     shards = math.ceil(tokens / shard_tokens)
     simulated = min(shards, max(sample, 12 * cluster.actors))
     sizes = np.full(simulated, float(shard_tokens))

@@ -62,16 +62,36 @@ def sweep(
     mtbf_hours: float | None = None,
     seed: int = 0,
 ) -> list[Point]:
-    """Every combination; half a second each at most."""
+    """Every combination; half a second each at most. Shards that actors fail too soon to score are left out, with a
+    note to the job.
+
+    Raises:
+        ValueError: actors fail too soon for any.
+    """
     points = []
     for tokens in corpora:
         for count in actors:
             cluster = cluster_of(job, count, mtbf_hours=mtbf_hours)
-            for size in shard_tokens:
+            for size in _scorable(job, cluster, tokens, shard_tokens):
                 outcome = simulate(cluster, tokens=tokens, shard_tokens=size, seed=seed, sample=SAMPLE)
                 point = Point(tokens=tokens, actors=count, shard_tokens=size, outcome=outcome, limit=limit(outcome))
                 points.append(point)
     return points
+
+
+def _scorable(job: Job, cluster: Cluster, tokens: float, shard_tokens: Sequence[float]) -> list[float]:
+    needed = {size: cluster.first_shard_seconds(min(tokens, size)) for size in shard_tokens}
+    sizes = [size for size, seconds in needed.items() if seconds < cluster.mtbf_seconds]
+    if not sizes:
+        least = min(needed.values()) / 3600
+        raise ValueError(
+            f"--mtbf-hours {cluster.mtbf_seconds / 3600:g}: must be above the {least:.2g} hours in which one"
+            f" of {cluster.actors:,} actors starts and scores its first shard"
+        )
+    note = f"simulation: {cluster.actors:,} actors fail too soon to score shards of more than {max(sizes):,.0f} tokens"
+    if len(sizes) < len(needed) and note not in job.notes:
+        job.notes.append(note)
+    return sizes
 
 
 def limit(outcome: Outcome) -> str:

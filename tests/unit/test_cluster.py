@@ -42,8 +42,20 @@ def test_every_job_and_config_named_exists(path: Path) -> None:
         assert (ROOT / name).is_file(), name
 
 
-def test_the_image_has_the_projects_ray() -> None:
-    assert f"rayproject/ray:{ray_version()}-" in (ROOT / "cluster" / "Dockerfile").read_text()
+def test_the_image_has_the_projects_ray_and_what_object_stores_need() -> None:
+    dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
+    assert f"rayproject/ray:{ray_version()}-" in dockerfile
+    assert '--constraint constraints.txt ".[s3]"' in dockerfile
+    for copied in re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", dockerfile, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in copied.split()), copied
+
+
+def test_a_job_whose_working_directory_is_sent_along_is_told_where_its_run_directory_is() -> None:
+    """Relative paths would lie in Ray's own folder on each node, under another name after any edit."""
+    for path in (ROOT / "README.md", *FILES):
+        for line in path.read_text().splitlines():
+            if re.search(r"ray job submit .*--working-dir .*jobs/", line):
+                assert re.search(r"--set run_dir=(/|\w+://|D\b)", line), f"{path.name}: {line}"
 
 
 def test_local_sh_is_valid_shell() -> None:

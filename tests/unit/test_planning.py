@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ifguide.artifacts import MANIFEST, Manifest
 from ifguide.cli import main
-from ifguide.config import VERBS, load_config
+from ifguide.config import VERBS, Prompts, load_config
 from ifguide.influence.scorer import PRESETS, Method
 from ifguide.planning import flops
-from ifguide.planning.command import make_job, plan, worker_settings
+from ifguide.planning.command import DEFAULT_TOKENS, make_job, plan, planned_tokens, worker_settings
 from ifguide.planning.estimate import estimate
+from ifguide.planning.job import ASSUMED_ROWS, rows
 from ifguide.planning.measurements import MOST, _tables, efficiency, hardware, rates, sources, throughputs
 from ifguide.planning.shapes import published_shapes, shape_of_fields
 from ifguide.planning.simulation import Outcome
@@ -133,6 +135,32 @@ def test_workers_are_set_by_keys_that_the_run_takes_too() -> None:
         worker_settings(config, 0)
 
 
+def test_fewer_workers_lower_the_least_number_of_them_too() -> None:
+    path, vocabulary = CONFIGS / "demo.yaml", "target.architecture.vocab_size=2048"
+    least = [vocabulary, "score_corpus.min_actors=2", "pretrain.min_workers=2"]
+    one = plan(path, least, corpus_tokens=1e6, gpus=1)["settings"]
+    assert {"score_corpus.min_actors=1", "pretrain.min_workers=1"} < set(one)
+    loaded = load_config(path, [*least, *one])
+    assert (loaded.score_corpus.min_actors, loaded.score_corpus.max_actors) == (1, 1)
+    assert (loaded.pretrain.min_workers, loaded.pretrain.workers) == (1, 1)
+    for kept in (worker_settings(load_config(path, least), 2), worker_settings(load_config(PYTHIA), 1)):
+        assert not any(".min_" in setting for setting in kept), "it stays where it is low enough"
+
+
+def test_a_packed_corpus_and_prompts_are_found_in_a_remote_store(store: Path) -> None:
+    (store / "prompts.jsonl").write_text("{}\n" * 3)
+    keys = [f"run_dir={store}", f"build_query.prompts={store}/prompts.jsonl"]
+    assert planned_tokens(load_config(PYTHIA, keys))[0] == DEFAULT_TOKENS
+    manifest = Manifest(**{field.name: {} for field in fields(Manifest)} | {"rows": {"tokens": 12345}})
+    (store / "corpus" / MANIFEST).write_text(json.dumps(asdict(manifest)))
+    assert planned_tokens(load_config(PYTHIA, keys)) == (12345.0, [f"corpus size: of {store}/corpus"])
+    job = make_job(load_config(PYTHIA, keys))
+    assert job.tokens == 12345.0
+    assert rows(job, job.config.build_query.prompts, "build_query.prompts") == 3
+    missing = Prompts(path=f"{store}/none.jsonl")
+    assert rows(job, missing, "evaluate.prompts") == ASSUMED_ROWS
+
+
 def test_fewer_shards_than_actors_take_longer_and_the_plan_says_so() -> None:
     few = ["pack_corpus.blocks_per_shard=60000"]  # nine shards for eight actors
     slow = {stage["stage"]: stage for stage in plan(PYTHIA, few, corpus_tokens=1e9)["stages"]}["score_corpus"]
@@ -184,6 +212,20 @@ def test_an_unknown_gpu_and_an_empty_corpus_are_one_line(capsys: pytest.CaptureF
     assert error.startswith("ifguide plan: GPU type abacus: not known, only cpu, h100")
     assert main(["plan", "--config", str(PYTHIA), "--corpus-tokens", "0"]) == 1
     assert "--corpus-tokens 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "nan", "0.001"])
+def test_failures_that_let_no_shard_be_scored_are_one_line(hours: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--config", str(PYTHIA), "--corpus-tokens", "1e9", "--simulate", "--actors", "64"]
+    assert main([*command, "--mtbf-hours", hours]) == 1
+    assert capsys.readouterr().err.startswith(f"ifguide plan: --mtbf-hours {hours}: must be above")
+
+
+def test_shards_that_failures_let_no_actor_score_are_left_out_of_the_simulation() -> None:
+    job = make_job(load_config(PYTHIA), corpus_tokens=1e9)
+    points = sweep(job, corpora=[1e9], actors=[64], shard_tokens=(2.0**19, 2.0**27), mtbf_hours=0.03)
+    assert [point.shard_tokens for point in points] == [2.0**19]
+    assert "simulation: 64 actors fail too soon to score shards of more than 524,288 tokens" in job.notes
 
 
 def test_rank_and_precision_of_the_config_decide_the_flop() -> None:

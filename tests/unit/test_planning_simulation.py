@@ -129,6 +129,20 @@ def test_a_sampled_run_ends_where_the_whole_run_does() -> None:
     assert part.useful == pytest.approx(whole.useful, rel=0.02)
 
 
+@pytest.mark.parametrize("failing", ["actor_mtbf_seconds", "node_mtbf_seconds"])
+def test_actors_that_fail_before_their_first_shard_are_refused(failing: str) -> None:
+    """They start for 5 s, are served 0.25 s each one after the other, and compute for 2 s."""
+    slow = {"tokens_per_second": RATE, "start_seconds": 5.0, "dispatch_seconds": 0.25, "actors": 4}
+    for seconds in (-1.0, 0.0, 1.0, 8.0):
+        with pytest.raises(ValueError, match=r"must be above the 8 s in which it starts and scores a shard of 2,000"):
+            simulate(Cluster(**slow, **{failing: seconds}), tokens=1e5, shard_tokens=2000)
+    outcome = simulate(Cluster(**slow, **{failing: 8.5}), tokens=1e5, shard_tokens=2000)
+    assert outcome.useful * outcome.seconds * 4 == pytest.approx(100.0)
+    assert outcome.failures > 0
+    short = simulate(Cluster(**slow, **{failing: 8.5}), tokens=1000, shard_tokens=1e9)  # its one shard is short
+    assert short.shards == 1
+
+
 def test_nothing_to_score_is_refused() -> None:
     with pytest.raises(ValueError, match="must be > 0"):
         simulate(Cluster(actors=0, tokens_per_second=1.0), tokens=1, shard_tokens=1)
