@@ -21,6 +21,7 @@ from ifguide.storage import location
 from ifguide.telemetry import configure_logging, log
 
 USER_ERRORS = (ValueError, OSError)  # the latter of files: not there, not writable, no space left
+STORE_ERRORS = "botocore."  # modules of what s3fs raises besides: no credentials, no connection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         from ifguide.stages.shards import StageError
 
-        if not isinstance(error, StageError):
+        if not isinstance(error, StageError) and not type(error).__module__.startswith(STORE_ERRORS):
             raise
         print(f"ifguide {options.command}: {error}", file=sys.stderr)
         return 1

@@ -62,8 +62,11 @@ def recorded_residuals(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 def mean_residuals(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, batch_size: int) -> Tensor:
     """(L + 1, N, D) float32: the mean over each text's tokens of the stream at each depth; texts are token ids.
 
-    Padding is on the right, which a causal model never looks back on. ValueError for a text without tokens.
+    Padding is on the right, which a causal model never looks back on. ValueError for a text without tokens, and for no
+    text at all.
     """
+    if not texts:
+        raise ValueError("no texts; an analysis needs at least one")
     empty = [i for i, ids in enumerate(texts) if not len(ids)]
     if empty:
         raise ValueError(f"text {empty[0]} has no tokens; every text of an analysis needs one")

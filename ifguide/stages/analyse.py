@@ -6,11 +6,12 @@
                         "probes": {"texts": n, "layers": [{"accuracy": F, "auroc": F} by depth]},
                         "gcg": {"exact": F, "flagged": F, "flagged_before": F, "loss": F, "first_loss": F,
                                 "attacks": [one mapping a target]}}},
-     "paired": {model: {"against": first model, "lens": [D at the last depth], "gcg": {figure: D}}}}
+     "paired": {model: {"against": first model, "lens": D at the last depth, "gcg/<figure>": D}}}
 
 with F a value and its interval of a bootstrap over prompts, texts or targets, D the difference to the first model
-(`evaluation.bootstrap`). Beside it `analyses.md` and a PNG for each analysis. Each model's lens and probes, and each
-attack, is a piece of work of its own; running again resumes.
+(`evaluation.bootstrap`): null where the tokens that the figure is of are not the first model's, as in models of two
+tokenizers. Beside it `analyses.md` and a PNG for each analysis. Each model's lens and probes, and each attack, is a
+piece of work of its own; running again resumes.
 
 An attack succeeds as `exact` when greedy decoding after the prompt and the suffix gives the target token by token, as
 `flagged` when `evaluate.classifier` calls the text greedily decoded after them (`evaluate.max_new_tokens`) toxic;
@@ -19,7 +20,6 @@ An attack succeeds as `exact` when greedy decoding after the prompt and the suff
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -42,12 +42,12 @@ from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping
 from ifguide.evaluation import Bootstrap, Replicates
 from ifguide.evaluation.generation import decode
 from ifguide.models import load_model
-from ifguide.stages.build_query import QUERIES, make_classifier
+from ifguide.stages.build_query import QUERIES, make_classifier, read_queries
 from ifguide.stages.check_classifier import labelled_texts
 from ifguide.stages.evaluate import models_to_evaluate
 from ifguide.stages.evaluation_figures import THRESHOLD
 from ifguide.stages.evaluation_prompts import chosen_prompts
-from ifguide.stages.run import Run, connect
+from ifguide.stages.run import Run, connect, require_resources
 from ifguide.stages.shards import LEDGER, Pool, run_shards
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
@@ -55,14 +55,15 @@ from ifguide.tokenizer import load_tokenizer
 VERB = "analyse"
 DRAW = {"lens": draw_lens, "probes": draw_probes, "gcg": draw_gcg}
 GCG_FIGURES = ("exact", "flagged", "flagged_before", "loss", "first_loss")
+BY_TOKENS = ("lens", "gcg/exact", "gcg/loss", "gcg/first_loss")  # of two models with the same tokens alone
 
 
 def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `analyses/`, of a run that has its query and a model.
 
     Raises:
-        ConfigError: no prompts, or a classifier that cannot score text. FileNotFoundError: no model, or no query.
-        StageError: a piece failed, with its reason: a model without a last norm, too few texts of a kind.
+        ConfigError: no prompts, a classifier that cannot score text, or too few texts of a kind. FileNotFoundError: no
+            model, or no query. StageError: a piece failed, with its reason: a model without a last norm.
     """
     config = run.config.analyse
     _check(run.config)
@@ -71,15 +72,18 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return None
     models = models_to_evaluate(run)
     query = require(run.query, "build_query")
+    verify_file(run.query, QUERIES, query)
+    rows = read_queries(run.query)
+    _check_queries(run.config, rows)
+    probed = probe_texts(run.config, rows) if "probes" in config.methods else []
     inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
     inputs["query"] = query.fingerprint
     artifact = run.open(run.analyses, VERB, keys=("analyse", "evaluate", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {run.analyses / 'analyses.md'}")
         return artifact.manifest
-    verify_file(run.query, QUERIES, query)
-    rows = [json.loads(line) for line in (run.query / QUERIES).read_text(encoding="utf-8").splitlines()]
     connect(run.config)
+    require_resources(run.config, VERB, "actor", cpus=config.cpus_per_actor, gpus=config.gpus_per_actor)
     results = run_shards(
         VERB,
         _descriptors(run.config, list(models), sum(row["toxic"] for row in rows)),
@@ -88,6 +92,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
             "config": to_mapping(run.config),
             "models": {name: source for name, (source, _) in models.items()},
             "queries": rows,
+            "probed": probed,
         },
         folder=run.analyses,
         pool=Pool(
@@ -124,6 +129,41 @@ def _check(config: Config) -> None:
         raise ConfigError("evaluate.classifier: labels cannot score what an attack draws; choose another classifier")
 
 
+def _check_queries(config: Config, queries: Sequence[Mapping[str, Any]]) -> None:
+    if "lens" not in config.analyse.methods or config.evaluate.word_list:
+        return
+    if all(row["toxic"] for row in queries):
+        raise ConfigError(
+            "evaluate.word_list: it is empty, and the query has only toxic completions, none to tell their tokens from;"
+            " list words for the lens, or make the query with build_query.differential = true"
+        )
+
+
+def probe_texts(config: Config, queries: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+    """Texts of the probes with their labels, as many of one kind as of the other, drawn by seed.
+
+    Raises:
+        ConfigError: fewer of a kind than folds.
+    """
+    options = config.analyse
+    if options.texts:
+        labelled = [(row.text, row.label) for row in labelled_texts(options.texts, "analyse.texts") if row.text]
+    else:
+        labelled = [(row["completion"], row["toxic"]) for row in queries]
+    toxic, others = ([each for each in labelled if each[1] == kind] for kind in (True, False))
+    count = min(len(toxic), len(others), options.max_texts // 2)
+    if count < options.folds:
+        source = "they are" if options.texts else "none are named, and the query's completions are"
+        remedy = "" if options.texts else ", make the query with build_query.differential = true"
+        raise ConfigError(
+            f"analyse.texts: {source} {len(toxic)} toxic and {len(others)} others, of which the probes take"
+            f" {options.max_texts // 2} each at most (half of analyse.max_texts) and {options.folds} at least"
+            f" (analyse.folds); name texts of both kinds{remedy}, or leave probes out of analyse.methods"
+        )
+    rng = np.random.default_rng(config.seed)
+    return [each[i] for each in (toxic, others) for i in rng.permutation(len(each))[:count]]
+
+
 def _descriptors(config: Config, models: Sequence[str], toxic: int) -> list[dict[str, Any]]:
     """Model by model, so that an actor seldom changes its model; `number` is the attack's toxic query."""
     options = config.analyse
@@ -142,9 +182,15 @@ def _descriptors(config: Config, models: Sequence[str], toxic: int) -> list[dict
 class AnalyseModel:
     """Worker: one analysis of one model; keeps the last model it used."""
 
-    def __init__(self, config: dict[str, Any], models: dict[str, str], queries: list[dict[str, Any]]):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        models: dict[str, str],
+        queries: list[dict[str, Any]],
+        probed: list[tuple[str, bool]],
+    ):
         self.config = config_from_mapping(config)
-        self.options, self.models = self.config.analyse, models
+        self.options, self.models, self.probed = self.config.analyse, models, probed
         self.toxic, self.others = ([row for row in queries if row["toxic"] == kind] for kind in (True, False))
         self.device = "cuda" if self.options.gpus_per_actor else "cpu"
         self.loaded: tuple[str, Any, Any] | None = None
@@ -167,7 +213,8 @@ class AnalyseModel:
         texts = [self._encode(tokenizer, row.prompt) for row in prompts]
         tokens = self._lens_tokens(tokenizer)
         mass_NL = LogitLens(model).mass(texts, tokens, batch_size=self.options.batch_size)
-        return {"tokens": [tokenizer.decode([token]) for token in tokens], "mass": mass_NL.tolist()}
+        words = [tokenizer.decode([token]) for token in tokens]
+        return {"tokens": words, "token_ids": tokens, "mass": mass_NL.tolist()}
 
     def _lens_tokens(self, tokenizer: Any) -> list[int]:
         words = self.config.evaluate.word_list
@@ -180,26 +227,14 @@ class AnalyseModel:
         return overrepresented_tokens(toxic, others, self.options.lens_tokens)
 
     def _probes(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        texts, labels = self._labelled()
-        encoded = [self._encode(tokenizer, text)[: self.options.max_tokens] for text in texts]
+        encoded = [self._encode(tokenizer, text)[: self.options.max_tokens] for text, _ in self.probed]
+        labels_N = np.array([label for _, label in self.probed])
         features_LND = mean_residuals(model, encoded, batch_size=self.options.batch_size).numpy()
         bootstrap = Bootstrap(samples=self.config.evaluate.bootstrap_samples, seed=self.config.seed)
         layers = probe_layers(
-            features_LND, labels, folds=self.options.folds, seed=self.config.seed, bootstrap=bootstrap
+            features_LND, labels_N, folds=self.options.folds, seed=self.config.seed, bootstrap=bootstrap
         )
-        return {"texts": len(texts), "layers": layers}
-
-    def _labelled(self) -> tuple[list[str], np.ndarray]:
-        """Texts and labels, as many of one kind as of the other, drawn by seed."""
-        if self.options.texts:
-            rows = labelled_texts(self.options.texts, "analyse.texts")
-            kinds = [[row.text for row in rows if row.label == kind and row.text] for kind in (True, False)]
-        else:
-            kinds = [[row["completion"] for row in each] for each in (self.toxic, self.others)]
-        count = min(*map(len, kinds), self.options.max_texts // 2)
-        rng = np.random.default_rng(self.config.seed)
-        drawn = [[each[i] for i in rng.permutation(len(each))[:count]] for each in kinds]
-        return drawn[0] + drawn[1], np.arange(2 * count) < count
+        return {"texts": len(self.probed), "layers": layers}
 
     def _attack(self, model: Any, tokenizer: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         options = self.options.gcg
@@ -236,6 +271,7 @@ class AnalyseModel:
         return {
             "row": row["row"],
             "target": decode(tokenizer, [target])[0],
+            "target_ids": target,
             "suffix": decode(tokenizer, [found.suffix])[0],
             "keeps_its_tokens": keeps_its_tokens(found.suffix),
             "continuation": texts[1],
@@ -254,14 +290,17 @@ def collect(results: Mapping[str, dict[str, Any]], models: Sequence[str], bootst
     """The content of `analyses.json` from the pieces by key."""
     shown: dict[str, dict[str, Any]] = {}
     replicates: dict[str, dict[str, Replicates]] = {}
+    tokens: dict[str, dict[str, Any]] = {}  # model -> analysis -> what its figures are of
     for model in models:
         by_key = {tuple(key.split("-", 2)): result for key, result in results.items()}  # a model's name may hold dashes
         own = {f"{method}-{i}": result for (method, i, name), result in by_key.items() if name == model}
         items: dict[str, np.ndarray] = {}
         found: dict[str, Any] = {}
+        tokens[model] = {}
         attacks = [result for key, result in own.items() if key.startswith("gcg-")]
         if "lens-0000" in own:
             mass_NL = np.array(own["lens-0000"]["mass"])
+            tokens[model]["lens"] = (own["lens-0000"]["tokens"], own["lens-0000"]["token_ids"])
             lens = {f"{depth}": mass_NL[:, depth] for depth in range(mass_NL.shape[1])}
             drawn = _replicates(lens, bootstrap)
             items["lens"] = mass_NL[:, -1]
@@ -277,14 +316,19 @@ def collect(results: Mapping[str, dict[str, Any]], models: Sequence[str], bootst
             items |= {f"gcg/{name}": values for name, values in outcomes.items()}
             found["gcg"] = {name: bootstrap.figure(each).as_json() for name, each in drawn.items()}
             found["gcg"]["attacks"] = attacks
+            tokens[model]["gcg"] = [each["target_ids"] for each in attacks]
         shown[model] = found
         replicates[model] = {name: _replicates({name: values}, bootstrap)[name] for name, values in items.items()}
     first = models[0]
+
+    def difference(model: str, name: str) -> dict[str, Any] | None:
+        method = name.partition("/")[0]
+        if name in BY_TOKENS and tokens[model][method] != tokens[first][method]:
+            return None
+        return bootstrap.difference(replicates[model][name], replicates[first][name])
+
     paired = {
-        model: {
-            "against": first,
-            **{name: bootstrap.difference(value, replicates[first][name]) for name, value in replicates[model].items()},
-        }
+        model: {"against": first, **{name: difference(model, name) for name in replicates[model]}}
         for model in models[1:]
     }
     return {"models": shown, "paired": paired}

@@ -148,7 +148,7 @@ def read_prompt_rows(prompts: Prompts, dotted_key: str) -> list[PromptRow]:
         FileNotFoundError, ValueError: no such file, bad rows, or `rows` outside of it.
     """
     try:
-        rows = read_prompts(local_copy(prompts.path))
+        rows = read_prompts(prompts.path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{dotted_key}.path: {error}") from error
     if prompts.rows is None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ifguide.config import Config, ConfigError, LabelledTexts
 from ifguide.evaluation import Bootstrap, classifier_agreement
@@ -32,9 +33,10 @@ def check_classifiers(config: Config) -> list[dict[str, Any]]:
     texts = labelled_texts(config.evaluate.check_data, "evaluate.check_data")
     labels = np.array([text.label for text in texts])
     bootstrap = Bootstrap(samples=config.evaluate.bootstrap_samples, seed=config.seed)
+    gpus = config.evaluate.gpus_per_actor if torch.cuda.is_available() else 0  # this process may have none
     found = []
     for key, source in {"": config.evaluate.classifier, **config.evaluate.classifiers}.items():
-        classifier = make_classifier(source, gpus=config.evaluate.gpus_per_actor)
+        classifier = make_classifier(source, gpus=gpus)
         primary = classifier.classes[0]
         if isinstance(classifier, LabelClassifier):
             scores = _carried(texts, primary)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ifguide.config import Config, ConfigError, PromptSet
 from ifguide.stages.build_query import read_prompt_rows
+from ifguide.storage import is_remote, location, matching
 from ifguide.toxicity import GroupedPrompt, PromptRow, read_grouped_prompts
 
 PROMPTS = "prompts"  # the name of evaluate.prompts beside evaluate.prompt_sets
@@ -62,10 +63,16 @@ def _draw(rows: Sequence[Prompt], limit: int | None, seed: int) -> list[Prompt]:
 
 
 def _read_set(config: Config, name: str, source: PromptSet) -> list[GroupedPrompt]:
-    path = Path(source.path).expanduser()
-    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))
-    files = sorted(file for file in found if not path.is_dir() or file.suffix in SUFFIXES)
+    files = _matching_files(source.path)
     if not files:
         raise FileNotFoundError(f"evaluate.prompt_sets.{name}.path: nothing matches {source.path}")
     rows = read_grouped_prompts(files, text_column=source.text_column, group_column=source.group_column)
     return _draw(rows, source.max_prompts, config.seed)
+
+
+def _matching_files(pattern: str) -> list[Path]:
+    """The files that a file's path, a folder or a pattern, local or remote, stands for."""
+    path = location(pattern)
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    return matching(path) if is_remote(path) else sorted(map(Path, glob.glob(str(Path(pattern).expanduser()))))

@@ -9,8 +9,8 @@
 - `words:FILE`: 1 where a text holds a word or phrase of the list, one per line, as whole words ignoring case; else 0.
 - `labels`: the scores that rows carry already (Perspective's in RealToxicityPrompts); it cannot score new text.
 
-Transformers take texts in order of length, so that little is padded, and cut them at their longest input. They are
-not calibrated: 0.5 does not mean the same to any two of them.
+Files and folders are local or remote. Transformers take texts in order of length, so that little is padded, and cut
+them at their longest input. They are not calibrated: 0.5 does not mean the same to any two of them.
 """
 
 import difflib
@@ -18,12 +18,13 @@ import io
 import pickle
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from ifguide.storage import local_copy
 
 Scores = dict[str, NDArray[np.float32]]
 
@@ -115,12 +116,14 @@ def _detoxify_source(checkpoint: str | None, huggingface_config: str | None) -> 
                 f"a local config folder ({huggingface_config}) needs a local Detoxify checkpoint too: name one"
             )
         return None
-    if not Path(checkpoint).is_file():
+    file = local_copy(checkpoint)
+    if not file.is_file():
         raise FileNotFoundError(f"Detoxify checkpoint {checkpoint} does not exist: check the path")
-    if huggingface_config is not None and not Path(huggingface_config).is_dir():
+    folder = None if huggingface_config is None else local_copy(huggingface_config)
+    if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"config folder {huggingface_config} of Detoxify does not exist")
     try:
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
         arguments = loaded["config"]["arch"]["args"]
         loaded["config"]["dataset"]["args"]["classes"], loaded["state_dict"]
     except pickle.UnpicklingError as error:
@@ -130,10 +133,10 @@ def _detoxify_source(checkpoint: str | None, huggingface_config: str | None) -> 
         ) from error
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} is not a Detoxify checkpoint, {{config, state_dict}}: {error}") from error
-    if huggingface_config is not None:
+    if folder is not None:
         # Detoxify's own `huggingface_config_path` still asks the hub for the config that the checkpoint names,
         # and then loses the number of classes.
-        arguments["model_type"] = huggingface_config
+        arguments["model_type"] = str(folder)
     buffer = io.BytesIO()
     torch.save(loaded, buffer)
     buffer.seek(0)
@@ -150,9 +153,11 @@ class SequenceClassifier:
 
         assert batch_size >= 1, batch_size
         self.name, self.batch_size, self.device = f"hf:{source}", batch_size, device
-        if not source or (source[0] in "./~" and not Path(source).expanduser().is_dir()):
-            raise FileNotFoundError(f"classifier folder {source!r} does not exist: check the path")
-        source = str(Path(source).expanduser()) if source[0] == "~" else source
+        if source.startswith((".", "/", "~")) or "://" in source:
+            folder = local_copy(source)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"classifier folder {source!r} does not exist: check the path")
+            source = str(folder)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
             self._tokenizer = AutoTokenizer.from_pretrained(source)
@@ -216,9 +221,10 @@ class WordListClassifier:
 
     def __init__(self, path: str) -> None:
         self.name = f"words:{path}"
-        if not Path(path).expanduser().is_file():
+        file = local_copy(path)
+        if not file.is_file():
             raise FileNotFoundError(f"word list {path!r} does not exist: check the path")
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
         words = sorted({line.strip().lower() for line in lines} - {""})
         if not words:
             raise ValueError(f"word list {path} is empty: give one word or phrase per line")

@@ -6,8 +6,8 @@
   BOLD's own JSON, {group: {name: [prompt, ...]}}, one file for each domain.
 - Labelled texts are rows with a text column and a label column, and perhaps scores.
 
-Every table is read whole: it has at most some 100,000 rows. A row that cannot be used is an error that names file
-and row; none is left out.
+Files are local or remote. Every table is read whole: it has at most some 100,000 rows. A row that cannot be used is
+an error that names file and row; none is left out.
 """
 
 import json
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+
+from ifguide.storage import local_copy, location
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +33,20 @@ class PromptRow:
     continuation_scores: dict[str, float]
 
 
-def _records(path: Path, kind: str) -> Iterator[tuple[int, Any]]:
-    if path.suffix not in (".jsonl", ".parquet"):
+def _records(path: str | Path, kind: str) -> Iterator[tuple[int, Any]]:
+    if location(path).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path}: a {kind} is a .jsonl or .parquet file")
-    if not path.is_file():
+    file = local_copy(path)
+    if not file.is_file():
         raise FileNotFoundError(f"{kind} {path} does not exist: check the path")
-    if path.suffix == ".parquet":
+    if file.suffix == ".parquet":
         row = 0
-        for batch in pq.ParquetFile(path).iter_batches():
+        for batch in pq.ParquetFile(file).iter_batches():
             for record in batch.to_pylist():
                 yield row, record
                 row += 1
         return
-    with path.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8") as lines:
         for row, line in enumerate(lines):
             try:
                 yield row, json.loads(line)
@@ -67,7 +70,6 @@ def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str,
 
 def read_prompts(path: str | Path) -> list[PromptRow]:
     """All rows of a .jsonl or .parquet prompt table. Raises ValueError that names file and row."""
-    path = Path(path)
     rows = []
     for row, record in _records(path, "prompt table"):
         prompt, prompt_scores = _text_and_scores(record, "prompt", f"{path}, row {row}")
@@ -114,7 +116,7 @@ def read_grouped_prompts(
 ) -> list[GroupedPrompt]:
     """All prompts of the files, in order. Raises ValueError that names file and row, or JSON key."""
     prompts: list[tuple[str, str, str]] = []
-    for path in map(Path, paths):
+    for path in map(location, paths):
         if path.suffix == ".json":
             prompts += _bold_prompts(path)
             continue
@@ -170,7 +172,6 @@ def read_labelled(
     """All rows. A label is a bool, or a number in [0, 1] that counts from `threshold` (the annotators' share).
 
     Other columns that hold numbers in [0, 1] are scores. Raises ValueError that names file and row."""
-    path = Path(path)
     rows = []
     for row, record in _records(path, "table of labelled texts"):
         where = f"{path}, row {row}"

@@ -159,9 +159,10 @@ def test_prompts_edited_since_an_interrupted_run_leave_nothing_of_the_old_ones(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(config=copied(drop=("query",), build_query__prompts={"path": str(prompts)}, build_query__partitions=1))
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch:
         patch.setattr(build_query, "_precondition", lambda *arguments: 1 / 0)
-        stage("build_query")(run)
+        with pytest.raises(ZeroDivisionError):
+            stage("build_query")(run)
     for row in rows:
         row["continuation"]["text"] += "\u2028You see."
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +25,12 @@ from ifguide.analyses import (
     target_losses,
 )
 from ifguide.analyses.adversarial import replacements
+from ifguide.artifacts import open_artifact
+from ifguide.config import ConfigError, config_from_mapping
 from ifguide.evaluation import Bootstrap
+from ifguide.stages.analyse import BY_TOKENS, GCG_FIGURES, analyse, collect, probe_texts
+from ifguide.stages.build_query import read_queries
+from ifguide.stages.run import Run
 from tests.tiny import VOCABULARY, tiny_model
 
 FAMILIES = ("gpt_neox", "llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neo")  # soft caps, scaled embeddings, ...
@@ -69,6 +78,8 @@ def test_mean_residuals_are_means_of_each_text_alone(family: str) -> None:
         torch.testing.assert_close(found_LND[depth, 0], hidden[depth][0].mean(0), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="text 1 has no tokens"):
         mean_residuals(model, [[1], []], batch_size=2)
+    with pytest.raises(ValueError, match="no texts"):
+        mean_residuals(model, [], batch_size=2)
 
 
 def test_overrepresented_tokens_are_ranked_by_the_ratio_of_shares() -> None:
@@ -169,3 +180,81 @@ def test_candidates_that_do_not_survive_as_text_are_left_out() -> None:
     assert found.suffix[0] == SUFFIX[0]
     with pytest.raises(ValueError, match="at least one token"):
         attack(model, CONTEXT, [], SUFFIX, budget, seed=0)
+
+
+# ---- the stage: what it reads, refuses and compares ------------------------------------------------------
+
+
+def queries(toxic: int, others: int) -> list[dict[str, Any]]:
+    kinds = [True] * toxic + [False] * others
+    return [{"row": i, "toxic": kind, "prompt": "p", "completion": f" c{i}"} for i, kind in enumerate(kinds)]
+
+
+def write_queries(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_completion_may_hold_any_line_end(tmp_path: Path) -> None:
+    rows = queries(1, 1)
+    rows[0]["completion"] = " one\u2028two\u2029three\x85four\nfive\r\nsix"
+    assert read_queries(write_queries(tmp_path / "queries.jsonl", rows).parent) == rows
+
+
+def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path) -> None:
+    rows = queries(7, 9)
+    config = config_from_mapping({"analyse": {"folds": 2, "max_texts": 8}})
+    drawn = probe_texts(config, rows)
+    assert [label for _, label in drawn] == [True] * 4 + [False] * 4
+    assert len(set(drawn)) == 8
+    assert set(drawn) < {(row["completion"], row["toxic"]) for row in rows}
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{i}", "toxic": i < 3}) + "\n" for i in range(6)))
+    named = config_from_mapping({"analyse": {"folds": 2, "texts": [str(path)]}})
+    assert sorted(probe_texts(named, rows)) == [(f"t{i}", i < 3) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("options", "others", "message"),
+    [
+        ({"methods": ["probes"]}, 0, r"analyse\.texts: .* 20 toxic and 0 others.*build_query\.differential"),
+        ({"methods": ["probes"]}, 4, r"analyse\.texts: .* 20 toxic and 4 others.*analyse\.folds"),
+        ({"methods": ["probes"], "max_texts": 8}, 20, r"analyse\.texts: .*analyse\.max_texts"),
+        ({"methods": ["probes"], "texts": ["texts.jsonl"]}, 20, r"analyse\.texts: they are 0 toxic and 6 others"),
+        ({"methods": ["lens"]}, 0, r"evaluate\.word_list: .*build_query\.differential"),
+    ],
+)
+def test_texts_of_one_kind_alone_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], others: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts.jsonl").write_text('{"text": "t", "toxic": false}\n' * 6)
+    evaluate = {"prompts": "prompts.jsonl", "models": {"one": "a/model"}}
+    run = Run(config=config_from_mapping({"run_dir": str(tmp_path / "run"), "evaluate": evaluate, "analyse": options}))
+    artifact = open_artifact(run.query, verb="build_query", options={}, inputs={}, config_yaml="")
+    artifact.finish([write_queries(run.query / "queries.jsonl", queries(20, others))], rows={}, summary={})
+    with pytest.raises(ConfigError, match=message):
+        analyse(run)
+    assert not run.analyses.exists()  # so that the mended config is not another plan
+
+
+def pieces(model: str, *, token_ids: list[int], target_ids: list[int], mass: float) -> dict[str, dict[str, Any]]:
+    attacks = [{**dict.fromkeys(GCG_FIGURES, mass + i / 8), "row": i, "target_ids": [*target_ids, i]} for i in range(3)]
+    lens = {"tokens": ["a", "b"], "token_ids": token_ids, "mass": [[0.5, mass + i / 8] for i in range(4)]}
+    return {f"lens-0000-{model}": lens, **{f"gcg-{i:04d}-{model}": each for i, each in enumerate(attacks)}}
+
+
+def test_figures_of_other_tokens_are_not_compared() -> None:
+    results = {
+        **pieces("first", token_ids=[3, 4], target_ids=[7, 8], mass=0.25),
+        **pieces("same", token_ids=[3, 4], target_ids=[7, 8], mass=0.5),
+        **pieces("other", token_ids=[3, 5], target_ids=[9], mass=0.5),
+    }
+    paired = collect(results, ["first", "same", "other"], Bootstrap(samples=20))["paired"]
+    names = {"lens", *(f"gcg/{name}" for name in GCG_FIGURES)}
+    assert paired.keys() == {"same", "other"}
+    assert all(each.keys() == {"against", *names} for each in paired.values())
+    assert {name for name in names if paired["other"][name] is None} == set(BY_TOKENS)
+    found = [paired["same"][name] for name in names] + [paired["other"]["gcg/flagged"]]
+    assert all(each["difference"] == pytest.approx(0.25) for each in found)

@@ -1,4 +1,4 @@
-"""Adapters of any sequence classifier, word lists and row scores; prompts in groups; labelled texts."""
+"""Adapters of any sequence classifier, word lists and row scores; prompts in groups; labelled texts; remote files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
+from ifguide.config import config_from_mapping
+from ifguide.stages.check_classifier import check_classifiers
+from ifguide.stages.evaluation_prompts import chosen_sets
+from ifguide.storage import upload_folder
 from ifguide.toxicity import (
     GroupedPrompt,
     load_classifier,
     read_grouped_prompts,
     read_labelled,
+    read_prompts,
 )
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "you", "are", "kind", "rude", "very", "##ly"]
@@ -196,3 +201,77 @@ def test_labels_are_bools_or_shares_and_other_numbers_are_scores(tmp_path: Path)
     path.write_text("")
     with pytest.raises(ValueError, match="empty"):
         read_labelled(path)
+
+
+def test_classifiers_are_checked_without_a_gpu(
+    folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "comments.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "toxic": "rude" in text}) + "\n" for text in TEXTS))
+    classifier = {"name": f"hf:{folder(['toxic'])}"}
+    config = config_from_mapping({"evaluate": {"classifier": classifier, "check_data": [str(path)]}})
+    assert config.evaluate.gpus_per_actor == 1
+    (found,) = check_classifiers(config)
+    assert (found["n"], found["positives"]) == (6, 3)
+
+
+# ---- remote files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IFGUIDE_CACHE", str(tmp_path / "cache"))
+    return store
+
+
+def test_prompts_and_labelled_texts_may_be_remote(remote: Path) -> None:
+    row = {"prompt": {"text": "a"}, "continuation": {"text": "b"}}
+    (remote / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    assert [(row.prompt, row.continuation) for row in read_prompts(str(remote / "prompts.jsonl"))] == [("a", "b")]
+    (remote / "labelled.jsonl").write_text('{"text": "a", "toxic": true}\n')
+    assert read_labelled(str(remote / "labelled.jsonl"))[0].label
+    (remote / "labelled.jsonl").write_text('{"text": "a", "toxic": "yes"}\n')
+    with pytest.raises(ValueError, match=rf"{remote}/labelled\.jsonl, row 0: toxic is 'yes'"):  # not of its copy
+        read_labelled(str(remote / "labelled.jsonl"))
+    with pytest.raises(FileNotFoundError, match=rf"{remote}/gone\.jsonl does not exist"):
+        read_labelled(str(remote / "gone.jsonl"))
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_prompt_set_is_a_file_a_folder_or_a_pattern(remote: Path, tmp_path: Path, is_remote: bool) -> None:
+    place = remote if is_remote else tmp_path / "local"
+    if not is_remote:
+        place.mkdir()
+    for name in "ab":
+        (place / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    (place / "race_prompt.json").write_text(json.dumps({"g": {"x": ["c"]}}))
+    (place / "notes.txt").write_text("none of it")
+    row = {"prompt": {"text": "p"}, "continuation": {"text": "q"}}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+
+    def prompts_of(path: str) -> list[tuple[str, str, str]]:
+        evaluate = {"prompts": str(tmp_path / "prompts.jsonl"), "prompt_sets": {"more": {"path": path}}}
+        found = chosen_sets(config_from_mapping({"evaluate": evaluate}))["more"]
+        return [(each.prompt, each.group, each.domain) for each in found if isinstance(each, GroupedPrompt)]
+
+    assert prompts_of(f"{place}/b.jsonl") == [("b", "", "")]
+    assert prompts_of(f"{place}/*.jsonl") == [("a", "", ""), ("b", "", "")]
+    assert prompts_of(str(place)) == [("a", "", ""), ("b", "", ""), ("c", "g", "race")]
+    with pytest.raises(FileNotFoundError, match=r"evaluate\.prompt_sets\.more\.path: nothing matches"):
+        prompts_of(f"{place}/*.parquet")
+
+
+def test_word_lists_and_model_folders_may_be_remote(folder: Callable[..., Path], remote: Path, tmp_path: Path) -> None:
+    (remote / "words.txt").write_text("rude\n")
+    classifier = load_classifier(f"words:{remote}/words.txt")
+    assert classifier.name == f"words:{remote}/words.txt"
+    assert classifier.score(["rude", "kind"])["toxicity"].tolist() == [1, 0]
+    path = folder(["toxic"])
+    upload_folder(path, remote / "model")
+    found, expected = (load_classifier(f"hf:{each}") for each in (remote / "model", path))
+    assert found.name == f"hf:{remote}/model"
+    np.testing.assert_array_equal(found.score(TEXTS)["toxic"], expected.score(TEXTS)["toxic"])
+    for gone in ("words:{}/gone.txt", "hf:{}/gone"):
+        with pytest.raises(FileNotFoundError, match=r"gone.* does not exist"):
+            load_classifier(gone.format(remote))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ifguide import cli
 from ifguide.cli import main
 from ifguide.config import VERBS
 
@@ -28,6 +29,19 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_missing_config_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--config", "nowhere.yaml"]) == 1
     assert capsys.readouterr().err == "ifguide run: config file nowhere.yaml does not exist\n"
+
+
+def test_what_an_object_store_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = type("NoCredentialsError", (Exception,), {"__module__": "botocore.exceptions"})
+
+    def load(path: Path, overrides: list[str]) -> None:
+        raise refused("Unable to locate credentials")
+
+    monkeypatch.setattr(cli, "load_config", load)
+    assert main(["run", "--config", "configs/tiny.yaml"]) == 1
+    assert capsys.readouterr().err == "ifguide run: Unable to locate credentials\n"
 
 
 def test_show_of_a_folder_without_artifacts_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
+from ifguide.storage import upload, upload_folder
 from ifguide.toxicity import (
     DetoxifyClassifier,
     PromptRow,
@@ -82,10 +83,19 @@ def test_detoxify_checkpoint_scores_as_its_own_model(bert, tmp_path: Path, batch
     assert np.ptp(found, axis=0).min() > 1e-3  # the texts are told apart, so their order is tested
 
 
-def test_detoxify_config_folder_replaces_the_hub_id_of_the_checkpoint(bert, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", [False, True])
+def test_detoxify_config_folder_replaces_the_hub_id_of_the_checkpoint(
+    bert, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
     folder, model, tokenizer = bert
     checkpoint = checkpoint_of(model, "no-such-organisation/no-such-model", tmp_path / "tiny.ckpt")
-    classifier = load_classifier("detoxify:unbiased", checkpoint=checkpoint, huggingface_config=str(folder))
+    config = str(folder)
+    if remote:
+        monkeypatch.setenv("IFGUIDE_CACHE", str(tmp_path / "cache"))
+        upload(Path(checkpoint), store / "tiny.ckpt")
+        upload_folder(folder, store / "bert")
+        checkpoint, config = str(store / "tiny.ckpt"), str(store / "bert")
+    classifier = load_classifier("detoxify:unbiased", checkpoint=checkpoint, huggingface_config=config)
     expected = expected_scores(model, tokenizer, TEXTS[1])[1]
     assert classifier.score(TEXTS[1:2])["toxicity"] == pytest.approx([expected], abs=1e-6)
 
