@@ -6,8 +6,9 @@ training, how the influence scores spread around tau, how the mask compares with
 the highest-ranked documents token by token. Everything comes in as plain dataclasses; nothing is measured here.
 
 The page loads nothing: charts are inline SVG, and its content security policy allows its own style and, by its hash,
-the one script that searches the documents. Without the script everything but the search works. Equal data give equal
-bytes. Every string of the data is escaped; control bytes are made visible.
+the one script that searches the documents and tells the scores of tokens by click, tap and key. Without the script all
+else works, and a token's score is its title. Equal data give equal bytes. Every string of the data is escaped; control
+bytes are made visible.
 
 Cost: about 2 s of CPU time for eleven charts, nearly all matplotlib's; 4 s with thirteen, two of 80 bars, and 120,000
 tokens of documents. The module does not know which behaviour it reports on, and reads no artifacts; the stages do.

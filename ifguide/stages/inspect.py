@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ifguide.artifacts import require
+from ifguide.report.text import visible
 from ifguide.stages.build_mask import outlier_line
 from ifguide.stages.view import ShownDocument, View
 
@@ -47,13 +48,12 @@ def _coloured(document: ShownDocument, context: int) -> str:
     for place in places:
         shown[max(0, place - context) : place + context + 1] = True
     pieces, skipping = [], False
-    for text, masked, visible in zip(document.texts, document.masked, shown, strict=True):
-        if not visible:
+    for text, masked, near in zip(document.texts, document.masked, shown, strict=True):
+        if not near:
             if not skipping:
                 pieces.append(f"{DIM} ... {RESET}")
             skipping = True
             continue
         skipping = False
-        clean = "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
-        pieces.append(f"{RED}{clean}{RESET}" if masked else clean)
+        pieces.append(f"{RED}{visible(text)}{RESET}" if masked else visible(text))
     return "".join(pieces)

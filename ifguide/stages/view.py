@@ -21,6 +21,7 @@ from ifguide.storage import location, readable
 from ifguide.tokenizer import load_tokenizer
 
 MAX_SHOWN_TOKENS = 600
+CONTEXT = 32  # tokens on either side that a window is decoded with: its ends may lie within a character or a word
 HISTOGRAM_BINS = 80
 OUTLIER_CHARACTERS = 160
 
@@ -111,7 +112,7 @@ class View:
             source=source,
             rank=row["rank"] + 1,
             rank_score=row["rank_score"],
-            texts=tuple(str(self.tokenizer.decode([token])) for token in tokens.tolist()),
+            texts=tuple(token_texts(self.tokenizer, columns["tokens"], window)),
             scores=columns["token_score"][window],
             masked=columns["masked"][window],
             annotated=columns["annotated"][window],
@@ -139,6 +140,22 @@ class View:
         pending = [task.remote(function, str(path), folders, *arguments) for path in self.files]
         for reference in pending:
             yield ray.get(reference)
+
+
+def token_texts(tokenizer: Any, tokens: np.ndarray, window: slice) -> list[str]:
+    """The texts of the tokens in a window of a document, which joined are the text of the window.
+
+    Decoded alone, a token can lose its space or be a part of a character. So a token's text is what it adds to the
+    tokens before it; a character that tokens share, as bytes of one emoji do, is in the first one's text only."""
+    first = max(0, window.start - CONTEXT)
+    ids = tokens[first : window.stop + CONTEXT].tolist()
+    decoded = [str(tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)) for n in range(1, len(ids) + 1)]
+    texts, owner, begin = [""] * len(ids), 0, 0
+    for index, known in enumerate(decoded):
+        if len(known) >= begin and decoded[-1].startswith(known):  # else the last of these tokens is within a character
+            texts[owner] = known[begin:]
+            owner, begin = index + 1, len(known)
+    return texts[window.start - first : window.stop - first]
 
 
 def score_histogram(view: View) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""The report page in a real Chromium without a window: it loads nothing, and its search, keys and blur work."""
+"""The report page in a real Chromium without a window: it loads nothing; its search, keys, scores and blur work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench.screenshots import CHROMIUM, DRIVER, SCREENS, open_browser, screenshot, show
-from ifguide.report.page import render_report
+from ifguide.report.page import LEVELS, render_report
 from tests.sample_report import full_data, large_data
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -157,6 +157,99 @@ def test_it_can_be_used_by_keyboard(browser: Any, full_page: Path) -> None:
     assert browser.find_element(By.CSS_SELECTOR, "#documents-1 output").text == "0 of 3 documents"
     press(browser, Keys.ESCAPE, "Clara", Keys.ENTER)
     assert focused(browser) == "Document 3"
+
+
+def test_a_click_on_a_token_tells_its_score(browser: Any, full_page: Path) -> None:
+    show(browser, full_page, 390)
+    first, second = browser.find_elements(By.CSS_SELECTOR, "#documents-1 .document > output")[:2]
+    assert (first.get_attribute("aria-live"), first.text) == ("polite", "")
+    browser.find_element(By.CSS_SELECTOR, "label[for=reveal-1-all]").click()
+    token = browser.find_element(By.CSS_SELECTOR, "#documents-1 .tokens .m.k")
+    token.click()
+    assert (
+        first.text == f"“{token.get_property('textContent')}” score {token.get_attribute('title')}, masked, annotated"
+    )
+    assert token.value_of_css_property("outline-style") == "solid"
+    assert second.text == ""
+    press(browser, Keys.ARROW_LEFT)  # a click gives its document the focus
+    assert first.text.endswith(", masked")
+    assert token.value_of_css_property("outline-style") == "none"
+    # One listener serves all tokens, and Tab visits documents, not tokens.
+    assert not browser.find_elements(By.CSS_SELECTOR, ".tokens [tabindex], .tokens [onclick]")
+
+
+def test_arrow_keys_tell_the_scores_of_a_documents_tokens(browser: Any, full_page: Path) -> None:
+    show(browser, full_page)
+    output = browser.find_elements(By.CSS_SELECTOR, "#documents-1 .document > output")[1]
+    tokens = browser.find_elements(By.CSS_SELECTOR, "#documents-1 .document:nth-of-type(2) .tokens > span")
+    scores = [token.get_attribute("title") for token in tokens[:3]]
+    press(browser, "j", "j", Keys.ARROW_RIGHT)
+    assert output.text == "Show the text first."  # the text is hidden from the output as well
+    press(browser, Keys.ENTER, Keys.ARROW_RIGHT)
+    assert output.text == f"“You” score {scores[0]}"
+    press(browser, Keys.ARROW_LEFT)  # the first stays
+    assert output.text == f"“You” score {scores[0]}"
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert output.get_property("textContent") == f"“  a” score {scores[2]}"
+    assert focused(browser) == "Document 2"
+    press(browser, "k", "j", Keys.ARROW_LEFT)  # a document keeps its place
+    assert output.text == f"“ are” score {scores[1]}"
+    press(browser, *[Keys.ARROW_RIGHT] * 4)
+    assert output.text.startswith("“↵↵said” score ")
+    press(browser, "/", "a", Keys.ARROW_LEFT, "b")  # moves the cursor there
+    assert browser.find_element(By.CSS_SELECTOR, "#documents-1 input[type=search]").get_property("value") == "ba"
+    assert output.get_property("textContent").startswith("“↵↵said” score ")
+
+
+def test_a_token_that_is_out_of_sight_is_scrolled_to(browser: Any, full_page: Path) -> None:
+    show(browser, full_page, 390)
+    press(browser, "j", Keys.ENTER, *[Keys.ARROW_RIGHT] * 120)
+    seen = (
+        "const box = document.querySelector('.tokens').getBoundingClientRect(),"
+        " now = document.querySelector('.now').getBoundingClientRect();"
+        "return box.top <= now.top && now.bottom <= box.bottom + 1"
+    )
+    assert browser.execute_script("return document.querySelector('.tokens').scrollTop") > 0
+    assert browser.execute_script(seen)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_on_every_colour_of_a_token_has_contrast(browser: Any, full_page: Path, scheme: str) -> None:
+    scheme_of = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme_of)
+    try:
+        show(browser, full_page)
+        levels = [f"{kind}{level}" for kind in "wc" for level in range(1, LEVELS + 1)]
+        colours = browser.execute_script(
+            "const token = document.querySelector('.tokens').appendChild(document.createElement('span'));"
+            "const card = getComputedStyle(document.querySelector('section')).backgroundColor;"
+            "return arguments[0].map((level) => {"
+            "  token.className = level;"
+            "  const style = getComputedStyle(token);"
+            "  return [style.color, style.backgroundColor, card].map((colour) => colour.match(/[\\d.]+/g).map(Number));"
+            "})",
+            levels,
+        )
+        assert colours[0][2] == ([255, 255, 255] if scheme == "light" else [25, 29, 37])
+        assert len({tuple(behind) for _, behind, _ in colours}) == 2 * LEVELS
+        low = {level: contrast(*own) for level, own in zip(levels, colours, strict=True) if contrast(*own) < 4.5}
+        assert low == {}
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def contrast(ink: list[float], colour: list[float], card: list[float]) -> float:
+    """WCAG's contrast ratio of `ink` on a translucent `colour` over the `card`."""
+
+    def luminance(rgb: list[float]) -> float:
+        shares = [value / 255 for value in rgb]
+        linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    *rgb, alpha = colour
+    behind = [alpha * front + (1 - alpha) * back for front, back in zip(rgb, card, strict=True)]
+    dark, light = sorted(luminance(each) for each in (ink, behind))
+    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -1,4 +1,5 @@
-// Searches the documents of each browser of the page, and moves between them by keyboard. All else works without it.
+// Searches the documents of each browser of the page, moves between them by keyboard, and tells the scores of tokens
+// that are clicked, tapped or reached by keyboard. All else works without it.
 "use strict";
 
 const browsers = [...document.querySelectorAll(".browser")].map(makeBrowser);
@@ -67,12 +68,44 @@ function currentBrowser() {
   );
 }
 
+/** Writes a token and its score below its document. */
+function tell(token) {
+  const article = token.closest(".document");
+  article.querySelector(".now")?.classList.remove("now");
+  token.classList.add("now");
+  const text = token.textContent.replaceAll("\n", "↵").replaceAll("\t", "⇥");
+  const kinds = [token.matches(".m") && "masked", token.matches(".k") && "annotated"].filter(Boolean);
+  const name = text ? `“${text}”` : "(no text of its own)";
+  article.querySelector("output").textContent = [`${name} score ${token.title}`, ...kinds].join(", ");
+}
+
+/** Tells the next or previous token of a document, at first its first one. */
+function tellNext(article, forward) {
+  const tokens = article.querySelector(".tokens");
+  if (getComputedStyle(tokens).filter !== "none") {
+    article.querySelector("output").textContent = "Show the text first.";
+    return;
+  }
+  const now = tokens.querySelector(".now");
+  const token = now ? (forward ? now.nextElementSibling : now.previousElementSibling) : tokens.firstElementChild;
+  if (token) {
+    tell(token);
+    token.scrollIntoView({ block: "nearest" });
+  }
+}
+
+document.addEventListener("click", (event) => {
+  const token = event.target.closest(".tokens > span");
+  if (token) tell(token);
+});
+
 document.addEventListener("keydown", (event) => {
   const browser = currentBrowser();
   if (!browser || event.ctrlKey || event.metaKey || event.altKey) return;
   const target = event.target;
   const typing = target.matches("input[type=search]");
   const onDocument = target.matches(".document");
+  const article = target.closest(".document");
   const act = (action) => {
     event.preventDefault();
     action();
@@ -83,5 +116,7 @@ document.addEventListener("keydown", (event) => {
   } else if (event.key === "/") act(() => browser.search.focus());
   else if (event.key === "j" || (onDocument && event.key === "ArrowDown")) act(() => browser.move(1));
   else if (event.key === "k" || (onDocument && event.key === "ArrowUp")) act(() => browser.move(-1));
+  else if (article && !event.shiftKey && (event.key === "ArrowRight" || event.key === "ArrowLeft"))
+    act(() => tellNext(article, event.key === "ArrowRight"));
   else if (onDocument && event.key === "Enter") act(() => target.querySelector(".reveal").click());
 });
