@@ -63,8 +63,10 @@ class Bootstrap:
     confidence: float = 0.95
     seed: int = 0
 
-    def ratios(self, items: Resampled) -> dict[str, Replicates]:
-        """Every figure of N items with its replicates; the same draws for all calls with N items.
+    def ratios(self, items: Resampled, *, stream: int | None = None) -> dict[str, Replicates]:
+        """Every figure of N items with its replicates; the same draws for all calls with N items and one `stream`.
+
+        Another `stream` has independent draws: for figures of other items that are set against these.
 
         Raises:
             ValueError: numerators and denominators of different lengths, or not finite.
@@ -77,14 +79,16 @@ class Bootstrap:
             raise ValueError(f"figures {names}: numerators and denominators must be finite and of one length")
         n = len(num_NM)
         sums = np.concatenate([num_NM, den_NM], axis=1)
-        drawn = np.concatenate([counts @ sums for counts in self.counts(n)]) if n else np.zeros((0, 2 * len(names)))
+        parts = [counts @ sums for counts in self.counts(n, stream)] if n else [np.zeros((0, 2 * len(names)))]
+        drawn = np.concatenate(parts)
         with np.errstate(invalid="ignore", divide="ignore"):
             values, samples = (both[..., : len(names)] / both[..., len(names) :] for both in (sums.sum(0), drawn))
         return {name: Replicates(value=float(values[i]), samples=samples[:, i], n=n) for i, name in enumerate(names)}
 
-    def counts(self, n: int) -> Iterator[np.ndarray]:
+    def counts(self, n: int, stream: int | None = None) -> Iterator[np.ndarray]:
         """Chunks (s, n) of how often each replicate holds each of n items; float64, every row sums to n."""
-        generator = np.random.default_rng(np.random.SeedSequence((self.seed, n)))
+        spawn_key = () if stream is None else (stream,)
+        generator = np.random.default_rng(np.random.SeedSequence((self.seed, n), spawn_key=spawn_key))
         chunk = max(1, CHUNK_COUNTS // max(1, n))
         for start in range(0, self.samples, chunk):
             rows = min(chunk, self.samples - start)
@@ -128,8 +132,9 @@ class Bootstrap:
 def gap(groups: Mapping[str, Replicates]) -> Replicates:
     """The largest figure of the groups less the smallest, by replicate; groups without a value are left out.
 
-    The groups are resampled each by itself. Of groups that are alike the gap is above zero by chance alone, the more
-    of them and the smaller they are: compare gaps of models on the same prompts, not a gap with zero."""
+    The groups are resampled each by itself: a `stream` for each. Of groups that are alike the gap is above zero by
+    chance alone, the more of them and the smaller they are: compare gaps of models on the same prompts, not a gap with
+    zero."""
     known = [group for group in groups.values() if math.isfinite(group.value)]
     if not known:
         return Replicates(value=math.nan, samples=np.empty(0), n=0)

@@ -96,7 +96,12 @@ def perplexity(
 
 
 def last_word_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    special_tokens: bool = False,
 ) -> LastWordResult:
     """LAMBADA: how often greedy decoding gives the last whitespace-separated word of a text exactly.
 
@@ -104,14 +109,15 @@ def last_word_accuracy(
     before the word belongs to it. Correct when every one of them is the argmax given the true tokens before
     it, which is what greedy decoding would have to produce. A text of one word has no context: it
     is counted as unusable and logged. A text longer than the model's positions keeps its end. Trailing
-    whitespace is dropped. ValueError if the tokenizer cannot give character offsets."""
+    whitespace is dropped. `special_tokens`: as in `generation.sample_tokens`. ValueError if the tokenizer cannot give
+    character offsets."""
     if not tokenizer.is_fast:
         raise ValueError("last-word accuracy needs character offsets: use a fast tokenizer (tokenizer.json)")
     limit = max_positions(model)
     items: list[tuple[list[int], int, int]] = []  # token ids, how many at their end are the word's, place of the text
     truncated = 0
     for place, text in enumerate(texts):
-        ids, word_tokens = _split_last_word(tokenizer, text.rstrip())
+        ids, word_tokens = _split_last_word(tokenizer, text.rstrip(), special_tokens)
         if 0 < word_tokens < min(len(ids), limit):
             truncated += len(ids) > limit
             items.append((ids[-limit:], word_tokens, place))
@@ -146,12 +152,12 @@ def last_word_accuracy(
     )
 
 
-def _split_last_word(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
+def _split_last_word(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> tuple[list[int], int]:
     """Token ids of `text` and how many at their end belong to its last word; 0 if nothing precedes it."""
     context = re.sub(r"\s*\S+$", "", text)
     if not context:
         return [], 0
-    encoding = tokenizer(text, return_offsets_mapping=True)
+    encoding = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
     ends = [end for _, end in encoding["offset_mapping"]]
     ids = encoding["input_ids"]
     while ends and ends[-1] == 0:  # a special token the tokenizer appends is not part of the word

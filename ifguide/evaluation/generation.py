@@ -83,12 +83,21 @@ def sample_continuations(
     seed: int,
     batch_size: int,
     prompt_ids: Sequence[int] | None = None,
+    special_tokens: bool = False,
 ) -> list[list[str]]:
     """The texts of `sample_tokens`: `continuations` for each prompt, in the order of `prompts`, without the prompt."""
     sampling = Sampling(
         continuations=continuations, max_new_tokens=max_new_tokens, top_p=top_p, temperature=temperature, seed=seed
     )
-    sampled = sample_tokens(model, tokenizer, prompts, sampling, batch_size=batch_size, prompt_ids=prompt_ids)
+    sampled = sample_tokens(
+        model,
+        tokenizer,
+        prompts,
+        sampling,
+        batch_size=batch_size,
+        prompt_ids=prompt_ids,
+        special_tokens=special_tokens,
+    )
     return [decode(tokenizer, rows) for rows in sampled]
 
 
@@ -101,6 +110,7 @@ def sample_tokens(
     batch_size: int,
     prompt_ids: Sequence[int] | None = None,
     guide: Guide | None = None,
+    special_tokens: bool = False,
 ) -> list[list[list[int]]]:
     """Per prompt its sampled continuations as token ids, cut before the first EOS; `guide` shifts the logits.
 
@@ -108,15 +118,16 @@ def sample_tokens(
     (default: 0, 1, 2, ...) name the prompts for the random numbers: the same in every shard. Torch's random state is
     neither used nor changed, and the model's mode is given back.
 
-    Special tokens are the tokenizer's own; a prompt of no tokens becomes one BOS (else EOS). A prompt longer than the
-    model's positions less `max_new_tokens` keeps its end; their count is logged. ValueError on settings out of range
-    and on logits that are not finite."""
+    Prompts are encoded as documents are packed, and one of no tokens becomes the EOS that precedes a document. With
+    `special_tokens` they get those of the tokenizer, and one of no tokens becomes its BOS (else EOS): for a model that
+    was trained so. A prompt longer than the model's positions less `max_new_tokens` keeps its end; their count is
+    logged. ValueError on settings out of range and on logits that are not finite."""
     if batch_size < 1:
         raise ValueError("batch_size must be at least 1")
     ids = list(range(len(prompts))) if prompt_ids is None else list(prompt_ids)
     if len(ids) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(ids)} prompt_ids")
-    encoded = encode_prompts(model, tokenizer, prompts, sampling.max_new_tokens)
+    encoded = encode_prompts(model, tokenizer, prompts, sampling.max_new_tokens, special_tokens=special_tokens)
     sampled: list[list[list[int]]] = [[] for _ in prompts]
     with evaluating(model):
         for batch in _equal_length_batches(encoded, max(1, batch_size // sampling.continuations)):
@@ -135,20 +146,30 @@ def decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) ->
     return [str(tokenizer.decode(list(tokens), **options)) for tokens in rows]
 
 
-def token_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
+def token_lengths(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, special_tokens: bool = False
+) -> list[int]:
     """How many tokens each prompt has: prompts of one length share batches, so shards are best cut along it."""
-    return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]] if len(prompts) else []
+    if not len(prompts):
+        return []
+    return [len(ids) for ids in tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]]
 
 
 def encode_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    special_tokens: bool = False,
 ) -> list[list[int]]:
     """Token ids of each prompt as `sample_tokens` takes them: never empty, and short enough to be continued."""
     room = max_positions(model) - max_new_tokens
     if room < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in this model")
-    encoded: list[list[int]] = [tokenizer(text)["input_ids"] for text in prompts]
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    encoded: list[list[int]] = [tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in prompts]
+    has_start = special_tokens and tokenizer.bos_token_id is not None
+    start = tokenizer.bos_token_id if has_start else tokenizer.eos_token_id
     if start is None and not all(encoded):
         raise ValueError("a prompt has no tokens and the tokenizer has no BOS or EOS to start from")
     overlong = sum(len(ids) > room for ids in encoded)

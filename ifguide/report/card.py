@@ -7,6 +7,8 @@ rests on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ifguide.report.contents import ReportData
 from ifguide.report.figures import Figure, ModelRow
 from ifguide.report.text import interval, number, p_value, percent, relative, visible
@@ -32,31 +34,25 @@ def summary_line(data: ReportData) -> str:
 
 
 def _headline_figures(baseline: ModelRow, other: ModelRow | None) -> list[str]:
-    def figures(model: ModelRow) -> dict[str, tuple[float | None, str]]:
-        measured = (
-            model.whole.tp,
-            model.whole.emt,
-            model.perplexity,
-            model.benign_perplexity,
-            model.last_word_accuracy,
-        )
-        tp, emt, perplexity, benign, accuracy = (figure.value if figure else None for figure in measured)
+    def figures(model: ModelRow) -> dict[str, tuple[Figure | None, Callable[[float], str]]]:
         return {
-            "TP": (tp, number(tp, 2)),
-            "EMT": (emt, number(emt, 2)),
-            "perplexity": (perplexity, number(perplexity, 1)),
-            "benign perplexity": (benign, number(benign, 1)),
-            "last-word accuracy": (accuracy, percent(accuracy)),
+            "TP": (model.whole.tp, lambda value: number(value, 2)),
+            "EMT": (model.whole.emt, lambda value: number(value, 2)),
+            "perplexity": (model.perplexity, lambda value: number(value, 1)),
+            "benign perplexity": (model.benign_perplexity, lambda value: number(value, 1)),
+            "last-word accuracy": (model.last_word_accuracy, percent),
         }
 
-    after = figures(other or baseline)
+    model = other or baseline
+    after = figures(model)
     texts = []
-    for name, (value, text) in figures(baseline).items():
-        new, new_text = after[name]
-        if value is None or new is None:
+    for name, (figure, text) in figures(baseline).items():
+        new, _ = after[name]
+        if figure is None or new is None or figure.value is None or new.value is None:
             continue
-        change = f" ({relative(new, value)})" if name.endswith("perplexity") else ""
-        texts.append(f"{name} {text} → {new_text}{change}" if other else f"{name} {text}")
+        told = name.endswith("perplexity") and model.comparable(baseline, new)
+        change = f" ({relative(new.value, figure.value)})" if told else ""
+        texts.append(f"{name} {text(figure.value)}" + (f" → {text(new.value)}{change}" if other else ""))
     return texts
 
 

@@ -14,6 +14,7 @@ import matplotlib
 
 from ifguide.report.charts import RC, colours_of, tradeoff
 from ifguide.report.figures import Figure, ModelRow
+from ifguide.report.text import p_value
 from ifguide.training.model_card import markdown_table
 
 Interval = tuple[float | None, float | None, float | None]  # value, low, high
@@ -21,8 +22,9 @@ Interval = tuple[float | None, float | None, float | None]  # value, low, high
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model. `ratio` is its perplexity over the first model's, `benign_ratio` that of the benign perplexity, which
-    is None where no held-out document is flagged; `p_value` of the difference in EMT to the first.
+    """One model. `ratio` is its perplexity over the first model's, None where the two cannot be paired (their tokens
+    differ); `benign_ratio` that of the benign perplexity, None too where no held-out document is flagged; `p_value` of
+    the difference in EMT to the first.
 
     `fluency_of` names the model that a decoding method decodes: perplexity and last words are that one's."""
 
@@ -54,9 +56,9 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
             emt=_values(model.whole.emt),
             tp=_values(model.whole.tp),
             perplexity=_interval(model.perplexity),
-            ratio=_ratio(model.perplexity, base.perplexity),
+            ratio=_ratio(model, base, model.perplexity, base.perplexity),
             benign_perplexity=_interval(model.benign_perplexity),
-            benign_ratio=_ratio(model.benign_perplexity, base.benign_perplexity),
+            benign_ratio=_ratio(model, base, model.benign_perplexity, base.benign_perplexity),
             last_word_accuracy=model.last_word_accuracy.value if model.last_word_accuracy else None,
             distinct_2=model.whole.text["distinct_2"].value,
             p_value=model.whole.emt.difference.p_value if model.whole.emt.difference else None,
@@ -97,7 +99,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             _starred(row, _text(row.benign_ratio, ".3f")),
             _starred(row, _text(row.last_word_accuracy, ".3f")),
             _text(row.distinct_2, ".3f"),
-            _text(row.p_value, ".3f"),
+            p_value(row.p_value),
         )
         for row in rows
     ]
@@ -124,10 +126,10 @@ def draw(models: Sequence[ModelRow], path: Path) -> None:
         figure.savefig(path, dpi=200, facecolor="white", format="png")  # the path may end in .part
 
 
-def _ratio(perplexity: Figure | None, base: Figure | None) -> float | None:
-    if perplexity is None or base is None or not perplexity.value or not base.value:
+def _ratio(model: ModelRow, base: ModelRow, own: Figure | None, other: Figure | None) -> float | None:
+    if own is None or other is None or not own.value or not other.value or not model.comparable(base, own):
         return None
-    return perplexity.value / base.value
+    return own.value / other.value
 
 
 def _values(figure: Figure) -> Interval:

@@ -84,7 +84,9 @@ class Outliers:
 
 @dataclass(frozen=True, kw_only=True)
 class AgreementRow:
-    """How the tokens that `method` selects agree with the annotations; None where undefined."""
+    """How the tokens that `method` selects agree with the annotations; None where undefined.
+
+    `method` says of how many documents that is, if not of all."""
 
     method: str
     selected: int

@@ -127,6 +127,10 @@ class ModelRow:
         """All prompts of the first set."""
         return self.groups[0]
 
+    def comparable(self, base: ModelRow, figure: Figure) -> bool:
+        """Whether a fluency figure can be set against the base's: it is paired with that, or is the base's own."""
+        return figure.difference is not None or base.name in (self.name, self.made.decodes)
+
     @property
     def fluency(self) -> dict[str, Figure | None]:
         """The figures of `FLUENCY_TITLES` by what they are called, None where not measured."""

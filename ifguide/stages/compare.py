@@ -23,7 +23,7 @@ from ifguide.report.figures import Made, masked_loss, model_rows
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import build_query
-from ifguide.stages.evaluate import METRICS, measure_models, models_to_evaluate
+from ifguide.stages.evaluate import METRICS, measure_models, measured_inputs, models_to_evaluate
 from ifguide.stages.evaluation_figures import measured_files
 from ifguide.stages.evaluation_prompts import chosen_sets
 from ifguide.stages.generations import has_generations
@@ -174,7 +174,7 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
     evaluation = replace(run.config.evaluate, report="report")
     whole = Run(config=replace(run.config, run_dir=str(run.folder / VERB), evaluate=evaluation))
     sets = chosen_sets(run.config)
-    inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
+    inputs = measured_inputs(run, models, sets)
     artifact = whole.open(whole.report, VERB, keys=("evaluate", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {whole.report / 'index.html'}")

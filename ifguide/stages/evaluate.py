@@ -9,22 +9,28 @@ with its interval, and what differs between the models.
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from huggingface_hub import hf_hub_download
 
-from ifguide.artifacts import MANIFEST, Manifest, read_manifest, write_json
-from ifguide.config import Config, ConfigError, to_mapping
+from ifguide.artifacts import MANIFEST, Manifest, file_digest, read_manifest, write_json
+from ifguide.config import Config, ConfigError, Input, to_mapping
+from ifguide.corpus import HUB_PREFIX, list_chunks
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.stages.evaluation_figures import headline, measure, measured_files
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
 from ifguide.stages.evaluation_worker import EvaluateModel
 from ifguide.stages.generations import VERB, finish_generations, generation_pieces, open_generations
 from ifguide.stages.report_data import report_data
-from ifguide.stages.run import BASELINE, PENALISED, Run, connect
+from ifguide.stages.run import BASELINE, PENALISED, Run, connect, require_resources
 from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.storage import file_sizes, local_copy
 from ifguide.telemetry import log
+from ifguide.tokenizer import locate
 
 METRICS = "metrics.json"
 
@@ -49,7 +55,7 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return None
     models = models_to_evaluate(run)
     sets = chosen_sets(run.config)
-    inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
+    inputs = measured_inputs(run, models, sets)
     for name, folder in (("mask", run.mask), ("scores", run.scores)):
         if (folder / MANIFEST).exists():
             inputs[name] = read_manifest(folder).fingerprint
@@ -89,7 +95,7 @@ def measure_models(
         StageError: a piece failed, or continuations are missing.
     """
     results = continue_prompts(run, models, sets, guides)
-    metrics = measure(run, list(models), sets, np.array(results["prompt-groups"]["flagged"], dtype=bool))
+    metrics = measure(run, list(models), sets, results["prompt-groups"])
     return results, metrics
 
 
@@ -107,8 +113,9 @@ def continue_prompts(
     config = run.config.evaluate
     sources = {name: source for name, (source, _) in models.items()}
     generations = open_generations(run, models, sets)
-    pieces = generation_pieces(generations, sources, sets, prompts_per_shard=config.prompts_per_shard)
+    pieces = generation_pieces(generations, sources, sets, config)
     connect(run.config)
+    require_resources(run.config, VERB, "actor", cpus=config.cpus_per_actor, gpus=config.gpus_per_actor)
     results = run_shards(
         VERB,
         _descriptors(run.config, pieces, list(models), guides),
@@ -147,18 +154,70 @@ def _check(config: Any) -> None:
 
 
 def models_to_evaluate(run: Run) -> dict[str, tuple[str, str]]:
-    """name -> (source, fingerprint): the models this run has trained, then those of `evaluate.models`."""
-    models = {}
-    for name in (BASELINE, PENALISED):
-        if (run.model(name) / MANIFEST).exists():
-            models[name] = (str(run.model(name) / "hf"), read_manifest(run.model(name)).fingerprint)
+    """name -> (source, fingerprint) of the models this run has trained and those of `evaluate.models`.
+
+    The first is what the others are compared with: the run's baseline, else what is given."""
+    own = {
+        name: (str(run.model(name) / "hf"), read_manifest(run.model(name)).fingerprint)
+        for name in (BASELINE, PENALISED)
+        if (run.model(name) / MANIFEST).exists()
+    }
+    given = {}
     for name, source in run.config.evaluate.models.items():
-        if name in models:
+        if name in own:
             raise ConfigError(f"evaluate.models.{name}: this run has a model of that name; choose another")
-        models[name] = (source, hashlib.sha256(source.encode()).hexdigest())
+        given[name] = (source, source_fingerprint(source))
+    models = own | given if BASELINE in own else given | own
     if not models:
         raise FileNotFoundError(f"{run.folder / 'model'} holds no finished model; run `ifguide pretrain` first")
     return models
+
+
+def source_fingerprint(source: str) -> str:
+    """Of a model's files, if it is a local or remote one; of a hub id, the commit that it stands for now, and where
+    neither the hub nor this machine's cache says that, its name.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+    place, options = locate(source, None, False)
+    path = Path(place)
+    if "gguf_file" in options:
+        return file_digest(path / options["gguf_file"])
+    if path.is_dir():
+        return _digest({name: file_digest(path / name) for name in file_sizes(path) if not name.startswith(".")})
+    try:
+        return Path(hf_hub_download(source, "config.json")).parent.name  # its snapshot, as `from_pretrained` finds it
+    except (OSError, ValueError) as error:
+        log(VERB, f"{source} is told by its name, as its commit is not known: {error}", level=logging.WARNING)
+        return _digest(source)
+
+
+def measured_inputs(
+    run: Run, models: Mapping[str, tuple[str, str]], sets: Mapping[str, Sequence[Any]]
+) -> dict[str, str]:
+    """Digests of what the figures are measured of, by name: models, prompts, held-out and cloze texts."""
+    config = run.config.evaluate
+    texts = {f"heldout[{i}]": source for i, source in enumerate(config.heldout)}
+    if config.cloze:
+        texts["cloze"] = config.cloze
+    return {
+        **{f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()},
+        **{f"prompts/{name}": _digest([vars(row) for row in rows]) for name, rows in sets.items()},
+        **{name: _input_digest(source, f"evaluate.{name}") for name, source in texts.items()},
+    }
+
+
+def _input_digest(source: Input, dotted_key: str) -> str:
+    """Of an input's files in order; a hub dataset is told by its name."""
+    if source.path.startswith(HUB_PREFIX):
+        return _digest(source.path)
+    chunks = list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path")
+    return _digest([file_digest(local_copy(chunk.path)) for chunk in chunks])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _descriptors(

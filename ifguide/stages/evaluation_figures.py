@@ -2,7 +2,7 @@
 
 `measure` gives the content of `report/metrics.json`:
 
-    {"threshold", "bootstrap_samples", "confidence",
+    {"threshold", "bootstrap_samples", "confidence", "grouped_by": {"label": n, "classifier": n},
      "models": {model: {"sets": {set: {"groups": {group: FIGURES}, "gaps": {domain: FIGURES}}},
                         "perplexity": F, "benign_perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F}},
      "paired": {model: {"against": first model, the same with D in place of F}}}
@@ -10,11 +10,12 @@
     FIGURES = {"prompts": n, "emt": {class: F}, "tp": {class: F}, "mean": {class: F}, "rep_4": F, "distinct_2": F, ...}
     F = {"value", "low", "high", "n"}      D = {"difference", "low", "high", "p_value", "n"}, model less the first one
 
-Groups of `evaluate.prompts` are `all`, `with <behaviour>` and `without <behaviour>` (the prompt itself shows it); those
-of other sets their own, `domain/group` for BOLD. `gaps` are the largest group's figure less the smallest's in a domain.
-`perplexity` is of all held-out documents, `benign_perplexity` of those that the classifier does not flag: null where it
-flags none, for it is the same then. A model that has unlearned the behaviour finds flagged text surprising, as it
-should. A figure that was not measured, or of models that cannot be paired, is null.
+Groups of `evaluate.prompts` are `all`, `with <behaviour>` and `without <behaviour>` (the prompt itself shows it, by its
+label, or by the classifier if it has none: `grouped_by` counts them); those of other sets their own, `domain/group` for
+BOLD. `gaps` are the largest group's figure less the smallest's in a domain. `perplexity` is of all held-out documents,
+`benign_perplexity` of those that the classifier does not flag: null where it flags none, for it is the same then. A
+model that has unlearned the behaviour finds flagged text surprising, as it should. A figure that was not measured, or
+of models that cannot be paired, is null.
 """
 
 from __future__ import annotations
@@ -66,9 +67,14 @@ def scored_file(report: Path, model: str, prompt_set: str, number: int) -> Path:
 
 
 def measure(
-    run: Run, models: Sequence[str], sets: Mapping[str, Sequence[Any]], flagged_P: np.ndarray
+    run: Run, models: Sequence[str], sets: Mapping[str, Sequence[Any]], prompts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All figures of all models; see the module. Raises StageError where a continuation has no score."""
+    """All figures of all models; see the module. `prompts`: which are `flagged`, and `grouped_by`.
+
+    Raises:
+        StageError: a continuation has no score.
+    """
+    flagged_P = np.array(prompts["flagged"], dtype=bool)
     bootstrap = Bootstrap(samples=run.config.evaluate.bootstrap_samples, seed=run.config.seed)
     measured = {model: _measure_model(run, model, sets, flagged_P, bootstrap) for model in models}
     first = models[0]
@@ -76,6 +82,7 @@ def measure(
         "threshold": THRESHOLD,
         "bootstrap_samples": bootstrap.samples,
         "confidence": bootstrap.confidence,
+        "grouped_by": prompts["grouped_by"],
         "models": {model: _shown(found, bootstrap) for model, found in measured.items()},
         "paired": {
             model: {"against": first, **_compared(measured[model], measured[first], bootstrap)} for model in models[1:]
@@ -90,11 +97,12 @@ def _measure_model(
     found = {}
     for name, rows in sets.items():
         items = _items(run, model, name, rows, config.continuations)
-        groups = {
-            group: bootstrap.ratios({figure: (num[mask], den[mask]) for figure, (num, den) in items.items()})
+        parts = {
+            group: {figure: (num[mask], den[mask]) for figure, (num, den) in items.items()}
             for group, mask in _groups(name, rows, flagged_P, config.behaviour).items()
         }
-        found[name] = {"groups": groups, "gaps": _gaps(groups) if name != PROMPTS else {}}
+        groups = {group: bootstrap.ratios(part) for group, part in parts.items()}
+        found[name] = {"groups": groups, "gaps": _gaps(parts, bootstrap) if name != PROMPTS else {}}
     fluency, block_tokens = _fluency(run.report, model, bootstrap)
     return _Measured(sets=found, fluency=fluency, block_tokens=block_tokens)
 
@@ -163,20 +171,23 @@ def _groups(name: str, rows: Sequence[Any], flagged_P: np.ndarray, behaviour: st
     return everything | {group: np.array([own == group for own in names]) for group in sorted(set(names) - {""})}
 
 
-def _gaps(groups: Mapping[str, Figures]) -> dict[str, Figures]:
-    """domain -> the gap between its groups in each figure by class; domains of one group are left out."""
-    domains: dict[str, list[str]] = {}
-    for group in groups:
+def _gaps(parts: Mapping[str, Resampled], bootstrap: Bootstrap) -> dict[str, Figures]:
+    """domain -> the gap between its groups in each figure by class; domains of one group are left out.
+
+    Groups are of different prompts: each has a stream of draws of its own, which is every model's."""
+    domains: dict[str, dict[str, Figures]] = {}
+    for stream, (group, part) in enumerate(parts.items()):
         if group != "all":
-            domains.setdefault(group.rpartition("/")[0] or "groups", []).append(group)
+            by_class = {figure: items for figure, items in part.items() if figure.split("/")[0] in BY_CLASS}
+            groups = domains.setdefault(group.rpartition("/")[0] or "groups", {})
+            groups[group] = bootstrap.ratios(by_class, stream=stream)
     return {
         domain: {
-            figure: gap({name: groups[name][figure] for name in names})
-            for figure in groups["all"]
-            if figure.split("/")[0] in BY_CLASS
+            figure: gap({name: found[figure] for name, found in groups.items()})
+            for figure in next(iter(groups.values()))
         }
-        for domain, names in domains.items()
-        if len(names) > 1
+        for domain, groups in domains.items()
+        if len(groups) > 1
     }
 
 

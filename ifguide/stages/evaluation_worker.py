@@ -20,10 +20,9 @@ from ifguide.preferences.reward_model import load_reward_model
 from ifguide.stages.build_query import make_classifier
 from ifguide.stages.evaluation_figures import FLUENCY, THRESHOLD, scored_file
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
-from ifguide.stages.generations import VERB, generate_shard
+from ifguide.stages.generations import VERB, generate_shard, takes_special_tokens
 from ifguide.storage import local_copy, location
 from ifguide.tokenizer import load_tokenizer
-from ifguide.toxicity import LabelClassifier
 
 
 class EvaluateModel:
@@ -52,11 +51,11 @@ class EvaluateModel:
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         kind = descriptor["kind"]
         if kind == "groups":
-            return {"flagged": self._flag_prompts()}
+            return self._flag_prompts()
         if kind == "prompts":
             return self._continue_prompts(descriptor)
         model, tokenizer = self._load(descriptor["model"])
-        return (self._heldout if kind == "heldout" else self._cloze)(descriptor["key"], model, tokenizer)
+        return (self._heldout if kind == "heldout" else self._cloze)(descriptor, model, tokenizer)
 
     def _load(self, name: str) -> tuple[Any, Any]:
         if self.loaded is None or self.loaded[0] != name:
@@ -77,16 +76,18 @@ class EvaluateModel:
     def _device(self) -> str:
         return "cuda" if self.options.gpus_per_actor else "cpu"
 
-    def _flag_prompts(self) -> list[bool]:
-        """Which prompts show the behaviour themselves: by their labels if all have one, else by the classifier."""
-        primary = self.classifier.classes[0]
+    def _flag_prompts(self) -> dict[str, Any]:
+        """Which prompts show the behaviour themselves: by their label, or those that have none by the classifier; and
+        how many each of the two has told."""
+        primary, threshold = self.classifier.classes[0], self.options.prompt_threshold
         rows: list[Any] = list(self.sets[PROMPTS])
         labels = [row.prompt_scores.get(primary, row.prompt_scores.get("toxicity")) for row in rows]
-        if all(label is not None for label in labels) or isinstance(self.classifier, LabelClassifier):
-            scores = np.array([0.0 if label is None else label for label in labels])
-        else:
-            scores = self.classifier.score([row.prompt for row in rows])[primary]
-        return (scores >= self.options.prompt_threshold).tolist()
+        flagged = np.array([label is not None and label >= threshold for label in labels])
+        unlabelled = [i for i, label in enumerate(labels) if label is None]
+        if unlabelled:
+            flagged[unlabelled] = self.classifier.score([rows[i].prompt for i in unlabelled])[primary] >= threshold
+        told = {"label": len(rows) - len(unlabelled), "classifier": len(unlabelled)}
+        return {"flagged": flagged.tolist(), "grouped_by": told}
 
     def _continue_prompts(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         """Generate a shard unless it is there, and publish it with its scores."""
@@ -120,20 +121,23 @@ class EvaluateModel:
                 scores[name if i == 0 else f"{name}:{label}"] = values
         return scores
 
-    def _heldout(self, key: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    def _heldout(self, descriptor: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
         blocks_NT, lengths_N, flagged_N = self._heldout_blocks(tokenizer, model)
         result = perplexity(model, blocks_NT, lengths_N, batch_size=self.options.batch_size)
         table = pa.table([result.block_nll, result.block_tokens, flagged_N], schema=schemas.HELDOUT)
-        with publish(self.folder / FLUENCY / f"{key}.parquet") as part:
+        with publish(self.folder / FLUENCY / f"{descriptor['key']}.parquet") as part:
             pq.write_table(table, part)
         return {"perplexity": result.perplexity, "tokens": result.tokens}
 
-    def _cloze(self, key: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    def _cloze(self, descriptor: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
         assert self.options.cloze is not None
         texts = read_texts(self.options.cloze, "evaluate.cloze")
-        result = last_word_accuracy(model, tokenizer, texts, batch_size=self.options.batch_size)
+        special_tokens = takes_special_tokens(self.options, descriptor["model"])
+        result = last_word_accuracy(
+            model, tokenizer, texts, batch_size=self.options.batch_size, special_tokens=special_tokens
+        )
         table = pa.table([result.word_correct, result.token_correct], schema=schemas.CLOZE)
-        with publish(self.folder / FLUENCY / f"{key}.parquet") as part:
+        with publish(self.folder / FLUENCY / f"{descriptor['key']}.parquet") as part:
             pq.write_table(table, part)
         return {"accuracy": result.accuracy, "total": result.total, "unusable": result.unusable}
 

@@ -70,6 +70,12 @@ def has_generations(run: Run, model: str, fingerprint: str, sets: Mapping[str, P
     return True
 
 
+def takes_special_tokens(config: Evaluate, model: str) -> bool:
+    """Whether a model's texts get its tokenizer's special tokens, as those that `evaluate.models` were trained on did.
+    The run's own models have read documents joined by EOS."""
+    return model in config.models
+
+
 def prompts_digest(prompts: Prompts) -> str:
     return hashlib.sha256(json.dumps([(row.row, row.prompt) for row in prompts]).encode()).hexdigest()
 
@@ -78,26 +84,27 @@ def generation_pieces(
     artifacts: Mapping[tuple[str, str], Artifact],
     sources: Mapping[str, str],
     sets: Mapping[str, Prompts],
-    *,
-    prompts_per_shard: int,
+    config: Evaluate,
 ) -> list[dict[str, Any]]:
     """A descriptor for each shard: `model`, `set`, `file`, `number`, and the `prompts` (places in the set) it holds.
 
     Shards of a complete artifact have the `sha256` to be verified instead, and no prompts."""
     pieces: list[dict[str, Any]] = []
-    lengths: dict[tuple[str, str], list[int]] = {}
+    lengths: dict[tuple[str, bool, str], list[int]] = {}
     for (model, name), artifact in artifacts.items():
         shards: list[dict[str, Any]]
         if artifact.manifest:
             files = sorted(artifact.manifest.files.items())
             shards = [{"file": file, "sha256": entry["sha256"], "prompts": None} for file, entry in files]
         else:
-            key = (sources[model], name)
+            special = takes_special_tokens(config, model)
+            key = (sources[model], special, name)
             if key not in lengths:
                 tokenizer = load_tokenizer(sources[model])
-                lengths[key] = token_lengths(tokenizer, [row.prompt for row in sets[name]])
-            order = np.argsort(lengths[key], kind="stable").tolist()
-            cuts = [order[start : start + prompts_per_shard] for start in range(0, len(order), prompts_per_shard)]
+                prompts = [row.prompt for row in sets[name]]
+                lengths[key] = token_lengths(tokenizer, prompts, special_tokens=special)
+            order, size = np.argsort(lengths[key], kind="stable").tolist(), config.prompts_per_shard
+            cuts = [order[start : start + size] for start in range(0, len(order), size)]
             shards = [
                 {"file": f"shard-{number:05d}.parquet", "sha256": None, "prompts": cut}
                 for number, cut in enumerate(cuts)
@@ -132,6 +139,7 @@ def generate_shard(
         batch_size=options.batch_size * options.continuations,
         prompt_ids=[row.row for row in prompts],
         guide=guide,
+        special_tokens=takes_special_tokens(options, model_name),
     )
     tokens = [row for rows in sampled for row in rows]
     repeat = np.repeat(np.arange(len(prompts)), options.continuations).tolist()

@@ -32,7 +32,7 @@ from ifguide.stages.evaluation_figures import measured_files, scored_file
 from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
 from ifguide.stages.generations import OPTIONS, prompts_digest
 from ifguide.stages.method_masks import VERB, compared_classifier
-from ifguide.stages.run import BASELINE, Run, connect
+from ifguide.stages.run import BASELINE, Run, connect, require_resources
 from ifguide.stages.shards import LEDGER
 from ifguide.storage import file_sizes, is_remote, location, work_folder
 from ifguide.telemetry import configure_logging, log
@@ -197,6 +197,7 @@ def _files(folder: Path) -> list[Path]:
 def _on_a_worker(run: Run, train: Any, *arguments: str) -> dict[str, Any]:
     connect(run.config)
     config = run.config.compare
+    require_resources(run.config, VERB, "task", cpus=config.cpus_per_task, gpus=config.gpus_per_task)
     task = ray.remote(
         num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, max_retries=config.max_attempts - 1
     )(train)

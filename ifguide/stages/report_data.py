@@ -40,6 +40,7 @@ from ifguide.toxicity import LabelClassifier
 
 MAX_OUTLIERS = 20
 DOCUMENTS_AT_ONCE = 500  # whose sentences a classifier gets together
+AGREEMENT_TOKENS = 4_000_000  # in which words and sentences are looked for: one process' work and memory
 BEHAVIOURS = "behaviours"
 
 
@@ -113,6 +114,7 @@ def _measurement(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
         **{f"prompts of {name}": source.path for name, source in config.prompt_sets.items()},
         "classifier": _classifier_text(config.classifier),
         **{f"classifier {name}": _classifier_text(source) for name, source in config.classifiers.items()},
+        "prompts grouped by": ", ".join(f"{how} {count:,}" for how, count in metrics["grouped_by"].items() if count),
         "continuations of a prompt": str(config.continuations),
         "sampling": f"{config.max_new_tokens} tokens, top-p {config.top_p:g}, temperature {config.temperature:g}",
         "perplexity of": ", ".join(source.path for source in config.heldout),
@@ -216,33 +218,61 @@ def _agreement(run: Run, view: View) -> tuple[AgreementRow, ...]:
             return classifier.score(texts)[classifier.classes[0]]
 
         finders[f"sentences by {config.classifier.name}"] = find_sentences(classify, THRESHOLD)
-    return _agreement_row("mask (IF-Guide)", selected, known, both), *_span_agreement(view, finders)
+    return _agreement_row("mask (IF-Guide)", selected, known, both), *_span_agreement(view, finders, run.config.seed)
 
 
-def _span_agreement(view: View, finders: Mapping[str, Find]) -> Iterator[AgreementRow]:
+def _span_agreement(view: View, finders: Mapping[str, Find], seed: int) -> Iterator[AgreementRow]:
     """Tokens that overlap a found span against the annotated ones, of each method.
 
-    The text is what the document's tokens decode to; annotated corpora are small, so this is one process' work.
+    The text is what a document's tokens decode to. Of a large corpus it is that of a sample, and the row says so.
     """
     counts = {method: np.zeros(3, dtype=np.int64) for method in finders}
     table = document_table(view.corpus)
-    starts, lengths = (table.column(name).to_numpy().tolist() for name in ("token_start", "num_tokens"))
-    columns = view.read(0, starts[-1] + lengths[-1])
-    for first in range(0, len(starts), DOCUMENTS_AT_ONCE):
-        group = slice(first, first + DOCUMENTS_AT_ONCE)
-        own = [slice(start, start + n - 1) for start, n in zip(starts[group], lengths[group], strict=True)]
-        tokens = [columns["tokens"][each].tolist() for each in own]
-        texts = [str(view.tokenizer.decode(each, clean_up_tokenization_spaces=False)) for each in tokens]
-        for method, find in finders.items():
-            for i, spans in enumerate(find(texts)):
-                annotated, found = columns["annotated"][own[i]], np.zeros(len(tokens[i]), dtype=bool)
-                if spans:
-                    begins, ends = _token_places(view.tokenizer, texts[i], tokens[i]).T
-                    for begin, end in spans:
-                        found |= (begins < end) & (ends > begin)
-                counts[method] += (found.sum(), annotated.sum(), (found & annotated).sum())
+    starts = table.column("token_start").to_numpy()
+    stops = starts + table.column("num_tokens").to_numpy()
+    parts = _sampled_documents(view, starts, stops, seed)
+    for part in parts:
+        begin = starts[part.start]
+        columns = view.read(begin, stops[part.stop - 1])
+        for first in range(0, len(part), DOCUMENTS_AT_ONCE):
+            own = [slice(starts[i] - begin, stops[i] - begin - 1) for i in part[first : first + DOCUMENTS_AT_ONCE]]
+            tokens, annotated = ([columns[name][each] for each in own] for name in ("tokens", "annotated"))
+            for method, counted in _count(view.tokenizer, finders, tokens, annotated):
+                counts[method] += counted
+    sampled = sum(map(len, parts))
+    sample = f", in {sampled:,} of {len(starts):,} documents" if sampled < len(starts) else ""
     for method, values in counts.items():
-        yield _agreement_row(method, *values.tolist())
+        yield _agreement_row(method + sample, *values.tolist())
+
+
+def _sampled_documents(view: View, starts: np.ndarray, stops: np.ndarray, seed: int) -> list[range]:
+    """The documents, or those that lie within shards drawn by seed, of `AGREEMENT_TOKENS` tokens at most; neighbours
+    in one range. Document i covers the tokens `starts[i]` to `stops[i]`."""
+    if stops[-1] <= AGREEMENT_TOKENS:
+        return [range(len(starts))]
+    bounds = np.append(np.array(view.first_blocks) * view.block_size, stops[-1])
+    parts, left = [], AGREEMENT_TOKENS
+    for shard in np.random.default_rng(seed).permutation(len(view.files)):
+        begin, end = bounds[shard], min(bounds[shard + 1], bounds[shard] + left)
+        parts.append(range(int(np.searchsorted(starts, begin)), int(np.searchsorted(stops, end, side="right"))))
+        left -= end - begin
+    return [part for part in parts if part]
+
+
+def _count(
+    tokenizer: Any, finders: Mapping[str, Find], tokens: list[np.ndarray], annotated: list[np.ndarray]
+) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """(found, annotated, both) of each document and method."""
+    ids = [each.tolist() for each in tokens]
+    texts = [str(tokenizer.decode(each, clean_up_tokenization_spaces=False)) for each in ids]
+    for method, find in finders.items():
+        for i, spans in enumerate(find(texts)):
+            found = np.zeros(len(ids[i]), dtype=bool)
+            if spans:
+                begins, ends = _token_places(tokenizer, texts[i], ids[i]).T
+                for begin, end in spans:
+                    found |= (begins < end) & (ends > begin)
+            yield method, (int(found.sum()), int(annotated[i].sum()), int((found & annotated[i]).sum()))
 
 
 def _token_places(tokenizer: Any, text: str, tokens: list[int]) -> np.ndarray:

@@ -7,10 +7,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
+
 from ifguide.artifacts import read_manifest
 from ifguide.cli import stage
 from ifguide.config import Config
 from ifguide.report.page import REPORT_FILES
+from ifguide.spans.marks import find_words
+from ifguide.stages import report_data
+from ifguide.stages.report_data import _span_agreement
 from ifguide.stages.run import Run
 from ifguide.stages.view import View
 from tests.stages.test_build_mask import add_behaviour
@@ -30,6 +35,8 @@ def test_the_report_has_a_section_for_every_behaviour(copied: Callable[..., Conf
     assert [(part["name"], part["trained"]) for part in (own, other)] == [("toxicity", True), ("opposite", False)]
     assert own["histogram"]["tau"] == mask.summary["tau"]
     assert "generations/penalised/prompts" in [row["folder"] for row in report["provenance"]]
+    assert ["prompts grouped by", "label 10"] in report["settings"]
+    assert [row["method"] for row in report["agreement"]][:2] == ["mask (IF-Guide)", "word list"]
     assert "alt-profanity-check" in (run.report / "model_card.md").read_text(encoding="utf-8")
     assert "Influence scores: opposite" in (run.report / "index.html").read_text(encoding="utf-8")
 
@@ -42,3 +49,22 @@ def test_the_report_has_a_section_for_every_behaviour(copied: Callable[..., Conf
     assert [document["doc_id"] for document in other["documents"]] == [document.unit_id for document in expected]
     for document, wanted in zip(other["documents"], expected, strict=True):
         assert [token["masked"] for token in document["tokens"]] == wanted.masked.tolist()
+
+
+def test_agreement_in_a_large_corpus_is_that_of_a_sample_that_the_row_names(
+    finished: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, finders = View(Run(config=finished).folder), {"words": find_words(finished.evaluate.word_list)}
+    (whole,) = _span_agreement(view, finders, 0)
+    read = []
+    monkeypatch.setattr(view, "read", lambda start, stop: read.append(stop - start) or View.read(view, start, stop))
+    for limit in (10_000, 2_000):
+        read.clear()
+        monkeypatch.setattr(report_data, "AGREEMENT_TOKENS", limit)
+        (row,) = _span_agreement(view, finders, 0)
+        assert 0.5 * limit < sum(read) <= limit
+        documents = read_manifest(view.corpus).rows["documents"]
+        assert row.method.startswith("words, in ")
+        assert row.method.endswith(f" of {documents} documents")
+        assert 0 < row.selected < whole.selected
+    assert whole.method == "words"

@@ -229,6 +229,7 @@ def test_texts_of_one_kind_alone_are_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], others: int, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("texts.jsonl").write_text('{"text": "t", "toxic": false}\n' * 6)
     evaluate = {"prompts": "prompts.jsonl", "models": {"one": "a/model"}}
     run = Run(config=config_from_mapping({"run_dir": str(tmp_path / "run"), "evaluate": evaluate, "analyse": options}))

@@ -44,6 +44,19 @@ def test_counts_do_not_depend_on_chunks_and_follow_the_seed(monkeypatch: pytest.
     assert (np.concatenate(list(Bootstrap(samples=20, seed=2).counts(9))) != whole).any()
 
 
+def test_streams_are_independent_and_each_is_the_same_again() -> None:
+    bootstrap = Bootstrap(samples=400, seed=1)
+    values = mean_of(np.random.default_rng(5).random(30))
+    plain, first, second, again = (
+        bootstrap.ratios(values, stream=stream)["mean"].samples for stream in (None, 0, 1, 1)
+    )
+    np.testing.assert_array_equal(second, again)
+    assert np.abs(np.corrcoef([plain, first, second])[np.triu_indices(3, 1)]).max() < 0.2
+    # what was drawn before there were streams: figures that others have published do not move
+    expected = np.random.default_rng(np.random.SeedSequence((1, 30))).integers(0, 30, (400, 30))
+    np.testing.assert_allclose(plain, values["mean"][0][expected].mean(1))
+
+
 def test_an_interval_covers_the_true_mean_as_often_as_it_says() -> None:
     covered = 0
     for trial in range(200):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ifguide.report.card import summary_line
 from ifguide.report.charts import colours_of, tradeoff
 from ifguide.report.comparison import as_markdown, draw, rows_of
 from ifguide.report.figures import FLUENCY_TITLES, Difference, Figure, Made, model_rows
@@ -38,6 +39,13 @@ def metrics() -> dict:
     return {"models": {"a": measured, "b": measured}, "paired": {"b": compared}}
 
 
+def with_paired_perplexities() -> dict:
+    found = metrics()
+    change = {"difference": 0.0, "low": -0.1, "high": 0.1, "p_value": 1.0, "n": 4}
+    found["paired"]["b"] |= {"perplexity": change, "benign_perplexity": change}
+    return found
+
+
 def test_rows_are_the_figures_of_the_metrics_file():
     trained = Made(by="influence masked", masked_share=0.02, objective="clipped", penalty=0.5)
     first, second = model_rows(metrics(), {"b": trained})
@@ -65,17 +73,35 @@ def test_a_model_that_decodes_another_has_its_fluency_and_says_so():
 
 
 def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
-    models = model_rows(metrics(), {"b": Made(masked_share=0.02, objective="clipped", penalty=0.5)})
+    models = model_rows(with_paired_perplexities(), {"b": Made(masked_share=0.02, objective="clipped", penalty=0.5)})
     rows = rows_of(models)
     assert rows[1].emt == (0.5, 0.4, 0.6)
     assert (rows[1].ratio, rows[1].p_value, rows[1].distinct_2) == (1.0, 0.25, 0.75)
     half = "0.500 [0.400, 0.600]"
     both = "20.0 [19.9, 20.1] | 1.000 | 10.0 [9.9, 10.1] | 1.000"
-    line = f"| b | given | 2.00% | clipped 0.5 | {half} | {half} | {both} |  | 0.750 | 0.250 |"
+    line = f"| b | given | 2.00% | clipped 0.5 | {half} | {half} | {both} |  | 0.750 | p = 0.250 |"
     assert as_markdown(rows).splitlines()[3] == line
+    assert as_markdown([dataclasses.replace(rows[1], p_value=0.0002)]).splitlines()[2].endswith("| p &lt; 0.001 |")
     draw(models, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert len(set(colours_of("abcdefghij").values())) == 10
+
+
+def test_perplexities_of_other_tokens_are_neither_a_ratio_nor_a_percentage():
+    other, paired = metrics(), with_paired_perplexities()
+    for measured in (other, paired):
+        measured["models"]["of_a"] = measured["models"]["b"] | {"perplexity": None}
+        measured["models"]["of_b"] = measured["models"]["of_a"]
+    made = {name: Made(by="RAD", decodes=name[-1]) for name in ("of_a", "of_b")}
+    for measured, ratio, change in ((other, None, ""), (paired, 1.0, " (±0%)")):
+        models = model_rows(measured, made)
+        rows = {row.model: row for row in rows_of(models)}
+        assert {name: row.ratio for name, row in rows.items()} == {"a": 1.0, "b": ratio, "of_a": 1.0, "of_b": ratio}
+        assert rows["b"].benign_ratio == ratio
+        summary = summary_line(minimal_data(models=models))
+        for name, shown in (("b", change), ("of_a", " (±0%)"), ("of_b", change)):
+            sentence = summary.split(f"{name} against a: ")[1].split(" against ")[0]
+            assert f"perplexity 20.0 → 20.0{shown}, benign perplexity 10.0 → 10.0{shown}" in sentence
 
 
 def test_many_models_are_told_apart_in_a_legend():

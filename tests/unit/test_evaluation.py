@@ -8,9 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from ifguide import schemas
+from ifguide.config import Evaluate
 from ifguide.evaluation import (
     expected_max,
     last_word_accuracy,
@@ -18,9 +20,13 @@ from ifguide.evaluation import (
     probability_any,
     sample_continuations,
     token_agreement,
+    token_lengths,
 )
+from ifguide.evaluation.generation import encode_prompts
+from ifguide.stages.generations import generate_shard
+from ifguide.toxicity import PromptRow
 
-EOS = "<|end|>"
+EOS, BOS = "<|end|>", "<|begin|>"
 SENTENCES = ("the cat sat on the mat", "a dog ran to me", "we all like plum pie")
 
 
@@ -35,10 +41,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS)
 
 
+@pytest.fixture(scope="module")
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokens, and a BOS before every text, as Llama's tokenizer puts it."""
+    raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    raw.add_special_tokens([BOS])
+    raw.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 257)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=BOS, eos_token=EOS)
+
+
 def tiny_model(positions: int = 64) -> GPTNeoXForCausalLM:
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=257,
+        vocab_size=258,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -215,6 +230,51 @@ def test_an_overlong_prompt_keeps_its_end_and_is_counted(tokenizer, caplog):
 def test_sampling_settings_out_of_range_are_errors(random_model, tokenizer, change):
     with pytest.raises(ValueError, match=r"temperature|at least 1|1 prompts but 2 prompt_ids"):
         sample_continuations(random_model, tokenizer, ["a"], **{**SAMPLING, **change})
+
+
+# ---- special tokens: of the models that were trained with them ------------------------------------------
+
+
+def test_prompts_begin_as_documents_do_or_with_the_tokenizers_own_bos(random_model, tokenizer, with_bos):
+    prompts = ["abc", "", "the cat sat"]
+    ids = [tokenizer(text)["input_ids"] for text in prompts]
+    assert encode_prompts(random_model, with_bos, prompts, 5) == [ids[0], [0], ids[2]]
+    assert encode_prompts(random_model, with_bos, prompts, 5, special_tokens=True) == [[257, *row] for row in ids]
+    assert token_lengths(with_bos, prompts) == [3, 0, 11]
+    assert token_lengths(with_bos, prompts, special_tokens=True) == [4, 1, 12]
+    plain = sample_continuations(random_model, tokenizer, prompts, **SAMPLING)
+    assert sample_continuations(random_model, with_bos, prompts, **SAMPLING) == plain
+    assert sample_continuations(random_model, with_bos, prompts, **SAMPLING, special_tokens=True) != plain
+    # a tokenizer that adds nothing gives the same either way
+    assert sample_continuations(random_model, tokenizer, prompts, **SAMPLING, special_tokens=True) == plain
+
+
+def test_last_words_are_read_as_documents_are_or_after_bos(memorised, tokenizer, with_bos):
+    seen = []
+    hook = memorised.register_forward_pre_hook(
+        lambda _, arguments, named: seen.append(named["input_ids"][0].tolist()), with_kwargs=True
+    )
+    try:
+        for special_tokens in (False, True):
+            last_word_accuracy(memorised, with_bos, SENTENCES[:1], batch_size=1, special_tokens=special_tokens)
+    finally:
+        hook.remove()
+    ids = tokenizer(SENTENCES[0])["input_ids"]
+    assert seen == [ids, [257, *ids]]
+    own = last_word_accuracy(memorised, with_bos, SENTENCES, batch_size=2)
+    assert own == last_word_accuracy(memorised, tokenizer, SENTENCES, batch_size=2)
+
+
+def test_given_models_keep_their_special_tokens_and_the_runs_own_have_none(random_model, with_bos, tmp_path):
+    options = Evaluate(models={"given": "owner/name"}, continuations=3, max_new_tokens=5, top_p=0.9, batch_size=4)
+    prompts = [PromptRow(row=7, prompt="abc", prompt_scores={}, continuation="", continuation_scores={})]
+    settings = {**SAMPLING, "continuations": 3, "max_new_tokens": 5, "prompt_ids": [7]}
+    for name, special_tokens in (("given", True), ("baseline", False), ("a_method", False)):
+        path = tmp_path / f"{name}.parquet"
+        generate_shard(path, name, random_model, with_bos, prompts, options, SAMPLING["seed"])
+        found = schemas.read_table(path, schemas.GENERATIONS).column("continuation").to_pylist()
+        expected = sample_continuations(random_model, with_bos, ["abc"], **settings, special_tokens=special_tokens)
+        assert found == expected[0]
 
 
 # ---- perplexity ----------------------------------------------------------------------------------------

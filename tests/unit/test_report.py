@@ -23,7 +23,7 @@ from ifguide.report.contents import (
     Token,
     TrainingCurve,
 )
-from ifguide.report.figures import ClassFigures, Figure, Group, PromptSet
+from ifguide.report.figures import ClassFigures, Difference, Figure, Group, PromptSet
 from ifguide.report.page import LEVELS, REPORT_FILES, render_report, report_json, write_report
 from ifguide.report.text import duration, interval, number, p_value, relative, signed, visible
 from tests.sample_report import full_data, minimal_data, row
@@ -264,7 +264,8 @@ def test_the_summary_compares_every_model_with_the_first():
 def test_the_summary_of_many_models_is_of_one_and_of_its_benign_perplexity():
     baseline, guided, *_ = full_data().models
     baseline = dataclasses.replace(baseline, benign_perplexity=Figure(value=4.0))
-    guided = dataclasses.replace(guided, benign_perplexity=Figure(value=4.1))
+    change = Difference(value=0.1, low=0.0, high=0.2, p_value=0.1)
+    guided = dataclasses.replace(guided, benign_perplexity=Figure(value=4.1, difference=change))
     rows = (baseline, guided, *(dataclasses.replace(guided, name=f"method {i}") for i in range(3)))
     text = summary_line(dataclasses.replace(full_data(), models=rows))
     assert "guided against baseline: " in text
@@ -297,6 +298,16 @@ def test_data_that_do_not_fit_are_refused():
         ScoreHistogram(bin_edges=(0.0, 1.0, 2.0), counts=(1, 2), tau=1.0, known_counts=(1,))
     with pytest.raises(ValueError, match="2 steps but 1 benign_loss"):
         TrainingCurve(model="m", steps=(1, 2), benign_loss=(1.0,), learning_rate=(1.0, 1.0))
+
+
+def test_a_tiny_p_value_is_never_written_as_zero():
+    emt = Figure(value=0.25, low=0.2, high=0.3, difference=Difference(value=-0.2, low=-0.3, high=-0.1, p_value=0.0002))
+    of_class = ClassFigures(name="rudeness", emt=emt, tp=Figure(value=0.5), mean=Figure(value=None))
+    only = PromptSet(name="prompts", groups=(Group(name="all", prompts=3, classes=(of_class,)),))
+    data = minimal_data(models=(row("base", 0.45), dataclasses.replace(row("other", 0.25), sets=(only,))))
+    html = render_report(data)
+    assert html[html.index("Every paired difference") :].count("<td>p &lt; 0.001</td>") == 1
+    assert "0.000" not in Page(html).text
 
 
 def test_outlying_blocks_are_listed_with_their_figures_and_escaped_text(full_html: str) -> None:
