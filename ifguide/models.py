@@ -72,8 +72,10 @@ def load_model(
         location, location_options = locate(model.source, model.revision, model.trust_remote_code)
         _require_file(model.source, location, "config.json", unless="gguf_file" in location_options)
         loaded = AutoModelForCausalLM.from_pretrained(location, **location_options, **options)
-    # nn.Module's own `to`: transformers' wrapper of it has no types.
-    return nn.Module.to(loaded, device).eval()
+    # It is on the CPU already, or where ZeRO-3 has placed its parts as it was made: DeepSpeed moves none back there.
+    if torch.device(device).type != "cpu":
+        nn.Module.to(loaded, device)  # transformers' wrapper of it has no types
+    return loaded.eval()
 
 
 def _random_model(architecture: dict[str, Any], seed: int, options: dict[str, Any]) -> PreTrainedModel:

@@ -43,7 +43,8 @@ class Pretrain:
     last `keep_last` and the `keep_best` best on the `heldout_blocks` (which are not trained on) stay. `export` says
     which becomes the model. Training stops early when the smoothed benign loss is `max_benign_rise` nats over its
     lowest (null: never). A training may go on with another number of `workers`; with `min_workers` it starts with as
-    many as there are, and follows the cluster. `offload_nvme` is a folder that takes what is offloaded."""
+    many as there are, and follows the cluster. `offload_nvme` is a folder on a disk that takes the parameters offloaded
+    (ZeRO-3); the optimizer is offloaded to memory alone."""
 
     use_mask: bool = True
     tokenizer: str | None = None
@@ -103,5 +104,14 @@ def check_pretrain(train: Pretrain) -> None:
         raise ConfigError(f"pretrain.min_workers: {train.min_workers} is over workers = {train.workers}")
     if train.export == "best" and not (train.heldout_blocks and train.keep_best):
         raise ConfigError("pretrain.export: best needs pretrain.heldout_blocks to tell, and keep_best of 1 or more")
-    if train.offload_parameters and train.zero_stage != 3:
-        raise ConfigError(f"pretrain.offload_parameters: needs zero_stage 3, not {train.zero_stage}")
+    for key, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
+        if getattr(train, key) and (train.engine != "deepspeed" or train.zero_stage < least):
+            raise ConfigError(
+                f"pretrain.{key}: needs engine: deepspeed and a zero_stage of at least {least},"
+                f" not {train.engine} and {train.zero_stage}"
+            )
+    if train.offload_nvme is not None and not (train.offload_parameters and train.offload_optimizer):
+        raise ConfigError(
+            "pretrain.offload_nvme: takes only parameters, where the optimizer is in memory; set offload_parameters and"
+            " offload_optimizer to true with zero_stage 3, or unset offload_nvme"
+        )

@@ -15,7 +15,7 @@ from ifguide.planning.command import planned_hardware, planned_tokens
 from ifguide.planning.estimate import pretrain_estimate
 from ifguide.planning.job import Job, StageEstimate
 from ifguide.planning.measurements import Hardware, hardware
-from ifguide.planning.shapes import ModelShape, target_shape
+from ifguide.planning.shapes import ModelShape, require_positions, target_shape
 from ifguide.planning.table import duration, size
 from ifguide.planning.training_memory import USABLE, TrainingMemory, training_memory
 from ifguide.training.schedule import Schedule
@@ -53,6 +53,7 @@ def plan_pretrain(config: Config) -> PretrainPlan:
     machine = planned_hardware(config) if train.gpus_per_worker else hardware("cpu")
     tokens, notes = planned_tokens(config, ("target/corpus", "corpus") if train.has_own_tokenizer else ("corpus",))
     target = target_shape(config)
+    require_positions(target.name, target.skeleton.config.to_dict(), block_size)
     job = Job(config=config, proxy=target, target=target, tokens=tokens, machine=machine, core=hardware("cpu"))
     schedule = Schedule(
         num_blocks=max(1, round(tokens / block_size)),
@@ -106,7 +107,7 @@ def _remedy(plan: PretrainPlan) -> dict[str, Any] | None:
     workers = train.workers
     while (workers := 2 * workers) <= MOST_WORKERS:
         attempts.append({"workers": workers, **together})
-    for changes in attempts:
+    for changes in (_with_needs(train, attempt) for attempt in attempts):
         changed = replace(train, **changes)
         if changed.batch_blocks % (changed.workers * changed.micro_batch_blocks):
             continue
@@ -126,6 +127,16 @@ def _single_changes(train: Pretrain) -> Iterator[dict[str, Any]]:
         yield {"micro_batch_blocks": smaller}
     if not train.offload_optimizer:
         yield {"offload_optimizer": True}
+
+
+def _with_needs(train: Pretrain, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes, and what they need: offloading needs ZeRO, and that and several workers need DeepSpeed."""
+    needed = dict(changes)
+    if "offload_optimizer" in changes and train.zero_stage == 0:
+        needed.setdefault("zero_stage", 1)
+    if train.engine == "torch" and changes.keys() & {"offload_optimizer", "workers"}:
+        needed["engine"] = "deepspeed"
+    return needed
 
 
 def _fits(train: Pretrain, memory: TrainingMemory, machine: Hardware) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
@@ -20,14 +21,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ifguide.config import Config, ConfigError, ModelSource
-from ifguide.models import linearise, load_architecture, tracked_modules
+from ifguide.models import linearise, load_architecture, tracked_modules, transformer_blocks
 from ifguide.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """`linears`: (d_out, d_in with 1 for a bias) of every tracked module. `attention_width`: heads * head width.
-    `known_from` says where the shape comes from; `skeleton` is the model on the meta device."""
+    """`linears`: (d_out, d_in with 1 for a bias) of every tracked module, and `tracked` their weights; of a model that
+    is only trained there are none, and `tracked` are the blocks' weights that a token meets. `attention_width`: heads *
+    head width. `known_from` says where the shape comes from; `skeleton` is the model on the meta device."""
 
     name: str
     known_from: str
@@ -55,16 +57,43 @@ def target_shape(config: Config) -> ModelShape:
     Raises:
         ConfigError, FileNotFoundError, ValueError: the shape cannot be known; says what to set.
     """
-    source = ModelSource(source=config.pretrain.init_from) if config.pretrain.init_from else config.target
-    if source.source is None and source.architecture is None:
-        raise ConfigError("target: set target.architecture or target.source, or pretrain.init_from")
+    source, traced = initial_model(config), config.proxy_is_baseline
     if source.architecture is not None:
-        fields = dict(source.architecture)
-        fields.setdefault("max_position_embeddings", config.pack_corpus.block_size)
+        fields = with_positions(source.architecture, config.pack_corpus.block_size)
         if "vocab_size" not in fields:
             fields["vocab_size"] = _vocabulary(config)
-        return shape_of_fields("target", "target.architecture", fields)
-    return model_shape(source, "target")
+        return shape_of_fields("target", "target.architecture", fields, traced=traced)
+    return model_shape(source, "target", traced=traced)
+
+
+def initial_model(config: Config) -> ModelSource:
+    """The weights to start from (`init_from`), or the target whose architecture is initialised at random."""
+    if config.pretrain.init_from:
+        return replace(config.target, source=config.pretrain.init_from, architecture=None)
+    if config.target.source is None and config.target.architecture is None:
+        raise ConfigError("target: set target.architecture or target.source, or pretrain.init_from")
+    return config.target
+
+
+def with_positions(fields: Mapping[str, Any], block_size: int) -> dict[str, Any]:
+    """A Hugging Face config's fields with a position for every token of a block, if they leave that open."""
+    known = _positions(fields) is not None
+    return dict(fields) if known else {**fields, "max_position_embeddings": block_size}
+
+
+def require_positions(name: str, fields: Mapping[str, Any], block_size: int) -> None:
+    """Raises ValueError when a model of these config fields has fewer positions than a block has tokens."""
+    positions = _positions(fields)
+    if positions is not None and positions < block_size:
+        raise ValueError(
+            f"pack_corpus.block_size: {block_size} tokens are more than the {positions} positions of {name}; pack"
+            f" {positions} at most, or take a model with more (max_position_embeddings)"
+        )
+
+
+def _positions(fields: Mapping[str, Any]) -> int | None:
+    text = fields.get("text_config") or fields
+    return text.get("max_position_embeddings", text.get("n_positions"))
 
 
 def proxy_shape(config: Config) -> ModelShape:
@@ -72,18 +101,18 @@ def proxy_shape(config: Config) -> ModelShape:
     return target_shape(config) if config.proxy_is_baseline else model_shape(config.proxy, "proxy")
 
 
-def model_shape(model: ModelSource, key: str) -> ModelShape:
-    """The shape of a configured model. `key` (proxy, target) names it in errors.
+def model_shape(model: ModelSource, key: str, *, traced: bool = True) -> ModelShape:
+    """The shape of a configured model. `key` (proxy, target) names it in errors; `traced` as in `shape_of_fields`.
 
     Raises:
         ValueError: a hub id that is neither packaged nor to be had; FileNotFoundError: no such local model.
     """
     if model.architecture is not None:
-        return shape_of_fields(key, f"{key}.architecture", model.architecture)
+        return shape_of_fields(key, f"{key}.architecture", model.architecture, traced=traced)
     assert model.source is not None
     published = published_shapes()
     if model.source in published:
-        return shape_of_fields(model.source, "published shape", published[model.source]["fields"])
+        return shape_of_fields(model.source, "published shape", published[model.source]["fields"], traced=traced)
     try:
         fields = load_architecture(model)
     except FileNotFoundError as error:
@@ -95,23 +124,26 @@ def model_shape(model: ModelSource, key: str) -> ModelShape:
             f"{key}: the config of {model.source} cannot be fetched. Name a local folder that holds its config.json,"
             f" give its shape as {key}.architecture, or a model of known shape: {', '.join(published)}"
         ) from error
-    return shape_of_fields(model.source, "its config", fields)
+    return shape_of_fields(model.source, "its config", fields, traced=traced)
 
 
-def shape_of_fields(name: str, known_from: str, fields: dict[str, Any]) -> ModelShape:
-    """The shape of a Hugging Face config's fields. Raises ValueError where influence cannot be traced."""
+def shape_of_fields(name: str, known_from: str, fields: dict[str, Any], *, traced: bool = True) -> ModelShape:
+    """The shape of a Hugging Face config's fields. Raises ValueError where they do not say it or, if `traced`, where
+    influence cannot be traced."""
     if "model_type" not in fields:
         raise ValueError(f"{name}: the architecture needs model_type (llama, gpt_neox, ...); it has {sorted(fields)}")
     skeleton = _skeleton(json.dumps(fields, sort_keys=True, default=str))
-    names = tracked_modules(skeleton, min_coverage=0.0).names
-    linears, tracked = [], 0
+    names = tracked_modules(skeleton, min_coverage=0.0).names if traced else ()
+    linears, tracked = [], 0 if traced else _weights_per_token(skeleton)
     for module_name in names:
         module = skeleton.get_submodule(module_name)
         assert isinstance(module, nn.Linear)
         linears.append((module.out_features, module.in_features + (module.bias is not None)))
         tracked += module.weight.numel()
     config = skeleton.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise ValueError(f"{name}: {config.model_type} has no num_attention_heads to count attention by")
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     head = skeleton.get_output_embeddings()
     assert head is not None
@@ -129,6 +161,19 @@ def shape_of_fields(name: str, known_from: str, fields: dict[str, Any]) -> Model
         module_names=names,
         skeleton=skeleton,
     )
+
+
+def _weights_per_token(skeleton: PreTrainedModel) -> int:
+    """Weights of the blocks' matrices that a token meets: all but those of the experts that it is not sent to."""
+    config = skeleton.config.get_text_config()
+    counts = (getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts = next(filter(None, counts), 1)
+    chosen = getattr(config, "num_experts_per_tok", None) or experts
+    total = 0.0
+    for name, parameter in transformer_blocks(skeleton)[1].named_parameters():
+        if parameter.ndim >= 2:
+            total += parameter.numel() * (chosen / experts if "experts" in name.split(".") else 1)
+    return round(total)
 
 
 @functools.lru_cache(maxsize=4)

@@ -116,8 +116,11 @@ def count_activations(shape: ModelShape, block_size: int, dtype: str) -> Activat
         block.register_forward_pre_hook(mark)
         block.register_forward_hook(mark)
     tokens = torch.zeros(1, block_size, dtype=torch.long, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.base_model(input_ids=tokens, use_cache=False)[0]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = model.base_model(input_ids=tokens, use_cache=False)[0]
+    except RuntimeError as error:  # experts in float32, for one: torch cannot multiply by them without data
+        raise ValueError(f"{shape.name}: activations in {dtype} cannot be counted: {error}") from error
     mark()
     by_block = [after - before for before, after in zip(marks[:-1:2], marks[1::2], strict=True)]
     outside = marks[-1] - sum(by_block)

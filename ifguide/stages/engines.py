@@ -138,6 +138,17 @@ class DeepSpeedEngine:
             path, _ = self.engine.load_checkpoint(str(source), tag=STATE)
             if path is None:
                 raise ValueError(f"{source} cannot be loaded; delete it to go on from the checkpoint before it")
+        if universal and config.zero_stage == 3:
+            self._part_groups()
+
+    def _part_groups(self) -> None:
+        """Give each group of weights its own decay and count of steps again: DeepSpeed has loaded the first one's into
+        all of them, and one count for all, which each would count on."""
+        optimizer = self.engine.optimizer.optimizer
+        for group, decay in zip(optimizer.param_groups, (self.config.weight_decay, 0.0), strict=False):
+            group["weight_decay"] = decay
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()
 
     def loss(self, batch: tuple[Any, ...]) -> Loss:
         return Loss(*self.engine(*batch))

@@ -23,24 +23,31 @@ from ifguide.artifacts import Manifest, remove_tree, require, require_same
 from ifguide.config import to_mapping
 from ifguide.models import check_vocabulary
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
+from ifguide.planning.shapes import initial_model, require_positions
 from ifguide.stages.checkpoints import last_checkpoint
-from ifguide.stages.run import BASELINE, PENALISED, Run, connect
+from ifguide.stages.run import BASELINE, PENALISED, Run, connect, require_resources
+from ifguide.stages.shards import StageError
 from ifguide.stages.target_corpus import training_run
 from ifguide.stages.training_blocks import BLOCKS
 from ifguide.stages.training_folder import METRICS
 from ifguide.stages.training_log import training_line
-from ifguide.stages.training_loop import EXPORT, SUMMARY, VERB, TrainingLoop, architecture, initial_model
+from ifguide.stages.training_loop import EXPORT, SUMMARY, VERB, TrainingLoop, architecture
 from ifguide.storage import is_remote, location
 from ifguide.telemetry import configure_logging, cut_torn_line, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.training.model_card import write_model_card
+from ifguide.training.schedule import require_training_blocks
+
+SAME_AGAIN = (ValueError, FloatingPointError)  # what a training started again would end with, too
+FAILURE = "failure.txt"  # its message, for the driver and for the workers that are started again
 
 
 def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `model/penalised`, or `model/baseline` when `pretrain.use_mask` is false.
 
     Raises:
-        MismatchError: the mask is of another corpus. ConfigError: no target is named.
+        MismatchError: the mask is of another corpus. ConfigError: no target is named, or the machine is too small.
+        ValueError: corpus, tokenizer and target do not go together. StageError: the training failed.
     """
     config = run.config.pretrain
     name = PENALISED if config.use_mask else BASELINE
@@ -64,13 +71,13 @@ def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
             "build the mask of this corpus, or train on the mask's own",
         )
         inputs["mask"] = mask.fingerprint
+    require_training_blocks(corpus.rows["blocks"], config.heldout_blocks)
     tokenizer = load_tokenizer(data.config.tokenizer_source)
+    fields, model_name = architecture(run.config, target, tokenizer), target.source or "target.architecture"
     check_vocabulary(
-        architecture(run.config, target, tokenizer)["vocab_size"],
-        tokenizer,
-        model_name=target.source or "target.architecture",
-        tokenizer_name=data.config.tokenizer_source,
+        fields["vocab_size"], tokenizer, model_name=model_name, tokenizer_name=data.config.tokenizer_source
     )
+    require_positions(model_name, fields, run.config.pack_corpus.block_size)
     artifact = run.open(run.model(name), VERB, keys=("pretrain", "target", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"{name} is complete")
@@ -110,11 +117,15 @@ def _train(run: Run, data: Run, folder: Path, name: str) -> dict[str, Any]:
     with _ShownMetrics(folder / METRICS, name):
         if config.engine == "torch":
             threads = torch.get_num_threads()
-            TrainingLoop(settings, rank=0, world_size=1).run()
-            torch.set_num_threads(threads)
+            try:
+                TrainingLoop(settings, rank=0, world_size=1).run()
+            except FloatingPointError as error:
+                raise StageError(str(error)) from error
+            finally:
+                torch.set_num_threads(threads)
         else:
             connect(run.config)
-            _train_on_ray(run, settings)  # raises what a worker raised, after max_failures restarts
+            _train_on_ray(run, settings)
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     if "stopped_early" in summary:
         log(
@@ -130,10 +141,19 @@ def _train_on_ray(run: Run, settings: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    config = run.config.pretrain
+    config, failure = run.config.pretrain, location(settings["folder"]) / FAILURE
     use_gpu = config.gpus_per_worker > 0
     workers: Any = config.workers if config.min_workers is None else (config.min_workers, config.workers)
-    TorchTrainer(
+    require_resources(
+        run.config,
+        VERB,
+        "worker",
+        config.min_workers or config.workers,
+        cpus=config.cpus_per_worker,
+        gpus=config.gpus_per_worker,
+    )
+    failure.unlink(missing_ok=True)
+    trainer = TorchTrainer(
         train_loop,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -150,7 +170,24 @@ def _train_on_ray(run: Run, settings: dict[str, Any]) -> None:
             **_ray_storage(location(settings["folder"]) / "ray_train"),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+        if failure.exists():
+            raise StageError(failure.read_text())
+    except ray.train.TrainingFailedError as error:
+        raise StageError(_reason(error)) from error
+    finally:
+        failure.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    """What the first worker to fail said; one whose process died has said nothing, and others only that it is gone."""
+    failures = sorted(getattr(error, "worker_failures", {}).items())
+    for _, cause in failures:
+        if isinstance(cause, SAME_AGAIN):
+            return str(cause)
+    return "; ".join(f"worker {rank}: {type(cause).__name__}: {cause}" for rank, cause in failures[:1]) or str(error)
 
 
 def _ray_storage(folder: Path) -> dict[str, Any]:
@@ -162,18 +199,27 @@ def _ray_storage(folder: Path) -> dict[str, Any]:
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """One Ray Train worker: one rank of the DeepSpeed job."""
+    """One Ray Train worker: one rank of the DeepSpeed job. What it would end with again it raises once, which ends all
+    ranks, and writes down: when they are started again, they do nothing."""
     import ray.train
 
     configure_logging()
     os.chdir(settings["working_directory"])  # Ray Train moved to its own; relative paths in the config are the driver's
-    context = ray.train.get_context()
-    run_rank(
-        settings,
-        rank=context.get_world_rank(),
-        local_rank=context.get_local_rank(),
-        world_size=context.get_world_size(),
-    )
+    context, failure = ray.train.get_context(), location(settings["folder"]) / FAILURE
+    if failure.exists():
+        return
+    try:
+        run_rank(
+            settings,
+            rank=context.get_world_rank(),
+            local_rank=context.get_local_rank(),
+            world_size=context.get_world_size(),
+        )
+    except SAME_AGAIN as error:
+        # else it may be storage that failed, or another worker, which takes the process group with it
+        if torch.distributed.is_initialized() and not isinstance(error.__cause__, OSError):
+            failure.write_text(str(error))
+        raise
 
 
 def run_rank(settings: dict[str, Any], *, rank: int, local_rank: int, world_size: int) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ifguide.config import ModelSource
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
+from ifguide.planning.shapes import require_positions
 from ifguide.stages.run import Run, connect, model_mapping
 from ifguide.telemetry import log
 
@@ -30,12 +31,14 @@ def describe_proxy(run: Run, verb: str) -> ProxyFacts:
     """Load the proxy in a task and describe it.
 
     Raises:
-        FileNotFoundError: there is no such model. ValueError: too little of it can be tracked.
+        FileNotFoundError: there is no such model. ValueError: too little of it can be tracked, or it has fewer
+            positions than a block has tokens.
     """
     run.require_proxy()
     connect(run.config)
     task = ray.remote(num_cpus=1)(_describe)
-    facts: ProxyFacts = ray.get(task.remote(model_mapping(run.proxy_source), run.config.fit_factors.min_coverage))
+    block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
+    facts: ProxyFacts = ray.get(task.remote(model_mapping(run.proxy_source), block_size, min_coverage))
     log(
         verb,
         f"proxy {run.proxy_source.source or 'from architecture'}: {facts.parameters:,} parameters,"
@@ -50,8 +53,9 @@ def load_proxy(proxy: dict[str, Any], *, gpus: float) -> PreTrainedModel:
     return linearise(load_model(ModelSource(**proxy), device="cuda" if gpus else "cpu"))
 
 
-def _describe(proxy: dict[str, Any], min_coverage: float) -> ProxyFacts:
+def _describe(proxy: dict[str, Any], block_size: int, min_coverage: float) -> ProxyFacts:
     model = load_proxy(proxy, gpus=0)
+    require_positions(proxy.get("source") or "the proxy", model.config.to_dict(), block_size)
     tracked = tracked_modules(model, min_coverage=min_coverage)
     return ProxyFacts(
         fingerprint=state_fingerprint(model),

@@ -9,6 +9,7 @@ activation checkpointing is not counted, and attention is counted as causal. Pea
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -61,7 +62,9 @@ def meter_of(
     found = hardware_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     per_token = None
     if found is not None:  # else it would be counted for nothing
-        per_token = flops.training(shape_of_fields("target", "its config", dict(architecture)), block_size)
+        with contextlib.suppress(ValueError):  # of a model whose FLOP are not known
+            shape = shape_of_fields("target", "its config", dict(architecture), traced=False)
+            per_token = flops.training(shape, block_size)
     return Meter(
         step=step,
         steps=steps,

@@ -19,6 +19,7 @@ from ifguide.artifacts import fsync_tree, remove_tree, write_json
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
 from ifguide.models import load_architecture, load_model
 from ifguide.objective import Objective
+from ifguide.planning.shapes import initial_model, with_positions
 from ifguide.stages.checkpoints import (
     STATE,
     Checkpoint,
@@ -49,20 +50,10 @@ VERB = "pretrain"
 SUMMARY, EXPORT = "summary.json", "hf"
 
 
-def initial_model(config: Config) -> ModelSource:
-    """The weights to start from (`init_from`), or the target whose architecture is initialised at random."""
-    if config.pretrain.init_from:
-        return ModelSource(source=config.pretrain.init_from)
-    if config.target.source is None and config.target.architecture is None:
-        raise ConfigError("target: set target.architecture or target.source, or pretrain.init_from")
-    return config.target
-
-
 def architecture(config: Config, target: ModelSource, tokenizer: Any) -> dict[str, Any]:
     """The HF config fields of the model to train; vocabulary and special tokens follow the tokenizer if unset."""
-    fields = load_architecture(target)
+    fields = with_positions(load_architecture(target), config.pack_corpus.block_size)
     fields.setdefault("vocab_size", len(tokenizer))
-    fields.setdefault("max_position_embeddings", config.pack_corpus.block_size)
     return {**fields, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 

@@ -49,15 +49,20 @@ class Schedule:
         return indices
 
 
+def require_training_blocks(num_blocks: int, heldout: int) -> None:
+    """Raises ValueError when nothing would be left to train on."""
+    if heldout >= num_blocks:
+        raise ValueError(
+            f"pretrain.heldout_blocks: {heldout} of the corpus' {num_blocks} blocks leave none to train on"
+        )
+
+
 def split_heldout(num_blocks: int, heldout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(blocks to train on, held-out blocks), ascending int64, drawn by seed; with none held out, all in order.
 
     Raises ValueError when nothing would be left to train on.
     """
-    if heldout >= num_blocks:
-        raise ValueError(
-            f"pretrain.heldout_blocks: {heldout} of the corpus' {num_blocks} blocks leave none to train on"
-        )
+    require_training_blocks(num_blocks, heldout)
     drawn = np.random.default_rng([seed, num_blocks, heldout]).permutation(num_blocks)
     return np.sort(drawn[heldout:]), np.sort(drawn[:heldout])
 
@@ -112,13 +117,11 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The engine's config. The optimizer is ours to build: a config AdamW compiles a kernel on first use."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
-    place: dict[str, Any] = {"device": "cpu"}
-    if config.offload_nvme is not None:
-        place = {"device": "nvme", "nvme_path": config.offload_nvme}
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = place
+    if config.offload_optimizer:  # never on NVMe: its checkpoints would hold no float32 weights to export
+        zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters:
-        zero["offload_param"] = place
+        nvme = {"device": "nvme", "nvme_path": config.offload_nvme}
+        zero["offload_param"] = {"device": "cpu"} if config.offload_nvme is None else nvme
     made = {
         "train_micro_batch_size_per_gpu": config.micro_batch_blocks,
         "gradient_accumulation_steps": accumulation_steps(config, world_size or config.workers),
@@ -134,8 +137,10 @@ def deepspeed_config(
 
 def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices, none on biases and norms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    decayed: list[Any] = []
+    plain: list[Any] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty vector in its place
+            (decayed if len(shape) >= 2 else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

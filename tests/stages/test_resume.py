@@ -24,10 +24,11 @@ import yaml
 from safetensors.torch import load_file
 
 from ifguide.artifacts import file_digest
-from ifguide.config import to_mapping
+from ifguide.config import ConfigError, to_mapping
 from ifguide.stages.checkpoints import last_checkpoint
-from ifguide.stages.pretrain import pretrain
+from ifguide.stages.pretrain import FAILURE, pretrain
 from ifguide.stages.run import Run
+from ifguide.stages.shards import StageError
 from ifguide.stages.training_folder import METRICS
 from ifguide.stages.training_loop import TrainingLoop
 from ifguide.telemetry import read_metrics
@@ -45,8 +46,8 @@ DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """160 blocks to train on: ten steps an epoch."""
-    options = {"epochs": 1, "heldout_blocks": 8, "checkpoint_steps": SAVED_EVERY}
+    """160 blocks to train on: ten steps an epoch. Weight decay is so strong that losses tell which weights have it."""
+    options = {"epochs": 1, "heldout_blocks": 8, "checkpoint_steps": SAVED_EVERY, "weight_decay": 0.5}
     return packed_run(tmp_path_factory.mktemp("packed"), options, architecture=PARTED)
 
 
@@ -139,7 +140,7 @@ def test_killed_ranks_go_on_with_the_same_losses_on_another_number_of_workers(
     require_close(killed, reference, 1e-4)
 
 
-def test_partitioned_weights_start_as_the_family_draws_them(settings: Callable[..., Settings]) -> None:
+def test_partitioned_weights_start_as_the_family_draws_them_and_decay(settings: Callable[..., Settings]) -> None:
     """DeepSpeed's own `zero.Init` around a constructor would leave embeddings of standard deviation 1."""
     made = settings("initial", zero_stage=3, learning_rate=1e-12, weight_decay=0.0, epochs=0.1)
     run_ranks(made, 1)
@@ -148,6 +149,11 @@ def test_partitioned_weights_start_as_the_family_draws_them(settings: Callable[.
             assert weight.std().item() == pytest.approx(0.02, rel=0.1), name
         else:
             assert torch.allclose(weight, torch.full_like(weight, float("norm" in name and "weight" in name))), name
+    decayed = settings("decayed", zero_stage=3, learning_rate=1e-12, weight_decay=1e11, epochs=0.1)
+    run_ranks(decayed, 1)  # one step, which takes a tenth of a matrix and nothing of a vector
+    plain = load_file(model_file(made))
+    for name, weight in load_file(model_file(decayed)).items():
+        torch.testing.assert_close(weight, plain[name] * (0.9 if weight.ndim == 2 else 1.0))
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -203,6 +209,29 @@ def test_ray_train_starts_a_killed_rank_again(run: Run, cluster: None, settings:
     assert manifest.rows["steps"] == 60
     assert len(rows(made)) > 60, "nothing was lost: it was not killed between two checkpoints"
     require_same_bits(made, reference, steps=60)
+
+
+@pytest.mark.timeout(300)
+def test_what_a_restart_cannot_mend_is_said_once(run: Run, cluster: None, tmp_path: Path) -> None:
+    """The second step's loss is no number, whichever attempt takes it."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(run.folder, run_dir, ignore=shutil.ignore_patterns("model"))
+    changed = replace(run.config.pretrain, learning_rate=1e30, heldout_blocks=0)
+    diverging = Run(config=replace(run.config, run_dir=str(run_dir), pretrain=changed))
+    with pytest.raises(StageError, match=r"^the loss is .* at step 2; lower pretrain\.learning_rate"):
+        pretrain(diverging)
+    folder = diverging.model("penalised")
+    assert [row["step"] for row in rows({"folder": str(folder)})] == [1]
+    assert not (folder / FAILURE).exists()
+
+
+@pytest.mark.timeout(120)
+def test_workers_that_the_machine_cannot_hold_are_refused(run: Run, cluster: None, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(run.folder, run_dir, ignore=shutil.ignore_patterns("model"))
+    many = replace(run.config.pretrain, workers=4)
+    with pytest.raises(ConfigError, match=r"^pretrain\.cpus_per_worker: "):
+        pretrain(Run(config=replace(run.config, run_dir=str(run_dir), pretrain=many)))
 
 
 @pytest.mark.timeout(400)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray.train import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ifguide.artifacts import MANIFEST, PLAN, file_digest, read_manifest, write_json
+from ifguide.config import ModelSource, config_from_mapping, to_mapping
+from ifguide.models import load_model
 from ifguide.stages import training_loop
 from ifguide.stages.checkpoints import CHECKPOINTS, last_checkpoint, part_folder, published_checkpoints
-from ifguide.stages.pretrain import pretrain
+from ifguide.stages.engines import TorchEngine
+from ifguide.stages.pretrain import _reason, pretrain
 from ifguide.stages.run import PENALISED, Run
+from ifguide.stages.shards import StageError
 from ifguide.stages.training_folder import METRICS
 from ifguide.stages.training_loop import SUMMARY, TrainingLoop
 from ifguide.telemetry import read_metrics
@@ -196,6 +202,63 @@ def test_weights_that_are_no_numbers_never_replace_a_checkpoint(train: Callable[
     with pytest.raises(FloatingPointError, match=r"norm nan at step 6; lower pretrain\.learning_rate"):
         train("nan", before=before)
     assert last_checkpoint(tmp_path / "nan").step == 4
+
+
+def test_a_training_that_diverges_at_once_ends_in_its_advice_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchEngine, "end_step", lambda engine: float("nan"))
+    lent = {"corpus": run.corpus, "mask": run.mask}
+    with pytest.raises(StageError, match=r"^the loss is .* norm nan at step 1; lower pretrain\.learning_rate"):
+        pretrain(Run(config=replace(run.config, run_dir=str(tmp_path)), lent=lent))
+
+
+def test_of_several_failed_workers_the_one_that_says_what_to_do_is_heard() -> None:
+    lost, advice = RuntimeError("Connection closed by peer"), FloatingPointError("the loss is nan; lower it")
+    assert _reason(WorkerGroupError("...", {1: advice, 0: lost})) == "the loss is nan; lower it"
+    assert _reason(WorkerGroupError("...", {1: lost, 0: lost})) == "worker 0: RuntimeError: Connection closed by peer"
+    assert "no worker" in _reason(ControllerError(RuntimeError("no worker")))
+
+
+@pytest.mark.parametrize(
+    ("options", "positions", "message"),
+    [
+        ({"heldout_blocks": 168}, 32, r"pretrain\.heldout_blocks: 168 of the corpus' 168 blocks"),
+        ({}, 31, r"pack_corpus\.block_size: 32 tokens are more than the 31 positions of target\.architecture"),
+        ({"init_from": "short"}, 32, r"pack_corpus\.block_size: 32 tokens are more than the 16 positions of .*short"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_worker_starts(
+    options: Settings, positions: int, message: str, run: Run, tmp_path: Path
+) -> None:
+    fields = {**ARCHITECTURE, "max_position_embeddings": 16}
+    AutoConfig.for_model(**fields).save_pretrained(tmp_path / "short")
+    tree = to_mapping(run.config) | {"run_dir": str(tmp_path / "run")}
+    tree["pretrain"] |= {
+        key: str(tmp_path / "short") if key == "init_from" else value for key, value in options.items()
+    }
+    tree["target"]["architecture"] |= {"max_position_embeddings": positions}
+    lent = {"corpus": run.corpus, "mask": run.mask}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        pretrain(Run(config=config_from_mapping(tree), lent=lent))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_zero_has_placed_is_left_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moved to the CPU, its placeholders would stay there, for DeepSpeed does not move what it has parted."""
+    moved: list[Any] = []
+    to = torch.nn.Module.to
+
+    def record(module: torch.nn.Module, device: Any) -> torch.nn.Module:
+        moved.append(device)
+        return to(module, device)
+
+    source = ModelSource(architecture={**ARCHITECTURE, "vocab_size": 50})
+    monkeypatch.setattr(torch.nn.Module, "to", record)
+    load_model(source)
+    assert moved == []
+    assert load_model(source, device="meta").device.type == "meta"
+    assert moved == ["meta"]
 
 
 def test_activation_checkpointing_changes_no_loss(train: Callable[..., Path]) -> None:

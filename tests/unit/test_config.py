@@ -106,6 +106,31 @@ def test_every_verb_has_its_section():
         ("build_query.damping=.nan", "build_query.damping: nan is below 0"),
         ("pretrain.learning_rate=.nan", "pretrain.learning_rate: nan must be above 0"),
         ("pretrain.batch_blocks=10", "pretrain.batch_blocks: 10 is not a multiple of workers * micro_batch_blocks"),
+        (
+            "pretrain={zero_stage: 0, offload_optimizer: true}",
+            "pretrain.offload_optimizer: needs engine: deepspeed and a",
+        ),
+        (
+            "pretrain={engine: torch, offload_optimizer: true}",
+            "pretrain.offload_optimizer: needs engine: deepspeed and a",
+        ),
+        (
+            "pretrain={zero_stage: 2, offload_parameters: true}",
+            "pretrain.offload_parameters: needs engine: deepspeed and",
+        ),
+        (
+            "pretrain={engine: torch, zero_stage: 3, offload_parameters: true}",
+            "pretrain.offload_parameters: needs engine: deepspeed and a zero_stage of at least 3, not torch and 3",
+        ),
+        (
+            "pretrain.offload_nvme=/nvme",
+            "pretrain.offload_nvme: takes only parameters, where the optimizer is in memory",
+        ),
+        ("pretrain={offload_nvme: /nvme, offload_optimizer: true}", "pretrain.offload_nvme: takes only parameters"),
+        (
+            "pretrain={offload_nvme: /nvme, zero_stage: 3, offload_parameters: true}",
+            "pretrain.offload_nvme: takes only parameters",
+        ),
         ("build_query.nontoxic_threshold=0.5", "build_query.nontoxic_threshold: 0.5 is not below"),
         ("baseline=false", "baseline: false leaves no proxy"),
         ("proxy={source: a, architecture: {}}", "proxy: set either source or architecture, not both"),
@@ -119,6 +144,18 @@ def test_every_verb_has_its_section():
 def test_errors_name_the_dotted_key_and_the_reason(tmp_path, override, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         load_config(write(tmp_path, "seed: 0"), [override])
+
+
+@pytest.mark.parametrize(
+    "pretrain",
+    [
+        "{zero_stage: 1, offload_optimizer: true}",
+        "{zero_stage: 3, offload_parameters: true}",
+        "{zero_stage: 3, offload_parameters: true, offload_optimizer: true, offload_nvme: /nvme}",
+    ],
+)
+def test_what_can_be_offloaded_is_accepted(tmp_path, pretrain):
+    load_config(write(tmp_path, f"pretrain: {pretrain}"))
 
 
 def test_tokenizer_cannot_be_named_and_trained(tmp_path):

@@ -174,10 +174,12 @@ def test_a_linearised_gpt2_is_tracked_whole() -> None:
 
 @pytest.mark.parametrize("architecture", [GPT2, LLAMA])
 def test_driver_and_workers_agree_on_the_proxys_fingerprint(architecture: dict[str, Any]) -> None:
-    described = _describe({"architecture": architecture}, 0.9)
+    described = _describe({"architecture": architecture}, 16, 0.9)
     worker = load_proxy({"architecture": architecture}, gpus=0)
     assert described.fingerprint == state_fingerprint(worker)
     assert described.module_names == tracked_modules(worker).names
+    with pytest.raises(ValueError, match=r"65 tokens are more than the 64 positions of the proxy"):
+        _describe({"architecture": architecture}, 65, 0.9)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])

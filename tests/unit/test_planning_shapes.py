@@ -10,8 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ifguide.config import Config, ConfigError, ModelSource, PackCorpus, Pretrain
 from ifguide.influence.scorer import PRESETS, Method
+from ifguide.models import load_model
 from ifguide.planning import flops
-from ifguide.planning.shapes import model_shape, proxy_shape, published_shapes, shape_of_fields, target_shape
+from ifguide.planning.shapes import (
+    initial_model,
+    model_shape,
+    proxy_shape,
+    published_shapes,
+    require_positions,
+    shape_of_fields,
+    target_shape,
+    with_positions,
+)
 from tests.tiny import ARCHITECTURES, random_blocks, tiny_model
 
 TOKENS = 12
@@ -38,6 +48,28 @@ def test_the_forward_pass_is_counted_as_torch_counts_it(family: str) -> None:
     if attended:  # the CPU's flash kernel is not counted by torch
         assert attended == pytest.approx(3 * TOKENS * 2 * flops.attention(shape, TOKENS), rel=0.1)  # the full square
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    fields = ARCHITECTURES["llama"] | {"model_type": "mixtral"} | experts
+    shape = shape_of_fields("tiny", "test", fields, traced=False)
+    model = load_model(ModelSource(architecture=fields))
+    model.set_experts_implementation("eager")  # torch does not count its grouped product
+    tokens = torch.from_numpy(random_blocks(3, TOKENS, ragged=False)[0]).long()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, use_cache=False)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counts.items() if "mm" in str(op) and "bmm" not in str(op))
+    assert products == 3 * TOKENS * 2 * (shape.tracked + shape.head)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "llama"])
+def test_the_weights_that_a_token_meets_are_those_that_can_be_tracked(family: str) -> None:
+    tracked, trained = (
+        shape_of_fields("tiny", "test", ARCHITECTURES[family], traced=traced) for traced in (True, False)
+    )
+    assert trained.tracked == tracked.tracked
 
 
 def test_training_is_counted_as_torch_counts_it() -> None:
@@ -104,6 +136,23 @@ def test_a_model_that_cannot_be_fetched_is_refused_with_what_to_do(monkeypatch: 
 def test_a_proxy_that_is_still_to_be_made_is_refused_with_what_to_do() -> None:
     with pytest.raises(FileNotFoundError, match="--set proxy="):
         model_shape(ModelSource(source="runs/not/there/hf"), "proxy")
+
+
+def test_the_model_to_start_from_has_the_targets_revision_and_trust() -> None:
+    target = ModelSource(architecture=ARCHITECTURES["llama"], revision="step3", trust_remote_code=True)
+    found = initial_model(Config(target=target, pretrain=Pretrain(init_from="a/b")))
+    assert found == ModelSource(source="a/b", revision="step3", trust_remote_code=True)
+    assert initial_model(Config(target=target)) == target
+
+
+def test_positions_are_the_models_own_or_a_blocks_tokens() -> None:
+    assert with_positions({"model_type": "llama"}, 64)["max_position_embeddings"] == 64
+    for known in ({"max_position_embeddings": 32}, {"n_positions": 32}, {"text_config": {"n_positions": 32}}):
+        assert with_positions(known, 64) == known
+        require_positions("target", known, 32)
+        with pytest.raises(ValueError, match=r"^pack_corpus\.block_size: 33 tokens are more than the 32 positions"):
+            require_positions("target", known, 33)
+    require_positions("target", {"model_type": "bloom"}, 10**6)
 
 
 def test_the_baseline_is_the_proxy_and_its_vocabulary_that_of_the_corpus() -> None:

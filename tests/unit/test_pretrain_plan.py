@@ -13,7 +13,7 @@ import torch
 
 from ifguide.artifacts import Manifest, write_json
 from ifguide.cli import main
-from ifguide.config import Config, ConfigError, ModelSource, Pretrain, load_config
+from ifguide.config import Config, ConfigError, ModelSource, PackCorpus, Pretrain, load_config
 from ifguide.models import load_model, transformer_blocks
 from ifguide.planning.command import make_job
 from ifguide.planning.estimate import estimate
@@ -158,6 +158,7 @@ def test_activations_and_head_grow_with_the_micro_batch_and_nothing_else_does(bi
     [
         ({"micro_batch_blocks": 32}, "activation_checkpointing"),
         ({"workers": 1, "zero_stage": 0, "activation_checkpointing": True}, "offload_optimizer"),
+        ({"workers": 1, "engine": "torch", "activation_checkpointing": True}, "offload_optimizer"),
         ({"zero_stage": 0, "activation_checkpointing": True, "micro_batch_blocks": 1}, "zero_stage"),
         (
             {"zero_stage": 3, "activation_checkpointing": True, "micro_batch_blocks": 32, "gpus_per_worker": 0.4},
@@ -175,6 +176,35 @@ def test_what_does_not_fit_is_refused_with_changes_that_fit(billion: Config, cha
     again = load_config(CONFIGS / "pythia1b.yaml", [f"target={target}",
         *(f"pretrain.{name}={str(value).lower()}" for name, value in changes.items()), *advised])  # fmt: skip
     require_fit(plan_pretrain(again))
+
+
+def test_advice_for_several_workers_keeps_the_deepest_stage_beside_offloading(billion: Config) -> None:
+    changes = {"zero_stage": 0, "activation_checkpointing": True, "micro_batch_blocks": 1, "gpus_per_worker": 0.15}
+    target = ModelSource(source="EleutherAI/pythia-12b")
+    config = replace(billion, target=target, pretrain=replace(billion.pretrain, **changes))
+    with pytest.raises(ConfigError, match=r"offload_optimizer=true") as refused:
+        require_fit(plan_pretrain(config))
+    assert "pretrain.zero_stage=3" in str(refused.value)
+
+
+def test_blocks_longer_than_the_models_positions_are_refused(billion: Config) -> None:
+    longer = replace(billion, pack_corpus=replace(billion.pack_corpus, block_size=4096))
+    with pytest.raises(ValueError, match=r"^pack_corpus\.block_size: 4096 tokens are more than the 2048 positions of"):
+        plan_pretrain(longer)
+
+
+def test_a_mixture_of_experts_is_planned_unless_it_is_to_be_traced() -> None:
+    mixture = {**ARCHITECTURES["llama"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = Config(
+        target=ModelSource(architecture=mixture),
+        proxy=ModelSource(source="EleutherAI/pythia-160m"),
+        pack_corpus=PackCorpus(block_size=16),
+    )
+    assert plan_pretrain(config).memory.activations > 0
+    with pytest.raises(ValueError, match=r"activations in float32 cannot be counted"):
+        plan_pretrain(replace(config, pretrain=replace(config.pretrain, dtype="float32")))
+    with pytest.raises(ValueError, match="a mixture of experts"):
+        plan_pretrain(replace(config, proxy=ModelSource()))
 
 
 def test_what_fits_nowhere_says_so_and_a_worker_without_a_gpu_is_not_judged(billion: Config) -> None:

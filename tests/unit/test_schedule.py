@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,6 +125,12 @@ def test_deepspeed_follows_dtype_clipping_and_zero():
     offloaded = deepspeed_config(Pretrain(dtype="bfloat16", zero_stage=3, offload_optimizer=True))
     assert offloaded["bf16"] == {"enabled": True}
     assert offloaded["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    nvme = Pretrain(zero_stage=3, offload_optimizer=True, offload_parameters=True, offload_nvme="/nvme")
+    assert deepspeed_config(nvme)["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "nvme", "nvme_path": "/nvme"},
+    }
 
 
 def test_weight_decay_is_for_matrices_and_every_trained_parameter_is_in_one_group():
@@ -135,6 +142,17 @@ def test_weight_decay_is_for_matrices_and_every_trained_parameter_is_in_one_grou
     assert all(parameter.ndim < 2 for parameter in plain["params"])
     grouped = [id(parameter) for parameter in decayed["params"] + plain["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p is not frozen)
+
+
+def test_a_matrix_that_is_parted_among_workers_decays_too():
+    """ZeRO-3 leaves an empty vector in each parameter's place, and its whole shape in `ds_shape`."""
+    model = torch.nn.Linear(3, 2)
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    decayed, plain = parameter_groups(model, 0.3)
+    assert [id(p) for p in decayed["params"]] == [id(model.weight)]
+    assert [id(p) for p in plain["params"]] == [id(model.bias)]
 
 
 def test_the_rise_is_of_the_smoothed_loss_over_its_lowest():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -53,6 +55,22 @@ def test_mfu_is_of_the_data_sheets_peak_of_all_workers(workers: int, monkeypatch
     assert meter.flop_per_token == flops.training(shape_of_fields("tiny", "test", fields), 32)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus")
     assert meter_of(config, fields, step=0, steps=9, device=torch.device("cuda"), workers=1).values(1)["mfu"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}, True),  # which cannot be traced
+        ({"model_type": "nobody-knows"}, False),
+    ],
+)
+def test_a_model_that_cannot_be_a_proxy_trains_all_the_same(
+    changes: dict[str, Any], known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    fields = ARCHITECTURES["llama"] | changes
+    meter = meter_of(Config(), fields, step=0, steps=9, device=torch.device("cuda"), workers=1)
+    assert (meter.values(1)["mfu"] is not None) == known
 
 
 def test_a_cpu_has_no_mfu() -> None:
