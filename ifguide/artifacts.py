@@ -93,7 +93,7 @@ class Artifact:
         write_text(self.folder / "config.yaml", self.config_yaml)
         manifest = Manifest(
             verb=self.verb,
-            fingerprint=_json_digest({name: entry["sha256"] for name, entry in digests.items()}),
+            fingerprint=json_digest({name: entry["sha256"] for name, entry in digests.items()}),
             options=self.plan["options"],
             inputs=self.plan["inputs"],
             rows=dict(rows),
@@ -382,7 +382,8 @@ def _git_commit() -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def _json_digest(content: Any) -> str:
+def json_digest(content: Any) -> str:
+    """SHA-256 (hex) of what JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -8,8 +8,6 @@ with its interval, and what differs between the models.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ifguide.artifacts import MANIFEST, Manifest, file_digest, read_manifest, write_json
+from ifguide.artifacts import MANIFEST, Manifest, file_digest, json_digest, read_manifest, write_json
 from ifguide.config import Config, ConfigError, Input, to_mapping
 from ifguide.corpus import HUB_PREFIX, list_chunks
 from ifguide.report.page import REPORT_FILES, write_report
@@ -185,12 +183,12 @@ def source_fingerprint(source: str) -> str:
     if "gguf_file" in options:
         return file_digest(path / options["gguf_file"])
     if path.is_dir():
-        return _digest({name: file_digest(path / name) for name in file_sizes(path) if not name.startswith(".")})
+        return json_digest({name: file_digest(path / name) for name in file_sizes(path) if not name.startswith(".")})
     try:
         return Path(hf_hub_download(source, "config.json")).parent.name  # its snapshot, as `from_pretrained` finds it
     except (OSError, ValueError) as error:
         log(VERB, f"{source} is told by its name, as its commit is not known: {error}", level=logging.WARNING)
-        return _digest(source)
+        return json_digest(source)
 
 
 def measured_inputs(
@@ -203,7 +201,7 @@ def measured_inputs(
         texts["cloze"] = config.cloze
     return {
         **{f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()},
-        **{f"prompts/{name}": _digest([vars(row) for row in rows]) for name, rows in sets.items()},
+        **{f"prompts/{name}": json_digest([vars(row) for row in rows]) for name, rows in sets.items()},
         **{name: _input_digest(source, f"evaluate.{name}") for name, source in texts.items()},
     }
 
@@ -211,13 +209,9 @@ def measured_inputs(
 def _input_digest(source: Input, dotted_key: str) -> str:
     """Of an input's files in order; a hub dataset is told by its name."""
     if source.path.startswith(HUB_PREFIX):
-        return _digest(source.path)
+        return json_digest(source.path)
     chunks = list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path")
-    return _digest([file_digest(local_copy(chunk.path)) for chunk in chunks])
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest([file_digest(local_copy(chunk.path)) for chunk in chunks])
 
 
 def _descriptors(

@@ -7,8 +7,6 @@ lengths, because prompts of one length share batches. A shard's file is publishe
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, Artifact, MismatchError, data_files, publish, require
+from ifguide.artifacts import MANIFEST, Artifact, MismatchError, data_files, json_digest, publish, require
 from ifguide.config import Evaluate
 from ifguide.evaluation.generation import Guide, Sampling, decode, sample_tokens, token_lengths
 from ifguide.stages.run import Run
@@ -77,7 +75,7 @@ def takes_special_tokens(config: Evaluate, model: str) -> bool:
 
 
 def prompts_digest(prompts: Prompts) -> str:
-    return hashlib.sha256(json.dumps([(row.row, row.prompt) for row in prompts]).encode()).hexdigest()
+    return json_digest([(row.row, row.prompt) for row in prompts])
 
 
 def generation_pieces(

@@ -7,8 +7,6 @@ that is evaluated too teaches nothing. A training is one task; DPO goes on from 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import ray
 import torch
 
 from ifguide import schemas
-from ifguide.artifacts import Artifact, Manifest, data_files, open_artifact, publish_folder, remove_tree
+from ifguide.artifacts import Artifact, Manifest, data_files, json_digest, open_artifact, publish_folder, remove_tree
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, result_options, to_mapping, to_yaml
 from ifguide.config.compare import Dpo, Rad
 from ifguide.config.typed_yaml import result_part
@@ -181,8 +179,7 @@ def make_dpo_model(run: Run, name: str, method: Dpo, start: Model, samples: Mani
 
 def rad_fingerprint(method: Rad, start: Model, reward: Manifest) -> str:
     """What decides the text that a RAD method samples, besides sampling."""
-    content = json.dumps([start[1], reward.fingerprint, method.beta, method.top_k])
-    return hashlib.sha256(content.encode()).hexdigest()
+    return json_digest([start[1], reward.fingerprint, method.beta, method.top_k])
 
 
 def _open(run: Run, folder: Path, options: dict[str, Any], inputs: dict[str, str]) -> Artifact:
