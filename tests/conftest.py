@@ -2,6 +2,10 @@
 
 import os
 
+# One thread a process, and for what it starts: `pytest -n` fills the cores, and threads that wait for each other's
+# turn double the time of small matrices. Read when torch and numpy are imported; Ray's workers have their own number.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
@@ -15,6 +19,10 @@ settings.register_profile("ifguide", deadline=None)
 settings.load_profile("ifguide")
 
 
+# the longest files; with one of these to each process, only one of them waits for the run that stage tests share
+FIRST = tuple(f"tests/stages/test_{name}.py" for name in ("s3", "kill", "resume"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs stages comes first: with `pytest -n` the many short tests then fill the end of the session."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/stages/"))
+    items.sort(key=lambda item: (not item.nodeid.startswith("tests/stages/"), not item.nodeid.startswith(FIRST)))

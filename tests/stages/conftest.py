@@ -50,7 +50,6 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
             # starting Ray Train and DeepSpeed takes longer than these trainings; tests/stages/test_resume.py has both
             "engine": "torch",
             "gpus_per_worker": 0,
-            "cpus_per_worker": 2,
             "checkpoint_steps": 8,
             "log_steps": 4,
         },

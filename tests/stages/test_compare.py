@@ -28,7 +28,8 @@ KINDS = ("random", "annotated", "words", "sentences", "word_documents", "documen
 
 
 def with_methods(config: Config, **methods: Method) -> Config:
-    return replace(config, compare=Compare(methods=methods, threshold=0.5))
+    # one worker a stage: on two CPUs, starting a second one takes longer than its share of this work
+    return replace(config, compare=Compare(methods=methods, threshold=0.5, cpus_per_task=2))
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def preferring(copied: Callable[..., Config]) -> Config:
         both=Method(rad=Rad(model="dpo", top_k=5)),
     )
     samples, reward = Samples(continuations=4, max_prompts=12), Reward(learning_rate=1e-3)
-    return replace(config, compare=replace(config.compare, samples=samples, reward=reward))
+    return replace(config, compare=replace(config.compare, samples=samples, reward=reward, cpus_per_task=1))
 
 
 def sampled(run: Run, model: str) -> dict[tuple[int, int], list[int]]:
