@@ -23,10 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ifguide demo --set seed=$(SEED) --set run_dir=$(RUN_DIR)
 
-# Three processes on two cores, each with a Ray cluster of its own: one of them often waits, for a store that refuses
-# requests or a node that is found dead. Files go to them one by one, those that run stages first.
+# Two processes, each with a Ray cluster of its own; the files go to them one by one, those that run stages first.
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .

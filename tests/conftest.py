@@ -19,8 +19,8 @@ settings.register_profile("ifguide", deadline=None)
 settings.load_profile("ifguide")
 
 
-# the longest files; with one of these to each process, only one of them waits for the run that stage tests share
-FIRST = tuple(f"tests/stages/test_{name}.py" for name in ("s3", "kill", "resume"))
+# the longest files: the one makes the run that stage tests share, while the other needs none of it
+FIRST = ("tests/stages/test_kill.py", "tests/stages/test_s3.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
