@@ -28,8 +28,7 @@ KINDS = ("random", "annotated", "words", "sentences", "word_documents", "documen
 
 
 def with_methods(config: Config, **methods: Method) -> Config:
-    # one worker a stage: on two CPUs, starting a second one takes longer than its share of this work
-    return replace(config, compare=Compare(methods=methods, threshold=0.5, cpus_per_task=2))
+    return replace(config, compare=Compare(methods=methods, threshold=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,8 @@ def marked(finished: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("marked") / "run"
     shutil.copytree(finished.run_dir, folder)
     config = with_methods(finished, **{kind: Method(mask=kind) for kind in KINDS})
-    run = Run(config=replace(config, run_dir=str(folder)))
+    # one worker a stage: on two CPUs, starting a second one takes longer than its share of this work
+    run = Run(config=replace(config, run_dir=str(folder), compare=replace(config.compare, cpus_per_task=2)))
     masks = {}
     for name, method in config.compare.methods.items():
         child = method_run(run, name, method)
@@ -185,7 +185,7 @@ def preferring(copied: Callable[..., Config]) -> Config:
         both=Method(rad=Rad(model="dpo", top_k=5)),
     )
     samples, reward = Samples(continuations=4, max_prompts=12), Reward(learning_rate=1e-3)
-    return replace(config, compare=replace(config.compare, samples=samples, reward=reward, cpus_per_task=1))
+    return replace(config, compare=replace(config.compare, samples=samples, reward=reward))
 
 
 def sampled(run: Run, model: str) -> dict[tuple[int, int], list[int]]:
