@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.over_seeds import by_figure, cell, mean_and_range
 from ifguide.artifacts import publish, read_manifest, write_json
-from ifguide.cli import run_pipeline, stage
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.demo.pipeline import run_demo
+from ifguide.pipeline import run_pipeline, stage
 from ifguide.planning.shapes import shape_of_fields, target_shape
-from ifguide.stages.run import BASELINE, Run
+from ifguide.run import BASELINE, Run
 from ifguide.telemetry import configure_logging, log
 from ifguide.training.model_card import markdown_table
 

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ifguide.artifacts import data_files, file_digest, open_artifact, read_manifest
 from ifguide.config import ModelSource, config_from_mapping
 from ifguide.demo import generate_demo
-from ifguide.ledger import LEDGER
+from ifguide.distributed.ledger import LEDGER
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
 from ifguide.stages.build_query import DIRECTION
 
@@ -199,9 +199,8 @@ def prepare(run_dir: Path, run_verb: Callable[[Path, str], Any], documents: int)
             "preset": "exact",
             "micro_batch_blocks": 4,
             "check_blocks": 0,
-            "gpus_per_actor": 0,
             # here a machine that is killed is the rule
-            "max_attempts": 1000,
+            "resources": {"gpus": 0, "attempts": 1000},
         },
         "build_mask": {"quantile": 0.97},
     }

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.artifacts import publish, remove_tree
 from ifguide.config import ModelSource
-from ifguide.corpus import RawDocument, pack, tokenise
+from ifguide.corpus.reading import RawDocument, pack, tokenise
 from ifguide.influence.factors import (
     FactorSample,
     aggregate_lambdas,

@@ -40,8 +40,8 @@ from ifguide.config import ModelSource
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.query import load_factors, precondition
 from ifguide.influence.scorer import Attribution, Method, Precision, TokenScorer
+from ifguide.methods.finders import sentence_spans, word_list_spans
 from ifguide.models import linearise, load_model
-from ifguide.spans.finders import sentence_spans, word_list_spans
 from ifguide.telemetry import Progress, configure_logging, log
 from ifguide.tokenizer import load_tokenizer
 

@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ifguide.config import ModelSource
 from ifguide.models import load_model
-from ifguide.objective import Objective
 from ifguide.planning import flops
 from ifguide.planning.measurements import hardware_of_device
 from ifguide.planning.shapes import published_shapes, shape_of_fields
 from ifguide.training.lm_loss import LanguageModelLoss
+from ifguide.training.objective import Objective
 
 SIDES = ("mask", "plain", "hf")
 MASKED = 0.02

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from ifguide.config import Config, Input
-from ifguide.corpus import list_chunks, read_documents, tokenise
+from ifguide.corpus.reading import list_chunks, read_documents, tokenise
 from ifguide.planning.flops import EIGEN_FLOP
 from ifguide.tokenizer import load_tokenizer
 
@@ -87,12 +87,13 @@ class Nothing:
 
 def seconds_per_shard(shards: int) -> float:
     """Of a pool on shards that take no time."""
-    from ifguide.stages.run import connect
-    from ifguide.stages.shards import Pool, run_shards
+    from ifguide.config.resources import Resources
+    from ifguide.distributed.session import connect
+    from ifguide.distributed.shards import Pool, run_shards
 
     connect(Config())
     times = {}
-    pool = Pool(size=os.cpu_count() or 1, cpus=1, gpus=0, in_flight=2)
+    pool = Pool(size=os.cpu_count() or 1, resources=Resources(gpus=0), in_flight=2)
     for count in (shards // 3, shards):
         with tempfile.TemporaryDirectory(prefix="plan-rates-") as folder:
             started = time.monotonic()

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.direction import smollm2_folder
 from bench.over_seeds import by_figure, cell, mean_and_range
 from ifguide.artifacts import publish
-from ifguide.cli import run_pipeline
 from ifguide.config import Config, load_config
+from ifguide.pipeline import run_pipeline
+from ifguide.report.view import View, mask_agreement
+from ifguide.run import Run
 from ifguide.stages.compare import compare
 from ifguide.stages.pretrain import pretrain
-from ifguide.stages.run import Run
-from ifguide.stages.view import View, mask_agreement
 from ifguide.telemetry import configure_logging, log
 from ifguide.training.model_card import markdown_table
 

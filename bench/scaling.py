@@ -146,9 +146,10 @@ def fast_method() -> Method:
 
 def run_way(actors: int, folder: Path) -> float:
     """Seconds from the beginning of the first shard to the publication of the last."""
-    from ifguide.stages.run import connect
+    from ifguide.config.resources import Resources
+    from ifguide.distributed.session import connect
+    from ifguide.distributed.shards import Pool, run_shards
     from ifguide.stages.score_corpus import ScoreShard
-    from ifguide.stages.shards import Pool, run_shards
 
     torch.set_num_threads(1)
     scores = folder / f"scores{actors}"
@@ -178,7 +179,7 @@ def run_way(actors: int, folder: Path) -> float:
             worker.process(descriptor)
         return time.monotonic() - started
     connect(config_from_mapping({"cluster": {"num_cpus": 2}}))
-    pool = Pool(size=actors, cpus=1, gpus=0, in_flight=2)
+    pool = Pool(size=actors, resources=Resources(gpus=0), in_flight=2)
     results = run_shards("scaling", descriptors, ScoreShard, settings, folder=scores, pool=pool, unit="shards")
     published = {path.stem: path.stat().st_mtime for path in data_files(scores)}
     begins = sorted(published[key] - result["seconds"] for key, result in results.items())

@@ -39,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact
 from ifguide.config import config_from_mapping
+from ifguide.run import Run
 from ifguide.selection.distributed import select
 from ifguide.stages import build_mask as stage
-from ifguide.stages.run import Run
 
 BLOCK_SIZE, BLOCKS_PER_SHARD, VOCABULARY = 1024, 4096, 50_000
 DOCUMENT_TOKENS = 600.0  # on average

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.direction import encode, fit_direction, load_smollm2
-from ifguide.corpus import pack
+from ifguide.corpus.reading import pack
 from ifguide.influence.factors import (
     FactorSample,
     aggregate_lambdas,

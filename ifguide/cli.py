@@ -13,10 +13,10 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ifguide.artifacts import MANIFEST, PLAN, read_manifest
 from ifguide.config import VERBS, Config, load_config, to_yaml
+from ifguide.pipeline import run_pipeline, stage
 from ifguide.storage import location
 from ifguide.telemetry import configure_logging, log
 
@@ -38,43 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ifguide {options.command}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
-        from ifguide.stages.shards import StageError
+        from ifguide.distributed.shards import StageError
 
         if not isinstance(error, StageError) and not type(error).__module__.startswith(STORE_ERRORS):
             raise
         print(f"ifguide {options.command}: {error}", file=sys.stderr)
         return 1
-
-
-def run_pipeline(config: Config, *, dry_run: bool, until: str | None = None) -> None:
-    """Every verb in order, up to `until`. The baseline is trained when it is wanted or serves as the proxy."""
-    from ifguide.stages.run import Run
-
-    run = Run(config=config)
-    steps: list[tuple[str, Run]] = [("pack_corpus", run)]
-    if config.baseline:
-        steps.append(("pretrain", run.with_mask(False)))
-    if config.build_query.factors is None:
-        steps.append(("fit_factors", run))
-    steps += [(verb, run) for verb in ("build_query", "score_corpus", "build_mask")]
-    steps += [("pretrain", run.with_mask(True)), ("evaluate", run)]
-    if until is not None:
-        places = [place for place, (verb, _) in enumerate(steps) if verb == until]
-        if not places:
-            raise ValueError(f"--until {until}: this config does not run it")
-        steps = steps[: places[-1] + 1]
-    for verb, step in steps:
-        stage(verb)(step, dry_run=dry_run)
-    if not dry_run and until in (None, VERBS[-1]):
-        log("run", f"done: open {run.report / 'index.html'}")
-
-
-def stage(verb: str) -> Callable[..., Any]:
-    """The function of a verb; imported late, so that `--help` and `show` start at once."""
-    import importlib
-
-    assert verb in VERBS, verb
-    return getattr(importlib.import_module(f"ifguide.stages.{verb}"), verb)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,7 +135,7 @@ def _load(options: argparse.Namespace) -> Config:
 
 
 def _run_verb(options: argparse.Namespace) -> int:
-    from ifguide.stages.run import Run
+    from ifguide.run import Run
 
     config = _load(options)
     stage(options.command)(Run(config=config), dry_run=options.dry_run)
@@ -176,7 +145,7 @@ def _run_verb(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     if not options.check_classifier:
         return _run_verb(options)
-    from ifguide.stages.check_classifier import check_classifiers
+    from ifguide.evaluation.agreement import check_classifiers
 
     for agreement in check_classifiers(_load(options)):
         print(json.dumps(agreement))
@@ -189,8 +158,8 @@ def _run_all(options: argparse.Namespace) -> int:
 
 
 def _analyse(options: argparse.Namespace) -> int:
+    from ifguide.run import Run
     from ifguide.stages.analyse import analyse
-    from ifguide.stages.run import Run
 
     run = Run(config=_load(options))
     if analyse(run, dry_run=options.dry_run):
@@ -199,8 +168,8 @@ def _analyse(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from ifguide.run import Run
     from ifguide.stages.compare import compare
-    from ifguide.stages.run import Run
 
     config = _load(options)
     run_pipeline(config, dry_run=options.dry_run)
@@ -275,7 +244,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ifguide.stages.inspect import terminal_view
+    from ifguide.report.terminal import terminal_view
 
     for line in terminal_view(options.run_dir, documents=options.documents, context=options.context):
         print(line)
@@ -298,7 +267,7 @@ def _export_scores(options: argparse.Namespace) -> int:
 
 def _import_mask(options: argparse.Namespace) -> int:
     from ifguide.interchange import import_mask
-    from ifguide.stages.run import Run
+    from ifguide.run import Run
 
     config = _load(options)
     run = Run(config=config)

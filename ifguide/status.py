@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ifguide.artifacts import MANIFEST, PLAN, read_manifest
-from ifguide.ledger import LEDGER, read_attempts, unfinished_attempts
+from ifguide.distributed.ledger import LEDGER, read_attempts, unfinished_attempts
 from ifguide.telemetry import format_seconds, last_progress, progress_text
 
 FOLDERS = (  # in pipeline order

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from ifguide.config.resources import RESOURCES, Resources, moved
 from ifguide.config.sources import LabelledTexts
 from ifguide.config.typed_yaml import option
 
@@ -39,6 +40,6 @@ class Analyse:
     gcg: Gcg = Gcg()
     batch_size: int = option(16, at_least=1)
     actors: int = option(1, at_least=1, affects_result=False)
-    gpus_per_actor: float = option(1.0, at_least=0, affects_result=False)
-    cpus_per_actor: float = option(1.0, above=0, affects_result=False)
-    max_attempts: int = option(3, at_least=1, affects_result=False)
+    resources: Resources = RESOURCES
+
+    RENAMED: ClassVar[dict[str, str]] = moved("actor")

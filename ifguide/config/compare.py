@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ifguide.config.pretrain import ObjectiveKind
+from ifguide.config.resources import CPU_RESOURCES, Resources, moved
 from ifguide.config.sources import ClassifierSource
 from ifguide.config.typed_yaml import ConfigError, option
 
@@ -107,17 +108,17 @@ class Method:
 @dataclass(frozen=True, kw_only=True)
 class Compare:
     """The grid of `compare`. `classifier` null is that of `evaluate`; a text counts from `threshold` on. Words are
-    `evaluate.word_list`. Tasks that classify, and that train by preference, take `cpus_per_task` and
-    `gpus_per_task`."""
+    `evaluate.word_list`. Tasks that classify, and that train by preference, take
+    `resources`."""
 
     methods: dict[str, Method] = field(default_factory=dict)
     samples: Samples = Samples()
     reward: Reward = Reward()
     classifier: ClassifierSource | None = None
     threshold: float = option(0.5, at_least=0, at_most=1)
-    cpus_per_task: float = option(1.0, above=0, affects_result=False)
-    gpus_per_task: float = option(0.0, at_least=0, affects_result=False)
-    max_attempts: int = option(3, at_least=1, affects_result=False)
+    resources: Resources = CPU_RESOURCES
+
+    RENAMED: ClassVar[dict[str, str]] = moved("task")
 
 
 def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:

@@ -7,8 +7,9 @@ Micro-batches, ZeRO stage and engine change the order of sums, so they are part 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from ifguide.config.resources import WorkerResources
 from ifguide.config.typed_yaml import ConfigError, option
 
 ObjectiveKind = Literal["penalty", "ignore", "unlikelihood", "clipped"]
@@ -24,8 +25,8 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLoss:
-    """What masked tokens carry (see `ifguide.objective`): `penalty` is the paper's, the others are bounded. `clipped`
-    is the penalty until a masked token is less likely than `floor_probability`."""
+    """What masked tokens carry (see `ifguide.training.objective`): `penalty` is the paper's, the others are
+    bounded. `clipped` is the penalty until a masked token is less likely than `floor_probability`."""
 
     kind: ObjectiveKind = "clipped"
     floor_probability: float = option(1e-3, above=0, at_most=0.999)
@@ -73,14 +74,15 @@ class Pretrain:
     activation_checkpointing: bool = option(False, affects_result=False)
     workers: int = option(1, at_least=1, affects_result=False)
     min_workers: int | None = option(None, at_least=1, affects_result=False)
-    gpus_per_worker: float = option(1.0, at_least=0, affects_result=False)
-    cpus_per_worker: float = option(1.0, above=0, affects_result=False)
+    resources: WorkerResources = option(WorkerResources(), affects_result=False)  # noqa: RUF009  # frozen
     checkpoint_steps: int = option(500, at_least=1, affects_result=False)
     keep_last: int = option(1, at_least=1, affects_result=False)
     keep_best: int = option(1, at_least=0, affects_result=False)
     log_steps: int = option(10, at_least=1, affects_result=False)
     wandb: Wandb | None = option(None, affects_result=False)  # noqa: RUF009  # frozen, as its metadata are
     max_failures: int = option(3, at_least=-1, affects_result=False)
+
+    RENAMED: ClassVar[dict[str, str]] = {"cpus_per_worker": "resources.cpus", "gpus_per_worker": "resources.gpus"}
 
     @property
     def has_own_tokenizer(self) -> bool:

@@ -17,13 +17,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
 from ifguide.config.analyse import Analyse
 from ifguide.config.compare import Compare, check_compare
 from ifguide.config.pretrain import Pretrain, check_pretrain
+from ifguide.config.resources import CPU_RESOURCES, RESOURCES, Resources, moved
 from ifguide.config.sources import ClassifierSource, Input, LabelledTexts, Prompts, PromptSet
 from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
 from ifguide.storage import location
@@ -73,7 +74,9 @@ class PackCorpus:
     train_tokenizer: int | None = option(None, at_least=300)
     max_bad_rows: int = option(0, at_least=0, affects_result=False)
     chunk_megabytes: float = option(32.0, above=0)
-    cpus_per_task: float = option(1.0, above=0, affects_result=False)
+    resources: Resources = CPU_RESOURCES
+
+    RENAMED: ClassVar[dict[str, str]] = moved("task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +89,25 @@ class FitFactors:
     module_partitions: int = option(1, at_least=1)
     batch_size: int = option(8, at_least=1)
     min_coverage: float = option(0.9, at_least=0, at_most=1)
-    gpus_per_task: float = option(1.0, at_least=0, affects_result=False)
-    cpus_per_task: float = option(1.0, above=0, affects_result=False)
-    max_attempts: int = option(3, at_least=1, affects_result=False)
+    resources: Resources = RESOURCES
+
+    RENAMED: ClassVar[dict[str, str]] = moved("task")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildQuery:
-    """The direction V = (EK-FAC + damping)^-1 [mean toxic - mean non-toxic completion gradient]. With `differential`
-    false the mean of the toxic completions stands alone: plain influence, which finds what is merely common too.
+    """The direction V = (EK-FAC + damping)^-1 [mean positive - mean negative completion gradient]: completions whose
+    score is at least `positive_threshold` show the behaviour, those of at most `negative_threshold` do not. With
+    `differential` false the mean of the positive ones stands alone: plain influence, which finds what is merely common.
     `damping` null means `damping_scale` * mean(lambda) per module. `factors` names a folder of factors that
     kronfluence fitted elsewhere; null means the run's own."""
 
     prompts: Prompts | None = None
     classifier: ClassifierSource = ClassifierSource()  # noqa: RUF009  # frozen
-    toxic_threshold: float = option(0.5, at_least=0, at_most=1)
-    nontoxic_threshold: float = option(0.1, at_least=0, at_most=1)
-    max_toxic: int = option(10_000, at_least=1)
-    max_nontoxic: int = option(10_000, at_least=1)
+    positive_threshold: float = option(0.5, at_least=0, at_most=1)
+    negative_threshold: float = option(0.1, at_least=0, at_most=1)
+    max_positive: int = option(10_000, at_least=1)
+    max_negative: int = option(10_000, at_least=1)
     differential: bool = True
     max_tokens: int = option(512, at_least=2)
     batch_tokens: int = option(4096, at_least=1)
@@ -111,9 +115,14 @@ class BuildQuery:
     factors: str | None = option(None, affects_result=False)  # their digest is among the artifact's inputs
     damping: float | None = option(None, at_least=0)
     damping_scale: float = option(0.1, at_least=0)
-    gpus_per_task: float = option(1.0, at_least=0, affects_result=False)
-    cpus_per_task: float = option(1.0, above=0, affects_result=False)
-    max_attempts: int = option(3, at_least=1, affects_result=False)
+    resources: Resources = RESOURCES
+
+    RENAMED: ClassVar[dict[str, str]] = moved("task") | {
+        "toxic_threshold": "positive_threshold",
+        "nontoxic_threshold": "negative_threshold",
+        "max_toxic": "max_positive",
+        "max_nontoxic": "max_negative",
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +135,7 @@ class ScoreCorpus:
     Before the first shard, `check_blocks` blocks are scored by the exact method too, and correlation and agreement of
     the top 1% must both reach `min_agreement`. `queries` names further behaviours, `name: folder of a query artifact`
     of the same proxy: each gives one more column of scores. `micro_batch_blocks` null is chosen to fit the memory.
-    The actors are `min_actors` to `max_actors`, as there is room, each with `memory` of Ray's (bytes; null: none)."""
+    The actors are `min_actors` to `max_actors`, as there is room, each with `resources`."""
 
     attribution: Literal["target", "position"] = "target"
     preset: Literal["fast", "exact"] = "fast"
@@ -140,10 +149,9 @@ class ScoreCorpus:
     min_agreement: float = option(0.9, at_least=0, at_most=1)
     min_actors: int = option(1, at_least=1, affects_result=False)
     max_actors: int = option(1, at_least=1, affects_result=False)
-    gpus_per_actor: float = option(1.0, at_least=0, affects_result=False)
-    cpus_per_actor: float = option(1.0, above=0, affects_result=False)
-    memory: int | None = option(None, at_least=1, affects_result=False)
-    max_attempts: int = option(3, at_least=1, affects_result=False)
+    resources: Resources = RESOURCES
+
+    RENAMED: ClassVar[dict[str, str]] = moved("actor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +170,9 @@ class BuildMask:
     outlier_mass_ratio: float = option(10.0, above=0)
     outlier_bigram_share: float = option(0.25, at_least=0, at_most=1)
     exclude_repeated: bool = False
-    cpus_per_task: float = option(1.0, above=0, affects_result=False)
+    resources: Resources = CPU_RESOURCES
+
+    RENAMED: ClassVar[dict[str, str]] = moved("task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +209,9 @@ class Evaluate:
     top_documents: int = option(10, at_least=0)
     batch_size: int = option(64, at_least=1)
     actors: int = option(1, at_least=1, affects_result=False)
-    gpus_per_actor: float = option(1.0, at_least=0, affects_result=False)
-    cpus_per_actor: float = option(1.0, above=0, affects_result=False)
-    max_attempts: int = option(3, at_least=1, affects_result=False)
+    resources: Resources = RESOURCES
+
+    RENAMED: ClassVar[dict[str, str]] = moved("actor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,10 +313,10 @@ def result_options(config: Config, keys: Iterable[str]) -> dict[str, Any]:
 
 def _check_across(config: Config) -> None:
     check_pretrain(config.pretrain)
-    if config.build_query.nontoxic_threshold >= config.build_query.toxic_threshold:
+    if config.build_query.negative_threshold >= config.build_query.positive_threshold:
         raise ConfigError(
-            f"build_query.nontoxic_threshold: {config.build_query.nontoxic_threshold} is not below"
-            f" build_query.toxic_threshold = {config.build_query.toxic_threshold}: a query would be in both sets"
+            f"build_query.negative_threshold: {config.build_query.negative_threshold} is not below"
+            f" build_query.positive_threshold = {config.build_query.positive_threshold}: a query would be in both sets"
         )
     scoring = config.score_corpus
     if scoring.min_actors > scoring.max_actors:

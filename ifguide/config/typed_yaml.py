@@ -76,8 +76,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
 
 
-def build(cls: type, tree: Any, where: str) -> Any:
-    """An instance of dataclass `cls` from a mapping; `where` is the dotted path of the mapping."""
+def build(cls: type, tree: Any, where: str, default: Any = None) -> Any:
+    """An instance of dataclass `cls` from a mapping; `where` is the dotted path of the mapping.
+
+    Keys that are not set are those of `default`, an instance of `cls` if there is one. `RENAMED` of a class says where
+    a key of former versions is now, so that the error can."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{where or 'config'}: expected a section with keys, got {tree!r}")
     hints = typing.get_type_hints(cls)
@@ -86,9 +89,11 @@ def build(cls: type, tree: Any, where: str) -> Any:
     for key, raw in tree.items():
         dotted = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            raise ConfigError(_unknown_key(dotted, str(key), fields))
-        values[key] = _convert(hints[key], raw, dotted)
+            raise ConfigError(_unknown_key(dotted, str(key), fields, getattr(cls, "RENAMED", {})))
+        values[key] = _convert(hints[key], raw, dotted, fields[key].default)
         _check_bounds(fields[key], values[key], dotted)
+    if isinstance(default, cls):
+        return dataclasses.replace(default, **values)  # type: ignore[type-var]
     missing = [
         name
         for name, f in fields.items()
@@ -99,7 +104,9 @@ def build(cls: type, tree: Any, where: str) -> Any:
     return cls(**values)
 
 
-def _unknown_key(dotted: str, key: str, valid: Iterable[str]) -> str:
+def _unknown_key(dotted: str, key: str, valid: Iterable[str], renamed: Mapping[str, str]) -> str:
+    if key in renamed:
+        return f"{dotted}: is now called {dotted.removesuffix(key)}{renamed[key]}"
     nearest = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     if nearest:
         parent = dotted.rpartition(".")[0]
@@ -107,7 +114,7 @@ def _unknown_key(dotted: str, key: str, valid: Iterable[str]) -> str:
     return f"{dotted}: unknown key; valid here: {', '.join(sorted(valid))}"
 
 
-def _convert(hint: Any, raw: Any, dotted: str) -> Any:
+def _convert(hint: Any, raw: Any, dotted: str, default: Any = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if raw is None:
@@ -117,7 +124,7 @@ def _convert(hint: Any, raw: Any, dotted: str) -> Any:
         # a bare string stands for the first field: `inputs: [a.jsonl]`, `proxy: EleutherAI/pythia-160m`
         if isinstance(raw, str):
             raw = {dataclasses.fields(hint)[0].name: raw}
-        return build(hint, raw, dotted)  # type: ignore[arg-type]
+        return build(hint, raw, dotted, default)  # type: ignore[arg-type]
     if origin is Literal:
         if raw not in arguments:
             raise ConfigError(f"{dotted}: {raw!r} is not one of {', '.join(map(str, arguments))}")

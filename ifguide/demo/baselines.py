@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ifguide.demo.grammar import INSULT_WORDS
-from ifguide.spans.finders import Span, classifier_spans, sentence_spans, word_list_spans
+from ifguide.methods.finders import Span, classifier_spans, sentence_spans, word_list_spans
 
 __all__ = [
     "INSULT_WORDS",

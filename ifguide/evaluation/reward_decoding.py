@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifguide.preferences.reward_model import RewardModel
+from ifguide.methods.reward_model import RewardModel
 
 CANDIDATES = 2048  # rated at once: as many copies of a text's keys and values lie in memory
 

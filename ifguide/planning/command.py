@@ -22,11 +22,11 @@ DEFAULT_TOKENS = 1e9
 LARGEST_CORPUS = 1e12
 # What `--gpus N` sets, where a stage's workers have GPUs.
 WORKERS = {
-    "fit_factors": ("data_partitions", "gpus_per_task"),
-    "build_query": ("partitions", "gpus_per_task"),
-    "score_corpus": ("max_actors", "gpus_per_actor"),
-    "pretrain": ("workers", "gpus_per_worker"),
-    "evaluate": ("actors", "gpus_per_actor"),
+    "fit_factors": "data_partitions",
+    "build_query": "partitions",
+    "score_corpus": "max_actors",
+    "pretrain": "workers",
+    "evaluate": "actors",
 }
 # And what it lowers to that where it is more.
 LEAST_WORKERS = {"score_corpus": "min_actors", "pretrain": "min_workers"}
@@ -96,7 +96,7 @@ SIMULATED_RATES = (
 
 def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | None = None) -> Job:
     """The config with its shapes and machines. Without `corpus_tokens`: of the packed corpus, else 1e9."""
-    on_gpu = any(getattr(getattr(config, verb), key) for verb, (_, key) in WORKERS.items())
+    on_gpu = any(getattr(config, verb).resources.gpus for verb in WORKERS)
     machine = hardware(gpu) if gpu else planned_hardware(config) if on_gpu else hardware("cpu")
     notes: list[str] = []
     if corpus_tokens is None:
@@ -136,9 +136,9 @@ def worker_settings(config: Config, gpus: int) -> list[str]:
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
     settings = []
-    for verb, (key, per_worker) in WORKERS.items():
+    for verb, key in WORKERS.items():
         section = getattr(config, verb)
-        workers = max(1, int(gpus / (getattr(section, per_worker) or 1)))
+        workers = max(1, int(gpus / (section.resources.gpus or 1)))
         settings.append(f"{verb}.{key}={workers}")
         least = LEAST_WORKERS.get(verb)
         if least is not None and (getattr(section, least) or 1) > workers:

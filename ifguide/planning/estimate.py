@@ -45,9 +45,9 @@ def scoring_method(config: Config) -> Method:
 def scoring_rates(job: Job) -> tuple[float, float, float]:
     """Tokens a second of one scoring actor: expected, low, high."""
     config, method = job.config.score_corpus, scoring_method(job.config)
-    device = job.device(config.gpus_per_actor)
+    device = job.device(config.resources.gpus)
     found = efficiency("score", device, method.precision, job.proxy.tracked)
-    peak = device.peak(method.precision) * (config.gpus_per_actor or config.cpus_per_actor)
+    peak = device.peak(method.precision) * (config.resources.gpus or config.resources.cpus)
     per_token = _scoring_flop(job)
     expected, low, high = (peak * value / per_token for value in (found.expected, found.low, found.high))
     return expected, low, high
@@ -97,20 +97,20 @@ def _fit_factors(job: Job) -> StageEstimate:
     batch = config.batch_size * job.block
     activations = 4.0 * batch * (3 * proxy.vocabulary + 8 * proxy.layers * proxy.hidden)
     flop = tokens * (flops.covariance(proxy, job.block) + flops.lambda_(proxy, job.block))
-    device = job.device(config.gpus_per_task)
+    device = job.device(config.resources.gpus)
     eigen = flops.eigendecomposition(proxy)
     if device.device == "gpu":
         eigen_seconds, name = eigen / (rates()["eigen_gpu"].value * device.float64), "eigen_gpu"
     else:
-        eigen_seconds, name = eigen / (rates()["eigen"].value * config.cpus_per_task), "eigen"
+        eigen_seconds, name = eigen / (rates()["eigen"].value * config.resources.cpus), "eigen"
     return computed(
         job,
         "fit_factors",
         [("factors", flop)],
         precision="float32",
         workers=config.data_partitions,
-        gpus=config.gpus_per_task,
-        cpus=config.cpus_per_task,
+        gpus=config.resources.gpus,
+        cpus=config.resources.cpus,
         size=proxy.tracked,
         memory=4.0 * proxy.parameters + max(covariances, weights) + 8.0 * config.batch_size * largest + activations,
         storage=covariances + weights,
@@ -122,7 +122,7 @@ def _fit_factors(job: Job) -> StageEstimate:
 def _build_query(job: Job) -> StageEstimate:
     config, proxy = job.config.build_query, job.proxy
     candidates = rows(job, config.prompts, "build_query.prompts")
-    queries = min(candidates, config.max_toxic + config.max_nontoxic)
+    queries = min(candidates, config.max_positive + config.max_negative)
     flop = queries * QUERY_TOKENS * flops.query_gradient(proxy, QUERY_TOKENS) + flops.preconditioning(proxy)
     weights = 4.0 * sum(out * inner for out, inner in proxy.linears)
     activations = 4.0 * config.batch_tokens * (3 * proxy.vocabulary + 16 * proxy.layers * proxy.hidden)
@@ -132,8 +132,8 @@ def _build_query(job: Job) -> StageEstimate:
         [("train", flop)],
         precision="float32",
         workers=config.partitions,
-        gpus=config.gpus_per_task,
-        cpus=config.cpus_per_task,
+        gpus=config.resources.gpus,
+        cpus=config.resources.cpus,
         size=proxy.tracked,
         memory=4.0 * proxy.parameters + 2 * weights + activations,
         storage=weights,
@@ -146,7 +146,7 @@ def _build_query(job: Job) -> StageEstimate:
 
 def _score_corpus(job: Job) -> StageEstimate:
     config, proxy, method = job.config.score_corpus, job.proxy, scoring_method(job.config)
-    device = job.device(config.gpus_per_actor)
+    device = job.device(config.resources.gpus)
     behaviours = 1 + len(config.queries)
     memory = estimate_memory(
         proxy.skeleton,
@@ -176,8 +176,8 @@ def _score_corpus(job: Job) -> StageEstimate:
         [("score", job.tokens * _scoring_flop(job))],
         precision=method.precision,
         workers=config.max_actors,
-        gpus=config.gpus_per_actor,
-        cpus=config.cpus_per_actor,
+        gpus=config.resources.gpus,
+        cpus=config.resources.cpus,
         size=proxy.tracked,
         memory=float(memory.fixed + blocks * memory.per_block),
         storage=job.tokens * rates()["score_bytes"].value * behaviours,
@@ -199,8 +199,8 @@ def pretrain_estimate(job: Job, *, models: int) -> StageEstimate:
         [("train", models * config.epochs * job.tokens * per_token)],
         precision=config.dtype,
         workers=config.workers,
-        gpus=config.gpus_per_worker,
-        cpus=config.cpus_per_worker,
+        gpus=config.resources.gpus,
+        cpus=config.resources.cpus,
         size=target.tracked,
         memory=training_memory(config, target, job.block).total,
         storage=models * parameters * (4 + width + 12),
@@ -229,8 +229,8 @@ def _evaluate(job: Job) -> StageEstimate:
         [("generate", continuations * length * flops.forward(target, length))],
         precision="float32",
         workers=config.actors,
-        gpus=config.gpus_per_actor,
-        cpus=config.cpus_per_actor,
+        gpus=config.resources.gpus,
+        cpus=config.resources.cpus,
         size=target.tracked,
         memory=4.0 * target.parameters + max(cache, scored),
         storage=continuations * rates()["continuation_bytes"].value,

@@ -76,9 +76,9 @@ class Job:
         """CPU cores of the cluster: as configured, else what the largest stage reserves."""
         config = self.config
         reserved = [
-            config.score_corpus.max_actors * config.score_corpus.cpus_per_actor,
-            config.pretrain.workers * config.pretrain.cpus_per_worker,
-            config.evaluate.actors * config.evaluate.cpus_per_actor,
+            config.score_corpus.max_actors * config.score_corpus.resources.cpus,
+            config.pretrain.workers * config.pretrain.resources.cpus,
+            config.evaluate.actors * config.evaluate.resources.cpus,
         ]
         return config.cluster.num_cpus or max(1, int(max(reserved)))
 
@@ -86,8 +86,8 @@ class Job:
     def gpus(self) -> float:
         """GPUs of the cluster: what scoring or training takes at once. Other stages' workers wait for their turn."""
         config = self.config
-        scoring = config.score_corpus.max_actors * config.score_corpus.gpus_per_actor
-        return max(scoring, config.pretrain.workers * config.pretrain.gpus_per_worker)
+        scoring = config.score_corpus.max_actors * config.score_corpus.resources.gpus
+        return max(scoring, config.pretrain.workers * config.pretrain.resources.gpus)
 
     def at_once(self, workers: int, *, gpus: float, cpus: float) -> int:
         """How many of a stage's workers find room."""

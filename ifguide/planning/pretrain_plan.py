@@ -50,7 +50,7 @@ def plan_pretrain(config: Config) -> PretrainPlan:
         ConfigError, ValueError, FileNotFoundError: the target's shape cannot be known; says what to set.
     """
     train, block_size = config.pretrain, config.pack_corpus.block_size
-    machine = planned_hardware(config) if train.gpus_per_worker else hardware("cpu")
+    machine = planned_hardware(config) if train.resources.gpus else hardware("cpu")
     tokens, notes = planned_tokens(config, ("target/corpus", "corpus") if train.has_own_tokenizer else ("corpus",))
     target = target_shape(config)
     require_positions(target.name, target.skeleton.config.to_dict(), block_size)
@@ -140,7 +140,7 @@ def _with_needs(train: Pretrain, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fits(train: Pretrain, memory: TrainingMemory, machine: Hardware) -> bool:
-    return not train.gpus_per_worker or memory.total <= USABLE * machine.memory * min(1.0, train.gpus_per_worker)
+    return not train.resources.gpus or memory.total <= USABLE * machine.memory * min(1.0, train.resources.gpus)
 
 
 def describe(plan: PretrainPlan) -> list[str]:
@@ -155,8 +155,8 @@ def describe(plan: PretrainPlan) -> list[str]:
         for part in ("weights", "gradients", "optimizer", "buffers", "activations", "head")
     )
     checkpointing = "without" if train.activation_checkpointing else "with"
-    limit = f" of {size(plan.machine.memory)}" if train.gpus_per_worker else ""
-    place = f"GPU ({plan.machine.name})" if train.gpus_per_worker else "worker"
+    limit = f" of {size(plan.machine.memory)}" if train.resources.gpus else ""
+    place = f"GPU ({plan.machine.name})" if train.resources.gpus else "worker"
     hours = "~" if estimate.extrapolated else ""
     return [
         f"would train {name}: {plan.target.name} ({plan.target.known_from}), {plan.target.parameters:,} parameters,"

@@ -35,7 +35,7 @@ def cluster_of(job: Job, actors: int, *, mtbf_hours: float | None = None) -> Clu
     """The simulated cluster. mtbf_hours: of a machine of eight actors; None takes the published figure per GPU."""
     named = {name: rate.value for name, rate in rates().items()}
     behaviours = 1 + len(job.config.score_corpus.queries)
-    on_gpu = job.config.score_corpus.gpus_per_actor > 0
+    on_gpu = job.config.score_corpus.resources.gpus > 0
     return Cluster(
         actors=actors,
         tokens_per_second=scoring_rates(job)[0],

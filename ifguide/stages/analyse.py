@@ -39,18 +39,20 @@ from ifguide.analyses import (
 from ifguide.analyses.summary import as_markdown, draw_gcg, draw_lens, draw_probes
 from ifguide.artifacts import Manifest, publish, require, verify_file, write_json, write_text
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
+from ifguide.distributed.session import connect, require_resources
+from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.evaluation import Bootstrap, Replicates
+from ifguide.evaluation.agreement import labelled_texts
+from ifguide.evaluation.figures import THRESHOLD
 from ifguide.evaluation.generation import decode
+from ifguide.evaluation.prompts import chosen_prompts
 from ifguide.models import load_model
-from ifguide.stages.build_query import QUERIES, make_classifier, read_queries
-from ifguide.stages.check_classifier import labelled_texts
+from ifguide.run import Run
+from ifguide.stages.build_query import QUERIES, read_queries
 from ifguide.stages.evaluate import models_to_evaluate
-from ifguide.stages.evaluation_figures import THRESHOLD
-from ifguide.stages.evaluation_prompts import chosen_prompts
-from ifguide.stages.run import Run, connect, require_resources
-from ifguide.stages.shards import LEDGER, Pool, run_shards
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
+from ifguide.toxicity import make_classifier
 
 VERB = "analyse"
 DRAW = {"lens": draw_lens, "probes": draw_probes, "gcg": draw_gcg}
@@ -82,8 +84,8 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {run.analyses / 'analyses.md'}")
         return artifact.manifest
-    connect(run.config)
-    require_resources(run.config, VERB, "actor", cpus=config.cpus_per_actor, gpus=config.gpus_per_actor)
+    connect(run.config.cluster)
+    require_resources(run.config.cluster, VERB, config.resources)
     results = run_shards(
         VERB,
         _descriptors(run.config, list(models), sum(row["toxic"] for row in rows)),
@@ -95,12 +97,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
             "probed": probed,
         },
         folder=run.analyses,
-        pool=Pool(
-            size=config.actors,
-            cpus=config.cpus_per_actor,
-            gpus=config.gpus_per_actor,
-            max_attempts=config.max_attempts,
-        ),
+        pool=Pool(size=config.actors, resources=config.resources),
         unit="analyses",
     )
     content = collect(
@@ -192,7 +189,7 @@ class AnalyseModel:
         self.config = config_from_mapping(config)
         self.options, self.models, self.probed = self.config.analyse, models, probed
         self.toxic, self.others = ([row for row in queries if row["toxic"] == kind] for kind in (True, False))
-        self.device = "cuda" if self.options.gpus_per_actor else "cpu"
+        self.device = "cuda" if self.options.resources.gpus else "cpu"
         self.loaded: tuple[str, Any, Any] | None = None
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +263,7 @@ class AnalyseModel:
         count = self.config.evaluate.max_new_tokens
         drawn = [greedy_continuation(model, ids, count) for ids in (context, [*context, *found.suffix])]
         texts = decode(tokenizer, drawn)
-        classifier = make_classifier(self.config.evaluate.classifier, gpus=self.options.gpus_per_actor)
+        classifier = make_classifier(self.config.evaluate.classifier, gpus=self.options.resources.gpus)
         before, after = (classifier.score(texts)[classifier.classes[0]] >= THRESHOLD).tolist()
         return {
             "row": row["row"],

@@ -7,20 +7,21 @@ interrupted run are not used again: the passes are cheap beside scoring, and a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
-import ray
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, remove_tree, require, require_same
 from ifguide.config import ConfigError
+from ifguide.distributed.session import connect
+from ifguide.distributed.shards import StageError
+from ifguide.distributed.tasks import run_tasks
+from ifguide.run import Run
 from ifguide.selection.distributed import Selection, select
 from ifguide.selection.passes import Rules, ShardFiles
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
-from ifguide.stages.run import Run, connect
-from ifguide.stages.shards import StageError
 from ifguide.storage import readable
 from ifguide.telemetry import log
 
@@ -57,10 +58,10 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest and ranking_artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary}")
         return artifact.manifest
-    connect(run.config)
+    connect(run.config.cluster)
     rules = _rules(run)
     remove_tree(rules.scratch)
-    selected = select(rules, _shard_files(run, scores), run_tasks(config.cpus_per_task))
+    selected = select(rules, _shard_files(run, scores), run_tasks(config.resources))
     if selected.num_blocks != corpus.rows["blocks"]:
         raise StageError(f"{VERB}: {selected.num_blocks} blocks were masked, {run.corpus} has {corpus.rows['blocks']}")
     summary = _summary(selected, run)
@@ -88,7 +89,7 @@ def _keep_spans(run: Run, corpus: Manifest, masked: int) -> None:
     """Write the mask as character spans of every document, for targets with another tokenizer."""
     packed = PackedCorpus.of(run.corpus, corpus)
     arguments = ((packed, run.mask, shard) for shard in range(packed.num_shards))
-    counts = list(run_tasks(run.config.build_mask.cpus_per_task)(write_spans, arguments))
+    counts = list(run_tasks(run.config.build_mask.resources)(write_spans, arguments))
     documents, spans, tokens = (sum(column) for column in zip(*counts, strict=True))
     if (documents, tokens) != (corpus.rows["documents"], masked):
         raise StageError(
@@ -166,23 +167,3 @@ def _shard_files(run: Run, scored: Manifest) -> list[ShardFiles]:
         digest = scored.files[scores.name]["sha256"]
         shards.append(ShardFiles(name, corpus, run.corpus / f"documents-{name}.parquet", scores, digest))
     return shards
-
-
-def run_tasks(cpus: float) -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]:
-    """`RunTasks` of `ifguide.selection.distributed` on the Ray cluster, each task on `cpus`."""
-
-    def run(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        task = ray.remote(function).options(num_cpus=cpus)
-        # Twice what can run: results wait in the object store, and a histogram is half a megabyte.
-        most = max(8, int(2 * ray.cluster_resources().get("CPU", 1) / cpus))
-        pending: list[Any] = []
-        for each in arguments:
-            if len(pending) >= most:
-                (ready,), pending = ray.wait(pending)
-                yield ray.get(ready)
-            pending.append(task.remote(*each))
-        while pending:
-            (ready,), pending = ray.wait(pending)
-            yield ray.get(ready)
-
-    return run

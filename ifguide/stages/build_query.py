@@ -16,16 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ifguide.artifacts import MANIFEST, Manifest, file_digest, publish, require, require_same, write_text
-from ifguide.config import ClassifierSource, ConfigError, Prompts, to_mapping
+from ifguide.config import ConfigError, to_mapping
+from ifguide.distributed.session import require_resources
+from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
 from ifguide.interchange import check_factors
+from ifguide.run import Run
 from ifguide.stages.proxy import ProxyFacts, describe_proxy, load_proxy
-from ifguide.stages.run import Run, model_mapping, require_resources
-from ifguide.stages.shards import LEDGER, Pool, run_shards
 from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
-from ifguide.toxicity import PromptRow, load_classifier, read_prompts, select_queries
+from ifguide.toxicity import make_classifier, read_prompt_rows, select_queries
 
 VERB = "build_query"
 DIRECTION = "direction.safetensors"
@@ -46,7 +47,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if dry_run:
         log(
             VERB,
-            f"would take up to {config.max_toxic:,} + {config.max_nontoxic:,} queries from {config.prompts.path},"
+            f"would take up to {config.max_positive:,} + {config.max_negative:,} queries from {config.prompts.path},"
             f" classified by {config.classifier.name}",
         )
         return None
@@ -60,18 +61,16 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary}")
         return artifact.manifest
-    require_resources(run.config, VERB, "task", cpus=config.cpus_per_task, gpus=config.gpus_per_task)
+    require_resources(run.config.cluster, VERB, config.resources)
     summary = _select(run)
-    pool = Pool(
-        size=config.partitions, cpus=config.cpus_per_task, gpus=config.gpus_per_task, max_attempts=config.max_attempts
-    )
+    pool = Pool(size=config.partitions, resources=config.resources)
     settings = {
         "folder": str(run.query),
-        "proxy": model_mapping(run.proxy_source),
+        "proxy": to_mapping(run.proxy_source),
         "tokenizer": run.config.tokenizer_source,
         "module_names": list(proxy.module_names),
         "options": to_mapping(config),
-        "gpus": config.gpus_per_task,
+        "gpus": config.resources.gpus,
     }
     # Prompts that were edited since an interrupted run, or classified otherwise, make other queries.
     queries = file_digest(run.query / QUERIES)[:16]
@@ -88,7 +87,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     )
     used = sum(result["queries"] for result in results.values())
     assert used == summary["toxic"] + summary["nontoxic"], (used, summary)
-    task = ray.remote(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task)(_precondition)
+    task = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_precondition)
     norms = ray.get(task.remote(str(run.query), factors, list(results), to_mapping(config)))
     files = [run.query / DIRECTION, run.query / QUERIES]
     manifest = artifact.finish(
@@ -126,7 +125,7 @@ def _require_factors(run: Run, proxy: ProxyFacts) -> Factors:
         names = {name: name for name in proxy.module_names}
         return Factors(folder=folder, fingerprint=manifest.fingerprint, names=names)
     task = ray.remote(num_cpus=1)(_check_factors)
-    fingerprint, names = ray.get(task.remote(str(folder), model_mapping(run.proxy_source), proxy.module_names))
+    fingerprint, names = ray.get(task.remote(str(folder), to_mapping(run.proxy_source), proxy.module_names))
     log(VERB, f"factors of {len(names)} modules from {folder}; it does not say of which weights they are")
     return Factors(folder=folder, fingerprint=fingerprint, names=names)
 
@@ -141,40 +140,10 @@ def _check_factors(folder: str, proxy: dict[str, Any], names: tuple[str, ...]) -
     return check_factors(local_copy(folder), shapes)
 
 
-def read_prompt_rows(prompts: Prompts, dotted_key: str) -> list[PromptRow]:
-    """The configured rows of a prompt table.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, bad rows, or `rows` outside of it.
-    """
-    try:
-        rows = read_prompts(prompts.path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{dotted_key}.path: {error}") from error
-    if prompts.rows is None:
-        return rows
-    start, stop = prompts.rows
-    if not 0 <= start < stop <= len(rows):
-        raise ConfigError(f"{dotted_key}.rows: [{start}, {stop}) is not within the {len(rows)} rows of {prompts.path}")
-    return rows[start:stop]
-
-
-def make_classifier(source: ClassifierSource, *, gpus: float) -> Any:
-    """The configured classifier on this worker's device."""
-    return load_classifier(
-        source.name,
-        checkpoint=source.checkpoint,
-        huggingface_config=source.huggingface_config,
-        label=source.label,
-        device="cuda" if gpus else "cpu",
-        batch_size=source.batch_size,
-    )
-
-
 def _select(run: Run) -> dict[str, Any]:
     """Classify and choose the queries in a task; publishes them as JSONL, with their scores."""
     config = run.config.build_query
-    task = ray.remote(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task)(_select_rows)
+    task = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_select_rows)
     lines, summary = ray.get(task.remote(run.config))
     write_text(run.query / QUERIES, "".join(f"{line}\n" for line in lines))
     log(VERB, f"classified with {config.classifier.name}: {summary}")
@@ -184,14 +153,14 @@ def _select(run: Run) -> dict[str, Any]:
 def _select_rows(config: Any) -> tuple[list[str], dict[str, Any]]:
     options = config.build_query
     rows = read_prompt_rows(options.prompts, "build_query.prompts")
-    classifier = make_classifier(options.classifier, gpus=options.gpus_per_task)
+    classifier = make_classifier(options.classifier, gpus=options.resources.gpus)
     sets = select_queries(
         rows,
         classifier,
-        toxic_threshold=options.toxic_threshold,
-        nontoxic_threshold=options.nontoxic_threshold,
-        max_toxic=options.max_toxic,
-        max_nontoxic=options.max_nontoxic,
+        positive_threshold=options.positive_threshold,
+        negative_threshold=options.negative_threshold,
+        max_positive=options.max_positive,
+        max_negative=options.max_negative,
         seed=config.seed,
     )
     lines = []

@@ -18,28 +18,28 @@ import numpy as np
 from ifguide.artifacts import MANIFEST, Manifest, publish, read_manifest, require, write_json
 from ifguide.config import ConfigError, Pretrain
 from ifguide.config.compare import Dpo, Method, Rad
-from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
-from ifguide.report.figures import Made, masked_loss, model_rows
-from ifguide.report.page import REPORT_FILES, write_report
-from ifguide.stages.build_mask import build_mask
-from ifguide.stages.build_query import build_query
-from ifguide.stages.evaluate import METRICS, measure_models, measured_inputs, models_to_evaluate
-from ifguide.stages.evaluation_figures import measured_files
-from ifguide.stages.evaluation_prompts import chosen_sets
-from ifguide.stages.generations import has_generations
-from ifguide.stages.method_masks import VERB, check_method, make_method_mask
-from ifguide.stages.preference_methods import (
+from ifguide.distributed.shards import LEDGER
+from ifguide.evaluation.figures import measured_files
+from ifguide.evaluation.generations import has_generations
+from ifguide.evaluation.prompts import chosen_sets
+from ifguide.methods.masks import VERB, check_method, make_method_mask
+from ifguide.methods.preferences import (
     check_preferences,
     make_dpo_model,
     make_reward_model,
     make_samples,
     rad_fingerprint,
 )
+from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
+from ifguide.report.data import comparison_data
+from ifguide.report.figures import Made, masked_loss, model_rows
+from ifguide.report.page import REPORT_FILES, write_report
+from ifguide.run import BASELINE, PENALISED, Run
+from ifguide.stages.build_mask import build_mask
+from ifguide.stages.build_query import build_query
+from ifguide.stages.evaluate import METRICS, measure_models, measured_inputs, models_to_evaluate
 from ifguide.stages.pretrain import pretrain
-from ifguide.stages.report_data import comparison_data
-from ifguide.stages.run import BASELINE, PENALISED, Run
 from ifguide.stages.score_corpus import score_corpus
-from ifguide.stages.shards import LEDGER
 from ifguide.telemetry import log
 
 

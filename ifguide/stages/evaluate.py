@@ -17,15 +17,16 @@ from huggingface_hub import hf_hub_download
 
 from ifguide.artifacts import MANIFEST, Manifest, file_digest, json_digest, read_manifest, write_json
 from ifguide.config import Config, ConfigError, Input, to_mapping
-from ifguide.corpus import HUB_PREFIX, list_chunks
+from ifguide.corpus.reading import HUB_PREFIX, list_chunks
+from ifguide.distributed.session import connect, require_resources
+from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.evaluation.figures import headline, measure, measured_files
+from ifguide.evaluation.generations import VERB, finish_generations, generation_pieces, open_generations
+from ifguide.evaluation.prompts import PROMPTS, chosen_sets
+from ifguide.evaluation.worker import EvaluateModel
+from ifguide.report.data import report_data
 from ifguide.report.page import REPORT_FILES, write_report
-from ifguide.stages.evaluation_figures import headline, measure, measured_files
-from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
-from ifguide.stages.evaluation_worker import EvaluateModel
-from ifguide.stages.generations import VERB, finish_generations, generation_pieces, open_generations
-from ifguide.stages.report_data import report_data
-from ifguide.stages.run import BASELINE, PENALISED, Run, connect, require_resources
-from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.storage import file_sizes, local_copy
 from ifguide.telemetry import log
 from ifguide.tokenizer import locate
@@ -112,8 +113,8 @@ def continue_prompts(
     sources = {name: source for name, (source, _) in models.items()}
     generations = open_generations(run, models, sets)
     pieces = generation_pieces(generations, sources, sets, config)
-    connect(run.config)
-    require_resources(run.config, VERB, "actor", cpus=config.cpus_per_actor, gpus=config.gpus_per_actor)
+    connect(run.config.cluster)
+    require_resources(run.config.cluster, VERB, config.resources)
     results = run_shards(
         VERB,
         _descriptors(run.config, pieces, list(models), guides),
@@ -126,12 +127,7 @@ def continue_prompts(
             "guides": dict(guides),
         },
         folder=run.report,
-        pool=Pool(
-            size=config.actors,
-            cpus=config.cpus_per_actor,
-            gpus=config.gpus_per_actor,
-            max_attempts=config.max_attempts,
-        ),
+        pool=Pool(size=config.actors, resources=config.resources),
         unit="pieces",
     )
     finish_generations(generations, sets, config.continuations)

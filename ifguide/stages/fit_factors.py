@@ -17,6 +17,9 @@ import ray
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, publish, require
+from ifguide.config import to_mapping
+from ifguide.distributed.session import require_resources
+from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.influence.factors import (
     FactorSample,
     aggregate_lambdas,
@@ -27,10 +30,9 @@ from ifguide.influence.factors import (
     gather_eigenvectors,
 )
 from ifguide.models import check_vocabulary
+from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus, shard_name
 from ifguide.stages.proxy import describe_proxy, load_proxy
-from ifguide.stages.run import Run, model_mapping, require_resources
-from ifguide.stages.shards import LEDGER, Pool, run_shards
 from ifguide.storage import Mirror, location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
@@ -72,13 +74,13 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     num_blocks = min(config.sample_blocks, corpus.rows["blocks"])
     partitions = min(config.data_partitions, num_blocks)
     tasks = partitions * config.module_partitions
-    pool = Pool(size=tasks, cpus=config.cpus_per_task, gpus=config.gpus_per_task, max_attempts=config.max_attempts)
-    require_resources(run.config, VERB, "task", cpus=config.cpus_per_task, gpus=config.gpus_per_task)
+    pool = Pool(size=tasks, resources=config.resources)
+    require_resources(run.config.cluster, VERB, config.resources)
     packed = PackedCorpus.of(run.corpus, corpus)
-    draw = ray.remote(num_cpus=config.cpus_per_task)(draw_sample)
+    draw = ray.remote(num_cpus=config.resources.cpus)(draw_sample)
     ray.get(draw.remote(packed, corpus.rows["blocks"], num_blocks, run.config.seed, str(run.factors / WORK / SAMPLE)))
     settings = {
-        "proxy": model_mapping(run.proxy_source),
+        "proxy": to_mapping(run.proxy_source),
         "module_names": list(proxy.module_names),
         "work": str(run.factors / WORK),
         "sample": {
@@ -87,7 +89,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
             "batch_size": config.batch_size,
             "seed": run.config.seed,
         },
-        "gpus": config.gpus_per_task,
+        "gpus": config.resources.gpus,
     }
 
     def fit(step: str, count: int, unit: str) -> None:
@@ -98,7 +100,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     fit("eigen", len(proxy.module_names), "eigendecompositions")
     fit("lambda", tasks, "lambda partitions")
     # a task, not a pool: Ray gives it the process that described the proxy, which has imported all it needs
-    ray.get(ray.remote(num_cpus=config.cpus_per_task)(_gather).remote(settings | {"gpus": 0}, str(run.factors)))
+    ray.get(ray.remote(num_cpus=config.resources.cpus)(_gather).remote(settings | {"gpus": 0}, str(run.factors)))
     files = [*run.factors.glob("*.safetensors"), run.factors / "factor_arguments.json"]
     summary = {"coverage": proxy.coverage, "untracked": [list(item) for item in proxy.untracked]}
     manifest = artifact.finish(

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import ray
 
 from ifguide import schemas
-from ifguide.artifacts import Manifest, data_files, publish, read_manifest, write_text
+from ifguide.artifacts import Manifest, publish, write_text
 from ifguide.config import Config, ConfigError, Input, to_mapping
-from ifguide.corpus import (
+from ifguide.corpus.reading import (
     HUB_PREFIX,
     Chunk,
     chunk_from_mapping,
@@ -33,15 +33,16 @@ from ifguide.corpus import (
     read_documents,
     token_table,
 )
-from ifguide.stages.run import Run, connect
-from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
-from ifguide.stages.stream_plan import TOKENS, StreamPlan
+from ifguide.corpus.stream import TOKENS, StreamPlan
+from ifguide.corpus.tables import TOKENIZER
+from ifguide.distributed.session import connect
+from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.run import Run
 from ifguide.storage import location, readable
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 VERB = "pack_corpus"
-TOKENIZER = "tokenizer"  # its folder in the corpus
 TOKENIZER_CHARS = 200_000_000  # what a tokenizer is trained on at most: more changes its merges little
 COUNTS = "counts"  # scratch folder of the row counts
 
@@ -74,8 +75,8 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
-    connect(run.config)
-    pool = Pool(size=max(1, int(ray.cluster_resources().get("CPU", 1))), cpus=config.cpus_per_task, gpus=0)
+    connect(run.config.cluster)
+    pool = Pool.filling_cluster(config.resources)
     tokenised = _tokenise_chunks(run, chunks, pool)
     _check_bad_rows(run, tokenised)
     tokenizer = load_tokenizer(run.config.tokenizer_source)
@@ -339,14 +340,3 @@ def _read_rows(path: Path, start: int, stop: int) -> pa.Table:
 def _flat(table: pa.Table, name: str) -> np.ndarray:
     column = table.column(name).combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False)
-
-
-def document_table(corpus: Path) -> pa.Table:
-    """The whole document table of a corpus, ordered by `doc_id`."""
-    tables = [schemas.read_table(path, schemas.DOCUMENTS) for path in data_files(corpus, "documents-*.parquet")]
-    return pa.concat_tables(tables)
-
-
-def corpus_block_size(corpus: Path) -> int:
-    """T of a packed corpus."""
-    return int(read_manifest(corpus).summary["block_size"])

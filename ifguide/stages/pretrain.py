@@ -21,20 +21,21 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from ifguide.artifacts import Manifest, remove_tree, require, require_same
 from ifguide.config import to_mapping
+from ifguide.distributed.session import connect, require_resources
+from ifguide.distributed.shards import StageError
 from ifguide.models import check_vocabulary
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.planning.shapes import initial_model, require_positions
-from ifguide.stages.checkpoints import last_checkpoint
-from ifguide.stages.run import BASELINE, PENALISED, Run, connect, require_resources
-from ifguide.stages.shards import StageError
+from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.stages.target_corpus import training_run
-from ifguide.stages.training_blocks import BLOCKS
-from ifguide.stages.training_folder import METRICS
-from ifguide.stages.training_log import training_line
-from ifguide.stages.training_loop import EXPORT, SUMMARY, VERB, TrainingLoop, architecture
 from ifguide.storage import is_remote, location
 from ifguide.telemetry import configure_logging, cut_torn_line, log
 from ifguide.tokenizer import load_tokenizer
+from ifguide.training.blocks import BLOCKS
+from ifguide.training.checkpoints import last_checkpoint
+from ifguide.training.folder import METRICS
+from ifguide.training.loop import EXPORT, SUMMARY, VERB, TrainingLoop, architecture
+from ifguide.training.meter import training_line
 from ifguide.training.model_card import write_model_card
 from ifguide.training.schedule import require_training_blocks
 
@@ -124,7 +125,7 @@ def _train(run: Run, data: Run, folder: Path, name: str) -> dict[str, Any]:
             finally:
                 torch.set_num_threads(threads)
         else:
-            connect(run.config)
+            connect(run.config.cluster)
             _train_on_ray(run, settings)
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     if "stopped_early" in summary:
@@ -142,16 +143,9 @@ def _train_on_ray(run: Run, settings: dict[str, Any]) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config, failure = run.config.pretrain, location(settings["folder"]) / FAILURE
-    use_gpu = config.gpus_per_worker > 0
+    use_gpu = config.resources.gpus > 0
     workers: Any = config.workers if config.min_workers is None else (config.min_workers, config.workers)
-    require_resources(
-        run.config,
-        VERB,
-        "worker",
-        config.min_workers or config.workers,
-        cpus=config.cpus_per_worker,
-        gpus=config.gpus_per_worker,
-    )
+    require_resources(run.config.cluster, VERB, config.resources, config.min_workers or config.workers)
     failure.unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_loop,
@@ -161,8 +155,9 @@ def _train_on_ray(run: Run, settings: dict[str, Any]) -> None:
             num_workers=workers,
             use_gpu=use_gpu,
             resources_per_worker={
-                "CPU": config.cpus_per_worker,
-                **({"GPU": config.gpus_per_worker} if use_gpu else {}),
+                "CPU": config.resources.cpus,
+                **({"GPU": config.resources.gpus} if use_gpu else {}),
+                **({"memory": config.resources.memory} if config.resources.memory else {}),
             },
         ),
         run_config=ray.train.RunConfig(
@@ -224,7 +219,7 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 def run_rank(settings: dict[str, Any], *, rank: int, local_rank: int, world_size: int) -> None:
     """One rank of the DeepSpeed job, in whatever process group torch has."""
-    if not settings["config"]["pretrain"]["gpus_per_worker"]:
+    if not settings["config"]["pretrain"]["resources"]["gpus"]:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 

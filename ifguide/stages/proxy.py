@@ -8,10 +8,11 @@ from typing import Any
 import ray
 from transformers import PreTrainedModel
 
-from ifguide.config import ModelSource
+from ifguide.config import ModelSource, to_mapping
+from ifguide.distributed.session import connect
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
 from ifguide.planning.shapes import require_positions
-from ifguide.stages.run import Run, connect, model_mapping
+from ifguide.run import Run
 from ifguide.telemetry import log
 
 
@@ -35,10 +36,10 @@ def describe_proxy(run: Run, verb: str) -> ProxyFacts:
             positions than a block has tokens.
     """
     run.require_proxy()
-    connect(run.config)
+    connect(run.config.cluster)
     task = ray.remote(num_cpus=1)(_describe)
     block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
-    facts: ProxyFacts = ray.get(task.remote(model_mapping(run.proxy_source), block_size, min_coverage))
+    facts: ProxyFacts = ray.get(task.remote(to_mapping(run.proxy_source), block_size, min_coverage))
     log(
         verb,
         f"proxy {run.proxy_source.source or 'from architecture'}: {facts.parameters:,} parameters,"

@@ -21,14 +21,16 @@ from safetensors.torch import load_file
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, publish, read_manifest, require, require_same, verify_file
+from ifguide.config import to_mapping
+from ifguide.distributed.session import require_resources
+from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.influence.memory import is_out_of_memory, keep_memory
 from ifguide.influence.scorer import Method, TokenScorer
 from ifguide.models import check_vocabulary, state_fingerprint
+from ifguide.run import Run
 from ifguide.stages.build_query import DIRECTION
 from ifguide.stages.proxy import describe_proxy, load_proxy
-from ifguide.stages.run import Run, model_mapping, require_resources
 from ifguide.stages.scoring_method import METHOD, chosen_method, decide
-from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
@@ -50,7 +52,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
             VERB,
             f"would score every token ({config.attribution}, {method.precision}, rank {method.rank or 'full'}) of"
             f" {1 + len(config.queries)} behaviours with {config.min_actors} to {config.max_actors} actors of"
-            f" {config.cpus_per_actor:g} CPU, {config.gpus_per_actor:g} GPU",
+            f" {config.resources.cpus:g} CPU, {config.resources.gpus:g} GPU",
         )
         return None
     corpus, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
@@ -81,13 +83,13 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
-    require_resources(run.config, VERB, "actor", cpus=config.cpus_per_actor, gpus=config.gpus_per_actor)
+    require_resources(run.config.cluster, VERB, config.resources)
     descriptors: list[dict[str, Any]] = [
         {"key": path.stem, "shard": path.name, "bytes": corpus.files[path.name]["bytes"]}
         for path in data_files(run.corpus)
     ]
     tokens_per_byte = corpus.rows["tokens"] / sum(descriptor["bytes"] for descriptor in descriptors)
-    model = model_mapping(run.proxy_source)
+    model = to_mapping(run.proxy_source)
     decision = decide(
         run.scores, config, proxy=model, directions=directions, first_shard=run.corpus / descriptors[0]["shard"]
     )
@@ -103,17 +105,14 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
             "proxy_fingerprint": proxy.fingerprint,
             "attribution": config.attribution,
             "decision": {name: decision[name] for name in ("method", "steps", "micro_batch_blocks", "threads")},
-            "gpus": config.gpus_per_actor,
+            "gpus": config.resources.gpus,
         },
         folder=run.scores,
         pool=Pool(
             size=config.max_actors,
             min_size=config.min_actors,
-            cpus=config.cpus_per_actor,
-            gpus=config.gpus_per_actor,
-            memory=config.memory,
+            resources=config.resources,
             in_flight=2,
-            max_attempts=config.max_attempts,
         ),
         unit="tokens",
         amount=lambda descriptor: descriptor["bytes"] * tokens_per_byte,

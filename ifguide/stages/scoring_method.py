@@ -73,7 +73,7 @@ def decide(
     if path.is_file():
         decision: dict[str, Any] = json.loads(path.read_text())
         return decision
-    task = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor)(_decide)
+    task = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_decide)
     decision = ray.get(task.remote(config, chosen_method(config), proxy, directions, str(first_shard)))
     log(VERB, _describe(config, decision))
     check = decision["check"]
@@ -109,8 +109,8 @@ def _describe(config: ScoreCorpus, decision: dict[str, Any]) -> str:
 def _decide(
     config: ScoreCorpus, method: Method, proxy: dict[str, Any], directions: dict[str, str], first_shard: str
 ) -> dict[str, Any]:
-    torch.set_num_threads(max(1, int(config.cpus_per_actor)))
-    model = load_proxy(proxy, gpus=config.gpus_per_actor)
+    torch.set_num_threads(max(1, int(config.resources.cpus)))
+    model = load_proxy(proxy, gpus=config.resources.gpus)
     if config.precision is None and method.precision == "bfloat16" and not bfloat16_pays(model.device):
         method = replace(method, precision="float32", fused=False)
     if method.fused and not can_fuse(model.device):

@@ -12,15 +12,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import ray
-
 from ifguide import artifacts
 from ifguide.artifacts import MismatchError, data_files, require, require_same
 from ifguide.config import Config, to_yaml
+from ifguide.distributed.session import connect
+from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.run import Run
 from ifguide.spans.tables import SPANS, MaskJob, PackedCorpus, mask_jobs, shard_name, write_mask
 from ifguide.stages.pack_corpus import pack_corpus
-from ifguide.stages.run import Run, connect
-from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.storage import location
 from ifguide.telemetry import log
 
@@ -95,17 +94,16 @@ def _mask_target(run: Run, target: Run) -> None:
     )
     if artifact.manifest:
         return
-    connect(run.config)
+    connect(run.config.cluster)
     corpus = PackedCorpus.of(target.corpus, packed)
     jobs = {job.shard: job for job in mask_jobs(corpus, run.mask)}
-    cpus = run.config.build_mask.cpus_per_task
     results = run_shards(
         VERB,
         [{"key": shard_name(shard), "job": list(job)} for shard, job in jobs.items()],
         MaskShard,
         {"corpus": corpus, "source_mask": str(run.mask), "folder": str(target.mask)},
         folder=target.mask,
-        pool=Pool(size=max(1, int(ray.cluster_resources().get("CPU", 1) / cpus)), cpus=cpus, gpus=0),
+        pool=Pool.filling_cluster(run.config.build_mask.resources),
         unit="shards masked",
     )
     counts = {name: sum(result[name] for result in results.values()) for name in ("blocks", "masked", "predicted")}

@@ -9,6 +9,7 @@ from ifguide.toxicity.classifiers import (
     SequenceClassifier,
     WordListClassifier,
     load_classifier,
+    make_classifier,
 )
 from ifguide.toxicity.prompts import (
     GroupedPrompt,
@@ -16,6 +17,7 @@ from ifguide.toxicity.prompts import (
     PromptRow,
     read_grouped_prompts,
     read_labelled,
+    read_prompt_rows,
     read_prompts,
 )
 from ifguide.toxicity.queries import QuerySets, select_queries
@@ -33,8 +35,10 @@ __all__ = [
     "SequenceClassifier",
     "WordListClassifier",
     "load_classifier",
+    "make_classifier",
     "read_grouped_prompts",
     "read_labelled",
+    "read_prompt_rows",
     "read_prompts",
     "select_queries",
 ]

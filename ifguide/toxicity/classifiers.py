@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ifguide.config import ClassifierSource
 from ifguide.storage import local_copy
 
 Scores = dict[str, NDArray[np.float32]]
@@ -279,3 +280,15 @@ def load_classifier(
     if kind == "words":
         return WordListClassifier(rest)
     return ProfanityClassifier() if kind == "alt-profanity-check" else LabelClassifier(label)
+
+
+def make_classifier(source: ClassifierSource, *, gpus: float) -> Classifier:
+    """The configured classifier on this worker's device."""
+    return load_classifier(
+        source.name,
+        checkpoint=source.checkpoint,
+        huggingface_config=source.huggingface_config,
+        label=source.label,
+        device="cuda" if gpus else "cpu",
+        batch_size=source.batch_size,
+    )

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from ifguide.config import ConfigError, Prompts
 from ifguide.storage import local_copy, location
 
 
@@ -185,3 +186,21 @@ def read_labelled(
     if not rows:
         raise ValueError(f"{path}: the table of labelled texts is empty")
     return rows
+
+
+def read_prompt_rows(prompts: Prompts, dotted_key: str) -> list[PromptRow]:
+    """The configured rows of a prompt table.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, bad rows, or `rows` outside of it.
+    """
+    try:
+        rows = read_prompts(prompts.path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{dotted_key}.path: {error}") from error
+    if prompts.rows is None:
+        return rows
+    start, stop = prompts.rows
+    if not 0 <= start < stop <= len(rows):
+        raise ConfigError(f"{dotted_key}.rows: [{start}, {stop}) is not within the {len(rows)} rows of {prompts.path}")
+    return rows[start:stop]

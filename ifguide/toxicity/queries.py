@@ -66,23 +66,23 @@ def select_queries(
     rows: Sequence[PromptRow],
     classifier: Classifier,
     *,
-    toxic_threshold: float,
-    nontoxic_threshold: float,
-    max_toxic: int,
-    max_nontoxic: int,
+    positive_threshold: float,
+    negative_threshold: float,
+    max_positive: int,
+    max_negative: int,
     seed: int,
 ) -> QuerySets:
     """Split rows by the score of the continuation: toxic if >= one threshold, non-toxic if <= the other.
 
-    Of each set at most `max_toxic` / `max_nontoxic` are drawn, by `seed`. Rows whose continuation is empty,
+    Of each set at most `max_positive` / `max_negative` are drawn, by `seed`. Rows whose continuation is empty,
     or has no label for `labels`, are `unusable`. Raises ValueError where a set would be empty.
     """
-    if nontoxic_threshold >= toxic_threshold:
+    if negative_threshold >= positive_threshold:
         raise ValueError(
-            f"build_query.nontoxic_threshold ({nontoxic_threshold}) must be below "
-            f"build_query.toxic_threshold ({toxic_threshold}), or a row could be in both sets"
+            f"build_query.negative_threshold ({negative_threshold}) must be below "
+            f"build_query.positive_threshold ({positive_threshold}), or a row could be in both sets"
         )
-    for key, maximum in (("max_toxic", max_toxic), ("max_nontoxic", max_nontoxic)):
+    for key, maximum in (("max_positive", max_positive), ("max_negative", max_negative)):
         if maximum < 1:
             raise ValueError(f"build_query.{key} must be at least 1, got {maximum}")
     scores = _continuation_scores(rows, classifier)
@@ -91,20 +91,20 @@ def select_queries(
         logger.warning("%d prompt rows have no scored continuation (first: %s)", len(unusable), unusable[:5])
     if len(unusable) == len(rows):
         raise ValueError(f"none of {len(rows)} prompt rows has a continuation that {classifier.name} can score")
-    toxic = [index for index, score in enumerate(scores) if score >= toxic_threshold]
-    nontoxic = [index for index, score in enumerate(scores) if score <= nontoxic_threshold]
+    toxic = [index for index, score in enumerate(scores) if score >= positive_threshold]
+    nontoxic = [index for index, score in enumerate(scores) if score <= negative_threshold]
     if not toxic:
         raise ValueError(
-            f"no continuation scores {toxic_threshold} or more, the highest of {len(rows)} is "
-            f"{np.nanmax(scores):.6g} by {classifier.name}: lower build_query.toxic_threshold"
+            f"no continuation scores {positive_threshold} or more, the highest of {len(rows)} is "
+            f"{np.nanmax(scores):.6g} by {classifier.name}: lower build_query.positive_threshold"
         )
     if not nontoxic:
         raise ValueError(
-            f"no continuation scores {nontoxic_threshold} or less, the lowest of {len(rows)} is "
-            f"{np.nanmin(scores):.6g} by {classifier.name}: raise build_query.nontoxic_threshold"
+            f"no continuation scores {negative_threshold} or less, the lowest of {len(rows)} is "
+            f"{np.nanmin(scores):.6g} by {classifier.name}: raise build_query.negative_threshold"
         )
-    chosen_toxic = _choose(toxic, rows, max_toxic, seed)
-    chosen_nontoxic = _choose(nontoxic, rows, max_nontoxic, seed)
+    chosen_toxic = _choose(toxic, rows, max_positive, seed)
+    chosen_nontoxic = _choose(nontoxic, rows, max_negative, seed)
     return QuerySets(
         toxic=[rows[index] for index in chosen_toxic],
         nontoxic=[rows[index] for index in chosen_nontoxic],

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ifguide.models import predicted_positions
-from ifguide.objective import Objective
+from ifguide.training.objective import Objective
 
 # Logits held at once: every chunk reads and writes the head's gradient, so they are many.
 CHUNK_VALUES = {"cpu": 24 << 20, "cuda": 64 << 20}

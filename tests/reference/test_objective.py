@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifguide.config.pretrain import ObjectiveKind
-from ifguide.objective import Objective
 from ifguide.training.lm_loss import Head, chunked_loss
+from ifguide.training.objective import Objective
 
 FLOOR = 0.05
 

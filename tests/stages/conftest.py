@@ -12,11 +12,11 @@ import pytest
 import ray
 from filelock import FileLock
 
-from ifguide.cli import run_pipeline
 from ifguide.config import Config, config_from_mapping, to_mapping
 from ifguide.demo import generate_demo
 from ifguide.demo.generate import SUMMARY
-from ifguide.stages.run import connect
+from ifguide.distributed.session import connect
+from ifguide.pipeline import run_pipeline
 
 ARCHITECTURE = {
     "model_type": "gpt_neox",
@@ -30,7 +30,7 @@ ARCHITECTURE = {
 
 def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
     """The pipeline at its smallest: a few thousand tokens, a model of two layers."""
-    no_gpu = {"gpus_per_task": 0}
+    no_gpu = {"resources": {"gpus": 0}}
     return {
         "run_dir": str(run_dir),
         "tokenizer": str(data / "tokenizer"),
@@ -49,7 +49,7 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
             "dtype": "float32",
             # starting Ray Train and DeepSpeed takes longer than these trainings; tests/stages/test_resume.py has both
             "engine": "torch",
-            "gpus_per_worker": 0,
+            **no_gpu,
             "checkpoint_steps": 8,
             "log_steps": 4,
         },
@@ -57,14 +57,14 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
         "build_query": {
             "prompts": str(data / "queries.jsonl"),
             "classifier": "alt-profanity-check",
-            "nontoxic_threshold": 0.3,
+            "negative_threshold": 0.3,
             "partitions": 2,
             **no_gpu,
         },
         "score_corpus": {
             "min_actors": 1,
             "max_actors": 1,
-            "gpus_per_actor": 0,
+            **no_gpu,
             "fused": False,
         },
         "build_mask": {"quantile": 0.97, "max_fraction": 0.02},
@@ -79,7 +79,7 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
             "cloze": str(data / "cloze.jsonl"),
             "word_list": ["clown", "pig"],
             "actors": 1,
-            "gpus_per_actor": 0,
+            **no_gpu,
         },
     }
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import open_artifact
 from ifguide.config import config_from_mapping, result_options, to_mapping
-from ifguide.stages.run import Run
+from ifguide.run import Run
 from ifguide.tokenizer import train_tokenizer
 
 BLOCK_SIZE, BLOCKS = 32, 168
@@ -44,7 +44,7 @@ def packed_run(
                 "micro_batch_blocks": 4,
                 "learning_rate": 0.01,
                 "dtype": "float32",
-                "gpus_per_worker": 0,
+                "resources": {"gpus": 0},
                 "log_steps": 1,
                 **pretrain,
             },

@@ -128,7 +128,9 @@ def _rank(
 
 def _doom(kill: Kill) -> None:
     """Have this process' training loop kill the process where `kill` says."""
-    from ifguide.stages import pretrain, training_folder, training_loop
+    from ifguide.stages import pretrain
+    from ifguide.training import folder as training_folder
+    from ifguide.training import loop as training_loop
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -23,7 +23,7 @@ from bench.ablations import (
 from ifguide.artifacts import MANIFEST
 from ifguide.config import Config
 from ifguide.planning.shapes import shape_of_fields, target_shape
-from ifguide.stages.run import Run
+from ifguide.run import Run
 
 
 @pytest.fixture

@@ -12,15 +12,16 @@ import pytest
 from ifguide.cli import main
 from ifguide.config import ClassifierSource, Config, ConfigError, to_yaml
 from ifguide.config.analyse import Analyse, Gcg
+from ifguide.config.resources import Resources
+from ifguide.run import Run
 from ifguide.stages.analyse import analyse
-from ifguide.stages.run import Run
 
 SMALL = Analyse(
     max_prompts=6,
     folds=2,
     max_texts=20,
     actors=2,
-    gpus_per_actor=0,
+    resources=Resources(gpus=0),
     gcg=Gcg(targets=2, target_tokens=2, suffix_tokens=3, steps=2, candidates=8, top_k=8),
 )
 

@@ -13,13 +13,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ifguide.artifacts import MismatchError, data_files, read_manifest
-from ifguide.cli import main, stage
+from ifguide.cli import main
 from ifguide.config import Config, ConfigError, config_from_mapping, to_mapping
+from ifguide.corpus.tables import document_table
+from ifguide.distributed.shards import StageError
 from ifguide.models import load_model
+from ifguide.pipeline import stage
+from ifguide.run import Run
 from ifguide.stages import build_query
-from ifguide.stages.pack_corpus import document_table
-from ifguide.stages.run import Run
-from ifguide.stages.shards import StageError
 from tests.stages.conftest import ARCHITECTURE, small_config
 
 
@@ -147,7 +148,7 @@ def test_a_query_set_without_toxic_rows_is_refused(copied: Callable[..., Config]
     path = data / "benign_queries.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in benign))
     config = copied(drop=("query",), build_query__prompts={"path": str(path), "rows": None})
-    with pytest.raises(ValueError, match=r"build_query.toxic_threshold"):
+    with pytest.raises(ValueError, match=r"build_query.positive_threshold"):
         stage("build_query")(Run(config=config))
 
 

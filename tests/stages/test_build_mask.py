@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from bench.selection_scale import make_run
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
-from ifguide.cli import main, stage
+from ifguide.cli import main
 from ifguide.config import Config, ConfigError, to_yaml
+from ifguide.distributed.tasks import run_tasks
+from ifguide.pipeline import stage
+from ifguide.report.view import View
+from ifguide.run import Run
 from ifguide.selection.distributed import select
 from ifguide.selection.outliers import distinct_bigram_share
-from ifguide.stages.build_mask import run_tasks
-from ifguide.stages.run import Run
-from ifguide.stages.view import View
 from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards
 
 

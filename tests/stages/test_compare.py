@@ -16,13 +16,14 @@ from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
 from ifguide.config import Config, ConfigError
 from ifguide.config.compare import Compare, Dpo, Method, Rad, Reward, Samples
+from ifguide.config.resources import Resources
+from ifguide.methods.finders import sentence_spans, word_list_spans
+from ifguide.methods.masks import make_method_mask
 from ifguide.report.page import REPORT_FILES
-from ifguide.spans.finders import sentence_spans, word_list_spans
-from ifguide.stages.build_query import make_classifier
+from ifguide.report.view import View
+from ifguide.run import Run
 from ifguide.stages.compare import compare, method_run
-from ifguide.stages.method_masks import make_method_mask
-from ifguide.stages.run import Run
-from ifguide.stages.view import View
+from ifguide.toxicity import make_classifier
 
 KINDS = ("random", "annotated", "words", "sentences", "word_documents", "documents", "annotated_documents")
 
@@ -38,7 +39,8 @@ def marked(finished: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     shutil.copytree(finished.run_dir, folder)
     config = with_methods(finished, **{kind: Method(mask=kind) for kind in KINDS})
     # one worker a stage: on two CPUs, starting a second one takes longer than its share of this work
-    run = Run(config=replace(config, run_dir=str(folder), compare=replace(config.compare, cpus_per_task=2)))
+    comparison = replace(config.compare, resources=Resources(cpus=2, gpus=0))
+    run = Run(config=replace(config, run_dir=str(folder), compare=comparison))
     masks = {}
     for name, method in config.compare.methods.items():
         child = method_run(run, name, method)
@@ -58,7 +60,7 @@ def stream(run: Run, column: str) -> np.ndarray:
 def expected(run: Run, find: Callable[[str], list[tuple[int, int]]]) -> np.ndarray:
     """Token by token from the documents' text: whether it overlaps a span; a span behind the text holds the EOS."""
     view, flags = View(run.folder), []
-    from ifguide.stages.pack_corpus import document_table
+    from ifguide.corpus.tables import document_table
 
     table = document_table(run.corpus)
     tokens = stream(run, "tokens")

@@ -15,12 +15,13 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_manifest, write_json
-from ifguide.cli import main, stage
+from ifguide.cli import main
 from ifguide.config import Config, ConfigError, to_mapping
 from ifguide.evaluation import expected_max, probability_any
-from ifguide.stages.evaluation_prompts import chosen_prompts, chosen_sets
-from ifguide.stages.generations import has_generations
-from ifguide.stages.run import Run
+from ifguide.evaluation.generations import has_generations
+from ifguide.evaluation.prompts import chosen_prompts, chosen_sets
+from ifguide.pipeline import stage
+from ifguide.run import Run
 
 PLAIN = {"evaluate__heldout": [], "evaluate__cloze": None}  # so that nothing but generation loads a model
 

@@ -13,10 +13,11 @@ import yaml
 
 from bench.chaos import prepare
 from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_manifest
-from ifguide.cli import main, stage
+from ifguide.cli import main
 from ifguide.config import config_from_mapping, load_config, to_mapping
-from ifguide.stages.run import Run
-from ifguide.stages.shards import StageError
+from ifguide.distributed.shards import StageError
+from ifguide.pipeline import stage
+from ifguide.run import Run
 
 Disk = Callable[[Path, str], None]
 Copied = Callable[..., Run]
@@ -42,7 +43,7 @@ def copied(masked: Run, tmp_path: Path) -> Copied:
     def copy(*drop: str, **changes: Any) -> Run:
         shutil.copytree(masked.folder, tmp_path / "copy", ignore=lambda _, names: set(names) & set(drop))
         tree = {**to_mapping(masked.config), "run_dir": str(tmp_path / "copy")}
-        tree["score_corpus"]["max_attempts"] = 3  # the bench has far more, for its kills
+        tree["score_corpus"]["resources"]["attempts"] = 3  # the bench has far more, for its kills
         return Run(config=config_from_mapping({**tree, "pack_corpus": {**tree["pack_corpus"], **changes}}))
 
     return copy

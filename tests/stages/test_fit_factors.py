@@ -10,13 +10,13 @@ import pytest
 
 from bench.chaos import prepare
 from ifguide.artifacts import read_manifest
-from ifguide.cli import stage
 from ifguide.config import config_from_mapping, load_config, to_mapping
+from ifguide.distributed.ledger import LEDGER
+from ifguide.distributed.shards import StageError
 from ifguide.influence.factors import EXPORTED
-from ifguide.ledger import LEDGER
+from ifguide.pipeline import stage
+from ifguide.run import Run
 from ifguide.stages.fit_factors import VERB, WORK
-from ifguide.stages.run import Run
-from ifguide.stages.shards import StageError
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def packed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def copy_of(packed: Run, folder: Path, **options: Any) -> Run:
     shutil.copytree(packed.corpus, folder / "corpus")
-    fit = {"sample_blocks": 24, "data_partitions": 2, "gpus_per_task": 0, **options}
+    fit = {"sample_blocks": 24, "data_partitions": 2, "resources": {"gpus": 0}, **options}
     return Run(config=config_from_mapping({**to_mapping(packed.config), "run_dir": str(folder), "fit_factors": fit}))
 
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
-from ifguide.cli import main, run_pipeline, stage
+from ifguide.cli import main
 from ifguide.config import Config, load_config
+from ifguide.corpus.tables import document_table
 from ifguide.evaluation import expected_max, probability_any
-from ifguide.stages.pack_corpus import document_table
-from ifguide.stages.run import Run
-from ifguide.stages.view import View, mask_agreement
+from ifguide.pipeline import run_pipeline, stage
+from ifguide.report.view import View, mask_agreement
+from ifguide.run import Run
 from ifguide.tokenizer import load_tokenizer
 from tests.reference import algorithm1
 
@@ -89,7 +90,7 @@ def test_artifacts_have_the_same_bytes_on_another_number_of_workers(
     changes = (
         {"score_corpus__min_actors": 2, "score_corpus__max_actors": 2}
         if verb == "score_corpus"
-        else {f"{verb}__cpus_per_task": 2.0}
+        else {f"{verb}__resources": {"cpus": 2.0}}
     )
     again = copied(drop=names, **changes)
     stage(verb)(Run(config=again))

@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 
 from ifguide.artifacts import read_manifest
-from ifguide.cli import stage
 from ifguide.config import Config
+from ifguide.methods.marks import find_words
+from ifguide.pipeline import stage
+from ifguide.report import data as report_data
+from ifguide.report.data import _span_agreement
 from ifguide.report.page import REPORT_FILES
-from ifguide.spans.marks import find_words
-from ifguide.stages import report_data
-from ifguide.stages.report_data import _span_agreement
-from ifguide.stages.run import Run
-from ifguide.stages.view import View
+from ifguide.report.view import View
+from ifguide.run import Run
 from tests.stages.test_build_mask import add_behaviour
 from tests.stages.test_evaluate import PLAIN
 

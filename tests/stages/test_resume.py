@@ -25,13 +25,13 @@ from safetensors.torch import load_file
 
 from ifguide.artifacts import file_digest
 from ifguide.config import ConfigError, to_mapping
-from ifguide.stages.checkpoints import last_checkpoint
+from ifguide.distributed.shards import StageError
+from ifguide.run import Run
 from ifguide.stages.pretrain import FAILURE, pretrain
-from ifguide.stages.run import Run
-from ifguide.stages.shards import StageError
-from ifguide.stages.training_folder import METRICS
-from ifguide.stages.training_loop import TrainingLoop
 from ifguide.telemetry import read_metrics
+from ifguide.training.checkpoints import last_checkpoint
+from ifguide.training.folder import METRICS
+from ifguide.training.loop import TrainingLoop
 from tests.stages.conftest import ARCHITECTURE
 from tests.stages.packed import packed_run, settings_of
 from tests.stages.ranks import PLACES, Kill, run_ranks
@@ -230,7 +230,7 @@ def test_workers_that_the_machine_cannot_hold_are_refused(run: Run, cluster: Non
     run_dir = tmp_path / "run"
     shutil.copytree(run.folder, run_dir, ignore=shutil.ignore_patterns("model"))
     many = replace(run.config.pretrain, workers=4)
-    with pytest.raises(ConfigError, match=r"^pretrain\.cpus_per_worker: "):
+    with pytest.raises(ConfigError, match=r"^pretrain\.resources.cpus: "):
         pretrain(Run(config=replace(run.config, run_dir=str(run_dir), pretrain=many)))
 
 

@@ -21,13 +21,13 @@ import yaml
 
 from ifguide.artifacts import read_manifest
 from ifguide.config import Config, config_from_mapping, to_mapping
-from ifguide.ledger import LEDGER
+from ifguide.distributed.ledger import LEDGER
+from ifguide.run import Run
 from ifguide.stages.analyse import analyse
-from ifguide.stages.checkpoints import CHECKPOINTS, last_checkpoint
-from ifguide.stages.run import Run
-from ifguide.stages.training_folder import METRICS
 from ifguide.storage import location, subfolders, upload_folder
 from ifguide.telemetry import read_metrics
+from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint
+from ifguide.training.folder import METRICS
 from tests.stages.conftest import ARCHITECTURE, small_config
 from tests.stages.packed import packed_run, settings_of
 from tests.stages.ranks import Kill, run_ranks
@@ -42,7 +42,7 @@ ANALYSE = {
     "folds": 2,
     "max_texts": 12,
     "actors": 1,
-    "gpus_per_actor": 0,
+    "resources": {"gpus": 0},
 }
 COMPARE = {
     "methods": {

@@ -9,12 +9,12 @@ import torch
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
-from ifguide.cli import stage
-from ifguide.config import Config
+from ifguide.config import Config, to_mapping
 from ifguide.influence.products import bfloat16_pays
+from ifguide.pipeline import stage
+from ifguide.run import Run
 from ifguide.stages import scoring_method
 from ifguide.stages.build_query import DIRECTION
-from ifguide.stages.run import Run, model_mapping
 
 
 def test_the_self_check_stands_in_the_manifest(finished: Config) -> None:
@@ -50,7 +50,7 @@ def test_the_preset_takes_bfloat16_only_where_it_pays(
 ) -> None:
     monkeypatch.setattr(scoring_method, "bfloat16_pays", lambda device: pays)
     config, run = replace(finished.score_corpus, precision=None, check_blocks=0), Run(config=finished)
-    proxy, shard = model_mapping(run.proxy_source), str(data_files(run.corpus)[0])
+    proxy, shard = to_mapping(run.proxy_source), str(data_files(run.corpus)[0])
     directions = {"": str(run.query / DIRECTION)}
     decision = scoring_method._decide(config, scoring_method.chosen_method(config), proxy, directions, shard)
     assert decision["method"]["precision"] == ("bfloat16" if pays else "float32")

@@ -19,8 +19,9 @@ import ray
 import torch
 
 from ifguide.artifacts import PLAN, write_json
-from ifguide.ledger import LEDGER
-from ifguide.stages.shards import Pool, StageError, run_shards
+from ifguide.config.resources import Resources
+from ifguide.distributed.ledger import LEDGER
+from ifguide.distributed.shards import Pool, StageError, run_shards
 from ifguide.status import run_status
 from ifguide.telemetry import PROGRESS, ProgressFile
 
@@ -62,7 +63,7 @@ class Toy:
 
 
 def run(folder: Path, keys: list[str], pool: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    options = {"size": 1, "cpus": 1, "gpus": 0, **(pool or {})}
+    options = {"size": 1, "resources": Resources(gpus=0), **(pool or {})}
     descriptors = [{"key": key} for key in keys]
     return run_shards(
         "toy", descriptors, Toy, {"log": str(folder / "log"), **settings}, folder=folder, pool=Pool(**options)
@@ -100,13 +101,13 @@ def test_what_was_raised_is_the_reason_and_transient_errors_are_retried(cluster:
     assert list(results) == ["a", "unlucky", "b"]
     assert worked_on(tmp_path).count("unlucky") == 3
     with pytest.raises(StageError, match=r"(?s)gave up after 2 attempts: .*RuntimeError: the network is down"):
-        run(tmp_path / "again", ["a", "unlucky", "b"], {"max_attempts": 2})
+        run(tmp_path / "again", ["a", "unlucky", "b"], {"resources": Resources(gpus=0, attempts=2)})
     entry = json.loads((tmp_path / LEDGER / "unlucky.json").read_text())
     assert entry["attempts"] == 3
 
 
 def test_an_actor_whose_device_has_failed_takes_no_further_shard(cluster: None, tmp_path: Path) -> None:
-    results = run(tmp_path, KEYS, {"max_attempts": 2}, poison="device")
+    results = run(tmp_path, KEYS, {"resources": Resources(gpus=0, attempts=2)}, poison="device")
     assert list(results) == KEYS
     assert [worked_on(tmp_path).count(key) for key in KEYS] == [1, 1, 1, 2, 1, 1, 1, 1]
     assert len({result["process"] for result in results.values()}) == 2
@@ -116,7 +117,7 @@ def test_a_shard_whose_output_is_gone_is_done_again(cluster: None, tmp_path: Pat
     descriptors = [{"key": key, "output": str(tmp_path / f"{key}.out")} for key in KEYS]
 
     def work() -> dict[str, Any]:
-        settings, pool = {"log": str(tmp_path / "log")}, Pool(size=1, cpus=1, gpus=0)
+        settings, pool = {"log": str(tmp_path / "log")}, Pool(size=1, resources=Resources(gpus=0))
         output = "{key}.out".format_map
         return run_shards("toy", descriptors, Toy, settings, folder=tmp_path, pool=pool, output=output)
 
@@ -135,7 +136,7 @@ def test_constructors_that_never_work_end_the_stage_with_their_reason(
     start: str, reason: str, starts: int, cluster: None, tmp_path: Path
 ) -> None:
     with pytest.raises(StageError, match=f"no worker could be started: .*{reason}"):
-        run(tmp_path, KEYS, {"max_attempts": 2}, start=start)
+        run(tmp_path, KEYS, {"resources": Resources(gpus=0, attempts=2)}, start=start)
     assert (tmp_path / "log").read_text().splitlines() == ["start"] * starts
 
 
@@ -155,7 +156,8 @@ def test_a_shard_is_read_while_another_computes(cluster: None, tmp_path: Path) -
 
 def test_the_pool_grows_to_its_largest_size(cluster: None, tmp_path: Path) -> None:
     keys = [f"s{i}" for i in range(40)]
-    results = run(tmp_path, keys, {"size": 2, "min_size": 1, "in_flight": 2, "memory": 50_000_000}, seconds=0.4)
+    resources = Resources(gpus=0, memory=50_000_000)
+    results = run(tmp_path, keys, {"size": 2, "min_size": 1, "in_flight": 2, "resources": resources}, seconds=0.4)
     assert len({result["process"] for result in results.values()}) == 2
 
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, data_files, read_manifest, write_json
 from ifguide.config import Config, ConfigError, ModelSource
-from ifguide.stages.pack_corpus import document_table
+from ifguide.corpus.tables import document_table
+from ifguide.run import Run
 from ifguide.stages.pretrain import pretrain
-from ifguide.stages.run import Run
 from ifguide.stages.target_corpus import training_config, training_run
 from ifguide.tokenizer import load_tokenizer
 from tests.unit.test_spans import byte_level, train_unigram

@@ -16,16 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ifguide.artifacts import MANIFEST, PLAN, file_digest, read_manifest, write_json
 from ifguide.config import ModelSource, config_from_mapping, to_mapping
+from ifguide.distributed.shards import StageError
 from ifguide.models import load_model
-from ifguide.stages import training_loop
-from ifguide.stages.checkpoints import CHECKPOINTS, last_checkpoint, part_folder, published_checkpoints
-from ifguide.stages.engines import TorchEngine
+from ifguide.run import PENALISED, Run
 from ifguide.stages.pretrain import _reason, pretrain
-from ifguide.stages.run import PENALISED, Run
-from ifguide.stages.shards import StageError
-from ifguide.stages.training_folder import METRICS
-from ifguide.stages.training_loop import SUMMARY, TrainingLoop
 from ifguide.telemetry import read_metrics
+from ifguide.training import loop as training_loop
+from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint, part_folder, published_checkpoints
+from ifguide.training.engines import TorchEngine
+from ifguide.training.folder import METRICS
+from ifguide.training.loop import SUMMARY, TrainingLoop
 from tests.stages.conftest import ARCHITECTURE
 from tests.stages.packed import packed_run, settings_of
 

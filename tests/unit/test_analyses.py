@@ -28,9 +28,9 @@ from ifguide.analyses.adversarial import replacements
 from ifguide.artifacts import open_artifact
 from ifguide.config import ConfigError, config_from_mapping
 from ifguide.evaluation import Bootstrap
+from ifguide.run import Run
 from ifguide.stages.analyse import BY_TOKENS, GCG_FIGURES, analyse, collect, probe_texts
 from ifguide.stages.build_query import read_queries
-from ifguide.stages.run import Run
 from tests.tiny import VOCABULARY, tiny_model
 
 FAMILIES = ("gpt_neox", "llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neo")  # soft caps, scaled embeddings, ...

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ifguide.stages.checkpoints import (
+from ifguide.training.checkpoints import (
     CHECKPOINTS,
     DESCRIPTION,
     STATE,

@@ -14,8 +14,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from ifguide.config import config_from_mapping
-from ifguide.stages.check_classifier import check_classifiers
-from ifguide.stages.evaluation_prompts import chosen_sets
+from ifguide.evaluation.agreement import check_classifiers
+from ifguide.evaluation.prompts import chosen_sets
 from ifguide.storage import upload_folder
 from ifguide.toxicity import (
     GroupedPrompt,
@@ -211,7 +211,7 @@ def test_classifiers_are_checked_without_a_gpu(
     path.write_text("".join(json.dumps({"text": text, "toxic": "rude" in text}) + "\n" for text in TEXTS))
     classifier = {"name": f"hf:{folder(['toxic'])}"}
     config = config_from_mapping({"evaluate": {"classifier": classifier, "check_data": [str(path)]}})
-    assert config.evaluate.gpus_per_actor == 1
+    assert config.evaluate.resources.gpus == 1
     (found,) = check_classifiers(config)
     assert (found["n"], found["positives"]) == (6, 3)
 

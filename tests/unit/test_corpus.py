@@ -1,4 +1,4 @@
-"""ifguide.corpus: chunking changes no row, a bad row has a reason, and every shard can be packed alone."""
+"""ifguide.corpus.reading: chunking changes no row, a bad row has a reason, and every shard can be packed alone."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ifguide.config import Input
-from ifguide.corpus import (
+from ifguide.corpus.reading import (
     RawDocument,
     chunk_from_mapping,
     chunk_to_mapping,

@@ -23,7 +23,7 @@ from ifguide.evaluation import (
     token_lengths,
 )
 from ifguide.evaluation.generation import encode_prompts
-from ifguide.stages.generations import generate_shard
+from ifguide.evaluation.generations import generate_shard
 from ifguide.toxicity import PromptRow
 
 EOS, BOS = "<|end|>", "<|begin|>"

@@ -15,13 +15,14 @@ import pytest
 from ifguide.artifacts import Manifest, write_json
 from ifguide.config import config_from_mapping, to_mapping
 from ifguide.evaluation import Bootstrap
-from ifguide.stages import evaluate, report_data
+from ifguide.evaluation.figures import _gaps
+from ifguide.evaluation.prompts import chosen_sets
+from ifguide.evaluation.worker import EvaluateModel
+from ifguide.report import data as report_data
+from ifguide.report.data import _sampled_documents
+from ifguide.run import Run
+from ifguide.stages import evaluate
 from ifguide.stages.evaluate import measured_inputs, models_to_evaluate, source_fingerprint
-from ifguide.stages.evaluation_figures import _gaps
-from ifguide.stages.evaluation_prompts import chosen_sets
-from ifguide.stages.evaluation_worker import EvaluateModel
-from ifguide.stages.report_data import _sampled_documents
-from ifguide.stages.run import Run
 
 # ---- models ----------------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ def evaluated(tmp_path: Path) -> Callable[..., Run]:
         section = {**paths, "heldout": [paths["heldout"]], "classifier": {"name": f"words:{tmp_path / 'words.txt'}"}}
         return Run(
             config=config_from_mapping(
-                {"run_dir": str(tmp_path), "evaluate": {**section, "gpus_per_actor": 0, "prompt_threshold": 0.5}}
+                {"run_dir": str(tmp_path), "evaluate": {**section, "resources": {"gpus": 0}, "prompt_threshold": 0.5}}
             )
         )
 

@@ -1,9 +1,9 @@
-"""ifguide.spans.finders: what a word is at its edges (the rest is covered with the demo data)."""
+"""ifguide.methods.finders: what a word is at its edges (the rest is covered with the demo data)."""
 
 import numpy as np
 import pytest
 
-from ifguide.spans.finders import classifier_spans, word_list_spans
+from ifguide.methods.finders import classifier_spans, word_list_spans
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from ifguide.influence.factors import NextTokenTask
 from ifguide.influence.query import load_factors
 from ifguide.interchange import FACTOR_FILES, check_factors, export_scores, import_mask, read_mask
 from ifguide.models import tracked_modules
-from ifguide.stages.training_blocks import TrainingBlocks, flatten_blocks
+from ifguide.training.blocks import TrainingBlocks, flatten_blocks
 from tests.tiny import random_blocks, tiny_model
 
 T, LENGTHS = 6, (6, 6, 6, 6, 4)

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ifguide.objective import Objective
 from ifguide.training import lm_loss
 from ifguide.training.lm_loss import Head, LanguageModelLoss, Loss, chunked_loss
+from ifguide.training.objective import Objective
 from tests.tiny import ARCHITECTURES, VOCABULARY, as_tensors, random_blocks, tiny_model
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ifguide.config.pretrain import ObjectiveKind
-from ifguide.objective import Objective
+from ifguide.training.objective import Objective
 
 KINDS: tuple[ObjectiveKind, ...] = ("penalty", "ignore", "unlikelihood", "clipped")
 

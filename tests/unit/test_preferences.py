@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.config.compare import Dpo
-from ifguide.preferences.dpo import dpo_trainer, last_complete, train_dpo
-from ifguide.preferences.pairs import Pair, ScoredPrompt, make_pairs, rate_continuations
+from ifguide.methods.dpo import dpo_trainer, last_complete, train_dpo
+from ifguide.methods.pairs import Pair, ScoredPrompt, make_pairs, rate_continuations
 from tests.tiny import VOCABULARY, tiny_model
 
 EOS = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ import torch
 from ifguide.artifacts import Manifest, write_json
 from ifguide.cli import main
 from ifguide.config import Config, ConfigError, ModelSource, PackCorpus, Pretrain, load_config
+from ifguide.config.resources import WorkerResources
 from ifguide.models import load_model, transformer_blocks
 from ifguide.planning.command import make_job
 from ifguide.planning.estimate import estimate
@@ -161,7 +163,12 @@ def test_activations_and_head_grow_with_the_micro_batch_and_nothing_else_does(bi
         ({"workers": 1, "engine": "torch", "activation_checkpointing": True}, "offload_optimizer"),
         ({"zero_stage": 0, "activation_checkpointing": True, "micro_batch_blocks": 1}, "zero_stage"),
         (
-            {"zero_stage": 3, "activation_checkpointing": True, "micro_batch_blocks": 32, "gpus_per_worker": 0.4},
+            {
+                "zero_stage": 3,
+                "activation_checkpointing": True,
+                "micro_batch_blocks": 32,
+                "resources": WorkerResources(gpus=0.4),
+            },
             "micro_batch_blocks",
         ),
     ],
@@ -173,13 +180,15 @@ def test_what_does_not_fit_is_refused_with_changes_that_fit(billion: Config, cha
         require_fit(plan_pretrain(config))
     advised = re.findall(r"--set (\S+)", str(refused.value))
     assert advised
-    again = load_config(CONFIGS / "pythia1b.yaml", [f"target={target}",
-        *(f"pretrain.{name}={str(value).lower()}" for name, value in changes.items()), *advised])  # fmt: skip
+    plain = asdict(replace(billion.pretrain, **changes))
+    changed = [f"pretrain.{name}={json.dumps(plain[name])}" for name in changes]
+    again = load_config(CONFIGS / "pythia1b.yaml", [f"target={target}", *changed, *advised])
     require_fit(plan_pretrain(again))
 
 
 def test_advice_for_several_workers_keeps_the_deepest_stage_beside_offloading(billion: Config) -> None:
-    changes = {"zero_stage": 0, "activation_checkpointing": True, "micro_batch_blocks": 1, "gpus_per_worker": 0.15}
+    small = {"micro_batch_blocks": 1, "resources": WorkerResources(gpus=0.15)}
+    changes = {"zero_stage": 0, "activation_checkpointing": True, **small}
     target = ModelSource(source="EleutherAI/pythia-12b")
     config = replace(billion, target=target, pretrain=replace(billion.pretrain, **changes))
     with pytest.raises(ConfigError, match=r"offload_optimizer=true") as refused:
@@ -212,7 +221,7 @@ def test_what_fits_nowhere_says_so_and_a_worker_without_a_gpu_is_not_judged(bill
     plan = plan_pretrain(billion)
     with pytest.raises(ConfigError, match="target: EleutherAI/pythia-1b cannot fit"):
         require_fit(replace(plan, machine=replace(small, memory=1e8)))
-    without = plan_pretrain(replace(billion, pretrain=replace(billion.pretrain, gpus_per_worker=0)))
+    without = plan_pretrain(replace(billion, pretrain=replace(billion.pretrain, resources=WorkerResources(gpus=0))))
     require_fit(without)
     assert any("memory per worker" in line for line in describe(without))
     with pytest.raises(ConfigError, match=r"cluster\.gpu: GPU type abacus"):

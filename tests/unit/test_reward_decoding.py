@@ -12,7 +12,7 @@ from ifguide.config.compare import Reward
 from ifguide.evaluation import reward_decoding
 from ifguide.evaluation.generation import Sampling, _sample_batch, _uniforms, sample_nucleus
 from ifguide.evaluation.reward_decoding import RewardGuide
-from ifguide.preferences.reward_model import (
+from ifguide.methods.reward_model import (
     RatedText,
     RewardModel,
     cumulative_squared_error,

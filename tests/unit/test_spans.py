@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ifguide.corpus import RawDocument, tokenise
+from ifguide.corpus.reading import RawDocument, tokenise
 from ifguide.spans.mapping import mask_of_spans, opens_span, spans_of_mask, token_edges, token_stops
 from ifguide.tokenizer import train_tokenizer
 

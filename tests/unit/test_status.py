@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ifguide.artifacts import open_artifact, write_json
-from ifguide.ledger import LEDGER, Attempts, finished_entries, unfinished_attempts
-from ifguide.stages.run import Run
+from ifguide.distributed.ledger import LEDGER, Attempts, finished_entries, unfinished_attempts
+from ifguide.run import Run
 from ifguide.status import FOLDERS, run_status
 from ifguide.telemetry import PROGRESS, Progress, ProgressFile
 

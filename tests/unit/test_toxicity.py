@@ -219,10 +219,10 @@ def rows_of(scores: Sequence[float | None]) -> list[PromptRow]:
 
 def select(rows: list[PromptRow], **changes) -> QuerySets:
     options = {
-        "toxic_threshold": 0.9,
-        "nontoxic_threshold": 0.1,
-        "max_toxic": 100,
-        "max_nontoxic": 100,
+        "positive_threshold": 0.9,
+        "negative_threshold": 0.1,
+        "max_positive": 100,
+        "max_negative": 100,
         "seed": 0,
     }
     return select_queries(rows, changes.pop("classifier", load_classifier("labels")), **(options | changes))
@@ -243,16 +243,16 @@ def test_thresholds_are_inclusive_and_every_row_is_counted(caplog: pytest.LogCap
 
 def test_choice_is_seeded_ordered_by_row_and_grows_with_the_maximum() -> None:
     rows = rows_of([1.0] * 60 + [0.0] * 60)
-    chosen = {n: [row.row for row in select(rows, max_toxic=n, max_nontoxic=20).toxic] for n in (10, 20, 60, 99)}
-    assert chosen[10] == [row.row for row in select(rows, max_toxic=10, max_nontoxic=5).toxic]
+    chosen = {n: [row.row for row in select(rows, max_positive=n, max_negative=20).toxic] for n in (10, 20, 60, 99)}
+    assert chosen[10] == [row.row for row in select(rows, max_positive=10, max_negative=5).toxic]
     assert chosen[60] == chosen[99] == list(range(60))
     assert len(chosen[10]) == 10
     assert chosen[20] == sorted(chosen[20])
     assert set(chosen[10]) < set(chosen[20])
     assert chosen[10] != list(range(10))
-    assert chosen[10] != [row.row for row in select(rows, max_toxic=10, seed=1).toxic]
+    assert chosen[10] != [row.row for row in select(rows, max_positive=10, seed=1).toxic]
     # A row is drawn and ordered by its own number, not by its place in the list.
-    assert chosen[10] == [row.row for row in select(rows[::-1], max_toxic=10).toxic]
+    assert chosen[10] == [row.row for row in select(rows[::-1], max_positive=10).toxic]
 
 
 class LengthClassifier:
@@ -271,24 +271,24 @@ def test_a_text_classifier_scores_continuations_by_its_primary_class() -> None:
         PromptRow(row=row, prompt="p" * 9, continuation=text, prompt_scores={}, continuation_scores={"toxicity": 0.5})
         for row, text in enumerate(texts)
     ]
-    queries = select(rows, classifier=LengthClassifier(), nontoxic_threshold=0.2)
+    queries = select(rows, classifier=LengthClassifier(), negative_threshold=0.2)
     assert ([row.row for row in queries.toxic], queries.toxic_scores) == ([2], [1.0])
     assert [row.row for row in queries.nontoxic] == [0]
     assert (queries.undecided, queries.unusable) == (1, 1)
 
 
 def test_an_empty_set_names_the_extreme_score_and_the_key() -> None:
-    with pytest.raises(ValueError, match=r"highest of 2 is 0\.6 .*build_query\.toxic_threshold"):
+    with pytest.raises(ValueError, match=r"highest of 2 is 0\.6 .*build_query\.positive_threshold"):
         select(rows_of([0.6, 0.0]))
-    with pytest.raises(ValueError, match=r"lowest of 2 is 0\.4 .*build_query\.nontoxic_threshold"):
+    with pytest.raises(ValueError, match=r"lowest of 2 is 0\.4 .*build_query\.negative_threshold"):
         select(rows_of([0.4, 1.0]))
     with pytest.raises(ValueError, match="none of 2 prompt rows"):
         select(rows_of([None, None]))
 
 
 def test_thresholds_that_could_put_a_row_in_both_sets_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"build_query\.nontoxic_threshold"):
-        select(rows_of([0.5]), toxic_threshold=0.5, nontoxic_threshold=0.5)
+    with pytest.raises(ValueError, match=r"build_query\.negative_threshold"):
+        select(rows_of([0.5]), positive_threshold=0.5, negative_threshold=0.5)
 
 
 @pytest.mark.skipif(not RTP_PROMPTS.is_file(), reason="the shared RealToxicityPrompts sample is not on this machine")
@@ -296,10 +296,10 @@ def test_real_prompt_rows_make_both_sets() -> None:
     rows = read_prompts(RTP_PROMPTS)
     assert len(rows) == 5000
     assert sum("toxicity" not in row.continuation_scores for row in rows) == 32
-    queries = select(rows, max_toxic=50, max_nontoxic=50)
+    queries = select(rows, max_positive=50, max_negative=50)
     assert len(queries.toxic) == len(queries.nontoxic) == 50
     total = queries.toxic_found + queries.nontoxic_found + queries.undecided + queries.unusable
     assert total == 5000
-    scored = select(rows, classifier=load_classifier("alt-profanity-check"), max_toxic=50, max_nontoxic=50)
+    scored = select(rows, classifier=load_classifier("alt-profanity-check"), max_positive=50, max_negative=50)
     labels = [row.continuation_scores["toxicity"] for row in scored.toxic]
     assert np.mean(labels) > 0.8

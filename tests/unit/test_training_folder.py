@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from ifguide import storage
-from ifguide.stages import training_folder
-from ifguide.stages.checkpoints import STATE, Checkpoint, describe_checkpoint, last_checkpoint, published_checkpoints
-from ifguide.stages.training_folder import METRICS, TrainingFolder
 from ifguide.storage import file_sizes, subfolders
+from ifguide.training import folder as training_folder
+from ifguide.training.checkpoints import STATE, Checkpoint, describe_checkpoint, last_checkpoint, published_checkpoints
+from ifguide.training.folder import METRICS, TrainingFolder
 
 pytest.importorskip("upath")
 THREAD = threading.local()

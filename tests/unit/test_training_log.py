@@ -11,7 +11,7 @@ from ifguide.config import Config, PackCorpus, Pretrain
 from ifguide.planning import flops
 from ifguide.planning.measurements import hardware
 from ifguide.planning.shapes import shape_of_fields
-from ifguide.stages.training_log import Meter, meter_of, training_line
+from ifguide.training.meter import Meter, meter_of, training_line
 from tests.tiny import ARCHITECTURES
 
 VALUES = {
@@ -33,7 +33,7 @@ def test_a_logging_step_is_one_line_with_all_that_is_known() -> None:
 
 def test_rates_are_those_since_the_last_logging_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("ifguide.stages.training_log.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ifguide.training.meter.time.monotonic", lambda: now[0])
     meter = Meter(step=10, steps=100, tokens_per_step=1000, flop_per_token=2e6, flop_per_second=1e9)
     now[0] = 110.0
     first = meter.values(20)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ifguide.stages.inspect import DIM, RED, RESET, _coloured
-from ifguide.stages.view import ShownDocument, token_texts
+from ifguide.report.terminal import DIM, RED, RESET, _coloured
+from ifguide.report.view import ShownDocument, token_texts
 from ifguide.tokenizer import train_tokenizer
 
 TEXT = "This is a text 🤡🤡 北京。\n Is it?"

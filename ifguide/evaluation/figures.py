@@ -30,12 +30,12 @@ import pyarrow as pa
 
 from ifguide import schemas
 from ifguide.artifacts import data_files
+from ifguide.distributed.shards import StageError
 from ifguide.evaluation import Bootstrap, Replicates, Resampled, prompt_statistics
 from ifguide.evaluation.bootstrap import gap
+from ifguide.evaluation.prompts import PROMPTS
 from ifguide.report.figures import BY_CLASS, FLUENCY_TITLES
-from ifguide.stages.evaluation_prompts import PROMPTS
-from ifguide.stages.run import Run
-from ifguide.stages.shards import StageError
+from ifguide.run import Run
 from ifguide.storage import file_sizes
 
 CONTINUATIONS, FLUENCY = "continuations", "fluency"

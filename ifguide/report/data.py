@@ -13,6 +13,10 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, data_files, environment, read_manifest
 from ifguide.config import ClassifierSource, to_yaml
+from ifguide.corpus.tables import document_table
+from ifguide.evaluation.figures import THRESHOLD
+from ifguide.evaluation.prompts import PROMPTS
+from ifguide.methods.marks import Find, find_sentences, find_words
 from ifguide.report.contents import (
     AgreementRow,
     ArtifactRow,
@@ -26,17 +30,12 @@ from ifguide.report.contents import (
     TrainingCurve,
 )
 from ifguide.report.figures import Figure, ModelRow, model_rows
-from ifguide.spans.marks import Find, find_sentences, find_words
+from ifguide.report.view import View, mask_agreement, score_histogram
+from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.stages.build_mask import build_mask
-from ifguide.stages.build_query import make_classifier
-from ifguide.stages.evaluation_figures import THRESHOLD
-from ifguide.stages.evaluation_prompts import PROMPTS
-from ifguide.stages.pack_corpus import document_table
-from ifguide.stages.run import BASELINE, PENALISED, Run
-from ifguide.stages.view import View, mask_agreement, score_histogram
 from ifguide.storage import readable
 from ifguide.telemetry import read_metrics
-from ifguide.toxicity import LabelClassifier
+from ifguide.toxicity import LabelClassifier, make_classifier
 
 MAX_OUTLIERS = 20
 DOCUMENTS_AT_ONCE = 500  # whose sentences a classifier gets together

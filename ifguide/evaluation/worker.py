@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import publish, verify_digest
 from ifguide.config import Input, ModelSource, config_from_mapping
-from ifguide.corpus import list_chunks, pack, read_documents, tokenise
+from ifguide.corpus.reading import list_chunks, pack, read_documents, tokenise
 from ifguide.evaluation import last_word_accuracy, perplexity
+from ifguide.evaluation.figures import FLUENCY, THRESHOLD, scored_file
+from ifguide.evaluation.generations import VERB, generate_shard, takes_special_tokens
+from ifguide.evaluation.prompts import PROMPTS, chosen_sets
 from ifguide.evaluation.reward_decoding import RewardGuide
+from ifguide.methods.reward_model import load_reward_model
 from ifguide.models import load_model
-from ifguide.preferences.reward_model import load_reward_model
-from ifguide.stages.build_query import make_classifier
-from ifguide.stages.evaluation_figures import FLUENCY, THRESHOLD, scored_file
-from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
-from ifguide.stages.generations import VERB, generate_shard, takes_special_tokens
 from ifguide.storage import local_copy, location
 from ifguide.tokenizer import load_tokenizer
+from ifguide.toxicity import make_classifier
 
 
 class EvaluateModel:
@@ -42,7 +42,7 @@ class EvaluateModel:
         self.generations = {name: location(place) for name, place in generations.items()}
         self.guides = guides
         self.sets = chosen_sets(self.config)
-        gpus = self.options.gpus_per_actor
+        gpus = self.options.resources.gpus
         self.classifier = make_classifier(self.options.classifier, gpus=gpus)
         self.further = {name: make_classifier(source, gpus=gpus) for name, source in self.options.classifiers.items()}
         self.loaded: tuple[str, Any, Any] | None = None
@@ -74,7 +74,7 @@ class EvaluateModel:
         return RewardGuide(model=self.reward[1], beta=options["beta"], top_k=options["top_k"])
 
     def _device(self) -> str:
-        return "cuda" if self.options.gpus_per_actor else "cpu"
+        return "cuda" if self.options.resources.gpus else "cpu"
 
     def _flag_prompts(self) -> dict[str, Any]:
         """Which prompts show the behaviour themselves: by their label, or those that have none by the classifier; and

@@ -20,18 +20,19 @@ from ifguide.artifacts import Artifact, Manifest, data_files, json_digest, open_
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, result_options, to_mapping, to_yaml
 from ifguide.config.compare import Dpo, Rad
 from ifguide.config.typed_yaml import result_part
+from ifguide.distributed.session import connect, require_resources
+from ifguide.distributed.shards import LEDGER
+from ifguide.evaluation.figures import measured_files, scored_file
 from ifguide.evaluation.generation import encode_prompts
+from ifguide.evaluation.generations import OPTIONS, prompts_digest
+from ifguide.evaluation.prompts import PROMPTS, chosen_sets
+from ifguide.methods.dpo import dpo_trainer, train_dpo
+from ifguide.methods.masks import VERB, compared_classifier
+from ifguide.methods.pairs import ScoredPrompt, make_pairs, rate_continuations
+from ifguide.methods.reward_model import RatedText, RewardModel, rate_texts, train_reward_model
 from ifguide.models import load_model
-from ifguide.preferences.dpo import dpo_trainer, train_dpo
-from ifguide.preferences.pairs import ScoredPrompt, make_pairs, rate_continuations
-from ifguide.preferences.reward_model import RatedText, RewardModel, rate_texts, train_reward_model
+from ifguide.run import BASELINE, Run
 from ifguide.stages.evaluate import continue_prompts
-from ifguide.stages.evaluation_figures import measured_files, scored_file
-from ifguide.stages.evaluation_prompts import PROMPTS, chosen_sets
-from ifguide.stages.generations import OPTIONS, prompts_digest
-from ifguide.stages.method_masks import VERB, compared_classifier
-from ifguide.stages.run import BASELINE, Run, connect, require_resources
-from ifguide.stages.shards import LEDGER
 from ifguide.storage import file_sizes, is_remote, location, work_folder
 from ifguide.telemetry import configure_logging, log
 from ifguide.tokenizer import load_tokenizer
@@ -192,11 +193,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _on_a_worker(run: Run, train: Any, *arguments: str) -> dict[str, Any]:
-    connect(run.config)
+    connect(run.config.cluster)
     config = run.config.compare
-    require_resources(run.config, VERB, "task", cpus=config.cpus_per_task, gpus=config.gpus_per_task)
+    require_resources(run.config.cluster, VERB, config.resources)
     task = ray.remote(
-        num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, max_retries=config.max_attempts - 1
+        num_cpus=config.resources.cpus, num_gpus=config.resources.gpus, max_retries=config.resources.attempts - 1
     )(train)
     return ray.get(task.remote(to_mapping(run.config), *arguments))
 
@@ -204,8 +205,8 @@ def _on_a_worker(run: Run, train: Any, *arguments: str) -> dict[str, Any]:
 def _prepare(config: dict[str, Any]) -> tuple[Run, str]:
     configure_logging()
     run = Run(config=config_from_mapping(config))
-    torch.set_num_threads(max(1, int(run.config.compare.cpus_per_task)))
-    return run, "cuda" if run.config.compare.gpus_per_task else "cpu"
+    torch.set_num_threads(max(1, int(run.config.compare.resources.cpus)))
+    return run, "cuda" if run.config.compare.resources.gpus else "cpu"
 
 
 def _train_reward(config: dict[str, Any], baseline: str, folder: str) -> dict[str, Any]:

@@ -7,16 +7,18 @@ and resumed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
 
 from ifguide.artifacts import Manifest, data_files, open_artifact, require
 from ifguide.config import ClassifierSource, Config, ConfigError, config_from_mapping, to_mapping, to_yaml
 from ifguide.config.compare import Method
-from ifguide.spans.marks import (
+from ifguide.distributed.session import connect
+from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.methods.marks import (
     Find,
     find_documents,
     find_sentences,
@@ -25,6 +27,7 @@ from ifguide.spans.marks import (
     mark_texts,
     whole_documents,
 )
+from ifguide.run import Run
 from ifguide.spans.tables import (
     SPANS,
     PackedCorpus,
@@ -33,13 +36,10 @@ from ifguide.spans.tables import (
     write_mask_shard,
     write_spans,
 )
-from ifguide.stages.build_query import make_classifier
-from ifguide.stages.run import Run, connect
-from ifguide.stages.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.stages.target_corpus import MaskShard
 from ifguide.storage import location
 from ifguide.tokenizer import load_tokenizer
-from ifguide.toxicity import LabelClassifier
+from ifguide.toxicity import LabelClassifier, make_classifier
 
 VERB = "compare"
 WORDS, CLASSIFIED = ("words", "word_documents"), ("sentences", "documents")
@@ -81,16 +81,11 @@ def make_method_mask(run: Run, child: Run, method: Method) -> Manifest:
     artifact = open_artifact(child.mask, verb=VERB, options=options, inputs=inputs, config_yaml=to_yaml(run.config))
     if artifact.manifest:
         return artifact.manifest
-    connect(run.config)
+    connect(run.config.cluster)
     corpus = PackedCorpus.of(run.corpus, manifest)
     config = run.config.compare
-    cpus = config.cpus_per_task
-    pool = Pool(
-        size=max(1, int(ray.cluster_resources().get("CPU", 1) / cpus)),
-        cpus=cpus,
-        gpus=config.gpus_per_task if method.mask in CLASSIFIED else 0,
-        max_attempts=config.max_attempts,
-    )
+    gpus = config.resources.gpus if method.mask in CLASSIFIED else 0.0
+    pool = Pool.filling_cluster(replace(config.resources, gpus=gpus))
     shards = [{"key": f"{step}-{shard_name(i)}", "shard": i} for step in ("mark",) for i in range(corpus.num_shards)]
     settings = {"config": to_mapping(run.config), "corpus": corpus, "kind": method.mask, "folder": str(child.mask)}
     settings |= {"own_mask": str(run.mask)}
@@ -152,7 +147,7 @@ class MarkShard:
         if self.kind in WORDS:
             find = find_words(config.evaluate.word_list)
             return whole_documents(find) if self.kind == "word_documents" else find
-        classifier = make_classifier(compared_classifier(config), gpus=config.compare.gpus_per_task)
+        classifier = make_classifier(compared_classifier(config), gpus=config.compare.resources.gpus)
         assert not isinstance(classifier, LabelClassifier)
         classify = partial(_primary, classifier)
         make = find_sentences if self.kind == "sentences" else find_documents

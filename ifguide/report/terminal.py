@@ -9,8 +9,8 @@ import numpy as np
 
 from ifguide.artifacts import require
 from ifguide.report.text import visible
+from ifguide.report.view import ShownDocument, View
 from ifguide.stages.build_mask import outlier_line
-from ifguide.stages.view import ShownDocument, View
 
 RED, DIM, BOLD, RESET = "\x1b[1;31m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ifguide import schemas
-from ifguide.corpus import Chunk, stream_order
-from ifguide.stages.run import Run
+from ifguide.corpus.reading import Chunk, stream_order
+from ifguide.run import Run
 
 TOKENS = "tokens"  # scratch folder of tokenised chunks
 

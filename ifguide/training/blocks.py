@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, fsync_tree, remove_tree
-from ifguide.stages.pack_corpus import corpus_block_size
+from ifguide.corpus.tables import corpus_block_size
 from ifguide.training.schedule import PADDING
 
 BLOCKS = "blocks"  # folder of a model in training

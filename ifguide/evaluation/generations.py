@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, Artifact, MismatchError, data_files, json_digest, publish, require
 from ifguide.config import Evaluate
+from ifguide.distributed.shards import StageError
 from ifguide.evaluation.generation import Guide, Sampling, decode, sample_tokens, token_lengths
-from ifguide.stages.run import Run
-from ifguide.stages.shards import StageError
+from ifguide.run import Run
 from ifguide.storage import readable
 from ifguide.tokenizer import load_tokenizer
 

@@ -10,9 +10,8 @@ from typing import TypeVar
 import numpy as np
 
 from ifguide.config import Config, ConfigError, PromptSet
-from ifguide.stages.build_query import read_prompt_rows
 from ifguide.storage import is_remote, location, matching
-from ifguide.toxicity import GroupedPrompt, PromptRow, read_grouped_prompts
+from ifguide.toxicity import GroupedPrompt, PromptRow, read_grouped_prompts, read_prompt_rows
 
 PROMPTS = "prompts"  # the name of evaluate.prompts beside evaluate.prompt_sets
 SUFFIXES = (".jsonl", ".parquet", ".json")

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ifguide.config import ModelSource
 from ifguide.config.compare import Dpo
+from ifguide.methods.pairs import Pair
 from ifguide.models import load_model
-from ifguide.preferences.pairs import Pair
 
 
 def dpo_trainer(

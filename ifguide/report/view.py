@@ -16,7 +16,7 @@ import ray
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
-from ifguide.stages.pack_corpus import TOKENIZER, corpus_block_size
+from ifguide.corpus.tables import TOKENIZER, corpus_block_size
 from ifguide.storage import location, readable
 from ifguide.tokenizer import load_tokenizer
 

@@ -10,10 +10,9 @@ import torch
 
 from ifguide.config import Config, ConfigError, LabelledTexts
 from ifguide.evaluation import Bootstrap, classifier_agreement
-from ifguide.stages.build_query import make_classifier
-from ifguide.stages.evaluation_figures import THRESHOLD
+from ifguide.evaluation.figures import THRESHOLD
 from ifguide.telemetry import log
-from ifguide.toxicity import LabelClassifier, LabelledText, read_labelled
+from ifguide.toxicity import LabelClassifier, LabelledText, make_classifier, read_labelled
 
 VERB = "evaluate"
 
@@ -33,7 +32,7 @@ def check_classifiers(config: Config) -> list[dict[str, Any]]:
     texts = labelled_texts(config.evaluate.check_data, "evaluate.check_data")
     labels = np.array([text.label for text in texts])
     bootstrap = Bootstrap(samples=config.evaluate.bootstrap_samples, seed=config.seed)
-    gpus = config.evaluate.gpus_per_actor if torch.cuda.is_available() else 0  # this process may have none
+    gpus = config.evaluate.resources.gpus if torch.cuda.is_available() else 0  # this process may have none
     found = []
     for key, source in {"": config.evaluate.classifier, **config.evaluate.classifiers}.items():
         classifier = make_classifier(source, gpus=gpus)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ifguide.artifacts import remove_tree
 from ifguide.config import Pretrain
-from ifguide.stages.checkpoints import STATE, UNIVERSAL, Checkpoint
+from ifguide.training.checkpoints import STATE, UNIVERSAL, Checkpoint
 from ifguide.training.lm_loss import LanguageModelLoss, Loss
 from ifguide.training.schedule import accumulation_steps, deepspeed_config, parameter_groups
 
@@ -66,7 +66,7 @@ class TorchEngine:
 
     def __init__(self, config: Pretrain, build: Callable[[], LanguageModelLoss], checkpoint: Checkpoint | None):
         self.config = config
-        self.device = torch.device("cuda" if config.gpus_per_worker else "cpu")
+        self.device = torch.device("cuda" if config.resources.gpus else "cpu")
         self.module = build().to(self.device).train()
         self.module.check()
         self.optimizer = build_optimizer(self.module, config)
@@ -200,7 +200,7 @@ def _universal(checkpoint: Checkpoint, leads: bool, config: Pretrain) -> Path:
         part = final.with_suffix(f"{UNIVERSAL}-part")
         remove_tree(part)
         part.mkdir()
-        processes = max(1, int(config.cpus_per_worker))
+        processes = max(1, int(config.resources.cpus))
         with contextlib.redirect_stdout(io.StringIO()):
             ds_to_universal.main(
                 argparse.Namespace(

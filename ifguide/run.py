@@ -1,20 +1,15 @@
-"""A run: its config, its directory, and the Ray cluster it works on."""
+"""A run: its config and the names of the folders in its run directory. Stages and the pipeline alone know it."""
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from ifguide import artifacts
-from ifguide.config import Config, ConfigError, ModelSource, result_options, to_mapping, to_yaml
+from ifguide.config import Config, ModelSource, result_options, to_yaml
 from ifguide.storage import location
-from ifguide.telemetry import log
 
 BASELINE, PENALISED = "baseline", "penalised"
 
@@ -99,60 +94,3 @@ class Run:
     def borrow(self, other: Run, *names: str) -> Run:
         """This run with artifacts of another one in place of its own: folders by their names in a run directory."""
         return replace(self, lent={**self.lent, **{name: other._place(name) for name in names}})
-
-
-def model_mapping(source: ModelSource) -> dict[str, Any]:
-    """A model source as a plain dict, for descriptors and settings that travel to workers."""
-    return to_mapping(source)
-
-
-def connect(config: Config) -> None:
-    """Join the cluster named by `cluster.address` or RAY_ADDRESS, or start a local one; once per process."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    address = _address(config)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the backend warns of what Ray Data does by design
-    # Stages show their own progress; workers' output stays in Ray's logs, and their errors come back.
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        ray.init(address=address, **options)
-        return
-    ray.init(
-        address="local",  # without it Ray joins whatever cluster somebody has started on this machine
-        num_cpus=config.cluster.num_cpus,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        **options,
-    )
-
-
-def require_resources(config: Config, verb: str, kind: str, count: int = 1, *, cpus: float, gpus: float) -> None:
-    """Refuse `count` processes that this machine can never hold: Ray would wait for ever. `kind`: of `cpus_per_<kind>`.
-
-    A cluster that was joined may grow: there it says what it waits for.
-
-    Raises:
-        ConfigError: Ray runs on this machine alone, and that is too small.
-    """
-    wanted = {"CPU": cpus, "GPU": gpus}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-    def room(*names: str) -> int:
-        each = [[node.get(name, 0) / wanted[name] for name in names if wanted[name]] for node in nodes]
-        return sum(int(min(shares, default=count) + 1e-6) for shares in each)
-
-    if room("CPU", "GPU") >= count:
-        return
-    key = f"{verb}.{'cpus' if room('GPU') >= count else 'gpus'}_per_{kind}"
-    there = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in wanted)
-    text = f"{key}: {count} {kind}{'s' * (count > 1)} of {cpus:g} CPU and {gpus:g} GPU asked for, there are {there}"
-    if not _address(config):
-        raise ConfigError(f"{text}; lower it" + (" or their number" if count > 1 else ""))
-    log(verb, f"waiting for the cluster to grow: {text}", level=logging.WARNING)
-
-
-def _address(config: Config) -> str | None:
-    """Of the cluster to join; None where Ray runs on this machine alone."""
-    return config.cluster.address or os.environ.get("RAY_ADDRESS")

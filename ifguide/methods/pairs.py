@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ifguide.preferences.reward_model import RatedText
+from ifguide.methods.reward_model import RatedText
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import move_folder, remove_tree
-from ifguide.stages.checkpoints import (
+from ifguide.storage import download_folder, is_remote, location, upload, upload_folder, work_folder
+from ifguide.training.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
     describe_files,
@@ -24,7 +25,6 @@ from ifguide.stages.checkpoints import (
     publish_checkpoint,
     remove_others,
 )
-from ifguide.storage import download_folder, is_remote, location, upload, upload_folder, work_folder
 
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb.json"
 UPLOAD_SECONDS = 15.0  # between uploads of the metrics

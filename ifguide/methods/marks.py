@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ifguide.spans.finders import Span, sentence_spans, word_list_spans
+from ifguide.methods.finders import Span, sentence_spans, word_list_spans
 from ifguide.spans.tables import PackedCorpus, SpanCounts, read_documents, write_found_spans
 
 Find = Callable[[Sequence[str]], list[list[Span]]]

@@ -6,16 +6,16 @@ The ledger entry means done: a rerun, or a retry of Ray's, skips those keys.
 
 A process whose device has failed ends itself: all that it does from then on would fail, and faster than others work.
 
-Ray restarts an actor whose process died, and runs its shards again, without end. So attempts are counted on storage,
-in `ledger/<key>.attempts`, before the work starts: a shard that kills its process is given up after `max_attempts`,
-and so is an actor that does not survive its constructor; one that cannot count its start, on a full disk for
+Ray restarts an actor whose process died, and runs its shards again, without end. So attempts are counted on storage, in
+`ledger/<key>.attempts`, before the work starts: a shard that kills its process is given up after `attempts` of its
+resources, and so is an actor that does not survive its constructor; one that cannot count its start, on a full disk for
 instance, gives that as the reason of its shards. A shard that has failed before runs alone in its actor: a neighbour
-that it takes down pays one attempt and no more. A failed shard does not stop the others; the stage then ends with
-every failed key and reason. An actor whose restart fails ends Ray Data's run: the shards that are left go to a new
-pool, as long as each pool finishes some.
+that it takes down pays one attempt and no more. A failed shard does not stop the others; the stage then ends with every
+failed key and reason. An actor whose restart fails ends Ray Data's run: the shards that are left go to a new pool, as
+long as each pool finishes some.
 
 Cost: two small files a shard. It does not tell a preempted machine from a shard that kills its process: where machines
-come and go, raise `max_attempts`.
+come and go, raise `resources.attempts`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ import ray.data
 from ray.util.metrics import Gauge
 
 from ifguide.artifacts import write_json
-from ifguide.ledger import ACTORS, LEDGER, Attempts, finished_entries, forget, unfinished_attempts
+from ifguide.config.resources import Resources
+from ifguide.distributed.ledger import ACTORS, LEDGER, Attempts, finished_entries, forget, unfinished_attempts
+from ifguide.distributed.session import cluster_cpus
 from ifguide.storage import location, make_folder, sizes
 from ifguide.telemetry import Progress, ProgressFile, configure_logging, log
 
@@ -60,17 +62,19 @@ class Worker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """A stage's workers: `min_size` (default: `size`) to `size` actors, each of `cpus`, `gpus` and `memory` bytes.
+    """A stage's workers: `min_size` (default: `size`) to `size` actors, each of `resources`.
 
     An actor holds `in_flight` shards at once: with 2 it reads the next and writes the last while it computes."""
 
     size: int
-    cpus: float
-    gpus: float
+    resources: Resources
     min_size: int | None = None
-    memory: int | None = None
     in_flight: int = 1
-    max_attempts: int = 3
+
+    @classmethod
+    def filling_cluster(cls, resources: Resources) -> Pool:
+        """As many actors as the cluster has CPUs for."""
+        return cls(size=max(1, int(cluster_cpus() / resources.cpus)), resources=resources)
 
 
 def run_shards(
@@ -216,9 +220,9 @@ def _map(
             max_concurrent_calls_per_actor=in_flight,
             enable_true_multi_threading=True,
         ),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus or None,
-        memory=pool.memory,
+        num_cpus=pool.resources.cpus,
+        num_gpus=pool.resources.gpus or None,
+        memory=pool.resources.memory,
         batch_size=1,
     )
     for row in dataset.iter_rows():
@@ -232,11 +236,11 @@ class _LedgerWorker:
         import torch
 
         configure_logging()
-        torch.set_num_threads(max(1, int(pool.cpus)))
+        torch.set_num_threads(max(1, int(pool.resources.cpus)))
         self.ledger, self.pool = location(ledger), pool
         self.turn, self.slots = threading.Lock(), threading.Semaphore(pool.in_flight)
         starts = Attempts(self.ledger / ACTORS, str(ray.get_runtime_context().get_actor_id()))
-        if starts.made >= pool.max_attempts:
+        if starts.made >= pool.resources.attempts:
             raise RuntimeError(f"its process died {starts.made} times while it started")
         self.storage_error = ""
         try:
@@ -265,7 +269,7 @@ class _LedgerWorker:
         attempts = Attempts(self.ledger, key)
         while not done.exists():
             with self._slots(self.pool.in_flight if attempts.made else 1):
-                if attempts.made >= self.pool.max_attempts:
+                if attempts.made >= self.pool.resources.attempts:
                     return attempts.give_up(f"gave up after {attempts.made} attempts: {attempts.reason}")
                 attempts.begin()
                 started = time.monotonic()

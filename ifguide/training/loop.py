@@ -18,9 +18,12 @@ import torch
 from ifguide.artifacts import fsync_tree, remove_tree, write_json
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
 from ifguide.models import load_architecture, load_model
-from ifguide.objective import Objective
 from ifguide.planning.shapes import initial_model, with_positions
-from ifguide.stages.checkpoints import (
+from ifguide.storage import location
+from ifguide.telemetry import MetricsLog, log, read_metrics
+from ifguide.tokenizer import load_tokenizer
+from ifguide.training.blocks import BLOCKS, TrainingBlocks, flatten_blocks
+from ifguide.training.checkpoints import (
     STATE,
     Checkpoint,
     best_checkpoints,
@@ -28,14 +31,11 @@ from ifguide.stages.checkpoints import (
     last_checkpoint,
     published_checkpoints,
 )
-from ifguide.stages.engines import DeepSpeedEngine, Engine, TorchEngine
-from ifguide.stages.training_blocks import BLOCKS, TrainingBlocks, flatten_blocks
-from ifguide.stages.training_folder import METRICS, TrainingFolder
-from ifguide.stages.training_log import meter_of
-from ifguide.storage import location
-from ifguide.telemetry import MetricsLog, log, read_metrics
-from ifguide.tokenizer import load_tokenizer
+from ifguide.training.engines import DeepSpeedEngine, Engine, TorchEngine
+from ifguide.training.folder import METRICS, TrainingFolder
 from ifguide.training.lm_loss import LanguageModelLoss
+from ifguide.training.meter import meter_of
+from ifguide.training.objective import Objective
 from ifguide.training.schedule import (
     PADDING,
     BenignRise,
@@ -67,7 +67,7 @@ class TrainingLoop:
         self.config = config_from_mapping(settings["config"])
         self.rank, self.world_size, self.name = rank, world_size, settings["name"]
         self.train = self.config.pretrain
-        torch.set_num_threads(max(1, int(self.train.cpus_per_worker)))
+        torch.set_num_threads(max(1, int(self.train.resources.cpus)))
         self.place = TrainingFolder(
             settings["folder"],
             rank=rank,

@@ -1,0 +1,1 @@
+"""Documents to packed blocks: reading, tokenising, packing, and the tables of a corpus."""

@@ -1,0 +1,71 @@
+"""The Ray cluster that stages work on: joined or started once, and asked whether it can hold what they need."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import ray
+
+from ifguide.config import Cluster, ConfigError
+from ifguide.config.resources import WorkerResources
+from ifguide.telemetry import log
+
+
+def connect(cluster: Cluster) -> None:
+    """Join the cluster named by `cluster.address` or RAY_ADDRESS, or start a local one; once per process."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    address = _address(cluster)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the backend warns of what Ray Data does by design
+    # Stages show their own progress; workers' output stays in Ray's logs, and their errors come back.
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **options)
+        return
+    ray.init(
+        address="local",  # without it Ray joins whatever cluster somebody has started on this machine
+        num_cpus=cluster.num_cpus,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        **options,
+    )
+
+
+def cluster_cpus() -> float:
+    """The CPUs of the cluster that this process has joined."""
+    return float(ray.cluster_resources().get("CPU", 1))
+
+
+def require_resources(cluster: Cluster, verb: str, resources: WorkerResources, count: int = 1) -> None:
+    """Refuse `count` processes of a stage that this machine can never hold: Ray would wait for ever.
+
+    A cluster that was joined may grow: there it says what it waits for.
+
+    Raises:
+        ConfigError: Ray runs on this machine alone, and that is too small; names the key.
+    """
+    wanted = {"CPU": resources.cpus, "GPU": resources.gpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def room(*names: str) -> int:
+        shares = [[node.get(name, 0) / wanted[name] for name in names if wanted[name]] for node in nodes]
+        return sum(int(min(of_node, default=count) + 1e-6) for of_node in shares)
+
+    if room("CPU", "GPU") >= count:
+        return
+    key = f"{verb}.resources.{'cpus' if room('GPU') >= count else 'gpus'}"
+    there = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in wanted)
+    processes = f"{count} process{'es' * (count > 1)}"
+    text = f"{key}: {processes} of {wanted['CPU']:g} CPU and {wanted['GPU']:g} GPU asked for, there are {there}"
+    if not _address(cluster):
+        raise ConfigError(f"{text}; lower it" + (" or their number" if count > 1 else ""))
+    log(verb, f"waiting for the cluster to grow: {text}", level=logging.WARNING)
+
+
+def _address(cluster: Cluster) -> str | None:
+    """Of the cluster to join; None where Ray runs on this machine alone."""
+    return cluster.address or os.environ.get("RAY_ADDRESS")

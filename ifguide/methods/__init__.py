@@ -1,0 +1,1 @@
+"""What `compare` compares: masks found by other means, preference training, reward models."""

@@ -1,0 +1,38 @@
+"""The verbs in order, each a stage of `ifguide.stages`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from ifguide.config import VERBS, Config
+from ifguide.run import Run
+from ifguide.telemetry import log
+
+
+def run_pipeline(config: Config, *, dry_run: bool, until: str | None = None) -> None:
+    """Every verb in order, up to `until`. The baseline is trained when it is wanted or serves as the proxy."""
+    run = Run(config=config)
+    steps: list[tuple[str, Run]] = [("pack_corpus", run)]
+    if config.baseline:
+        steps.append(("pretrain", run.with_mask(False)))
+    if config.build_query.factors is None:
+        steps.append(("fit_factors", run))
+    steps += [(verb, run) for verb in ("build_query", "score_corpus", "build_mask")]
+    steps += [("pretrain", run.with_mask(True)), ("evaluate", run)]
+    if until is not None:
+        places = [place for place, (verb, _) in enumerate(steps) if verb == until]
+        if not places:
+            raise ValueError(f"--until {until}: this config does not run it")
+        steps = steps[: places[-1] + 1]
+    for verb, step in steps:
+        stage(verb)(step, dry_run=dry_run)
+    if not dry_run and until in (None, VERBS[-1]):
+        log("run", f"done: open {run.report / 'index.html'}")
+
+
+def stage(verb: str) -> Callable[..., Any]:
+    """The function of a verb; imported late, so that `--help` and `show` start at once."""
+    assert verb in VERBS, verb
+    return getattr(importlib.import_module(f"ifguide.stages.{verb}"), verb)
