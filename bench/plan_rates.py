@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from ifguide.config import Config, Input
+from ifguide.config import Cluster, Input
 from ifguide.corpus.reading import list_chunks, read_documents, tokenise
 from ifguide.planning.flops import EIGEN_FLOP
 from ifguide.tokenizer import load_tokenizer
@@ -91,7 +91,7 @@ def seconds_per_shard(shards: int) -> float:
     from ifguide.distributed.session import connect
     from ifguide.distributed.shards import Pool, run_shards
 
-    connect(Config())
+    connect(Cluster())
     times = {}
     pool = Pool(size=os.cpu_count() or 1, resources=Resources(gpus=0), in_flight=2)
     for count in (shards // 3, shards):

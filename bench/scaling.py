@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact, publish
-from ifguide.config import ModelSource, config_from_mapping, to_mapping
+from ifguide.config import ModelSource, to_mapping
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.scorer import PRESETS, Method, TokenScorer
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
@@ -178,7 +178,7 @@ def run_way(actors: int, folder: Path) -> float:
         for descriptor in descriptors:
             worker.process(descriptor)
         return time.monotonic() - started
-    connect(config_from_mapping({"cluster": {"num_cpus": 2}}))
+    connect(Cluster(num_cpus=2))
     pool = Pool(size=actors, resources=Resources(gpus=0), in_flight=2)
     results = run_shards("scaling", descriptors, ScoreShard, settings, folder=scores, pool=pool, unit="shards")
     published = {path.stem: path.stat().st_mtime for path in data_files(scores)}

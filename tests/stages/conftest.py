@@ -12,7 +12,7 @@ import pytest
 import ray
 from filelock import FileLock
 
-from ifguide.config import Config, config_from_mapping, to_mapping
+from ifguide.config import Cluster, Config, config_from_mapping, to_mapping
 from ifguide.demo import generate_demo
 from ifguide.demo.generate import SUMMARY
 from ifguide.distributed.session import connect
@@ -104,9 +104,9 @@ def data(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cluster() -> Iterator[None]:
     """A local Ray cluster of two CPUs for the whole session."""
-    connect(config_from_mapping({"run_dir": str(tmp_path_factory.mktemp("x")), "cluster": {"num_cpus": 2}}))
+    connect(Cluster(num_cpus=2))
     yield
     ray.shutdown()
 
