@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact, publish
-from ifguide.config import ModelSource, to_mapping
+from ifguide.config import Cluster, ModelSource, to_mapping
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.scorer import PRESETS, Method, TokenScorer
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
