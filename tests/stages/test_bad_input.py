@@ -81,24 +81,15 @@ def test_a_tokenizer_of_no_documents_is_refused(pack: Callable[..., Any], data: 
         stage("pack_corpus")(Run(config=config_from_mapping(tree)))
 
 
-@pytest.mark.parametrize(
-    ("verb", "section", "kind"),
-    [
-        ("fit_factors", "fit_factors", "task"),
-        ("build_query", "build_query", "task"),
-        ("score_corpus", "score_corpus", "actor"),
-    ],
-)
+@pytest.mark.parametrize("verb", ["fit_factors", "build_query", "score_corpus"])
 @pytest.mark.parametrize("resource", ["cpus", "gpus"])
 def test_resources_that_this_machine_has_not_are_refused(
-    verb: str, section: str, kind: str, resource: str, copied: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    verb: str, resource: str, copied: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     folder = {"fit_factors": "factors", "build_query": "query", "score_corpus": "scores"}[verb]
-    config = copied(drop=(folder,), **{f"{section}__{resource}_per_{kind}": 3.0})
-    with pytest.raises(
-        ConfigError, match=rf"{section}\.{resource}_per_{kind}: 1 {kind} of .* there are 2 CPU and 0 GPU"
-    ):
+    config = copied(drop=(folder,), **{f"{verb}__resources": {"gpus": 0, resource: 3.0}})
+    with pytest.raises(ConfigError, match=rf"{verb}\.resources\.{resource}: 1 process of .* there are 2 CPU and 0 GPU"):
         stage(verb)(Run(config=config))
 
 

@@ -21,6 +21,7 @@ from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
 from ifguide.cli import main
 from ifguide.config import Config, ConfigError, to_yaml
+from ifguide.config.resources import Resources
 from ifguide.distributed.tasks import run_tasks
 from ifguide.pipeline import stage
 from ifguide.report.view import View
@@ -123,7 +124,7 @@ def test_any_sharding_on_any_number_of_workers_selects_the_same(
     lengths[-1] = 7
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, tasks in (("workers", run_tasks(cpus)), ("alone", in_any_order(seed))):
+        for name, tasks in (("workers", run_tasks(Resources(cpus=cpus, gpus=0))), ("alone", in_any_order(seed))):
             files = write_shards(Path(folder) / name, scores, lengths, documents, cuts if name == "workers" else ())
             rules = rules_of(Path(folder) / name, quantile=0.6, max_fraction=0.3, unit=unit)
             found.append((select(rules, files, tasks), read_masks(rules).tolist(), read_ranking(rules)))
