@@ -16,16 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.over_seeds import by_figure, cell, mean_and_range
+from bench.common.over_seeds import by_figure, cell, mean_and_range
+from bench.common.places import this_machine
 from ifguide.artifacts import publish, read_manifest, write_json
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.demo.pipeline import run_demo
@@ -106,7 +103,7 @@ def main() -> None:
             figures[name].append(figures_of(made_variant(base, name)))
             log("ablations", f"seed {seed}, {name}: {json.dumps(figures[name][-1])}")
     write_results(options.folder, figures)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    machine = this_machine()
     print(json.dumps({"seeds": options.seeds, "variants": by_figure(figures), "machine": machine}))
 
 

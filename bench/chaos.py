@@ -32,20 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import yaml
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from bench.common.places import ROOT
+from bench.common.proxies import random_direction
 from ifguide.artifacts import data_files, file_digest, open_artifact, read_manifest
 from ifguide.config import ModelSource, config_from_mapping
 from ifguide.demo import generate_demo
 from ifguide.distributed.ledger import LEDGER
-from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
+from ifguide.models import linearise, load_model, state_fingerprint
 from ifguide.stages.build_query import DIRECTION
 
-ROOT = Path(__file__).parents[1]
 KINDS = {"actor": 14, "driver": 3, "node": 3}  # of twenty kills
 ACTOR = "MapWorker"  # Ray gives an actor's process the title ray::MapWorker(...)
 VERBS = (
@@ -207,12 +205,7 @@ def prepare(run_dir: Path, run_verb: Callable[[Path, str], Any], documents: int)
     write_config(run_dir, tree)
     run_verb(run_dir, "pack_corpus")
     proxy = linearise(load_model(ModelSource(source=str(data / "proxy"))))
-    generator = torch.Generator().manual_seed(0)
-    direction = {}
-    for name in tracked_modules(proxy, min_coverage=0.9).names:
-        module = proxy.get_submodule(name)
-        columns = module.weight.shape[1] + (module.bias is not None)
-        direction[name] = torch.randn(module.weight.shape[0], columns, generator=generator)
+    direction = random_direction(proxy)
     query = open_artifact(
         run_dir / "query",
         verb="build_query",

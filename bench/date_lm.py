@@ -47,12 +47,11 @@ import torch
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.date_lm_data import MAX_CHARACTERS, Benchmark, Example, read_benchmark
-from bench.direction import differential, fit_factors, tracked_names
-from bench.localise import ROOT, load_proxy
-from bench.similarity import (
+from bench.common.date_lm_data import MAX_CHARACTERS, Benchmark, Example, read_benchmark
+from bench.common.direction import differential, fit_factors, tracked_names
+from bench.common.places import DATA
+from bench.common.proxies import load_proxy
+from bench.common.similarity import (
     BATCH_TOKENS,
     HiddenStates,
     gradient_norms,
@@ -263,7 +262,7 @@ def _factors(
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proxy", default="smollm2", help="smollm2, or a model's folder (with its tokenizer)")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--subset", help="a configuration of DATE-LM's data set on the hub, instead of --data")
     parser.add_argument("--examples", type=int, default=1500, help="to rank; 0: all of DATE-LM's (10,000 drawn)")
     parser.add_argument("--unsafe", type=int, default=30, help="among the examples, of the set drawn here")

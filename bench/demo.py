@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from bench.common.places import this_machine
 
 COMPARED = ("corpus", "query", "scores", "mask")
 
@@ -46,7 +46,7 @@ def main() -> None:
         first = options.seeds[0]
         run_demo(first, options.folder / "demo-again")
         result["same_digests"] = digests(options.folder / f"demo-seed{first}") == digests(options.folder / "demo-again")
-    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    result["machine"] = this_machine()
     print(json.dumps(result))
 
 

@@ -14,27 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.direction import load_smollm2
+from bench.common.places import DATA, this_machine
+from bench.common.proxies import load_smollm2
 from ifguide.config import ModelSource
 from ifguide.evaluation.generation import UNIFORMS, Sampling, sample_nucleus, sample_tokens
 from ifguide.models import load_model
 from ifguide.tokenizer import train_tokenizer
 
-RTP = Path(__file__).parents[2] / "shared" / "data" / "rtp_prompts.jsonl"
+RTP = DATA / "rtp_prompts.jsonl"
 NEOX = {
     "model_type": "gpt_neox",
     "hidden_size": 384,
@@ -183,7 +178,7 @@ def main() -> None:
         "vocabulary": model.config.vocab_size,
         "prompt_tokens": [min(lengths), statistics.median(lengths), max(lengths)],
         "threads": options.threads,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "machine": this_machine(),
     }
     print(json.dumps(result))
 

@@ -22,35 +22,26 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from profanity_check import predict_prob
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.direction import differential, fit_factors, load_smollm2, low_rank, mean_gradient, tracked_names
-from ifguide.config import ModelSource
-from ifguide.influence.products import bfloat16_pays
+from bench.common.direction import differential, fit_factors, low_rank, mean_gradient, tracked_names
+from bench.common.places import DATA
+from bench.common.proxies import load_proxy
+from bench.common.scores import score_blocks
+from bench.common.texts import Document, read_paragraphs, read_rows
 from ifguide.influence.query import load_factors, precondition
-from ifguide.influence.scorer import Attribution, Method, Precision, TokenScorer
 from ifguide.methods.finders import sentence_spans, word_list_spans
-from ifguide.models import linearise, load_model
-from ifguide.telemetry import Progress, configure_logging, log
-from ifguide.tokenizer import load_tokenizer
+from ifguide.telemetry import configure_logging, log
 
-ROOT = Path(__file__).parents[1]
-Document = dict[str, Any]
-PRECISION: Precision = "bfloat16" if bfloat16_pays(torch.device("cpu")) else "float32"
-METHOD = Method(engine="difference", precision=PRECISION, rank=None)
 MAX_TOKENS = 128
-BATCH_TOKENS = 2048
 
 
 def main() -> int:
@@ -137,49 +128,6 @@ def _directions(
             few = [mean_gradient(model, tokenizer, names, each[:count]) for each in (toxic, benign)]
             directions[f"queries_{count}"] = precondition(differential(*few), factors)
     return directions
-
-
-def score_blocks(
-    model: PreTrainedModel,
-    directions: Sequence[Mapping[str, Tensor]],
-    blocks: Sequence[tuple[np.ndarray, Any, Any]],
-    attribution: Attribution,
-    fill: int,
-    *,
-    at_once: int = 4,
-    method: Method = METHOD,
-) -> list[list[np.ndarray]]:
-    """Per direction, the label-aligned scores of every block; `at_once` directions share a pass."""
-    order = sorted(range(len(blocks)), key=lambda i: len(blocks[i][0]))
-    results: list[list[np.ndarray]] = []
-    passes = -(-len(directions) // at_once)
-    progress = Progress(attribution, passes * sum(len(block[0]) for block in blocks), "tokens")
-    for begin in range(0, len(directions), at_once):
-        scorer = TokenScorer(model, directions[begin : begin + at_once], attribution=attribution, method=method)
-        part: list[list[np.ndarray]] = [[np.zeros(0)] * len(blocks) for _ in directions[begin : begin + at_once]]
-        for batch in _batches(order, blocks):
-            lengths = torch.tensor([len(blocks[i][0]) for i in batch])
-            tokens = torch.full((len(batch), int(lengths.max())), fill)
-            for row, i in enumerate(batch):
-                tokens[row, : len(blocks[i][0])] = torch.from_numpy(blocks[i][0])
-            scores_KBT = scorer.score(tokens, lengths).numpy()
-            for k, found in enumerate(part):
-                for row, i in enumerate(batch):
-                    found[i] = scores_KBT[k, row, : len(blocks[i][0])]
-            progress.advance(float(lengths.sum()))
-        results += part
-    return results
-
-
-def _batches(order: Sequence[int], blocks: Sequence[Any]) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) + 1) * len(blocks[i][0]) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def encode_document(
@@ -294,27 +242,10 @@ def _texts(documents: Sequence[Document], blocks: Sequence[Any]) -> Iterator[tup
     return ((document["text"], block[1]) for document, block in zip(documents, blocks, strict=True))
 
 
-def read_paragraphs(data: Path) -> list[Document]:
-    """The paragraphs of the encyclopedia articles, headings left out."""
-    lines = (line for row in read_rows(data / "wikitext2_articles.jsonl") for line in row["text"].split("\n"))
-    return [{"text": line.strip()} for line in lines if len(line) > 200]
-
-
-def read_rows(path: Path) -> list[Document]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def load_proxy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    if name == "smollm2":
-        return load_smollm2()
-    return linearise(load_model(ModelSource(source=name))), load_tokenizer(name)
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proxy", default="smollm2", help="smollm2, or a model's folder (with its tokenizer)")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--queries", type=int, default=160, help="of each set")
     parser.add_argument("--factor-tokens", type=int, default=14_000)

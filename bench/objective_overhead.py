@@ -34,8 +34,6 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from ifguide.config import ModelSource
 from ifguide.models import load_model
 from ifguide.planning import flops
@@ -207,7 +205,7 @@ def memory_of(side: str, work: Work, options: argparse.Namespace) -> int:
         return peak
     # memory above 64 kB then goes back to the system as soon as it is freed
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", side]
+    command = [sys.executable, "-m", "bench.objective_overhead", *sys.argv[1:], "--memory-of", side]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout.split()[-1])
 
 

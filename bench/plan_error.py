@@ -20,8 +20,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import ConfigError
 from ifguide.planning.command import plan

@@ -22,16 +22,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 
+from bench.common.places import DATA
 from ifguide.config import Cluster, Input
 from ifguide.corpus.reading import list_chunks, read_documents, tokenise
 from ifguide.planning.flops import EIGEN_FLOP
 from ifguide.tokenizer import load_tokenizer
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def main() -> None:

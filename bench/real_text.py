@@ -16,18 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.direction import smollm2_folder
-from bench.over_seeds import by_figure, cell, mean_and_range
+from bench.common.over_seeds import by_figure, cell, mean_and_range
+from bench.common.places import this_machine
+from bench.common.proxies import smollm2_folder
 from ifguide.artifacts import publish
 from ifguide.config import Config, load_config
 from ifguide.pipeline import run_pipeline
@@ -77,7 +73,7 @@ def main() -> None:
     with publish(folder / "comparison.md") as part:
         part.write_text(as_markdown(figures, losses), encoding="utf-8")
     draw(figures, folder / "comparison.png")
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
+    machine = this_machine()
     result = {"models": by_figure(figures), "mask": against_annotations(base), "machine": machine}
     print(json.dumps({"seeds": options.seeds, **result}))
 

@@ -33,14 +33,13 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from bench.common.proxies import random_direction
 from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact, publish
 from ifguide.config import Cluster, ModelSource, to_mapping
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.scorer import PRESETS, Method, TokenScorer
-from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
+from ifguide.models import linearise, load_model, state_fingerprint
 
 BLOCK_SIZE, VOCABULARY, MICRO_BATCH = 256, 2048, 4
 ARCHITECTURE = {
@@ -90,7 +89,7 @@ def compare(folder: Path, shards: int, shard_seconds: float, rounds: int) -> dic
 
 def _in_a_process(actors: int, folder: Path) -> float:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--way", str(actors), str(folder)]
+    command = [sys.executable, "-m", "bench.scaling", "--way", str(actors), str(folder)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return float(json.loads(result.stdout.splitlines()[-1]))
 
@@ -100,16 +99,11 @@ def prepare(folder: Path, shards: int, shard_seconds: float) -> int:
     torch.set_num_threads(1)
     load_model(ModelSource(architecture=ARCHITECTURE), seed=0).save_pretrained(folder / "proxy")
     proxy = linearise(load_model(ModelSource(source=str(folder / "proxy"))))
-    generator = torch.Generator().manual_seed(0)
-    direction = {}
-    for name in tracked_modules(proxy, min_coverage=0.9).names:
-        module = proxy.get_submodule(name)
-        columns = module.weight.shape[1] + (module.bias is not None)
-        direction[name] = torch.randn(module.weight.shape[0], columns, generator=generator)
+    direction = random_direction(proxy)
     save_file(direction, folder / "direction.safetensors")
     scorer = TokenScorer(proxy, [direction], attribution="target", method=fast_method())
     (folder / "settings.json").write_text(json.dumps({"steps": scorer.steps, "fingerprint": state_fingerprint(proxy)}))
-    tokens = torch.randint(1, VOCABULARY, (MICRO_BATCH, BLOCK_SIZE), generator=generator)
+    tokens = torch.randint(1, VOCABULARY, (MICRO_BATCH, BLOCK_SIZE), generator=torch.Generator().manual_seed(1))
     lengths = torch.full((MICRO_BATCH,), BLOCK_SIZE)
     times = []
     for _ in range(6):

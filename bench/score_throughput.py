@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +35,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.kronfluence_side import KronfluenceSide, kronfluence_settings
+from bench.common.kronfluence_side import KronfluenceSide, kronfluence_settings
+from bench.common.places import CACHE
 from ifguide.config import ModelSource
 from ifguide.influence.agreement import compare
 from ifguide.influence.memory import keep_memory
@@ -48,7 +46,6 @@ from ifguide.models import load_model, predicted_positions
 RANK = 64  # of the low-rank sides
 ALWAYS = ("full", "fast")
 SIDES = [*ALWAYS, "exact", f"fast_rank{RANK}", "position_fast", "fast_two_behaviours"]
-CACHE = Path(__file__).parents[1] / "runs" / "bench"
 NEOX = {"model_type": "gpt_neox", "hidden_act": "gelu", "initializer_range": 0.02}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -226,7 +223,7 @@ def _matmul_rate(model: PreTrainedModel, dtype: torch.dtype) -> float:
 
 def _workload(options: argparse.Namespace, device: torch.device) -> tuple[PreTrainedModel, dict[str, Tensor], Tensor]:
     if options.shape == "smollm2":
-        from bench.throughput_text import smollm2_workload
+        from bench.common.workloads import smollm2_workload
 
         model, directions, tokens_BT = smollm2_workload(options.blocks, options.block_size)
     else:
@@ -239,7 +236,7 @@ def _workload(options: argparse.Namespace, device: torch.device) -> tuple[PreTra
 
 
 def _directions_of_random_tokens(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Tensor]:
-    from bench.throughput_text import differential_gradient, fit_on_tokens
+    from bench.common.workloads import differential_gradient, fit_on_tokens
 
     if options.v == "gradient":
         return differential_gradient(model)

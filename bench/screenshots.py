@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -39,15 +40,17 @@ def main() -> None:
     options = parser.parse_args()
     if not (CHROMIUM and DRIVER):
         raise SystemExit("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    pictures = []
     with tempfile.TemporaryDirectory() as profile:
         browser = open_browser(Path(profile))
         try:
             for screen, (width, height) in SCREENS.items():
                 path = options.out / f"{options.name}_{screen}.png"
                 path.write_bytes(screenshot(browser, options.page, width, height))
-                print(path)
+                pictures.append(str(path))
         finally:
             browser.quit()
+    print(json.dumps({"pictures": pictures}))
 
 
 def open_browser(profile: Path) -> Any:

@@ -34,8 +34,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from bench.common.places import CACHE
 from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact
 from ifguide.config import config_from_mapping
@@ -54,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000], help="millions of scores")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "runs" / "bench" / "selection")
+    parser.add_argument("--folder", type=Path, default=CACHE / "selection")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
@@ -62,7 +61,7 @@ def main() -> None:
         return
     found: dict[int, dict[str, Any]] = {}
     for size in options.sizes:  # each in a process of its own, for its memory
-        command = [sys.executable, __file__, "--one", str(size), "--folder", str(options.folder)]
+        command = [sys.executable, "-m", "bench.selection_scale", "--one", str(size), "--folder", str(options.folder)]
         rounds = options.rounds if size < 1000 else 1
         output = subprocess.run([*command, "--rounds", str(rounds)], check=True, stdout=subprocess.PIPE, text=True)
         found[size] = json.loads(output.stdout.splitlines()[-1])

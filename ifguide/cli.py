@@ -122,10 +122,6 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, help="workers of every stage (default: the config's)")
     parser.add_argument("--price-per-hour", type=float, help="of one GPU, in any currency")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--simulate", action="store_true", help="simulate scoring, up to 1T tokens and --actors")
-    parser.add_argument("--actors", type=int, nargs="+", default=[64, 512, 4096], help="default 64 512 4096")
-    parser.add_argument("--mtbf-hours", type=float, help="mean time between failures of a machine of eight GPUs")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was simulated")
     parser.set_defaults(function=_plan)
 
 
@@ -234,10 +230,6 @@ def _plan(options: argparse.Namespace) -> int:
         gpu=options.gpu,
         gpus=options.gpus,
         price_per_hour=options.price_per_hour,
-        simulated=options.simulate or options.plot is not None,
-        actors=options.actors,
-        mtbf_hours=options.mtbf_hours,
-        figure=options.plot,
     )
     print(as_json(result) if options.json else as_text(result))
     return 0

@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: FLOP, hours, cost, storage and memory of every stage, and a simulation.
+"""What a run will take, before it is started: FLOP, hours, cost, storage and memory of every stage.
 
 `measurements.yaml` holds every figure that an estimate rests on, with its source; nothing here asks a machine or Ray.
 """

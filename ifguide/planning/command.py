@@ -1,4 +1,4 @@
-"""`ifguide plan`: the estimates of every stage and the simulation, as text or as JSON."""
+"""`ifguide plan`: the estimates of every stage, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from ifguide.planning.estimate import estimate, scoring_method, scoring_rates
 from ifguide.planning.job import Job, StageEstimate
 from ifguide.planning.measurements import Hardware, hardware, sources
 from ifguide.planning.shapes import ModelShape, proxy_shape, target_shape
-from ifguide.planning.sweep import ACTORS, Point, plot, recommended, sweep
 from ifguide.storage import location
 
 DEFAULT_TOKENS = 1e9
-LARGEST_CORPUS = 1e12
 # What `--gpus N` sets, where a stage's workers have GPUs.
 WORKERS = {
     "fit_factors": "data_partitions",
@@ -40,10 +38,6 @@ def plan(
     gpu: str | None = None,
     gpus: int | None = None,
     price_per_hour: float | None = None,
-    simulated: bool = False,
-    actors: Sequence[int] = ACTORS,
-    mtbf_hours: float | None = None,
-    figure: Path | None = None,
 ) -> dict[str, Any]:
     """The plan as plain values: what `--json` prints. Times in hours, sizes in bytes.
 
@@ -52,8 +46,6 @@ def plan(
     Raises:
         ValueError, OSError: config, GPU type or shape that cannot be planned with; says what to do.
     """
-    if mtbf_hours is not None and not mtbf_hours > 0:
-        raise ValueError(f"--mtbf-hours {mtbf_hours:g}: must be above 0")
     config = load_config(path, overrides)
     settings = [] if gpus is None else worker_settings(config, gpus)
     config = load_config(path, [*overrides, *settings])
@@ -76,22 +68,9 @@ def plan(
         "notes": job.notes,
     }
     used = dict.fromkeys(name for item in stages for name in item.basis)
-    if simulated:
-        corpora = sorted({job.tokens, LARGEST_CORPUS})
-        points = sweep(job, corpora=corpora, actors=actors, mtbf_hours=mtbf_hours, seed=config.seed)
-        result["simulation"] = _simulation(points)
-        used |= dict.fromkeys(SIMULATED_RATES if mtbf_hours is None else SIMULATED_RATES[1:])
-        if figure is not None:
-            plot(points, figure)
     known = sources()
     result["sources"] = {name: {"kind": known[name][0], "source": known[name][1]} for name in used}
     return rounded(result)
-
-
-SIMULATED_RATES = (
-    "gpu_mtbf", "actor_start", "straggler_sigma", "dispatch", "requests_per_shard", "s3_requests", "s3_bytes",
-    "s3_object_bytes", "corpus_bytes", "score_bytes",
-)  # fmt: skip
 
 
 def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | None = None) -> Job:
@@ -199,26 +178,6 @@ def _total(stages: Sequence[StageEstimate], price: float | None) -> dict[str, An
         "gpu_hours_idle_if_kept": idle,
         "cost": None if price is None else price * gpu_hours,
         "storage_bytes": sum(item.storage for item in stages),
-    }
-
-
-def _simulation(points: Sequence[Point]) -> dict[str, Any]:
-    return {
-        "points": [
-            {
-                "corpus_tokens": point.tokens,
-                "actors": point.actors,
-                "shard_tokens": point.shard_tokens,
-                "hours": point.outcome.seconds / 3600,
-                "limit": point.limit,
-                **{key: value for key, value in asdict(point.outcome).items() if key != "seconds"},
-            }
-            for point in points
-        ],
-        "recommended": [
-            {"corpus_tokens": tokens, "actors": actors, "shard_tokens": point.shard_tokens, "limit": point.limit}
-            for (tokens, actors), point in recommended(points).items()
-        ],
     }
 
 

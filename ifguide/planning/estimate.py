@@ -3,7 +3,7 @@
 FLOP come from the shapes of proxy and target (`flops`). Packing and selection compute nothing to speak of: they take
 a measured time per token and core. Memory is an upper bound by intent: weights, optimizer, what grows with the batch.
 
-It does not know of networks, queues for machines or failures (`simulation` does).
+It does not know of networks, queues for machines or failures (`bench.common.simulation` does).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plan as text: one line a stage, what each rests on, and the simulation's table."""
+"""A plan as text: one line a stage, and what each rests on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ COLUMNS = (
     "memory",
     "rests on",
 )
-SIMULATED = (
-    "tokens", "actors", "shard", "shards", "time", "useful", "lost", "start", "tail", "driver", "req", "bw", "limit"
-)  # fmt: skip
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -39,7 +36,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"scoring: {rate['expected']:,.0f} tokens/s per actor ({rate['low']:,.0f} to {rate['high']:,.0f})"
     yield ""
     numbers = {name: index + 1 for index, name in enumerate(result["sources"])}
-    yield from _aligned([COLUMNS, *(_row(stage, numbers) for stage in result["stages"]), _total_row(result["total"])])
+    yield from aligned([COLUMNS, *(_row(stage, numbers) for stage in result["stages"]), _total_row(result["total"])])
     yield "~ extrapolated: not measured with this program on this machine. cost is of the GPUs only."
     idle = result["total"]["gpu_hours_idle_if_kept"]
     if idle:
@@ -48,9 +45,6 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         for note in stage["notes"]:
             yield f"{stage['stage']}: {note}"
     yield from result["notes"]
-    if "simulation" in result:
-        yield ""
-        yield from _simulation(result["simulation"])
     yield ""
     for name, entry in result["sources"].items():
         yield f"[{numbers[name]}] {entry['kind']}: {name}: {entry['source']}"
@@ -91,28 +85,8 @@ def _total_row(total: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _simulation(simulation: dict[str, Any]) -> Iterator[str]:
-    yield "scoring, simulated: shares of the actors' time, and how busy driver, requests and bandwidth are"
-    best = {(item["corpus_tokens"], item["actors"], item["shard_tokens"]) for item in simulation["recommended"]}
-    rows: list[tuple[str, ...]] = [SIMULATED]
-    for point in simulation["points"]:
-        chosen = (point["corpus_tokens"], point["actors"], point["shard_tokens"]) in best
-        shares = ("useful", "lost", "starting", "tail", "driver", "requests", "bandwidth")
-        rows.append(
-            (
-                f"{point['corpus_tokens']:.3g}",
-                f"{point['actors']:,}",
-                f"{point['shard_tokens'] / 1e6:,.1f}M",
-                f"{point['shards']:,}",
-                duration(point["hours"]),
-                *(f"{100 * point[name]:.0f}%" for name in shares),
-                point["limit"] + (" <- recommended" if chosen else ""),
-            )
-        )
-    yield from _aligned(rows)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of columns: the first on the left, the others on the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [

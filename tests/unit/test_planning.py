@@ -19,8 +19,6 @@ from ifguide.planning.estimate import estimate
 from ifguide.planning.job import ASSUMED_ROWS, rows
 from ifguide.planning.measurements import MOST, _tables, efficiency, hardware, rates, sources, throughputs
 from ifguide.planning.shapes import published_shapes, shape_of_fields
-from ifguide.planning.simulation import Outcome
-from ifguide.planning.sweep import limit, recommended, sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PYTHIA = CONFIGS / "pythia160m_owt.yaml"
@@ -214,62 +212,8 @@ def test_an_unknown_gpu_and_an_empty_corpus_are_one_line(capsys: pytest.CaptureF
     assert "--corpus-tokens 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("hours", ["0", "-1", "nan", "0.001"])
-def test_failures_that_let_no_shard_be_scored_are_one_line(hours: str, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "--config", str(PYTHIA), "--corpus-tokens", "1e9", "--simulate", "--actors", "64"]
-    assert main([*command, "--mtbf-hours", hours]) == 1
-    assert capsys.readouterr().err.startswith(f"ifguide plan: --mtbf-hours {hours}: must be above")
-
-
-def test_shards_that_failures_let_no_actor_score_are_left_out_of_the_simulation() -> None:
-    job = make_job(load_config(PYTHIA), corpus_tokens=1e9)
-    points = sweep(job, corpora=[1e9], actors=[64], shard_tokens=(2.0**19, 2.0**27), mtbf_hours=0.03)
-    assert [point.shard_tokens for point in points] == [2.0**19]
-    assert "simulation: 64 actors fail too soon to score shards of more than 524,288 tokens" in job.notes
-
-
 def test_rank_and_precision_of_the_config_decide_the_flop() -> None:
     job = make_job(load_config(PYTHIA, ["score_corpus.rank=8"]), corpus_tokens=1e9)
     method = Method(engine="difference", precision="bfloat16", rank=8)
     stage = {item.stage: item for item in estimate(job)}["score_corpus"]
     assert stage.flop == 1e9 * flops.scoring(job.proxy, 2048, attribution="target", method=method)
-
-
-def _outcome(**shares: float) -> Outcome:
-    quiet: dict[str, Any] = {"useful": 0.95, "lost": 0.0, "starting": 0.0, "idle": 0.05, "tail": 0.0, "driver": 0.1,
-                             "requests": 0.1, "bandwidth": 0.1}  # fmt: skip
-    return Outcome(shards=1, seconds=1.0, failures=0, sampled=False, **{**quiet, **shares})
-
-
-@pytest.mark.parametrize(
-    ("shares", "name"),
-    [
-        ({}, "compute"),
-        ({"driver": 0.99}, "driver"),
-        ({"bandwidth": 0.95}, "bandwidth"),
-        ({"requests": 0.95}, "requests"),
-        ({"idle": 0.4, "tail": 0.3}, "shard size"),
-        ({"starting": 0.5}, "start"),
-        ({"lost": 0.2}, "failures"),
-    ],
-)
-def test_the_limit_is_what_is_busy_or_wasted_most(shares: dict[str, float], name: str) -> None:
-    assert limit(_outcome(**shares)) == name
-
-
-def test_small_shards_meet_the_driver_and_large_ones_leave_actors_idle() -> None:
-    job = make_job(load_config(PYTHIA), corpus_tokens=1e11)
-    sizes = (2.0**19, 2.0**23, 2.0**28)
-    points = sweep(job, corpora=[1e11], actors=[2048], shard_tokens=sizes)
-    assert [point.limit for point in points][::2] == ["driver", "shard size"]
-    best = recommended(points)[1e11, 2048]
-    assert best.shard_tokens == 2.0**23
-    assert best.outcome.seconds == min(point.outcome.seconds for point in points)
-
-
-def test_a_simulated_plan_covers_a_trillion_tokens_and_draws_it(tmp_path: Path) -> None:
-    figure = tmp_path / "plan.png"
-    result = plan(PYTHIA, corpus_tokens=1e9, simulated=True, actors=[64], mtbf_hours=24.0, figure=figure)
-    assert {point["corpus_tokens"] for point in result["simulation"]["points"]} == {1e9, 1e12}
-    assert {item["corpus_tokens"] for item in result["simulation"]["recommended"]} == {1e9, 1e12}
-    assert figure.read_bytes().startswith(b"\x89PNG")

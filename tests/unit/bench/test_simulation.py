@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ifguide.planning.simulation import Cluster, simulate
+from bench.common.simulation import Cluster, simulate
 
 RATE = 1000.0
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from bench.localise import read_paragraphs, read_rows
+from bench.common.texts import read_paragraphs, read_rows
 from ifguide.telemetry import log
 
 HUB = "DataAttributionEval/Toxicity-Bias-Filtering"

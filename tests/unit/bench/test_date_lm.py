@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
-from bench.date_lm import algorithm1_statistic, auprc, example_scores, measure, top_mean
-from bench.date_lm_data import read_benchmark
-from bench.similarity import (
+from bench.common.date_lm_data import read_benchmark
+from bench.common.similarity import (
     HiddenStates,
     gradient_norms,
     hidden_states,
@@ -22,6 +21,7 @@ from bench.similarity import (
     reference_gradients,
     token_scores,
 )
+from bench.date_lm import algorithm1_statistic, auprc, example_scores, measure, top_mean
 from ifguide.influence.query import TokenisedQuery
 from ifguide.influence.scorer import PRESETS
 from ifguide.models import tracked_modules

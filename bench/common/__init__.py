@@ -1,0 +1,1 @@
+"""What the benchmarks share: directions, data, other methods' scores, and figures over seeds."""

