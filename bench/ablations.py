@@ -27,8 +27,9 @@ from ifguide.artifacts import publish, read_manifest, write_json
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.demo.pipeline import run_demo
 from ifguide.pipeline import run_pipeline, stage
-from ifguide.planning.shapes import shape_of_fields, target_shape
+from ifguide.planning.models import target_shape
 from ifguide.run import BASELINE, Run
+from ifguide.shapes import shape_of_fields
 from ifguide.telemetry import configure_logging, log
 from ifguide.training.model_card import markdown_table
 

@@ -35,10 +35,9 @@ from typing import Any
 import torch
 
 from ifguide.config import ModelSource
+from ifguide.hardware import hardware_of_device
 from ifguide.models import load_model
-from ifguide.planning import flops
-from ifguide.planning.measurements import hardware_of_device
-from ifguide.planning.shapes import published_shapes, shape_of_fields
+from ifguide.shapes import published_shapes, shape_of_fields
 from ifguide.training.lm_loss import LanguageModelLoss
 from ifguide.training.objective import Objective
 
@@ -190,7 +189,7 @@ def mfu(options: argparse.Namespace, tokens_per_second: float) -> str:
     found = hardware_of_device(torch.cuda.get_device_name()) if options.device == "cuda" else None
     if found is None:
         return ""
-    per_token = flops.training(shape_of_fields("target", "its fields", fields_of(options)), options.block_size)
+    per_token = shape_of_fields("target", "its fields", fields_of(options)).training_flop(options.block_size)
     return f", MFU {tokens_per_second * per_token / found.peak('bfloat16'):.1%}"
 
 

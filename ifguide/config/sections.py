@@ -55,7 +55,7 @@ class ModelSource:
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """The Ray cluster: `address` joins a running one, else `RAY_ADDRESS`, else a local one is started. Plans and dry
-    runs reckon with GPUs of the type `gpu`, a name of planning/measurements.yaml."""
+    runs reckon with GPUs of the type `gpu`, a name of hardware.yaml."""
 
     address: str | None = option(None, affects_result=False)
     num_cpus: int | None = option(None, at_least=1, affects_result=False)

@@ -11,10 +11,12 @@ from typing import Any
 
 from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import Config, ConfigError, load_config
+from ifguide.hardware import Hardware, hardware
 from ifguide.planning.estimate import estimate, scoring_method, scoring_rates
 from ifguide.planning.job import Job, StageEstimate
-from ifguide.planning.measurements import Hardware, hardware, sources
-from ifguide.planning.shapes import ModelShape, proxy_shape, target_shape
+from ifguide.planning.measurements import sources
+from ifguide.planning.models import proxy_shape, target_shape
+from ifguide.shapes import ModelShape
 from ifguide.storage import location
 
 DEFAULT_TOKENS = 1e9

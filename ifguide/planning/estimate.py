@@ -1,7 +1,8 @@
 """Each stage of a config on given machines: its FLOP, seconds, storage and memory, as `job.StageEstimate`.
 
-FLOP come from the shapes of proxy and target (`flops`). Packing and selection compute nothing to speak of: they take
-a measured time per token and core. Memory is an upper bound by intent: weights, optimizer, what grows with the batch.
+FLOP come from the shapes of proxy and target (`ifguide.shapes`, `flops`). Packing and selection compute nothing to
+speak of: they take a measured time per token and core. Memory is an upper bound by intent: weights, optimizer, what
+grows with the batch.
 
 It does not know of networks, queues for machines or failures (`bench.common.simulation` does).
 """
@@ -14,7 +15,7 @@ from ifguide.config import Config
 from ifguide.influence.memory import USABLE, estimate_memory
 from ifguide.influence.scorer import PRESETS, Method
 from ifguide.planning import flops
-from ifguide.planning.job import STARTS, Job, StageEstimate, by_core, computed, rows
+from ifguide.planning.job import Job, Pass, StageEstimate, by_core, computed, rows
 from ifguide.planning.measurements import efficiency, rates
 from ifguide.planning.training_memory import training_memory
 
@@ -65,27 +66,21 @@ def _scoring_flop(job: Job) -> float:
 
 
 def _pack_corpus(job: Job) -> StageEstimate:
-    config = job.config.pack_corpus
+    chunks = 4 * job.config.pack_corpus.chunk_megabytes * 1e6
+    seconds, storage = 1 / rates()["tokenise"].value, rates()["corpus_bytes"].value
     return by_core(
-        job,
-        "pack_corpus",
-        per_token=1 / rates()["tokenise"].value,
-        storage=job.tokens * rates()["corpus_bytes"].value,
-        memory=4 * config.chunk_megabytes * 1e6 + 12.0 * config.blocks_per_shard * config.block_size,
-        basis=("tokenise", "corpus_bytes"),
+        job, "pack_corpus", seconds, storage, memory=chunks + _shard(job), basis=("tokenise", "corpus_bytes")
     )
 
 
 def _build_mask(job: Job) -> StageEstimate:
-    config = job.config.pack_corpus
-    return by_core(
-        job,
-        "build_mask",
-        per_token=rates()["select"].value,
-        storage=job.tokens * rates()["mask_bytes"].value,
-        memory=12.0 * config.blocks_per_shard * config.block_size,
-        basis=("select", "mask_bytes"),
-    )
+    seconds, storage = rates()["select"].value, rates()["mask_bytes"].value
+    return by_core(job, "build_mask", seconds, storage, memory=_shard(job), basis=("select", "mask_bytes"))
+
+
+def _shard(job: Job) -> float:
+    """Bytes of what a worker holds of one shard."""
+    return 12.0 * job.config.pack_corpus.blocks_per_shard * job.block
 
 
 def _fit_factors(job: Job) -> StageEstimate:
@@ -106,15 +101,11 @@ def _fit_factors(job: Job) -> StageEstimate:
     return computed(
         job,
         "fit_factors",
-        [("factors", flop)],
-        precision="float32",
+        Pass("factors", flop, "float32", proxy.tracked),
         workers=config.data_partitions,
-        gpus=config.resources.gpus,
-        cpus=config.resources.cpus,
-        size=proxy.tracked,
+        resources=config.resources,
         memory=4.0 * proxy.parameters + max(covariances, weights) + 8.0 * config.batch_size * largest + activations,
         storage=covariances + weights,
-        starts=STARTS["fit_factors"],
         serial=(eigen_seconds, eigen / device.float64, name),
     )
 
@@ -129,15 +120,11 @@ def _build_query(job: Job) -> StageEstimate:
     return computed(
         job,
         "build_query",
-        [("train", flop)],
-        precision="float32",
+        Pass("train", flop, "float32", proxy.tracked),
         workers=config.partitions,
-        gpus=config.resources.gpus,
-        cpus=config.resources.cpus,
-        size=proxy.tracked,
+        resources=config.resources,
         memory=4.0 * proxy.parameters + 2 * weights + activations,
         storage=weights,
-        starts=STARTS["build_query"],
         notes=(
             f"{queries:,} queries of {QUERY_TOKENS} tokens assumed; classifying {candidates:,} rows is not counted",
         ),
@@ -173,15 +160,11 @@ def _score_corpus(job: Job) -> StageEstimate:
     return computed(
         job,
         "score_corpus",
-        [("score", job.tokens * _scoring_flop(job))],
-        precision=method.precision,
+        Pass("score", job.tokens * _scoring_flop(job), method.precision, proxy.tracked),
         workers=config.max_actors,
-        gpus=config.resources.gpus,
-        cpus=config.resources.cpus,
-        size=proxy.tracked,
+        resources=config.resources,
         memory=float(memory.fixed + blocks * memory.per_block),
         storage=job.tokens * rates()["score_bytes"].value * behaviours,
-        starts=STARTS["score_corpus"],
         stretch=max(1.0, stretch),
         notes=tuple(notes),
     )
@@ -190,21 +173,18 @@ def _score_corpus(job: Job) -> StageEstimate:
 def pretrain_estimate(job: Job, *, models: int) -> StageEstimate:
     """Training of one model, or of two: the penalised one and the baseline."""
     config, target = job.config.pretrain, job.target
-    per_token = flops.training(target, job.block, recomputed=config.activation_checkpointing)
+    per_token = target.training_flop(job.block, recomputed=config.activation_checkpointing)
     parameters, width = float(target.parameters), 2 if config.dtype == "bfloat16" else 4
     host = job.tokens * 5.0
     return computed(
         job,
         "pretrain",
-        [("train", models * config.epochs * job.tokens * per_token)],
-        precision=config.dtype,
+        Pass("train", models * config.epochs * job.tokens * per_token, config.dtype, target.tracked),
         workers=config.workers,
-        gpus=config.resources.gpus,
-        cpus=config.resources.cpus,
-        size=target.tracked,
+        resources=config.resources,
         memory=training_memory(config, target, job.block).total,
         storage=models * parameters * (4 + width + 12),
-        starts=STARTS["pretrain"] * models,
+        repeats=models,
         notes=(
             f"{models} models of {config.epochs:g} epochs; while one trains, its workers map flat files of the corpus"
             f" and its mask: {host / 1e9:,.1f} GB more of disk",
@@ -226,14 +206,10 @@ def _evaluate(job: Job) -> StageEstimate:
     return computed(
         job,
         "evaluate",
-        [("generate", continuations * length * flops.forward(target, length))],
-        precision="float32",
+        Pass("generate", continuations * length * target.forward_flop(length), "float32", target.tracked),
         workers=config.actors,
-        gpus=config.resources.gpus,
-        cpus=config.resources.cpus,
-        size=target.tracked,
+        resources=config.resources,
         memory=4.0 * target.parameters + max(cache, scored),
         storage=continuations * rates()["continuation_bytes"].value,
-        starts=STARTS["evaluate"],
         notes=(f"{continuations:,} continuations of {models} models; a large classifier's own time is not counted",),
     )

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ifguide.config import Config, Prompts
-from ifguide.planning.measurements import SPREAD, Hardware, efficiency, rates
-from ifguide.planning.shapes import ModelShape
+from ifguide.config.resources import WorkerResources
+from ifguide.hardware import Hardware
+from ifguide.planning.measurements import SPREAD, efficiency, rates
+from ifguide.shapes import ModelShape
 from ifguide.storage import location
 
 ASSUMED_ROWS = 100_000
@@ -89,53 +92,55 @@ class Job:
         scoring = config.score_corpus.max_actors * config.score_corpus.resources.gpus
         return max(scoring, config.pretrain.workers * config.pretrain.resources.gpus)
 
-    def at_once(self, workers: int, *, gpus: float, cpus: float) -> int:
+    def at_once(self, workers: int, resources: WorkerResources) -> int:
         """How many of a stage's workers find room."""
-        if gpus:
-            room = self.gpus / gpus or workers  # no other stage asks for GPUs: there are as many as this one wants
+        if resources.gpus:  # where no other stage asks for GPUs there are as many as this one wants
+            room = self.gpus / resources.gpus or workers
         else:
-            room = self.cores / cpus
+            room = self.cores / resources.cpus
         return max(1, min(workers, int(room)))
 
     def device(self, gpus: float) -> Hardware:
         return self.machine if gpus else self.core
 
 
+class Pass(NamedTuple):
+    """What a stage computes: FLOP of a kind that was measured, in a precision, by a model of `size` tracked weights."""
+
+    kind: str
+    flop: float
+    precision: str
+    size: float
+
+
 def computed(
     job: Job,
     stage: str,
-    parts: list[tuple[str, float]],
+    work: Pass,
     *,
-    precision: str,
     workers: int,
-    gpus: float,
-    cpus: float,
-    size: float,
+    resources: WorkerResources,
     memory: float,
     storage: float,
-    starts: int,
+    repeats: int = 1,
     serial: tuple[float, float, str] | None = None,
     stretch: float = 1.0,
     notes: tuple[str, ...] = (),
 ) -> StageEstimate:
-    """A stage whose time is FLOP over a rate. parts: (pass, FLOP). serial: seconds on one worker, and at best, and
-    their basis. stretch: how much longer the busiest worker works than the mean."""
-    device, running = job.device(gpus), job.at_once(workers, gpus=gpus, cpus=cpus)
-    units = running * (gpus or cpus)
+    """A stage whose time is FLOP over a rate. repeats: how often its workers start anew. serial: seconds on one worker,
+    and at best, and their basis. stretch: how much longer the busiest worker works than the mean."""
+    device, running = job.device(resources.gpus), job.at_once(workers, resources)
+    units = running * (resources.gpus or resources.cpus)
     stretch = max(stretch, math.ceil(workers / running) * running / workers)
-    start = rates()["stage_start"].value * starts
-    totals = {"expected": start, "low": start / SPREAD[False], "high": start * SPREAD[False]}
-    basis: list[str] = ["stage_start"]
-    extrapolated, floor = device.device == "gpu", 0.0
-    for pass_, flop in parts:
-        found = efficiency(pass_, device, precision, size)
-        ideal = flop / (units * device.peak(precision))
-        floor += ideal
-        totals["expected"] += stretch * ideal / found.expected
-        totals["low"] += stretch * ideal / found.high
-        totals["high"] += stretch * ideal / found.low
-        basis += found.basis
-        extrapolated |= found.extrapolated
+    start = rates()["stage_start"].value * STARTS[stage] * repeats
+    efficient = efficiency(work.kind, device, work.precision, work.size)
+    floor = work.flop / (units * device.peak(work.precision))
+    totals = {
+        "expected": start + stretch * floor / efficient.expected,
+        "low": start / SPREAD[False] + stretch * floor / efficient.high,
+        "high": start * SPREAD[False] + stretch * floor / efficient.low,
+    }
+    basis = ["stage_start", *efficient.basis]
     if serial is not None:
         seconds, least, name = serial
         floor += least
@@ -143,14 +148,14 @@ def computed(
         totals["low"] += seconds / SPREAD[True]
         totals["high"] += seconds * SPREAD[True]
         basis.append(name)
-    on_gpu = gpus > 0
+    on_gpu = resources.gpus > 0
     if on_gpu and memory > device.memory:
         notes = (*notes, f"needs {memory / 1e9:.0f} GB of GPU memory, {device.name} has {device.memory / 1e9:.0f}")
     return StageEstimate(
         stage=stage,
         workers=math.ceil(units),
         on_gpu=on_gpu,
-        flop=sum(flop for _, flop in parts),
+        flop=work.flop,
         floor=floor,
         seconds=totals["expected"],
         low=totals["low"],
@@ -158,17 +163,17 @@ def computed(
         storage=storage,
         memory=memory,
         basis=tuple(dict.fromkeys([*basis, device.name])),
-        extrapolated=extrapolated,
+        extrapolated=device.device == "gpu" or efficient.extrapolated,
         notes=notes,
     )
 
 
 def by_core(
-    job: Job, stage: str, *, per_token: float, storage: float, memory: float, basis: tuple[str, ...]
+    job: Job, stage: str, seconds_per_token: float, bytes_per_token: float, *, memory: float, basis: tuple[str, ...]
 ) -> StageEstimate:
-    """A stage that takes `per_token` seconds of a core."""
+    """A stage that takes so many seconds of a core for each token, and writes so many bytes."""
     start = rates()["stage_start"].value * STARTS[stage]
-    seconds = job.tokens * per_token / job.cores
+    seconds = job.tokens * seconds_per_token / job.cores
     extrapolated = job.cores > 2
     spread = SPREAD[True]
     return StageEstimate(
@@ -180,7 +185,7 @@ def by_core(
         seconds=start + seconds,
         low=start / SPREAD[False] + seconds / spread,
         high=start * SPREAD[False] + seconds * spread,
-        storage=storage,
+        storage=job.tokens * bytes_per_token,
         memory=memory,
         basis=("stage_start", *basis),
         extrapolated=extrapolated,

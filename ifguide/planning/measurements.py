@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,27 +22,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ifguide.hardware import Hardware, hardware, machines
+
 SPREAD = {False: 1.5, True: 2.0}  # of one program's runs on a shared machine; of an extrapolation
 MOST = 0.9  # no pass comes nearer to its peak
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """One GPU, or one core of a CPU: dense peaks in FLOP/s; `memory` in bytes, 0 where it is the machine's.
-    `cuda_name` is a pattern of what CUDA calls it."""
-
-    name: str
-    device: str
-    float32: float
-    bfloat16: float
-    float64: float
-    memory: float
-    kind: str
-    source: str
-    cuda_name: str = ""
-
-    def peak(self, precision: str) -> float:
-        return float(getattr(self, precision))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,29 +77,6 @@ def rates() -> dict[str, Rate]:
     return {name: Rate(name=name, **entry) for name, entry in _tables()["rates"].items()}
 
 
-def hardware(name: str) -> Hardware:
-    """A GPU type, or `cpu` for one core.
-
-    Raises:
-        ValueError: unknown; names the known ones.
-    """
-    known = _tables()["hardware"]
-    if name not in known:
-        raise ValueError(
-            f"GPU type {name}: not known, only {', '.join(known)}; add its data sheet's peaks to"
-            " ifguide/planning/measurements.yaml"
-        )
-    return Hardware(name=name, **known[name])
-
-
-def hardware_of_device(cuda_name: str) -> Hardware | None:
-    """The GPU type that CUDA calls so (`torch.cuda.get_device_name`); None where its peak is not known."""
-    for name, entry in _tables()["hardware"].items():
-        if "cuda_name" in entry and re.fullmatch(entry["cuda_name"], cuda_name):
-            return hardware(name)
-    return None
-
-
 @functools.cache
 def throughputs() -> tuple[Throughput, ...]:
     """All throughput measurements, as efficiencies."""
@@ -147,7 +106,7 @@ def sources() -> dict[str, tuple[str, str]]:
     """Every id that a basis can name -> (kind, source)."""
     named = {item.id: (item.kind, item.source) for item in throughputs()}
     named |= {name: (item.kind, item.source) for name, item in rates().items()}
-    return named | {name: (entry["kind"], entry["source"]) for name, entry in _tables()["hardware"].items()}
+    return named | {name: (machine.kind, machine.source) for name, machine in machines().items()}
 
 
 def efficiency(pass_: str, machine: Hardware, precision: str, size: float) -> Efficiency:

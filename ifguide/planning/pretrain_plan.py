@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ifguide.config import Config, ConfigError, Pretrain
+from ifguide.hardware import Hardware, hardware
 from ifguide.planning.command import planned_hardware, planned_tokens
 from ifguide.planning.estimate import pretrain_estimate
 from ifguide.planning.job import Job, StageEstimate
-from ifguide.planning.measurements import Hardware, hardware
-from ifguide.planning.shapes import ModelShape, require_positions, target_shape
+from ifguide.planning.models import target_shape
 from ifguide.planning.table import duration, size
 from ifguide.planning.training_memory import USABLE, TrainingMemory, training_memory
+from ifguide.shapes import ModelShape, require_positions
 from ifguide.training.schedule import Schedule
 
 MOST_WORKERS = 4096

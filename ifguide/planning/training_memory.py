@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 
 from ifguide.config import Pretrain
 from ifguide.models import transformer_blocks
-from ifguide.planning.shapes import ModelShape
+from ifguide.shapes import ModelShape
 from ifguide.training.lm_loss import CHUNK_VALUES
 
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own, NCCL's, and what lies between allocations

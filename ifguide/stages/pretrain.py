@@ -25,8 +25,8 @@ from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import StageError
 from ifguide.models import check_vocabulary
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
-from ifguide.planning.shapes import initial_model, require_positions
 from ifguide.run import BASELINE, PENALISED, Run
+from ifguide.shapes import initial_model, require_positions
 from ifguide.stages.target_corpus import training_run
 from ifguide.storage import is_remote, location
 from ifguide.telemetry import configure_logging, cut_torn_line, log
@@ -52,7 +52,7 @@ def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """
     config = run.config.pretrain
     name = PENALISED if config.use_mask else BASELINE
-    target = initial_model(run.config)
+    target = initial_model(run.config.target, config.init_from)
     if dry_run:
         plan = plan_pretrain(run.config)
         for line in describe(plan):

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from ifguide.config import ModelSource, to_mapping
 from ifguide.distributed.session import connect
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
-from ifguide.planning.shapes import require_positions
 from ifguide.run import Run
+from ifguide.shapes import require_positions
 from ifguide.telemetry import log
 
 

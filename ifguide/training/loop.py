@@ -18,7 +18,7 @@ import torch
 from ifguide.artifacts import fsync_tree, remove_tree, write_json
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
 from ifguide.models import load_architecture, load_model
-from ifguide.planning.shapes import initial_model, with_positions
+from ifguide.shapes import initial_model, with_positions
 from ifguide.storage import location
 from ifguide.telemetry import MetricsLog, log, read_metrics
 from ifguide.tokenizer import load_tokenizer
@@ -122,7 +122,7 @@ class TrainingLoop:
         )
 
     def _build_model(self) -> LanguageModelLoss:
-        target = initial_model(self.config)
+        target = initial_model(self.config.target, self.train.init_from)
         if not self.train.init_from:
             target = ModelSource(
                 architecture=architecture(self.config, target, self.tokenizer),

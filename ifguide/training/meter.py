@@ -2,9 +2,9 @@
 
     MFU = tokens a second * model FLOP a token / (workers * peak FLOP a second of one device)
 
-The FLOP are those of the forward and backward pass (`ifguide.planning.flops.training`): what is computed again for
+The FLOP are those of the forward and backward pass (`ModelShape.training_flop`): what is computed again for
 activation checkpointing is not counted, and attention is counted as causal. Peaks are the data sheets' dense ones in
-`ifguide/planning/measurements.yaml`; on any other device, a CPU for one, there is no MFU.
+`ifguide/hardware.yaml`; on any other device, a CPU for one, there is no MFU.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from ifguide.config import Config
-from ifguide.planning import flops
-from ifguide.planning.measurements import hardware_of_device
-from ifguide.planning.shapes import shape_of_fields
+from ifguide.hardware import hardware_of_device
+from ifguide.shapes import shape_of_fields
 from ifguide.telemetry import format_seconds
 
 
@@ -64,7 +63,7 @@ def meter_of(
     if found is not None:  # else it would be counted for nothing
         with contextlib.suppress(ValueError):  # of a model whose FLOP are not known
             shape = shape_of_fields("target", "its config", dict(architecture), traced=False)
-            per_token = flops.training(shape, block_size)
+            per_token = shape.training_flop(block_size)
     return Meter(
         step=step,
         steps=steps,

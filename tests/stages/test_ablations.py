@@ -22,8 +22,9 @@ from bench.ablations import (
 )
 from ifguide.artifacts import MANIFEST
 from ifguide.config import Config
-from ifguide.planning.shapes import shape_of_fields, target_shape
+from ifguide.planning.models import target_shape
 from ifguide.run import Run
+from ifguide.shapes import shape_of_fields
 
 
 @pytest.fixture

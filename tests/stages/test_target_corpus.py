@@ -23,7 +23,7 @@ from ifguide.run import Run
 from ifguide.stages.pretrain import pretrain
 from ifguide.stages.target_corpus import training_config, training_run
 from ifguide.tokenizer import load_tokenizer
-from tests.unit.test_spans import byte_level, train_unigram
+from tests.tokenizers import byte_level, train_unigram
 
 BLOCK_SIZE = 64
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from ifguide.config import Pretrain
-from ifguide.planning.shapes import shape_of_fields
 from ifguide.planning.training_memory import BUCKET, training_memory
+from ifguide.shapes import shape_of_fields
 
 FIELDS = {
     "model_type": "llama", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,

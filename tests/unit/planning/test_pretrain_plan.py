@@ -16,16 +16,17 @@ from ifguide.artifacts import Manifest, write_json
 from ifguide.cli import main
 from ifguide.config import Config, ConfigError, ModelSource, PackCorpus, Pretrain, load_config
 from ifguide.config.resources import WorkerResources
+from ifguide.hardware import hardware, hardware_of_device
 from ifguide.models import load_model, transformer_blocks
 from ifguide.planning.command import make_job
 from ifguide.planning.estimate import estimate
-from ifguide.planning.measurements import hardware, hardware_of_device
+from ifguide.planning.models import target_shape
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
-from ifguide.planning.shapes import shape_of_fields, target_shape
 from ifguide.planning.training_memory import USABLE, count_activations, training_memory
+from ifguide.shapes import shape_of_fields
 from tests.tiny import ARCHITECTURES
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 PARAMETERS = {
     "pythia160m_owt": 162_322_944,
     "pythia410m": 405_334_016,

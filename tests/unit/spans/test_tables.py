@@ -16,7 +16,7 @@ from ifguide.artifacts import data_files
 from ifguide.spans.mapping import mask_of_spans, spans_of_mask, token_edges
 from ifguide.spans.tables import SPANS, PackedCorpus, mask_jobs, write_mask, write_spans
 from tests.sharded import write_corpus, write_mask_shards
-from tests.unit.test_spans import WRITTEN, tokenizers
+from tests.tokenizers import WRITTEN, tokenizers
 
 
 def random_mask(corpus: PackedCorpus, share: float, seed: int) -> np.ndarray:

@@ -3,6 +3,14 @@
 The model is built on torch's meta device, so the counts are those of the model that will run, whatever its family, and
 the tracked modules are the ones that influence is traced through. A hub id of `shapes.yaml` needs no network.
 
+FLOP are counted per token, at 2 a multiply and add. With N the weights of the tracked linear maps, H those of the LM
+head, L layers of attention width A and blocks of T tokens, a forward pass takes
+
+    2 N + 2 H + 2 L A T        (the last is causal attention: half of the full square that plain kernels compute)
+
+and a backward pass with weight gradients twice that. Element-wise operations, norms and embeddings are left out: they
+cost bandwidth, and show in the efficiency that was measured.
+
 Cost: about a second per model and no memory. It does not read weights.
 """
 
@@ -20,9 +28,8 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ifguide.config import Config, ConfigError, ModelSource
+from ifguide.config import ConfigError, ModelSource
 from ifguide.models import linearise, load_architecture, tracked_modules, transformer_blocks
-from ifguide.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,35 +51,36 @@ class ModelShape:
     module_names: tuple[str, ...] = field(repr=False)
     skeleton: PreTrainedModel = field(repr=False, compare=False)
 
+    def attention_flop(self, block_size: int) -> float:
+        """Causal attention's two products, FLOP per token."""
+        return 2.0 * self.layers * self.attention_width * block_size
+
+    def forward_flop(self, block_size: int) -> float:
+        """One forward pass with logits, FLOP per token."""
+        return 2.0 * self.tracked + 2.0 * self.head + self.attention_flop(block_size)
+
+    def training_flop(self, block_size: int, *, recomputed: bool = False) -> float:
+        """Forward and backward with weight gradients; `recomputed` adds the forward of activation checkpointing."""
+        return (4.0 if recomputed else 3.0) * self.forward_flop(block_size)
+
 
 def published_shapes() -> dict[str, dict[str, Any]]:
     """Hub id -> `parameters` and `fields` of the models whose shape is packaged."""
-    text = resources.files("ifguide.planning").joinpath("shapes.yaml").read_text(encoding="utf-8")
+    text = resources.files("ifguide").joinpath("shapes.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
 
 
-def target_shape(config: Config) -> ModelShape:
-    """The model to be trained; its vocabulary is the tokenizer's where the architecture leaves it open.
+def initial_model(target: ModelSource, init_from: str | None) -> ModelSource:
+    """The weights to start from (`init_from`), or the target whose architecture is initialised at random.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: the shape cannot be known; says what to set.
+        ConfigError: neither is named.
     """
-    source, traced = initial_model(config), config.proxy_is_baseline
-    if source.architecture is not None:
-        fields = with_positions(source.architecture, config.pack_corpus.block_size)
-        if "vocab_size" not in fields:
-            fields["vocab_size"] = _vocabulary(config)
-        return shape_of_fields("target", "target.architecture", fields, traced=traced)
-    return model_shape(source, "target", traced=traced)
-
-
-def initial_model(config: Config) -> ModelSource:
-    """The weights to start from (`init_from`), or the target whose architecture is initialised at random."""
-    if config.pretrain.init_from:
-        return replace(config.target, source=config.pretrain.init_from, architecture=None)
-    if config.target.source is None and config.target.architecture is None:
+    if init_from:
+        return replace(target, source=init_from, architecture=None)
+    if target.source is None and target.architecture is None:
         raise ConfigError("target: set target.architecture or target.source, or pretrain.init_from")
-    return config.target
+    return target
 
 
 def with_positions(fields: Mapping[str, Any], block_size: int) -> dict[str, Any]:
@@ -94,11 +102,6 @@ def require_positions(name: str, fields: Mapping[str, Any], block_size: int) -> 
 def _positions(fields: Mapping[str, Any]) -> int | None:
     text = fields.get("text_config") or fields
     return text.get("max_position_embeddings", text.get("n_positions"))
-
-
-def proxy_shape(config: Config) -> ModelShape:
-    """The model that is scored with; the target's shape where the baseline of the run is the proxy."""
-    return target_shape(config) if config.proxy_is_baseline else model_shape(config.proxy, "proxy")
 
 
 def model_shape(model: ModelSource, key: str, *, traced: bool = True) -> ModelShape:
@@ -181,17 +184,3 @@ def _skeleton(fields: str) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(fields)))
     return linearise(model)
-
-
-def _vocabulary(config: Config) -> int:
-    if config.pretrain.train_tokenizer is not None:
-        return config.pretrain.train_tokenizer
-    if config.pack_corpus.train_tokenizer is not None and config.pretrain.tokenizer is None:
-        return config.pack_corpus.train_tokenizer
-    try:
-        return len(load_tokenizer(config.pretrain.tokenizer or config.tokenizer_source))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "target.architecture.vocab_size: is left to the tokenizer, which cannot be read yet"
-            f" ({config.tokenizer_source}); plan with --set target.architecture.vocab_size=N"
-        ) from error

@@ -12,15 +12,17 @@ import pytest
 from ifguide.artifacts import MANIFEST, Manifest
 from ifguide.cli import main
 from ifguide.config import VERBS, Prompts, load_config
+from ifguide.config.resources import WorkerResources
+from ifguide.hardware import hardware
 from ifguide.influence.scorer import PRESETS, Method
 from ifguide.planning import flops
 from ifguide.planning.command import DEFAULT_TOKENS, make_job, plan, planned_tokens, worker_settings
 from ifguide.planning.estimate import estimate
 from ifguide.planning.job import ASSUMED_ROWS, rows
-from ifguide.planning.measurements import MOST, _tables, efficiency, hardware, rates, sources, throughputs
-from ifguide.planning.shapes import published_shapes, shape_of_fields
+from ifguide.planning.measurements import MOST, _tables, efficiency, rates, sources, throughputs
+from ifguide.shapes import published_shapes, shape_of_fields
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 PYTHIA = CONFIGS / "pythia160m_owt.yaml"
 
 
@@ -61,8 +63,8 @@ def test_the_flop_beside_the_measurements_are_those_of_their_models() -> None:
         factors = flops.covariance(shape, block) + flops.lambda_(shape, block)
         counted = {
             "factors": factors,
-            "train": flops.training(shape, block),
-            "generate": flops.forward(shape, block),
+            "train": shape.training_flop(block),
+            "generate": shape.forward_flop(block),
             "score": flops.scoring(shape, block, attribution="target", method=PRESETS["fast"]),
         }[entry["pass"]]
         if entry["program"] == "paper":
@@ -172,8 +174,8 @@ def test_partitions_wait_for_the_workers_that_there_are() -> None:
     more = {stage["stage"]: stage for stage in plan(PYTHIA, keys, corpus_tokens=1e9)["stages"]}["fit_factors"]
     assert more["workers"] == 16
     job = make_job(load_config(PYTHIA, keys), corpus_tokens=1e9)
-    assert job.at_once(64, gpus=0, cpus=2) == job.cores // 2
-    assert job.at_once(3, gpus=1, cpus=4) == 3
+    assert job.at_once(64, WorkerResources(gpus=0, cpus=2)) == job.cores // 2
+    assert job.at_once(3, WorkerResources(gpus=1, cpus=4)) == 3
 
 
 def test_a_model_that_does_not_fit_is_said_to() -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from ifguide.config import Config, PackCorpus, Pretrain
-from ifguide.planning import flops
-from ifguide.planning.measurements import hardware
-from ifguide.planning.shapes import shape_of_fields
+from ifguide.hardware import hardware
+from ifguide.shapes import shape_of_fields
 from ifguide.training.meter import Meter, meter_of, training_line
 from tests.tiny import ARCHITECTURES
 
@@ -52,7 +51,7 @@ def test_mfu_is_of_the_data_sheets_peak_of_all_workers(workers: int, monkeypatch
     meter = meter_of(config, fields, step=0, steps=9, device=torch.device("cuda"), workers=workers)
     assert meter.tokens_per_step == 64 * 32
     assert meter.flop_per_second == workers * hardware("h100").bfloat16
-    assert meter.flop_per_token == flops.training(shape_of_fields("tiny", "test", fields), 32)
+    assert meter.flop_per_token == shape_of_fields("tiny", "test", fields).training_flop(32)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus")
     assert meter_of(config, fields, step=0, steps=9, device=torch.device("cuda"), workers=1).values(1)["mfu"] is None
 

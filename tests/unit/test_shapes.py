@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ifguide.config import Config, ConfigError, ModelSource, PackCorpus, Pretrain
-from ifguide.influence.scorer import PRESETS, Method
+from ifguide.config import ModelSource
 from ifguide.models import load_model
-from ifguide.planning import flops
-from ifguide.planning.shapes import (
+from ifguide.shapes import (
     initial_model,
     model_shape,
-    proxy_shape,
     published_shapes,
     require_positions,
     shape_of_fields,
-    target_shape,
     with_positions,
 )
 from tests.tiny import ARCHITECTURES, random_blocks, tiny_model
@@ -46,7 +40,7 @@ def test_the_forward_pass_is_counted_as_torch_counts_it(family: str) -> None:
     products = sum(count for op, count in counts.items() if "mm" in str(op) and "bmm" not in str(op))
     assert products == 3 * TOKENS * 2 * (shape.tracked + shape.head)
     if attended:  # the CPU's flash kernel is not counted by torch
-        assert attended == pytest.approx(3 * TOKENS * 2 * flops.attention(shape, TOKENS), rel=0.1)  # the full square
+        assert attended == pytest.approx(3 * TOKENS * 2 * shape.attention_flop(TOKENS), rel=0.1)  # the full square
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -80,50 +74,8 @@ def test_training_is_counted_as_torch_counts_it() -> None:
         model(tokens, use_cache=False).logits.logsumexp(-1).sum().backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(count for op, count in counts.items() if "mm" in str(op) and "bmm" not in str(op))
-    wanted = 2 * TOKENS * (flops.training(shape, TOKENS) - 3 * flops.attention(shape, TOKENS))
+    wanted = 2 * TOKENS * (shape.training_flop(TOKENS) - 3 * shape.attention_flop(TOKENS))
     assert products == pytest.approx(wanted)
-
-
-def _packed_flops(x_shape: tuple[int, ...], *_: object, out_shape: tuple[int, ...], **__: object) -> int:
-    """Of a product with a packed matrix, which torch does not count by itself."""
-    return 2 * x_shape[0] * x_shape[1] * out_shape[-1]
-
-
-def _added_flops(_: object, x_shape: tuple[int, ...], matrix_shape: tuple[int, ...], **__: object) -> int:
-    """Of a product that is added in place, which torch does not count either."""
-    return 2 * x_shape[0] * x_shape[1] * matrix_shape[1]
-
-
-UNCOUNTED = {torch.ops.aten.addmm_: _added_flops, torch.ops.mkldnn._linear_pointwise: _packed_flops}
-
-
-@pytest.mark.parametrize("behaviours", [1, 3])
-@pytest.mark.parametrize("method", [PRESETS["fast"], PRESETS["exact"], Method(engine="difference", precision="float32",
-                         rank=None), Method(engine="difference", precision="bfloat16", rank=4)], ids=str)  # fmt: skip
-def test_scoring_is_counted_as_torch_counts_it(method: Method, behaviours: int) -> None:
-    from ifguide.influence.scorer import TokenScorer
-
-    shape = shape_of_fields("tiny", "test", ARCHITECTURES["gpt_neox"])
-    model = tiny_model("gpt_neox")
-    generator = torch.Generator().manual_seed(0)
-    directions = [
-        {name: torch.randn(out, inner, generator=generator) for name, (out, inner) in
-         zip(shape.module_names, shape.linears, strict=True)}
-        for _ in range(behaviours)
-    ]  # fmt: skip
-    method = replace(method, fused=False)  # the counter cannot look into compiled layers
-    scorer = TokenScorer(model, directions, attribution="target", method=method)
-    tokens = torch.from_numpy(random_blocks(2, TOKENS, ragged=False)[0]).long()
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-        scorer.score(tokens, torch.full((2,), TOKENS))
-    counts = counter.get_flop_counts()["Global"]
-    products = sum(
-        count
-        for op, count in counts.items()
-        if any(name in str(op) for name in ("mm", "linear")) and "bmm" not in str(op)
-    )
-    without_attention = flops.scoring(shape, 0, attribution="target", method=method, behaviours=behaviours)
-    assert products == pytest.approx(2 * TOKENS * without_attention, rel=0.12)  # the first layer has no tangent
 
 
 def test_a_model_that_cannot_be_fetched_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +92,9 @@ def test_a_proxy_that_is_still_to_be_made_is_refused_with_what_to_do() -> None:
 
 def test_the_model_to_start_from_has_the_targets_revision_and_trust() -> None:
     target = ModelSource(architecture=ARCHITECTURES["llama"], revision="step3", trust_remote_code=True)
-    found = initial_model(Config(target=target, pretrain=Pretrain(init_from="a/b")))
+    found = initial_model(target, "a/b")
     assert found == ModelSource(source="a/b", revision="step3", trust_remote_code=True)
-    assert initial_model(Config(target=target)) == target
+    assert initial_model(target, None) == target
 
 
 def test_positions_are_the_models_own_or_a_blocks_tokens() -> None:
@@ -153,15 +105,3 @@ def test_positions_are_the_models_own_or_a_blocks_tokens() -> None:
         with pytest.raises(ValueError, match=r"^pack_corpus\.block_size: 33 tokens are more than the 32 positions"):
             require_positions("target", known, 33)
     require_positions("target", {"model_type": "bloom"}, 10**6)
-
-
-def test_the_baseline_is_the_proxy_and_its_vocabulary_that_of_the_corpus() -> None:
-    architecture = {key: value for key, value in ARCHITECTURES["gpt_neox"].items() if key != "vocab_size"}
-    config = Config(target=ModelSource(architecture=architecture), pack_corpus=PackCorpus(train_tokenizer=512))
-    assert proxy_shape(config) == target_shape(config)
-    assert target_shape(config).vocabulary == 512
-    assert target_shape(replace(config, pretrain=Pretrain(train_tokenizer=600))).vocabulary == 600
-    with pytest.raises(ConfigError, match=r"target\.architecture\.vocab_size"):
-        target_shape(Config(target=ModelSource(architecture=architecture), tokenizer="./not/there"))
-    with pytest.raises(ConfigError, match="target"):
-        target_shape(Config(pretrain=Pretrain()))

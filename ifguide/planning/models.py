@@ -1,0 +1,45 @@
+"""The shapes of a config's proxy and target."""
+
+from __future__ import annotations
+
+from ifguide.config import Config, ConfigError
+from ifguide.shapes import ModelShape, initial_model, model_shape, shape_of_fields, with_positions
+from ifguide.tokenizer import load_tokenizer
+
+
+def proxy_shape(config: Config) -> ModelShape:
+    """The model that is scored with; the target's shape where the baseline of the run is the proxy.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: the shape cannot be known; says what to set.
+    """
+    return target_shape(config) if config.proxy_is_baseline else model_shape(config.proxy, "proxy")
+
+
+def target_shape(config: Config) -> ModelShape:
+    """The model to be trained; its vocabulary is the tokenizer's where the architecture leaves it open.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: the shape cannot be known; says what to set.
+    """
+    source, traced = initial_model(config.target, config.pretrain.init_from), config.proxy_is_baseline
+    if source.architecture is not None:
+        fields = with_positions(source.architecture, config.pack_corpus.block_size)
+        if "vocab_size" not in fields:
+            fields["vocab_size"] = _vocabulary(config)
+        return shape_of_fields("target", "target.architecture", fields, traced=traced)
+    return model_shape(source, "target", traced=traced)
+
+
+def _vocabulary(config: Config) -> int:
+    if config.pretrain.train_tokenizer is not None:
+        return config.pretrain.train_tokenizer
+    if config.pack_corpus.train_tokenizer is not None and config.pretrain.tokenizer is None:
+        return config.pack_corpus.train_tokenizer
+    try:
+        return len(load_tokenizer(config.pretrain.tokenizer or config.tokenizer_source))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "target.architecture.vocab_size: is left to the tokenizer, which cannot be read yet"
+            f" ({config.tokenizer_source}); plan with --set target.architecture.vocab_size=N"
+        ) from error
