@@ -72,6 +72,9 @@ def load_model(
         location, location_options = locate(model.source, model.revision, model.trust_remote_code)
         _require_file(model.source, location, "config.json", unless="gguf_file" in location_options)
         loaded = AutoModelForCausalLM.from_pretrained(location, **location_options, **options)
+    for module in loaded.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # packed blocks hold no padding: that id is a token, whose row must be trained
     # It is on the CPU already, or where ZeRO-3 has placed its parts as it was made: DeepSpeed moves none back there.
     if torch.device(device).type != "cpu":
         nn.Module.to(loaded, device)  # transformers' wrapper of it has no types
@@ -82,9 +85,12 @@ def _random_model(architecture: dict[str, Any], seed: int, options: dict[str, An
     if "model_type" not in architecture:
         raise ValueError(f"architecture needs model_type (llama, gpt_neox, ...); it has {sorted(architecture)}")
     config = AutoConfig.for_model(**architecture)
+    padding, config.pad_token_id = config.pad_token_id, None  # or that token's embedding would start as zeros
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, **options)
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.config.pad_token_id = model.generation_config.pad_token_id = padding
+    return model
 
 
 def load_architecture(model: ModelSource) -> dict[str, Any]:

@@ -303,3 +303,18 @@ def test_an_architecture_read_from_a_folder_makes_the_same_random_model(tmp_path
     fields = load_architecture(ModelSource(source=str(tmp_path)))
     again = load_model(ModelSource(architecture=fields), seed=3)
     assert state_fingerprint(again) == state_fingerprint(first)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_the_token_that_pads_elsewhere_is_trained_like_any_other(family: str, tied: bool, tmp_path: Path) -> None:
+    token = 14
+    architecture = {**ARCHITECTURES[family], "pad_token_id": token, "tie_word_embeddings": tied}
+    model = load_model(ModelSource(architecture=architecture))
+    assert model.config.pad_token_id == token
+    model.save_pretrained(tmp_path)
+    for source in (model, load_model(ModelSource(source=str(tmp_path)))):
+        weight = source.get_input_embeddings().weight
+        assert weight[token].norm() > 0.5 * weight.norm(dim=1).median()
+        source(torch.tensor([[3, token, 5]])).logits.logsumexp(-1).sum().backward()
+        assert weight.grad[token].norm() > 0
