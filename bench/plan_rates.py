@@ -26,7 +26,8 @@ import torch
 
 from bench.common.places import DATA
 from ifguide.config import Cluster, Input
-from ifguide.corpus.reading import list_chunks, read_documents, tokenise
+from ifguide.corpus.packing import tokenise
+from ifguide.corpus.reading import list_chunks, read_documents
 from ifguide.planning.flops import EIGEN_FLOP
 from ifguide.tokenizer import load_tokenizer
 

@@ -211,9 +211,10 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from ifguide.run import FOLDERS
     from ifguide.status import run_status
 
-    for line in run_status(options.run_dir):
+    for line in run_status(options.run_dir, FOLDERS):
         print(line)
     return 0
 

@@ -12,6 +12,18 @@ from ifguide.config import Config, ModelSource, result_options, to_yaml
 from ifguide.storage import location
 
 BASELINE, PENALISED = "baseline", "penalised"
+TARGET = "target"  # folder of a corpus and a mask in the tokens of a target with another tokenizer
+FOLDERS = (  # the artifacts of a run, in pipeline order
+    "corpus",
+    f"model/{BASELINE}",
+    "factors",
+    "query",
+    "scores",
+    "ranking",
+    "mask",
+    f"model/{PENALISED}",
+    "report",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +60,24 @@ class Run:
 
     def artifact_folders(self) -> dict[str, Path]:
         """All artifact folders in pipeline order, whether they exist or not."""
-        return {
-            "corpus": self.corpus,
-            "model/baseline": self.model(BASELINE),
-            "factors": self.factors,
-            "query": self.query,
-            "scores": self.scores,
-            "ranking": self.ranking,
-            "mask": self.mask,
-            "model/penalised": self.model(PENALISED),
-            "report": self.report,
-        }
+        return {name: self._place(name) for name in FOLDERS} | {"report": self.report}
+
+    @property
+    def target(self) -> Run:
+        """The run whose corpus and mask the target is trained on: this one, unless the target has another tokenizer.
+
+        Then `target/corpus` and `target/mask` lie beside what they are made of, another run's where those are lent."""
+        config, train = self.config, self.config.pretrain
+        if not train.has_own_tokenizer or train.tokenizer == config.tokenizer_source:
+            return self
+        config = replace(
+            config,
+            run_dir=str(self.corpus.parent / TARGET),
+            tokenizer=train.tokenizer,
+            pack_corpus=replace(config.pack_corpus, train_tokenizer=train.train_tokenizer),
+            pretrain=replace(train, tokenizer=None, train_tokenizer=None),
+        )
+        return Run(config=config, lent={"mask": self.mask.parent / TARGET / "mask"})
 
     @property
     def proxy_source(self) -> ModelSource:

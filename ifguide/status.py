@@ -9,28 +9,18 @@ slow: the line says how old its news are.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from ifguide.artifacts import MANIFEST, PLAN, read_manifest
 from ifguide.distributed.ledger import LEDGER, read_attempts, unfinished_attempts
 from ifguide.telemetry import format_seconds, last_progress, progress_text
 
-FOLDERS = (  # in pipeline order
-    "corpus",
-    "model/baseline",
-    "factors",
-    "query",
-    "scores",
-    "ranking",
-    "mask",
-    "model/penalised",
-    "report",
-)
 SHOWN_FAILURES = 20
 
 
-def run_status(run_dir: Path) -> list[str]:
-    """One line per artifact of a run, and one more per shard that failed.
+def run_status(run_dir: Path, artifacts: Iterable[str]) -> list[str]:
+    """One line per artifact of a run, by its folder's name, and one more per shard that failed.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -38,7 +28,7 @@ def run_status(run_dir: Path) -> list[str]:
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} does not exist; `ifguide run` makes it")
     lines = []
-    for name in FOLDERS:
+    for name in artifacts:
         text, *failures = _folder_status(run_dir / name)
         lines += [f"{name:16} {text}", *(f"{'':16}   {failure}" for failure in failures)]
     return lines

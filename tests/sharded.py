@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import data_files
-from ifguide.corpus.reading import RawDocument, pack, tokenise
+from ifguide.corpus.packing import pack, tokenise
+from ifguide.corpus.reading import RawDocument
 from ifguide.selection.distributed import RunTasks
 from ifguide.selection.passes import Rules, ShardFiles
 from ifguide.spans.tables import PackedCorpus, shard_name

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.common.places import CACHE
 from ifguide.artifacts import publish, remove_tree
-from ifguide.corpus.reading import RawDocument, pack, tokenise
+from ifguide.corpus.packing import pack, tokenise
+from ifguide.corpus.reading import RawDocument
 from ifguide.influence.factors import (
     FactorSample,
     aggregate_lambdas,

@@ -14,7 +14,7 @@ from bench.common.direction import encode, fit_direction
 from bench.common.places import DATA
 from bench.common.proxies import load_smollm2
 from bench.common.texts import read_rows
-from ifguide.corpus.reading import pack
+from ifguide.corpus.packing import pack
 from ifguide.influence.factors import (
     FactorSample,
     aggregate_lambdas,

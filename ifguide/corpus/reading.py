@@ -1,33 +1,25 @@
-"""Documents to packed blocks: reading inputs in chunks, tokenising, and laying documents end to end (pure).
+"""Inputs to documents, in chunks that a task can read alone.
 
-Reading is cut into chunks that a task can read alone: byte ranges of a JSONL file, row groups of a Parquet
-file, whole text and JSON files, shards of a hub dataset. Rows keep their number in their file, so that
-chunk size changes nothing in the result.
-
-Order: with `interleave`, document i of an input of n documents lies at (i + 1/2) / n, ties by input; so each
-run of the stream needs one contiguous range per input, and any shard can be packed without the others.
-
-Costs: one pass to count rows, one to tokenise; memory is one chunk. It does not deduplicate or filter.
+A chunk is a byte range of a JSONL file, row groups of a Parquet file, a whole text or JSON file, or a shard of a hub
+dataset. Rows keep their number in their file, so that chunk size changes nothing in the result. Nothing is
+deduplicated or filtered.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide.config import Input
-from ifguide.spans.mapping import token_stops
 from ifguide.storage import location, matching, readable
 
 logger = logging.getLogger(__name__)
@@ -35,7 +27,6 @@ logger = logging.getLogger(__name__)
 HUB_PREFIX = "hf://"
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".json": "json"}
 SHOWN_OTHERS = 10  # names of files that a folder holds besides documents
-TOKENISE_BATCH = 256  # documents per tokeniser call: enough for its batching, little memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,121 +105,6 @@ def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[R
         rows = iter([_decode_text(location(chunk.path).read_bytes(), source.text_column)])
     for row, content in enumerate(rows, start=first_row):
         yield _check_row(row, content, source)
-
-
-class Encoded(NamedTuple):
-    """A tokenised document, its EOS included: ids int32, the characters at which they stop (`spans.token_stops`), and
-    whether each overlaps one of the document's spans, if that was asked."""
-
-    tokens: np.ndarray
-    stops: np.ndarray
-    annotated: np.ndarray | None
-
-
-def tokenise(documents: Sequence[RawDocument], tokenizer: Any, *, annotate: bool) -> list[Encoded]:
-    """Good documents as tokens with EOS appended; `annotate` asks for `Encoded.annotated`."""
-    if not documents:
-        return []  # a tokenizer refuses a list of no texts
-    encoded = tokenizer(
-        [document.text for document in documents],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    results = []
-    for i, document in enumerate(documents):
-        tokens = np.array([*encoded["input_ids"][i], tokenizer.eos_token_id], dtype=np.int32)
-        stops = token_stops(encoded["offset_mapping"][i], len(document.text))
-        flags = None
-        if annotate:
-            flags = np.zeros(len(tokens), dtype=bool)
-            offsets = np.array(encoded["offset_mapping"][i], dtype=np.int64).reshape(-1, 2)
-            for start, stop in document.spans:
-                flags[:-1] |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
-        results.append(Encoded(tokens, stops, flags))
-    return results
-
-
-def token_table(
-    chunk: Chunk, source: Input, tokenizer: Any, *, first_input_row: int, annotate: bool
-) -> tuple[pa.Table, list[dict[str, Any]], int]:
-    """Tokenise a chunk: a table `row, num_chars, tokens, stops[, annotated]`, the bad rows with their reasons, and how
-    many rows were read. Rows count from the chunk's first; `first_input_row` is that one's, for `source.rows`.
-    """
-    start, stop = source.rows or (0, np.iinfo(np.int64).max)
-    good: list[RawDocument] = []
-    bad: list[dict[str, Any]] = []
-    read = 0
-    for document in read_documents(chunk, source, first_row=0):
-        read += 1
-        if not start <= first_input_row + document.row < stop:
-            continue
-        if document.reason is None:
-            good.append(document)
-        else:
-            bad.append({"source": chunk.name, "row": document.row, "reason": document.reason})
-    encoded: list[Encoded] = []
-    for i in range(0, len(good), TOKENISE_BATCH):
-        encoded += tokenise(good[i : i + TOKENISE_BATCH], tokenizer, annotate=annotate)
-    columns: dict[str, Any] = {
-        "row": pa.array([document.row for document in good], type=pa.int64()),
-        "num_chars": pa.array([len(document.text) for document in good], type=pa.int64()),
-        "num_tokens": pa.array([len(document.tokens) for document in encoded], type=pa.int64()),
-        "tokens": pa.array([document.tokens for document in encoded], type=pa.large_list(pa.int32())),
-        "stops": pa.array([document.stops for document in encoded], type=pa.large_list(pa.int32())),
-    }
-    if annotate:
-        columns["annotated"] = pa.array([document.annotated for document in encoded], type=pa.large_list(pa.bool_()))
-    return pa.table(columns), bad, read
-
-
-def stream_order(counts: Sequence[int], *, interleave: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Order of all documents in the stream, from the number of documents per input.
-
-    Returns (input index int32, document index in its input int64), both of length sum(counts).
-    """
-    inputs = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    indices = np.concatenate([np.arange(n, dtype=np.int64) for n in counts]) if len(counts) else np.zeros(0, np.int64)
-    if interleave:
-        order = merge_order([(0, n) for n in counts], counts)
-        return inputs[order], indices[order]
-    return inputs, indices
-
-
-def merge_order(ranges: Sequence[tuple[int, int]], counts: Sequence[int]) -> np.ndarray:
-    """Stream order of the documents `ranges[i]` of every input i (of counts[i] documents), as indices into
-    the concatenation of the ranges. A shard calls this on its own ranges and gets the global order's part."""
-    places = [(np.arange(lo, hi) + 0.5) / max(n, 1) for (lo, hi), n in zip(ranges, counts, strict=True)]
-    return np.argsort(np.concatenate(places), kind="stable") if places else np.zeros(0, np.int64)
-
-
-def pack(
-    tokens: Sequence[np.ndarray], *, skip: int, num_tokens: int, block_size: int, fill: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lay arrays end to end, leave out the first `skip` entries, keep `num_tokens`, cut into blocks.
-
-    Returns (blocks_BT of the input's dtype, the last one filled up with `fill`; lengths_B int32).
-    """
-    stream = np.concatenate(tokens)[skip : skip + num_tokens]
-    assert len(stream) == num_tokens, (len(stream), num_tokens)
-    num_blocks = -(-num_tokens // block_size)
-    blocks_BT = np.full((num_blocks, block_size), fill, dtype=stream.dtype)
-    blocks_BT.reshape(-1)[:num_tokens] = stream
-    lengths_B = np.full(num_blocks, block_size, dtype=np.int32)
-    lengths_B[-1] = num_tokens - (num_blocks - 1) * block_size
-    return blocks_BT, lengths_B
-
-
-def chunk_from_mapping(mapping: dict[str, Any]) -> Chunk:
-    """The inverse of `dataclasses.asdict`: descriptors travel as plain dicts."""
-    return Chunk(**mapping)
-
-
-def chunk_to_mapping(chunk: Chunk) -> dict[str, Any]:
-    """A chunk as a plain dict."""
-    return dataclasses.asdict(chunk)
 
 
 def _list_files(path: str, dotted_key: str) -> list[Path]:

@@ -2,37 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ifguide import schemas
-from ifguide.corpus.reading import Chunk, stream_order
-from ifguide.run import Run
+from ifguide.config import PackCorpus
+from ifguide.corpus.packing import stream_order
+from ifguide.corpus.reading import Chunk
+from ifguide.spans.tables import shard_name
 
 TOKENS = "tokens"  # scratch folder of tokenised chunks
 
 
-class StreamPlan:
-    """Where every document lies in the stream, from the token counts alone."""
+class TokenFile(NamedTuple):
+    """A tokenised chunk: its scratch table's key, the input file's name, that file's rows before it, its documents."""
 
-    def __init__(self, run: Run, chunks: list[Chunk], tokenised: dict[str, dict[str, Any]], tokenizer: Any):
-        config = run.config.pack_corpus
-        self.block_size, self.blocks_per_shard = config.block_size, config.blocks_per_shard
-        self.interleave, self.eos, self.vocab_size = config.interleave, tokenizer.eos_token_id, len(tokenizer)
+    key: str
+    source: str
+    first_row: int
+    documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """What packing any shard needs: the files of each input in reading order, and its number of documents."""
+
+    folder: str
+    block_size: int
+    files: tuple[tuple[TokenFile, ...], ...]
+    counts: tuple[int, ...]
+    interleave: bool
+    annotate: bool
+    eos: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamShard:
+    """A shard of the stream: its blocks, the document that it begins within, and its documents [lo, hi) per input."""
+
+    key: str
+    first_block: int
+    num_tokens: int
+    first_doc_id: int
+    first_token_start: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+class StreamPlan:
+    """Where every document lies in the stream, from the token counts alone.
+
+    `tokenised` has a result of `TokeniseChunk` for each chunk, by key and in reading order.
+
+    Raises:
+        ValueError: there are no documents, or fewer tokens than one block.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: PackCorpus,
+        chunks: Sequence[Chunk],
+        tokenised: Mapping[str, Mapping[str, Any]],
+        tokenizer: Any,
+    ):
+        self.folder, self.config = folder, config
+        self.eos, self.vocab_size = tokenizer.eos_token_id, len(tokenizer)
         self.annotate = any(source.spans_column for source in config.inputs)
-        self.files: list[list[tuple[str, str, int, int]]] = [[] for _ in config.inputs]
+        self.files: list[list[TokenFile]] = [[] for _ in config.inputs]
         lengths: list[list[np.ndarray]] = [[] for _ in config.inputs]
         for chunk, (key, result) in zip(chunks, tokenised.items(), strict=True):
             # the name alone: the same files in another folder make the same corpus; the manifest has the paths
             source = chunk.path if chunk.kind == "hub" else Path(chunk.path).name
-            self.files[chunk.input_index].append((key, source, result["first_row"], result["documents"]))
-            table = schemas.read_table(run.corpus / TOKENS / f"{key}.parquet", columns=["num_tokens"])
+            self.files[chunk.input_index].append(TokenFile(key, source, result["first_row"], result["documents"]))
+            table = schemas.read_table(folder / TOKENS / f"{key}.parquet", columns=["num_tokens"])
             lengths[chunk.input_index].append(table.column(0).to_numpy())
         per_input = [np.concatenate([*arrays, np.zeros(0, np.int64)]) for arrays in lengths]
         self.counts = [len(array) for array in per_input]
-        self.inputs, self.indices = stream_order(self.counts, interleave=self.interleave)
+        self.inputs, self.indices = stream_order(self.counts, interleave=config.interleave)
         self.num_documents = len(self.inputs)
         if not self.num_documents:
             raise ValueError(f"pack_corpus.inputs: no document in {', '.join(i.path for i in config.inputs)}")
@@ -40,38 +90,50 @@ class StreamPlan:
         num_tokens = np.concatenate(per_input)[offsets[self.inputs] + self.indices]
         self.bounds = np.concatenate([[0], np.cumsum(num_tokens)])
         self.num_tokens = int(self.bounds[-1])
-        if self.num_tokens < self.block_size:
+        if self.num_tokens < config.block_size:
             raise ValueError(
                 f"the corpus has {self.num_tokens} tokens, fewer than one block of pack_corpus.block_size ="
-                f" {self.block_size}: lower it or add documents"
+                f" {config.block_size}: lower it or add documents"
             )
-        self.num_blocks = -(-self.num_tokens // self.block_size)
+        self.num_blocks = -(-self.num_tokens // config.block_size)
 
-    def settings(self) -> dict[str, Any]:
+    @property
+    def rows(self) -> dict[str, int]:
+        """Blocks, documents and tokens of the stream."""
+        return {"blocks": self.num_blocks, "documents": self.num_documents, "tokens": self.num_tokens}
+
+    def settings(self) -> PackSettings:
         """What every `PackShard` needs."""
-        names = ("files", "counts", "interleave", "annotate", "eos")
-        return {name: getattr(self, name) for name in names}
+        return PackSettings(
+            folder=str(self.folder),
+            block_size=self.config.block_size,
+            files=tuple(tuple(files) for files in self.files),
+            counts=tuple(self.counts),
+            interleave=self.config.interleave,
+            annotate=self.annotate,
+            eos=self.eos,
+        )
 
-    def shard_descriptors(self) -> list[dict[str, Any]]:
-        """One small descriptor per shard of `blocks_per_shard` blocks."""
-        descriptors = []
-        for number, first_block in enumerate(range(0, self.num_blocks, self.blocks_per_shard)):
-            start = first_block * self.block_size
-            stop = min(start + self.blocks_per_shard * self.block_size, self.num_tokens)
+    def shards(self) -> list[StreamShard]:
+        """The shards, each of `blocks_per_shard` blocks but the last."""
+        shards = []
+        for number, first_block in enumerate(range(0, self.num_blocks, self.config.blocks_per_shard)):
+            start = first_block * self.config.block_size
+            stop = min(start + self.config.blocks_per_shard * self.config.block_size, self.num_tokens)
             lo = int(np.searchsorted(self.bounds, start, side="right")) - 1
             hi = int(np.searchsorted(self.bounds, stop, side="left"))
-            descriptors.append(
-                {
-                    "key": f"{number:05d}",
-                    "first_block": first_block,
-                    "num_tokens": stop - start,
-                    "first_doc_id": lo,
-                    "first_token_start": int(self.bounds[lo]),
-                    "ranges": [self._range(index, lo, hi) for index in range(len(self.counts))],
-                }
+            shards.append(
+                StreamShard(
+                    key=shard_name(number),
+                    first_block=first_block,
+                    num_tokens=stop - start,
+                    first_doc_id=lo,
+                    first_token_start=int(self.bounds[lo]),
+                    ranges=tuple(self._range(index, lo, hi) for index in range(len(self.counts))),
+                )
             )
-        return descriptors
+        return shards
 
-    def _range(self, input_index: int, lo: int, hi: int) -> list[int]:
+    def _range(self, input_index: int, lo: int, hi: int) -> tuple[int, int]:
         indices = self.indices[lo:hi][self.inputs[lo:hi] == input_index]
-        return [int(indices[0]), int(indices[-1]) + 1] if len(indices) else [0, 0]
+        return (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)

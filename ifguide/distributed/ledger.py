@@ -7,7 +7,9 @@ keeps it, with its reason. The folder goes when the stage is complete.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,24 @@ from ifguide.storage import read_texts
 LEDGER = "ledger"
 ACTORS = "actors"  # of the ledger: attempts to start an actor
 DIED = "its process died"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A shard that is done: its small result, the attempts that it took, and the seconds of the last one."""
+
+    key: str
+    result: dict[str, Any]
+    attempts: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A shard that was given up."""
+
+    key: str
+    reason: str
 
 
 class Attempts:
@@ -38,11 +58,11 @@ class Attempts:
         self.reason = reason
         self._write()
 
-    def give_up(self, reason: str) -> dict[str, Any]:
-        """Keep why the shard was given up, for `ifguide status`; returns its entry."""
+    def give_up(self, reason: str) -> Failure:
+        """Keep why the shard was given up, for `ifguide status`."""
         self.reason = reason
         self._write(given_up=True)
-        return {"key": self.key, "error": reason}
+        return Failure(key=self.key, reason=reason)
 
     def forget(self) -> None:
         """The shard is done."""
@@ -52,15 +72,27 @@ class Attempts:
         write_json(self.path, {"attempts": self.made, "reason": self.reason, "given_up": given_up})
 
 
-def finished_entries(ledger: Path) -> dict[str, dict[str, Any]]:
+def write_entry(ledger: Path, entry: Entry) -> None:
+    """A shard is done."""
+    write_json(_place(ledger, entry.key), dataclasses.asdict(entry))
+
+
+def read_entry(ledger: Path, key: str) -> Entry | None:
+    """The entry of a shard that is done."""
+    try:
+        return Entry(**json.loads(_place(ledger, key).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def finished_entries(ledger: Path) -> dict[str, Entry]:
     """The entries of the shards that are done, by key."""
-    paths = list(ledger.glob("*.json"))
-    return {path.stem: json.loads(text) for path, text in zip(paths, read_texts(paths), strict=True)}
+    return {entry.key: entry for entry in (Entry(**json.loads(text)) for text in read_texts(ledger.glob("*.json")))}
 
 
 def forget(ledger: Path, key: str) -> None:
     """A shard is not done after all."""
-    (ledger / f"{key}.json").unlink(missing_ok=True)
+    _place(ledger, key).unlink(missing_ok=True)
 
 
 def unfinished_attempts(ledger: Path) -> list[Path]:
@@ -75,3 +107,7 @@ def read_attempts(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {"attempts": 0, "reason": DIED, "given_up": False}
     return content
+
+
+def _place(ledger: Path, key: str) -> Path:
+    return ledger / f"{key}.json"

@@ -17,28 +17,38 @@ def run_task(function: Callable[..., Any], *arguments: Any, resources: WorkerRes
     Raises:
         what the function raises, unwrapped. ray.exceptions.RayError: its process died.
     """
-    task = ray.remote(function).options(num_cpus=resources.cpus, num_gpus=resources.gpus, memory=resources.memory)
-    try:
-        return ray.get(task.remote(*arguments))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+    return _result(_start(function, arguments, resources))
 
 
 def run_tasks(resources: WorkerResources) -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]:
-    """`RunTasks` of `ifguide.selection.distributed` on the Ray cluster, each task with `resources`."""
+    """`RunTasks` of `ifguide.selection.distributed` on the Ray cluster: each task has `resources`, and its error is
+    that of `run_task`."""
 
-    def run(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        task = ray.remote(function).options(num_cpus=resources.cpus, memory=resources.memory)
+    def run(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         # Twice what can run: results wait in the object store, and a histogram is half a megabyte.
         most = max(8, int(2 * cluster_cpus() / resources.cpus))
         pending: list[Any] = []
-        for each in arguments:
+        for arguments in calls:
             if len(pending) >= most:
                 (ready,), pending = ray.wait(pending)
-                yield ray.get(ready)
-            pending.append(task.remote(*each))
+                yield _result(ready)
+            pending.append(_start(function, arguments, resources))
         while pending:
             (ready,), pending = ray.wait(pending)
-            yield ray.get(ready)
+            yield _result(ready)
 
     return run
+
+
+def _start(function: Callable[..., Any], arguments: tuple[Any, ...], resources: WorkerResources) -> Any:
+    task = ray.remote(function).options(
+        num_cpus=resources.cpus, num_gpus=resources.gpus or None, memory=resources.memory
+    )
+    return task.remote(*arguments)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error

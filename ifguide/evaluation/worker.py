@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import publish, verify_digest
 from ifguide.config import Input, ModelSource, config_from_mapping
-from ifguide.corpus.reading import list_chunks, pack, read_documents, tokenise
+from ifguide.corpus.packing import pack, tokenise
+from ifguide.corpus.reading import list_chunks, read_documents
 from ifguide.evaluation import last_word_accuracy, perplexity
 from ifguide.evaluation.figures import FLUENCY, THRESHOLD, scored_file
 from ifguide.evaluation.generations import VERB, generate_shard, takes_special_tokens

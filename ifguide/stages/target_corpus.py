@@ -1,6 +1,6 @@
 """What `pretrain` trains on when its target has another tokenizer than the corpus: the same documents, in its tokens.
 
-`target/corpus` is packed from the same inputs by `pack_corpus`; `target/mask` masks every token of it that overlaps a
+`pack_corpus` packs `target/corpus` from the same inputs; `target/mask` masks every token of it that overlaps a
 character span of the run's mask, a task for each shard. They lie beside the corpus and the mask that they are made of,
 another run's where those are lent. Both are artifacts like any other: resumed, and refused when they belong to
 something else. Documents are the same when inputs and rows are: their number, their sizes on disk
@@ -9,64 +9,37 @@ and every document's number of characters are checked.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ifguide import artifacts
-from ifguide.artifacts import MismatchError, data_files, require, require_same
-from ifguide.config import Config, to_yaml
+from ifguide.artifacts import data_files, require, require_same
+from ifguide.config import to_yaml
+from ifguide.corpus.tables import require_same_documents
 from ifguide.distributed.session import connect
 from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.run import Run
 from ifguide.spans.tables import SPANS, MaskJob, PackedCorpus, mask_jobs, shard_name, write_mask
-from ifguide.stages.pack_corpus import pack_corpus
 from ifguide.storage import location
 from ifguide.telemetry import log
 
 VERB = "pretrain"
-TARGET = "target"  # the folder of both, beside what they are made of
-
-
-def training_config(run: Run) -> Config:
-    """The config of the corpus that is trained on: the run's own, or that of the target's tokenizer in `target/`."""
-    config, train = run.config, run.config.pretrain
-    if not train.has_own_tokenizer or train.tokenizer == config.tokenizer_source:
-        return config
-    return replace(
-        config,
-        run_dir=str(run.corpus.parent / TARGET),
-        tokenizer=train.tokenizer,
-        pack_corpus=replace(config.pack_corpus, train_tokenizer=train.train_tokenizer),
-        pretrain=replace(train, tokenizer=None, train_tokenizer=None),
-    )
 
 
 def training_run(run: Run) -> Run:
-    """The run whose `corpus` and `mask` are trained on, made if they are not there yet.
+    """The run whose `corpus` and `mask` are trained on; its mask is made if it is not there yet.
 
     Raises:
-        FileNotFoundError: the run's own corpus or mask is missing. MismatchError: the inputs have changed since they
+        FileNotFoundError: a corpus or the run's own mask is missing. MismatchError: the inputs have changed since they
             were packed. ValueError: a document has.
     """
-    config = training_config(run)
-    if config is run.config:
+    target = run.target
+    if target is run:
         return run
-    target = Run(config=config, lent={"mask": run.mask.parent / TARGET / "mask"})
-    pack_corpus(target)
-    _require_same_inputs(run, target)
+    source, packed = require(run.corpus, "pack_corpus"), require(target.corpus, "pack_corpus")
+    require_same_documents(run.corpus, source, target.corpus, packed)
     if run.config.pretrain.use_mask:
         _mask_target(run, target)
     return target
-
-
-def _require_same_inputs(run: Run, target: Run) -> None:
-    source, packed = require(run.corpus, "pack_corpus"), require(target.corpus, "pack_corpus")
-    if (source.options["files"], source.rows["documents"]) != (packed.options["files"], packed.rows["documents"]):
-        raise MismatchError(
-            f"{run.corpus} was packed from {source.rows['documents']:,} documents of {source.options['files']},"
-            f" {target.corpus} from {packed.rows['documents']:,} of {packed.options['files']}: the inputs have changed."
-            f" Restore them and delete {target.corpus}, or pack and score the corpus again"
-        )
 
 
 def _mask_target(run: Run, target: Run) -> None:

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +23,70 @@ from ifguide.artifacts import PLAN, write_json
 from ifguide.config.resources import Resources
 from ifguide.distributed.ledger import LEDGER
 from ifguide.distributed.shards import Pool, StageError, run_shards
+from ifguide.run import FOLDERS
 from ifguide.status import run_status
 from ifguide.telemetry import PROGRESS, ProgressFile
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A shard of the toy's work, which writes its key to `output`."""
+
+    key: str
+    output: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToySettings:
+    """How the toy misbehaves."""
+
+    log: Path
+    start: str = ""
+    poison: str = ""
+    meet: int = 0
+    seconds: float = 0.0
 
 
 class Toy:
     """Appends each shard it works on to `log`, and misbehaves as the settings say."""
 
-    def __init__(self, log: str, start: str = "", poison: str = "", meet: int = 0, seconds: float = 0.0):
-        self.log, self.poison, self.seconds = Path(log), poison, seconds
+    def __init__(self, settings: ToySettings):
+        self.settings, start = settings, settings.start
         starts = self._note("start")
         if start == "raises" or (start == "raises on restart" and starts == 2):
             raise ValueError("the proxy is broken")
         if start == "dies" or (start == "dies twice" and starts <= 2):
             os.kill(os.getpid(), signal.SIGKILL)
-        self.others = threading.Barrier(meet) if meet else None
+        self.others = threading.Barrier(settings.meet) if settings.meet else None
         self.broken = False
 
-    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        times = self._note(descriptor["key"])
+    def process(self, shard: Piece) -> dict[str, Any]:
+        times, poison = self._note(shard.key), self.settings.poison
         if self.others:
             self.others.wait(timeout=20)
-        time.sleep(self.seconds)
-        if descriptor["key"] == self.poison or (self.poison == f"{descriptor['key']} once" and times == 1):
+        time.sleep(self.settings.seconds)
+        if shard.key == poison or (poison == f"{shard.key} once" and times == 1):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.poison == "device" and times == 1 and descriptor["key"] == "s3":
+        if poison == "device" and times == 1 and shard.key == "s3":
             self.broken = True
         if self.broken:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        if "output" in descriptor:
-            Path(descriptor["output"]).write_text(descriptor["key"])
-        if descriptor["key"] == "unlucky" and times < 3:
+        if shard.output:
+            shard.output.write_text(shard.key)
+        if shard.key == "unlucky" and times < 3:
             raise RuntimeError("the network is down")
         return {"process": os.getpid()}
 
     def _note(self, word: str) -> int:
-        with self.log.open("a") as file:
+        with self.settings.log.open("a") as file:
             file.write(word + "\n")
-        return self.log.read_text().splitlines().count(word)
+        return self.settings.log.read_text().splitlines().count(word)
 
 
 def run(folder: Path, keys: list[str], pool: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     options = {"size": 1, "resources": Resources(gpus=0), **(pool or {})}
-    descriptors = [{"key": key} for key in keys]
-    return run_shards(
-        "toy", descriptors, Toy, {"log": str(folder / "log"), **settings}, folder=folder, pool=Pool(**options)
-    )
+    toy = ToySettings(log=folder / "log", **settings)
+    return run_shards("toy", [Piece(key) for key in keys], Toy, toy, folder=folder, pool=Pool(**options))
 
 
 def worked_on(folder: Path) -> list[str]:
@@ -87,8 +106,8 @@ def test_a_shard_that_kills_its_actor_each_time_is_given_up_alone(cluster: None,
     # those beside it paid at most the one attempt that it was not alone in
     assert all(work.count(key) <= 2 for key in KEYS if key != "s3")
     assert sorted(path.stem for path in (folder / LEDGER).glob("*.json")) == [key for key in KEYS if key != "s3"]
-    scores = next(i for i, line in enumerate(run_status(tmp_path)) if line.startswith("scores"))
-    told = run_status(tmp_path)[scores : scores + 2]
+    scores = next(i for i, line in enumerate(run_status(tmp_path, FOLDERS)) if line.startswith("scores"))
+    told = run_status(tmp_path, FOLDERS)[scores : scores + 2]
     assert "in progress  7/8 shards (88%)" in told[0]
     assert "1 failed" in told[0]
     assert "failed s3: gave up after 3 attempts: its process died" in told[1]
@@ -114,12 +133,11 @@ def test_an_actor_whose_device_has_failed_takes_no_further_shard(cluster: None, 
 
 
 def test_a_shard_whose_output_is_gone_is_done_again(cluster: None, tmp_path: Path) -> None:
-    descriptors = [{"key": key, "output": str(tmp_path / f"{key}.out")} for key in KEYS]
+    pieces = [Piece(key, tmp_path / f"{key}.out") for key in KEYS]
 
     def work() -> dict[str, Any]:
-        settings, pool = {"log": str(tmp_path / "log")}, Pool(size=1, resources=Resources(gpus=0))
-        output = "{key}.out".format_map
-        return run_shards("toy", descriptors, Toy, settings, folder=tmp_path, pool=pool, output=output)
+        toy, pool = ToySettings(log=tmp_path / "log"), Pool(size=1, resources=Resources(gpus=0))
+        return run_shards("toy", pieces, Toy, toy, folder=tmp_path, pool=pool, output=lambda piece: f"{piece.key}.out")
 
     work()
     (tmp_path / "s2.out").unlink()

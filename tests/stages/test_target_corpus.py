@@ -16,12 +16,13 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, PLAN, data_files, read_manifest, write_json
+from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_manifest, write_json
 from ifguide.config import Config, ConfigError, ModelSource
 from ifguide.corpus.tables import document_table
 from ifguide.run import Run
+from ifguide.stages.pack_corpus import pack_corpus
 from ifguide.stages.pretrain import pretrain
-from ifguide.stages.target_corpus import training_config, training_run
+from ifguide.stages.target_corpus import training_run
 from ifguide.tokenizer import load_tokenizer
 from tests.tokenizers import byte_level, train_unigram
 
@@ -49,6 +50,12 @@ def with_tokenizer(copied: Callable[..., Config], tokenizer: str | None, **chang
     config = copied(drop=("model/penalised",))
     proxy = ModelSource(source=str(Run(config=config).model("baseline") / "hf"))
     return replace(config, proxy=proxy, pretrain=replace(config.pretrain, tokenizer=tokenizer, **changes))
+
+
+def made(run: Run) -> Run:
+    """The run that is trained on, packed and masked."""
+    pack_corpus(run)
+    return training_run(run)
 
 
 def flat(folder: Path, column: str) -> np.ndarray:
@@ -83,7 +90,7 @@ def test_every_token_that_overlaps_a_span_is_masked_and_no_other(
     """The oracle compares every token with every masked one of its document."""
     run = Run(config=with_tokenizer(copied, targets[name]))
     texts = documents_of(data)
-    target = training_run(run)
+    target = made(run)
     marked = {}
     for doc_id, text, offsets, masked in pieces(run, texts):
         own = parts(offsets, len(text))
@@ -103,12 +110,13 @@ def test_every_token_that_overlaps_a_span_is_masked_and_no_other(
 
 def test_the_corpus_own_tokenizer_has_the_identical_mask(finished: Config, copied: Callable[..., Config]) -> None:
     own = with_tokenizer(copied, finished.tokenizer_source)
-    assert training_config(Run(config=own)) is own
+    own_run = Run(config=own)
+    assert own_run.target is own_run
     same = (
         str(Path(finished.tokenizer_source) / "." / "..") + "/" + Path(finished.tokenizer_source).name
     )  # by another name
     run = Run(config=with_tokenizer(copied, same))
-    target = training_run(run)
+    target = made(run)
     assert target.corpus != run.corpus
     np.testing.assert_array_equal(flat(target.corpus, "tokens"), flat(run.corpus, "tokens"))
     np.testing.assert_array_equal(flat(target.mask, "masked"), flat(run.mask, "masked"))
@@ -118,7 +126,7 @@ def test_a_tokenizer_is_trained_for_the_target_and_lent_artifacts_share_what_is_
     data: Path, copied: Callable[..., Config], tmp_path: Path
 ) -> None:
     run = Run(config=with_tokenizer(copied, None, train_tokenizer=300))
-    target = training_run(run)
+    target = made(run)
     assert target.folder == run.folder / "target"
     assert len(load_tokenizer(target.config.tokenizer_source)) == 300 < len(load_tokenizer(run.config.tokenizer_source))
     assert sum(1 for _ in pieces(target, documents_of(data))) == read_manifest(run.corpus).rows["documents"]
@@ -127,10 +135,10 @@ def test_a_tokenizer_is_trained_for_the_target_and_lent_artifacts_share_what_is_
     written = {path: path.stat().st_mtime_ns for path in target.folder.rglob("*.parquet")}
     method = Run(config=replace(run.config, run_dir=str(tmp_path / "method")))
     shutil.copytree(run.mask, method.mask)
-    own_mask = training_run(method.borrow(run, "corpus"))
+    own_mask = made(method.borrow(run, "corpus"))
     assert (own_mask.corpus, own_mask.mask) == (target.corpus, method.folder / "target" / "mask")
     np.testing.assert_array_equal(flat(own_mask.mask, "masked"), flat(target.mask, "masked"))
-    shared = training_run(method.borrow(run, "corpus", "mask"))
+    shared = made(method.borrow(run, "corpus", "mask"))
     assert (shared.corpus, shared.mask) == (target.corpus, target.mask)
     assert {path: path.stat().st_mtime_ns for path in target.folder.rglob("*.parquet")} == written
 
@@ -149,13 +157,13 @@ def test_an_interrupted_mask_goes_on_and_a_finished_one_is_kept(
     targets: dict[str, str], copied: Callable[..., Config]
 ) -> None:
     run = Run(config=with_tokenizer(copied, targets["bytes"]))
-    target = training_run(run)
+    target = made(run)
     manifest, masked = read_manifest(target.mask), flat(target.mask, "masked")
     written = {path.name: path.stat().st_mtime_ns for path in data_files(target.corpus)}
     (target.mask / MANIFEST).unlink()
     write_json(target.mask / PLAN, {"verb": "pretrain", "options": manifest.options, "inputs": manifest.inputs})
     data_files(target.mask)[0].unlink()
-    training_run(run)
+    made(run)
     np.testing.assert_array_equal(flat(target.mask, "masked"), masked)
     assert read_manifest(target.mask).fingerprint == manifest.fingerprint
     assert {path.name: path.stat().st_mtime_ns for path in data_files(target.corpus)} == written
@@ -169,8 +177,12 @@ def test_changed_documents_and_masks_without_spans_are_refused(
     lines = (data / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     fewer.write_text("".join(lines[:-1]), encoding="utf-8")
     inputs = (replace(config.pack_corpus.inputs[0], path=str(fewer)),)
-    with pytest.raises(ValueError, match="the inputs have changed"):
-        training_run(Run(config=replace(config, pack_corpus=replace(config.pack_corpus, inputs=inputs))))
+    changed = Run(config=replace(config, pack_corpus=replace(config.pack_corpus, inputs=inputs)))
+    with pytest.raises(MismatchError, match=r"corpus was made from something else: .*fewer\.jsonl"):
+        pack_corpus(changed)
+    pack_corpus(changed.target)
+    with pytest.raises(MismatchError, match="the inputs have changed"):
+        training_run(changed)
     without = with_tokenizer(copied, targets["unigram"])
     for path in data_files(Run(config=without).mask, "spans-*.parquet"):
         path.unlink()
@@ -179,7 +191,7 @@ def test_changed_documents_and_masks_without_spans_are_refused(
     write_json(Run(config=without).mask / MANIFEST, manifest)
     (Path(without.run_dir) / "target").rename(tmp_path / "old_target")
     with pytest.raises(ValueError, match="has no character spans"):
-        training_run(Run(config=without))
+        made(Run(config=without))
 
 
 def test_the_baseline_cannot_be_the_proxy_of_other_tokens(finished: Config) -> None:
@@ -196,6 +208,7 @@ def test_a_target_trains_on_its_own_tokens_and_its_card_says_on_what(
     targets: dict[str, str], copied: Callable[..., Config]
 ) -> None:
     run = Run(config=with_tokenizer(copied, targets["unigram"], epochs=0.1))
+    pack_corpus(run)
     pretrain(run)
     folder = run.model("penalised") / "hf"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -207,8 +220,7 @@ def test_a_target_trains_on_its_own_tokens_and_its_card_says_on_what(
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPTNeoXForCausalLM"]
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     known = front["ifguide"]
-    target = Run(config=training_config(run))
-    assert known["corpus"]["fingerprint"] == read_manifest(target.corpus).fingerprint
+    assert known["corpus"]["fingerprint"] == read_manifest(run.target.corpus).fingerprint
     assert known["mask"]["inputs"]["mask"] == read_manifest(run.mask).fingerprint
     assert known["objective"]["lambda"] == run.config.pretrain.penalty
     assert known["training"]["steps"] == read_manifest(run.model("penalised")).rows["steps"]

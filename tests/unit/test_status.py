@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ifguide.artifacts import open_artifact, write_json
-from ifguide.distributed.ledger import LEDGER, Attempts, finished_entries, unfinished_attempts
-from ifguide.run import Run
-from ifguide.status import FOLDERS, run_status
+from ifguide.artifacts import open_artifact
+from ifguide.distributed.ledger import LEDGER, Attempts
+from ifguide.run import FOLDERS, Run
+from ifguide.status import run_status
 from ifguide.telemetry import PROGRESS, Progress, ProgressFile
 
 
@@ -21,7 +21,7 @@ def begin(folder: Path):
 
 
 def line_of(run_dir: Path, name: str) -> str:
-    return next(line for line in run_status(run_dir) if line.startswith(name))
+    return next(line for line in run_status(run_dir, FOLDERS) if line.startswith(name))
 
 
 def test_the_folders_are_those_of_a_run(tmp_path):
@@ -56,7 +56,7 @@ def test_failed_shards_are_named_with_their_reason_and_retried_ones_counted(tmp_
     again.begin()
     assert "1 failed" in line_of(tmp_path, "scores")
     assert "1 shards are being tried again" in line_of(tmp_path, "scores")
-    assert any(line.strip() == "failed shard-1: no space left" for line in run_status(tmp_path))
+    assert any(line.strip() == "failed shard-1: no space left" for line in run_status(tmp_path, FOLDERS))
 
 
 def test_a_progress_line_cut_short_is_passed_over_and_old_news_are_called_old(tmp_path):
@@ -68,23 +68,10 @@ def test_a_progress_line_cut_short_is_passed_over_and_old_news_are_called_old(tm
 
 def test_a_directory_that_is_not_there_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        run_status(tmp_path / "nowhere")
+        run_status(tmp_path / "nowhere", FOLDERS)
 
 
 def test_status_does_not_load_ray(tmp_path):
     code = "import sys; from ifguide.cli import main; main(['status', sys.argv[1]]); assert 'ray' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, stdout=subprocess.DEVNULL)
-
-
-def test_attempts_survive_their_process_and_are_forgotten_when_done(tmp_path):
-    Attempts(tmp_path, "s").begin()
-    again = Attempts(tmp_path, "s")  # another process reads what the first one wrote
-    assert (again.made, again.reason) == (1, "its process died")
-    again.begin()
-    again.failed("ValueError: x")
-    assert (Attempts(tmp_path, "s").made, Attempts(tmp_path, "s").reason) == (2, "ValueError: x")
-    write_json(tmp_path / "s.json", {"key": "s", "result": {}})
-    again.forget()
-    assert unfinished_attempts(tmp_path) == []
-    assert list(finished_entries(tmp_path)) == ["s"]

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifguide.corpus.reading import RawDocument, tokenise
+from ifguide.corpus.packing import tokenise
+from ifguide.corpus.reading import RawDocument
 from ifguide.spans.mapping import mask_of_spans, opens_span, spans_of_mask, token_edges, token_stops
 from tests.tokenizers import WRITTEN, tokenizers
 

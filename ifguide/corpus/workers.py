@@ -1,0 +1,181 @@
+"""What the tasks of `pack_corpus` do: count a chunk's rows, tokenise it, pack a shard, train a tokenizer."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ifguide import schemas
+from ifguide.artifacts import publish
+from ifguide.config import Input
+from ifguide.corpus.packing import merge_order, pack, token_table
+from ifguide.corpus.reading import Chunk, count_rows, read_documents
+from ifguide.corpus.stream import TOKENS, PackSettings, StreamShard
+from ifguide.storage import location, readable
+from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+
+TOKENIZER_CHARS = 200_000_000  # what a tokenizer is trained on at most: more changes its merges little
+LISTED_BAD_ROWS = 1000  # of a chunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyedChunk:
+    """A chunk to read, of whose input `first_input_row` rows lie before it."""
+
+    key: str
+    chunk: Chunk
+    first_input_row: int = 0
+
+
+class CountRows:
+    """Worker of the pass before the first: rows of a chunk."""
+
+    def __init__(self, settings: None):
+        pass
+
+    def process(self, shard: KeyedChunk) -> dict[str, Any]:
+        return {"rows": count_rows(shard.chunk)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokeniseSettings:
+    """What every `TokeniseChunk` needs: the inputs, the tokenizer's source, and the folder of the tables."""
+
+    inputs: tuple[Input, ...]
+    tokenizer: str
+    folder: str
+
+    @property
+    def annotate(self) -> bool:
+        """Whether any document brings spans along."""
+        return any(source.spans_column for source in self.inputs)
+
+
+class TokeniseChunk:
+    """Worker of the first pass: one chunk -> one scratch table; its result has the bad rows."""
+
+    def __init__(self, settings: TokeniseSettings):
+        self.settings, self.folder = settings, location(settings.folder)
+        self.tokenizer = load_tokenizer(settings.tokenizer)
+
+    def process(self, shard: KeyedChunk) -> dict[str, Any]:
+        table, bad, rows = token_table(
+            shard.chunk,
+            self.settings.inputs[shard.chunk.input_index],
+            self.tokenizer,
+            first_input_row=shard.first_input_row,
+            annotate=self.settings.annotate,
+        )
+        with publish(self.folder / f"{shard.key}.parquet") as part:
+            pq.write_table(table, part, row_group_size=1024)
+        return {"rows": rows, "documents": table.num_rows, "bad_rows": len(bad), "bad": bad[:LISTED_BAD_ROWS]}
+
+
+class PackShard:
+    """Worker of the second pass: blocks [first_block, ...) of the stream and the documents that start in them."""
+
+    def __init__(self, settings: PackSettings):
+        self.settings, self.folder = settings, location(settings.folder)
+
+    def process(self, shard: StreamShard) -> dict[str, Any]:
+        block_size, annotate = self.settings.block_size, self.settings.annotate
+        table = self._documents(shard.ranges)
+        lengths = table.column("num_tokens").to_numpy()
+        starts = shard.first_token_start + np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        skip = shard.first_block * block_size - int(starts[0])
+        shape = {"skip": skip, "num_tokens": shard.num_tokens, "block_size": block_size}
+        blocks_BT, lengths_B = pack([_flat(table, "tokens")], fill=self.settings.eos, **shape)
+        block_ids = pa.array(shard.first_block + np.arange(len(blocks_BT)), type=pa.int64())
+        schema = schemas.blocks(block_size, annotated=annotate)
+        columns = [block_ids, pa.array(lengths_B, pa.int32()), schemas.per_token_column(blocks_BT, schema, "tokens")]
+        if annotate:
+            flags_BT, _ = pack([_flat(table, "annotated")], fill=0, **shape)
+            columns.append(schemas.per_token_column(flags_BT, schema, "annotated"))
+        self._write("shard", shard, pa.Table.from_arrays(columns, schema=schema))
+        stops_BT, _ = pack([_flat(table, "stops")], fill=0, **shape)
+        schema = schemas.offsets(block_size)
+        columns = [block_ids, schemas.per_token_column(stops_BT, schema, "stops")]
+        encoding = {"use_dictionary": False, "column_encoding": schemas.OFFSETS_ENCODING}
+        self._write("offsets", shard, pa.Table.from_arrays(columns, schema=schema), **encoding)
+        documents = self._document_table(table, starts, shard)
+        self._write("documents", shard, documents)
+        return {"blocks": len(blocks_BT), "documents": documents.num_rows, "tokens": int(lengths_B.sum())}
+
+    def _write(self, kind: str, shard: StreamShard, table: pa.Table, **options: Any) -> None:
+        with publish(self.folder / f"{kind}-{shard.key}.parquet") as part:
+            pq.write_table(table, part, **options)
+
+    def _documents(self, ranges: Sequence[tuple[int, int]]) -> pa.Table:
+        """The documents `ranges` (per input: [lo, hi)) in stream order."""
+        tables = []
+        for files, (lo, hi) in zip(self.settings.files, ranges, strict=True):
+            first = 0
+            for file in files:
+                start, stop = max(lo - first, 0), min(hi - first, file.documents)
+                if start < stop:
+                    part = _read_rows(self.folder / TOKENS / f"{file.key}.parquet", start, stop)
+                    place = part.schema.get_field_index("row")
+                    part = part.set_column(place, "row", pc.add(part.column(place), file.first_row))
+                    tables.append(part.append_column("source", pa.array([file.source] * part.num_rows, pa.string())))
+                first += file.documents
+        table = pa.concat_tables(tables)
+        if self.settings.interleave:
+            table = table.take(pa.array(merge_order(ranges, self.settings.counts)))
+        return table.combine_chunks()
+
+    def _document_table(self, table: pa.Table, starts: np.ndarray, shard: StreamShard) -> pa.Table:
+        block_size = self.settings.block_size
+        here = np.flatnonzero(starts >= shard.first_block * block_size)
+        kept, starts = table.take(pa.array(here)), starts[here]
+        return pa.Table.from_arrays(
+            [
+                pa.array(shard.first_doc_id + here, pa.int64()),
+                *(kept.column(name).combine_chunks() for name in ("source", "row", "num_chars", "num_tokens")),
+                pa.array(starts, pa.int64()),
+                pa.array(starts // block_size, pa.int64()),
+                pa.array(starts % block_size, pa.int32()),
+            ],
+            schema=schemas.DOCUMENTS,
+        )
+
+
+def train_on_chunks(chunks: Sequence[KeyedChunk], inputs: Sequence[Input], vocab_size: int, folder: str) -> None:
+    """Train a tokenizer on up to TOKENIZER_CHARS characters, an equal share of every chunk; publish it in `folder`."""
+    share = TOKENIZER_CHARS // max(1, len(chunks))
+
+    def texts() -> Iterator[str]:
+        for shard in chunks:
+            source = inputs[shard.chunk.input_index]
+            start, stop = source.rows or (0, np.iinfo(np.int64).max)
+            left = share
+            for document in read_documents(shard.chunk, source, first_row=shard.first_input_row):
+                if left <= 0 or document.row >= stop:
+                    break
+                if document.reason is None and document.row >= start:
+                    left -= len(document.text)
+                    yield document.text
+
+    save_tokenizer(train_tokenizer(texts(), vocab_size=vocab_size), location(folder))
+
+
+def _read_rows(path: Path, start: int, stop: int) -> pa.Table:
+    """Rows [start, stop) of a Parquet file, reading only the row groups that hold them."""
+    with pq.ParquetFile(readable(path)) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        bounds = [0, *np.cumsum(sizes).tolist()]
+        first = bisect_right(bounds, start) - 1
+        last = bisect_right(bounds, stop - 1)
+        return file.read_row_groups(list(range(first, last))).slice(start - bounds[first], stop - start)
+
+
+def _flat(table: pa.Table, name: str) -> np.ndarray:
+    column = table.column(name).combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False)

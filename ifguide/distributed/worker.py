@@ -1,0 +1,148 @@
+"""What runs in an actor's process: a stage's worker, with attempts, ledger, and errors as results.
+
+A process whose device has failed ends itself: all that it does from then on would fail, and faster than others work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+
+from ifguide.config.resources import Resources
+from ifguide.distributed.ledger import ACTORS, Attempts, Entry, Failure, read_entry, write_entry
+from ifguide.storage import location
+from ifguide.telemetry import configure_logging
+
+
+class Shard(Protocol):
+    """One piece of a stage's work: a small frozen dataclass. Its key is unique and names its output."""
+
+    @property
+    def key(self) -> str: ...
+
+
+class Worker(Protocol):
+    """Holds the heavy state of a shard worker; `process` publishes the shard's output and returns its small result.
+
+    In a pool with `in_flight` over 1 it is called by that many threads at once."""
+
+    def process(self, shard: Any, /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSource:
+    """What an actor makes its worker from, and where it keeps the ledger."""
+
+    make_worker: Callable[..., Worker]
+    settings: Any  # the one argument of `make_worker`; a mapping is its keyword arguments
+    ledger: str
+    resources: Resources
+    in_flight: int
+
+    def make(self) -> Worker:
+        """The worker."""
+        if isinstance(self.settings, dict):
+            return self.make_worker(**self.settings)
+        return self.make_worker(self.settings)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """An object on its way between driver and actor, which Ray Data must not take apart."""
+
+    content: Any
+
+
+class LedgerWorker:
+    """The Ray Data callable around a `Worker`."""
+
+    def __init__(self, source: WorkerSource):
+        import torch
+
+        configure_logging()
+        torch.set_num_threads(max(1, int(source.resources.cpus)))
+        self.ledger, self.attempts = location(source.ledger), source.resources.attempts
+        self.in_flight = source.in_flight
+        self.turn, self.slots = threading.Lock(), threading.Semaphore(source.in_flight)
+        starts = Attempts(self.ledger / ACTORS, str(ray.get_runtime_context().get_actor_id()))
+        if starts.made >= self.attempts:
+            raise RuntimeError(f"its process died {starts.made} times while it started")
+        self.storage_error = ""
+        try:
+            starts.begin()
+        except OSError as error:  # raised here, it would have Ray start this actor again, for ever
+            self.storage_error = _said(error)
+            return
+        self.worker = source.make()
+        starts.forget()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Parcel]]:
+        return {"entry": [Parcel(self._run_one(parcel.content)) for parcel in batch["shard"]]}
+
+    def _run_one(self, shard: Any) -> Entry | Failure:
+        if self.storage_error:
+            return Failure(key=shard_key(shard), reason=self.storage_error)
+        try:
+            return self._attempt(shard)
+        except OSError as error:  # of the ledger itself
+            return Failure(key=shard_key(shard), reason=_said(error))
+
+    def _attempt(self, shard: Any) -> Entry | Failure:
+        key = shard_key(shard)
+        attempts = Attempts(self.ledger, key)
+        while (entry := read_entry(self.ledger, key)) is None:
+            with self._slots(self.in_flight if attempts.made else 1):
+                if attempts.made >= self.attempts:
+                    return attempts.give_up(f"gave up after {attempts.made} attempts: {attempts.reason}")
+                attempts.begin()
+                started = time.monotonic()
+                try:
+                    result = self.worker.process(shard)
+                except ValueError as error:
+                    if not isinstance(error.__cause__, OSError):  # bad input is the same next time: say it once
+                        return attempts.give_up(str(error))
+                    attempts.failed(str(error))
+                except Exception as error:
+                    attempts.failed(traceback.format_exc(limit=-3).strip())
+                    if _is_device_lost(error):
+                        os._exit(1)
+                else:
+                    seconds = result.get("seconds", time.monotonic() - started)
+                    write_entry(self.ledger, Entry(key=key, result=result, attempts=attempts.made, seconds=seconds))
+        attempts.forget()
+        return entry
+
+    @contextlib.contextmanager
+    def _slots(self, count: int) -> Iterator[None]:
+        """`count` of the actor's slots for shards; all of them means alone."""
+        with self.turn:  # or two that want all of them would wait for each other
+            for _ in range(count):
+                self.slots.acquire()
+        try:
+            yield
+        finally:
+            self.slots.release(count)
+
+
+def shard_key(shard: Any) -> str:
+    """The key of a descriptor."""
+    return shard["key"] if isinstance(shard, dict) else shard.key
+
+
+def _is_device_lost(error: Exception) -> bool:
+    """Whether torch can use the device of this process no more; memory that ran out is another error."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError)
+
+
+def _said(error: OSError) -> str:
+    return f"{type(error).__name__}: {error}"

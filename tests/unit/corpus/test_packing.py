@@ -1,0 +1,138 @@
+"""ifguide.corpus.packing: tokens decode to their text, and every shard can be packed alone."""
+
+import dataclasses
+import itertools
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from ifguide.config import Input
+from ifguide.corpus.packing import merge_order, pack, stream_order, token_table, tokenise
+from ifguide.corpus.reading import RawDocument, list_chunks
+from ifguide.tokenizer import train_tokenizer
+from tests.unit.corpus.test_reading import TEXTS, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS * 3, vocab_size=300)
+
+
+def test_tokens_decode_to_the_text_and_end_with_eos(tokenizer):
+    documents = [RawDocument(row=i, text=text) for i, text in enumerate(TEXTS)]
+    for document, (tokens, _, flags) in zip(documents, tokenise(documents, tokenizer, annotate=False), strict=True):
+        assert flags is None
+        assert tokens.dtype == np.int32
+        assert tokens[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(tokens[:-1]) == document.text
+
+
+@pytest.mark.parametrize(
+    ("spans", "marked"),
+    [
+        ([(4, 7)], " cat"),
+        ([(5, 6)], " cat"),
+        ([(0, 3), (16, 22)], "the the mat"),
+        ([(3, 4)], ""),
+        ([(4, 4)], ""),
+        ([(0, 22)], TEXTS[0]),
+    ],
+)
+def test_tokens_that_overlap_a_span_are_annotated_and_eos_never(tokenizer, spans, marked):
+    documents = [RawDocument(row=0, text=TEXTS[0], spans=tuple(spans)), RawDocument(row=1)]
+    (tokens, _, flags), (empty, _, empty_flags) = tokenise(documents, tokenizer, annotate=True)
+    assert tokenizer.decode(tokens[flags]) == marked  # this tokenizer has a token for every word of the text
+    assert not flags[-1]
+    assert (empty.tolist(), empty_flags.tolist()) == ([tokenizer.eos_token_id], [False])
+
+
+@pytest.mark.parametrize("annotate", [False, True])
+def test_token_table_keeps_the_rows_asked_for_counted_over_the_whole_input(tmp_path, tokenizer, annotate):
+    source = write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(700)])
+    path = Path(source.path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(b"bad\n" if i in (99, 150, 680) else line for i, line in enumerate(lines)))
+    (chunk,) = list_chunks(source, 0, chunk_bytes=10**9, dotted_key="k")
+    ranged = dataclasses.replace(source, rows=(1100, 1680))
+    table, bad, read = token_table(chunk, ranged, tokenizer, first_input_row=1000, annotate=annotate)
+    assert read == 700
+    rows = [row for row in range(100, 680) if row != 150]  # more than one tokeniser batch
+    assert table.column("row").to_pylist() == rows
+    assert [(entry["row"], entry["source"]) for entry in bad] == [(150, source.path)]
+    expected = [[*tokenizer(f"text {row}")["input_ids"], tokenizer.eos_token_id] for row in rows]
+    assert table.column("tokens").to_pylist() == expected
+    assert table.column("num_tokens").to_pylist() == [len(tokens) for tokens in expected]
+    assert table.column("num_chars").to_pylist() == [len(f"text {row}") for row in rows]
+    assert ("annotated" in table.column_names) == annotate
+
+
+def test_token_table_of_no_good_row_has_no_rows(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(b"\n\n")
+    source = Input(path=str(tmp_path / "a.jsonl"))
+    (chunk,) = list_chunks(source, 0, chunk_bytes=9, dotted_key="k")
+    table, bad, read = token_table(chunk, source, tokenizer, first_input_row=0, annotate=True)
+    assert (table.num_rows, read) == (0, 2)
+    assert [entry["reason"] for entry in bad] == ["empty line"] * 2
+
+
+COUNTS = st.lists(st.integers(0, 12), max_size=4)
+
+
+@settings(deadline=None)
+@given(counts=COUNTS)
+def test_interleaving_orders_documents_by_their_exact_share_ties_by_input(counts):
+    inputs, indices = stream_order(counts, interleave=True)
+    everything = [(k, i) for k, n in enumerate(counts) for i in range(n)]
+    expected = sorted(everything, key=lambda at: (Fraction(2 * at[1] + 1, 2 * counts[at[0]]), at[0]))
+    assert list(zip(inputs.tolist(), indices.tolist(), strict=True)) == expected
+
+
+@settings(deadline=None)
+@given(counts=COUNTS)
+def test_without_interleaving_inputs_follow_each_other(counts):
+    inputs, indices = stream_order(counts, interleave=False)
+    found = list(zip(inputs.tolist(), indices.tolist(), strict=True))
+    assert found == [(k, i) for k, n in enumerate(counts) for i in range(n)]
+
+
+@settings(deadline=None)
+@given(counts=COUNTS, data=st.data())
+def test_a_run_of_the_stream_is_one_range_per_input_merged_into_the_global_order(counts, data):
+    inputs, indices = stream_order(counts, interleave=True)
+    lo = data.draw(st.integers(0, len(inputs)))
+    hi = data.draw(st.integers(lo, len(inputs)))
+    here_inputs, here_indices = inputs[lo:hi], indices[lo:hi]
+    ranges, rows = [], []
+    for k in range(len(counts)):
+        own = here_indices[here_inputs == k].tolist()
+        start = own[0] if own else 0
+        assert own == list(range(start, start + len(own)))
+        ranges.append((start, start + len(own)))
+        rows += [(k, i) for i in own]
+    merged = [rows[i] for i in merge_order(ranges, counts)]
+    assert merged == list(zip(here_inputs.tolist(), here_indices.tolist(), strict=True))
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8), block_size=st.integers(2, 7), data=st.data())
+def test_packed_blocks_are_the_stream_and_only_the_last_is_padded(lengths, block_size, data):
+    bounds = np.cumsum([0, *lengths])
+    arrays = [np.arange(start, stop, dtype=np.int32) for start, stop in itertools.pairwise(bounds)]
+    total = int(bounds[-1]) + 1
+    arrays.append(np.array([total - 1], np.int32))
+    skip = data.draw(st.integers(0, total - 1))
+    num_tokens = data.draw(st.integers(1, total - skip))
+    blocks, valid = pack(arrays, skip=skip, num_tokens=num_tokens, block_size=block_size, fill=-7)
+    assert (blocks.dtype, valid.dtype) == (np.int32, np.int32)
+    assert blocks.shape == (len(valid), block_size)
+    flat = blocks.reshape(-1)
+    assert flat[:num_tokens].tolist() == list(range(skip, skip + num_tokens))
+    assert (flat[num_tokens:] == -7).all()
+    assert valid.sum() == num_tokens
+    assert (valid[:-1] == block_size).all()
+    assert 1 <= valid[-1] <= block_size
