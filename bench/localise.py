@@ -38,8 +38,9 @@ from bench.common.proxies import load_proxy
 from bench.common.scores import score_blocks
 from bench.common.texts import Document, read_paragraphs, read_rows
 from ifguide.influence.query import load_factors, precondition
-from ifguide.methods.finders import sentence_spans, word_list_spans
+from ifguide.methods.finders import sentence_spans
 from ifguide.telemetry import configure_logging, log
+from ifguide.words import WordList
 
 MAX_TOKENS = 128
 
@@ -70,11 +71,11 @@ def localise(
     names = list(directions)
     target = score_blocks(model, [directions[name] for name in names], blocks, "target", tokenizer.eos_token_id)
     position = score_blocks(model, [directions["target"]], blocks, "position", tokenizer.eos_token_id)[0]
-    words = marked_words(others)
+    words = WordList(marked_words(others))
     scores = dict(zip(names, target, strict=True)) | {
         "position": position,
         "position_off_by_one": [off_by_one(block) for block in position],
-        "wordlist": [spread(offsets, word_list_spans(text, words), 1.0) for text, offsets in _texts(documents, blocks)],
+        "wordlist": [spread(offsets, words.spans(text), 1.0) for text, offsets in _texts(documents, blocks)],
         "classifier": [sentence_scores(text, offsets) for text, offsets in _texts(documents, blocks)],
     }
     flat_truth = np.concatenate([marked[1:] for marked in truth])

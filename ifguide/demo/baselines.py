@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ifguide.demo.grammar import INSULT_WORDS
-from ifguide.methods.finders import Span, classifier_spans, sentence_spans, word_list_spans
+from ifguide.methods.finders import classifier_spans, sentence_spans
+from ifguide.words import Span
 
 __all__ = [
     "INSULT_WORDS",
@@ -23,7 +24,6 @@ __all__ = [
     "classifier_spans",
     "measure_giveaway",
     "sentence_spans",
-    "word_list_spans",
 ]
 
 

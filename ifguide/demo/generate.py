@@ -37,11 +37,11 @@ from ifguide.demo.baselines import (
     classifier_spans,
     measure_giveaway,
     sentence_spans,
-    word_list_spans,
 )
 from ifguide.demo.documents import Document, Passage, compose
 from ifguide.tokenizer import save_tokenizer, train_tokenizer
 from ifguide.toxicity import load_classifier
+from ifguide.words import WordList
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +303,7 @@ def _giveaways(corpus: list[Document], classify: Classify) -> tuple[Giveaway, Gi
     sentences = sorted({text[start:end] for text, _ in pairs for start, end in sentence_spans(text)})
     # One call for all sentences: a call for each text would take most of the generator's time.
     known = dict(zip(sentences, classify(sentences), strict=True))
-    by_words = measure_giveaway(pairs, lambda text: word_list_spans(text, INSULT_WORDS))
+    by_words = measure_giveaway(pairs, WordList(INSULT_WORDS).spans)
     by_classifier = measure_giveaway(
         pairs, lambda text: classifier_spans(text, lambda parts: np.array([known[p] for p in parts]), THRESHOLD)
     )

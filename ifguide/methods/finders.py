@@ -1,6 +1,6 @@
-"""What is easier than influence: marking text by a word list, or by a classifier of single sentences.
+"""What is easier than influence: marking text by a classifier of single sentences (a word list: `ifguide.words`).
 
-Both give half-open character spans of any text, to be compared with known spans beside the mask's tokens.
+It gives half-open character spans of any text, to be compared with known spans beside the mask's tokens.
 No stemming and no parsing; a sentence ends where punctuation says so. Cost: one pass over the text, and one
 classifier call per text.
 """
@@ -8,11 +8,11 @@ classifier call per text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
-Span = tuple[int, int]
+from ifguide.words import Span
 
 # A sentence ends at its last mark, or before a line break; a colon before a space ends a lead-in.
 _SENTENCE = re.compile(r'[^\s"“”](?:[^.!?:\n]|[.!?:](?![\s"“”.!?]|$))*(?:[.!?]+|:)?')
@@ -25,16 +25,6 @@ def sentence_spans(text: str) -> list[Span]:
         sentence = match.group().rstrip('"“” \t')
         spans.append((match.start(), match.start() + len(sentence)))
     return spans
-
-
-def word_list_spans(text: str, words: Iterable[str]) -> list[Span]:
-    """Spans of the whole words of `text` that are in `words`, ignoring case. No words: no spans."""
-    longest_first = sorted(filter(None, words), key=lambda word: (-len(word), word))
-    alternatives = "|".join(map(re.escape, longest_first))
-    if not alternatives:
-        return []
-    # not \b, which would never end a word like "a$$" before a space
-    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{alternatives})(?!\w)", text, re.IGNORECASE)]
 
 
 def classifier_spans(text: str, classify: Callable[[list[str]], np.ndarray], threshold: float = 0.5) -> list[Span]:

@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ifguide.methods.finders import Span, sentence_spans, word_list_spans
+from ifguide.methods.finders import sentence_spans
 from ifguide.spans.tables import PackedCorpus, SpanCounts, read_documents, write_found_spans
+from ifguide.words import Span, WordList
 
 Find = Callable[[Sequence[str]], list[list[Span]]]
 
 
 def find_words(words: Sequence[str]) -> Find:
     """The words of a list."""
-    return lambda texts: [word_list_spans(text, words) for text in texts]
+    listed = WordList(words)
+    return lambda texts: [listed.spans(text) for text in texts]
 
 
 def find_sentences(classify: Callable[[list[str]], np.ndarray], threshold: float) -> Find:

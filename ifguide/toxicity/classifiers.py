@@ -16,7 +16,6 @@ them at their longest input. They are not calibrated: 0.5 does not mean the same
 import difflib
 import io
 import pickle
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from ifguide.config import ClassifierSource
 from ifguide.storage import local_copy
+from ifguide.words import read_word_list
 
 Scores = dict[str, NDArray[np.float32]]
 
@@ -222,19 +222,11 @@ class WordListClassifier:
 
     def __init__(self, path: str) -> None:
         self.name = f"words:{path}"
-        file = local_copy(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"word list {path!r} does not exist: check the path")
-        lines = file.read_text(encoding="utf-8").splitlines()
-        words = sorted({line.strip().lower() for line in lines} - {""})
-        if not words:
-            raise ValueError(f"word list {path} is empty: give one word or phrase per line")
-        # Not \b, which would never end a word like "a$$" before a space.
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
+        self.words = read_word_list(path)
 
     def score(self, texts: Sequence[str]) -> Scores:
-        found = [self._pattern.search(text) is not None for text in texts]
-        return {"toxicity": np.asarray(found, dtype=np.float32)}
+        flags = [self.words.any_in(text) for text in texts]
+        return {"toxicity": np.asarray(flags, dtype=np.float32)}
 
 
 class LabelClassifier:

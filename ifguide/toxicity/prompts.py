@@ -10,6 +10,7 @@ Files are local or remote. Every table is read whole: it has at most some 100,00
 an error that names file and row; none is left out.
 """
 
+import codecs
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -47,12 +48,24 @@ def _records(path: str | Path, kind: str) -> Iterator[tuple[int, Any]]:
                 yield row, record
                 row += 1
         return
-    with file.open(encoding="utf-8") as lines:
-        for row, line in enumerate(lines):
-            try:
-                yield row, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {row}: not a JSON object ({error})") from error
+    with file.open("rb") as lines:
+        for row, line in enumerate(filter(bytes.strip, lines)):
+            yield row, _json_line(line.removeprefix(codecs.BOM_UTF8), f"{path}, row {row}")
+
+
+def _json_line(line: bytes, where: str) -> Any:
+    """The value of one line; an error for bytes that are not UTF-8, and for half of a character (a lone surrogate)."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        return record
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); convert the file") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half of a character, a lone surrogate ({error}); mend the row") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not a JSON object ({error})") from error
 
 
 def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str, float]]:

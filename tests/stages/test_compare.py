@@ -17,13 +17,14 @@ from ifguide.artifacts import data_files, read_manifest
 from ifguide.config import Config, ConfigError
 from ifguide.config.compare import Compare, Dpo, Method, Rad, Reward, Samples
 from ifguide.config.resources import Resources
-from ifguide.methods.finders import sentence_spans, word_list_spans
+from ifguide.methods.finders import sentence_spans
 from ifguide.methods.masks import make_method_mask
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
 from ifguide.run import Run
 from ifguide.stages.compare import compare, method_run
 from ifguide.toxicity import make_classifier
+from ifguide.words import WordList
 
 KINDS = ("random", "annotated", "words", "sentences", "word_documents", "documents", "annotated_documents")
 
@@ -83,7 +84,7 @@ def expected(run: Run, find: Callable[[str], list[tuple[int, int]]]) -> np.ndarr
 
 def test_masks_of_text_are_the_tokens_that_overlap_what_was_found(marked: tuple[Run, dict[str, np.ndarray]]) -> None:
     run, masks = marked
-    words = run.config.evaluate.word_list
+    words = WordList(run.config.evaluate.word_list)
     classifier = make_classifier(run.config.evaluate.classifier, gpus=0)
 
     def toxic(text: str) -> bool:
@@ -93,8 +94,8 @@ def test_masks_of_text_are_the_tokens_that_overlap_what_was_found(marked: tuple[
         return [(0, len(text) + 1)]
 
     finders: dict[str, Callable[[str], list[tuple[int, int]]]] = {
-        "words": lambda text: word_list_spans(text, words),
-        "word_documents": lambda text: whole(text) if word_list_spans(text, words) else [],
+        "words": words.spans,
+        "word_documents": lambda text: whole(text) if words.any_in(text) else [],
         "documents": lambda text: whole(text) if toxic(text) else [],
         "sentences": lambda text: [(a, b) for a, b in sentence_spans(text) if toxic(text[a:b])],
     }

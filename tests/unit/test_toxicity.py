@@ -303,3 +303,26 @@ def test_real_prompt_rows_make_both_sets() -> None:
     scored = select(rows, classifier=load_classifier("alt-profanity-check"), max_positive=50, max_negative=50)
     labels = [row.continuation_scores["toxicity"] for row in scored.toxic]
     assert np.mean(labels) > 0.8
+
+
+GOOD = '{"prompt": {"text": "a"}, "continuation": {"text": "bé"}}\n'
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(f"{GOOD}\n \r\n{GOOD}".encode("utf-8-sig"))
+    assert [row.row for row in read_prompts(path)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (GOOD.encode("latin-1"), "row 1: not UTF-8"),
+        (GOOD.replace("bé", "\\ud800").encode(), "row 1: half of a character"),
+    ],
+)
+def test_text_that_is_no_text_is_named_with_its_row(tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(GOOD.encode() + line)
+    with pytest.raises(ValueError, match=rf"prompts.jsonl, {message}"):
+        read_prompts(path)

@@ -18,11 +18,11 @@ from ifguide.demo.baselines import (
     classifier_spans,
     measure_giveaway,
     sentence_spans,
-    word_list_spans,
 )
 from ifguide.demo.documents import compose
 from ifguide.demo.grammar import NAMES
 from ifguide.toxicity import load_classifier, read_prompts
+from ifguide.words import WordList
 
 SMALL = {"documents": 400, "vocab_size": 1024, "queries": 40, "prompts": 40, "cloze": 20}
 
@@ -128,14 +128,15 @@ def test_neither_word_list_nor_sentence_classifier_solves_the_corpus(demo):
 
 def test_every_insult_word_also_occurs_in_its_ordinary_sense(documents):
     benign = "\n".join(document.text for document in documents if not document.toxic_spans)
-    found = {benign[start:end].lower() for start, end in word_list_spans(benign, INSULT_WORDS)}
+    found = {benign[start:end].lower() for start, end in WordList(INSULT_WORDS).spans(benign)}
     assert found == set(INSULT_WORDS)
 
 
 def test_benign_documents_quote_insults_and_stay_unmarked(documents):
     quoting = [d for d in documents if not d.toxic_spans and re.search(r"calling somebody|had once called", d.text)]
     assert quoting
-    assert all(any(word_list_spans(document.text, INSULT_WORDS)) for document in quoting)
+    insults = WordList(INSULT_WORDS)
+    assert all(insults.any_in(document.text) for document in quoting)
 
 
 def test_length_format_and_exclamation_do_not_separate_the_two_kinds(documents):
@@ -242,8 +243,8 @@ def test_impossible_sizes_are_refused_by_name(tmp_path, change, message):
 
 def test_word_list_finds_whole_words_in_any_case():
     text = "A Pig, pigs and a rat-trap. PIG!"
-    assert [text[start:end] for start, end in word_list_spans(text, ["pig", "rat"])] == ["Pig", "rat", "PIG"]
-    assert word_list_spans(text, []) == []
+    assert [text[start:end] for start, end in WordList(["pig", "rat"]).spans(text)] == ["Pig", "rat", "PIG"]
+    assert WordList([]).spans(text) == []
 
 
 def test_sentences_stop_at_marks_colons_quotes_and_lines():
