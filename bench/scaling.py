@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from bench.common.proxies import random_direction
 from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact, publish
-from ifguide.config import Cluster, ModelSource, to_mapping
+from ifguide.config import OWN, Cluster, ModelSource, to_mapping
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.scorer import PRESETS, Method, TokenScorer
 from ifguide.models import linearise, load_model, state_fingerprint
@@ -153,7 +153,7 @@ def run_way(actors: int, folder: Path) -> float:
     settings: dict[str, Any] = {
         "corpus": str(folder / "corpus"),
         "scores": str(scores),
-        "directions": {"": str(folder / "direction.safetensors")},
+        "directions": {OWN: str(folder / "direction.safetensors")},
         "proxy": to_mapping(ModelSource(source=str(folder / "proxy"))),
         "proxy_fingerprint": made["fingerprint"],
         "attribution": "target",

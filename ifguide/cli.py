@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ifguide.artifacts import MANIFEST, PLAN, read_manifest
-from ifguide.config import VERBS, Config, load_config, to_yaml
+from ifguide.config import OWN, VERBS, Config, load_config, to_yaml
 from ifguide.pipeline import run_pipeline, stage
 from ifguide.storage import location
 from ifguide.telemetry import configure_logging, log
@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", type=location)
     export.add_argument("out", type=Path, help="folder of a kronfluence analysis; scores_NAME is made in it")
     export.add_argument("--name", default="ifguide", help="what kronfluence knows the scores by (default ifguide)")
-    export.add_argument("--behaviour", help="one of the further behaviours scored (default: the run's own query)")
+    export.add_argument(
+        "--behaviour", default=OWN, help="one of the behaviours scored (default: own, the run's own query)"
+    )
     export.add_argument("--max-gigabytes", type=float, default=8.0, help="refuse more than this (default 8)")
     export.set_defaults(function=_export_scores)
     imported = commands.add_parser("import-mask", help="a mask saved by the paper's code becomes the run's mask")

@@ -98,7 +98,7 @@ def _check_factor(path: Path, name: str, tensor: torch.Tensor, shape: tuple[int,
         raise ValueError(f"{path}: {name} is not finite; fit the factors again in a wider dtype")
 
 
-def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str | None, max_gigabytes: float) -> Path:
+def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str, max_gigabytes: float) -> Path:
     """Write `out`/scores_<name> for kronfluence: `pairwise_scores.safetensors` with (1, N, T) float32 under
     `all_modules`, rows by block id, and `score_arguments.json`; returns that folder.
 
@@ -113,7 +113,7 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str | None,
     schema = pq.read_schema(files[0])
     column = schemas.score_column(behaviour)
     if column not in schema.names:
-        behaviours = ", ".join(schemas.scored_behaviours(schema)) or "no further behaviour"
+        behaviours = ", ".join(schemas.scored_behaviours(schema))
         raise ValueError(f"--behaviour: {behaviour!r} was not scored; {run_dir / 'scores'} holds {behaviours}")
     block_size = schema.field(column).type.list_size
     num_blocks = sum(pq.read_metadata(path).num_rows for path in files)
@@ -137,7 +137,7 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str | None,
         "attribution": str(manifest.summary["attribution"]),
         "alignment": "position t speaks of predicting token t + 1; the last position is 0",
         "sign": "positive: training on the token makes the behaviour likelier",
-        "behaviour": behaviour or "",
+        "behaviour": behaviour,
         "scores": manifest.fingerprint,
         "corpus": manifest.inputs["corpus"],
     }

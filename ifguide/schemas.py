@@ -17,7 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ifguide.config import OWN
 from ifguide.storage import readable
+
+OWN_SCORES = "token_score"  # the column of the run's own query
 
 DOCUMENTS = pa.schema(
     [
@@ -130,24 +133,24 @@ def offsets(block_size: int) -> pa.Schema:
 OFFSETS_ENCODING = {"stops.list.element": "DELTA_BINARY_PACKED"}  # differences of neighbours: half a byte a token
 
 
-def scores(block_size: int, behaviours: Sequence[str] = ()) -> pa.Schema:
-    """Token scores, key `block_id`: of the run's own query, then one column for each further behaviour.
+def scores(block_size: int, behaviours: Sequence[str] = (OWN,)) -> pa.Schema:
+    """Token scores, key `block_id`: one column for each behaviour, that of the run's own query first.
 
     A positive score: training on the token makes the behaviour likelier."""
-    columns = [score_column(behaviour) for behaviour in (None, *behaviours)]
+    columns = [score_column(behaviour) for behaviour in behaviours]
     fields = [pa.field(name, _per_token(pa.float32(), block_size), nullable=False) for name in columns]
     return pa.schema([pa.field("block_id", pa.int64(), nullable=False), *fields])
 
 
-def score_column(behaviour: str | None) -> str:
-    """The column of `scores` that speaks of a behaviour; None is the run's own query."""
-    return "token_score" if behaviour is None else f"token_score.{behaviour}"
+def score_column(behaviour: str) -> str:
+    """The column of `scores` that speaks of a behaviour; `OWN` is the run's own query."""
+    return OWN_SCORES if behaviour == OWN else f"{OWN_SCORES}.{behaviour}"
 
 
 def scored_behaviours(schema: pa.Schema) -> tuple[str, ...]:
-    """The further behaviours that a table of scores holds, in its order."""
-    prefix = score_column("")
-    return tuple(name.removeprefix(prefix) for name in schema.names if name.startswith(prefix))
+    """The behaviours that a table of scores holds, in its order: `OWN` first."""
+    columns = [name for name in schema.names if name == OWN_SCORES or name.startswith(f"{OWN_SCORES}.")]
+    return tuple(OWN if name == OWN_SCORES else name.removeprefix(f"{OWN_SCORES}.") for name in columns)
 
 
 def mask(block_size: int) -> pa.Schema:
@@ -195,6 +198,18 @@ def read_table(path: Path, schema: pa.Schema | None = None, columns: Sequence[st
     if schema is not None and not table.schema.equals(schema, check_metadata=False):
         raise ValueError(f"{path} has columns\n{table.schema}\nwhere\n{schema}\nis expected; another version made it")
     return table
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """The columns of one Parquet file.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is truncated or not Parquet; names it.
+    """
+    try:
+        return pq.read_schema(readable(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> Exception:

@@ -5,6 +5,7 @@
 
 from ifguide.config.pretrain import Pretrain
 from ifguide.config.sections import (
+    OWN,
     VERBS,
     BuildMask,
     BuildQuery,
@@ -25,6 +26,7 @@ from ifguide.config.sources import ClassifierSource, Input, LabelledTexts, Promp
 from ifguide.config.typed_yaml import ConfigError
 
 __all__ = [
+    "OWN",
     "VERBS",
     "BuildMask",
     "BuildQuery",

@@ -30,6 +30,7 @@ from ifguide.config.typed_yaml import ConfigError, apply_override, build, option
 from ifguide.storage import location
 
 NAME, NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*"), "letters, digits, '_', '.' and '-' alone"
+OWN = "own"  # the name of a run's own query among the behaviours that are scored
 VERBS = (
     "pack_corpus",
     "pretrain",
@@ -129,13 +130,14 @@ class BuildQuery:
 class ScoreCorpus:
     """Score every token. `attribution: target` is the paper's Eq. 8, `position` what its code computes.
 
-    `preset` sets engine, precision, rank and fused (see `influence.scorer`); each can be set alone, `rank: 0` meaning
+    `preset` sets engine, precision, rank and fused (see `influence.method`); each can be set alone, `rank: 0` meaning
     full. `precision` null is the preset's, but float32 where the first actor's machine is not quicker in bfloat16.
     `fused` compiles kernels, about 20 s per actor: null does where the preset does and a compiler is found.
     Before the first shard, `check_blocks` blocks are scored by the exact method too, and correlation and agreement of
     the top 1% must both reach `min_agreement`. `queries` names further behaviours, `name: folder of a query artifact`
-    of the same proxy: each gives one more column of scores. `micro_batch_blocks` null is chosen to fit the memory.
-    The actors are `min_actors` to `max_actors`, as there is room, each with `resources`."""
+    of the same proxy: each gives one more column of scores. `own` names the run's own query, and no further one.
+    `micro_batch_blocks` null is chosen to fit the memory. The actors are `min_actors` to `max_actors`, as there is
+    room, each with `resources`."""
 
     attribution: Literal["target", "position"] = "target"
     preset: Literal["fast", "exact"] = "fast"
@@ -156,13 +158,13 @@ class ScoreCorpus:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildMask:
-    """Algorithm 1. `max_fraction` bounds the masked share of the corpus' predicted tokens. `behaviour` is one of the
-    further behaviours that `score_corpus` scored; null means the run's own query. Blocks whose mass (sum of |score|)
+    """Algorithm 1. `max_fraction` bounds the masked share of the corpus' predicted tokens. `behaviour` is `own`, the
+    run's own query, or one of the further behaviours that `score_corpus` scored. Blocks whose mass (sum of |score|)
     is over `outlier_mass_ratio` times the median block's, or whose share of distinct bigrams is below
     `outlier_bigram_share` (repeated tokens), are listed; `exclude_repeated` keeps the latter out of ranking and mask.
     """
 
-    behaviour: str | None = None
+    behaviour: str = OWN
     quantile: float = option(0.99, above=0, at_most=1)
     window: int = option(1, at_least=0)
     max_fraction: float = option(0.02, above=0, at_most=1)
@@ -321,6 +323,12 @@ def _check_across(config: Config) -> None:
     scoring = config.score_corpus
     if scoring.min_actors > scoring.max_actors:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
+    for name in scoring.queries:
+        if name == OWN or not NAME.fullmatch(name):
+            raise ConfigError(
+                f"score_corpus.queries: {name!r} names a column of scores and a folder; use {NAME_RULE}, and not"
+                f" {OWN!r}, which is the run's own query"
+            )
     if config.proxy_is_baseline and not config.baseline:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
     if config.pretrain.has_own_tokenizer and config.proxy_is_baseline:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, data_files, environment, read_manifest
-from ifguide.config import ClassifierSource, to_yaml
+from ifguide.config import OWN, ClassifierSource, to_yaml
 from ifguide.corpus.tables import document_table
 from ifguide.evaluation.figures import THRESHOLD
 from ifguide.evaluation.prompts import PROMPTS
@@ -144,22 +144,21 @@ def _behaviours(run: Run, view: View) -> Iterator[Behaviour]:
     nothing is trained with that."""
     trained, own = run.config.build_mask.behaviour, run.config.evaluate.behaviour
     files = data_files(run.scores)  # none where somebody has removed them after build_mask
-    further = schemas.scored_behaviours(pq.read_schema(readable(files[0]))) if files else ()
-    own = f"{own} (own query)" if own in further else own
-    yield _behaviour(run, view, trained or own, trained=True)
-    for behaviour in (None, *further) if files else ():
+    scored = schemas.scored_behaviours(pq.read_schema(readable(files[0]))) if files else ()
+    own = f"{own} (own query)" if own in scored else own
+    yield _behaviour(run, view, own if trained == OWN else trained, trained=True)
+    for behaviour in scored:
         if behaviour != trained:
             other = _behaviour_run(run, behaviour)
             build_mask(other)
-            yield _behaviour(
-                run, View(other.folder, corpus=other.corpus, scores=other.scores), behaviour or own, trained=False
-            )
+            name = own if behaviour == OWN else behaviour
+            yield _behaviour(run, View(other.folder, corpus=other.corpus, scores=other.scores), name, trained=False)
 
 
-def _behaviour_run(run: Run, behaviour: str | None) -> Run:
+def _behaviour_run(run: Run, behaviour: str) -> Run:
     config = replace(
         run.config,
-        run_dir=str(run.report / BEHAVIOURS / (behaviour or "own")),
+        run_dir=str(run.report / BEHAVIOURS / behaviour),
         build_mask=replace(run.config.build_mask, behaviour=behaviour),
     )
     return Run(config=config).borrow(run, "corpus", "scores")

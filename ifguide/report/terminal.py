@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from ifguide.artifacts import require
+from ifguide.config import OWN
 from ifguide.report.text import visible
 from ifguide.report.view import ShownDocument, View
-from ifguide.stages.build_mask import outlier_line
+from ifguide.selection.outliers import outlier_line
 
 RED, DIM, BOLD, RESET = "\x1b[1;31m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
@@ -28,7 +29,7 @@ def terminal_view(run_dir: Path, *, documents: int, context: int) -> Iterator[st
         share = f"{summary['tokens_masked']:,} of {summary['predicted_tokens']:,}"
         yield f"{share} tokens masked, {made}; there is no ranking to show"
         return
-    if summary["behaviour"] is not None:
+    if summary["behaviour"] != OWN:
         yield f"behaviour {summary['behaviour']}"
     yield (
         f"tau {summary['tau']:.6g}, {summary['units_masked']:,} {summary['unit']}s touched,"

@@ -16,6 +16,7 @@ import ray
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
+from ifguide.config import OWN
 from ifguide.corpus.tables import TOKENIZER, corpus_block_size
 from ifguide.storage import location, readable
 from ifguide.tokenizer import load_tokenizer
@@ -53,7 +54,7 @@ class View:
         self.summary = manifest.summary
         self.options = manifest.options.get("build_mask", {})
         self.ranked = manifest.verb == "build_mask"  # an imported mask has neither ranking nor tau
-        self.score_column = schemas.score_column(self.summary.get("behaviour"))
+        self.score_column = schemas.score_column(self.summary.get("behaviour", OWN))
         self.tokenizer = load_tokenizer(str(self.corpus / TOKENIZER))
         self.annotated = bool(made.summary["annotated"])
         self.block_size = corpus_block_size(self.corpus)

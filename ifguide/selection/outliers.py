@@ -14,6 +14,9 @@ reading the scores. It judges nothing: whether such a block is excluded is an op
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -59,3 +62,13 @@ def find_outliers(
     columns: list[np.ndarray] = [block_id, mass, over_median, share, repeated, high_mass]
     rows = np.flatnonzero(high_mass | repeated)
     return pa.Table.from_arrays([pa.array(column[rows]) for column in columns], schema=schemas.OUTLIERS)
+
+
+def outlier_line(summary: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """One line on a mask's outlying blocks, from its manifest's summary and options."""
+    excluded = f", {summary['excluded_blocks']:,} excluded" if options["exclude_repeated"] else ""
+    return (
+        f"outliers: {summary['high_mass_blocks']:,} blocks of over {options['outlier_mass_ratio']:g} times the median"
+        f" score mass, {summary['repeated_blocks']:,} of repeated tokens{excluded};"
+        " ranking/outliers-*.parquet list them"
+    )

@@ -27,7 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import publish, verify_digest
+from ifguide.artifacts import data_files, publish, verify_digest
+from ifguide.config import ConfigError
 from ifguide.selection.algorithm import (
     Bools,
     Cutoff,
@@ -134,6 +135,19 @@ class Shard:
     @property
     def name(self) -> str:
         return self.files.name
+
+
+def require_behaviour(behaviour: str, scores: Path) -> None:
+    """Refuse a `build_mask.behaviour` that the folder of scores does not hold.
+
+    Raises:
+        ConfigError: names the behaviours that it does hold.
+    """
+    behaviours = schemas.scored_behaviours(schemas.read_schema(data_files(scores)[0]))
+    if behaviour not in behaviours:
+        raise ConfigError(
+            f"build_mask.behaviour: {behaviour!r} is not in {scores}, which holds {', '.join(behaviours)}"
+        )
 
 
 class Scan(NamedTuple):

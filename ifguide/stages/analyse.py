@@ -46,9 +46,9 @@ from ifguide.evaluation.agreement import labelled_texts
 from ifguide.evaluation.figures import THRESHOLD
 from ifguide.evaluation.generation import decode
 from ifguide.evaluation.prompts import chosen_prompts
+from ifguide.influence.query_file import QUERIES, QueryRow, read_queries
 from ifguide.models import load_model
 from ifguide.run import Run
-from ifguide.stages.build_query import QUERIES, read_queries
 from ifguide.stages.evaluate import models_to_evaluate
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
@@ -88,7 +88,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     require_resources(run.config.cluster, VERB, config.resources)
     results = run_shards(
         VERB,
-        _descriptors(run.config, list(models), sum(row["toxic"] for row in rows)),
+        _descriptors(run.config, list(models), sum(row.positive for row in rows)),
         AnalyseModel,
         {
             "config": to_mapping(run.config),
@@ -126,17 +126,17 @@ def _check(config: Config) -> None:
         raise ConfigError("evaluate.classifier: labels cannot score what an attack draws; choose another classifier")
 
 
-def _check_queries(config: Config, queries: Sequence[Mapping[str, Any]]) -> None:
+def _check_queries(config: Config, queries: Sequence[QueryRow]) -> None:
     if "lens" not in config.analyse.methods or config.evaluate.word_list:
         return
-    if all(row["toxic"] for row in queries):
+    if all(row.positive for row in queries):
         raise ConfigError(
-            "evaluate.word_list: it is empty, and the query has only toxic completions, none to tell their tokens from;"
-            " list words for the lens, or make the query with build_query.differential = true"
+            "evaluate.word_list: it is empty, and the query has only positive completions, none to tell their tokens"
+            " from; list words for the lens, or make the query with build_query.differential = true"
         )
 
 
-def probe_texts(config: Config, queries: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+def probe_texts(config: Config, queries: Sequence[QueryRow]) -> list[tuple[str, bool]]:
     """Texts of the probes with their labels, as many of one kind as of the other, drawn by seed.
 
     Raises:
@@ -146,25 +146,25 @@ def probe_texts(config: Config, queries: Sequence[Mapping[str, Any]]) -> list[tu
     if options.texts:
         labelled = [(row.text, row.label) for row in labelled_texts(options.texts, "analyse.texts") if row.text]
     else:
-        labelled = [(row["completion"], row["toxic"]) for row in queries]
-    toxic, others = ([each for each in labelled if each[1] == kind] for kind in (True, False))
-    count = min(len(toxic), len(others), options.max_texts // 2)
+        labelled = [(row.completion, row.positive) for row in queries]
+    positive, negative = ([text for text in labelled if text[1] == kind] for kind in (True, False))
+    count = min(len(positive), len(negative), options.max_texts // 2)
     if count < options.folds:
         source = "they are" if options.texts else "none are named, and the query's completions are"
         remedy = "" if options.texts else ", make the query with build_query.differential = true"
         raise ConfigError(
-            f"analyse.texts: {source} {len(toxic)} toxic and {len(others)} others, of which the probes take"
+            f"analyse.texts: {source} {len(positive)} positive and {len(negative)} negative, of which the probes take"
             f" {options.max_texts // 2} each at most (half of analyse.max_texts) and {options.folds} at least"
             f" (analyse.folds); name texts of both kinds{remedy}, or leave probes out of analyse.methods"
         )
     rng = np.random.default_rng(config.seed)
-    return [each[i] for each in (toxic, others) for i in rng.permutation(len(each))[:count]]
+    return [each[i] for each in (positive, negative) for i in rng.permutation(len(each))[:count]]
 
 
-def _descriptors(config: Config, models: Sequence[str], toxic: int) -> list[dict[str, Any]]:
-    """Model by model, so that an actor seldom changes its model; `number` is the attack's toxic query."""
+def _descriptors(config: Config, models: Sequence[str], positive: int) -> list[dict[str, Any]]:
+    """Model by model, so that an actor seldom changes its model; `number` is the attack's positive query."""
     options = config.analyse
-    chosen = np.random.default_rng(config.seed).permutation(toxic)[: options.gcg.targets].tolist()
+    chosen = np.random.default_rng(config.seed).permutation(positive)[: options.gcg.targets].tolist()
     found: list[dict[str, Any]] = []
     for model in models:
         for method in options.methods:
@@ -183,12 +183,12 @@ class AnalyseModel:
         self,
         config: dict[str, Any],
         models: dict[str, str],
-        queries: list[dict[str, Any]],
+        queries: list[QueryRow],
         probed: list[tuple[str, bool]],
     ):
         self.config = config_from_mapping(config)
         self.options, self.models, self.probed = self.config.analyse, models, probed
-        self.toxic, self.others = ([row for row in queries if row["toxic"] == kind] for kind in (True, False))
+        self.positive, self.negative = ([row for row in queries if row.positive == kind] for kind in (True, False))
         self.device = "cuda" if self.options.resources.gpus else "cpu"
         self.loaded: tuple[str, Any, Any] | None = None
 
@@ -203,7 +203,7 @@ class AnalyseModel:
             return self._lens(model, tokenizer)
         if descriptor["method"] == "probes":
             return self._probes(model, tokenizer)
-        return self._attack(model, tokenizer, self.toxic[descriptor["number"]])
+        return self._attack(model, tokenizer, self.positive[descriptor["number"]])
 
     def _lens(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         prompts = chosen_prompts(self.config)[: self.options.max_prompts]
@@ -218,10 +218,10 @@ class AnalyseModel:
         if words:
             forms = [form for word in words for form in (word, f" {word}")]
             return sorted({self._encode(tokenizer, form)[0] for form in forms})
-        toxic, others = (
-            [self._encode(tokenizer, row["completion"]) for row in each] for each in (self.toxic, self.others)
+        positive, negative = (
+            [self._encode(tokenizer, row.completion) for row in rows] for rows in (self.positive, self.negative)
         )
-        return overrepresented_tokens(toxic, others, self.options.lens_tokens)
+        return overrepresented_tokens(positive, negative, self.options.lens_tokens)
 
     def _probes(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         encoded = [self._encode(tokenizer, text)[: self.options.max_tokens] for text, _ in self.probed]
@@ -233,10 +233,10 @@ class AnalyseModel:
         )
         return {"texts": len(self.probed), "layers": layers}
 
-    def _attack(self, model: Any, tokenizer: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _attack(self, model: Any, tokenizer: Any, row: QueryRow) -> dict[str, Any]:
         options = self.options.gcg
-        context = self._encode(tokenizer, row["prompt"])
-        target = self._encode(tokenizer, row["completion"])[: options.target_tokens]
+        context = self._encode(tokenizer, row.prompt)
+        target = self._encode(tokenizer, row.completion)[: options.target_tokens]
         first = self._encode(tokenizer, " !")[:1] * options.suffix_tokens
         allowed_V = torch.zeros(model.get_input_embeddings().weight.shape[0], dtype=torch.bool)
         allowed_V[: len(tokenizer)] = True
@@ -256,7 +256,7 @@ class AnalyseModel:
                 top_k=options.top_k,
                 batch_size=self.options.batch_size,
             ),
-            seed=self.config.seed + row["row"],
+            seed=self.config.seed + row.row,
             allowed_V=allowed_V,
             keeps_its_tokens=keeps_its_tokens,
         )
@@ -266,7 +266,7 @@ class AnalyseModel:
         classifier = make_classifier(self.config.evaluate.classifier, gpus=self.options.resources.gpus)
         before, after = (classifier.score(texts)[classifier.classes[0]] >= THRESHOLD).tolist()
         return {
-            "row": row["row"],
+            "row": row.row,
             "target": decode(tokenizer, [target])[0],
             "target_ids": target,
             "suffix": decode(tokenizer, [found.suffix])[0],

@@ -7,22 +7,18 @@ interrupted run are not used again: the passes are cheap beside scoring, and a r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, remove_tree, require, require_same
-from ifguide.config import ConfigError
 from ifguide.distributed.session import connect
 from ifguide.distributed.shards import StageError
 from ifguide.distributed.tasks import run_tasks
 from ifguide.run import Run
 from ifguide.selection.distributed import Selection, select
-from ifguide.selection.passes import Rules, ShardFiles
+from ifguide.selection.outliers import outlier_line
+from ifguide.selection.passes import Rules, ShardFiles, require_behaviour
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
-from ifguide.storage import readable
 from ifguide.telemetry import log
 
 VERB = "build_mask"
@@ -51,7 +47,7 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
         corpus.fingerprint,
         "score this corpus, or name the scores' own",
     )
-    require_behaviour(run)
+    require_behaviour(config.behaviour, run.scores)
     inputs = {"corpus": corpus.fingerprint, "scores": scores.fingerprint}
     ranking_artifact = run.open(run.ranking, VERB, keys=("build_mask",), inputs=inputs)
     artifact = run.open(run.mask, VERB, keys=("build_mask",), inputs=inputs)
@@ -116,27 +112,6 @@ def _summary(selected: Selection, run: Run) -> dict[str, Any]:
         "repeated_blocks": selected.outliers["repeated"],
         "excluded_blocks": selected.excluded_blocks,
     }
-
-
-def outlier_line(summary: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """One line on a mask's outlying blocks, from its manifest's summary and options."""
-    excluded = f", {summary['excluded_blocks']:,} excluded" if options["exclude_repeated"] else ""
-    return (
-        f"outliers: {summary['high_mass_blocks']:,} blocks of over {options['outlier_mass_ratio']:g} times the median"
-        f" score mass, {summary['repeated_blocks']:,} of repeated tokens{excluded};"
-        " ranking/outliers-*.parquet list them"
-    )
-
-
-def require_behaviour(run: Run) -> None:
-    """Refuse a `build_mask.behaviour` that the scores do not hold, naming those they do."""
-    behaviour = run.config.build_mask.behaviour
-    behaviours = schemas.scored_behaviours(pq.read_schema(readable(data_files(run.scores)[0])))
-    if behaviour is not None and behaviour not in behaviours:
-        raise ConfigError(
-            f"build_mask.behaviour: {behaviour!r} is not in {run.scores}, which holds"
-            f" {', '.join(behaviours) or 'no further behaviour'} beside the run's own query (null)"
-        )
 
 
 def _rules(run: Run) -> Rules:

@@ -6,7 +6,6 @@ the result does not depend on the number of workers; the sum is preconditioned w
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from ifguide.artifacts import MANIFEST, Manifest, file_digest, publish, require, require_same, write_text
+from ifguide.artifacts import MANIFEST, Manifest, file_digest, publish, require, require_same
 from ifguide.config import ConfigError, to_mapping
 from ifguide.distributed.session import require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
+from ifguide.influence.query_file import QUERIES, QueryRow, read_queries, write_queries
 from ifguide.interchange import check_factors
 from ifguide.run import Run
 from ifguide.stages.proxy import ProxyFacts, describe_proxy, load_proxy
@@ -30,7 +30,6 @@ from ifguide.toxicity import make_classifier, read_prompt_rows, select_queries
 
 VERB = "build_query"
 DIRECTION = "direction.safetensors"
-QUERIES = "queries.jsonl"
 PARTIAL = "partial"
 
 
@@ -86,7 +85,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         output=lambda descriptor: f"{PARTIAL}/{descriptor['key']}.safetensors",
     )
     used = sum(result["queries"] for result in results.values())
-    assert used == summary["toxic"] + summary["nontoxic"], (used, summary)
+    assert used == summary["positive"] + summary["negative"], (used, summary)
     task = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_precondition)
     norms = ray.get(task.remote(str(run.query), factors, list(results), to_mapping(config)))
     files = [run.query / DIRECTION, run.query / QUERIES]
@@ -96,7 +95,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         summary={**summary, "direction_norm": norms},
         remove=(LEDGER, PARTIAL),
     )
-    log(VERB, f"{summary['toxic']} toxic and {summary['nontoxic']} non-toxic queries -> {run.query / DIRECTION}")
+    log(VERB, f"{summary['positive']} positive and {summary['negative']} negative queries -> {run.query / DIRECTION}")
     return manifest
 
 
@@ -144,13 +143,13 @@ def _select(run: Run) -> dict[str, Any]:
     """Classify and choose the queries in a task; publishes them as JSONL, with their scores."""
     config = run.config.build_query
     task = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_select_rows)
-    lines, summary = ray.get(task.remote(run.config))
-    write_text(run.query / QUERIES, "".join(f"{line}\n" for line in lines))
+    rows, summary = ray.get(task.remote(run.config))
+    write_queries(run.query, rows)
     log(VERB, f"classified with {config.classifier.name}: {summary}")
     return summary
 
 
-def _select_rows(config: Any) -> tuple[list[str], dict[str, Any]]:
+def _select_rows(config: Any) -> tuple[list[QueryRow], dict[str, Any]]:
     options = config.build_query
     rows = read_prompt_rows(options.prompts, "build_query.prompts")
     classifier = make_classifier(options.classifier, gpus=options.resources.gpus)
@@ -163,23 +162,17 @@ def _select_rows(config: Any) -> tuple[list[str], dict[str, Any]]:
         max_negative=options.max_negative,
         seed=config.seed,
     )
-    lines = []
-    used = [(True, sets.toxic, sets.toxic_scores)]
+    used = [(True, sets.positive, sets.positive_scores)]
     if options.differential:
-        used.append((False, sets.nontoxic, sets.nontoxic_scores))
-    for toxic, chosen, scores in used:
-        for row, score in zip(chosen, scores, strict=True):
-            query = {"row": row.row, "toxic": toxic, "score": score, "prompt": row.prompt}
-            lines.append(json.dumps({**query, "completion": row.continuation}, ensure_ascii=False))
-    counts = {name: getattr(sets, name) for name in ("toxic_found", "nontoxic_found", "undecided", "unusable")}
-    nontoxic = len(lines) - len(sets.toxic)
-    return lines, {"rows": len(rows), "toxic": len(sets.toxic), "nontoxic": nontoxic, **counts}
-
-
-def read_queries(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a query's `queries.jsonl`: `row`, `toxic`, `score`, `prompt`, `completion`."""
-    lines = (folder / QUERIES).read_text(encoding="utf-8").split("\n")[:-1]  # `splitlines` would cut texts in two
-    return [json.loads(line) for line in lines]
+        used.append((False, sets.negative, sets.negative_scores))
+    queries = [
+        QueryRow(row=row.row, positive=positive, score=score, prompt=row.prompt, completion=row.continuation)
+        for positive, chosen, scores in used
+        for row, score in zip(chosen, scores, strict=True)
+    ]
+    counts = {name: getattr(sets, name) for name in ("positive_rows", "negative_rows", "undecided", "unusable")}
+    negative = len(queries) - len(sets.positive)
+    return queries, {"rows": len(rows), "positive": len(sets.positive), "negative": negative, **counts}
 
 
 class SumGradients:
@@ -200,19 +193,19 @@ class SumGradients:
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         rows = read_queries(self.folder)
-        toxic = sum(row["toxic"] for row in rows)
-        nontoxic = len(rows) - toxic
-        weight = {True: 1 / toxic, False: -1 / nontoxic if nontoxic else 0.0}
+        positive = sum(row.positive for row in rows)
+        negative = len(rows) - positive
+        weight = {True: 1 / positive, False: -1 / negative if negative else 0.0}
         mine = rows[descriptor["partition"] :: self.options["partitions"]]
         queries = [
-            tokenise_query(self.tokenizer, row["prompt"], row["completion"], max_tokens=self.options["max_tokens"])
+            tokenise_query(self.tokenizer, row.prompt, row.completion, max_tokens=self.options["max_tokens"])
             for row in mine
         ]
         gradient = mean_completion_gradient(
             self.model,
             self.names,
             queries,
-            [weight[row["toxic"]] for row in mine],
+            [weight[row.positive] for row in mine],
             batch_tokens=self.options["batch_tokens"],
         )
         with publish(self.folder / PARTIAL / f"{descriptor['key']}.safetensors") as part:

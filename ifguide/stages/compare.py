@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ifguide.artifacts import MANIFEST, Manifest, publish, read_manifest, require, write_json
-from ifguide.config import ConfigError, Pretrain
+from ifguide.config import OWN, ConfigError, Pretrain
 from ifguide.config.compare import Dpo, Method, Rad
 from ifguide.distributed.shards import LEDGER
 from ifguide.evaluation.figures import measured_files
@@ -159,7 +159,7 @@ def _plain_influence(run: Run, child: Run) -> Manifest:
         config,
         build_query=replace(config.build_query, differential=False),
         score_corpus=replace(config.score_corpus, queries={}),
-        build_mask=replace(config.build_mask, behaviour=None),
+        build_mask=replace(config.build_mask, behaviour=OWN),
     )
     plain = replace(child, config=config).borrow(run, "model/baseline", "factors")
     build_query(plain)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, data_files, publish, read_manifest, require, require_same, verify_file
-from ifguide.config import to_mapping
+from ifguide.config import OWN, to_mapping
 from ifguide.distributed.session import require_resources
 from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.influence.memory import is_out_of_memory, keep_memory
@@ -71,7 +71,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         tokenizer_name=run.config.tokenizer_source,
     )
     inputs = {"corpus": corpus.fingerprint, "query": query.fingerprint, "proxy": proxy.fingerprint}
-    directions = {"": str(run.query / DIRECTION)}
+    directions = {OWN: str(run.query / DIRECTION)}
     for name, folder in config.queries.items():
         further = require(location(folder), "build_query")
         require_same(
@@ -155,7 +155,7 @@ class ScoreShard:
         keep_memory()
         self.corpus, self.scores, self.computing = location(corpus), location(scores), threading.Lock()
         self.manifest = read_manifest(self.corpus)
-        self.behaviours = [name for name in directions if name]
+        self.behaviours = list(directions)
         self.micro_batch_blocks = decision["micro_batch_blocks"]
         torch.set_num_threads(decision["threads"])  # of the run, whatever this run's actors have: it changes the bytes
         model = load_proxy(proxy, gpus=gpus)
@@ -180,7 +180,7 @@ class ScoreShard:
         for scores_BT in scores_KBT:
             self._require_finite(scores_BT, table, descriptor["shard"])
         schema = schemas.scores(tokens_BT.shape[1], self.behaviours)
-        names = [schemas.score_column(behaviour) for behaviour in (None, *self.behaviours)]
+        names = [schemas.score_column(behaviour) for behaviour in self.behaviours]
         columns = [
             schemas.per_token_column(scores_BT, schema, name) for name, scores_BT in zip(names, scores_KBT, strict=True)
         ]

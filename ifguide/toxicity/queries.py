@@ -1,9 +1,9 @@
 """The two query sets that make toxicity the behaviour to find.
 
 IF-Guide (arXiv 2506.01790) describes a behaviour by two sets of queries (prompt, completion): the direction V is the
-mean gradient over the toxic set minus the mean over the non-toxic set. A classifier scores the continuations of a
-prompt table; at or above one threshold a row is a toxic query, at or below the other a non-toxic one, and of each at
-most a set number is taken. Rows between the thresholds are in neither set.
+mean gradient over the positive set, which shows the behaviour, minus the mean over the negative set, which does not. A
+classifier scores the continuations of a prompt table; at or above one threshold a row is a positive query, at or below
+the other a negative one, and of each at most a set number is taken. Rows between the thresholds are in neither set.
 
 It does not tokenise, and it does not judge the classifier: its errors are the query sets' errors.
 """
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 class QuerySets:
     """The chosen rows, ascending by row, and the score of each continuation in the primary class.
 
-    Every row of the table is in one count: toxic_found + nontoxic_found + undecided + unusable.
+    Every row of the table is in one count: positive_rows + negative_rows + undecided + unusable.
     """
 
-    toxic: list[PromptRow]
-    nontoxic: list[PromptRow]
-    toxic_scores: list[float]
-    nontoxic_scores: list[float]
-    toxic_found: int
-    nontoxic_found: int
+    positive: list[PromptRow]
+    negative: list[PromptRow]
+    positive_scores: list[float]
+    negative_scores: list[float]
+    positive_rows: int
+    negative_rows: int
     undecided: int
     unusable: int
 
@@ -45,21 +45,21 @@ def _continuation_scores(rows: Sequence[PromptRow], classifier: Classifier) -> l
     usable = [bool(row.continuation.strip()) for row in rows]
     if isinstance(classifier, LabelClassifier):
         # Labels stay float64: 0.9 as float32 would fall below a threshold of 0.9.
-        found = (row.continuation_scores.get(primary, math.nan) for row in rows)
-        return [score if ok else math.nan for score, ok in zip(found, usable, strict=True)]
+        labels = (row.continuation_scores.get(primary, math.nan) for row in rows)
+        return [score if ok else math.nan for score, ok in zip(labels, usable, strict=True)]
     texts = [row.continuation for row, ok in zip(rows, usable, strict=True) if ok]
     scored = iter(classifier.score(texts)[primary].tolist())
     return [next(scored) if ok else math.nan for ok in usable]
 
 
-def _choose(found: list[int], rows: Sequence[PromptRow], maximum: int, seed: int) -> list[int]:
-    """At most `maximum` of the indices `found`, ascending by row. A larger maximum adds rows, removes none."""
+def _choose(indices: list[int], rows: Sequence[PromptRow], maximum: int, seed: int) -> list[int]:
+    """At most `maximum` of the `indices` of rows, ascending by row. A larger maximum adds rows, removes none."""
 
     def draw(index: int) -> bytes:
         # A hash per row, not a generator's stream: the same choice in every version of every library.
         return hashlib.sha256(f"{seed}:{rows[index].row}".encode()).digest()
 
-    return sorted(sorted(found, key=draw)[:maximum], key=lambda index: rows[index].row)
+    return sorted(sorted(indices, key=draw)[:maximum], key=lambda index: rows[index].row)
 
 
 def select_queries(
@@ -72,7 +72,7 @@ def select_queries(
     max_negative: int,
     seed: int,
 ) -> QuerySets:
-    """Split rows by the score of the continuation: toxic if >= one threshold, non-toxic if <= the other.
+    """Split rows by the score of the continuation: positive if >= one threshold, negative if <= the other.
 
     Of each set at most `max_positive` / `max_negative` are drawn, by `seed`. Rows whose continuation is empty,
     or has no label for `labels`, are `unusable`. Raises ValueError where a set would be empty.
@@ -91,27 +91,27 @@ def select_queries(
         logger.warning("%d prompt rows have no scored continuation (first: %s)", len(unusable), unusable[:5])
     if len(unusable) == len(rows):
         raise ValueError(f"none of {len(rows)} prompt rows has a continuation that {classifier.name} can score")
-    toxic = [index for index, score in enumerate(scores) if score >= positive_threshold]
-    nontoxic = [index for index, score in enumerate(scores) if score <= negative_threshold]
-    if not toxic:
+    positive = [index for index, score in enumerate(scores) if score >= positive_threshold]
+    negative = [index for index, score in enumerate(scores) if score <= negative_threshold]
+    if not positive:
         raise ValueError(
             f"no continuation scores {positive_threshold} or more, the highest of {len(rows)} is "
             f"{np.nanmax(scores):.6g} by {classifier.name}: lower build_query.positive_threshold"
         )
-    if not nontoxic:
+    if not negative:
         raise ValueError(
             f"no continuation scores {negative_threshold} or less, the lowest of {len(rows)} is "
             f"{np.nanmin(scores):.6g} by {classifier.name}: raise build_query.negative_threshold"
         )
-    chosen_toxic = _choose(toxic, rows, max_positive, seed)
-    chosen_nontoxic = _choose(nontoxic, rows, max_negative, seed)
+    chosen_positive = _choose(positive, rows, max_positive, seed)
+    chosen_negative = _choose(negative, rows, max_negative, seed)
     return QuerySets(
-        toxic=[rows[index] for index in chosen_toxic],
-        nontoxic=[rows[index] for index in chosen_nontoxic],
-        toxic_scores=[scores[index] for index in chosen_toxic],
-        nontoxic_scores=[scores[index] for index in chosen_nontoxic],
-        toxic_found=len(toxic),
-        nontoxic_found=len(nontoxic),
-        undecided=len(rows) - len(unusable) - len(toxic) - len(nontoxic),
+        positive=[rows[index] for index in chosen_positive],
+        negative=[rows[index] for index in chosen_negative],
+        positive_scores=[scores[index] for index in chosen_positive],
+        negative_scores=[scores[index] for index in chosen_negative],
+        positive_rows=len(positive),
+        negative_rows=len(negative),
+        undecided=len(rows) - len(unusable) - len(positive) - len(negative),
         unusable=len(unusable),
     )

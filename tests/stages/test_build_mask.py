@@ -20,7 +20,7 @@ from bench.selection_scale import make_run
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
 from ifguide.cli import main
-from ifguide.config import Config, ConfigError, to_yaml
+from ifguide.config import OWN, Config, ConfigError, to_yaml
 from ifguide.config.resources import Resources
 from ifguide.distributed.tasks import run_tasks
 from ifguide.pipeline import stage
@@ -42,7 +42,7 @@ def add_behaviour(scores: Path, name: str, function: Callable[[np.ndarray], np.n
     for path in data_files(scores):
         table = schemas.read_table(path)
         own = schemas.per_token_array(table, "token_score")
-        schema = schemas.scores(own.shape[1], [name])
+        schema = schemas.scores(own.shape[1], [OWN, name])
         column = schemas.per_token_column(function(own).astype(np.float32), schema, schemas.score_column(name))
         pq.write_table(pa.Table.from_arrays([*table.columns, column], schema=schema), path)
         manifest.files[path.name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
@@ -70,7 +70,9 @@ def test_an_unknown_behaviour_is_refused_with_those_there_are(copied: Callable[.
     config = copied(drop=("mask", "ranking"), build_mask__behaviour="rudeness")
     run = Run(config=config)
     add_behaviour(run.scores, "insult", lambda own: own)
-    with pytest.raises(ConfigError, match=r"build_mask.behaviour: 'rudeness' is not in .*scores, which holds insult"):
+    with pytest.raises(
+        ConfigError, match=r"build_mask.behaviour: 'rudeness' is not in .*scores, which holds own, insult"
+    ):
         stage("build_mask")(run)
     assert not run.mask.exists()
 

@@ -151,7 +151,7 @@ def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config
     assert filtered in (folder / "index.html").read_text(encoding="utf-8")
     plain = method_run(run, "plain", methods["plain"])
     queries = read_manifest(plain.query)
-    assert queries.rows["queries"] == queries.summary["toxic"] == read_manifest(run.query).summary["toxic"]
+    assert queries.rows["queries"] == queries.summary["positive"] == read_manifest(run.query).summary["positive"]
     assert queries.inputs == read_manifest(run.query).inputs  # the same factors and proxy
     assert stream(plain, "masked").any()
     assert (stream(plain, "masked") != stream(run, "masked")).any()

@@ -9,7 +9,7 @@ import torch
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
-from ifguide.config import Config, to_mapping
+from ifguide.config import OWN, Config, to_mapping
 from ifguide.influence.products import bfloat16_pays
 from ifguide.pipeline import stage
 from ifguide.run import Run
@@ -40,7 +40,7 @@ def test_further_queries_are_columns(finished: Config, copied: Callable[..., Con
     assert manifest.inputs["query.again"] == manifest.inputs["query"]
     for path in data_files(Run(config=config).scores):
         table = schemas.read_table(path)
-        own, again = (schemas.per_token_array(table, schemas.score_column(name)) for name in (None, "again"))
+        own, again = (schemas.per_token_array(table, schemas.score_column(name)) for name in (OWN, "again"))
         np.testing.assert_allclose(own, again, atol=1e-5 * np.abs(own).max())
 
 
@@ -51,6 +51,6 @@ def test_the_preset_takes_bfloat16_only_where_it_pays(
     monkeypatch.setattr(scoring_method, "bfloat16_pays", lambda device: pays)
     config, run = replace(finished.score_corpus, precision=None, check_blocks=0), Run(config=finished)
     proxy, shard = to_mapping(run.proxy_source), str(data_files(run.corpus)[0])
-    directions = {"": str(run.query / DIRECTION)}
+    directions = {OWN: str(run.query / DIRECTION)}
     decision = scoring_method._decide(config, scoring_method.chosen_method(config), proxy, directions, shard)
     assert decision["method"]["precision"] == ("bfloat16" if pays else "float32")

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ifguide import schemas
 from ifguide.artifacts import MismatchError, open_artifact, read_manifest
 from ifguide.cli import main
+from ifguide.config import OWN
 from ifguide.influence.factors import NextTokenTask
 from ifguide.influence.query import load_factors
 from ifguide.interchange import FACTOR_FILES, check_factors, export_scores, import_mask, read_mask
@@ -168,7 +169,7 @@ def run_dir(tmp_path: Path) -> Path:
                 tokens = generator.integers(3, 40, (len(rows), T)).astype(np.int32)
                 arrays = [ids, pa.array(lengths), schemas.per_token_column(tokens, schema, "tokens")]
             else:
-                schema = schemas.scores(T, ["insult"])
+                schema = schemas.scores(T, [OWN, "insult"])
                 valid = (index >= 1) & (index < lengths[:, None])
                 values = [
                     np.where(valid, generator.normal(size=(len(rows), T)), 0).astype(np.float32) for _ in range(2)
@@ -186,12 +187,12 @@ def stored_scores(run_dir: Path, column: str) -> np.ndarray:
     return np.concatenate([schemas.per_token_array(table, column) for table in tables])
 
 
-@pytest.mark.parametrize("behaviour", [None, "insult"])
+@pytest.mark.parametrize("behaviour", [OWN, "insult"])
 def test_kronfluences_loaders_give_the_scores_one_position_earlier(
-    behaviour: str | None, run_dir: Path, tmp_path: Path
+    behaviour: str, run_dir: Path, tmp_path: Path
 ) -> None:
     arguments = ["export-scores", str(run_dir), str(tmp_path / "analysis"), "--name", "ours"]
-    assert main(arguments + (["--behaviour", behaviour] if behaviour else [])) == 0
+    assert main(arguments + (["--behaviour", behaviour] if behaviour != OWN else [])) == 0
     stored = torch.from_numpy(stored_scores(run_dir, schemas.score_column(behaviour)))
     analyzer = analyzer_of(tiny_model("gpt_neox"), tmp_path)
     loaded = analyzer.load_pairwise_scores("ours")
@@ -215,10 +216,10 @@ def test_kronfluences_loaders_give_the_scores_one_position_earlier(
 
 
 def test_an_export_is_refused_beyond_its_size_twice_or_of_an_unknown_behaviour(run_dir: Path, tmp_path: Path) -> None:
-    options = {"name": "ours", "behaviour": None, "max_gigabytes": 1.0}
+    options = {"name": "ours", "behaviour": OWN, "max_gigabytes": 1.0}
     with pytest.raises(ValueError, match=r"5 blocks of 6 scores are .* more than --max-gigabytes 1e-07"):
         export_scores(run_dir, tmp_path, **{**options, "max_gigabytes": 1e-7})
-    with pytest.raises(ValueError, match=r"'rudeness' was not scored; .* holds insult"):
+    with pytest.raises(ValueError, match=r"'rudeness' was not scored; .* holds own, insult"):
         export_scores(run_dir, tmp_path, **{**options, "behaviour": "rudeness"})
     export_scores(run_dir, tmp_path, **options)
     with pytest.raises(FileExistsError, match=r"scores_ours exists"):

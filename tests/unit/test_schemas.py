@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ifguide import schemas
+from ifguide.config import OWN
 
 T = 8
 COLUMNS = [
@@ -103,11 +104,11 @@ def test_table_with_other_columns_is_refused(tmp_path, schema):
 
 
 def test_each_further_behaviour_has_its_own_score_column(tmp_path):
-    behaviours = ["insult", "list", "a.b"]  # "list" and the dot would be parts of a nested column's path
+    behaviours = [OWN, "insult", "list", "a.b"]  # "list" and the dot would be parts of a nested column's path
     schema = schemas.scores(T, behaviours)
-    assert schema.names == ["block_id", "token_score", *(f"token_score.{name}" for name in behaviours)]
+    assert schema.names == ["block_id", "token_score", *(f"token_score.{name}" for name in behaviours[1:])]
     assert schemas.scored_behaviours(schema) == tuple(behaviours)
-    written = {schemas.score_column(name): values(3, np.float32) + i for i, name in enumerate([None, *behaviours])}
+    written = {schemas.score_column(name): values(3, np.float32) + i for i, name in enumerate(behaviours)}
     columns = [schemas.per_token_column(array, schema, name) for name, array in written.items()]
     pq.write_table(pa.Table.from_arrays([pa.array(range(3), pa.int64()), *columns], schema=schema), tmp_path / "s")
     for name, array in written.items():

@@ -233,26 +233,26 @@ def test_thresholds_are_inclusive_and_every_row_is_counted(caplog: pytest.LogCap
     rows.append(PromptRow(row=7, prompt="p", continuation=" \n", prompt_scores={}, continuation_scores={"toxicity": 1}))
     with caplog.at_level(logging.WARNING):
         queries = select(rows)
-    assert [row.row for row in queries.toxic] == [0, 4]
-    assert queries.toxic_scores == [0.9, 0.95]
-    assert [row.row for row in queries.nontoxic] == [1, 5]
-    assert queries.nontoxic_scores == [0.1, 0.0]
-    assert (queries.toxic_found, queries.nontoxic_found, queries.undecided, queries.unusable) == (2, 2, 2, 2)
+    assert [row.row for row in queries.positive] == [0, 4]
+    assert queries.positive_scores == [0.9, 0.95]
+    assert [row.row for row in queries.negative] == [1, 5]
+    assert queries.negative_scores == [0.1, 0.0]
+    assert (queries.positive_rows, queries.negative_rows, queries.undecided, queries.unusable) == (2, 2, 2, 2)
     assert "2 prompt rows have no scored continuation (first: [3, 7])" in caplog.text
 
 
 def test_choice_is_seeded_ordered_by_row_and_grows_with_the_maximum() -> None:
     rows = rows_of([1.0] * 60 + [0.0] * 60)
-    chosen = {n: [row.row for row in select(rows, max_positive=n, max_negative=20).toxic] for n in (10, 20, 60, 99)}
-    assert chosen[10] == [row.row for row in select(rows, max_positive=10, max_negative=5).toxic]
+    chosen = {n: [row.row for row in select(rows, max_positive=n, max_negative=20).positive] for n in (10, 20, 60, 99)}
+    assert chosen[10] == [row.row for row in select(rows, max_positive=10, max_negative=5).positive]
     assert chosen[60] == chosen[99] == list(range(60))
     assert len(chosen[10]) == 10
     assert chosen[20] == sorted(chosen[20])
     assert set(chosen[10]) < set(chosen[20])
     assert chosen[10] != list(range(10))
-    assert chosen[10] != [row.row for row in select(rows, max_positive=10, seed=1).toxic]
+    assert chosen[10] != [row.row for row in select(rows, max_positive=10, seed=1).positive]
     # A row is drawn and ordered by its own number, not by its place in the list.
-    assert chosen[10] == [row.row for row in select(rows[::-1], max_positive=10).toxic]
+    assert chosen[10] == [row.row for row in select(rows[::-1], max_positive=10).positive]
 
 
 class LengthClassifier:
@@ -272,8 +272,8 @@ def test_a_text_classifier_scores_continuations_by_its_primary_class() -> None:
         for row, text in enumerate(texts)
     ]
     queries = select(rows, classifier=LengthClassifier(), negative_threshold=0.2)
-    assert ([row.row for row in queries.toxic], queries.toxic_scores) == ([2], [1.0])
-    assert [row.row for row in queries.nontoxic] == [0]
+    assert ([row.row for row in queries.positive], queries.positive_scores) == ([2], [1.0])
+    assert [row.row for row in queries.negative] == [0]
     assert (queries.undecided, queries.unusable) == (1, 1)
 
 
@@ -297,11 +297,11 @@ def test_real_prompt_rows_make_both_sets() -> None:
     assert len(rows) == 5000
     assert sum("toxicity" not in row.continuation_scores for row in rows) == 32
     queries = select(rows, max_positive=50, max_negative=50)
-    assert len(queries.toxic) == len(queries.nontoxic) == 50
-    total = queries.toxic_found + queries.nontoxic_found + queries.undecided + queries.unusable
+    assert len(queries.positive) == len(queries.negative) == 50
+    total = queries.positive_rows + queries.negative_rows + queries.undecided + queries.unusable
     assert total == 5000
     scored = select(rows, classifier=load_classifier("alt-profanity-check"), max_positive=50, max_negative=50)
-    labels = [row.continuation_scores["toxicity"] for row in scored.toxic]
+    labels = [row.continuation_scores["toxicity"] for row in scored.positive]
     assert np.mean(labels) > 0.8
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from ifguide.analyses.adversarial import replacements
 from ifguide.artifacts import open_artifact
 from ifguide.config import ConfigError, config_from_mapping
 from ifguide.evaluation import Bootstrap
+from ifguide.influence.query_file import QueryRow, read_queries, write_queries
 from ifguide.run import Run
 from ifguide.stages.analyse import BY_TOKENS, GCG_FIGURES, analyse, collect, probe_texts
-from ifguide.stages.build_query import read_queries
 from tests.tiny import VOCABULARY, tiny_model
 
 FAMILIES = ("gpt_neox", "llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neo")  # soft caps, scaled embeddings, ...
@@ -185,21 +186,24 @@ def test_candidates_that_do_not_survive_as_text_are_left_out() -> None:
 # ---- the stage: what it reads, refuses and compares ------------------------------------------------------
 
 
-def queries(toxic: int, others: int) -> list[dict[str, Any]]:
-    kinds = [True] * toxic + [False] * others
-    return [{"row": i, "toxic": kind, "prompt": "p", "completion": f" c{i}"} for i, kind in enumerate(kinds)]
-
-
-def write_queries(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
+def queries(positive: int, negative: int) -> list[QueryRow]:
+    kinds = [True] * positive + [False] * negative
+    return [QueryRow(row=i, positive=kind, score=0.5, prompt="p", completion=f" c{i}") for i, kind in enumerate(kinds)]
 
 
 def test_a_completion_may_hold_any_line_end(tmp_path: Path) -> None:
-    rows = queries(1, 1)
-    rows[0]["completion"] = " one\u2028two\u2029three\x85four\nfive\r\nsix"
-    assert read_queries(write_queries(tmp_path / "queries.jsonl", rows).parent) == rows
+    first, second = queries(1, 1)
+    rows = [replace(first, completion=" one\u2028two\u2029three\x85four\nfive\r\nsix"), second]
+    write_queries(tmp_path, rows)
+    assert read_queries(tmp_path) == rows
+
+
+def test_a_line_that_is_no_query_is_named(tmp_path: Path) -> None:
+    write_queries(tmp_path, queries(1, 1))
+    path = tmp_path / "queries.jsonl"
+    path.write_text(path.read_text()[:-9] + "\n")
+    with pytest.raises(ValueError, match=r"queries\.jsonl, line 2: not a query .*build the query again"):
+        read_queries(tmp_path)
 
 
 def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path) -> None:
@@ -208,7 +212,7 @@ def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path) -> None:
     drawn = probe_texts(config, rows)
     assert [label for _, label in drawn] == [True] * 4 + [False] * 4
     assert len(set(drawn)) == 8
-    assert set(drawn) < {(row["completion"], row["toxic"]) for row in rows}
+    assert set(drawn) < {(row.completion, row.positive) for row in rows}
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": f"t{i}", "toxic": i < 3}) + "\n" for i in range(6)))
     named = config_from_mapping({"analyse": {"folds": 2, "texts": [str(path)]}})
@@ -218,10 +222,10 @@ def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "others", "message"),
     [
-        ({"methods": ["probes"]}, 0, r"analyse\.texts: .* 20 toxic and 0 others.*build_query\.differential"),
-        ({"methods": ["probes"]}, 4, r"analyse\.texts: .* 20 toxic and 4 others.*analyse\.folds"),
+        ({"methods": ["probes"]}, 0, r"analyse\.texts: .* 20 positive and 0 negative.*build_query\.differential"),
+        ({"methods": ["probes"]}, 4, r"analyse\.texts: .* 20 positive and 4 negative.*analyse\.folds"),
         ({"methods": ["probes"], "max_texts": 8}, 20, r"analyse\.texts: .*analyse\.max_texts"),
-        ({"methods": ["probes"], "texts": ["texts.jsonl"]}, 20, r"analyse\.texts: they are 0 toxic and 6 others"),
+        ({"methods": ["probes"], "texts": ["texts.jsonl"]}, 20, r"analyse\.texts: they are 0 positive and 6 negative"),
         ({"methods": ["lens"]}, 0, r"evaluate\.word_list: .*build_query\.differential"),
     ],
 )
@@ -234,7 +238,8 @@ def test_texts_of_one_kind_alone_are_refused_before_any_work(
     evaluate = {"prompts": "prompts.jsonl", "models": {"one": "a/model"}}
     run = Run(config=config_from_mapping({"run_dir": str(tmp_path / "run"), "evaluate": evaluate, "analyse": options}))
     artifact = open_artifact(run.query, verb="build_query", options={}, inputs={}, config_yaml="")
-    artifact.finish([write_queries(run.query / "queries.jsonl", queries(20, others))], rows={}, summary={})
+    write_queries(run.query, queries(20, others))
+    artifact.finish([run.query / "queries.jsonl"], rows={}, summary={})
     with pytest.raises(ConfigError, match=message):
         analyse(run)
     assert not run.analyses.exists()  # so that the mended config is not another plan

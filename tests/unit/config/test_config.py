@@ -362,3 +362,9 @@ def test_a_method_starts_from_a_model_named_before_it():
         "RAD of dpo",
         "RAD of dpo",
     ]
+
+
+@pytest.mark.parametrize("name", ["own", "../elsewhere", "a/b", ""])
+def test_a_further_behaviour_has_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^score_corpus.queries: '{re.escape(name)}' .*the run's own query"):
+        config_from_mapping({"score_corpus": {"queries": {name: "other/query"}}})

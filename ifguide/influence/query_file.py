@@ -1,0 +1,46 @@
+"""The queries behind a direction, kept beside it: `queries.jsonl`, one (prompt, completion) a line with its set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ifguide.artifacts import write_text
+
+QUERIES = "queries.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryRow:
+    """A query: `row` of the prompt table, whether it is of the `positive` set, the classifier's `score` of its
+    completion, and the texts."""
+
+    row: int
+    positive: bool
+    score: float
+    prompt: str
+    completion: str
+
+
+def write_queries(folder: Path, rows: Iterable[QueryRow]) -> None:
+    """Publish `folder`/queries.jsonl."""
+    write_text(folder / QUERIES, "".join(f"{json.dumps(asdict(row), ensure_ascii=False)}\n" for row in rows))
+
+
+def read_queries(folder: Path) -> list[QueryRow]:
+    """The rows of `folder`/queries.jsonl, in order.
+
+    Raises:
+        ValueError: a line is not a query; names file and line.
+    """
+    path = folder / QUERIES
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # `splitlines` would cut texts in two
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(QueryRow(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not a query ({error}); build the query again") from error
+    return rows
