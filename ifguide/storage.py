@@ -93,6 +93,18 @@ def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: found[name] for name in names if name in found}
 
 
+def stamp(path: Path) -> str:
+    """What changes when a file is written to: of a local one size, time and inode, of a remote one the store's tag.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if is_remote(path):
+        return _stamp(_fs(path).info(_key(path)))
+    known = path.stat()
+    return f"{known.st_size}-{known.st_mtime_ns}-{known.st_ino}"
+
+
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file under a folder, by its name relative to it."""
     if not is_remote(folder):
@@ -234,7 +246,8 @@ def _listing(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _stamp(entry: dict[str, Any]) -> str:
-    return str(entry.get("ETag") or (entry.get("size"), entry.get("mtime"), entry.get("LastModified")))
+    times = (entry.get(name) for name in ("mtime", "LastModified", "created"))
+    return str(entry.get("ETag") or (entry.get("size"), *times))
 
 
 def _digest(text: str) -> str:

@@ -1,20 +1,22 @@
 """The ledger of a stage in work: what each shard came to, and how often it was tried, as small files.
 
-`ledger/<key>.json` is published when a shard is done. `ledger/<key>.attempts` counts the attempts at a shard that is
-not: it is written before the work starts, so that an attempt that kills its process counts. A shard that was given up
-keeps it, with its reason. The folder goes when the stage is complete.
+`ledger/<key>.json` is published when a shard is done, with the digests of its files. `ledger/<key>.attempts` counts
+the attempts at a shard that is not: it is written before the work starts, so that an attempt that kills its process
+counts. A shard that was given up keeps it, with its reason. The folder goes when the stage is complete.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import write_json
+from ifguide.artifacts import FileEntry, unsealed, write_json, write_sealed
 from ifguide.storage import read_texts
+from ifguide.telemetry import log
 
 LEDGER = "ledger"
 ACTORS = "actors"  # of the ledger: attempts to start an actor
@@ -23,12 +25,15 @@ DIED = "its process died"
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A shard that is done: its small result, the attempts that it took, and the seconds of the last one."""
+    """A shard that is done: its small result, the attempts that it took, and the seconds of the last one.
+
+    `files` are those that it published, by their path in the stage's folder; of others by their whole path."""
 
     key: str
     result: dict[str, Any]
     attempts: int
     seconds: float
+    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +79,31 @@ class Attempts:
 
 def write_entry(ledger: Path, entry: Entry) -> None:
     """A shard is done."""
-    write_json(_place(ledger, entry.key), dataclasses.asdict(entry))
+    write_sealed(_place(ledger, entry.key), dataclasses.asdict(entry))
 
 
 def read_entry(ledger: Path, key: str) -> Entry | None:
-    """The entry of a shard that is done."""
+    """The entry of a shard that is done; none of one that is not, or whose entry is damaged."""
+    path = _place(ledger, key)
     try:
-        return Entry(**json.loads(_place(ledger, key).read_text(encoding="utf-8")))
+        return _entry(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         return None
 
 
 def finished_entries(ledger: Path) -> dict[str, Entry]:
-    """The entries of the shards that are done, by key."""
-    return {entry.key: entry for entry in (Entry(**json.loads(text)) for text in read_texts(ledger.glob("*.json")))}
+    """The entries of the shards that are done, by key; one that is damaged is said and left out."""
+    paths = list(ledger.glob("*.json"))
+    entries = (_entry(text, path) for text, path in zip(read_texts(paths), paths, strict=True))
+    return {entry.key: entry for entry in entries if entry}
+
+
+def _entry(text: str, path: Path) -> Entry | None:
+    try:
+        return Entry(**unsealed(json.loads(text), path))
+    except (ValueError, TypeError):
+        log("ledger", f"{path} is damaged; its shard is done again", level=logging.WARNING)
+        return None
 
 
 def forget(ledger: Path, key: str) -> None:

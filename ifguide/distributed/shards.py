@@ -2,7 +2,8 @@
 
 A row of the dataset is a small descriptor, never data: a worker reads its own inputs, publishes its own
 output under a name that the descriptor fixes, then publishes `ledger/<key>.json` with its small result.
-The ledger entry means done: a rerun, or a retry of Ray's, skips those keys.
+The ledger entry means done: a rerun, or a retry of Ray's, skips those keys. It holds the digests of what the worker
+published, taken when that was written: a rerun checks them, and does a shard again whose files have changed.
 
 Ray restarts an actor whose process died, and runs its shards again, without end. So attempts are counted on storage, in
 `ledger/<key>.attempts`, before the work starts: a shard that kills its process is given up after `attempts` of its
@@ -20,23 +21,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from ifguide.artifacts import FileEntry, damaged_files
+from ifguide.config.resources import WorkerResources
 from ifguide.distributed.ledger import LEDGER, Entry, Failure, finished_entries, forget, unfinished_attempts
 from ifguide.distributed.metrics import RayMetrics
 from ifguide.distributed.pool import Pool, work_off
+from ifguide.distributed.tasks import run_tasks
 from ifguide.distributed.worker import Worker, WorkerSource, shard_key
-from ifguide.storage import make_folder, sizes
+from ifguide.storage import make_folder
 from ifguide.telemetry import Progress, ProgressFile, log
 
-__all__ = ["LEDGER", "Pool", "StageError", "Worker", "run_shards"]
+__all__ = ["LEDGER", "Pool", "ShardResults", "StageError", "Worker", "run_shards"]
 
 SHOWN_FAILURES = 20
+CHECKED_AT_ONCE = 64  # files: a task each would take longer to start than to read
+CHECK_RESOURCES = WorkerResources(gpus=0.0)
 
 
 class StageError(RuntimeError):
@@ -53,12 +59,11 @@ def run_shards(
     pool: Pool,
     unit: str = "shards",
     amount: Callable[[Any], float] = lambda shard: 1.0,
-    output: Callable[[Any], str] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> ShardResults:
     """Process every shard once; returns key -> result. Each actor makes its worker of `settings`, a dataclass.
 
-    Results are small dicts. Those of an earlier run are taken from `folder`/ledger, unless the file of `folder` that
-    `output` names is gone: that shard is done again.
+    Results are small dicts. Those of an earlier run are taken from `folder`/ledger, unless a file that the shard
+    published is gone or has changed: that shard is done again.
 
     Raises:
         StageError: some shards failed and all others were done, or no worker could be started.
@@ -67,14 +72,8 @@ def run_shards(
     make_folder(ledger)
     weights = {shard_key(shard): amount(shard) for shard in shards}
     assert len(weights) == len(shards), "keys are not unique"
-    done = {key: entry.result for key, entry in finished_entries(ledger).items() if key in weights}
-    if output and done:
-        names = {shard_key(shard): output(shard) for shard in shards if shard_key(shard) in done}
-        there = sizes(folder, names.values())
-        for key in [key for key, name in names.items() if name not in there]:
-            forget(ledger, key)
-            del done[key]
-    tally = _Tally(weights=weights, results=done)
+    done = _sound(verb, folder, {key: entry for key, entry in finished_entries(ledger).items() if key in weights})
+    tally = _Tally(weights=weights, done=done)
     todo = tally.left(shards)
     if todo:
         for leftover in unfinished_attempts(ledger):
@@ -96,7 +95,38 @@ def run_shards(
     if tally.failures:
         listing = "\n".join(f"  {key}: {reason}" for key, reason in sorted(tally.failures.items())[:SHOWN_FAILURES])
         raise StageError(f"{verb}: {len(tally.failures)} of {len(shards)} shards failed\n{listing}")
-    return {key: tally.results[key] for key in weights}
+    return ShardResults(tally.done[key] for key in weights)
+
+
+class ShardResults(dict[str, dict[str, Any]]):
+    """The result of every shard by key. `files`: the digests of what the shards published, by path in the folder."""
+
+    def __init__(self, entries: Iterable[Entry]):
+        entries = list(entries)
+        super().__init__((entry.key, entry.result) for entry in entries)
+        self.files: dict[str, FileEntry] = {name: file for entry in entries for name, file in entry.files.items()}
+
+
+def _sound(verb: str, folder: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries whose files are as they were published; the others are forgotten, and said."""
+    keys, groups = list(entries), []
+    for start in range(0, len(keys), CHECKED_AT_ONCE):
+        files = {
+            name: file for key in keys[start : start + CHECKED_AT_ONCE] for name, file in entries[key].files.items()
+        }
+        groups.append((folder, files))
+    damaged: dict[str, str] = {}
+    for reasons in run_tasks(CHECK_RESOURCES)(damaged_files, (group for group in groups if group[1])):
+        damaged |= reasons
+    sound = {}
+    for key, entry in entries.items():
+        bad = next((name for name in entry.files if name in damaged), None)
+        if bad is None:
+            sound[key] = entry
+            continue
+        log(verb, f"{folder / bad} {damaged[bad]} since it was made: it is made again", level=logging.WARNING)
+        forget(folder / LEDGER, key)
+    return sound
 
 
 @dataclass(kw_only=True)
@@ -104,7 +134,7 @@ class _Tally:
     """What the shards have come to so far; `amounts` and `seconds` are of the work of this run."""
 
     weights: Mapping[str, float]
-    results: dict[str, dict[str, Any]]
+    done: dict[str, Entry]
     failures: dict[str, str] = field(default_factory=dict)
     retries: int = 0
     amounts: float = 0
@@ -113,11 +143,11 @@ class _Tally:
     @property
     def ended(self) -> int:
         """Shards that are done or were given up."""
-        return len(self.results) + len(self.failures)
+        return len(self.done) + len(self.failures)
 
     def left(self, shards: Sequence[Any]) -> list[Any]:
         """The shards that are neither done nor given up."""
-        ended = self.results.keys() | self.failures.keys()
+        ended = self.done.keys() | self.failures.keys()
         return [shard for shard in shards if shard_key(shard) not in ended]
 
     def add(self, entry: Entry | Failure) -> float:
@@ -125,9 +155,9 @@ class _Tally:
         if isinstance(entry, Failure):
             self.failures[entry.key] = entry.reason
             return 0.0
-        if entry.key in self.results:
+        if entry.key in self.done:
             return 0.0
-        self.results[entry.key] = entry.result
+        self.done[entry.key] = entry
         self.retries += entry.attempts - 1
         self.amounts += self.weights[entry.key]
         self.seconds += entry.seconds
@@ -136,7 +166,7 @@ class _Tally:
     def counts(self) -> dict[str, Any]:
         """What the progress line and the metrics say besides amount, rate and ETA."""
         return {
-            "shards_done": len(self.results),
+            "shards_done": len(self.done),
             "shards_total": len(self.weights),
             "per_second_per_actor": self.amounts / self.seconds if self.seconds else 0.0,
             "retries": self.retries,

@@ -12,10 +12,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 
+from ifguide.artifacts import recording
 from ifguide.config.resources import Resources
 from ifguide.distributed.ledger import ACTORS, Attempts, Entry, Failure, read_entry, write_entry
 from ifguide.storage import location
@@ -105,7 +107,8 @@ class LedgerWorker:
                 attempts.begin()
                 started = time.monotonic()
                 try:
-                    result = self.worker.process(shard)
+                    with recording() as published:
+                        result = self.worker.process(shard)
                 except ValueError as error:
                     if not isinstance(error.__cause__, OSError):  # bad input is the same next time: say it once
                         return attempts.give_up(str(error))
@@ -116,9 +119,15 @@ class LedgerWorker:
                         os._exit(1)
                 else:
                     seconds = result.get("seconds", time.monotonic() - started)
-                    write_entry(self.ledger, Entry(key=key, result=result, attempts=attempts.made, seconds=seconds))
+                    files = {self._name(path): entry for path, entry in published.items()}
+                    done = Entry(key=key, result=result, attempts=attempts.made, seconds=seconds, files=files)
+                    write_entry(self.ledger, done)
         attempts.forget()
         return entry
+
+    def _name(self, path: Path) -> str:
+        folder = self.ledger.parent
+        return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
     @contextlib.contextmanager
     def _slots(self, count: int) -> Iterator[None]:

@@ -37,7 +37,7 @@ from ifguide.analyses import (
     probe_layers,
 )
 from ifguide.analyses.summary import as_markdown, draw_gcg, draw_lens, draw_probes
-from ifguide.artifacts import Manifest, publish, require, verify_file, write_json, write_text
+from ifguide.artifacts import Manifest, publish, require, verified, write_json, write_text
 from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
@@ -74,7 +74,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return None
     models = models_to_evaluate(run)
     query = require(run.query, "build_query")
-    verify_file(run.query, QUERIES, query)
+    verified(run.query, QUERIES)
     rows = read_queries(run.query)
     _check_queries(run.config, rows)
     probed = probe_texts(run.config, rows) if "probes" in config.methods else []

@@ -82,7 +82,6 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         folder=run.query,
         pool=pool,
         unit="partitions",
-        output=lambda descriptor: f"{PARTIAL}/{descriptor['key']}.safetensors",
     )
     used = sum(result["queries"] for result in results.values())
     assert used == summary["positive"] + summary["negative"], (used, summary)

@@ -83,7 +83,6 @@ def _pack(run: Run, *, dry_run: bool) -> Manifest | None:
         pool=pool,
         unit="tokens",
         amount=lambda shard: shard.num_tokens,
-        output=lambda shard: f"shard-{shard.key}.parquet",
     )
     rows = {name: sum(result[name] for result in results.values()) for name in plan.rows}
     if rows != plan.rows:
@@ -97,7 +96,9 @@ def _pack(run: Run, *, dry_run: bool) -> Manifest | None:
     }
     outputs = [run.corpus / f"{kind}-{key}.parquet" for kind in ("shard", "documents", "offsets") for key in results]
     outputs += [path for path in (run.corpus / TOKENIZER).glob("*") if path.is_file()]
-    manifest = artifact.finish(outputs, rows=rows, summary=summary, remove=(LEDGER, TOKENS, COUNTS))
+    manifest = artifact.finish(
+        outputs, rows=rows, summary=summary, remove=(LEDGER, TOKENS, COUNTS), digests=results.files
+    )
     counts = ", ".join(f"{rows[name]:,} {name}" for name in ("documents", "tokens", "blocks"))
     log(VERB, f"{counts} in {run.corpus}")
     return manifest
@@ -131,7 +132,6 @@ def _tokenise(corpus: Path, config: Config, chunks: Sequence[Chunk], pool: Pool)
         folder=corpus / TOKENS,
         pool=pool,
         unit="chunks tokenised",
-        output=lambda shard: f"{shard.key}.parquet",
     )
     rows_read: dict[tuple[int, str], int] = {}  # of a file so far; one may be two inputs, of different rows
     for chunk, result in zip(chunks, tokenised.values(), strict=True):

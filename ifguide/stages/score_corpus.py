@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from ifguide import schemas
-from ifguide.artifacts import Manifest, data_files, publish, read_manifest, require, require_same, verify_file
+from ifguide.artifacts import Manifest, data_files, publish, require, require_same, verified
 from ifguide.config import OWN, to_mapping
 from ifguide.distributed.session import require_resources
 from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
@@ -116,7 +116,6 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         ),
         unit="tokens",
         amount=lambda descriptor: descriptor["bytes"] * tokens_per_byte,
-        output=lambda descriptor: descriptor["shard"],
     )
     rows = {name: sum(result[name] for result in results.values()) for name in ("blocks", "tokens")}
     expected = {name: corpus.rows[name] for name in rows}
@@ -133,7 +132,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         "tokens_per_second_per_actor": round(rows["tokens"] / actor_seconds, 1),
     }
     files = [*(run.scores / descriptor["shard"] for descriptor in descriptors), run.scores / METHOD]
-    manifest = artifact.finish(files, rows=rows, summary=summary, remove=(LEDGER,))
+    manifest = artifact.finish(files, rows=rows, summary=summary, remove=(LEDGER,), digests=results.files)
     log(VERB, f"{rows['tokens']:,} tokens, {summary['tokens_per_second_per_actor']:,.0f} tok/s per actor, {run.scores}")
     return manifest
 
@@ -154,7 +153,6 @@ class ScoreShard:
     ):
         keep_memory()
         self.corpus, self.scores, self.computing = location(corpus), location(scores), threading.Lock()
-        self.manifest = read_manifest(self.corpus)
         self.behaviours = list(directions)
         self.micro_batch_blocks = decision["micro_batch_blocks"]
         torch.set_num_threads(decision["threads"])  # of the run, whatever this run's actors have: it changes the bytes
@@ -170,7 +168,7 @@ class ScoreShard:
         )
 
     def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        table = schemas.read_table(verify_file(self.corpus, descriptor["shard"], self.manifest))
+        table = schemas.read_table(verified(self.corpus, descriptor["shard"]))
         tokens_BT = schemas.per_token_array(table, "tokens")
         lengths_B = table.column("length").to_numpy()
         with self.computing:

@@ -88,6 +88,7 @@ def _mask_target(run: Run, target: Run) -> None:
         rows={"blocks": counts["blocks"], "tokens": counts["masked"]},
         summary=summary,
         remove=(LEDGER,),
+        digests=results.files,
     )
     share, before = (item["tokens_masked"] / max(item["predicted_tokens"], 1) for item in (summary, mask.summary))
     log(VERB, f"{counts['masked']:,} of the target's tokens are masked ({share:.2%}; {before:.2%} of the corpus')")

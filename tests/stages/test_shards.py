@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -19,10 +20,10 @@ import pytest
 import ray
 import torch
 
-from ifguide.artifacts import PLAN, write_json
+from ifguide.artifacts import PLAN, file_entry, publish, write_json
 from ifguide.config.resources import Resources
 from ifguide.distributed.ledger import LEDGER
-from ifguide.distributed.shards import Pool, StageError, run_shards
+from ifguide.distributed.shards import Pool, ShardResults, StageError, run_shards
 from ifguide.run import FOLDERS
 from ifguide.status import run_status
 from ifguide.telemetry import PROGRESS, ProgressFile
@@ -72,7 +73,8 @@ class Toy:
         if self.broken:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         if shard.output:
-            shard.output.write_text(shard.key)
+            with publish(shard.output) as part:
+                part.write_text(shard.key)
         if shard.key == "unlucky" and times < 3:
             raise RuntimeError("the network is down")
         return {"process": os.getpid()}
@@ -132,18 +134,37 @@ def test_an_actor_whose_device_has_failed_takes_no_further_shard(cluster: None, 
     assert len({result["process"] for result in results.values()}) == 2
 
 
-def test_a_shard_whose_output_is_gone_is_done_again(cluster: None, tmp_path: Path) -> None:
-    pieces = [Piece(key, tmp_path / f"{key}.out") for key in KEYS]
+def test_a_shard_whose_output_is_gone_or_damaged_is_done_again(
+    cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ifguide"), "propagate", True)
+    folder, elsewhere = tmp_path / "stage", tmp_path / "elsewhere"
+    pieces = [Piece(key, (elsewhere if key == "s7" else folder) / f"{key}.out") for key in KEYS]
 
-    def work() -> dict[str, Any]:
+    def work() -> ShardResults:
         toy, pool = ToySettings(log=tmp_path / "log"), Pool(size=1, resources=Resources(gpus=0))
-        return run_shards("toy", pieces, Toy, toy, folder=tmp_path, pool=pool, output=lambda piece: f"{piece.key}.out")
+        return run_shards("toy", pieces, Toy, toy, folder=folder, pool=pool)
 
-    work()
-    (tmp_path / "s2.out").unlink()
-    assert list(work()) == KEYS
-    assert worked_on(tmp_path) == [*KEYS, "s2"]
-    assert (tmp_path / "s2.out").read_text() == "s2"
+    first = work()
+    assert first.files == {
+        str(piece.output.relative_to(folder) if piece.key != "s7" else piece.output): file_entry(piece.output)
+        for piece in pieces
+        if piece.output
+    }
+    assert work() == first
+    assert worked_on(tmp_path) == KEYS
+    (folder / "s2.out").unlink()
+    (folder / "s4.out").write_text("s5")  # as long as it was
+    (elsewhere / "s7.out").write_text("S7")
+    entry = folder / LEDGER / "s6.json"
+    entry.write_text(entry.read_text().replace('"attempts": 1', '"attempts": 2'))
+    again = work()
+    assert list(again) == KEYS
+    assert sorted(worked_on(tmp_path)) == sorted([*KEYS, "s2", "s4", "s6", "s7"])
+    assert again.files == first.files
+    assert [piece.output.read_text() for piece in pieces if piece.output] == KEYS
+    for text in ("s2.out is gone", "s4.out has changed", "s7.out has changed", "s6.json is damaged"):
+        assert text in caplog.text
 
 
 @pytest.mark.parametrize(

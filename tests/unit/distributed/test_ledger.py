@@ -1,6 +1,6 @@
 """ifguide.distributed.ledger: attempts and entries are on storage."""
 
-from ifguide.distributed.ledger import Attempts, Entry, finished_entries, unfinished_attempts, write_entry
+from ifguide.distributed.ledger import Attempts, Entry, finished_entries, read_entry, unfinished_attempts, write_entry
 
 
 def test_attempts_survive_their_process_and_are_forgotten_when_done(tmp_path):
@@ -10,7 +10,18 @@ def test_attempts_survive_their_process_and_are_forgotten_when_done(tmp_path):
     again.begin()
     again.failed("ValueError: x")
     assert (Attempts(tmp_path, "s").made, Attempts(tmp_path, "s").reason) == (2, "ValueError: x")
-    write_entry(tmp_path, Entry(key="s", result={}, attempts=2, seconds=1.0))
+    write_entry(tmp_path, Entry(key="s", result={}, attempts=2, seconds=1.0, files={}))
     again.forget()
     assert unfinished_attempts(tmp_path) == []
     assert list(finished_entries(tmp_path)) == ["s"]
+
+
+def test_an_entry_that_is_damaged_is_none(tmp_path):
+    for key in ("a", "b", "c", "d"):
+        write_entry(tmp_path, Entry(key=key, result={"tokens": 12}, attempts=1, seconds=1.0, files={}))
+    a, b, c = (tmp_path / f"{key}.json" for key in "abc")
+    a.write_text(a.read_text().replace("12", "13"))
+    b.write_text(b.read_text()[:20])
+    c.write_text(c.read_text().replace("tokens", "Tokens"))
+    assert [read_entry(tmp_path, key) is None for key in "abcde"] == [True, True, True, False, True]
+    assert list(finished_entries(tmp_path)) == ["d"]

@@ -1,16 +1,15 @@
 """ifguide.artifacts: a folder is whole or not there, whatever moment its maker dies at."""
 
-import errno
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from ifguide import artifacts
 from ifguide.artifacts import (
     MANIFEST,
     PLAN,
@@ -19,14 +18,16 @@ from ifguide.artifacts import (
     MismatchError,
     data_files,
     file_digest,
+    file_entry,
     open_artifact,
     publish,
     read_manifest,
-    remove_tree,
+    recording,
     require,
     require_same,
-    verify_file,
+    verified,
 )
+from ifguide.artifacts import artifact as artifact_module
 
 SHARD = "shard-00000.parquet"
 MAKER = """
@@ -176,7 +177,7 @@ def test_a_finish_killed_before_its_scratch_is_gone_leaves_a_complete_artifact(t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "remove_tree", killed)
+        patch.setattr(artifact_module, "remove_tree", killed)
         with pytest.raises(KeyboardInterrupt):
             artifact.finish([shard], rows={"n": 1}, summary={}, remove=["scratch"])
     assert require(tmp_path, "v").rows == {"n": 1}
@@ -191,27 +192,6 @@ def test_a_file_that_is_gone_is_no_artifact(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone"):
         artifact.finish([shard, tmp_path / "gone"], rows={}, summary={})
     assert not (tmp_path / MANIFEST).exists()
-
-
-def test_publish_that_fails_leaves_the_old_file_and_no_part(tmp_path):
-    path = write_shard(tmp_path, "old")
-
-    def fail_halfway() -> None:
-        with publish(path) as part:
-            part.write_text("half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail_halfway()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_part_files_are_never_listed_even_by_a_pattern_that_matches_them(tmp_path):
-    for name in ("shard-00001.parquet", SHARD, "shard-00002.parquet.77.part", "documents-0.parquet"):
-        (tmp_path / name).write_text("x")
-    assert [path.name for path in data_files(tmp_path)] == [SHARD, "shard-00001.parquet"]
-    assert [path.name for path in data_files(tmp_path, "shard-*")] == [SHARD, "shard-00001.parquet"]
 
 
 @pytest.mark.parametrize(("damage", "size"), [(lambda path: os.truncate(path, 3), "3"), (os.unlink, "None")])
@@ -249,35 +229,49 @@ def test_things_that_do_not_belong_together_are_refused_with_both_fingerprints()
         require_same("the mask's corpus", "a" * 64, "the corpus", "b" * 64, "advice")
 
 
-def test_remove_tree_takes_the_folder_but_not_what_its_links_point_to(tmp_path):
-    outside = write_shard(tmp_path / "outside", "kept")
-    write_shard(tmp_path / "scratch" / "a" / "b", "x")
-    (tmp_path / "scratch" / "link").symlink_to(tmp_path / "outside")
-    remove_tree(tmp_path / "scratch")
-    remove_tree(tmp_path / "scratch")
-    assert not (tmp_path / "scratch").exists()
-    assert outside.read_text() == "kept"
-
-
-def test_a_file_that_changed_or_does_not_belong_is_refused_by_its_digest(tmp_path):
-    artifact = opened(tmp_path / "a")
-    manifest = artifact.finish([write_shard(artifact.folder, "content")], rows={}, summary={})
-    assert verify_file(artifact.folder, SHARD, manifest) == artifact.folder / SHARD
-    (artifact.folder / SHARD).write_text("contend")
-    with pytest.raises(ValueError, match=rf"{SHARD} has changed since it was made: SHA-256 \w{{16}}.*run `ifguide v`"):
-        verify_file(artifact.folder, SHARD, manifest)
-    with pytest.raises(ValueError, match=r"other\.parquet is not in .*manifest\.json"):
-        verify_file(artifact.folder, "other.parquet", manifest)
-
-
 def test_what_killed_attempts_left_is_gone_when_the_artifact_is_complete(tmp_path):
     artifact = opened(tmp_path / "a")
     (artifact.folder / f"{SHARD}.0123456789ab.part").write_text("half")
+    write_shard(artifact.folder / "hf.part" / "deep.part", "half")  # of a folder that was being published
     artifact.finish([write_shard(artifact.folder, "content")], rows={}, summary={})
     assert not list(artifact.folder.glob("*.part"))
+    assert opened(tmp_path / "a").manifest is not None
 
 
-def test_an_error_of_storage_names_the_file(tmp_path):
-    with pytest.raises(OSError, match=r"No space left on device.*shard-00000") as caught, publish(tmp_path / SHARD):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert caught.value.errno == errno.ENOSPC
+def test_a_killed_finish_leaves_no_folder_that_breaks_the_next_run(tmp_path, monkeypatch):
+    artifact = opened(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact_module, "_remove_scratch", lambda folder: None)
+        artifact.finish([write_shard(tmp_path, "content")], rows={}, summary={})
+    write_shard(tmp_path / "hf.part", "half")
+    assert opened(tmp_path).manifest is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", MANIFEST, SHARD]
+
+
+def test_digests_that_were_taken_when_files_were_written_stand_in_the_manifest(tmp_path):
+    artifact = opened(tmp_path)
+    with recording() as recorded:
+        shard = write_shard(tmp_path, "content")
+    digests = {path.relative_to(tmp_path).as_posix(): entry for path, entry in recorded.items()}
+    other = write_shard(tmp_path, "other", "shard-00001.parquet")
+    shard.write_text("contend")  # damaged before the manifest is written
+    manifest = artifact.finish([shard, other], rows={}, summary={}, digests=digests)
+    assert manifest.files[other.name] == file_entry(other)
+    with pytest.raises(ValueError, match=rf"{SHARD} has changed since it was made"):
+        verified(tmp_path, SHARD)
+
+
+def test_seconds_are_those_of_a_clock_that_nobody_sets(tmp_path, monkeypatch):
+    artifact = opened(tmp_path)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 7200)
+    assert 0 <= artifact.finish([], rows={}, summary={}).seconds < 60
+
+
+def test_a_manifest_in_which_a_figure_has_changed_is_refused(tmp_path):
+    made(tmp_path)
+    path = tmp_path / MANIFEST
+    path.write_text(path.read_text().replace('"n": 1', '"n": 3'))
+    for read in (lambda: read_manifest(tmp_path), lambda: require(tmp_path, "v"), lambda: opened(tmp_path)):
+        with pytest.raises(ValueError, match=r"manifest\.json has changed since it was written"):
+            read()

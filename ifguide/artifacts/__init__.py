@@ -1,0 +1,72 @@
+"""Artifacts: folders of a run directory that are whole or are not there, and are verified when they are read.
+
+`files` publishes and removes, `manifest` says what a finished artifact holds, `artifact` makes and resumes one,
+`reading` verifies what is read.
+"""
+
+from ifguide.artifacts.artifact import Artifact, environment, open_artifact
+from ifguide.artifacts.files import (
+    FileEntry,
+    data_files,
+    file_digest,
+    file_entry,
+    fsync,
+    fsync_tree,
+    json_digest,
+    move_folder,
+    publish,
+    publish_folder,
+    record,
+    recording,
+    remove_tree,
+    write_json,
+    write_text,
+)
+from ifguide.artifacts.manifest import (
+    MANIFEST,
+    PLAN,
+    Manifest,
+    MismatchError,
+    read_manifest,
+    require,
+    require_same,
+    unsealed,
+    write_manifest,
+    write_sealed,
+)
+from ifguide.artifacts.reading import damaged_files, verified, verified_files, verify_digest
+
+__all__ = [
+    "MANIFEST",
+    "PLAN",
+    "Artifact",
+    "FileEntry",
+    "Manifest",
+    "MismatchError",
+    "damaged_files",
+    "data_files",
+    "environment",
+    "file_digest",
+    "file_entry",
+    "fsync",
+    "fsync_tree",
+    "json_digest",
+    "move_folder",
+    "open_artifact",
+    "publish",
+    "publish_folder",
+    "read_manifest",
+    "record",
+    "recording",
+    "remove_tree",
+    "require",
+    "require_same",
+    "unsealed",
+    "verified",
+    "verified_files",
+    "verify_digest",
+    "write_json",
+    "write_manifest",
+    "write_sealed",
+    "write_text",
+]
