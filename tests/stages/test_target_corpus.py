@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_manifest, write_json
+from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_manifest, write_json, write_manifest
 from ifguide.config import Config, ConfigError, ModelSource
 from ifguide.corpus.tables import document_table
 from ifguide.run import Run
@@ -186,9 +186,9 @@ def test_changed_documents_and_masks_without_spans_are_refused(
     without = with_tokenizer(copied, targets["unigram"])
     for path in data_files(Run(config=without).mask, "spans-*.parquet"):
         path.unlink()
-    manifest = json.loads((Run(config=without).mask / MANIFEST).read_text())
-    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("spans")}
-    write_json(Run(config=without).mask / MANIFEST, manifest)
+    manifest = read_manifest(Run(config=without).mask)
+    files = {name: entry for name, entry in manifest.files.items() if not name.startswith("spans")}
+    write_manifest(Run(config=without).mask, replace(manifest, files=files))
     (Path(without.run_dir) / "target").rename(tmp_path / "old_target")
     with pytest.raises(ValueError, match="has no character spans"):
         made(Run(config=without))
