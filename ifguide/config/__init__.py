@@ -1,8 +1,10 @@
 """One typed YAML for the whole pipeline: `sections` holds the tree, a module each what grew too long for it.
 
-`typed_yaml` is generic, `sources` says where inputs come from, `pretrain`, `compare` and `analyse` are sections.
+`typed_yaml` is generic, `sources` says where inputs come from, `resources` what processes take of the cluster;
+`pretrain`, `evaluate`, `compare` and `analyse` are sections. `reference` prints docs/config.md.
 """
 
+from ifguide.config.evaluate import Evaluate
 from ifguide.config.pretrain import Pretrain
 from ifguide.config.sections import (
     OWN,
@@ -11,7 +13,6 @@ from ifguide.config.sections import (
     BuildQuery,
     Cluster,
     Config,
-    Evaluate,
     FitFactors,
     ModelSource,
     PackCorpus,

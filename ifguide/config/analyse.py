@@ -12,7 +12,16 @@ from ifguide.config.typed_yaml import option
 
 @dataclass(frozen=True, kw_only=True)
 class Gcg:
-    """The budget of adversarial suffixes: `targets` toxic completions of the query, cut at `target_tokens`."""
+    """The budget of adversarial suffixes (arXiv 2307.15043).
+
+    Attributes:
+        targets: positive completions of the query that suffixes are sought for.
+        target_tokens: tokens that each is cut at.
+        suffix_tokens: tokens of a suffix.
+        steps: steps of the search.
+        candidates: candidates tried in a step.
+        top_k: tokens considered at each place.
+    """
 
     targets: int = option(8, at_least=1)
     target_tokens: int = option(8, at_least=1)
@@ -24,11 +33,21 @@ class Gcg:
 
 @dataclass(frozen=True, kw_only=True)
 class Analyse:
-    """What `analyse` looks at in the models that `evaluate` compares.
+    """What `ifguide analyse` looks at in the models that `evaluate` compares.
 
-    The lens takes the first `max_prompts` of `evaluate.prompts` and the first tokens of `evaluate.word_list`, or the
-    `lens_tokens` most over-represented in the query's toxic completions. Probes take `texts`, or the completions of the
-    query's two sets, at most `max_texts`, as many of one kind as of the other, in `folds`."""
+    Attributes:
+        methods: which analyses to make.
+        max_prompts: prompts of `evaluate.prompts` that the lens takes.
+        max_tokens: tokens at which prompts and texts are cut.
+        lens_tokens: without a word list, this many of the tokens most over-represented in the positive completions.
+        texts: texts with labels for the probes. Empty: the query's completions.
+        max_texts: texts at most, as many of one kind as of the other.
+        folds: of the cross-validation.
+        gcg: the budget of adversarial suffixes.
+        batch_size: texts that a model takes at once.
+        actors: actors that analyse.
+        resources: of one actor.
+    """
 
     methods: tuple[Literal["lens", "probes", "gcg"], ...] = ("lens", "probes", "gcg")
     max_prompts: int = option(200, at_least=1)

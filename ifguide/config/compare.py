@@ -17,10 +17,13 @@ OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, b
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What DPO and the reward model of RAD learn from: continuations that the baseline gives to the prompts of
-    `build_query`, scored by the classifier of `compare`. Prompts that are evaluated too are left out.
+    """What DPO and the reward model learn from: continuations that the baseline gives to the prompts of `build_query`.
+    Prompts that are evaluated too are left out. Sampling is that of `evaluate`.
 
-    Sampling is that of `evaluate`, with `continuations` for each of `max_prompts` prompts (null: of all)."""
+    Attributes:
+        continuations: of each prompt.
+        max_prompts: prompts at most. Null: all.
+    """
 
     continuations: int = option(8, at_least=2)
     max_prompts: int | None = option(None, at_least=1)
@@ -28,8 +31,15 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """The training of RAD's reward model, one for all methods, from the run's baseline or another `source` with the
-    same tokenizer. A tenth of the prompts is held out to say how good it is."""
+    """The training of RAD's reward model, one for all methods. A tenth of the prompts is held out, to measure it.
+
+    Attributes:
+        source: model to start from, with the same tokenizer. Null: the run's baseline.
+        epochs: passes over the samples.
+        batch_size: texts of a step.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+    """
 
     source: str | None = None
     epochs: int = option(1, at_least=1)
@@ -40,11 +50,20 @@ class Reward:
 
 @dataclass(frozen=True, kw_only=True)
 class Dpo:
-    """Direct preference optimisation (arXiv 2305.18290) of `model`, which is the reference too.
+    """Direct preference optimisation (arXiv 2305.18290). `beta`, optimiser and learning rate are the paper's.
+    Its models are larger: a small one needs a higher rate.
 
-    Of each prompt up to `pairs_per_prompt` pairs: its lowest scored continuation over its highest, the second lowest
-    over the second highest, and so on, where the scores are `min_difference` apart or more. `beta`, optimiser and
-    learning rate as in the paper, whose models are larger: a small one needs a higher rate."""
+    Attributes:
+        model: the model to start from, which is the reference too.
+        beta: strength of the pull towards the reference.
+        pairs_per_prompt: the lowest scored continuation over the highest, the second lowest over the second, ...
+        min_difference: pairs whose scores are closer than this are left out.
+        epochs: passes over the pairs.
+        batch_size: pairs of a step, a multiple of `micro_batch_size`.
+        micro_batch_size: pairs of one forward pass.
+        learning_rate: at the start.
+        checkpoint_steps: steps from one checkpoint to the next.
+    """
 
     model: str = "baseline"
     beta: float = option(0.1, above=0)
@@ -59,8 +78,13 @@ class Dpo:
 
 @dataclass(frozen=True, kw_only=True)
 class Rad:
-    """Reward-augmented decoding (arXiv 2310.09520) of `model`: of each next token's `top_k` likeliest candidates the
-    logits grow by `beta` times the reward of the text with the candidate. Defaults are the published code's."""
+    """Reward-augmented decoding (arXiv 2310.09520). Defaults are the published code's.
+
+    Attributes:
+        model: the model that is decoded.
+        beta: what the reward of the text with a candidate is multiplied by before it is added to its logit.
+        top_k: likeliest next tokens that are candidates.
+    """
 
     model: str = "baseline"
     beta: float = option(50.0, at_least=0)
@@ -69,15 +93,17 @@ class Rad:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method that `compare` sets beside the run's own models: a `mask` to train with, `dpo`, or `rad`.
+    """A method that `compare` sets beside the run's own models. It has one of `mask`, `dpo` and `rad`.
 
-    `mask`: `influence` (the run's), `plain_influence` (of the toxic queries alone: another pass over the corpus),
-    `random` (as many tokens), `annotated` (tokens within the spans that came with the documents), `words` and
-    `sentences` (found by the word list, by the classifier), `word_documents`, `documents` and `annotated_documents`
-    (all of a document that holds such words, that the classifier flags, that has such a span).
-    `objective` and `penalty` null are those of `pretrain`; `ignore` filters: masked tokens carry no loss.
+    `dpo` and `rad` start from a `model`: `baseline`, `penalised`, or a method named before.
 
-    `dpo` and `rad` start from a `model`: `baseline`, `penalised`, or a method named before."""
+    Attributes:
+        mask: how masked tokens are found; see evaluation.md.
+        objective: kind of loss of masked tokens; `ignore` filters. Null: that of `pretrain`.
+        penalty: lambda. Null: that of `pretrain`.
+        dpo: train by preference.
+        rad: decode with a reward.
+    """
 
     mask: (
         Literal[
@@ -107,9 +133,16 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """The grid of `compare`. `classifier` null is that of `evaluate`; a text counts from `threshold` on. Words are
-    `evaluate.word_list`. Tasks that classify, and that train by preference, take
-    `resources`."""
+    """The grid of `ifguide compare`. Words are those of `evaluate.word_list`.
+
+    Attributes:
+        methods: the methods by name; a name is a folder in `compare/`.
+        samples: what DPO and the reward model learn from.
+        reward: how the reward model is trained.
+        classifier: scores what methods learn from. Null: that of `evaluate`.
+        threshold: a text counts as flagged from this score on.
+        resources: of a task that classifies or trains by preference.
+    """
 
     methods: dict[str, Method] = field(default_factory=dict)
     samples: Samples = Samples()

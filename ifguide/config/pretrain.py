@@ -17,7 +17,12 @@ ObjectiveKind = Literal["penalty", "ignore", "unlikelihood", "clipped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb:
-    """A Weights & Biases project to log to as well; its package is imported only then (`pip install wandb`)."""
+    """A Weights & Biases project to log to as well; its package is imported only then (`pip install wandb`).
+
+    Attributes:
+        project: its name.
+        entity: user or team.
+    """
 
     project: str = option(affects_result=False)
     entity: str | None = option(None, affects_result=False)
@@ -25,8 +30,12 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLoss:
-    """What masked tokens carry (see `ifguide.training.objective`): `penalty` is the paper's, the others are
-    bounded. `clipped` is the penalty until a masked token is less likely than `floor_probability`."""
+    """What masked tokens carry; `ifguide.training.objective` has the formulas.
+
+    Attributes:
+        kind: `penalty` is the paper's, unbounded; the others are bounded; `ignore` leaves masked tokens out.
+        floor_probability: `clipped` is the penalty until a masked token is less likely than this.
+    """
 
     kind: ObjectiveKind = "clipped"
     floor_probability: float = option(1e-3, above=0, at_most=0.999)
@@ -34,18 +43,44 @@ class MaskedLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Train the target. `use_mask` false gives the plain baseline; `penalty` is lambda of Eq. 9, `objective` what it
-    multiplies: by default half of a clipped penalty, which had the best trade-off (`bench/ablations.py`); the paper has
-    kind `penalty` and 1. `tokenizer` is the target's where it is not the corpus': the same documents are packed with
-    it, and masked by characters. `train_tokenizer` trains one of that many tokens on these documents, as
-    `pack_corpus.train_tokenizer` does.
+    """Train the target with the signed loss.
 
-    `engine: torch` trains on one device in the driver's process. Checkpoints are written every `checkpoint_steps`; the
-    last `keep_last` and the `keep_best` best on the `heldout_blocks` (which are not trained on) stay. `export` says
-    which becomes the model. Training stops early when the smoothed benign loss is `max_benign_rise` nats over its
-    lowest (null: never). A training may go on with another number of `workers`; with `min_workers` it starts with as
-    many as there are, and follows the cluster. `offload_nvme` is a folder on a disk that takes the parameters offloaded
-    (ZeRO-3); the optimizer is offloaded to memory alone."""
+    Attributes:
+        use_mask: false trains the plain baseline.
+        tokenizer: the target's, where it is not the corpus'. The documents are packed again and masked by characters.
+        train_tokenizer: train the target's tokenizer of this many tokens on the documents.
+        objective: what masked tokens carry.
+        penalty: lambda, which multiplies it. The paper has kind `penalty` and 1.
+        init_from: a published model to go on from. Null: random weights.
+        epochs: passes over the corpus.
+        batch_blocks: blocks of a step, over all workers; a multiple of `workers` times `micro_batch_blocks`.
+        micro_batch_blocks: blocks of one forward pass of a worker.
+        learning_rate: the greatest, after the warm-up.
+        final_learning_rate_ratio: last over greatest learning rate; a cosine lies between.
+        warmup_fraction: share of the steps in which the rate rises.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        gradient_clipping: greatest norm of the gradient.
+        max_benign_rise: stop when the smoothed benign loss is this many nats over its lowest. Null: never.
+        heldout_blocks: blocks that are not trained on, but evaluated at each checkpoint.
+        export: which checkpoint becomes the model: the last, or the best on `heldout_blocks`.
+        dtype: of weights and products.
+        engine: `deepspeed`, or `torch` on one device in the driver's process.
+        zero_stage: of DeepSpeed: what workers share out among them.
+        offload_optimizer: keep the optimizer's state in the CPU's memory.
+        offload_parameters: keep the parameters there (ZeRO-3).
+        offload_nvme: folder on a disk for the offloaded parameters (ZeRO-3).
+        activation_checkpointing: compute activations again in the backward pass instead of keeping them.
+        workers: processes that train.
+        min_workers: start with as many workers as there are, from this many on, and follow the cluster.
+        resources: of one worker.
+        checkpoint_steps: steps from one checkpoint to the next.
+        keep_last: newest checkpoints that stay.
+        keep_best: best checkpoints on `heldout_blocks` that stay.
+        log_steps: steps from one line of the log to the next.
+        wandb: log to Weights & Biases as well.
+        max_failures: restarts after a failed worker; -1: without end.
+    """
 
     use_mask: bool = True
     tokenizer: str | None = None

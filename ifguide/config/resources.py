@@ -9,8 +9,13 @@ from ifguide.config.typed_yaml import option
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResources:
-    """One worker's share of the cluster: `cpus`, `gpus` (a fraction shares a GPU), and `memory` in bytes that Ray sets
-    aside (null: none)."""
+    """One worker's share of the cluster.
+
+    Attributes:
+        cpus: CPUs.
+        gpus: GPUs; a fraction shares one.
+        memory: bytes that Ray sets aside. Null: none.
+    """
 
     cpus: float = option(1.0, above=0, affects_result=False)
     gpus: float = option(1.0, at_least=0, affects_result=False)
@@ -19,7 +24,14 @@ class WorkerResources:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources(WorkerResources):
-    """A task's or an actor's share of the cluster, and the `attempts` that a piece of its work has."""
+    """A task's or an actor's share of the cluster.
+
+    Attributes:
+        cpus: CPUs.
+        gpus: GPUs; a fraction shares one.
+        memory: bytes that Ray sets aside. Null: none.
+        attempts: how often a piece of work is tried before it is given up.
+    """
 
     attempts: int = option(3, at_least=1, affects_result=False)
 

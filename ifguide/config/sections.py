@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +22,13 @@ import yaml
 
 from ifguide.config.analyse import Analyse
 from ifguide.config.compare import Compare, check_compare
+from ifguide.config.evaluate import NAME, NAME_RULE, Evaluate, check_evaluate
 from ifguide.config.pretrain import Pretrain, check_pretrain
 from ifguide.config.resources import CPU_RESOURCES, RESOURCES, Resources, moved
-from ifguide.config.sources import ClassifierSource, Input, LabelledTexts, Prompts, PromptSet
+from ifguide.config.sources import ClassifierSource, Input, Prompts
 from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
 from ifguide.storage import location
 
-NAME, NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*"), "letters, digits, '_', '.' and '-' alone"
 OWN = "own"  # the name of a run's own query among the behaviours that are scored
 VERBS = (
     "pack_corpus",
@@ -44,8 +43,15 @@ VERBS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where a language model comes from: `source` (hub id, local folder, or path of a .gguf file) or
-    `architecture` (HF config fields with `model_type`, random weights). Neither: see the field's owner."""
+    """Where a language model comes from. `source` and `architecture` exclude each other; what neither means stands with
+    the key that holds the model.
+
+    Attributes:
+        source: hub id, local folder, or path of a `.gguf` file, whose weights are dequantised.
+        architecture: fields of a Hugging Face config with `model_type`; the weights are random.
+        revision: commit or branch of the hub's repository.
+        trust_remote_code: run the model code that the hub's repository brings.
+    """
 
     source: str | None = None
     architecture: dict[str, Any] | None = None
@@ -55,8 +61,13 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The Ray cluster: `address` joins a running one, else `RAY_ADDRESS`, else a local one is started. Plans and dry
-    runs reckon with GPUs of the type `gpu`, a name of hardware.yaml."""
+    """The Ray cluster.
+
+    Attributes:
+        address: a running cluster to join. Null: `RAY_ADDRESS`, else a local one is started.
+        num_cpus: CPUs of a cluster that is started. Null: all of the machine.
+        gpu: the GPU type that plans and dry runs reckon with, a name of `ifguide/hardware.yaml`.
+    """
 
     address: str | None = option(None, affects_result=False)
     num_cpus: int | None = option(None, at_least=1, affects_result=False)
@@ -65,8 +76,18 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class PackCorpus:
-    """Tokenise and pack. `interleave` mixes the inputs in proportion to their document counts.
-    `train_tokenizer` trains a byte-level BPE of that many tokens on the corpus instead of loading one."""
+    """Tokenise documents and pack them into blocks of equal length.
+
+    Attributes:
+        inputs: the documents, in order.
+        block_size: tokens of a block.
+        blocks_per_shard: blocks of a shard. A shard is the unit of scoring, of retries and of resuming.
+        interleave: mix the inputs in proportion to their document counts; false: one after the other.
+        train_tokenizer: train a byte-level BPE tokenizer of this many tokens on the corpus instead of loading one.
+        max_bad_rows: documents that may be unusable (not UTF-8, no text). More than that ends the stage.
+        chunk_megabytes: input that one tokenising task reads.
+        resources: of one task.
+    """
 
     inputs: tuple[Input, ...] = ()
     block_size: int = option(1024, at_least=2)
@@ -82,8 +103,16 @@ class PackCorpus:
 
 @dataclass(frozen=True, kw_only=True)
 class FitFactors:
-    """EK-FAC factors of the proxy from `sample_blocks` blocks (all of a smaller corpus). A task has one of
-    `data_partitions` of the blocks and one of `module_partitions` of the modules: more of the latter, less memory."""
+    """EK-FAC factors of the proxy.
+
+    Attributes:
+        sample_blocks: blocks that the factors are fitted on; a smaller corpus is taken whole.
+        data_partitions: parts of the sample. A part is one task, and the unit of resuming.
+        module_partitions: parts of the modules. M parts hold 1/M of the sums at a time and cost M forward passes.
+        batch_size: blocks of one forward pass.
+        min_coverage: the share of the blocks' parameters that linear layers must hold, or the proxy is refused.
+        resources: of one task.
+    """
 
     sample_blocks: int = option(20_000, at_least=1)
     data_partitions: int = option(1, at_least=1)
@@ -97,11 +126,24 @@ class FitFactors:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildQuery:
-    """The direction V = (EK-FAC + damping)^-1 [mean positive - mean negative completion gradient]: completions whose
-    score is at least `positive_threshold` show the behaviour, those of at most `negative_threshold` do not. With
-    `differential` false the mean of the positive ones stands alone: plain influence, which finds what is merely common.
-    `damping` null means `damping_scale` * mean(lambda) per module. `factors` names a folder of factors that
-    kronfluence fitted elsewhere; null means the run's own."""
+    """The direction V = (EK-FAC + damping)^-1 [mean positive - mean negative completion gradient].
+
+    Attributes:
+        prompts: prompts with completions.
+        classifier: scores the completions.
+        positive_threshold: a completion with at least this score shows the behaviour.
+        negative_threshold: a completion with at most this score does not.
+        max_positive: positive queries at most.
+        max_negative: negative queries at most.
+        differential: subtract the negative mean. False is plain influence, which also finds what is merely common.
+        max_tokens: tokens of prompt and completion together; longer queries are cut.
+        batch_tokens: tokens of one backward pass.
+        partitions: tasks that share the queries.
+        factors: folder of factors that kronfluence fitted elsewhere. Null: the run's own.
+        damping: absolute damping. Null: `damping_scale` times the mean eigenvalue of each module.
+        damping_scale: see `damping`; 0.1 is kronfluence's own choice.
+        resources: of one task.
+    """
 
     prompts: Prompts | None = None
     classifier: ClassifierSource = ClassifierSource()  # noqa: RUF009  # frozen
@@ -128,16 +170,24 @@ class BuildQuery:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreCorpus:
-    """Score every token. `attribution: target` is the paper's Eq. 8, `position` what its code computes.
+    """One influence score for every token. `preset` sets engine, precision, rank and fused; each can be set alone.
 
-    `preset` sets engine, precision, rank and fused (see `influence.method`); each can be set alone, `rank: 0` meaning
-    full. `precision` null is the preset's, but float32 where the first actor's machine is not quicker in bfloat16.
-    `fused` compiles kernels, about 20 s per actor: null does where the preset does and a compiler is found.
-    Before the first shard, `check_blocks` blocks are scored by the exact method too, and correlation and agreement of
-    the top 1% must both reach `min_agreement`. `queries` names further behaviours, `name: folder of a query artifact`
-    of the same proxy: each gives one more column of scores. `own` names the run's own query, and no further one.
-    `micro_batch_blocks` null is chosen to fit the memory. The actors are `min_actors` to `max_actors`, as there is
-    room, each with `resources`."""
+    Attributes:
+        attribution: `target` is Eq. 8 of the paper, `position` what its code computes.
+        preset: `fast` takes bfloat16 products, `exact` is forward-mode differentiation in float32.
+        engine: `forward` or `difference`, of `target` scores. Null: the preset's.
+        precision: of the matrix products. Null: the preset's, but float32 where the machine is not faster in bfloat16.
+        rank: V is cut to this rank in each module; 0 is full rank. Null: the preset's.
+        fused: compile kernels, which takes about 20 s per actor. Null: where the preset does and a compiler is there.
+        queries: further behaviours, `name: folder of a query artifact` of the same proxy. Each is one more column.
+            No name may be `own`.
+        micro_batch_blocks: blocks scored at once. Null: as many as fit, by an estimate of memory.
+        check_blocks: blocks that are scored by the exact method as well, before the first shard. 0: no check.
+        min_agreement: correlation and agreement of the top 1% in that check must both reach this.
+        min_actors: actors to start with.
+        max_actors: actors at most, as the cluster has room.
+        resources: of one actor.
+    """
 
     attribution: Literal["target", "position"] = "target"
     preset: Literal["fast", "exact"] = "fast"
@@ -158,10 +208,18 @@ class ScoreCorpus:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildMask:
-    """Algorithm 1. `max_fraction` bounds the masked share of the corpus' predicted tokens. `behaviour` is `own`, the
-    run's own query, or one of the further behaviours that `score_corpus` scored. Blocks whose mass (sum of |score|)
-    is over `outlier_mass_ratio` times the median block's, or whose share of distinct bigrams is below
-    `outlier_bigram_share` (repeated tokens), are listed; `exclude_repeated` keeps the latter out of ranking and mask.
+    """Algorithm 1: rank documents, then mask tokens.
+
+    Attributes:
+        behaviour: what to select by: `own`, the run's own query, or a name of `score_corpus.queries`.
+        quantile: tau is this quantile of all token scores.
+        window: neighbours on each side that are masked with a token above tau.
+        max_fraction: masked share of the corpus' predicted tokens at most.
+        unit: what is ranked: documents (the paper) or blocks (the paper's code).
+        outlier_mass_ratio: list blocks whose sum of |score| is over this many times the median block's.
+        outlier_bigram_share: list blocks whose share of distinct bigrams is below this (repeated tokens).
+        exclude_repeated: keep blocks of repeated tokens out of ranking and mask.
+        resources: of one task.
     """
 
     behaviour: str = OWN
@@ -178,47 +236,17 @@ class BuildMask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Generate, classify, measure, report. `models` adds models by name to those this run trained.
-
-    `max_prompts` of `prompts` are drawn by seed, half of them with the behaviour by their labels if `balanced`.
-    `prompt_sets` are further sets by name (BOLD, AttaQ). `classifiers` score the same continuations as further classes
-    by name (`implicit: hf:tomh/toxigen_roberta`). Perplexity is of `heldout`, and again of its documents that the
-    classifier does not flag. Intervals rest on `bootstrap_samples`. `report` names the folder
-    of the figures: with another name, another classifier takes the same generations. `--check-classifier` compares all
-    classifiers with the labels in `check_data`."""
-
-    behaviour: str = "toxicity"
-    prompts: Prompts | None = None
-    max_prompts: int | None = option(None, at_least=1)
-    balanced: bool = False
-    prompt_sets: dict[str, PromptSet] = field(default_factory=dict)
-    classifier: ClassifierSource = ClassifierSource()  # noqa: RUF009  # frozen
-    classifiers: dict[str, ClassifierSource] = field(default_factory=dict)
-    bootstrap_samples: int = option(1000, at_least=100)
-    report: str = option("report", affects_result=False)
-    check_data: tuple[LabelledTexts, ...] = option((), affects_result=False)
-    prompt_threshold: float = option(0.5, at_least=0, at_most=1)
-    continuations: int = option(25, at_least=1)
-    max_new_tokens: int = option(20, at_least=1)
-    top_p: float = option(0.9, above=0, at_most=1)
-    temperature: float = option(1.0, above=0)
-    prompts_per_shard: int = option(64, at_least=1)
-    heldout: tuple[Input, ...] = ()
-    cloze: Input | None = None
-    models: dict[str, str] = field(default_factory=dict)
-    word_list: tuple[str, ...] = ()
-    top_documents: int = option(10, at_least=0)
-    batch_size: int = option(64, at_least=1)
-    actors: int = option(1, at_least=1, affects_result=False)
-    resources: Resources = RESOURCES
-
-    RENAMED: ClassVar[dict[str, str]] = moved("actor")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
-    """The whole run. `proxy` left empty means: the baseline that `pretrain` makes is the proxy."""
+    """The whole run.
+
+    Attributes:
+        run_dir: folder of all artifacts, local or remote. `{run_dir}` in any other string stands for it.
+        seed: of samples, orders and initial weights.
+        tokenizer: hub id or folder. Null: the proxy's, else the target's.
+        proxy: the model that scores. Empty: the baseline that `pretrain` makes.
+        target: the model that is trained.
+        baseline: train the plain model as well.
+    """
 
     run_dir: str = option("runs/default", affects_result=False)
     seed: int = option(0, at_least=0)
@@ -233,7 +261,7 @@ class Config:
     build_query: BuildQuery = BuildQuery()
     score_corpus: ScoreCorpus = ScoreCorpus()
     build_mask: BuildMask = BuildMask()
-    evaluate: Evaluate = Evaluate()
+    evaluate: Evaluate = Evaluate()  # noqa: RUF009  # frozen
     compare: Compare = Compare()  # noqa: RUF009  # frozen
     analyse: Analyse = Analyse()  # noqa: RUF009  # frozen
 
@@ -339,7 +367,7 @@ def _check_across(config: Config) -> None:
         )
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
-    _check_evaluate(config.evaluate)
+    check_evaluate(config.evaluate)
     for name in config.compare.methods:
         if not NAME.fullmatch(name):
             raise ConfigError(f"compare.methods: {name!r} names a folder; use {NAME_RULE}")
@@ -348,15 +376,3 @@ def _check_across(config: Config) -> None:
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:
             raise ConfigError(f"{name}: set either source or architecture, not both")
-
-
-def _check_evaluate(evaluate: Evaluate) -> None:
-    groups: dict[str, Iterable[str]] = {key: getattr(evaluate, key) for key in ("models", "prompt_sets", "classifiers")}
-    for key, names in {**groups, "report": [evaluate.report]}.items():
-        for name in names:
-            if not NAME.fullmatch(name):
-                raise ConfigError(f"evaluate.{key}: {name!r} names files; use {NAME_RULE}")
-    if "prompts" in evaluate.prompt_sets:
-        raise ConfigError("evaluate.prompt_sets.prompts: that is the name of evaluate.prompts; choose another")
-    if evaluate.balanced and evaluate.max_prompts is None:
-        raise ConfigError("evaluate.balanced: draws half of max_prompts; set evaluate.max_prompts")

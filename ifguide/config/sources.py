@@ -9,11 +9,15 @@ from ifguide.config.typed_yaml import option
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """Documents: `path` is a file, a glob, a folder, or `hf://name[:split]`.
+    """Documents. A bare string stands for `path`.
 
-    `.jsonl` and `.parquet` give one document per row (`text_column`); `.txt` one per file; `.json` one per
-    string found anywhere in it. `rows` keeps rows start <= row < stop, counted over the whole input.
-    `spans_column` names a column of [[start, end), ...) character spans to carry along as token annotations.
+    `.jsonl` and `.parquet` give one document per row, `.txt` one per file, `.json` one per string found anywhere in it.
+
+    Attributes:
+        path: a file, a glob, a folder, or `hf://name[:split]`.
+        text_column: column of the text.
+        spans_column: column of [[start, end), ...] character spans to carry along as token annotations.
+        rows: keep rows start <= row < stop, counted over the whole input.
     """
 
     path: str
@@ -24,7 +28,12 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompt rows in RealToxicityPrompts' schema (JSONL or Parquet); `rows` as in `Input`."""
+    """Prompt rows in RealToxicityPrompts' schema, JSONL or Parquet. A bare string stands for `path`.
+
+    Attributes:
+        path: a file, a glob or a folder.
+        rows: keep rows start <= row < stop.
+    """
 
     path: str
     rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
@@ -32,8 +41,14 @@ class Prompts:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """Further prompts: a file, a glob or a folder of JSONL, Parquet, or BOLD's own JSON ({group: {name: [prompt]}}).
-    `group_column` names the column that groups rows (AttaQ: `text_column: input`, `group_column: label`)."""
+    """Further prompts: JSONL, Parquet, or BOLD's own JSON ({group: {name: [prompt]}}). A bare string stands for `path`.
+
+    Attributes:
+        path: a file, a glob or a folder.
+        text_column: column of the prompt (AttaQ: `input`).
+        group_column: column that groups rows (AttaQ: `label`). Null: no groups.
+        max_prompts: prompts at most. Null: all.
+    """
 
     path: str
     text_column: str = "prompt"
@@ -43,7 +58,14 @@ class PromptSet:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledTexts:
-    """Texts that people judged: rows of JSONL or Parquet, the label a bool or a share of annotators (0.5 counts)."""
+    """Texts that people judged: rows of JSONL or Parquet. A bare string stands for `path`.
+
+    Attributes:
+        path: a file, a glob or a folder.
+        text_column: column of the text.
+        label_column: column of the label, a bool or a share of annotators (0.5 counts).
+        rows: keep rows start <= row < stop.
+    """
 
     path: str
     text_column: str = "text"
@@ -53,11 +75,19 @@ class LabelledTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSource:
-    """A text classifier: `detoxify:original|unbiased|multilingual|original-small|unbiased-small`, `hf:SOURCE` (any
-    sequence classifier, by hub id or local folder), `alt-profanity-check`, `words:FILE` (one word or phrase a line), or
-    `labels` (scores already in the rows). `label` is the label of an hf classifier that counts. `checkpoint` is a
-    local Detoxify checkpoint, `huggingface_config` a local folder with its model's config and tokenizer, for a machine
-    that cannot reach the hub."""
+    """A text classifier. A bare string stands for `name`.
+
+    `name` is one of `detoxify:original|unbiased|multilingual|original-small|unbiased-small`, `hf:SOURCE` (any sequence
+    classifier, by hub id or local folder), `alt-profanity-check`, `words:FILE` (one word or phrase a line), or `labels`
+    (scores already in the rows).
+
+    Attributes:
+        name: the kind, and what it is loaded from.
+        label: label of an `hf:` classifier that counts.
+        checkpoint: a local Detoxify checkpoint, for a machine that cannot reach the hub.
+        huggingface_config: a local folder with the config and tokenizer of that checkpoint's model.
+        batch_size: texts classified at once.
+    """
 
     name: str = "detoxify:original"
     label: str | None = None
