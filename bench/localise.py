@@ -1,6 +1,6 @@
 """How well do token scores find what people marked? Average precision and AUROC per token, on real comments.
 
-    python bench/localise.py [--proxy smollm2|FOLDER] [--data ../shared/data] [--sweep] [--quick]
+    python bench/localise.py [--proxy smollm2|FOLDER] [--data data/real_text] [--sweep] [--quick]
 
 Documents: a seeded sample of comments with human-marked toxic spans, unflagged comments and encyclopedia paragraphs,
 each scored as a block of its own after an EOS. A token is positive when it overlaps a marked span. Factors come from
@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.common.direction import differential, fit_factors, low_rank, mean_gradient, tracked_names
-from bench.common.places import DATA
+from bench.common.places import ABSENT, DATA
 from bench.common.proxies import load_proxy
 from bench.common.scores import score_blocks
 from bench.common.texts import Document, read_paragraphs, read_rows
@@ -49,7 +49,7 @@ def main() -> int:
     options = _options()
     configure_logging()
     if not (options.data / "civil_comments_spans.jsonl").is_file():
-        print(f"{options.data} has no civil_comments_spans.jsonl; name the data folder with --data", file=sys.stderr)
+        print(f"{options.data} has no civil_comments_spans.jsonl: {ABSENT}, or --data", file=sys.stderr)
         return 2
     model, tokenizer = load_proxy(options.proxy)
     documents, others = sample_documents(options.data, options.documents, options.seed)

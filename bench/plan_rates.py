@@ -1,6 +1,6 @@
 """Rates of one CPU core and of the driver that `ifguide plan` rests on, where no other bench gives them.
 
-    python bench/plan_rates.py [--text shared/data/wikitext2_articles.jsonl] [--tokenizer FOLDER] [--shards 600]
+    python bench/plan_rates.py [--text data/real_text/wikitext2_articles.jsonl] [--tokenizer FOLDER] [--shards 600]
 
 - `tokenise_tokens_per_second`: `ifguide.corpus.tokenise` on one core, with the parsing of its JSON lines.
 - `eigen_gflops`: eigendecomposition of a random symmetric float64 matrix of 1,024 rows on one core, at 9 n^3 FLOP.
@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
-from bench.common.places import DATA
+from bench.common.places import ABSENT, DATA
 from ifguide.config import Cluster, Input
 from ifguide.corpus.packing import tokenise
 from ifguide.corpus.reading import list_chunks, read_documents
@@ -40,6 +40,8 @@ def main() -> None:
         "--shards", type=int, default=600, help="of the longer of the two runs; the shorter has a third"
     )
     options = parser.parse_args()
+    if DATA in options.text.parents and not options.text.exists():
+        parser.error(f"{options.text} is absent: {ABSENT}")
     load = os.getloadavg()[0]
     result = {
         "tokenise_tokens_per_second": round(tokenise_rate(options.text, options.tokenizer)),

@@ -9,7 +9,7 @@ installed, `configured` takes that of the config, anything else is a source.
 
 Written to `<run_dir>/seeds`: `comparison.md` (means, least and greatest over seeds), `comparison.png`. The last line
 printed is one JSON object: per model and figure the values of all seeds, and the mask's precision and recall against
-the annotated spans. Needs the data that the config names.
+the annotated spans. `ifguide fetch-data` makes the data that the config names.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bench.common.places import this_machine
 from bench.common.proxies import smollm2_folder
 from ifguide.artifacts import publish
 from ifguide.config import Config, load_config
+from ifguide.datasets import advice
 from ifguide.pipeline import run_pipeline
 from ifguide.report.view import View, mask_agreement
 from ifguide.run import Run
@@ -58,7 +59,10 @@ def main() -> None:
     configure_logging()
     config = load_config(options.config, [*_proxy(options.proxy), *options.overrides])
     scored = replace(config, baseline=config.proxy_is_baseline)  # each seed trains its own, seed 0 too
-    run_pipeline(scored, dry_run=False, until="build_mask")
+    try:
+        run_pipeline(scored, dry_run=False, until="build_mask")
+    except FileNotFoundError as error:
+        raise SystemExit(f"{error}{advice(str(error))}") from error
     base = Run(config=config)
     seeds = []
     for seed in options.seeds:

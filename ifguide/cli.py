@@ -2,7 +2,8 @@
 
 `ifguide run` does every verb in order; running again resumes. `plan` says beforehand what that takes. `show`, `status`
 and `inspect` read a run directory, `export-scores` and `import-mask` exchange scores and masks with kronfluence and
-the paper's code, `demo` makes its own data and runs the whole pipeline on them. The scripts in `jobs/` call `main` too.
+the paper's code, `demo` makes its own data and runs the whole pipeline on them, `fetch-data` gets the real text of
+`configs/civil_comments.yaml`. The scripts in `jobs/` call `main` too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from ifguide.artifacts import MANIFEST, PLAN, read_manifest
 from ifguide.config import OWN, VERBS, Config, load_config, to_yaml
+from ifguide.datasets import FOLDER, advice
 from ifguide.pipeline import run_pipeline, stage
 from ifguide.storage import location
 from ifguide.telemetry import configure_logging, log
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.function(options)
     except USER_ERRORS as error:
-        print(f"ifguide {options.command}: {_message(error)}", file=sys.stderr)
+        print(f"ifguide {options.command}: {_message(error)}{advice(_message(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"ifguide {options.command}: interrupted; the same command goes on from here", file=sys.stderr)
@@ -94,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dry-run", action="store_true")
     demo.add_argument("--data-only", action="store_true", help="make the corpus and the prompts, and run nothing")
     demo.set_defaults(function=_demo)
+    _add_fetch_flags(commands.add_parser("fetch-data", help="the real text of configs/civil_comments.yaml"))
     return parser
 
 
@@ -125,6 +128,13 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price-per-hour", type=float, help="of one GPU, in any currency")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.set_defaults(function=_plan)
+
+
+def _add_fetch_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=FOLDER, help=f"the folder to make (default {FOLDER})")
+    parser.add_argument("--from", dest="source", type=Path, help="folder of originals or of made files: no download")
+    parser.add_argument("--dry-run", action="store_true", help="list files, origins and licences; fetch nothing")
+    parser.set_defaults(function=_fetch_data)
 
 
 def _load(options: argparse.Namespace) -> Config:
@@ -188,6 +198,18 @@ def _demo(options: argparse.Namespace) -> int:
         log(options.command, f"made {make_data(config)}")
         return 0
     print(json.dumps(run_demo(config, run_pipeline)))
+    return 0
+
+
+def _fetch_data(options: argparse.Namespace) -> int:
+    from ifguide.datasets.fetch import describe, fetch
+    from ifguide.datasets.table import read_table
+
+    outputs = read_table()
+    if options.dry_run:
+        print("\n".join(describe(outputs, options.out)))
+        return 0
+    fetch(outputs, options.out, source=options.source)
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from bench.common.places import ABSENT
 from bench.common.texts import read_paragraphs, read_rows
 from ifguide.telemetry import log
 
@@ -51,8 +52,8 @@ def read_benchmark(options: argparse.Namespace) -> Benchmark:
             return date_lm_benchmark(options.data.name, *(_table(file) for file in files), options)
     if not (options.data / "civil_comments_spans.jsonl").is_file():
         raise FileNotFoundError(
-            f"{options.data} has neither train.jsonl and ref.jsonl (or .parquet) nor civil_comments_spans.jsonl; name"
-            " the data folder with --data"
+            f"{options.data} has neither train.jsonl and ref.jsonl (or .parquet) nor civil_comments_spans.jsonl:"
+            f" {ABSENT}, or --data"
         )
     return drawn_benchmark(options)
 

@@ -6,8 +6,11 @@ import os
 import platform
 from pathlib import Path
 
+from ifguide.datasets import COMMAND, FOLDER
+
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
+DATA = Path(os.environ.get("IFGUIDE_DATA") or ROOT / FOLDER)
+ABSENT = f"`{COMMAND}` makes {FOLDER}; the environment variable IFGUIDE_DATA names a folder elsewhere"
 CACHE = ROOT / "runs" / "bench"
 
 

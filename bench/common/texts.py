@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bench.common.places import ABSENT
+
 Document = dict[str, Any]
 
 
@@ -17,7 +19,7 @@ def read_rows(path: Path, count: int | None = None) -> list[Document]:
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is absent; the benchmark on real text needs it")
+        raise FileNotFoundError(f"{path} is absent: {ABSENT}")
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in islice(lines, count)]
 

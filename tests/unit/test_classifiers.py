@@ -24,10 +24,11 @@ from ifguide.toxicity import (
     read_labelled,
     read_prompts,
 )
+from tests.real_text import DATA, needs_real_text
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "you", "are", "kind", "rude", "very", "##ly"]
 TEXTS = ["you are kind", "rudely", "you are very rude", "you", "", "rude " * 40]
-BOLD = Path(__file__).parents[2].parent / "shared" / "data" / "bold"
+BOLD = DATA / "bold"
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_bold_files_give_their_domain_and_group(tmp_path: Path) -> None:
         read_grouped_prompts([path])
 
 
-@pytest.mark.skipif(not BOLD.is_dir(), reason="the shared BOLD prompts are not on this machine")
+@needs_real_text
 def test_bold_itself_is_read_whole() -> None:
     rows = read_grouped_prompts(sorted(BOLD.glob("*_prompt.json")))
     assert len({row.domain for row in rows}) == 5

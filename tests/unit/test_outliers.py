@@ -1,7 +1,6 @@
 """Outlying blocks: figures by hand, exactness of the median over shards, and no false alarm on running text."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,8 @@ from ifguide.selection.algorithm import ScoreShard
 from ifguide.selection.outliers import block_mass, distinct_bigram_share, find_outliers
 from ifguide.selection.quantiles import high_histogram, low_histogram, quantile_buckets, quantile_from_histograms
 from ifguide.tokenizer import load_tokenizer
+from tests.real_text import DATA, needs_real_text
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 THRESHOLD = BuildMask().outlier_bigram_share
 
 
@@ -80,7 +79,7 @@ def test_only_outliers_are_listed_each_for_its_reason() -> None:
     assert of_nothing.column("mass_over_median").to_pylist() == [np.inf, np.inf, np.inf, np.inf, 0.0]
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="shared/data is absent")
+@needs_real_text
 @pytest.mark.parametrize("name", ["wikitext2_articles", "civil_comments_unflagged"])
 def test_running_text_is_not_called_repeated(name: str) -> None:
     tokenizer = load_tokenizer(str(DATA / "pythia_tokenizer"))

@@ -21,8 +21,9 @@ from ifguide.toxicity import (
     read_prompts,
     select_queries,
 )
+from tests.real_text import DATA, needs_real_text
 
-RTP_PROMPTS = Path(__file__).parents[2].parent / "shared" / "data" / "rtp_prompts.jsonl"
+RTP_PROMPTS = DATA / "rtp_prompts.jsonl"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "you", "are", "kind", "rude", "very", "##ly"]
 TEXTS = ["you are kind", "you are very rude", "rudely", "you", "very very rude"]
 
@@ -291,7 +292,7 @@ def test_thresholds_that_could_put_a_row_in_both_sets_are_refused() -> None:
         select(rows_of([0.5]), positive_threshold=0.5, negative_threshold=0.5)
 
 
-@pytest.mark.skipif(not RTP_PROMPTS.is_file(), reason="the shared RealToxicityPrompts sample is not on this machine")
+@needs_real_text
 def test_real_prompt_rows_make_both_sets() -> None:
     rows = read_prompts(RTP_PROMPTS)
     assert len(rows) == 5000
