@@ -2,7 +2,10 @@
 
     python bench/screenshots.py runs/civil_comments/seeds/0/compare/report/index.html --out bench
 
-Written: `<name>_desktop.png` and `<name>_phone.png`, the top of the page as it opens (texts are blurred).
+    python bench/screenshots.py runs/demo/report/index.html --document 3 --out docs --name demo
+
+Written: `<name>_desktop.png` and `<name>_phone.png`, the top of the page as it opens (texts are blurred), or, with
+`--document N`, `<name>_document.png`, the text of the N-th document of the page with its masked tokens.
 Needs selenium, Chromium and its driver (Debian: chromium, chromium-driver).
 """
 
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--name", default="report")
+    parser.add_argument("--document", type=int, help="only this document of the page, its text shown")
     options = parser.parse_args()
     if not (CHROMIUM and DRIVER):
         raise SystemExit("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
@@ -44,9 +48,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as profile:
         browser = open_browser(Path(profile))
         try:
-            for screen, (width, height) in SCREENS.items():
-                path = options.out / f"{options.name}_{screen}.png"
-                path.write_bytes(screenshot(browser, options.page, width, height))
+            if options.document:
+                taken = {"document": document(browser, options.page, options.document)}
+            else:
+                taken = {screen: screenshot(browser, options.page, *size) for screen, size in SCREENS.items()}
+            for what, picture in taken.items():
+                path = options.out / f"{options.name}_{what}.png"
+                path.write_bytes(picture)
                 pictures.append(str(path))
         finally:
             browser.quit()
@@ -87,6 +95,21 @@ def screenshot(browser: Any, page: Path, width: int, height: int) -> bytes:
     show(browser, page, width, height)
     taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
     return base64.b64decode(taken["data"])
+
+
+def document(browser: Any, page: Path, number: int, width: int = 900) -> bytes:
+    """The `number`-th document of the page, counted from 1, with its text shown, as a PNG."""
+    show(browser, page, width)
+    article = browser.find_elements("css selector", ".document")[number - 1]
+    browser.execute_script(
+        """const [article] = arguments;
+        article.querySelector(".reveal").click();
+        article.querySelector(".button").remove();
+        article.style.padding = article.style.margin = "1rem";
+        article.scrollIntoView();""",
+        article,
+    )
+    return article.screenshot_as_png
 
 
 if __name__ == "__main__":
