@@ -52,7 +52,7 @@ def test_the_image_has_the_projects_ray_and_what_object_stores_need() -> None:
 
 def test_a_job_whose_working_directory_is_sent_along_is_told_where_its_run_directory_is() -> None:
     """Relative paths would lie in Ray's own folder on each node, under another name after any edit."""
-    for path in (ROOT / "README.md", *FILES):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *FILES):
         for line in path.read_text().splitlines():
             if re.search(r"ray job submit .*--working-dir .*jobs/", line):
                 assert re.search(r"--set run_dir=(/|\w+://|D\b)", line), f"{path.name}: {line}"
