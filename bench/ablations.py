@@ -26,7 +26,7 @@ from bench.common.places import this_machine
 from ifguide.artifacts import publish, read_manifest, write_json
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.demo.pipeline import run_demo
-from ifguide.pipeline import run_pipeline, stage
+from ifguide.pipeline import stage
 from ifguide.planning.models import target_shape
 from ifguide.run import BASELINE, Run
 from ifguide.shapes import shape_of_fields
@@ -98,7 +98,7 @@ def main() -> None:
     for seed in options.seeds:
         overrides = [f"seed={seed}", f"run_dir={options.folder / f'seed{seed}'}", *PAPER]
         base = Run(config=load_config(options.config, overrides))
-        run_demo(base.config, run_pipeline)
+        run_demo(base.config)
         figures[BASE].append(figures_of(base))
         for name in names:
             figures[name].append(figures_of(made_variant(base, name)))

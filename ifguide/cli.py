@@ -197,7 +197,7 @@ def _demo(options: argparse.Namespace) -> int:
     if options.data_only:
         log(options.command, f"made {make_data(config)}")
         return 0
-    print(json.dumps(run_demo(config, run_pipeline)))
+    print(json.dumps(run_demo(config)))
     return 0
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ifguide.artifacts import read_manifest
 from ifguide.config import Config
 from ifguide.demo.baselines import INSULT_WORDS
 from ifguide.demo.generate import generate_demo
+from ifguide.pipeline import run_pipeline
+from ifguide.storage import location
 
 
 def make_data(config: Config) -> Path:
@@ -21,17 +22,17 @@ def make_data(config: Config) -> Path:
     return folder
 
 
-def run_demo(config: Config, run_pipeline: Callable[..., None]) -> dict[str, Any]:
+def run_demo(config: Config) -> dict[str, Any]:
     """Run everything in `config.run_dir`; returns the figures that the demo is judged by.
 
     `ppl_ratio` is penalised over baseline on benign held-out text; precision and recall are of the mask against
     the tokens known to be insults.
     """
     started = time.monotonic()
-    folder = make_data(config).parent
+    make_data(config)
     config = replace(config, evaluate=replace(config.evaluate, word_list=tuple(sorted(INSULT_WORDS))))
     run_pipeline(config, dry_run=False)
-    figures = json.loads((folder / "report" / "manifest.json").read_text())["summary"]
+    figures: dict[str, Any] = read_manifest(location(config.run_dir) / config.evaluate.report).summary
     baseline, penalised = figures["baseline"], figures["penalised"]
     return {
         "tp_baseline": baseline["tp"],

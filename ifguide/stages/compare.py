@@ -1,10 +1,11 @@
 """`compare`: the run's models beside those of other methods: other masks, DPO, reward-augmented decoding.
 
 A method with a mask gets a run directory of its own in `compare/<name>`, for the method's mask and model; the rest is
-this run's. It is trained as this run's models were: the same blocks in the same order, the same initial weights. What
-DPO and RAD need is made by `stages.preference_methods`. `compare/report/` holds the figures of all models, with the
-run's own first, as `comparison.md`, `comparison.json`, `comparison.png`, `metrics.json` and as a page, `index.html`.
-Continuations that `evaluate` has sampled from the run's own models are not sampled again. Running it again resumes.
+this run's. It is trained as this run's models were: the same blocks in the same order, the same initial weights. DPO
+and RAD learn from scored continuations in `compare/samples`; RAD's reward model is `compare/reward`, a DPO method's
+model `compare/<name>/model/dpo`. `compare/report/` holds the figures of all models, with the run's own first, as
+`comparison.md`, `comparison.json`, `comparison.png`, `metrics.json` and as a page, `index.html`. Continuations that
+`evaluate` has sampled from the run's own models are not sampled again. Running it again resumes.
 """
 
 from __future__ import annotations
@@ -15,32 +16,43 @@ from typing import Any
 
 import numpy as np
 
-from ifguide.artifacts import MANIFEST, Manifest, publish, read_manifest, require, write_json
-from ifguide.config import OWN, ConfigError, Pretrain
-from ifguide.config.compare import Dpo, Method, Rad
-from ifguide.distributed.shards import LEDGER
-from ifguide.evaluation.figures import measured_files
-from ifguide.evaluation.generations import has_generations
-from ifguide.evaluation.prompts import chosen_sets
-from ifguide.methods.masks import VERB, check_method, make_method_mask
-from ifguide.methods.preferences import (
-    check_preferences,
-    make_dpo_model,
-    make_reward_model,
-    make_samples,
-    rad_fingerprint,
+from ifguide.artifacts import (
+    MANIFEST,
+    Manifest,
+    data_files,
+    json_digest,
+    publish,
+    read_manifest,
+    require,
+    write_json,
 )
+from ifguide.config import OWN, ClassifierSource, Config, ConfigError, Pretrain
+from ifguide.config.compare import Dpo, Method, Rad
+from ifguide.config.typed_yaml import result_part
+from ifguide.distributed.session import connect, require_resources
+from ifguide.distributed.shards import LEDGER, StageError
+from ifguide.distributed.tasks import run_task
+from ifguide.evaluation.figures import measured_files
+from ifguide.evaluation.generations import OPTIONS, has_generations, prompts_digest
+from ifguide.evaluation.prompts import PROMPTS, chosen_prompts, chosen_sets
+from ifguide.methods.masks import Marking, mark_corpus
+from ifguide.methods.preferences import DPO, HF, DpoTraining, RewardTraining, check_preferences, train
+from ifguide.methods.samples import SampleFiles, sampling_options, training_prompts
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.data import comparison_data
 from ifguide.report.figures import Made, masked_loss, model_rows
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import BASELINE, PENALISED, Run
+from ifguide.spans.tables import SPANS, PackedCorpus
 from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import build_query
-from ifguide.stages.evaluate import METRICS, measure_models, measured_inputs, models_to_evaluate
+from ifguide.stages.evaluate import METRICS, continue_prompts, measure_models, measured_inputs, models_to_evaluate
 from ifguide.stages.pretrain import pretrain
 from ifguide.stages.score_corpus import score_corpus
+from ifguide.storage import file_sizes
 from ifguide.telemetry import log
+
+VERB = "compare"
 
 
 def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -53,10 +65,7 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if not methods:
         raise ConfigError("compare.methods: name some, `name: {mask: ..., penalty: ...}`; see configs/demo.yaml")
     for name, method in methods.items():
-        if method.mask is not None:
-            check_method(run, name, method)
-        else:
-            check_preferences(run.config, f"compare.methods.{name}")
+        _check(run.config, f"compare.methods.{name}", method)
     if dry_run:
         for name, method in methods.items():
             log(VERB, f"would {'sample with' if method.rad else 'train'} {name}: {_describe(run, method)}")
@@ -77,6 +86,7 @@ class _Grid:
         self.made = {name: _own(run, name) for name in (BASELINE, PENALISED) if name in self.models}
         self.guides: dict[str, dict[str, Any]] = {}
         self.children: dict[str, Run] = {}
+        self.samples: _Samples | None = None
 
     def add(self, name: str, method: Method) -> None:
         """Train the method's model, or say how it decodes another's."""
@@ -97,23 +107,135 @@ class _Grid:
         log(VERB, f"{name}: {mask.summary['tokens_masked']:,} tokens masked ({_share(mask):.2%}), trained")
 
     def _add_dpo(self, name: str, method: Dpo) -> None:
-        samples = make_samples(self.run, self.models[BASELINE])
-        start = self._start(name, "dpo", method.model)
-        self.models[name] = _model(*make_dpo_model(self.run, name, method, start, samples))
+        start, samples = self._start(name, "dpo", method.model), self._samples()
+        folder = self.run.folder / VERB / name / "model" / DPO
+        training = DpoTraining(
+            name=name,
+            start=start[0],
+            samples=samples.files,
+            options=method,
+            seed=self.run.config.seed,
+            folder=folder,
+            resources=self.run.config.compare.resources,
+        )
+        options, inputs = {"dpo": result_part(method)}, {f"model/{method.model}": start[1]}
+        manifest = samples.teach(training, options, inputs, count="pairs")
+        self.models[name] = _model(folder / HF, manifest)
         self.made[name] = replace(self.made[method.model], by=f"DPO of {method.model}")
 
     def _add_rad(self, name: str, method: Rad) -> None:
-        samples = make_samples(self.run, self.models[BASELINE])
-        folder, reward = make_reward_model(self.run, self.models[BASELINE], samples)
         start = self._start(name, "rad", method.model)
-        self.models[name] = (start[0], rad_fingerprint(method, start, reward))
+        folder, reward = self._reward_model()
+        decoding = [start[1], reward.fingerprint, method.beta, method.top_k]
+        self.models[name] = (start[0], json_digest(decoding))
         self.guides[name] = {"reward": str(folder), "beta": method.beta, "top_k": method.top_k}
         self.made[name] = replace(self.made[method.model], by=f"RAD of {method.model}", decodes=method.model)
+
+    def _reward_model(self) -> tuple[Path, Manifest]:
+        baseline, samples = self.models[BASELINE], self._samples()
+        folder, config = self.run.folder / VERB / "reward", self.run.config
+        training = RewardTraining(
+            baseline=baseline[0],
+            samples=samples.files,
+            options=config.compare.reward,
+            seed=config.seed,
+            folder=folder,
+            resources=config.compare.resources,
+        )
+        options = {"reward": result_part(config.compare.reward)}
+        manifest = samples.teach(training, options, {f"model/{BASELINE}": baseline[1]}, count="texts")
+        return folder / HF, manifest
+
+    def _samples(self) -> _Samples:
+        if self.samples is None:
+            self.samples = _Samples(self.run, self.models[BASELINE])
+        return self.samples
 
     def _start(self, name: str, kind: str, model: str) -> tuple[str, str]:
         if model not in self.models:
             raise ConfigError(f"compare.methods.{name}.{kind}.model: this run has no finished model {model}")
         return self.models[model]
+
+
+class _Samples:
+    """`compare/samples`: what the baseline gave to the training prompts, scored; made if it is not there."""
+
+    def __init__(self, run: Run, baseline: tuple[str, str]):
+        self.run, config = run, run.config
+        assert config.build_query.prompts is not None
+        options = sampling_options(
+            config.evaluate, config.compare.samples, config.build_query.prompts, _classifier(config)
+        )
+        # other random numbers than the evaluation's
+        config = replace(config, run_dir=str(run.folder / VERB / "samples"), seed=config.seed + 1, evaluate=options)
+        sampler, sets = Run(config=config), {PROMPTS: chosen_prompts(config)}
+        self.files = SampleFiles(
+            model=BASELINE,
+            generations=sampler.generations(BASELINE) / PROMPTS,
+            scores=sampler.report,
+            prompts=training_prompts(sets[PROMPTS], chosen_sets(run.config).values()),
+            max_new_tokens=options.max_new_tokens,
+        )
+        self.manifest = _sample(sampler, baseline, sets)
+
+    def teach(
+        self,
+        training: RewardTraining | DpoTraining,
+        options: dict[str, Any],
+        inputs: dict[str, str],
+        *,
+        count: str,
+    ) -> Manifest:
+        """Train on these samples in `training.folder`, unless that is done; `count` names what is learnt from."""
+        config = self.run.config
+        inputs = {"samples": self.manifest.fingerprint, **inputs, "prompts": prompts_digest(self.files.prompts)}
+        artifact = self.run.open(training.folder, VERB, keys=("seed",), inputs=inputs, extra=options)
+        if artifact.manifest:
+            return artifact.manifest
+        connect(config.cluster)
+        require_resources(config.cluster, VERB, config.compare.resources)
+        summary = run_task(train, training, resources=config.compare.resources)
+        log(VERB, training.describe(summary))
+        files = [training.folder / HF / name for name in file_sizes(training.folder / HF)]
+        return artifact.finish(files, rows={count: summary[count]}, summary=summary)
+
+
+def _sample(sampler: Run, baseline: tuple[str, str], sets: Any) -> Manifest:
+    evaluate = sampler.config.evaluate
+    options = {name: getattr(evaluate, name) for name in OPTIONS} | {"classifier": result_part(evaluate.classifier)}
+    inputs = {f"model/{BASELINE}": baseline[1], "prompts": prompts_digest(sets[PROMPTS])}
+    artifact = sampler.open(sampler.report, VERB, keys=("seed",), inputs=inputs, extra={"samples": options})
+    if artifact.manifest:
+        return artifact.manifest
+    continue_prompts(sampler, {BASELINE: baseline}, sets)
+    count = len(sets[PROMPTS]) * evaluate.continuations
+    rows = {"continuations": count, "prompts": len(sets[PROMPTS])}
+    log(VERB, f"{count:,} continuations of {len(sets[PROMPTS]):,} training prompts sampled and scored")
+    return artifact.finish(measured_files(sampler.report), rows=rows, summary={}, remove=(LEDGER,))
+
+
+def _check(config: Config, key: str, method: Method) -> None:
+    if method.mask is None:
+        check_preferences(key, config.build_query.prompts, _classifier(config))
+    else:
+        annotated = any(source.spans_column for source in config.pack_corpus.inputs)
+        _marking(config, method.mask).check(key, annotated=annotated)
+
+
+def _classifier(config: Config) -> ClassifierSource:
+    """That of the compared methods."""
+    return config.compare.classifier or config.evaluate.classifier
+
+
+def _marking(config: Config, kind: str) -> Marking:
+    return Marking(
+        kind=kind,
+        words=config.evaluate.word_list,
+        classifier=_classifier(config),
+        threshold=config.compare.threshold,
+        tokenizer=config.tokenizer_source,
+        seed=config.seed,
+    )
 
 
 def _model(folder: Path, manifest: Manifest) -> tuple[str, str]:
@@ -147,13 +269,40 @@ def method_run(run: Run, name: str, method: Method) -> Run:
 def _mask(run: Run, child: Run, method: Method) -> Manifest:
     if method.mask == "plain_influence":
         return _plain_influence(run, child)
-    if method.mask != "influence":
-        return make_method_mask(run, child, method)
+    if method.mask not in (None, "influence"):
+        return marked_mask(run, child, method.mask)
     return require(run.mask, "build_mask")
 
 
+def marked_mask(run: Run, child: Run, kind: str) -> Manifest:
+    """Make the mask of a method that marks text or draws tokens in `child.mask`, for the corpus of `run`.
+
+    Raises:
+        FileNotFoundError: the corpus, or the mask that a random one is measured by, is missing. StageError: a shard
+            failed.
+    """
+    manifest = require(run.corpus, "pack_corpus")
+    marking, inputs = _marking(run.config, kind), {"corpus": manifest.fingerprint}
+    if kind == "random":
+        inputs["mask"] = require(run.mask, "build_mask").fingerprint
+    artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=marking.result_options())
+    if artifact.manifest:
+        return artifact.manifest
+    connect(run.config.cluster)
+    corpus = PackedCorpus.of(run.corpus, manifest)
+    counts = mark_corpus(marking, corpus, child.mask, run.mask, verb=VERB, resources=run.config.compare.resources)
+    if counts["blocks"] != manifest.rows["blocks"]:
+        raise StageError(f"{VERB}: {counts['blocks']} blocks were masked, {run.corpus} has {manifest.rows['blocks']}")
+    return artifact.finish(
+        data_files(child.mask) + data_files(child.mask, SPANS),
+        rows={"blocks": counts["blocks"], "tokens": counts["masked"]},
+        summary={"tokens_masked": counts["masked"], "predicted_tokens": counts["predicted"]},
+        remove=(LEDGER,),
+    )
+
+
 def _plain_influence(run: Run, child: Run) -> Manifest:
-    """The mask of the same selection from scores of the toxic queries alone, with this run's factors and proxy."""
+    """The mask of the same selection from scores of the positive queries alone, with this run's factors and proxy."""
     config = child.config
     config = replace(
         config,

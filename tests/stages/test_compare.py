@@ -18,11 +18,10 @@ from ifguide.config import Config, ConfigError
 from ifguide.config.compare import Compare, Dpo, Method, Rad, Reward, Samples
 from ifguide.config.resources import Resources
 from ifguide.methods.finders import sentence_spans
-from ifguide.methods.masks import make_method_mask
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
 from ifguide.run import Run
-from ifguide.stages.compare import compare, method_run
+from ifguide.stages.compare import compare, marked_mask, method_run
 from ifguide.toxicity import make_classifier
 from ifguide.words import WordList
 
@@ -45,10 +44,11 @@ def marked(finished: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     masks = {}
     for name, method in config.compare.methods.items():
         child = method_run(run, name, method)
-        manifest = make_method_mask(run, child, method)
+        assert method.mask is not None
+        manifest = marked_mask(run, child, method.mask)
         masks[name] = stream(child, "masked")
         assert manifest.rows["tokens"] == masks[name].sum()
-        assert make_method_mask(run, child, method) == manifest  # complete: nothing is made again
+        assert marked_mask(run, child, method.mask) == manifest  # complete: nothing is made again
     return run, masks
 
 

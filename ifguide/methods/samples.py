@@ -1,0 +1,85 @@
+"""What preference methods learn from: continuations that a model gave to training prompts, with their scores.
+
+They are sampled as `evaluate` samples them, from the prompts of `build_query`; a prompt that is evaluated too teaches
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ifguide import schemas
+from ifguide.artifacts import data_files
+from ifguide.config import ClassifierSource, ConfigError, Evaluate, Prompts
+from ifguide.config.compare import Samples
+from ifguide.evaluation.figures import scored_file
+from ifguide.evaluation.generation import encode_prompts
+from ifguide.evaluation.prompts import PROMPTS
+from ifguide.methods.pairs import ScoredPrompt
+from ifguide.toxicity import PromptRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFiles:
+    """A model's continuations on disk: their tokens in `generations`, their scores in the report folder `scores`; and
+    the prompts that may be learnt from. `max_new_tokens` is what the sampler was asked for."""
+
+    model: str
+    generations: Path
+    scores: Path
+    prompts: tuple[PromptRow, ...]
+    max_new_tokens: int
+
+
+def sampling_options(evaluate: Evaluate, samples: Samples, prompts: Prompts, classifier: ClassifierSource) -> Evaluate:
+    """The section of an evaluation that samples training prompts, scores them, and measures nothing else."""
+    return replace(
+        evaluate,
+        prompts=prompts,
+        continuations=samples.continuations,
+        max_prompts=samples.max_prompts,
+        balanced=False,
+        prompt_sets={},
+        classifier=classifier,
+        classifiers={},
+        heldout=(),
+        cloze=None,
+        models={},
+        report="scores",
+    )
+
+
+def training_prompts(sampled: Iterable[PromptRow], evaluated: Iterable[Sequence[Any]]) -> tuple[PromptRow, ...]:
+    """The sampled prompts that are in none of the evaluated sets, in the order of their rows.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    texts = {prompt.prompt for prompts in evaluated for prompt in prompts}
+    kept = tuple(prompt for prompt in sampled if prompt.prompt not in texts)
+    if not kept:
+        raise ConfigError("build_query.prompts: all of them are evaluated too; DPO and RAD need others to learn from")
+    return kept
+
+
+def read_samples(files: SampleFiles, tokenizer: Any, model: Any) -> tuple[list[ScoredPrompt], int]:
+    """The scored training prompts, and how many prompts were sampled but may not be learnt from."""
+    tokens: dict[int, list[tuple[int, ...]]] = {}
+    values: dict[int, list[float]] = {}
+    for number, path in enumerate(data_files(files.generations)):
+        generated = schemas.read_table(path, schemas.GENERATIONS).to_pylist()
+        scored = schemas.read_table(scored_file(files.scores, files.model, PROMPTS, number), schemas.CONTINUATIONS)
+        for row, by_class in zip(generated, scored.column("scores").to_pylist(), strict=True):
+            tokens.setdefault(row["prompt_row"], []).append(tuple(row["tokens"]))
+            values.setdefault(row["prompt_row"], []).append(float(by_class[0][1]))  # of the primary class
+    encoded = encode_prompts(model, tokenizer, [row.prompt for row in files.prompts], files.max_new_tokens)
+    prompts = [
+        ScoredPrompt(
+            row=row.row, prompt=tuple(ids), continuations=tuple(tokens[row.row]), scores=tuple(values[row.row])
+        )
+        for row, ids in zip(files.prompts, encoded, strict=True)
+    ]
+    return prompts, len(tokens) - len(prompts)
