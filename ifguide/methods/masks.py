@@ -102,11 +102,9 @@ def mark_corpus(
     """
     gpus = resources.gpus if marking.kind in CLASSIFIED else 0.0
     pool = Pool.filling_cluster(replace(resources, gpus=gpus))
-    shards = [{"key": f"mark-{shard_name(i)}", "shard": i} for i in range(corpus.num_shards)]
+    shards = [MarkTask(key=f"mark-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
     settings = MarkSettings(marking=replace(marking, gpus=gpus), corpus=corpus, folder=folder, own_mask=own_mask)
-    results = run_shards(
-        verb, shards, MarkShard, {"settings": settings}, folder=folder, pool=pool, unit="shards marked"
-    )
+    results = run_shards(verb, shards, MarkShard, settings, folder=folder, pool=pool, unit="shards marked")
     if marking.kind == "random":
         for shard in range(corpus.num_shards):
             write_spans(corpus, folder, shard)
@@ -115,6 +113,14 @@ def mark_corpus(
         fill = {"corpus": corpus, "source_mask": str(folder), "folder": str(folder)}
         results = run_shards(verb, jobs, MaskShard, fill, folder=folder, pool=pool, unit="shards masked")
     return {name: sum(result[name] for result in results.values()) for name in ("blocks", "masked", "predicted")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkTask:
+    """One shard of the corpus, by its number."""
+
+    key: str
+    shard: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +143,8 @@ class MarkShard:
             self.tokenizer = load_tokenizer(self.marking.tokenizer)
             self.find = self.marking.finder()
 
-    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        shard = descriptor["shard"]
+    def process(self, task: MarkTask) -> dict[str, Any]:
+        shard = task.shard
         if self.marking.kind == "random":
             return self._random(shard)
         if self.marking.kind == "annotated":
