@@ -46,15 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging()
     logging.getLogger("ifguide.models").setLevel(logging.WARNING)
     try:
-        result = simulated(
-            options.config,
-            options.overrides,
-            corpus_tokens=options.corpus_tokens,
-            gpu=options.gpu,
-            actors=options.actors,
-            mtbf_hours=options.mtbf_hours,
-            figure=options.plot,
-        )
+        result = simulated(options)
     except (ValueError, OSError) as error:
         print(f"plan_simulation: {error}", file=sys.stderr)
         return 1
@@ -75,33 +67,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def simulated(
-    path: Path,
-    overrides: Sequence[str] = (),
-    *,
-    corpus_tokens: float | None = None,
-    gpu: str | None = None,
-    actors: Sequence[int] = ACTORS,
-    mtbf_hours: float | None = None,
-    figure: Path | None = None,
-) -> dict[str, Any]:
+def simulated(options: argparse.Namespace) -> dict[str, Any]:
     """What is printed as JSON. Times in hours, `starting`, `idle` and the like as shares of the actors' time.
 
     Raises:
         ValueError, OSError: config, GPU type or failures that cannot be simulated; says what to do.
     """
+    mtbf_hours = options.mtbf_hours
     if mtbf_hours is not None and not mtbf_hours > 0:
         raise ValueError(f"--mtbf-hours {mtbf_hours:g}: must be above 0")
-    config = load_config(path, overrides)
-    job = make_job(config, corpus_tokens=corpus_tokens, gpu=gpu)
+    config = load_config(options.config, options.overrides)
+    job = make_job(config, corpus_tokens=options.corpus_tokens, gpu=options.gpu)
     corpora = sorted({job.tokens, LARGEST_CORPUS})
-    points = sweep(job, corpora=corpora, actors=actors, mtbf_hours=mtbf_hours, seed=config.seed)
-    if figure is not None:
-        plot(points, figure)
+    points = sweep(job, corpora=corpora, actors=options.actors, mtbf_hours=mtbf_hours, seed=config.seed)
+    if options.plot is not None:
+        plot(points, options.plot)
     origins = sources()
     return rounded(
         {
-            "config": str(path),
+            "config": str(options.config),
             "machine": job.machine.name,
             "points": [_as_json(point) for point in points],
             "recommended": [

@@ -264,13 +264,11 @@ class _Simulation:
         useful, lost = scale * self.useful / total, scale * self.lost / total
         started = (first_starts + scale * (starting - first_starts)) / total
         idle = max(0.0, 1.0 - useful - lost - started)
+        shares = {"useful": useful, "lost": lost, "starting": started, "idle": idle}
         return Outcome(
+            **shares,
             shards=shards,
             seconds=seconds,
-            useful=useful,
-            lost=lost,
-            starting=started,
-            idle=idle,
             tail=min(idle, tail / total),
             driver=scale * self.driver.busy / seconds,
             requests=scale * self.request_server.busy / seconds,

@@ -98,6 +98,16 @@ class _Writer:
     def line(self) -> None:
         self.text += "\n"
 
+    def turn(self, speaker: str) -> None:
+        """A new line that says whose words follow."""
+        self.line()
+        self.say(speaker)
+
+    def aftermath(self) -> None:
+        """What becomes of the quarrel, and then of other things."""
+        self.sentence(grammar.AFTERMATHS)
+        self.facts(1, 2)
+
     def facts(self, low: int, high: int) -> None:
         """Between `low` and `high` narrative sentences, of the domain or shared by all."""
         for _ in range(self.rng.randint(low, high)):
@@ -180,18 +190,14 @@ def _letter(w: _Writer) -> None:
 def _forum(w: _Writer) -> None:
     a, b, c = (w.scene.fixed(slot) for slot in "abc")
     w.say(f"Topic: the {w.scene.fixed('item')}")
-    w.line()
-    w.say(f"{b} wrote:")
+    w.turn(f"{b} wrote:")
     w.facts(1, 3)
     for _ in w.insulting:
-        w.line()
         author = w.rng.choice((a, c))
-        w.say(f"{author} lost patience and answered {b}:" if w.tense_now else f"{author} answered {b}:")
+        w.turn(f"{author} lost patience and answered {b}:" if w.tense_now else f"{author} answered {b}:")
         w.passage()
-        w.line()
-        w.say(f"{b} wrote:")
-        w.sentence(grammar.AFTERMATHS)
-        w.facts(1, 2)
+        w.turn(f"{b} wrote:")
+        w.aftermath()
         w.discussion()
     w.sentence(grammar.CLOSINGS)
 
@@ -199,18 +205,14 @@ def _forum(w: _Writer) -> None:
 def _dialogue(w: _Writer) -> None:
     a, b = w.scene.fixed("a"), w.scene.fixed("b")
     w.sentence(grammar.OPENINGS)
-    w.line()
-    w.say(f"{b}:")
+    w.turn(f"{b}:")
     w.facts(1, 2)
     w.discussion()
     for _ in w.insulting:
-        w.line()
-        w.say(f"{a}, annoyed:" if w.tense_now else f"{a}:")
+        w.turn(f"{a}, annoyed:" if w.tense_now else f"{a}:")
         w.passage(about=w.rng.random() < 0.3)
-        w.line()
-        w.say(f"{b}:")
-        w.sentence(grammar.AFTERMATHS)
-        w.facts(1, 2)
+        w.turn(f"{b}:")
+        w.aftermath()
     w.line()
     w.sentence(grammar.CLOSINGS)
 
