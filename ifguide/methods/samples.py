@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide import schemas
-from ifguide.artifacts import data_files
+from ifguide.artifacts import verified, verified_files
 from ifguide.config import ClassifierSource, ConfigError, Evaluate, Prompts
 from ifguide.config.compare import Samples
 from ifguide.evaluation.figures import scored_file
@@ -66,12 +66,17 @@ def training_prompts(sampled: Iterable[PromptRow], evaluated: Iterable[Sequence[
 
 
 def read_samples(files: SampleFiles, tokenizer: Any, model: Any) -> tuple[list[ScoredPrompt], int]:
-    """The scored training prompts, and how many prompts were sampled but may not be learnt from."""
+    """The scored training prompts, and how many prompts were sampled but may not be learnt from.
+
+    Raises:
+        ValueError: a file has changed since it was made; names it.
+    """
     tokens: dict[int, list[tuple[int, ...]]] = {}
     values: dict[int, list[float]] = {}
-    for number, path in enumerate(data_files(files.generations)):
+    for number, path in enumerate(verified_files(files.generations)):
         generated = schemas.read_table(path, schemas.GENERATIONS).to_pylist()
-        scored = schemas.read_table(scored_file(files.scores, files.model, PROMPTS, number), schemas.CONTINUATIONS)
+        scores = scored_file(files.scores, files.model, PROMPTS, number).relative_to(files.scores)
+        scored = schemas.read_table(verified(files.scores, scores.as_posix()), schemas.CONTINUATIONS)
         for row, by_class in zip(generated, scored.column("scores").to_pylist(), strict=True):
             tokens.setdefault(row["prompt_row"], []).append(tuple(row["tokens"]))
             values.setdefault(row["prompt_row"], []).append(float(by_class[0][1]))  # of the primary class

@@ -26,12 +26,14 @@ from ifguide.analyses import (
     target_losses,
 )
 from ifguide.analyses.adversarial import replacements
+from ifguide.analyses.figures import BY_TOKENS, GCG_FIGURES, collect
+from ifguide.analyses.inputs import probe_texts
 from ifguide.artifacts import open_artifact
 from ifguide.config import ConfigError, config_from_mapping
 from ifguide.evaluation import Bootstrap
 from ifguide.influence.query_file import QueryRow, read_queries, write_queries
 from ifguide.run import Run
-from ifguide.stages.analyse import BY_TOKENS, GCG_FIGURES, analyse, collect, probe_texts
+from ifguide.stages.analyse import analyse
 from tests.tiny import VOCABULARY, tiny_model
 
 FAMILIES = ("gpt_neox", "llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neo")  # soft caps, scaled embeddings, ...
@@ -209,14 +211,14 @@ def test_a_line_that_is_no_query_is_named(tmp_path: Path) -> None:
 def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path) -> None:
     rows = queries(7, 9)
     config = config_from_mapping({"analyse": {"folds": 2, "max_texts": 8}})
-    drawn = probe_texts(config, rows)
+    drawn = probe_texts(config.analyse, rows, 0)
     assert [label for _, label in drawn] == [True] * 4 + [False] * 4
     assert len(set(drawn)) == 8
     assert set(drawn) < {(row.completion, row.positive) for row in rows}
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": f"t{i}", "toxic": i < 3}) + "\n" for i in range(6)))
     named = config_from_mapping({"analyse": {"folds": 2, "texts": [str(path)]}})
-    assert sorted(probe_texts(named, rows)) == [(f"t{i}", i < 3) for i in range(6)]
+    assert sorted(probe_texts(named.analyse, rows, 0)) == [(f"t{i}", i < 3) for i in range(6)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""The worker of `analyse`: one analysis of one model, with what it needs of the run's query and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ifguide.analyses import (
+    Budget,
+    LogitLens,
+    attack,
+    greedy_continuation,
+    mean_residuals,
+    overrepresented_tokens,
+    probe_layers,
+)
+from ifguide.analyses.inputs import AnalysisTask
+from ifguide.config import ClassifierSource, ModelSource
+from ifguide.config.analyse import Analyse
+from ifguide.evaluation import Bootstrap
+from ifguide.evaluation.figures import THRESHOLD
+from ifguide.evaluation.generation import decode
+from ifguide.influence.query_file import QueryRow
+from ifguide.models import load_model
+from ifguide.tokenizer import load_tokenizer
+from ifguide.toxicity import make_classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisSettings:
+    """`models`: name -> source. `prompts` are the lens', `probed` the probes' texts with their labels. A lens of
+    `word_list` looks at the first tokens of its words. `classifier` judges `max_new_tokens` tokens after an attack."""
+
+    options: Analyse
+    models: dict[str, str]
+    queries: tuple[QueryRow, ...]
+    probed: tuple[tuple[str, bool], ...]
+    prompts: tuple[str, ...]
+    word_list: tuple[str, ...]
+    classifier: ClassifierSource
+    max_new_tokens: int
+    bootstrap: Bootstrap
+    seed: int
+
+
+class AnalyseModel:
+    """Worker: one analysis of one model; keeps the last model it used."""
+
+    def __init__(self, settings: AnalysisSettings):
+        self.settings, self.options = settings, settings.options
+        self.positive, self.negative = (
+            [row for row in settings.queries if row.positive == kind] for kind in (True, False)
+        )
+        self.device = "cuda" if self.options.resources.gpus else "cpu"
+        self.loaded: tuple[str, Any, Any] | None = None
+
+    def process(self, task: AnalysisTask) -> dict[str, Any]:
+        if self.loaded is None or self.loaded[0] != task.model:
+            self.loaded = None  # frees the old model before the new one is read
+            source = self.settings.models[task.model]
+            model = load_model(ModelSource(source=source), device=self.device)
+            self.loaded = (task.model, model, load_tokenizer(source))
+        _, model, tokenizer = self.loaded
+        if task.method == "lens":
+            return self._lens(model, tokenizer)
+        if task.method == "probes":
+            return self._probes(model, tokenizer)
+        return self._attack(model, tokenizer, self.positive[task.number])
+
+    def _lens(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        texts = [self._encode(tokenizer, prompt) for prompt in self.settings.prompts]
+        tokens = self._lens_tokens(tokenizer)
+        mass_NL = LogitLens(model).mass(texts, tokens, batch_size=self.options.batch_size)
+        words = [tokenizer.decode([token]) for token in tokens]
+        return {"tokens": words, "token_ids": tokens, "mass": mass_NL.tolist()}
+
+    def _lens_tokens(self, tokenizer: Any) -> list[int]:
+        if self.settings.word_list:
+            forms = [form for word in self.settings.word_list for form in (word, f" {word}")]
+            return sorted({self._encode(tokenizer, form)[0] for form in forms})
+        positive, negative = (
+            [self._encode(tokenizer, row.completion) for row in rows] for rows in (self.positive, self.negative)
+        )
+        return overrepresented_tokens(positive, negative, self.options.lens_tokens)
+
+    def _probes(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        encoded = [self._encode(tokenizer, text)[: self.options.max_tokens] for text, _ in self.settings.probed]
+        labels_N = np.array([label for _, label in self.settings.probed])
+        features_LND = mean_residuals(model, encoded, batch_size=self.options.batch_size).numpy()
+        layers = probe_layers(
+            features_LND,
+            labels_N,
+            folds=self.options.folds,
+            seed=self.settings.seed,
+            bootstrap=self.settings.bootstrap,
+        )
+        return {"texts": len(encoded), "layers": layers}
+
+    def _attack(self, model: Any, tokenizer: Any, row: QueryRow) -> dict[str, Any]:
+        gcg = self.options.gcg
+        context = self._encode(tokenizer, row.prompt)
+        target = self._encode(tokenizer, row.completion)[: gcg.target_tokens]
+        first = self._encode(tokenizer, " !")[:1] * gcg.suffix_tokens
+        allowed_V = torch.zeros(model.get_input_embeddings().weight.shape[0], dtype=torch.bool)
+        allowed_V[: len(tokenizer)] = True
+        allowed_V[tokenizer.all_special_ids] = False
+
+        def keeps_its_tokens(suffix: Sequence[int]) -> bool:
+            return self._encode(tokenizer, decode(tokenizer, [suffix])[0]) == list(suffix)
+
+        outcome = attack(
+            model,
+            context,
+            target,
+            first,
+            Budget(steps=gcg.steps, candidates=gcg.candidates, top_k=gcg.top_k, batch_size=self.options.batch_size),
+            seed=self.settings.seed + row.row,
+            allowed_V=allowed_V,
+            keeps_its_tokens=keeps_its_tokens,
+        )
+        before, after = self._judged(model, tokenizer, context, outcome.suffix)
+        return {
+            "row": row.row,
+            "target": decode(tokenizer, [target])[0],
+            "target_ids": target,
+            "suffix": decode(tokenizer, [outcome.suffix])[0],
+            "keeps_its_tokens": keeps_its_tokens(outcome.suffix),
+            "continuation": after[0],
+            "flagged": after[1],
+            "flagged_before": before[1],
+            **{name: value for name, value in asdict(outcome).items() if name != "suffix"},
+        }
+
+    def _judged(
+        self, model: Any, tokenizer: Any, context: list[int], suffix: Sequence[int]
+    ) -> tuple[tuple[str, bool], tuple[str, bool]]:
+        """What is decoded greedily after the context, and after it with the suffix; whether the classifier flags it."""
+        count = self.settings.max_new_tokens
+        drawn = [greedy_continuation(model, ids, count) for ids in (context, [*context, *suffix])]
+        texts = decode(tokenizer, drawn)
+        classifier = make_classifier(self.settings.classifier, gpus=self.options.resources.gpus)
+        before, after = (classifier.score(texts)[classifier.classes[0]] >= THRESHOLD).tolist()
+        return (texts[0], before), (texts[1], after)
+
+    def _encode(self, tokenizer: Any, text: str) -> list[int]:
+        """The last tokens of a text, without special ones; the EOS where there are none."""
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids[-self.options.max_tokens :] or [tokenizer.eos_token_id]
