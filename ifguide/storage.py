@@ -94,7 +94,7 @@ def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def stamp(path: Path) -> str:
-    """What changes when a file is written to: of a local one size, time and inode, of a remote one the store's tag.
+    """What changes when a file is written to: of a local one size, times and inode, of a remote one the store's tag.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -102,7 +102,7 @@ def stamp(path: Path) -> str:
     if is_remote(path):
         return _stamp(_fs(path).info(_key(path)))
     known = path.stat()
-    return f"{known.st_size}-{known.st_mtime_ns}-{known.st_ino}"
+    return f"{known.st_size}-{known.st_mtime_ns}-{known.st_ctime_ns}-{known.st_ino}"
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

@@ -100,6 +100,15 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     write_json(path, {**content, SEAL: json_digest(content)})
 
 
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` published.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it has changed since it was written.
+    """
+    return unsealed(read_json(path), path)
+
+
 def unsealed(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """A JSON object as it was before `write_sealed`; one that never had a digest is taken as it is.
 

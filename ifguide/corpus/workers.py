@@ -16,23 +16,16 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import publish
 from ifguide.config import Input
+from ifguide.corpus.chunks import KeyedChunk
+from ifguide.corpus.inputs import unchanged
 from ifguide.corpus.packing import merge_order, pack, token_table
-from ifguide.corpus.reading import Chunk, count_rows, read_documents
+from ifguide.corpus.reading import count_rows, read_documents
 from ifguide.corpus.stream import TOKENS, PackSettings, StreamShard
 from ifguide.storage import location, readable
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 TOKENIZER_CHARS = 200_000_000  # what a tokenizer is trained on at most: more changes its merges little
 LISTED_BAD_ROWS = 1000  # of a chunk
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeyedChunk:
-    """A chunk to read, of whose input `first_input_row` rows lie before it."""
-
-    key: str
-    chunk: Chunk
-    first_input_row: int = 0
 
 
 class CountRows:
@@ -42,7 +35,8 @@ class CountRows:
         pass
 
     def process(self, shard: KeyedChunk) -> dict[str, Any]:
-        return {"rows": count_rows(shard.chunk)}
+        with unchanged(shard.chunk.path, shard.file):
+            return {"rows": count_rows(shard.chunk)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +61,14 @@ class TokeniseChunk:
         self.tokenizer = load_tokenizer(settings.tokenizer)
 
     def process(self, shard: KeyedChunk) -> dict[str, Any]:
-        table, bad, rows = token_table(
-            shard.chunk,
-            self.settings.inputs[shard.chunk.input_index],
-            self.tokenizer,
-            first_input_row=shard.first_input_row,
-            annotate=self.settings.annotate,
-        )
+        with unchanged(shard.chunk.path, shard.file):
+            table, bad, rows = token_table(
+                shard.chunk,
+                self.settings.inputs[shard.chunk.input_index],
+                self.tokenizer,
+                first_input_row=shard.first_input_row,
+                annotate=self.settings.annotate,
+            )
         with publish(self.folder / f"{shard.key}.parquet") as part:
             pq.write_table(table, part, row_group_size=1024)
         return {"rows": rows, "documents": table.num_rows, "bad_rows": len(bad), "bad": bad[:LISTED_BAD_ROWS]}
@@ -156,12 +151,13 @@ def train_on_chunks(chunks: Sequence[KeyedChunk], inputs: Sequence[Input], vocab
             source = inputs[shard.chunk.input_index]
             start, stop = source.rows or (0, np.iinfo(np.int64).max)
             left = share
-            for document in read_documents(shard.chunk, source, first_row=shard.first_input_row):
-                if left <= 0 or document.row >= stop:
-                    break
-                if document.reason is None and document.row >= start:
-                    left -= len(document.text)
-                    yield document.text
+            with unchanged(shard.chunk.path, shard.file):
+                for document in read_documents(shard.chunk, source, first_row=shard.first_input_row):
+                    if left <= 0 or document.row >= stop:
+                        break
+                    if document.reason is None and document.row >= start:
+                        left -= len(document.text)
+                        yield document.text
 
     save_tokenizer(train_tokenizer(texts(), vocab_size=vocab_size), location(folder))
 

@@ -7,20 +7,22 @@ never text or tokens. Where the target has another tokenizer, the same documents
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import Manifest, write_text
-from ifguide.config import Config, ConfigError, PackCorpus
+from ifguide.artifacts import Manifest
+from ifguide.config import Config, ConfigError
 from ifguide.config.resources import WorkerResources
-from ifguide.corpus.reading import HUB_PREFIX, Chunk, list_chunks
+from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, list_bad_rows, number_rows, placed_chunks, plan_chunks
+from ifguide.corpus.inputs import InputFile, input_files, write_inputs
+from ifguide.corpus.reading import Chunk
 from ifguide.corpus.stream import TOKENS, StreamPlan
 from ifguide.corpus.tables import TOKENIZER, require_same_documents
-from ifguide.corpus.workers import CountRows, KeyedChunk, PackShard, TokeniseChunk, TokeniseSettings, train_on_chunks
+from ifguide.corpus.workers import CountRows, PackShard, TokeniseChunk, TokeniseSettings, train_on_chunks
 from ifguide.distributed.session import connect
 from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
-from ifguide.distributed.tasks import run_task
+from ifguide.distributed.tasks import run_task, run_tasks
 from ifguide.run import Run
 from ifguide.storage import location
 from ifguide.telemetry import log
@@ -28,7 +30,7 @@ from ifguide.tokenizer import load_tokenizer, save_tokenizer
 
 VERB = "pack_corpus"
 COUNTS = "counts"  # scratch folder of the row counts
-SHOWN_BAD_ROWS = 10
+ONE_CPU = WorkerResources(gpus=0.0)
 
 
 def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -51,24 +53,29 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
 def _pack(run: Run, *, dry_run: bool) -> Manifest | None:
     config, source = run.config.pack_corpus, run.config.tokenizer_source
-    chunks = _plan_chunks(config, open_hub=not dry_run)
+    chunks = plan_chunks(config, open_hub=not dry_run)
     if dry_run:
-        files = {chunk.path for chunk in chunks}
-        log(VERB, f"would tokenise {len(chunks)} chunks of {len(files)} inputs with {source}")
+        paths = {chunk.path for chunk in chunks}
+        log(VERB, f"would tokenise {len(chunks)} chunks of {len(paths)} inputs with {source}")
         return None
+    files = _input_files(run, chunks)
     artifact = run.open(
         run.corpus,
         VERB,
         keys=("pack_corpus", "tokenizer"),
         inputs={},
-        extra={"tokenizer": source, "files": _file_sizes(chunks)},
+        extra={
+            "tokenizer": source,
+            "files": {path: {"bytes": file.bytes, "sha256": file.sha256} for path, file in files.items()},
+        },
     )
+    write_inputs(run.corpus, files)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
     connect(run.config.cluster)
     pool = Pool.filling_cluster(config.resources)
-    tokenised = _tokenise(run.corpus, run.config, chunks, pool)
+    tokenised = _tokenise(run.corpus, run.config, keyed_chunks(chunks, files), pool)
     _check_bad_rows(run.corpus, tokenised, config.max_bad_rows)
     tokenizer = load_tokenizer(source)
     plan = StreamPlan(run.corpus, config, chunks, tokenised, tokenizer)
@@ -104,26 +111,25 @@ def _pack(run: Run, *, dry_run: bool) -> Manifest | None:
     return manifest
 
 
-def _plan_chunks(config: PackCorpus, *, open_hub: bool) -> list[Chunk]:
-    chunk_bytes = max(1, int(config.chunk_megabytes * 2**20))
-    chunks: list[Chunk] = []
-    for index, source in enumerate(config.inputs):
-        if source.path.startswith(HUB_PREFIX) and not open_hub:
-            chunks.append(Chunk(input_index=index, kind="hub", path=source.path, stop=1))
-            continue
-        key = f"pack_corpus.inputs[{index}].path"
-        chunks += list_chunks(source, index, chunk_bytes=chunk_bytes, dotted_key=key)
-    return chunks
+def _input_files(run: Run, chunks: Sequence[Chunk]) -> dict[str, InputFile]:
+    """What the chunks' files hold; the cluster reads those that are not known yet."""
+
+    def on_cluster(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        connect(run.config.cluster)
+        return run_tasks(ONE_CPU)(function, calls)
+
+    return input_files(run.corpus, {chunk.path for chunk in chunks if chunk.kind != "hub"}, on_cluster)
 
 
-def _tokenise(corpus: Path, config: Config, chunks: Sequence[Chunk], pool: Pool) -> dict[str, dict[str, Any]]:
+def _tokenise(corpus: Path, config: Config, keyed: Sequence[KeyedChunk], pool: Pool) -> dict[str, dict[str, Any]]:
     """The result of every chunk by key, with the `first_row` of its file."""
-    inputs, source = config.pack_corpus.inputs, config.tokenizer_source
-    keyed = _keyed_chunks(corpus, config.pack_corpus, chunks, pool)
-    vocab_size = config.pack_corpus.train_tokenizer
+    inputs, source, vocab_size = config.pack_corpus.inputs, config.tokenizer_source, config.pack_corpus.train_tokenizer
+    some_rows = [item for item in keyed if inputs[item.chunk.input_index].rows]
+    counted = run_shards(VERB, some_rows, CountRows, None, folder=corpus / COUNTS, pool=pool, unit="chunks counted")
+    keyed = placed_chunks(keyed, inputs, counted)
     if vocab_size is not None and not location(source).exists():
         log(VERB, f"training a tokenizer of {vocab_size:,} tokens")
-        run_task(train_on_chunks, keyed, inputs, vocab_size, source, resources=WorkerResources(gpus=0))
+        run_task(train_on_chunks, keyed, inputs, vocab_size, source, resources=ONE_CPU)
     tokenised = run_shards(
         VERB,
         keyed,
@@ -133,53 +139,19 @@ def _tokenise(corpus: Path, config: Config, chunks: Sequence[Chunk], pool: Pool)
         pool=pool,
         unit="chunks tokenised",
     )
-    rows_read: dict[tuple[int, str], int] = {}  # of a file so far; one may be two inputs, of different rows
-    for chunk, result in zip(chunks, tokenised.values(), strict=True):
-        file = (chunk.input_index, chunk.path)
-        result["first_row"] = rows_read.get(file, 0)
-        rows_read[file] = result["first_row"] + result["rows"]
-        for row in result["bad"]:
-            row["row"] += result["first_row"]
+    number_rows(keyed, tokenised)
     return tokenised
 
 
-def _keyed_chunks(corpus: Path, config: PackCorpus, chunks: Sequence[Chunk], pool: Pool) -> list[KeyedChunk]:
-    """The chunks by key, each with its `first_input_row` if only some rows of its input are taken; else 0."""
-    keyed = [KeyedChunk(key=f"chunk-{number:05d}", chunk=chunk) for number, chunk in enumerate(chunks)]
-    todo = [item for item in keyed if config.inputs[item.chunk.input_index].rows]
-    counted = run_shards(VERB, todo, CountRows, None, folder=corpus / COUNTS, pool=pool, unit="chunks counted")
-    rows_of_input = [0] * len(config.inputs)
-    placed = []
-    for item in keyed:
-        index = item.chunk.input_index
-        placed.append(KeyedChunk(key=item.key, chunk=item.chunk, first_input_row=rows_of_input[index]))
-        rows_of_input[index] += counted.get(item.key, {"rows": 0})["rows"]
-    for index, source in enumerate(config.inputs):
-        if source.rows and source.rows[1] > rows_of_input[index]:
-            raise ConfigError(
-                f"pack_corpus.inputs[{index}].rows: ends at {source.rows[1]}, but {source.path} has"
-                f" {rows_of_input[index]} rows"
-            )
-    return placed
-
-
 def _check_bad_rows(corpus: Path, tokenised: dict[str, dict[str, Any]], limit: int) -> None:
-    bad = [row for result in tokenised.values() for row in result["bad"]]
     count = sum(result["bad_rows"] for result in tokenised.values())
     if not count:
         return
     listing = corpus / "bad_rows.csv"
-    lines = [f"{row['source']},{row['row']},{row['reason']}" for row in bad]
-    write_text(listing, "\n".join(["source,row,reason", *lines]) + "\n")
-    shown = "\n".join(f"  {row['source']} row {row['row']}: {row['reason']}" for row in bad[:SHOWN_BAD_ROWS])
+    shown = list_bad_rows(listing, tokenised)
     log(VERB, f"{count} bad rows (rows count from 0), listed in {listing}:\n{shown}")
     if count > limit:
         raise StageError(
             f"{VERB}: {count} bad rows, more than pack_corpus.max_bad_rows = {limit}; mend them or raise it."
             f" They are listed in {listing}, the first:\n{shown}"
         )
-
-
-def _file_sizes(chunks: Sequence[Chunk]) -> dict[str, int]:
-    paths = sorted({chunk.path for chunk in chunks if chunk.kind != "hub"})
-    return {path: location(path).stat().st_size for path in paths}

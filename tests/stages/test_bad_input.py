@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -115,6 +116,16 @@ def test_bad_rows_are_listed_and_fail_unless_allowed(pack: Callable[..., Any]) -
     listed = (run.corpus / "bad_rows.csv").read_text().splitlines()[1:]
     assert [int(line.split(",")[1]) for line in listed] == [1, 3, 4, 5]
     assert [record["row"] for record in document_table(run.corpus).to_pylist()] == [0, 2]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_input_edited_since_is_refused_also_when_it_is_as_long(pack: Callable[..., Any], finished: bool) -> None:
+    lines = [row("some words that are long enough to fill a block of tokens") for _ in range(8)]
+    last = row("the last") if finished else b'{"text": "the last'
+    with contextlib.nullcontext() if finished else pytest.raises(StageError, match="1 bad rows"):
+        pack([*lines, last])
+    with pytest.raises(MismatchError, match=r"files\..*in\.jsonl\.sha256 was"):
+        pack([*lines, last.replace(b"the", b"THE")])
 
 
 def test_rows_of_an_input_count_over_all_its_chunks(pack: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""The chunks of a corpus by key, and what tokenising them came to: places in their inputs, and bad rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ifguide.artifacts import write_text
+from ifguide.config import ConfigError, Input, PackCorpus
+from ifguide.corpus.inputs import InputFile
+from ifguide.corpus.reading import HUB_PREFIX, Chunk, list_chunks
+
+SHOWN_BAD_ROWS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyedChunk:
+    """A chunk to read of a file, of whose input `first_input_row` rows lie before it."""
+
+    key: str
+    chunk: Chunk
+    file: InputFile | None = None  # of a hub dataset there is none
+    first_input_row: int = 0
+
+
+def plan_chunks(config: PackCorpus, *, open_hub: bool) -> list[Chunk]:
+    """The chunks of all inputs, in reading order; without `open_hub` a hub dataset is one.
+
+    Raises:
+        FileNotFoundError: nothing matches an input's path; names the config key. ValueError: a file of another kind.
+    """
+    chunk_bytes = max(1, int(config.chunk_megabytes * 2**20))
+    chunks: list[Chunk] = []
+    for index, source in enumerate(config.inputs):
+        if source.path.startswith(HUB_PREFIX) and not open_hub:
+            chunks.append(Chunk(input_index=index, kind="hub", path=source.path, stop=1))
+            continue
+        key = f"pack_corpus.inputs[{index}].path"
+        chunks += list_chunks(source, index, chunk_bytes=chunk_bytes, dotted_key=key)
+    return chunks
+
+
+def keyed_chunks(chunks: Sequence[Chunk], files: Mapping[str, InputFile]) -> list[KeyedChunk]:
+    """The chunks, each with a key and what its file holds."""
+    return [
+        KeyedChunk(key=f"chunk-{number:05d}", chunk=chunk, file=files.get(chunk.path))
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+def placed_chunks(
+    keyed: Sequence[KeyedChunk], inputs: Sequence[Input], counted: Mapping[str, Mapping[str, Any]]
+) -> list[KeyedChunk]:
+    """The chunks, each with its `first_input_row`, from the results of `CountRows`; 0 where no rows were counted.
+
+    Raises:
+        ConfigError: an input has fewer rows than its `rows` ask for; names the key.
+    """
+    rows_of_input, placed = [0] * len(inputs), []
+    for item in keyed:
+        index = item.chunk.input_index
+        placed.append(replace(item, first_input_row=rows_of_input[index]))
+        rows_of_input[index] += counted.get(item.key, {"rows": 0})["rows"]
+    for index, source in enumerate(inputs):
+        if source.rows and source.rows[1] > rows_of_input[index]:
+            raise ConfigError(
+                f"pack_corpus.inputs[{index}].rows: ends at {source.rows[1]}, but {source.path} has"
+                f" {rows_of_input[index]} rows"
+            )
+    return placed
+
+
+def number_rows(keyed: Sequence[KeyedChunk], tokenised: Mapping[str, dict[str, Any]]) -> None:
+    """Give each result of `TokeniseChunk` the `first_row` of its chunk in its file; its bad rows count from there."""
+    rows_read: dict[tuple[int, str], int] = {}  # of a file so far; one may be two inputs, of different rows
+    for item in keyed:
+        result, file = tokenised[item.key], (item.chunk.input_index, item.chunk.path)
+        result["first_row"] = rows_read.get(file, 0)
+        rows_read[file] = result["first_row"] + result["rows"]
+        for row in result["bad"]:
+            row["row"] += result["first_row"]
+
+
+def list_bad_rows(listing: Path, tokenised: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write the bad rows, numbered by `number_rows`, as CSV; returns the first of them as text."""
+    bad = [row for result in tokenised.values() for row in result["bad"]]
+    lines = [f"{row['source']},{row['row']},{row['reason']}" for row in bad]
+    write_text(listing, "\n".join(["source,row,reason", *lines]) + "\n")
+    return "\n".join(f"  {row['source']} row {row['row']}: {row['reason']}" for row in bad[:SHOWN_BAD_ROWS])

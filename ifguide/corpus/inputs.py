@@ -1,0 +1,105 @@
+"""The files that a corpus is packed of, known by their contents.
+
+A file is read once to be known by its SHA-256. `inputs.json` in the corpus keeps that with the file's stamp (size,
+times, inode), so that a rerun reads only files that were touched since. While a corpus is packed its inputs must stay
+as they are: whoever reads one checks its stamp before and after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ifguide.artifacts import file_entry, read_sealed, write_sealed
+from ifguide.storage import location, stamp
+
+INPUTS = "inputs.json"
+RunTasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]  # a function on many arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """What a file held when it had this stamp."""
+
+    stamp: str
+    bytes: int
+    sha256: str
+
+
+def input_files(corpus: Path, paths: Iterable[str], run_tasks: RunTasks) -> dict[str, InputFile]:
+    """What the files hold, by path; tasks read those that are not in the corpus' record, or were touched since.
+
+    Raises:
+        FileNotFoundError: a file is gone. ValueError: one is being written to.
+    """
+    recorded = _recorded(corpus)
+    files = {path: recorded[path] for path in paths if path in recorded}
+    files = {path: file for path, file in files.items() if file.stamp == stamp(location(path))}
+    touched = sorted(set(paths) - files.keys())
+    if touched:
+        files |= run_tasks(digest_input, ((path,) for path in touched))
+    return dict(sorted(files.items()))
+
+
+def digest_input(path: str) -> tuple[str, InputFile]:
+    """What a file holds, with its path.
+
+    Raises:
+        ValueError: it was written to meanwhile.
+    """
+    file = location(path)
+    before = stamp(file)
+    contents = InputFile(stamp=before, **file_entry(file))
+    if stamp(file) != before:
+        raise ValueError(f"{path} was written to while it was read; pack it when it is whole")
+    return path, contents
+
+
+def write_inputs(corpus: Path, files: Mapping[str, InputFile]) -> None:
+    """Record the files in a corpus, for the next run."""
+    if _recorded(corpus) != files:
+        write_sealed(corpus / INPUTS, {"files": {path: dataclasses.asdict(file) for path, file in files.items()}})
+
+
+@contextlib.contextmanager
+def unchanged(path: str, file: InputFile | None) -> Iterator[None]:
+    """Read a file within, which is the one that was planned with (None: a hub dataset, which has no stamp).
+
+    Raises:
+        ValueError: it grew, shrank, is gone or was changed otherwise, before or meanwhile.
+    """
+    _check(path, file)
+    try:
+        yield
+    finally:
+        _check(path, file)  # first: what went wrong within may come of it
+
+
+def _check(path: str, file: InputFile | None) -> None:
+    if file is None:
+        return
+    try:
+        if stamp(location(path)) == file.stamp:
+            return
+        now = location(path).stat().st_size
+    except FileNotFoundError:
+        happened = "is gone"
+    else:
+        change = "grew" if now > file.bytes else "shrank"
+        happened = f"{change} from {file.bytes:,} to {now:,} bytes" if now != file.bytes else "was written to"
+    raise ValueError(
+        f"{path} {happened} while it was packed: inputs must stay as they are. Run again when it is whole; if its"
+        " contents are others then, delete the corpus first"
+    )
+
+
+def _recorded(corpus: Path) -> dict[str, InputFile]:
+    try:
+        recorded: dict[str, Any] = read_sealed(corpus / INPUTS)["files"]
+        return {path: InputFile(**file) for path, file in recorded.items()}
+    except (FileNotFoundError, KeyError, ValueError, TypeError):
+        return {}  # then they are read again
