@@ -271,13 +271,8 @@ def _inspect(options: argparse.Namespace) -> int:
 def _export_scores(options: argparse.Namespace) -> int:
     from ifguide.interchange import export_scores
 
-    folder = export_scores(
-        options.run_dir,
-        options.out,
-        name=options.name,
-        behaviour=options.behaviour,
-        max_gigabytes=options.max_gigabytes,
-    )
+    names = {"name": options.name, "behaviour": options.behaviour}
+    folder = export_scores(options.run_dir, options.out, max_gigabytes=options.max_gigabytes, **names)
     log(options.command, f"{folder}: kronfluence's Analyzer loads it as pairwise scores {options.name!r}")
     return 0
 

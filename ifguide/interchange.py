@@ -30,7 +30,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ifguide import schemas
-from ifguide.artifacts import Manifest, data_files, file_digest, open_artifact, publish, require, write_json
+from ifguide.artifacts import (
+    Manifest,
+    data_files,
+    file_digest,
+    open_artifact,
+    publish,
+    require,
+    verified_files,
+    write_json,
+)
+from ifguide.config.evaluate import NAME, NAME_RULE
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -106,8 +116,11 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str, max_gi
     attribution, alignment, and the fingerprints of scores and corpus.
 
     Raises:
-        FileExistsError: the folder exists. ValueError: more than `max_gigabytes`, or no such behaviour.
+        FileExistsError: the folder exists. ValueError: more than `max_gigabytes`, no such behaviour, a name that is not
+            one folder's, or scores that have changed since they were made.
     """
+    if not NAME.fullmatch(name):
+        raise ValueError(f"--name: {name!r} names a folder in {out}; use {NAME_RULE}")
     manifest = require(run_dir / "scores", "score_corpus")
     files = data_files(run_dir / "scores")
     schema = pq.read_schema(files[0])
@@ -127,7 +140,7 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str, max_gi
     if folder.exists():
         raise FileExistsError(f"{folder} exists; give another --name, or remove it")
     exported_QBT = torch.zeros(1, num_blocks, block_size)
-    for path in files:
+    for path in verified_files(run_dir / "scores"):
         table = schemas.read_table(path, columns=["block_id", column])
         rows = torch.from_numpy(table.column("block_id").to_numpy().copy())
         scores_BT = torch.from_numpy(schemas.per_token_array(table, column).copy())

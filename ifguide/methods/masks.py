@@ -7,6 +7,7 @@ and resumed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ifguide.artifacts import FileEntry
 from ifguide.config import ClassifierSource, ConfigError, to_mapping
 from ifguide.config.resources import Resources
 from ifguide.distributed.shards import Pool, run_shards
@@ -90,10 +92,20 @@ def _primary(classifier: Any, texts: list[str]) -> np.ndarray:
     return np.asarray(classifier.score(texts)[classifier.classes[0]])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Marked:
+    """A mask that was made: its blocks, its masked and predicted tokens, and the digests that workers took."""
+
+    blocks: int
+    masked: int
+    predicted: int
+    digests: Mapping[str, FileEntry]
+
+
 def mark_corpus(
     marking: Marking, corpus: PackedCorpus, folder: Path, own_mask: Path, *, verb: str, resources: Resources
-) -> dict[str, int]:
-    """Write the mask's shards, and its spans, in `folder`: the `blocks`, `masked` and `predicted` tokens of all.
+) -> Marked:
+    """Write the mask's shards, and its spans, in `folder`.
 
     `own_mask`: the run's, by whose shards a random mask is measured.
 
@@ -105,6 +117,7 @@ def mark_corpus(
     shards = [MarkTask(key=f"mark-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
     settings = MarkSettings(marking=replace(marking, gpus=gpus), corpus=corpus, folder=folder, own_mask=own_mask)
     results = run_shards(verb, shards, MarkShard, settings, folder=folder, pool=pool, unit="shards marked")
+    digests = results.files
     if marking.kind == "random":
         for shard in range(corpus.num_shards):
             write_spans(corpus, folder, shard)
@@ -112,7 +125,11 @@ def mark_corpus(
         jobs = [{"key": f"mask-{shard_name(job.shard)}", "job": list(job)} for job in mask_jobs(corpus, folder)]
         fill = {"corpus": corpus, "source_mask": str(folder), "folder": str(folder)}
         results = run_shards(verb, jobs, MaskShard, fill, folder=folder, pool=pool, unit="shards masked")
-    return {name: sum(result[name] for result in results.values()) for name in ("blocks", "masked", "predicted")}
+        digests = {**digests, **results.files}
+    blocks, masked, predicted = (
+        sum(result[name] for result in results.values()) for name in ("blocks", "masked", "predicted")
+    )
+    return Marked(blocks=blocks, masked=masked, predicted=predicted, digests=digests)
 
 
 @dataclass(frozen=True, kw_only=True)

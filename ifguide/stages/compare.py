@@ -290,14 +290,15 @@ def marked_mask(run: Run, child: Run, kind: str) -> Manifest:
         return artifact.manifest
     connect(run.config.cluster)
     corpus = PackedCorpus.of(run.corpus, manifest)
-    counts = mark_corpus(marking, corpus, child.mask, run.mask, verb=VERB, resources=run.config.compare.resources)
-    if counts["blocks"] != manifest.rows["blocks"]:
-        raise StageError(f"{VERB}: {counts['blocks']} blocks were masked, {run.corpus} has {manifest.rows['blocks']}")
+    marked = mark_corpus(marking, corpus, child.mask, run.mask, verb=VERB, resources=run.config.compare.resources)
+    if marked.blocks != manifest.rows["blocks"]:
+        raise StageError(f"{VERB}: {marked.blocks} blocks were masked, {run.corpus} has {manifest.rows['blocks']}")
     return artifact.finish(
         data_files(child.mask) + data_files(child.mask, SPANS),
-        rows={"blocks": counts["blocks"], "tokens": counts["masked"]},
-        summary={"tokens_masked": counts["masked"], "predicted_tokens": counts["predicted"]},
+        rows={"blocks": marked.blocks, "tokens": marked.masked},
+        summary={"tokens_masked": marked.masked, "predicted_tokens": marked.predicted},
         remove=(LEDGER,),
+        digests=marked.digests,
     )
 
 

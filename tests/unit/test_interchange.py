@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ifguide import schemas
-from ifguide.artifacts import MismatchError, open_artifact, read_manifest
+from ifguide.artifacts import MismatchError, data_files, open_artifact, read_manifest
 from ifguide.cli import main
 from ifguide.config import OWN
 from ifguide.influence.factors import NextTokenTask
@@ -224,6 +224,26 @@ def test_an_export_is_refused_beyond_its_size_twice_or_of_an_unknown_behaviour(r
     export_scores(run_dir, tmp_path, **options)
     with pytest.raises(FileExistsError, match=r"scores_ours exists"):
         export_scores(run_dir, tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["../ours", "a/b", "", "/tmp/ours", ".."])
+def test_an_export_stays_in_its_folder(run_dir: Path, tmp_path: Path, name: str) -> None:
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"^--name: .* names a folder in"):
+        export_scores(run_dir, tmp_path / "out", name=name, behaviour=OWN, max_gigabytes=1.0)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_an_export_of_changed_scores_names_the_file(run_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    path = data_files(copy / "scores")[-1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=path.name):
+        export_scores(copy, tmp_path / "out", name="ours", behaviour=OWN, max_gigabytes=1.0)
+    assert not list((tmp_path / "out").glob("*/*.safetensors"))
 
 
 def saved_mask(path: Path, *places: tuple[int, int], dtype: torch.dtype = torch.bool) -> Path:
