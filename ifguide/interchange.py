@@ -122,14 +122,13 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str, max_gi
     if not NAME.fullmatch(name):
         raise ValueError(f"--name: {name!r} names a folder in {out}; use {NAME_RULE}")
     manifest = require(run_dir / "scores", "score_corpus")
-    files = data_files(run_dir / "scores")
-    schema = pq.read_schema(files[0])
+    schema = pq.read_schema(next(verified_files(run_dir / "scores")))
     column = schemas.score_column(behaviour)
     if column not in schema.names:
         behaviours = ", ".join(schemas.scored_behaviours(schema))
         raise ValueError(f"--behaviour: {behaviour!r} was not scored; {run_dir / 'scores'} holds {behaviours}")
     block_size = schema.field(column).type.list_size
-    num_blocks = sum(pq.read_metadata(path).num_rows for path in files)
+    num_blocks = manifest.rows["blocks"]
     gigabytes = num_blocks * block_size * 4 / 1e9
     if gigabytes > max_gigabytes:
         raise ValueError(
@@ -191,7 +190,7 @@ def import_mask(path: Path, *, corpus: Path, folder: Path, shift: int, config_ya
     )
     if artifact.manifest:
         return artifact.manifest
-    counts = np.sum(list(_write_shards(data_files(corpus), masked_NT, shift, folder)), axis=0)
+    counts = np.sum(list(_write_shards(list(verified_files(corpus)), masked_NT, shift, folder)), axis=0)
     summary = {
         "source": str(path.absolute()),
         "sha256": digest,
