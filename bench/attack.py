@@ -1,0 +1,243 @@
+"""Damage every file of a small finished run, one at a time, and run the verb that reads it: none may pass in silence.
+
+    python bench/attack.py [--ways flip cut zero swap] [--only corpus mask ...] [--every 1] [--folder DIR]
+
+The demo is run at its smallest. Then, for each file of each artifact: the run is put back as it was, without what the
+reading verb makes, the file is damaged, and the verb runs. Ways: one `flip`ped bit in the middle, `cut` to half,
+`zero` bytes, and the same size with other contents (`swap`: those of the artifact's next file of its kind, or its own
+bytes in reverse). Checkpoints are read by a training that has lost its result and goes on from them.
+
+An attack is refused where the verb ends with an error (`unnamed` counts those that do not name the file or its folder,
+`crashed` those that are no error for a person), and redone where what the verb makes is, file by file, what it made of
+the undamaged run. Anything else is silent. Files that no verb reads again are counted in `unread`.
+
+Each attack that is not refused by name or redone is a line. One JSON object is printed last: `files`, `damages`,
+`refused_or_redone`, `silent`, and the counts above. About ten seconds an attack; `--every N` takes every N-th file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.common.places import ROOT
+from ifguide.artifacts import file_digest
+from ifguide.config import Config, load_config
+from ifguide.demo import generate_demo
+from ifguide.distributed.shards import StageError
+from ifguide.pipeline import run_pipeline, stage
+from ifguide.run import Run
+from ifguide.telemetry import configure_logging
+
+SMALLEST = (
+    "target.architecture.hidden_size=32", "target.architecture.num_hidden_layers=2",
+    "target.architecture.num_attention_heads=2", "target.architecture.intermediate_size=64",
+    "cluster.num_cpus=2", "pack_corpus.block_size=64", "pack_corpus.blocks_per_shard=200", "pretrain.epochs=1",
+    "pretrain.batch_blocks=16", "pretrain.micro_batch_blocks=4", "pretrain.engine=torch", "pretrain.workers=1",
+    "pretrain.checkpoint_steps=8", "pretrain.log_steps=4", "fit_factors.sample_blocks=400",
+    "fit_factors.data_partitions=1", "build_query.partitions=1", "score_corpus.min_actors=1",
+    "score_corpus.max_actors=1", "evaluate.max_prompts=10", "evaluate.continuations=3", "evaluate.max_new_tokens=6",
+    "evaluate.prompts_per_shard=8", "evaluate.actors=1", "analyse.actors=1", "analyse.methods=[lens]",
+    "analyse.max_prompts=4",
+)  # fmt: skip
+WAYS = ("flip", "cut", "zero", "swap")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The verb that reads the files of a pattern, what it makes, and what of that says that it made the same.
+
+    `lost` is removed before it runs, `made` compared after it."""
+
+    pattern: str
+    verb: str
+    lost: tuple[str, ...]
+    made: tuple[str, ...]
+    use_mask: bool = True
+
+
+SCORING = ("score_corpus", ("scores",), ("scores/shard-*",))
+MASKING = ("build_mask", ("ranking", "mask"), ("ranking/*.parquet", "mask/*.parquet"))
+TRAINING = ("pretrain", ("model/penalised",), ("model/penalised/hf/*.safetensors",))
+FITTING = ("fit_factors", ("factors",), ("factors/*.safetensors",))
+QUERYING = ("build_query", ("query",), ("query/direction.safetensors", "query/queries.jsonl"))
+MEASURING = ("evaluate", ("report",), ("report/metrics.json", "report/report.json", "report/continuations/*"))
+SAMPLING = ("evaluate", ("report", "generations"), (*MEASURING[2], "generations/*/*/*.parquet"))
+ANALYSING = ("analyse", ("analyses",), ("analyses/analyses.json",))
+
+READERS = (
+    Reader("corpus/shard-*", *SCORING),
+    Reader("corpus/shard-*", *TRAINING),
+    Reader("corpus/shard-*", *FITTING),
+    Reader("corpus/documents-*", *MASKING),
+    Reader("corpus/offsets-*", *MASKING),
+    Reader("corpus/tokenizer/*", *MEASURING),
+    Reader("corpus/manifest.json", *SCORING),
+    Reader("factors/*.safetensors", *QUERYING),
+    Reader("factors/*.json", *QUERYING),
+    Reader("query/direction.safetensors", *SCORING),
+    Reader("query/manifest.json", *SCORING),
+    Reader("query/queries.jsonl", *ANALYSING),
+    Reader("scores/shard-*", *MASKING),
+    Reader("scores/manifest.json", *MASKING),
+    Reader("ranking/*.parquet", *MEASURING),
+    Reader("ranking/manifest.json", *MEASURING),
+    Reader("mask/shard-*", *TRAINING),
+    Reader("mask/manifest.json", *TRAINING),
+    Reader("model/baseline/hf/*.safetensors", *FITTING),
+    Reader("model/*/hf/*.safetensors", *SAMPLING),
+    Reader("model/*/hf/*.json", *SAMPLING),
+    Reader("model/*/manifest.json", *SAMPLING),
+    Reader("model/*/metrics.jsonl", *MEASURING),
+    Reader("model/baseline/checkpoints/*", "pretrain", ("model/baseline/manifest.json", "model/baseline/hf"),
+           ("model/baseline/hf/*.safetensors",), use_mask=False),
+    Reader("model/penalised/checkpoints/*", "pretrain", ("model/penalised/manifest.json", "model/penalised/hf"),
+           ("model/penalised/hf/*.safetensors",)),
+    Reader("generations/*", *MEASURING),
+)  # fmt: skip
+
+
+class Attack:
+    """A finished run, and what each reading verb makes of it undamaged."""
+
+    def __init__(self, folder: Path):
+        self.run_dir, self.pristine = folder / "run", folder / "pristine"
+        overrides = [f"run_dir={self.run_dir}", *SMALLEST]
+        self.config: Config = load_config(ROOT / "configs" / "demo.yaml", overrides)
+        if not self.pristine.exists():
+            generate_demo(
+                self.run_dir / "data", seed=3, documents=140, vocab_size=512, queries=40, prompts=20, cloze=10
+            )
+            run_pipeline(self.config, dry_run=False)
+            stage_of("analyse")(Run(config=self.config))
+            self.run_dir.rename(self.pristine)
+        self.undamaged: dict[Reader, dict[str, str]] = {}
+
+    def files(self) -> list[str]:
+        """Every file of the artifacts, by its path in the run directory."""
+        paths = (path.relative_to(self.pristine) for path in sorted(self.pristine.rglob("*")) if path.is_file())
+        return [path.as_posix() for path in paths if path.parts[0] != "data"]
+
+    def outcome(self, reader: Reader, name: str, way: str) -> tuple[str, str]:
+        """What became of one attack (redone, refused, unnamed, crashed or silent), and what was said."""
+        if reader not in self.undamaged:
+            self._restore(reader)
+            self._read(reader)
+            self.undamaged[reader] = self._made(reader)
+        self._restore(reader)
+        path = self.run_dir / name
+        path.write_bytes(damaged(path, way))
+        try:
+            self._read(reader)
+        except (ValueError, OSError, StageError) as error:
+            # an artifact's file, or for one of a folder within it that folder
+            named = any(part in str(error) for part in (path.name, path.parent.as_posix()))
+            return ("refused" if named else "unnamed"), str(error)
+        except Exception as error:
+            return "crashed", f"{type(error).__name__}: {error}"
+        changed = {key for key, digest in self.undamaged[reader].items() if self._made(reader).get(key) != digest}
+        return ("silent", f"changed: {', '.join(sorted(changed))}") if changed else ("redone", "")
+
+    def _restore(self, reader: Reader) -> None:
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        shutil.copytree(self.pristine, self.run_dir)
+        for name in reader.lost:
+            path = self.run_dir / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _read(self, reader: Reader) -> None:
+        stage_of(reader.verb)(Run(config=self.config).with_mask(reader.use_mask))
+
+    def _made(self, reader: Reader) -> dict[str, str]:
+        paths = {path for pattern in reader.made for path in self.run_dir.glob(pattern)}
+        return {path.relative_to(self.run_dir).as_posix(): file_digest(path) for path in paths}
+
+
+def stage_of(verb: str) -> Any:
+    """The function of a verb, `analyse` too."""
+    if verb == "analyse":
+        from ifguide.stages.analyse import analyse
+
+        return analyse
+    return stage(verb)
+
+
+def damaged(path: Path, way: str) -> bytes:
+    """The contents of a file after damage, other than before where it had any."""
+    content = path.read_bytes()
+    if way == "flip":
+        changed = bytearray(content)
+        if changed:
+            changed[len(changed) // 2] ^= 1
+        return bytes(changed)
+    if way == "cut":
+        return content[: len(content) // 2]
+    if way == "zero":
+        return b""
+    others = [other for other in sorted(path.parent.glob(f"*{path.suffix}")) if other.is_file() and other != path]
+    swapped = others[0].read_bytes() if others else content[::-1]
+    swapped = (swapped * (len(content) // max(len(swapped), 1) + 1))[: len(content)]
+    return swapped if swapped != content else content[::-1]
+
+
+def readers_of(name: str) -> list[Reader]:
+    """Those of a file; none for a file that is only looked at by people."""
+    return [reader for reader in READERS if fnmatch.fnmatch(name, reader.pattern)]
+
+
+def attacks(files: Sequence[str], ways: Sequence[str]) -> Iterator[tuple[Reader, str, str]]:
+    """Every damage of every file to every verb that reads it, one verb's after the other."""
+    return ((reader, name, way) for reader in READERS for name in files if reader in readers_of(name) for way in ways)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--only", nargs="+", default=[], help="artifacts: corpus, mask, model, ... (default: all)")
+    parser.add_argument("--every", type=int, default=1, help="every N-th file alone")
+    parser.add_argument("--folder", type=Path, help="keep the run here, and take it from here (default: nowhere)")
+    options = parser.parse_args(arguments)
+    configure_logging()
+    with tempfile.TemporaryDirectory(prefix="attack-") as scratch:
+        print(json.dumps(attack((options.folder or Path(scratch)).resolve(), options)))
+    return 0
+
+
+def attack(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Carry the attacks out; the counts that are printed."""
+    started = time.monotonic()
+    subject = Attack(folder)
+    chosen = [name for name in subject.files() if not options.only or name.split("/")[0] in options.only]
+    unread = [name for name in chosen if not readers_of(name)]
+    files = [name for name in chosen if readers_of(name)][:: options.every]
+    counts = Counter[str]()
+    for reader, name, way in attacks(files, options.ways):
+        outcome, said = subject.outcome(reader, name, way)
+        counts[outcome] += 1
+        if outcome not in ("refused", "redone"):
+            print(f"{outcome}: {name}, {way}, {reader.verb}: {said[:300]}", flush=True)
+    return {
+        "files": len(files),
+        "damages": counts.total(),
+        "refused_or_redone": counts.total() - counts["silent"],
+        "silent": counts["silent"],
+        **{outcome: counts[outcome] for outcome in ("refused", "redone", "unnamed", "crashed")},
+        "unread": len(unread),
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
