@@ -241,9 +241,22 @@ def _wandb_run(folder: Path, where: Mapping[str, Any], config: Mapping[str, Any]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics JSONL by step; of a step written twice (a resumed run) the last one counts."""
+    """The rows of a metrics JSONL by step; of a step written twice (a resumed run) the last one counts.
+
+    Raises:
+        ValueError: a line is no row of a step; names file and line.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what stands behind the last end was torn
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return list({row["step"]: row for row in sorted(rows, key=lambda row: row["step"])}.values())
+    rows: dict[int, dict[str, Any]] = {}
+    lines = path.read_bytes().split(b"\n")[:-1]  # what stands behind the last end was torn
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                rows[int(row["step"])] = row
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: not the row of a step ({error}); delete the line: its figures are lost"
+                ) from error
+    return [rows[step] for step in sorted(rows)]

@@ -24,11 +24,16 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a hub id, a local folder or a .gguf file.
 
-    Raises FileNotFoundError when a local source does not exist; ValueError when the tokenizer is not a fast
-    one (character offsets are needed) or has no EOS token (documents are joined with it).
+    Raises FileNotFoundError when a local source does not exist; ValueError when its files cannot be read, when the
+    tokenizer is not a fast one (character offsets are needed) or has no EOS token (documents are joined with it).
     """
     location, options = locate(source, revision, trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    except OSError:
+        raise  # of the hub or of the disk: it says what is missing
+    except Exception as error:  # of damaged files nearly any: of JSON, of missing keys, of the Rust parser
+        raise ValueError(f"{source}: its tokenizer cannot be read ({error}); restore its files") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{source}: a fast tokenizer (tokenizer.json) is needed for its character offsets")
     if tokenizer.eos_token_id is None:

@@ -122,7 +122,16 @@ def unsealed(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it holds no JSON object; names it.
+    """
+    advice = "delete its folder and run the stage again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete its folder and run the stage again") from error
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path} is not valid JSON ({error}); {advice}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a JSON {type(content).__name__} where an object is expected; {advice}")
+    return content

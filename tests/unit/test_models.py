@@ -127,6 +127,14 @@ def test_tokenizer_must_be_fast_and_have_an_eos(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "slow"))
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe{}"])
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, damage: bytes) -> None:
+    word_tokenizer(eos_token="<eos>").save_pretrained(tmp_path / "words")
+    (tmp_path / "words" / "tokenizer.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"words: .*tokenizer"):
+        load_tokenizer(str(tmp_path / "words"))
+
+
 def test_check_vocabulary_names_both_sizes() -> None:
     tokenizer = word_tokenizer(eos_token="<eos>")
     check_vocabulary(4, tokenizer, model_name="m", tokenizer_name="t")

@@ -141,3 +141,11 @@ def test_a_line_that_a_crash_tore_is_passed_over_and_cut_off_before_more_is_writ
     log.write(2, {"loss": 2.0})
     log.close()
     assert read_metrics(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+
+
+@pytest.mark.parametrize("damage", [b"null", b"[1]", b"{}", b'{"step": null}', b'{"step": 1, "lo', b"\xff\xfe"])
+def test_a_damaged_row_is_named_by_file_and_line(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 3.0}\n' + damage + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not the row of a step"):
+        read_metrics(path)

@@ -218,9 +218,14 @@ def test_manifest_that_is_no_json_or_of_another_version_is_named(tmp_path):
     path.write_text(json.dumps({**content, "new_key": 1}))
     with pytest.raises(ValueError, match=r"manifest\.json has keys .*another version made it"):
         read_manifest(tmp_path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
-        read_manifest(tmp_path)
+    for damage in (b"{", b"", b"\xff\xfe{}", b"null garbage"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON .*run the stage again"):
+            read_manifest(tmp_path)
+    for damage in (b"[]", b"null", b"7"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"manifest\.json is a JSON \w+ where an object is expected"):
+            read_manifest(tmp_path)
 
 
 def test_things_that_do_not_belong_together_are_refused_with_both_fingerprints():
