@@ -20,9 +20,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(
-    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False, special_text: bool = True
 ) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a hub id, a local folder or a .gguf file.
+
+    special_text: whether the name of a special token within a text (`<|endoftext|>`) becomes that token. Without it,
+    the name is text like any other: a document that quotes it does not end there.
 
     Raises FileNotFoundError when a local source does not exist; ValueError when its files cannot be read, when the
     tokenizer is not a fast one (character offsets are needed) or has no EOS token (documents are joined with it).
@@ -38,6 +41,7 @@ def load_tokenizer(
         raise ValueError(f"{source}: a fast tokenizer (tokenizer.json) is needed for its character offsets")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{source}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    tokenizer.split_special_tokens = not special_text
     return cast(PreTrainedTokenizerFast, tokenizer)
 
 

@@ -83,6 +83,7 @@ class PackCorpus:
         block_size: tokens of a block.
         blocks_per_shard: blocks of a shard. A shard is the unit of scoring, of retries and of resuming.
         interleave: mix the inputs in proportion to their document counts; false: one after the other.
+        special_tokens: what the name of a special token (`<|endoftext|>`) within a document is: text, or that token.
         train_tokenizer: train a byte-level BPE tokenizer of this many tokens on the corpus instead of loading one.
         max_bad_rows: documents that may be unusable (not UTF-8, no text). More than that ends the stage.
         chunk_megabytes: input that one tokenising task reads.
@@ -93,6 +94,7 @@ class PackCorpus:
     block_size: int = option(1024, at_least=2)
     blocks_per_shard: int = option(4096, at_least=1)
     interleave: bool = True
+    special_tokens: Literal["text", "token"] = "text"
     train_tokenizer: int | None = option(None, at_least=300)
     max_bad_rows: int = option(0, at_least=0, affects_result=False)
     chunk_megabytes: float = option(32.0, above=0)

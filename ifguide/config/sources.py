@@ -11,19 +11,24 @@ from ifguide.config.typed_yaml import option
 class Input:
     """Documents. A bare string stands for `path`.
 
-    `.jsonl` and `.parquet` give one document per row, `.txt` one per file, `.json` one per string found anywhere in it.
+    `.jsonl`, `.ndjson`, `.parquet` and `.json` of rows give one document per row, `.txt` one per file, `.json` of lists
+    of strings one per string. `ifguide.corpus.files` says what of a folder is taken.
 
     Attributes:
         path: a file, a glob, a folder, or `hf://name[:split]`.
         text_column: column of the text.
         spans_column: column of [[start, end), ...] character spans to carry along as token annotations.
         rows: keep rows start <= row < stop, counted over the whole input.
+        subset: the configuration of a hub dataset that has several.
+        revision: a hub dataset's commit or tag.
     """
 
     path: str
     text_column: str = "text"
     spans_column: str | None = None
     rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
+    subset: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

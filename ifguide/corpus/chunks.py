@@ -1,18 +1,14 @@
-"""The chunks of a corpus by key, and what tokenising them came to: places in their inputs, and bad rows."""
+"""The chunks of a corpus by key, and what tokenising them came to: places in their inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import write_text
 from ifguide.config import ConfigError, Input, PackCorpus
 from ifguide.corpus.inputs import InputFile
 from ifguide.corpus.reading import HUB_PREFIX, Chunk, list_chunks
-
-SHOWN_BAD_ROWS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +69,9 @@ def placed_chunks(
 
 
 def number_rows(keyed: Sequence[KeyedChunk], tokenised: Mapping[str, dict[str, Any]]) -> None:
-    """Give each result of `TokeniseChunk` the `first_row` of its chunk in its file; its bad rows count from there."""
+    """Give each result of `TokeniseChunk` the `first_row` of its chunk in its file."""
     rows_read: dict[tuple[int, str], int] = {}  # of a file so far; one may be two inputs, of different rows
     for item in keyed:
         result, file = tokenised[item.key], (item.chunk.input_index, item.chunk.path)
         result["first_row"] = rows_read.get(file, 0)
         rows_read[file] = result["first_row"] + result["rows"]
-        for row in result["bad"]:
-            row["row"] += result["first_row"]
-
-
-def list_bad_rows(listing: Path, tokenised: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write the bad rows, numbered by `number_rows`, as CSV; returns the first of them as text."""
-    bad = [row for result in tokenised.values() for row in result["bad"]]
-    lines = [f"{row['source']},{row['row']},{row['reason']}" for row in bad]
-    write_text(listing, "\n".join(["source,row,reason", *lines]) + "\n")
-    return "\n".join(f"  {row['source']} row {row['row']}: {row['reason']}" for row in bad[:SHOWN_BAD_ROWS])

@@ -8,6 +8,7 @@ Memory is one chunk.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ def tokenise(documents: Sequence[RawDocument], tokenizer: Any, *, annotate: bool
 def token_table(
     chunk: Chunk, source: Input, tokenizer: Any, *, first_input_row: int, annotate: bool
 ) -> tuple[pa.Table, list[dict[str, Any]], int]:
-    """Tokenise a chunk: a table `row, num_chars, tokens, stops[, annotated]`, the bad rows with their reasons, and how
+    """Tokenise a chunk: a table `row, num_chars, tokens, stops, special_texts[, annotated]`
+    (how often the text names a special token), the bad rows with their reasons, and how
     many rows were read. Rows count from the chunk's first; `first_input_row` is that one's, for `source.rows`.
     """
     start, stop = source.rows or (0, np.iinfo(np.int64).max)
@@ -74,6 +76,7 @@ def token_table(
             good.append(document)
         else:
             bad.append({"source": chunk.name, "row": document.row, "reason": document.reason})
+    names = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     encoded: list[Encoded] = []
     for i in range(0, len(good), TOKENISE_BATCH):
         encoded += tokenise(good[i : i + TOKENISE_BATCH], tokenizer, annotate=annotate)
@@ -83,6 +86,7 @@ def token_table(
         "num_tokens": pa.array([len(document.tokens) for document in encoded], type=pa.int64()),
         "tokens": pa.array([document.tokens for document in encoded], type=pa.large_list(pa.int32())),
         "stops": pa.array([document.stops for document in encoded], type=pa.large_list(pa.int32())),
+        "special_texts": pa.array([len(names.findall(document.text)) for document in good], type=pa.int64()),
     }
     if annotate:
         columns["annotated"] = pa.array([document.annotated for document in encoded], type=pa.large_list(pa.bool_()))

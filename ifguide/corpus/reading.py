@@ -1,16 +1,19 @@
 """Inputs to documents, in chunks that a task can read alone.
 
-A chunk is a byte range of a JSONL file, row groups of a Parquet file, a whole text or JSON file, or a shard of a hub
-dataset. Rows keep their number in their file, so that chunk size changes nothing in the result. Nothing is
-deduplicated or filtered.
+A chunk is a byte range of a JSON-lines file, row groups of a Parquet file, a whole text, JSON or compressed file, or a
+shard of a hub dataset. Rows keep their number in their file, so that chunk size changes nothing in the result. Blank
+lines are no rows. Nothing is deduplicated or filtered.
+
+A JSON file is a list of objects, which are rows, one object with the text column, or lists of strings alone, at any
+depth of lists and objects, each string a document (BOLD's form). Anything else is an error: what its documents are
+cannot be told.
 """
 
 from __future__ import annotations
 
-import glob
+import codecs
 import itertools
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide.config import Input
-from ifguide.storage import location, matching, readable
-
-logger = logging.getLogger(__name__)
+from ifguide.corpus.files import Kind, holds_json_lines, is_compressed, kind_of, list_files, open_bytes
+from ifguide.storage import location, readable
 
 HUB_PREFIX = "hf://"
-SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".json": "json"}
-SHOWN_OTHERS = 10  # names of files that a folder holds besides documents
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A part of an input that one task reads. `start` and `stop` are bytes of a JSONL file, row groups of a
-    Parquet file, and shard index and shard count of a hub dataset; unused for text and JSON files."""
+    """A part of an input that one task reads. `start` and `stop` are bytes of a JSON-lines file, row groups of a
+    Parquet file, and shard index and shard count of a hub dataset; unused for files that are read whole."""
 
     input_index: int
-    kind: Literal["jsonl", "parquet", "text", "json", "hub"]
+    kind: Kind | Literal["hub"]
     path: str
     start: int = 0
     stop: int = 0
@@ -64,19 +64,20 @@ def list_chunks(source: Input, input_index: int, *, chunk_bytes: int, dotted_key
         ValueError: a file of a kind that is not read.
     """
     if source.path.startswith(HUB_PREFIX):
-        count = _open_hub(source.path).num_shards
+        count = _open_hub(source).num_shards
         return [Chunk(input_index=input_index, kind="hub", path=source.path, start=i, stop=count) for i in range(count)]
     chunks = []
-    for path in _list_files(source.path, dotted_key):
-        kind = SUFFIXES.get(path.suffix)
-        if kind is None:
-            raise ValueError(f"{dotted_key}: {path} is none of {', '.join(SUFFIXES)}; convert it or name other files")
+    for path in list_files(source.path, dotted_key):
+        kind = kind_of(path)
+        assert kind is not None
+        if kind == "json" and holds_json_lines(path, source.text_column):
+            kind = "jsonl"
         for start, stop in _cut(path, kind, chunk_bytes):
-            chunks.append(Chunk(input_index=input_index, kind=kind, path=str(path), start=start, stop=stop))  # type: ignore[arg-type]
+            chunks.append(Chunk(input_index=input_index, kind=kind, path=str(path), start=start, stop=stop))
     return chunks
 
 
-def count_rows(chunk: Chunk) -> int:
+def count_rows(chunk: Chunk, source: Input) -> int:
     """Rows of a chunk, bad ones included."""
     if chunk.kind == "jsonl":
         return sum(1 for _ in _read_lines(chunk))
@@ -86,8 +87,8 @@ def count_rows(chunk: Chunk) -> int:
     if chunk.kind == "text":
         return 1
     if chunk.kind == "json":
-        return sum(1 for _ in _string_leaves(_load_json(chunk.path)))
-    return sum(1 for _ in _hub_shard(chunk))
+        return sum(1 for _ in _json_rows(chunk.path, source.text_column))
+    return sum(1 for _ in _hub_shard(chunk, source))
 
 
 def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[RawDocument]:
@@ -98,40 +99,17 @@ def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[R
     elif chunk.kind == "parquet":
         rows = _parquet_rows(chunk, source)
     elif chunk.kind == "hub":
-        rows = _hub_shard(chunk)
+        rows = _hub_shard(chunk, source)
     elif chunk.kind == "json":
-        rows = ({source.text_column: text} for text in _string_leaves(_load_json(chunk.path)))
+        rows = _json_rows(chunk.path, source.text_column)
     else:
-        rows = iter([_decode_text(location(chunk.path).read_bytes(), source.text_column)])
+        rows = iter([_decode_text(_read_whole(chunk.path), source.text_column)])
     for row, content in enumerate(rows, start=first_row):
         yield _check_row(row, content, source)
 
 
-def _list_files(path: str, dotted_key: str) -> list[Path]:
-    remote = "://" in path
-    expanded = location(path) if remote else Path(path).expanduser()
-    if expanded.is_dir():
-        every = sorted(p for p in expanded.rglob("*") if p.is_file())
-        files = [p for p in every if p.suffix in SUFFIXES]
-        if not files:
-            raise FileNotFoundError(f"{dotted_key}: folder {path} holds no {', '.join(SUFFIXES)} file")
-        others = [p.name for p in every if p.suffix not in SUFFIXES and not p.name.startswith(".")]
-        if others:
-            logger.warning(
-                "%s: of folder %s, %d files are none of %s and left out: %s",
-                dotted_key, path, len(others), ", ".join(SUFFIXES), ", ".join(others[:SHOWN_OTHERS]),
-            )  # fmt: skip
-        return files
-    if expanded.is_file():
-        return [expanded]
-    files = matching(expanded) if remote else sorted(Path(p) for p in glob.glob(str(expanded), recursive=True))
-    if not files:
-        raise FileNotFoundError(f"{dotted_key}: no file matches {path}")
-    return files
-
-
 def _cut(path: Path, kind: str, chunk_bytes: int) -> list[tuple[int, int]]:
-    if kind == "jsonl":
+    if kind == "jsonl" and not is_compressed(path):
         size = path.stat().st_size
         return [(start, min(start + chunk_bytes, size)) for start in range(0, size, chunk_bytes)]
     if kind == "parquet":
@@ -147,16 +125,25 @@ def _cut(path: Path, kind: str, chunk_bytes: int) -> list[tuple[int, int]]:
 
 
 def _read_lines(chunk: Chunk) -> Iterator[bytes]:
-    """Lines whose first byte lies in [start, stop): every line of the file is in exactly one chunk."""
-    with location(chunk.path).open("rb") as file:
+    """Lines that are not blank and whose first byte lies in [start, stop): every one of the file is in one chunk."""
+    path = location(chunk.path)
+    whole = is_compressed(path)
+    with open_bytes(path) as file:
         if chunk.start:
             file.seek(chunk.start - 1)
             file.readline()  # the rest of a line that began before this chunk
-        while file.tell() < chunk.stop:
-            line = file.readline()
+        at_beginning = chunk.start == 0
+        while whole or file.tell() < chunk.stop:
+            try:
+                line = file.readline()
+            except OSError as error:
+                raise ValueError(f"{path}: damaged or cut off ({error})") from error
             if not line:
                 return
-            yield line
+            line = line.removeprefix(codecs.BOM_UTF8) if at_beginning else line
+            at_beginning = False
+            if line.strip():
+                yield line
 
 
 def _decode_json_line(line: bytes) -> Any:
@@ -165,7 +152,7 @@ def _decode_json_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return f"not UTF-8 ({error.reason} at byte {error.start})"
     except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg} at column {error.colno})" if line.strip() else "empty line"
+        return f"not JSON ({error.msg} at column {error.colno})"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
         return f"not JSON that can be read ({error})"
     return "a str, not an object" if isinstance(content, str) else content
@@ -173,7 +160,7 @@ def _decode_json_line(line: bytes) -> Any:
 
 def _decode_text(content: bytes, column: str) -> Any:
     try:
-        return {column: content.decode("utf-8")}
+        return {column: content.removeprefix(codecs.BOM_UTF8).decode("utf-8")}
     except UnicodeDecodeError as error:
         return f"not UTF-8 ({error.reason} at byte {error.start})"
 
@@ -199,33 +186,59 @@ def _parquet_rows(chunk: Chunk, source: Input) -> Iterator[Any]:
                 yield f"not UTF-8 ({error.reason} at byte {error.start})"
 
 
-def _load_json(path: str) -> Any:
+def _read_whole(path: str) -> bytes:
     try:
-        return json.loads(location(path).read_bytes())
+        with open_bytes(location(path)) as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"{path}: damaged or cut off ({error})") from error
+
+
+def _json_rows(path: str, text_column: str) -> Iterator[Any]:
+    """The rows of a JSON file; see the module."""
+    try:
+        tree = json.loads(_read_whole(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not one JSON value in UTF-8 ({error}); one row per line is .jsonl") from error
-
-
-def _string_leaves(tree: Any) -> Iterator[str]:
-    if isinstance(tree, str):
+    if isinstance(tree, dict) and text_column in tree:
         yield tree
-    elif isinstance(tree, dict | list):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from _string_leaves(item)
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        yield from tree
+    else:
+        texts = list(_listed(tree))
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"{path}: neither a list of objects, nor one object with {text_column!r}, nor lists of strings alone;"
+                " write its rows as JSON lines"
+            )
+        yield from ({text_column: text} for text in texts)
 
 
-def _open_hub(path: str) -> Any:
+def _listed(tree: Any) -> Iterator[Any]:
+    """The items of all lists in `tree`; None for what lies in none."""
+    if isinstance(tree, dict):
+        for item in tree.values():
+            yield from _listed(item)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from _listed(item) if isinstance(item, dict | list) else [item]
+    else:
+        yield None
+
+
+def _open_hub(source: Input) -> Any:
     from datasets import load_dataset
 
-    name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
+    name, _, split = source.path.removeprefix(HUB_PREFIX).partition(":")
     try:
-        return load_dataset(name, split=split or "train", streaming=True)
+        return load_dataset(name, source.subset, split=split or "train", revision=source.revision, streaming=True)
     except Exception as error:  # the library raises many kinds; all mean the same to the user
-        raise FileNotFoundError(f"{path} cannot be opened ({type(error).__name__}: {error})") from error
+        advice = "; name one of them as `subset` of the input" if "onfig name is missing" in str(error) else ""
+        raise FileNotFoundError(f"{source.path} cannot be opened ({type(error).__name__}: {error}){advice}") from error
 
 
-def _hub_shard(chunk: Chunk) -> Iterator[Any]:
-    yield from _open_hub(chunk.path).shard(num_shards=chunk.stop, index=chunk.start)
+def _hub_shard(chunk: Chunk, source: Input) -> Iterator[Any]:
+    yield from _open_hub(source).shard(num_shards=chunk.stop, index=chunk.start)
 
 
 def _check_row(row: int, content: Any, source: Input) -> RawDocument:

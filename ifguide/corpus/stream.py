@@ -11,6 +11,7 @@ import numpy as np
 
 from ifguide import schemas
 from ifguide.config import PackCorpus
+from ifguide.corpus.files import short_names
 from ifguide.corpus.packing import stream_order
 from ifguide.corpus.reading import Chunk
 from ifguide.spans.tables import shard_name
@@ -74,9 +75,9 @@ class StreamPlan:
         self.annotate = any(source.spans_column for source in config.inputs)
         self.files: list[list[TokenFile]] = [[] for _ in config.inputs]
         lengths: list[list[np.ndarray]] = [[] for _ in config.inputs]
+        names = short_names(sorted({chunk.path for chunk in chunks if chunk.kind != "hub"}))
         for chunk, (key, result) in zip(chunks, tokenised.items(), strict=True):
-            # the name alone: the same files in another folder make the same corpus; the manifest has the paths
-            source = chunk.path if chunk.kind == "hub" else Path(chunk.path).name
+            source = names.get(chunk.path, chunk.path)  # the manifest has the paths
             self.files[chunk.input_index].append(TokenFile(key, source, result["first_row"], result["documents"]))
             table = schemas.read_table(folder / TOKENS / f"{key}.parquet", columns=["num_tokens"])
             lengths[chunk.input_index].append(table.column(0).to_numpy())

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import publish
 from ifguide.config import Input
+from ifguide.corpus.bad_rows import write_bad_rows
 from ifguide.corpus.chunks import KeyedChunk
 from ifguide.corpus.inputs import unchanged
 from ifguide.corpus.packing import merge_order, pack, token_table
@@ -25,18 +26,17 @@ from ifguide.storage import location, readable
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 TOKENIZER_CHARS = 200_000_000  # what a tokenizer is trained on at most: more changes its merges little
-LISTED_BAD_ROWS = 1000  # of a chunk
 
 
 class CountRows:
     """Worker of the pass before the first: rows of a chunk."""
 
-    def __init__(self, settings: None):
-        pass
+    def __init__(self, settings: TokeniseSettings):
+        self.inputs = settings.inputs
 
     def process(self, shard: KeyedChunk) -> dict[str, Any]:
         with unchanged(shard.chunk.path, shard.file):
-            return {"rows": count_rows(shard.chunk)}
+            return {"rows": count_rows(shard.chunk, self.inputs[shard.chunk.input_index])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class TokeniseSettings:
     inputs: tuple[Input, ...]
     tokenizer: str
     folder: str
+    special_text: bool = False
 
     @property
     def annotate(self) -> bool:
@@ -58,7 +59,7 @@ class TokeniseChunk:
 
     def __init__(self, settings: TokeniseSettings):
         self.settings, self.folder = settings, location(settings.folder)
-        self.tokenizer = load_tokenizer(settings.tokenizer)
+        self.tokenizer = load_tokenizer(settings.tokenizer, special_text=settings.special_text)
 
     def process(self, shard: KeyedChunk) -> dict[str, Any]:
         with unchanged(shard.chunk.path, shard.file):
@@ -71,7 +72,14 @@ class TokeniseChunk:
             )
         with publish(self.folder / f"{shard.key}.parquet") as part:
             pq.write_table(table, part, row_group_size=1024)
-        return {"rows": rows, "documents": table.num_rows, "bad_rows": len(bad), "bad": bad[:LISTED_BAD_ROWS]}
+        if bad:
+            write_bad_rows(self.folder, shard.key, bad)
+        return {
+            "rows": rows,
+            "documents": table.num_rows,
+            "bad_rows": len(bad),
+            "special_texts": pc.sum(table.column("special_texts")).as_py() or 0,
+        }
 
 
 class PackShard:

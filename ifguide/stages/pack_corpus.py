@@ -7,6 +7,7 @@ never text or tokens. Where the target has another tokenizer, the same documents
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from ifguide.artifacts import Manifest
 from ifguide.config import Config, ConfigError
 from ifguide.config.resources import WorkerResources
-from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, list_bad_rows, number_rows, placed_chunks, plan_chunks
+from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
+from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, number_rows, placed_chunks, plan_chunks
 from ifguide.corpus.inputs import InputFile, input_files, write_inputs
 from ifguide.corpus.reading import Chunk
 from ifguide.corpus.stream import TOKENS, StreamPlan
@@ -100,7 +102,11 @@ def _pack(run: Run, *, dry_run: bool) -> Manifest | None:
         "vocab_size": plan.vocab_size,
         "annotated": plan.annotate,
         "bad_rows": sum(result["bad_rows"] for result in tokenised.values()),
+        "special_texts": sum(result["special_texts"] for result in tokenised.values()),
     }
+    if summary["special_texts"]:
+        what = f"as {config.special_tokens} (pack_corpus.special_tokens)"
+        log(VERB, f"documents name special tokens {summary['special_texts']:,} times; packed {what}")
     outputs = [run.corpus / f"{kind}-{key}.parquet" for kind in ("shard", "documents", "offsets") for key in results]
     outputs += [path for path in (run.corpus / TOKENIZER).glob("*") if path.is_file()]
     manifest = artifact.finish(
@@ -125,7 +131,13 @@ def _tokenise(corpus: Path, config: Config, keyed: Sequence[KeyedChunk], pool: P
     """The result of every chunk by key, with the `first_row` of its file."""
     inputs, source, vocab_size = config.pack_corpus.inputs, config.tokenizer_source, config.pack_corpus.train_tokenizer
     some_rows = [item for item in keyed if inputs[item.chunk.input_index].rows]
-    counted = run_shards(VERB, some_rows, CountRows, None, folder=corpus / COUNTS, pool=pool, unit="chunks counted")
+    settings = TokeniseSettings(
+        inputs=inputs,
+        tokenizer=source,
+        folder=str(corpus / TOKENS),
+        special_text=config.pack_corpus.special_tokens == "token",
+    )
+    counted = run_shards(VERB, some_rows, CountRows, settings, folder=corpus / COUNTS, pool=pool, unit="chunks counted")
     keyed = placed_chunks(keyed, inputs, counted)
     if vocab_size is not None and not location(source).exists():
         log(VERB, f"training a tokenizer of {vocab_size:,} tokens")
@@ -134,7 +146,7 @@ def _tokenise(corpus: Path, config: Config, keyed: Sequence[KeyedChunk], pool: P
         VERB,
         keyed,
         TokeniseChunk,
-        TokeniseSettings(inputs=inputs, tokenizer=source, folder=str(corpus / TOKENS)),
+        settings,
         folder=corpus / TOKENS,
         pool=pool,
         unit="chunks tokenised",
@@ -148,7 +160,10 @@ def _check_bad_rows(corpus: Path, tokenised: dict[str, dict[str, Any]], limit: i
     if not count:
         return
     listing = corpus / "bad_rows.csv"
-    shown = list_bad_rows(listing, tokenised)
+    first_rows = {key: result["first_row"] for key, result in tokenised.items() if result["bad_rows"]}
+    list_bad_rows(read_bad_rows(corpus / TOKENS, first_rows), listing)
+    first = itertools.islice(read_bad_rows(corpus / TOKENS, first_rows), SHOWN_BAD_ROWS)
+    shown = "\n".join(f"  {row.source} row {row.row}: {row.reason}" for row in first)
     log(VERB, f"{count} bad rows (rows count from 0), listed in {listing}:\n{shown}")
     if count > limit:
         raise StageError(

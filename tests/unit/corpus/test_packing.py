@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from ifguide.config import Input
 from ifguide.corpus.packing import merge_order, pack, stream_order, token_table, tokenise
 from ifguide.corpus.reading import RawDocument, list_chunks
-from ifguide.tokenizer import train_tokenizer
+from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from tests.unit.corpus.test_reading import TEXTS, write_jsonl
 
 
@@ -72,12 +72,12 @@ def test_token_table_keeps_the_rows_asked_for_counted_over_the_whole_input(tmp_p
 
 
 def test_token_table_of_no_good_row_has_no_rows(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_bytes(b"\n\n")
+    (tmp_path / "a.jsonl").write_bytes(b"[]\n[]\n")
     source = Input(path=str(tmp_path / "a.jsonl"))
     (chunk,) = list_chunks(source, 0, chunk_bytes=9, dotted_key="k")
     table, bad, read = token_table(chunk, source, tokenizer, first_input_row=0, annotate=True)
     assert (table.num_rows, read) == (0, 2)
-    assert [entry["reason"] for entry in bad] == ["empty line"] * 2
+    assert [entry["reason"] for entry in bad] == ["a list, not an object"] * 2
 
 
 COUNTS = st.lists(st.integers(0, 12), max_size=4)
@@ -136,3 +136,16 @@ def test_packed_blocks_are_the_stream_and_only_the_last_is_padded(lengths, block
     assert valid.sum() == num_tokens
     assert (valid[:-1] == block_size).all()
     assert 1 <= valid[-1] <= block_size
+
+
+@pytest.mark.parametrize("special_text", [False, True])
+def test_the_name_of_a_special_token_in_a_text_is_text_unless_asked_otherwise(tmp_path, tokenizer, special_text):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    name = tokenizer.eos_token
+    (tmp_path / "a.txt").write_text(f"one {name} two {name}")
+    source = Input(path=str(tmp_path / "a.txt"))
+    (chunk,) = list_chunks(source, 0, chunk_bytes=9, dotted_key="k")
+    reader = load_tokenizer(str(tmp_path / "tokenizer"), special_text=special_text)
+    table, _, _ = token_table(chunk, source, reader, first_input_row=0, annotate=False)
+    assert table.column("special_texts").to_pylist() == [2]
+    assert table.column("tokens").to_pylist()[0].count(tokenizer.eos_token_id) == (3 if special_text else 1)

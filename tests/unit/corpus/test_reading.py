@@ -26,7 +26,7 @@ def read(source: Input, *, chunk_bytes: int = 10**9) -> list[RawDocument]:
     documents: list[RawDocument] = []
     for chunk in list_chunks(source, 0, chunk_bytes=chunk_bytes, dotted_key="k"):
         rows = list(read_documents(chunk, source, first_row=len(documents)))
-        assert count_rows(chunk) == len(rows)
+        assert count_rows(chunk, source) == len(rows)
         documents += rows
     assert [document.row for document in documents] == list(range(len(documents)))
     return documents
@@ -58,15 +58,11 @@ def folder(tmp_path_factory) -> Path:
 def test_jsonl_gives_the_same_rows_at_any_chunk_size(folder, lines, ending, closed, chunk_bytes):
     encoded = [b"" if text is None else json.dumps({"text": text}).encode() for text in lines]
     content = ending.join(encoded) + (ending if closed else b"")
-    expected = content.split(b"\n")
-    expected = expected if expected[-1] else expected[:-1]
+    expected = [line for line in content.split(b"\n") if line.strip()]
     found = read_lines(folder, content, chunk_bytes=chunk_bytes)
     assert len(found) == len(expected)
     for line, document in zip(expected, found, strict=True):
-        if line.strip():
-            assert (document.text, document.reason) == (json.loads(line)["text"], None)
-        else:
-            assert document.reason == "empty line"
+        assert (document.text, document.reason) == (json.loads(line)["text"], None)
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**16, 2**20 + 8, 2**22])
@@ -81,10 +77,8 @@ def test_a_line_longer_than_the_chunks_is_read_once(folder, chunk_bytes):
     [
         (b'{"text": "\xff"}', "not UTF-8 (invalid start byte at byte 10)"),
         (b'{"text": "a"', "not JSON (Expecting ',' delimiter at column 13)"),
-        (b'\xef\xbb\xbf{"text": "a"}', "not JSON (Unexpected UTF-8 BOM"),
         (b"1" * 5000, "not JSON that can be read (Exceeds the limit"),
         (b"[" * 100_000, "not JSON that can be read (maximum recursion depth"),
-        (b"  ", "empty line"),
         (b'{"txt": "a"}', "column 'text' is missing"),
         (b'{"text": null}', "column 'text' is missing"),
         (b'{"text": ["a"]}', "column 'text' is a list, not a string"),
@@ -151,17 +145,51 @@ def test_parquet_that_cannot_be_used_is_named(tmp_path):
         read(Input(path=str(path)))
 
 
-def test_text_file_is_one_document_and_json_one_per_string_anywhere(tmp_path, caplog):
+def test_text_file_is_one_document_and_json_one_per_listed_string(tmp_path):
     (tmp_path / "b.txt").write_bytes("naïve\r\nline\n".encode())
-    (tmp_path / "a.json").write_text(json.dumps({"k": ["x", {"deep": "y"}, 3, None], "l": "z", "m": []}))
+    (tmp_path / "a.json").write_text(json.dumps({"k": {"deep": ["x", "y"]}, "l": ["z"], "m": []}))
     (tmp_path / "c.txt").write_bytes(b"\xff")
-    (tmp_path / "ignored.csv").write_text("q")
-    (tmp_path / "more.jsonl.gz").write_text("q")
     (tmp_path / ".hidden").write_text("q")
-    found = read(Input(path=str(tmp_path)))
-    assert "2 files are none of .jsonl, .parquet, .txt, .json and left out: ignored.csv, more.jsonl.gz" in caplog.text
-    assert [document.text for document in found[:4]] == ["x", "y", "z", "naïve\r\nline\n"]
-    assert [document.reason for document in found[4:]] == ["not UTF-8 (invalid start byte at byte 0)"]
+    rows = read(Input(path=str(tmp_path)))
+    assert [document.text for document in rows[:4]] == ["x", "y", "z", "naïve\r\nline\n"]
+    assert [document.reason for document in rows[4:]] == ["not UTF-8 (invalid start byte at byte 0)"]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ([{"id": "1", "text": "a"}, {"id": "2", "text": "b"}], ["a", "b"]),
+        ({"id": "1", "text": "a"}, ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ({"text": ["a"]}, []),  # one object, whose text is none: a bad row
+    ],
+)
+def test_json_of_rows_gives_their_text_column(tmp_path, content, texts):
+    (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
+    rows = read(Input(path=str(tmp_path / "a.json")))
+    assert [document.text for document in rows if document.reason is None] == texts
+
+
+@pytest.mark.parametrize(
+    "content", [{"id": "1", "body": "a"}, {"data": [{"text": "a"}], "n": 3}, 3, {"k": ["a", None]}]
+)
+def test_json_whose_documents_cannot_be_told_is_refused(tmp_path, content):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"a\.json: neither a list of objects"):
+        read(Input(path=str(tmp_path / "a.json")))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_json_lines_under_the_name_of_json_are_rows(tmp_path, count):
+    (tmp_path / "a.json").write_text("\n".join(json.dumps({"id": "1", "text": text}) for text in "abc"[:count]))
+    assert [document.text for document in read(Input(path=str(tmp_path / "a.json")))] == list("abc"[:count])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfc")
+    (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf["d"]')
+    assert [document.text for document in read(Input(path=str(tmp_path)), chunk_bytes=16)] == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"1" * 5000, b"[" * 100_000], ids=short_id)
@@ -181,7 +209,7 @@ def test_folder_and_glob_give_their_files_sorted_and_a_literal_name_wins(tmp_pat
 
 def test_unknown_suffix_and_missing_files_name_the_config_key(tmp_path):
     (tmp_path / "a.csv").write_text("x")
-    for path, kind in (("a.csv", ValueError), ("none.jsonl", FileNotFoundError), (".", FileNotFoundError)):
+    for path, kind in (("a.csv", ValueError), ("none.jsonl", FileNotFoundError), (".", ValueError)):
         with pytest.raises(kind, match=r"^pack_corpus\.inputs\[3\]\.path: "):
             list_chunks(Input(path=str(tmp_path / path)), 3, chunk_bytes=1, dotted_key="pack_corpus.inputs[3].path")
 
