@@ -31,6 +31,7 @@ from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer, save_tokenizer
 
 VERB = "pack_corpus"
+SHOWN_BAD_ROWS = 10
 COUNTS = "counts"  # scratch folder of the row counts
 ONE_CPU = WorkerResources(gpus=0.0)
 
