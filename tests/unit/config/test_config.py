@@ -254,7 +254,9 @@ def test_an_option_that_changes_results_changes_the_result_options_of_its_sectio
 
 def test_section_mapping_is_plain_json():
     mapping = to_mapping(Input(path="a", rows=(1, 2)))
-    assert mapping == {"path": "a", "text_column": "text", "spans_column": None, "rows": [1, 2]}
+    assert mapping == {
+        "path": "a", "text_column": "text", "spans_column": None, "rows": [1, 2], "subset": None, "revision": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
