@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from ifguide.config import Cluster, ConfigError
 from ifguide.config.resources import WorkerResources
@@ -26,13 +29,29 @@ def connect(cluster: Cluster) -> None:
     if address:
         ray.init(address=address, **options)
         return
-    ray.init(
-        address="local",  # without it Ray joins whatever cluster somebody has started on this machine
-        num_cpus=cluster.num_cpus,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        **options,
-    )
+    with _on_loopback():
+        ray.init(
+            address="local",  # without it Ray joins whatever cluster somebody has started on this machine
+            num_cpus=cluster.num_cpus,
+            include_dashboard=False,
+            **options,
+        )
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a local Ray listen on 127.0.0.1 alone, as it does by itself on macOS; else all interfaces have its ports.
+
+    Ray reads the variable when it is imported, and so do the processes that it starts: both are told. `ray.init` has an
+    address for this too, but replaces a loopback one by that of the network."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
 
 
 def cluster_cpus() -> float:

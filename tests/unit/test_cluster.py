@@ -60,3 +60,9 @@ def test_a_job_whose_working_directory_is_sent_along_is_told_where_its_run_direc
 
 def test_local_sh_is_valid_shell() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "cluster" / "local.sh")], check=True)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_nothing_is_writable_by_everybody(path: Path) -> None:
+    modes = re.findall(r"(?:chmod|-m|--mode)[ =](?:-R )?([0-7]{3,4}|[ugoa]*\+[rwxst]+)", path.read_text())
+    assert not [mode for mode in modes if mode[-1:] in "2367" or re.match(r"[ug]*[oa].*w|\+.*w", mode)]
