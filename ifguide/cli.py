@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ifguide.artifacts import MANIFEST, PLAN, read_manifest
-from ifguide.config import OWN, VERBS, Config, load_config, to_yaml
+from ifguide.config import OWN, VERBS, Config, load_config, redact, to_yaml
 from ifguide.datasets import FOLDER, advice
 from ifguide.pipeline import run_pipeline, stage
 from ifguide.storage import location
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.function(options)
     except USER_ERRORS as error:
-        print(f"ifguide {options.command}: {_message(error)}{advice(_message(error))}", file=sys.stderr)
+        print(f"ifguide {options.command}: {redact(_message(error))}{advice(_message(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"ifguide {options.command}: interrupted; the same command goes on from here", file=sys.stderr)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not isinstance(error, StageError) and not type(error).__module__.startswith(STORE_ERRORS):
             raise
-        print(f"ifguide {options.command}: {error}", file=sys.stderr)
+        print(f"ifguide {options.command}: {redact(str(error))}", file=sys.stderr)
         return 1
 
 

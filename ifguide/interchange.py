@@ -40,7 +40,7 @@ from ifguide.artifacts import (
     verified_files,
     write_json,
 )
-from ifguide.config.evaluate import NAME, NAME_RULE
+from ifguide.config import check_names
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -119,8 +119,7 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str, max_gi
         FileExistsError: the folder exists. ValueError: more than `max_gigabytes`, no such behaviour, a name that is not
             one folder's, or scores that have changed since they were made.
     """
-    if not NAME.fullmatch(name):
-        raise ValueError(f"--name: {name!r} names a folder in {out}; use {NAME_RULE}")
+    check_names("--name", [name], of=f"a folder in {out}")
     manifest = require(run_dir / "scores", "score_corpus")
     schema = pq.read_schema(next(verified_files(run_dir / "scores")))
     column = schemas.score_column(behaviour)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide import artifacts
-from ifguide.config import Config, ModelSource, result_options, to_yaml
+from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
 from ifguide.storage import location
 
 BASELINE, PENALISED = "baseline", "penalised"
@@ -26,12 +26,22 @@ FOLDERS = (  # the artifacts of a run, in pipeline order
 )
 
 
+ROOMS = frozenset(name.partition("/")[0] for name in FOLDERS[:-1]) | {"analyses", "compare", "generations", TARGET}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One config in one run directory. Artifact folders are named here and nowhere else."""
+    """One config in one run directory. Artifact folders are named here and nowhere else.
+
+    Raises:
+        ConfigError: `evaluate.report` is the name of another folder.
+    """
 
     config: Config
     lent: Mapping[str, Path] = field(default_factory=dict)  # artifacts that are another run's, by name
+
+    def __post_init__(self) -> None:
+        check_names("evaluate.report", [self.config.evaluate.report], of="a folder", taken=ROOMS)
 
     @property
     def folder(self) -> Path:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from ifguide.config import redact
 from ifguide.storage import is_remote
 
 ROOT = "ifguide"
@@ -47,8 +48,8 @@ class _StderrHandler(logging.StreamHandler):
 
 
 def log(verb: str, text: str, *, level: int = logging.INFO) -> None:
-    """One line with the verb as its prefix."""
-    logging.getLogger(ROOT).log(level, "%-12s | %s", verb, text)
+    """One line with the verb as its prefix, without credentials."""
+    logging.getLogger(ROOT).log(level, "%-12s | %s", verb, redact(text))
 
 
 class Progress:

@@ -22,6 +22,7 @@ from typing import Any
 
 from ifguide.artifacts.files import FileEntry, file_entry, json_digest, remove_tree, write_json, write_text
 from ifguide.artifacts.manifest import MANIFEST, PLAN, Manifest, MismatchError, read_json, read_manifest, write_manifest
+from ifguide.config import redact
 from ifguide.storage import is_remote, make_folder
 
 SCRATCH = "scratch"  # of a finished plan: the folders to remove
@@ -70,7 +71,7 @@ class Artifact:
             options=self.plan["options"],
             inputs=self.plan["inputs"],
             rows=dict(rows),
-            summary=dict(summary),
+            summary=redact(summary),
             files=digested,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             seconds=round(time.monotonic() - self.started, 3),
@@ -91,7 +92,7 @@ def open_artifact(
     Raises:
         MismatchError: the folder holds an artifact, finished or not, of other options or inputs.
     """
-    plan = json.loads(json.dumps({"verb": verb, "options": options, "inputs": inputs}))
+    plan = json.loads(json.dumps(redact({"verb": verb, "options": options, "inputs": inputs})))
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     artifact = Artifact(
         folder=folder, verb=verb, plan=plan, config_yaml=config_yaml, manifest=manifest, started=time.monotonic()

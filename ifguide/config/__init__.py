@@ -5,7 +5,9 @@
 """
 
 from ifguide.config.evaluate import Evaluate
+from ifguide.config.names import check_names
 from ifguide.config.pretrain import Pretrain
+from ifguide.config.secrets import redact
 from ifguide.config.sections import (
     OWN,
     VERBS,
@@ -45,8 +47,10 @@ __all__ = [
     "PromptSet",
     "Prompts",
     "ScoreCorpus",
+    "check_names",
     "config_from_mapping",
     "load_config",
+    "redact",
     "result_options",
     "to_mapping",
     "to_yaml",

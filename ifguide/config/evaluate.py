@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ifguide.config.names import check_names
 from ifguide.config.resources import RESOURCES, Resources, moved
 from ifguide.config.sources import ClassifierSource, Input, LabelledTexts, Prompts, PromptSet
 from ifguide.config.typed_yaml import ConfigError, option
-
-NAME, NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*"), "letters, digits, '_', '.' and '-' alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +72,9 @@ class Evaluate:
 
 def check_evaluate(evaluate: Evaluate) -> None:
     """Raises ConfigError, naming the key, for names that cannot name files and options that do not go together."""
-    groups: dict[str, Iterable[str]] = {key: getattr(evaluate, key) for key in ("models", "prompt_sets", "classifiers")}
-    for key, names in {**groups, "report": [evaluate.report]}.items():
-        for name in names:
-            if not NAME.fullmatch(name):
-                raise ConfigError(f"evaluate.{key}: {name!r} names files; use {NAME_RULE}")
+    for key in ("models", "prompt_sets", "classifiers"):
+        check_names(f"evaluate.{key}", getattr(evaluate, key))
+    check_names("evaluate.report", [evaluate.report], of="a folder")
     if "prompts" in evaluate.prompt_sets:
         raise ConfigError("evaluate.prompt_sets.prompts: that is the name of evaluate.prompts; choose another")
     if evaluate.balanced and evaluate.max_prompts is None:

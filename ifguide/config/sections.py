@@ -22,11 +22,13 @@ import yaml
 
 from ifguide.config.analyse import Analyse
 from ifguide.config.compare import Compare, check_compare
-from ifguide.config.evaluate import NAME, NAME_RULE, Evaluate, check_evaluate
+from ifguide.config.evaluate import Evaluate, check_evaluate
+from ifguide.config.names import check_names
 from ifguide.config.pretrain import Pretrain, check_pretrain
 from ifguide.config.resources import CPU_RESOURCES, RESOURCES, Resources, moved
+from ifguide.config.secrets import redact
 from ifguide.config.sources import ClassifierSource, Input, Prompts
-from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, result_part, substitute
+from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, read_yaml, result_part, substitute
 from ifguide.storage import location
 
 OWN = "own"  # the name of a run's own query among the behaviours that are scored
@@ -301,7 +303,7 @@ def _read_tree(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = read_yaml(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -334,13 +336,13 @@ def to_mapping(section: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML; `load_config` reads it back to an equal config."""
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    """The resolved config as YAML; `load_config` reads it back to an equal config, but for credentials (`secrets`)."""
+    return yaml.safe_dump(redact(to_mapping(config)), sort_keys=False, allow_unicode=True)
 
 
 def result_options(config: Config, keys: Iterable[str]) -> dict[str, Any]:
-    """The options under top-level `keys` that change results, as nested dicts."""
-    return {key: result_part(getattr(config, key)) for key in keys}
+    """The options under top-level `keys` that change results, as nested dicts without credentials."""
+    return {key: redact(result_part(getattr(config, key))) for key in keys}
 
 
 def _check_across(config: Config) -> None:
@@ -353,12 +355,7 @@ def _check_across(config: Config) -> None:
     scoring = config.score_corpus
     if scoring.min_actors > scoring.max_actors:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
-    for name in scoring.queries:
-        if name == OWN or not NAME.fullmatch(name):
-            raise ConfigError(
-                f"score_corpus.queries: {name!r} names a column of scores and a folder; use {NAME_RULE}, and not"
-                f" {OWN!r}, which is the run's own query"
-            )
+    check_names("score_corpus.queries", scoring.queries, of="a column of scores and a folder", taken=[OWN])
     if config.proxy_is_baseline and not config.baseline:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")
     if config.pretrain.has_own_tokenizer and config.proxy_is_baseline:
@@ -370,9 +367,7 @@ def _check_across(config: Config) -> None:
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
     check_evaluate(config.evaluate)
-    for name in config.compare.methods:
-        if not NAME.fullmatch(name):
-            raise ConfigError(f"compare.methods: {name!r} names a folder; use {NAME_RULE}")
+    check_names("compare.methods", config.compare.methods, of="a folder")
     check_compare(config.compare, config.evaluate.models)
     for name in ("proxy", "target"):
         model: ModelSource = getattr(config, name)

@@ -56,6 +56,28 @@ def substitute(tree: Any, run_dir: str) -> Any:
     return tree.replace("{run_dir}", run_dir) if isinstance(tree, str) else tree
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and drops the first in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        written = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for place, key in enumerate(written):
+            if key in written[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.value[place][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError: it is not valid, or a mapping has a key twice; says where.
+    """
+    return yaml.load(text, _UniqueKeys)
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one `a.b=value` in nested dicts; the value is in YAML syntax."""
     key, equals, text = override.partition("=")
@@ -71,7 +93,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {parent} is not a section")
         node = child
     try:
-        node[last] = yaml.safe_load(text) if text.strip() else None
+        node[last] = read_yaml(text) if text.strip() else None
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import file_entry, read_sealed, write_sealed
+from ifguide.config import redact
 from ifguide.storage import location, stamp
 
 INPUTS = "inputs.json"
@@ -37,7 +38,7 @@ def input_files(corpus: Path, paths: Iterable[str], run_tasks: RunTasks) -> dict
         FileNotFoundError: a file is gone. ValueError: one is being written to.
     """
     recorded = _recorded(corpus)
-    files = {path: recorded[path] for path in paths if path in recorded}
+    files = {path: recorded[redact(path)] for path in paths if redact(path) in recorded}
     files = {path: file for path, file in files.items() if file.stamp == stamp(location(path))}
     touched = sorted(set(paths) - files.keys())
     if touched:
@@ -61,6 +62,7 @@ def digest_input(path: str) -> tuple[str, InputFile]:
 
 def write_inputs(corpus: Path, files: Mapping[str, InputFile]) -> None:
     """Record the files in a corpus, for the next run."""
+    files = {redact(path): file for path, file in files.items()}
     if _recorded(corpus) != files:
         write_sealed(corpus / INPUTS, {"files": {path: dataclasses.asdict(file) for path, file in files.items()}})
 

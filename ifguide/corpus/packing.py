@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ifguide.config import Input
+from ifguide.config import Input, redact
 from ifguide.corpus.reading import Chunk, RawDocument, read_documents
 from ifguide.spans.mapping import token_stops
 
@@ -75,7 +75,7 @@ def token_table(
         if document.reason is None:
             good.append(document)
         else:
-            bad.append({"source": chunk.name, "row": document.row, "reason": document.reason})
+            bad.append({"source": redact(chunk.name), "row": document.row, "reason": document.reason})
     names = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     encoded: list[Encoded] = []
     for i in range(0, len(good), TOKENISE_BATCH):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ifguide import schemas
-from ifguide.config import PackCorpus
+from ifguide.config import PackCorpus, redact
 from ifguide.corpus.files import short_names
 from ifguide.corpus.packing import stream_order
 from ifguide.corpus.reading import Chunk
@@ -77,7 +77,7 @@ class StreamPlan:
         lengths: list[list[np.ndarray]] = [[] for _ in config.inputs]
         names = short_names(sorted({chunk.path for chunk in chunks if chunk.kind != "hub"}))
         for chunk, (key, result) in zip(chunks, tokenised.items(), strict=True):
-            source = names.get(chunk.path, chunk.path)  # the manifest has the paths
+            source = redact(names.get(chunk.path, chunk.path))  # the manifest has the paths
             self.files[chunk.input_index].append(TokenFile(key, source, result["first_row"], result["documents"]))
             table = schemas.read_table(folder / TOKENS / f"{key}.parquet", columns=["num_tokens"])
             lengths[chunk.input_index].append(table.column(0).to_numpy())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import FileEntry, unsealed, write_json, write_sealed
+from ifguide.config import redact
 from ifguide.storage import read_texts
 from ifguide.telemetry import log
 
@@ -74,7 +75,7 @@ class Attempts:
         self.path.unlink(missing_ok=True)
 
     def _write(self, *, given_up: bool = False) -> None:
-        write_json(self.path, {"attempts": self.made, "reason": self.reason, "given_up": given_up})
+        write_json(self.path, {"attempts": self.made, "reason": redact(self.reason), "given_up": given_up})
 
 
 def write_entry(ledger: Path, entry: Entry) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ifguide.artifacts import fsync_tree, remove_tree, write_json
-from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, to_mapping
+from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, redact, to_mapping
 from ifguide.models import load_architecture, load_model
 from ifguide.shapes import initial_model, with_positions
 from ifguide.storage import location
@@ -170,7 +170,7 @@ class TrainingLoop:
     def _metrics(self) -> MetricsLog:
         name = f"{self.folder.parent.parent.name}/{self.folder.name}"
         wandb = {**to_mapping(self.train.wandb), "name": name} if self.train.wandb else None
-        return MetricsLog(self.place.local / METRICS, wandb=wandb, config=to_mapping(self.config))
+        return MetricsLog(self.place.local / METRICS, wandb=wandb, config=redact(to_mapping(self.config)))
 
     def _train_step(self) -> dict[str, Any]:
         batch = self.schedule.batch(self.step)

@@ -1,0 +1,33 @@
+"""Credentials, taken out of whatever is written down or shown: files, logs, reports, errors.
+
+They stand in URLs (`scheme://user:password@host`, `?token=...`) and under the keys of options that bear such names.
+Processes that need them get the config itself, which only memory holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "***"
+NAMES = r"secret|passw(?:or)?d|credential|signature|(?:api|access|account)_?key|(?:auth|access|sas|session|api)_?token"
+OF_OPTIONS = re.compile(NAMES, re.IGNORECASE)
+USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#@]+@", re.IGNORECASE)
+PARAMETER = re.compile(rf"([?&;](?:[^\s=&;#]*(?:{NAMES})[^\s=&;#]*|token|sig|key|auth)=)[^\s&;#'\"]+", re.IGNORECASE)
+
+
+def redact(tree: Any) -> Any:
+    """The same strings, mappings and sequences without credentials; a key is redacted as a string is."""
+    if isinstance(tree, str):
+        return PARAMETER.sub(rf"\1{HIDDEN}", USER.sub(rf"\1{HIDDEN}@", tree))
+    if isinstance(tree, Mapping):
+        return {redact(key): _redact_option(key, value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redact(item) for item in tree]
+    return tree
+
+
+def _redact_option(key: Any, value: Any) -> Any:
+    secret = isinstance(value, str) and isinstance(key, str) and OF_OPTIONS.search(key)
+    return HIDDEN if secret and value else redact(value)
