@@ -41,8 +41,8 @@ from ifguide.artifacts import data_files, file_digest, open_artifact, read_manif
 from ifguide.config import ModelSource, config_from_mapping
 from ifguide.demo import generate_demo
 from ifguide.distributed.ledger import LEDGER
+from ifguide.influence.query_file import DIRECTION
 from ifguide.models import linearise, load_model, state_fingerprint
-from ifguide.stages.build_query import DIRECTION
 
 KINDS = {"actor": 14, "driver": 3, "node": 3}  # of twenty kills
 ACTOR = "MapWorker"  # Ray gives an actor's process the title ray::MapWorker(...)

@@ -36,9 +36,11 @@ from safetensors.torch import save_file
 from bench.common.proxies import random_direction
 from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact, publish
-from ifguide.config import OWN, Cluster, ModelSource, to_mapping
+from ifguide.config import OWN, Cluster, ModelSource
+from ifguide.influence.method import PRESETS, Method
 from ifguide.influence.products import bfloat16_pays
-from ifguide.influence.scorer import PRESETS, Method, TokenScorer
+from ifguide.influence.query_file import DIRECTION
+from ifguide.influence.scorer import TokenScorer
 from ifguide.models import linearise, load_model, state_fingerprint
 
 BLOCK_SIZE, VOCABULARY, MICRO_BATCH = 256, 2048, 4
@@ -100,7 +102,9 @@ def prepare(folder: Path, shards: int, shard_seconds: float) -> int:
     load_model(ModelSource(architecture=ARCHITECTURE), seed=0).save_pretrained(folder / "proxy")
     proxy = linearise(load_model(ModelSource(source=str(folder / "proxy"))))
     direction = random_direction(proxy)
-    save_file(direction, folder / "direction.safetensors")
+    query = open_artifact(folder / "query", verb="build_query", options={}, inputs={}, config_yaml="")
+    save_file(direction, folder / "query" / DIRECTION)
+    query.finish([folder / "query" / DIRECTION], rows={}, summary={})
     scorer = TokenScorer(proxy, [direction], attribution="target", method=fast_method())
     (folder / "settings.json").write_text(json.dumps({"steps": scorer.steps, "fingerprint": state_fingerprint(proxy)}))
     tokens = torch.randint(1, VOCABULARY, (MICRO_BATCH, BLOCK_SIZE), generator=torch.Generator().manual_seed(1))
@@ -143,38 +147,45 @@ def run_way(actors: int, folder: Path) -> float:
     from ifguide.config.resources import Resources
     from ifguide.distributed.session import connect
     from ifguide.distributed.shards import Pool, run_shards
-    from ifguide.stages.score_corpus import ScoreShard
+    from ifguide.influence.decision import Decision, Energy
+    from ifguide.influence.scoring_worker import CorpusShard, ScoreShard, ScoringSettings
 
     torch.set_num_threads(1)
     scores = folder / f"scores{actors}"
     shutil.rmtree(scores, ignore_errors=True)
     scores.mkdir()
     made = json.loads((folder / "settings.json").read_text())
-    settings: dict[str, Any] = {
-        "corpus": str(folder / "corpus"),
-        "scores": str(scores),
-        "directions": {OWN: str(folder / "direction.safetensors")},
-        "proxy": to_mapping(ModelSource(source=str(folder / "proxy"))),
-        "proxy_fingerprint": made["fingerprint"],
-        "attribution": "target",
-        "decision": {
-            "method": vars(fast_method()),
-            "steps": made["steps"],
-            "micro_batch_blocks": MICRO_BATCH,
-            "threads": 1,
-        },
-        "gpus": 0,
-    }
-    descriptors = [{"key": path.stem, "shard": path.name} for path in data_files(folder / "corpus")]
+    decision = Decision(
+        method=fast_method(),
+        engine="difference",
+        steps=made["steps"],
+        threads=1,
+        micro_batch_blocks=MICRO_BATCH,
+        energy=Energy(least=1.0, mean=1.0, of_module={}),
+        check=None,
+    )
+    settings = ScoringSettings(
+        corpus=folder / "corpus",
+        scores=scores,
+        queries={OWN: folder / "query"},
+        proxy=ModelSource(source=str(folder / "proxy")),
+        proxy_fingerprint=made["fingerprint"],
+        attribution="target",
+        decision=decision,
+        gpus=0,
+    )
+    shards = [
+        CorpusShard(key=path.stem, name=path.name, bytes=path.stat().st_size) for path in data_files(folder / "corpus")
+    ]
     if not actors:
-        worker = ScoreShard(**settings)
+        worker = ScoreShard(settings)
         started = time.monotonic()
-        for descriptor in descriptors:
-            worker.process(descriptor)
+        for shard in shards:
+            worker.process(shard)
         return time.monotonic() - started
     connect(Cluster(num_cpus=2))
     pool = Pool(size=actors, resources=Resources(gpus=0), in_flight=2)
-    results = run_shards("scaling", descriptors, ScoreShard, settings, folder=scores, pool=pool, unit="shards")
+    results = run_shards("scaling", shards, ScoreShard, settings, folder=scores, pool=pool, unit="shards")
     published = {path.stem: path.stat().st_mtime for path in data_files(scores)}
     begins = sorted(published[key] - result["seconds"] for key, result in results.items())
     began = begins[0]

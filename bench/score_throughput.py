@@ -40,7 +40,8 @@ from bench.common.places import CACHE
 from ifguide.config import ModelSource
 from ifguide.influence.agreement import compare
 from ifguide.influence.memory import keep_memory
-from ifguide.influence.scorer import PRESETS, Attribution, Method, TokenScorer
+from ifguide.influence.method import PRESETS, Attribution, Method
+from ifguide.influence.scorer import TokenScorer
 from ifguide.models import load_model, predicted_positions
 
 RANK = 64  # of the low-rank sides

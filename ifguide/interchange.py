@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ from ifguide.artifacts import (
     verified_files,
     write_json,
 )
-from ifguide.config import check_names
+from ifguide.config import ModelSource, check_names
+from ifguide.influence.proxy import load_proxy
+from ifguide.storage import local_copy
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -78,6 +80,17 @@ def check_factors(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[
                 _check_factor(path, names[name], file.get_tensor(names[name]), expected.get(path.stem))
     digests = {path.name: file_digest(path) for path in paths}
     return sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(), names
+
+
+def check_proxy_factors(folder: Path, proxy: ModelSource, module_names: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """`check_factors` of a local or remote folder, by the shapes of the proxy's modules."""
+    model = load_proxy(proxy, gpus=0)
+    shapes = {}
+    for name in module_names:
+        module = model.get_submodule(name)
+        assert isinstance(module, torch.nn.Linear), name
+        shapes[name] = (module.out_features, module.in_features + (module.bias is not None))
+    return check_factors(local_copy(folder), shapes)
 
 
 def _match_names(path: Path, found: list[str], wanted: Mapping[str, Any]) -> dict[str, str]:

@@ -29,15 +29,8 @@ from bench.common.places import CACHE
 from ifguide.artifacts import publish, remove_tree
 from ifguide.corpus.packing import pack, tokenise
 from ifguide.corpus.reading import RawDocument
-from ifguide.influence.factors import (
-    FactorSample,
-    aggregate_lambdas,
-    eigendecompose,
-    export_factors,
-    fit_covariance_partition,
-    fit_lambda_partition,
-    gather_eigenvectors,
-)
+from ifguide.influence.factor_sample import FactorSample
+from ifguide.influence.factors import STEPS, EkfacFit
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
 from ifguide.models import state_fingerprint, tracked_modules
 from ifguide.telemetry import Progress, log
@@ -122,33 +115,19 @@ def fit_factors(
     if done.is_dir():
         log("factors", f"{total:,} tokens, {len(names)} modules: kept in {folder.name}")
         return done
-    parts = range(sample.num_partitions)
-    tokens_per_part = total / len(parts)
-    for verb, fit_partition, finish in (
-        ("covariances", fit_covariance_partition, _finish_covariances),
-        ("lambda", fit_lambda_partition, _finish_lambdas),
-    ):
-        progress = Progress(verb, total, "tokens", every_seconds=0)
-        for part in parts:
-            fit_partition(model, sample, part, module_names=names, workdir=work)
-            progress.advance(tokens_per_part)
-        finish(model, sample, names, work)
+    fit = EkfacFit(model=model, sample=sample, module_names=names, workdir=work)
+    for step in STEPS:
+        pieces = fit.pieces(step)
+        amount, unit = (pieces, "modules") if step == "eigen" else (total, "tokens")
+        progress = Progress(step, amount, unit)
+        for index in range(pieces):
+            fit.do(step, index)
+            progress.advance(amount / pieces)
     remove_tree(folder / "factors.part")
-    export_factors(work, folder / "factors.part")
+    fit.finish(folder / "factors.part")
     (folder / "factors.part").rename(done)
     shutil.rmtree(work)
     return done
-
-
-def _finish_covariances(model: PreTrainedModel, sample: FactorSample, names: Sequence[str], work: Path) -> None:
-    log("factors", f"eigenbases of {len(names)} modules")
-    for name in names:
-        eigendecompose(model, sample, name, module_names=names, workdir=work)
-    gather_eigenvectors(model, sample, module_names=names, workdir=work)
-
-
-def _finish_lambdas(model: PreTrainedModel, sample: FactorSample, names: Sequence[str], work: Path) -> None:
-    aggregate_lambdas(work, num_partitions=sample.num_partitions)
 
 
 def mean_gradient(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ifguide.influence.method import Attribution, Method, Precision
 from ifguide.influence.products import bfloat16_pays
-from ifguide.influence.scorer import Attribution, Method, Precision, TokenScorer
+from ifguide.influence.scorer import TokenScorer
 from ifguide.telemetry import Progress
 
 PRECISION: Precision = "bfloat16" if bfloat16_pays(torch.device("cpu")) else "float32"

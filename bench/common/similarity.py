@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.common.scores import score_blocks
+from ifguide.influence.method import Method
 from ifguide.influence.query import TokenisedQuery, mean_completion_gradient
-from ifguide.influence.scorer import Method
 from ifguide.models import next_token_nll
 from ifguide.telemetry import Progress
 

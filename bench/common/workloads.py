@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,16 +12,8 @@ from bench.common.places import DATA
 from bench.common.proxies import load_smollm2
 from bench.common.texts import read_rows
 from ifguide.corpus.packing import pack
-from ifguide.influence.factors import (
-    FactorSample,
-    aggregate_lambdas,
-    eigendecompose,
-    export_factors,
-    fit_covariance_partition,
-    fit_lambda_partition,
-    gather_eigenvectors,
-)
-from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient, precondition
+from ifguide.influence.factors import fit_factors
+from ifguide.influence.query import TokenisedQuery, mean_completion_gradient, precondition
 from ifguide.models import tracked_modules
 
 
@@ -42,26 +31,9 @@ def differential_gradient(model: PreTrainedModel, *, queries: int = 64) -> dict[
 def fit_on_tokens(model: PreTrainedModel, *, blocks: int = 32, block_size: int = 256) -> dict[str, Tensor]:
     """V per tracked module: `differential_gradient`, preconditioned by factors of `blocks` random blocks."""
     rng = np.random.default_rng(0)
-    names = tracked_modules(model).names
     tokens_NT = rng.integers(1, model.config.vocab_size, (blocks, block_size), dtype=np.int32)
-    sample = FactorSample(
-        blocks_NT=tokens_NT,
-        lengths_N=np.full(blocks, block_size, np.int32),
-        num_partitions=1,
-        batch_size=4,
-        seed=0,
-    )
-    gradient = differential_gradient(model)
-    with tempfile.TemporaryDirectory() as folder:
-        work, out = Path(folder) / "work", Path(folder) / "factors"
-        fit_covariance_partition(model, sample, 0, module_names=names, workdir=work)
-        for name in names:
-            eigendecompose(model, sample, name, module_names=names, workdir=work)
-        gather_eigenvectors(model, sample, module_names=names, workdir=work)
-        fit_lambda_partition(model, sample, 0, module_names=names, workdir=work)
-        aggregate_lambdas(work, num_partitions=1)
-        export_factors(work, out)
-        return precondition(gradient, load_factors(out, names))
+    factors = fit_factors(model, tokens_NT, np.full(blocks, block_size, np.int32), batch_size=4)
+    return precondition(differential_gradient(model), factors)
 
 
 def smollm2_workload(blocks: int, block_size: int) -> tuple[PreTrainedModel, dict[str, Tensor], Tensor]:

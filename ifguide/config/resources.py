@@ -38,6 +38,7 @@ class Resources(WorkerResources):
 
 RESOURCES = option(Resources(), affects_result=False)  # of a stage that computes with a model
 CPU_RESOURCES = option(Resources(gpus=0.0), affects_result=False)  # of a stage that does not
+ONE_CPU = WorkerResources(gpus=0.0)
 
 
 def moved(kind: str) -> dict[str, str]:

@@ -6,10 +6,8 @@ with input a_t (a bias is one more, constant, last column) and output gradient g
     A = E[a a^T] = Q_A diag Q_A^T,   S = E[g g^T] = Q_S diag Q_S^T       (means over real tokens)
     Lambda = E[(Q_S^T G Q_A)^2],     G = sum_t g_t a_t^T                  (mean over sequences)
 
-Labels are sampled from the model (the Fisher), unless `use_empirical_fisher`. The order of the calls is
-
-    fit_covariance_partition (each partition) -> eigendecompose (each module) -> gather_eigenvectors
-      -> fit_lambda_partition (each partition) -> aggregate_lambdas -> export_factors
+Labels are sampled from the model (the Fisher), unless `use_empirical_fisher`. `EkfacFit` has the steps, for whoever
+distributes them; `fit_factors` takes them all in this process.
 
 A partition is of data and of modules: one with a part of the modules holds the sums of those alone, and its backward
 pass ends at the first of them. So M module partitions divide the memory of the sums by M, and cost M forward passes.
@@ -29,17 +27,19 @@ every process, in place, and sets the root logger's level.
 It does not shard a module, and a model is on one device.
 """
 
-import dataclasses
+from __future__ import annotations
+
 import functools
-import hashlib
-import json
 import logging
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,9 +61,9 @@ from kronfluence.utils.state import State
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.partition_files import (
     module_factors,
     module_folder,
@@ -71,9 +71,13 @@ from ifguide.influence.partition_files import (
     require_file,
     sum_partitions,
 )
-from ifguide.models import next_token_nll, predicted_positions
+from ifguide.influence.query import ModuleFactors, load_factors
+from ifguide.models import next_token_nll, predicted_positions, tracked_modules
 
 logger = logging.getLogger(__name__)
+
+Step = Literal["covariance", "eigen", "lambda"]
+STEPS: tuple[Step, ...] = ("covariance", "eigen", "lambda")  # each needs all pieces of the one before it
 
 TOKEN_COUNTS = (NUM_ACTIVATION_COVARIANCE_PROCESSED, NUM_GRADIENT_COVARIANCE_PROCESSED)
 EXPORTED = (*EIGENDECOMPOSITION_FACTOR_NAMES, *LAMBDA_FACTOR_NAMES, *TOKEN_COUNTS)
@@ -123,227 +127,193 @@ class NextTokenTask(Task):
         return labels_BT
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class FactorSample:
-    """What the factors are fitted on, the same for every partition and both passes.
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """One of kronfluence's two passes over the sample; `stream` is of the labels that it draws."""
 
-    blocks_NT: int32 token ids, padded on the right; lengths_N: real tokens per block. Partition p of P has the
-    rows of `numpy.array_split`, and module partition m the modules of the same. `batch_size` is in blocks. `amp_dtype`
-    (bfloat16) runs the model under autocast.
-    Raises ValueError when the arrays do not fit together or there are fewer blocks than partitions.
+    names: tuple[str, ...]
+    path: Callable[..., Path]
+    fit: Callable[..., Any]
+    save: Callable[..., None]
+    stream: int
+
+
+COVARIANCE = _Sums(
+    names=tuple(COVARIANCE_FACTOR_NAMES),
+    path=kron_covariance.covariance_matrices_save_path,
+    fit=kron_covariance.fit_covariance_matrices_with_loader,
+    save=kron_covariance.save_covariance_matrices,
+    stream=0,
+)
+LAMBDA = _Sums(
+    names=tuple(LAMBDA_FACTOR_NAMES),
+    path=kron_eigen.lambda_matrices_save_path,
+    fit=kron_eigen.fit_lambda_matrices_with_loader,
+    save=kron_eigen.save_lambda_matrices,
+    stream=1,
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EkfacFit:
+    """One fit in `STEPS`: covariances of each partition, eigenvectors of each module, lambdas of each partition; then
+    `finish`. The pieces of a step may be done in any order and by any process; `workdir` is where they meet, and is of
+    one model alone. `module_names` are all that are fitted, in the model's order.
+
+    A piece returns the files it published. A partition that is in `workdir` already is kept; ValueError if it is of
+    another sample, seed or partition count. A step whose predecessor is missing raises FileNotFoundError, naming the
+    file.
     """
 
-    blocks_NT: np.ndarray
-    lengths_N: np.ndarray
-    num_partitions: int
-    batch_size: int
-    seed: int
-    use_empirical_fisher: bool = False
-    amp_dtype: torch.dtype | None = None
-    module_partitions: int = 1
+    model: PreTrainedModel
+    sample: FactorSample
+    module_names: Sequence[str]
+    workdir: Path
 
-    def __post_init__(self) -> None:
-        if self.blocks_NT.ndim != 2 or self.lengths_N.shape != (len(self.blocks_NT),):
-            raise ValueError(
-                f"blocks {self.blocks_NT.shape} and lengths {self.lengths_N.shape} do not fit: (N, T) and (N,)"
+    def covariances(self, partition: int, module_partition: int = 0) -> list[Path]:
+        """Sum a a^T and g g^T over one partition of data and modules."""
+        return self._sum(COVARIANCE, partition, module_partition)
+
+    def eigenvectors(self, module_name: str) -> list[Path]:
+        """Q_A and Q_S of one module, of its partitions' sums added in order. On the model's device."""
+        part = self.sample.module_partition(self.module_names, module_name)
+        partitions = [(partition, part) for partition in range(self.sample.num_partitions)]
+        covariances = sum_partitions(self.workdir, COVARIANCE.path, COVARIANCE.names, partitions, only=module_name)
+        with _tracking(self.model, NextTokenTask([module_name])) as state:
+            factors = kron_eigen.perform_eigendecomposition(
+                covariance_factors=covariances,
+                model=self.model,
+                state=state,
+                factor_args=_arguments(self.sample, self.model),
+                disable_tqdm=True,
             )
-        if not 1 <= self.num_partitions <= len(self.blocks_NT):
-            raise ValueError(
-                f"{self.num_partitions} partitions of {len(self.blocks_NT)} blocks; lower data_partitions, "
-                "or sample more blocks"
+
+        def save(output_dir: Path) -> None:
+            counts = {name: covariances[name] for name in TOKEN_COUNTS}
+            for name, factor in {**factors, **counts}.items():
+                save_file(factor, output_dir / f"{name}.safetensors")
+
+        return publish_files(module_folder(self.workdir, module_name), save)
+
+    def lambdas(self, partition: int, module_partition: int = 0) -> list[Path]:
+        """Sum (Q_S^T G Q_A)^2 over one partition of data and modules."""
+        return self._sum(LAMBDA, partition, module_partition)
+
+    def gather_eigenvectors(self) -> None:
+        """The modules' eigenvectors and token counts in kronfluence's files of all modules, and its arguments."""
+        arguments = _arguments(self.sample, self.model).to_dict()
+
+        def save(output_dir: Path) -> None:
+            for name in (*EIGENDECOMPOSITION_FACTOR_NAMES, *TOKEN_COUNTS):
+                save_file(module_factors(self.workdir, name, self.module_names), output_dir / f"{name}.safetensors")
+            save_json(arguments, output_dir / "factor_arguments.json")
+
+        publish_files(self.workdir, save)
+
+    def aggregate_lambdas(self) -> None:
+        """Add the partitions' sums, in order."""
+        factors = sum_partitions(self.workdir, LAMBDA.path, LAMBDA.names, self.sample.partitions)
+        publish_files(self.workdir, functools.partial(LAMBDA.save, factors=factors))
+
+    def export(self, out: Path) -> None:
+        """Copy to `out` what `load_factors` and kronfluence's Analyzer read, and the numbers of tokens behind A and S.
+        The covariances and the partitions stay behind."""
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("factor_arguments.json", *(f"{factor}.safetensors" for factor in EXPORTED)):
+            shutil.copyfile(require_file(self.workdir / name), out / name)
+
+    def finish(self, out: Path) -> None:
+        """Write the factors of all modules to `out`, once every partition is there."""
+        self.gather_eigenvectors()
+        self.aggregate_lambdas()
+        self.export(out)
+
+    def pieces(self, step: Step) -> int:
+        """Of how many pieces a step is: partitions, or modules."""
+        return len(self.module_names if step == "eigen" else self.sample.partitions)
+
+    def do(self, step: Step, index: int, *, keep: bool = True) -> list[Path]:
+        """One piece of a step, by its number; without `keep` it is done again where it is there."""
+        if step == "eigen":
+            return self.eigenvectors(self.module_names[index])
+        return self._sum(COVARIANCE if step == "covariance" else LAMBDA, *self.sample.partitions[index], keep=keep)
+
+    def run(self, out: Path) -> None:
+        """All steps, one after the other, and the factors in `out`."""
+        for step in STEPS:
+            for index in range(self.pieces(step)):
+                self.do(step, index)
+        self.finish(out)
+
+    def _sum(self, sums: _Sums, partition: int, module_partition: int, *, keep: bool = True) -> list[Path]:
+        """One pass over one partition; publishes its sums by rename."""
+        place = (partition, module_partition)
+        paths = [sums.path(self.workdir, name, partition=place) for name in sums.names]
+        if keep and _already_fitted(paths, self.sample):
+            return paths
+        names = self.sample.modules(self.module_names, module_partition)
+        eigenvectors: dict[str, Any] = {}
+        if sums is LAMBDA:
+            of_modules = {name: module_factors(self.workdir, name, names) for name in EIGENDECOMPOSITION_FACTOR_NAMES}
+            eigenvectors["eigen_factors"] = of_modules
+        task = NextTokenTask(names, seed=self.sample.seed, stream=sums.stream)
+        with _tracking(self.model, task) as state:
+            _, factors = sums.fit(
+                model=self.model,
+                state=state,
+                task=task,
+                loader=self.sample.loader(partition),
+                factor_args=_arguments(self.sample, self.model),
+                disable_tqdm=True,
+                **eigenvectors,
             )
-
-    def identity(self) -> str:
-        """Hex SHA-256 of all that decides a partition's values, for telling another sample's files apart."""
-        options = [
-            self.num_partitions,
-            self.module_partitions,
-            self.seed,
-            self.use_empirical_fisher,
-            str(self.amp_dtype),
-        ]
-        digest = hashlib.sha256(json.dumps([*options, self.blocks_NT.shape]).encode())
-        digest.update(np.ascontiguousarray(self.blocks_NT, dtype=np.int32).tobytes())
-        digest.update(np.ascontiguousarray(self.lengths_N, dtype=np.int64).tobytes())
-        return digest.hexdigest()
-
-    def modules(self, module_names: Sequence[str], module_partition: int) -> list[str]:
-        """The modules of a module partition, neighbours in the model. ValueError: more partitions than modules."""
-        if not 1 <= self.module_partitions <= len(module_names):
-            raise ValueError(
-                f"{self.module_partitions} module partitions of {len(module_names)} modules; lower"
-                " fit_factors.module_partitions"
-            )
-        chosen = np.array_split(np.arange(len(module_names)), self.module_partitions)[module_partition]
-        return [module_names[index] for index in chosen]
-
-    def module_partition(self, module_names: Sequence[str], module_name: str) -> int:
-        """The partition that a module is in."""
-        return next(m for m in range(self.module_partitions) if module_name in self.modules(module_names, m))
-
-    def loader(self, partition: int) -> DataLoader:
-        """Batches of one partition, in row order."""
-        rows = np.array_split(np.arange(len(self.blocks_NT)), self.num_partitions)[partition]
-
-        def collate(batch_rows: list[int]) -> dict[str, Tensor]:
-            return {
-                "input_ids": torch.from_numpy(self.blocks_NT[batch_rows].astype(np.int64)),
-                "lengths": torch.from_numpy(self.lengths_N[batch_rows].astype(np.int64)),
-                "rows": torch.tensor(batch_rows),
-            }
-
-        return DataLoader(rows.tolist(), batch_size=self.batch_size, collate_fn=collate)
-
-    def arguments(self, model: PreTrainedModel) -> FactorArguments:
-        """kronfluence's arguments: sums in float64 for a float64 model, else in float32."""
-        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        return FactorArguments(
-            use_empirical_fisher=self.use_empirical_fisher,
-            amp_dtype=self.amp_dtype,
-            covariance_max_examples=None,
-            covariance_data_partitions=self.num_partitions,
-            covariance_module_partitions=self.module_partitions,
-            activation_covariance_dtype=dtype,
-            gradient_covariance_dtype=dtype,
-            eigendecomposition_dtype=torch.float64,
-            lambda_max_examples=None,
-            lambda_data_partitions=self.num_partitions,
-            lambda_module_partitions=self.module_partitions,
-            per_sample_gradient_dtype=dtype,
-            lambda_dtype=dtype,
-        )
+        metadata = {"sample": self.sample.identity()}
+        save = functools.partial(sums.save, factors=factors, partition=place, metadata=metadata)
+        return publish_files(self.workdir, save)
 
 
-def fit_covariance_partition(
+def fit_factors(
     model: PreTrainedModel,
-    sample: FactorSample,
-    partition: int,
+    blocks_NT: np.ndarray,
+    lengths_N: np.ndarray,
     *,
-    module_names: Sequence[str],
-    workdir: Path,
-    module_partition: int = 0,
-) -> None:
-    """Sums a a^T and g g^T over one partition of data and modules and publishes them in `workdir` by rename.
+    module_names: Sequence[str] | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, ModuleFactors]:
+    """EK-FAC factors of `model` from blocks of text, fitted in this process.
 
-    A partition that is there already is kept; ValueError if it is of another sample, seed or partition count.
-    The caller keeps one `workdir` to one model.
+    blocks_NT: token ids, padded on the right; lengths_N: real tokens of each block. module_names: None is every tracked
+    module (`tracked_modules`; bring the model to plain linear layers with `linearise` first). batch_size: blocks at a
+    time; it changes the factors by float noise only. Raises ValueError when blocks and lengths do not fit together, or
+    too little of the model can be tracked.
     """
-    path_of = functools.partial(
-        kron_covariance.covariance_matrices_save_path, workdir, partition=(partition, module_partition)
+    sample = FactorSample(blocks_NT=blocks_NT, lengths_N=lengths_N, num_partitions=1, batch_size=batch_size, seed=seed)
+    names = tracked_modules(model).names if module_names is None else module_names
+    with tempfile.TemporaryDirectory(prefix="ifguide-factors-") as folder:
+        work, out = Path(folder) / "work", Path(folder) / "factors"
+        EkfacFit(model=model, sample=sample, module_names=names, workdir=work).run(out)
+        return load_factors(out, names)
+
+
+def _arguments(sample: FactorSample, model: PreTrainedModel) -> FactorArguments:
+    """kronfluence's arguments: sums in float64 for a float64 model, else in float32."""
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    return FactorArguments(
+        use_empirical_fisher=sample.use_empirical_fisher,
+        amp_dtype=sample.amp_dtype,
+        covariance_max_examples=None,
+        covariance_data_partitions=sample.num_partitions,
+        covariance_module_partitions=sample.module_partitions,
+        activation_covariance_dtype=dtype,
+        gradient_covariance_dtype=dtype,
+        eigendecomposition_dtype=torch.float64,
+        lambda_max_examples=None,
+        lambda_data_partitions=sample.num_partitions,
+        lambda_module_partitions=sample.module_partitions,
+        per_sample_gradient_dtype=dtype,
+        lambda_dtype=dtype,
     )
-    if _already_fitted(path_of, COVARIANCE_FACTOR_NAMES, sample):
-        return
-    names = sample.modules(module_names, module_partition)
-    task = NextTokenTask(names, seed=sample.seed, stream=0)
-    with _tracking(model, task) as state:
-        _, factors = kron_covariance.fit_covariance_matrices_with_loader(
-            model=model,
-            state=state,
-            task=task,
-            loader=sample.loader(partition),
-            factor_args=sample.arguments(model),
-            disable_tqdm=True,
-        )
-    save = functools.partial(
-        kron_covariance.save_covariance_matrices,
-        factors=factors,
-        partition=(partition, module_partition),
-        metadata={"sample": sample.identity()},
-    )
-    publish_files(workdir, save)
-
-
-def eigendecompose(
-    model: PreTrainedModel, sample: FactorSample, module_name: str, *, module_names: Sequence[str], workdir: Path
-) -> None:
-    """Q_A and Q_S of one module, of its partitions' sums added in order. On the model's device.
-
-    FileNotFoundError names a partition that is missing."""
-    part = sample.module_partition(module_names, module_name)
-    partitions = [(partition, part) for partition in range(sample.num_partitions)]
-    path_function = kron_covariance.covariance_matrices_save_path
-    covariances = sum_partitions(workdir, path_function, COVARIANCE_FACTOR_NAMES, partitions, only=module_name)
-    with _tracking(model, NextTokenTask([module_name])) as state:
-        factors = kron_eigen.perform_eigendecomposition(
-            covariance_factors=covariances,
-            model=model,
-            state=state,
-            factor_args=sample.arguments(model),
-            disable_tqdm=True,
-        )
-
-    def save(output_dir: Path) -> None:
-        counts = {name: covariances[name] for name in TOKEN_COUNTS}
-        for name, factor in {**factors, **counts}.items():
-            save_file(factor, output_dir / f"{name}.safetensors")
-
-    publish_files(module_folder(workdir, module_name), save)
-
-
-def gather_eigenvectors(
-    model: PreTrainedModel, sample: FactorSample, *, module_names: Sequence[str], workdir: Path
-) -> None:
-    """The modules' eigenvectors and token counts in kronfluence's files of all modules, and its factor_arguments.json.
-
-    FileNotFoundError names a module's file that is missing."""
-    arguments = sample.arguments(model).to_dict()
-
-    def save(output_dir: Path) -> None:
-        for name in (*EIGENDECOMPOSITION_FACTOR_NAMES, *TOKEN_COUNTS):
-            save_file(module_factors(workdir, name, module_names), output_dir / f"{name}.safetensors")
-        save_json(arguments, output_dir / "factor_arguments.json")
-
-    publish_files(workdir, save)
-
-
-def fit_lambda_partition(
-    model: PreTrainedModel,
-    sample: FactorSample,
-    partition: int,
-    *,
-    module_names: Sequence[str],
-    workdir: Path,
-    module_partition: int = 0,
-) -> None:
-    """Sums (Q_S^T G Q_A)^2 over one partition; publishes, keeps and refuses as `fit_covariance_partition`."""
-    path_of = functools.partial(kron_eigen.lambda_matrices_save_path, workdir, partition=(partition, module_partition))
-    if _already_fitted(path_of, LAMBDA_FACTOR_NAMES, sample):
-        return
-    names = sample.modules(module_names, module_partition)
-    eigen_factors = {name: module_factors(workdir, name, names) for name in EIGENDECOMPOSITION_FACTOR_NAMES}
-    task = NextTokenTask(names, seed=sample.seed, stream=1)
-    with _tracking(model, task) as state:
-        _, factors = kron_eigen.fit_lambda_matrices_with_loader(
-            model=model,
-            state=state,
-            task=task,
-            loader=sample.loader(partition),
-            factor_args=sample.arguments(model),
-            eigen_factors=eigen_factors,
-            disable_tqdm=True,
-        )
-    save = functools.partial(
-        kron_eigen.save_lambda_matrices,
-        factors=factors,
-        partition=(partition, module_partition),
-        metadata={"sample": sample.identity()},
-    )
-    publish_files(workdir, save)
-
-
-def aggregate_lambdas(workdir: Path, *, num_partitions: int, module_partitions: int = 1) -> None:
-    """Adds the partitions' sums, in order. FileNotFoundError names a partition that is missing."""
-    partitions = [(partition, m) for partition in range(num_partitions) for m in range(module_partitions)]
-    factors = sum_partitions(workdir, kron_eigen.lambda_matrices_save_path, LAMBDA_FACTOR_NAMES, partitions)
-    publish_files(workdir, functools.partial(kron_eigen.save_lambda_matrices, factors=factors))
-
-
-def export_factors(workdir: Path, out_dir: Path) -> None:
-    """Copies the aggregated files to `out_dir`: what `load_factors` and kronfluence's Analyzer read, and the
-    numbers of tokens behind A and S. The covariances and the partitions stay behind."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("factor_arguments.json", *(f"{factor}.safetensors" for factor in EXPORTED)):
-        shutil.copyfile(require_file(workdir / name), out_dir / name)
 
 
 @contextmanager
@@ -383,8 +353,7 @@ def _unwrap(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(parent_name), child_name, module.original_module)
 
 
-def _already_fitted(path_of: Callable[[str], Path], names: Sequence[str], sample: FactorSample) -> bool:
-    paths = [path_of(name) for name in names]
+def _already_fitted(paths: Sequence[Path], sample: FactorSample) -> bool:
     if not all(path.is_file() for path in paths):
         return False
     for path in paths:

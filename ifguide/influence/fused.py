@@ -7,7 +7,7 @@ and Triton on a GPU) with the functions below in its graph; products and attenti
 compiled: with symbolic ones every view of pairs is a division to reason about. The softmax of attention and the sum of
 the LM head are kernels of their own.
 
-Compiled or not changes the last bits of a score: a run decides once (`stages/scoring_method.py`).
+Compiled or not changes the last bits of a score: a run decides once (`influence.decision`).
 """
 
 import functools

@@ -49,13 +49,13 @@ def module_factors(workdir: Path, name: str, module_names: Sequence[str]) -> dic
     return {module: load_file(path)[module] for module, path in zip(module_names, paths, strict=True)}
 
 
-def publish_files(workdir: Path, save: Callable[..., None]) -> None:
-    """Runs `save(output_dir=...)` in a private folder beside the others', then renames each file into place."""
+def publish_files(workdir: Path, save: Callable[..., None]) -> list[Path]:
+    """Run `save(output_dir=...)` in a private folder beside the others', then rename each file into place; returns
+    where they are."""
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workdir, prefix=".part-") as folder:
         save(output_dir=Path(folder))
-        for path in sorted(Path(folder).iterdir()):
-            path.replace(workdir / path.name)
+        return [path.replace(workdir / path.name) for path in sorted(Path(folder).iterdir())]
 
 
 def require_file(path: Path) -> Path:

@@ -84,6 +84,19 @@ def tokenise_query(
     return TokenisedQuery(token_ids=(*context, *answer), completion_start=len(context))
 
 
+def differential_weights(positive: Sequence[bool]) -> list[float]:
+    """The weight of each query in the differential gradient, by whether it is of the positive set: 1 / n of the n
+    positive ones, -1 / m of the m negative ones. Without negative ones it is the mean of the positive ones.
+
+    Raises ValueError when none is positive.
+    """
+    n = sum(positive)
+    if not n:
+        raise ValueError("no positive query: a direction needs completions that show the behaviour")
+    m = len(positive) - n
+    return [1 / n if kind else -1 / m for kind in positive]
+
+
 def mean_completion_gradient(
     model: PreTrainedModel,
     names: Sequence[str],

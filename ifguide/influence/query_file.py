@@ -1,4 +1,4 @@
-"""The queries behind a direction, kept beside it: `queries.jsonl`, one (prompt, completion) a line with its set."""
+"""What the artifact `query/` holds: the direction V, and the queries behind it, one (prompt, completion) a line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ifguide.artifacts import write_text
+from safetensors.torch import load_file
+from torch import Tensor
 
-QUERIES = "queries.jsonl"
+from ifguide.artifacts import verified, write_text
+from ifguide.storage import local_copy
+
+DIRECTION, QUERIES = "direction.safetensors", "queries.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +48,12 @@ def read_queries(folder: Path) -> list[QueryRow]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: not a query ({error}); build the query again") from error
     return rows
+
+
+def read_direction(folder: Path) -> dict[str, Tensor]:
+    """V of the query artifact in `folder`, float32 per tracked module.
+
+    Raises:
+        FileNotFoundError: the artifact is missing or unfinished. ValueError: the file has changed since; names it.
+    """
+    return load_file(local_copy(verified(folder, DIRECTION)))

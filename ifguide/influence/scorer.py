@@ -22,8 +22,7 @@ at full rank in float32). Nothing of the size (tokens, vocabulary) is ever held.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,30 +33,8 @@ from ifguide.influence.backward import BackwardEngine
 from ifguide.influence.difference import DifferenceEngine
 from ifguide.influence.directions import energy_report, split_directions
 from ifguide.influence.forward import ForwardEngine
+from ifguide.influence.method import PRESETS, Attribution, Method
 from ifguide.models import predicted_positions
-
-Attribution = Literal["target", "position"]
-EngineName = Literal["forward", "difference"]
-Precision = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """How scores are computed. `rank` None is full rank. `engine` is of `target`; `position` has one only.
-    `precision` is of the matrix products: sums, norms, softmax and the streams between are float32.
-    `fused`: compile the element-wise work of `difference` in bfloat16, where `fused.can_fuse`."""
-
-    engine: EngineName
-    precision: Precision
-    rank: int | None
-    fused: bool = False
-
-
-PRESETS = {
-    "exact": Method(engine="forward", precision="float32", rank=None),
-    # Full rank: at rank 64 a V of 30M random weights kept .67 of its energy, and .88 of the top 1% (bench/LOG.md).
-    "fast": Method(engine="difference", precision="bfloat16", rank=None, fused=True),
-}
 
 
 class Engine(Protocol):

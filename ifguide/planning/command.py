@@ -12,7 +12,8 @@ from typing import Any
 from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import Config, ConfigError, load_config
 from ifguide.hardware import Hardware, hardware
-from ifguide.planning.estimate import estimate, scoring_method, scoring_rates
+from ifguide.influence.method import chosen_method
+from ifguide.planning.estimate import estimate, scoring_rates
 from ifguide.planning.job import Job, StageEstimate
 from ifguide.planning.measurements import sources
 from ifguide.planning.models import proxy_shape, target_shape
@@ -63,7 +64,7 @@ def plan(
         "price_per_hour": price_per_hour,
         "proxy": _model(job.proxy),
         "target": _model(job.target),
-        "method": asdict(scoring_method(config)),
+        "method": asdict(chosen_method(config.score_corpus)),
         "scoring_tokens_per_second_per_actor": {"expected": expected, "low": low, "high": high},
         "stages": [_stage(item, price_per_hour) for item in stages],
         "total": _total(stages, price_per_hour),

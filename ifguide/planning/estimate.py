@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 
-from ifguide.config import Config
 from ifguide.influence.memory import USABLE, estimate_memory
-from ifguide.influence.scorer import PRESETS, Method
+from ifguide.influence.method import chosen_method
 from ifguide.planning import flops
 from ifguide.planning.job import Job, Pass, StageEstimate, by_core, computed, rows
 from ifguide.planning.measurements import efficiency, rates
@@ -35,17 +34,9 @@ def estimate(job: Job) -> list[StageEstimate]:
     ]
 
 
-def scoring_method(config: Config) -> Method:
-    """The preset with what is set alone."""
-    scoring = config.score_corpus
-    preset = PRESETS[scoring.preset]
-    rank = preset.rank if scoring.rank is None else scoring.rank or None
-    return Method(engine=scoring.engine or preset.engine, precision=scoring.precision or preset.precision, rank=rank)
-
-
 def scoring_rates(job: Job) -> tuple[float, float, float]:
     """Tokens a second of one scoring actor: expected, low, high."""
-    config, method = job.config.score_corpus, scoring_method(job.config)
+    config, method = job.config.score_corpus, chosen_method(job.config.score_corpus)
     device = job.device(config.resources.gpus)
     found = efficiency("score", device, method.precision, job.proxy.tracked)
     peak = device.peak(method.precision) * (config.resources.gpus or config.resources.cpus)
@@ -60,7 +51,7 @@ def _scoring_flop(job: Job) -> float:
         job.proxy,
         job.block,
         attribution=config.attribution,
-        method=scoring_method(job.config),
+        method=chosen_method(job.config.score_corpus),
         behaviours=1 + len(config.queries),
     )
 
@@ -132,7 +123,7 @@ def _build_query(job: Job) -> StageEstimate:
 
 
 def _score_corpus(job: Job) -> StageEstimate:
-    config, proxy, method = job.config.score_corpus, job.proxy, scoring_method(job.config)
+    config, proxy, method = job.config.score_corpus, job.proxy, chosen_method(job.config.score_corpus)
     device = job.device(config.resources.gpus)
     behaviours = 1 + len(config.queries)
     memory = estimate_memory(

@@ -6,7 +6,7 @@ pass twice, or once for the linear maps where no weight gradient is wanted.
 
 from __future__ import annotations
 
-from ifguide.influence.scorer import Attribution, Method
+from ifguide.influence.method import Attribution, Method
 from ifguide.shapes import ModelShape
 
 EIGEN_FLOP = 9.0  # n^3 of these for a symmetric eigendecomposition with vectors: tridiagonal reduction, QR, vectors

@@ -6,31 +6,31 @@ the result does not depend on the number of workers; the sum is preconditioned w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import ray
-import torch
-from safetensors.torch import load_file, save_file
-
-from ifguide.artifacts import MANIFEST, Manifest, file_digest, publish, require, require_same
-from ifguide.config import ConfigError, to_mapping
-from ifguide.distributed.session import require_resources
+from ifguide.artifacts import MANIFEST, Manifest, file_digest, require, require_same
+from ifguide.config import ConfigError
+from ifguide.config.resources import ONE_CPU
+from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
-from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
-from ifguide.influence.query_file import QUERIES, QueryRow, read_queries, write_queries
-from ifguide.interchange import check_factors
+from ifguide.distributed.tasks import run_task
+from ifguide.influence.proxy import ProxyFacts, describe_proxy
+from ifguide.influence.query_file import DIRECTION, QUERIES, QueryRow, write_queries
+from ifguide.influence.query_worker import (
+    PARTIAL,
+    FactorsFolder,
+    QueryPart,
+    QuerySettings,
+    SumGradients,
+    precondition_parts,
+)
+from ifguide.interchange import check_proxy_factors
 from ifguide.run import Run
-from ifguide.stages.proxy import ProxyFacts, describe_proxy, load_proxy
-from ifguide.storage import local_copy, location
+from ifguide.storage import location
 from ifguide.telemetry import log
-from ifguide.tokenizer import load_tokenizer
-from ifguide.toxicity import make_classifier, read_prompt_rows, select_queries
+from ifguide.toxicity import choose_queries, read_prompt_rows
 
 VERB = "build_query"
-DIRECTION = "direction.safetensors"
-PARTIAL = "partial"
 
 
 def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -53,7 +53,11 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     read_prompt_rows(config.prompts, "build_query.prompts")
     if config.factors is None:
         require(run.factors, "fit_factors")
-    proxy = describe_proxy(run, VERB)
+    run.require_proxy()
+    connect(run.config.cluster)
+    block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
+    proxy = run_task(describe_proxy, run.proxy_source, block_size, min_coverage, resources=ONE_CPU)
+    log(VERB, str(proxy))
     factors = _require_factors(run, proxy)
     inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint}
     artifact = run.open(run.query, VERB, keys=("build_query", "tokenizer", "seed"), inputs=inputs)
@@ -62,21 +66,20 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return artifact.manifest
     require_resources(run.config.cluster, VERB, config.resources)
     summary = _select(run)
-    pool = Pool(size=config.partitions, resources=config.resources)
-    settings = {
-        "folder": str(run.query),
-        "proxy": to_mapping(run.proxy_source),
-        "tokenizer": run.config.tokenizer_source,
-        "module_names": list(proxy.module_names),
-        "options": to_mapping(config),
-        "gpus": config.resources.gpus,
-    }
+    settings = QuerySettings(
+        folder=run.query,
+        proxy=run.proxy_source,
+        tokenizer=run.config.tokenizer_source,
+        module_names=proxy.module_names,
+        options=config,
+    )
     # Prompts that were edited since an interrupted run, or classified otherwise, make other queries.
     queries = file_digest(run.query / QUERIES)[:16]
-    descriptors = [{"key": f"part-{i:04d}-{queries}", "partition": i} for i in range(config.partitions)]
+    parts = [QueryPart(key=f"part-{i:04d}-{queries}", partition=i) for i in range(config.partitions)]
+    pool = Pool(size=config.partitions, resources=config.resources)
     results = run_shards(
         VERB,
-        descriptors,
+        parts,
         SumGradients,
         settings,
         folder=run.query,
@@ -85,11 +88,9 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     )
     used = sum(result["queries"] for result in results.values())
     assert used == summary["positive"] + summary["negative"], (used, summary)
-    task = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_precondition)
-    norms = ray.get(task.remote(str(run.query), factors, list(results), to_mapping(config)))
-    files = [run.query / DIRECTION, run.query / QUERIES]
+    norms = run_task(precondition_parts, run.query, factors, parts, config, resources=config.resources)
     manifest = artifact.finish(
-        files,
+        [run.query / DIRECTION, run.query / QUERIES],
         rows={"queries": used, "modules": len(norms)},
         summary={**summary, "direction_norm": norms},
         remove=(LEDGER, PARTIAL),
@@ -98,16 +99,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     return manifest
 
 
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """A folder of factors; `names`: module of the proxy -> its name in the files."""
-
-    folder: Path
-    fingerprint: str
-    names: dict[str, str]
-
-
-def _require_factors(run: Run, proxy: ProxyFacts) -> Factors:
+def _require_factors(run: Run, proxy: ProxyFacts) -> FactorsFolder:
     """The factors to precondition with: an artifact, of this run or another, or a folder of kronfluence's."""
     named = run.config.build_query.factors
     folder = run.factors if named is None else location(named)
@@ -121,110 +113,27 @@ def _require_factors(run: Run, proxy: ProxyFacts) -> Factors:
             "fit the factors of this proxy, or name the factors' own",
         )
         names = {name: name for name in proxy.module_names}
-        return Factors(folder=folder, fingerprint=manifest.fingerprint, names=names)
-    task = ray.remote(num_cpus=1)(_check_factors)
-    fingerprint, names = ray.get(task.remote(str(folder), to_mapping(run.proxy_source), proxy.module_names))
+        return FactorsFolder(folder=folder, fingerprint=manifest.fingerprint, names=names)
+    fingerprint, names = run_task(check_proxy_factors, folder, run.proxy_source, proxy.module_names, resources=ONE_CPU)
     log(VERB, f"factors of {len(names)} modules from {folder}; it does not say of which weights they are")
-    return Factors(folder=folder, fingerprint=fingerprint, names=names)
-
-
-def _check_factors(folder: str, proxy: dict[str, Any], names: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    model = load_proxy(proxy, gpus=0)
-    shapes = {}
-    for name in names:
-        module = model.get_submodule(name)
-        assert isinstance(module, torch.nn.Linear), name
-        shapes[name] = (module.out_features, module.in_features + (module.bias is not None))
-    return check_factors(local_copy(folder), shapes)
+    return FactorsFolder(folder=folder, fingerprint=fingerprint, names=names)
 
 
 def _select(run: Run) -> dict[str, Any]:
-    """Classify and choose the queries in a task; publishes them as JSONL, with their scores."""
+    """Classify and choose the queries in a task; publishes them, and returns the counts for the manifest."""
     config = run.config.build_query
-    task = ray.remote(num_cpus=config.resources.cpus, num_gpus=config.resources.gpus)(_select_rows)
-    rows, summary = ray.get(task.remote(run.config))
-    write_queries(run.query, rows)
-    log(VERB, f"classified with {config.classifier.name}: {summary}")
-    return summary
-
-
-def _select_rows(config: Any) -> tuple[list[QueryRow], dict[str, Any]]:
-    options = config.build_query
-    rows = read_prompt_rows(options.prompts, "build_query.prompts")
-    classifier = make_classifier(options.classifier, gpus=options.resources.gpus)
-    sets = select_queries(
-        rows,
-        classifier,
-        positive_threshold=options.positive_threshold,
-        negative_threshold=options.negative_threshold,
-        max_positive=options.max_positive,
-        max_negative=options.max_negative,
-        seed=config.seed,
-    )
+    sets = run_task(choose_queries, config, run.config.seed, resources=config.resources)
     used = [(True, sets.positive, sets.positive_scores)]
-    if options.differential:
+    if config.differential:
         used.append((False, sets.negative, sets.negative_scores))
     queries = [
         QueryRow(row=row.row, positive=positive, score=score, prompt=row.prompt, completion=row.continuation)
         for positive, chosen, scores in used
         for row, score in zip(chosen, scores, strict=True)
     ]
+    write_queries(run.query, queries)
     counts = {name: getattr(sets, name) for name in ("positive_rows", "negative_rows", "undecided", "unusable")}
-    negative = len(queries) - len(sets.positive)
-    return queries, {"rows": len(rows), "positive": len(sets.positive), "negative": negative, **counts}
-
-
-class SumGradients:
-    """Worker: the weighted gradient sum of one partition of the queries."""
-
-    def __init__(
-        self,
-        folder: str,
-        proxy: dict[str, Any],
-        tokenizer: str,
-        module_names: list[str],
-        options: dict[str, Any],
-        gpus: float,
-    ):
-        self.folder, self.names, self.options = location(folder), module_names, options
-        self.model = load_proxy(proxy, gpus=gpus)
-        self.tokenizer = load_tokenizer(tokenizer)
-
-    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        rows = read_queries(self.folder)
-        positive = sum(row.positive for row in rows)
-        negative = len(rows) - positive
-        weight = {True: 1 / positive, False: -1 / negative if negative else 0.0}
-        mine = rows[descriptor["partition"] :: self.options["partitions"]]
-        queries = [
-            tokenise_query(self.tokenizer, row.prompt, row.completion, max_tokens=self.options["max_tokens"])
-            for row in mine
-        ]
-        gradient = mean_completion_gradient(
-            self.model,
-            self.names,
-            queries,
-            [weight[row.positive] for row in mine],
-            batch_tokens=self.options["batch_tokens"],
-        )
-        with publish(self.folder / PARTIAL / f"{descriptor['key']}.safetensors") as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in gradient.items()}, part)
-        return {"queries": len(queries), "tokens": sum(len(query.token_ids) for query in queries)}
-
-
-def _precondition(folder: str, factors: Factors, parts: list[str], options: dict[str, Any]) -> dict[str, float]:
-    """Add the partial sums in order, precondition, publish V; returns the norm of V per module."""
-    total: dict[str, torch.Tensor] = {}
-    for key in parts:
-        for name, tensor in load_file(local_copy(location(folder) / PARTIAL / f"{key}.safetensors")).items():
-            total[name] = total[name] + tensor if name in total else tensor
-    loaded = load_factors(local_copy(factors.folder), [factors.names[name] for name in total])
-    direction = precondition(
-        total,
-        {name: loaded[factors.names[name]] for name in total},
-        damping=options["damping"],
-        damping_scale=options["damping_scale"],
-    )
-    with publish(location(folder) / DIRECTION) as part:
-        save_file({name: tensor.contiguous() for name, tensor in sorted(direction.items())}, part)
-    return {name: float(tensor.norm()) for name, tensor in direction.items()}
+    positive = len(sets.positive)
+    summary = {"rows": sum(counts.values()), "positive": positive, "negative": len(queries) - positive, **counts}
+    log(VERB, f"classified with {config.classifier.name}: {summary}")
+    return summary

@@ -20,7 +20,7 @@ from ifguide.toxicity.prompts import (
     read_prompt_rows,
     read_prompts,
 )
-from ifguide.toxicity.queries import QuerySets, select_queries
+from ifguide.toxicity.queries import QuerySets, choose_queries, select_queries
 
 __all__ = [
     "CLASSIFIERS",
@@ -34,6 +34,7 @@ __all__ = [
     "QuerySets",
     "SequenceClassifier",
     "WordListClassifier",
+    "choose_queries",
     "load_classifier",
     "make_classifier",
     "read_grouped_prompts",

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ifguide.toxicity.classifiers import Classifier, LabelClassifier
-from ifguide.toxicity.prompts import PromptRow
+from ifguide.config import BuildQuery
+from ifguide.toxicity.classifiers import Classifier, LabelClassifier, make_classifier
+from ifguide.toxicity.prompts import PromptRow, read_prompt_rows
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,21 @@ def _choose(indices: list[int], rows: Sequence[PromptRow], maximum: int, seed: i
         return hashlib.sha256(f"{seed}:{rows[index].row}".encode()).digest()
 
     return sorted(sorted(indices, key=draw)[:maximum], key=lambda index: rows[index].row)
+
+
+def choose_queries(options: BuildQuery, seed: int) -> QuerySets:
+    """The query sets of the configured prompts, by the configured classifier; as `select_queries`."""
+    assert options.prompts is not None
+    rows = read_prompt_rows(options.prompts, "build_query.prompts")
+    return select_queries(
+        rows,
+        make_classifier(options.classifier, gpus=options.resources.gpus),
+        positive_threshold=options.positive_threshold,
+        negative_threshold=options.negative_threshold,
+        max_positive=options.max_positive,
+        max_negative=options.max_negative,
+        seed=seed,
+    )
 
 
 def select_queries(

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide.config import ModelSource
-from ifguide.influence.factors import export_factors
+from ifguide.influence.method import Attribution
 from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient
-from ifguide.influence.scorer import Attribution, TokenScorer
+from ifguide.influence.scorer import TokenScorer
 from ifguide.models import linearise, load_model, tracked_modules
 from tests.reference import oracles
 from tests.reference.test_influence import fit_factors, random_directions
@@ -138,8 +138,7 @@ def test_the_query_gradient_of_a_linearised_model_is_autograds_of_the_original()
 def test_factors_are_of_every_tracked_module_and_of_sequences(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, dtype=torch.float64)
     names = tracked_modules(model).names
-    workdir, sample = fit_factors(model, tmp_path / "work", empirical=True)
-    export_factors(workdir, tmp_path / "out")
+    sample = fit_factors(model, tmp_path, empirical=True).sample
     factors = load_factors(tmp_path / "out")
     assert set(factors) == set(names)
     gradients = oracles.sequence_gradients(model, names, *as_tensors(sample.blocks_NT, sample.lengths_N))

@@ -16,18 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ifguide.influence.factors import (
-    FactorSample,
-    aggregate_lambdas,
-    eigendecompose,
-    export_factors,
-    fit_covariance_partition,
-    fit_lambda_partition,
-    gather_eigenvectors,
-)
+from ifguide.influence.factor_sample import FactorSample
+from ifguide.influence.factors import EkfacFit
+from ifguide.influence.method import Attribution
 from ifguide.influence.partition_files import sum_partitions
 from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient, precondition
-from ifguide.influence.scorer import Attribution, TokenScorer
+from ifguide.influence.scorer import TokenScorer
 from ifguide.models import tracked_modules
 from tests.reference import oracles
 from tests.tiny import as_tensors, random_blocks, tiny_model
@@ -47,9 +41,8 @@ def random_directions(model: PreTrainedModel, *, seed: int = 1) -> dict[str, Ten
     return directions
 
 
-def fit_factors(
-    model: PreTrainedModel, workdir: Path, *, num_partitions: int = 1, empirical: bool = False
-) -> tuple[Path, FactorSample]:
+def fit_factors(model: PreTrainedModel, folder: Path, *, num_partitions: int = 1, empirical: bool = False) -> EkfacFit:
+    """A finished fit: its partitions in `folder`/work, the factors in `folder`/out."""
     blocks_NT, lengths_N = random_blocks(6, LENGTH, seed=3)
     sample = FactorSample(
         blocks_NT=blocks_NT,
@@ -60,15 +53,9 @@ def fit_factors(
         use_empirical_fisher=empirical,
     )
     names = tracked_modules(model).names
-    for partition in range(num_partitions):
-        fit_covariance_partition(model, sample, partition, module_names=names, workdir=workdir)
-    for name in names:
-        eigendecompose(model, sample, name, module_names=names, workdir=workdir)
-    gather_eigenvectors(model, sample, module_names=names, workdir=workdir)
-    for partition in range(num_partitions):
-        fit_lambda_partition(model, sample, partition, module_names=names, workdir=workdir)
-    aggregate_lambdas(workdir, num_partitions=num_partitions)
-    return workdir, sample
+    fit = EkfacFit(model=model, sample=sample, module_names=names, workdir=folder / "work")
+    fit.run(folder / "out")
+    return fit
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
@@ -222,16 +209,15 @@ def kronfluence_position_scores(
 def test_position_is_kronfluences_per_token_score(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, dtype=torch.float64)
     names = tracked_modules(model).names
-    workdir, _ = fit_factors(model, tmp_path / "work")
-    export_factors(workdir, tmp_path / "factors")
+    fit_factors(model, tmp_path)
     gradient = mean_completion_gradient(model, names, QUERIES, WEIGHTS, batch_tokens=16)
-    directions = precondition(gradient, load_factors(tmp_path / "factors", names))
+    directions = precondition(gradient, load_factors(tmp_path / "out", names))
     tokens_BT, lengths_B = as_tensors(*random_blocks(4, LENGTH))
     ours_BT = TokenScorer(model, directions, attribution="position").score(tokens_BT, lengths_B)
 
     train = [(tuple(tokens[:n].tolist()), 1) for tokens, n in zip(tokens_BT, lengths_B.tolist(), strict=True)]
     fresh = tiny_model(family, dtype=torch.float64)
-    theirs_QBT = kronfluence_position_scores(fresh, tmp_path / "factors", tmp_path, train)
+    theirs_QBT = kronfluence_position_scores(fresh, tmp_path / "out", tmp_path, train)
     theirs_BT = torch.einsum("q,qbt->bt", torch.tensor(WEIGHTS, dtype=torch.float64), theirs_QBT.double())
     # Theirs at t predicts label t + 1; ours is label-aligned. Their last real position is exactly 0.
     undone_BT = F.pad(ours_BT[:, 1:], (0, 1))
@@ -245,15 +231,14 @@ def test_position_is_kronfluences_per_token_score(family: str, tmp_path: Path) -
 def test_factors_are_the_explicit_covariances_and_second_moments(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, dtype=torch.float64)
     names = tracked_modules(model).names
-    workdir, sample = fit_factors(model, tmp_path / "work", empirical=True)
-    export_factors(workdir, tmp_path / "out")
-    blocks_NT, lengths_N = as_tensors(sample.blocks_NT, sample.lengths_N)
+    fit = fit_factors(model, tmp_path, empirical=True)
+    blocks_NT, lengths_N = as_tensors(fit.sample.blocks_NT, fit.sample.lengths_N)
     gradients = oracles.sequence_gradients(model, names, blocks_NT, lengths_N)
     factors = load_factors(tmp_path / "out")
     assert set(factors) == set(names)
     partition = "data_partition0_module_partition0.safetensors"
-    activation = load_file(workdir / f"activation_covariance_{partition}")
-    gradient = load_file(workdir / f"gradient_covariance_{partition}")
+    activation = load_file(fit.workdir / f"activation_covariance_{partition}")
+    gradient = load_file(fit.workdir / f"gradient_covariance_{partition}")
     eigenvalues = {
         side: load_file(tmp_path / "out" / f"{side}_eigenvalues.safetensors") for side in ("activation", "gradient")
     }
@@ -274,8 +259,8 @@ def test_factors_are_the_explicit_covariances_and_second_moments(family: str, tm
 
 def test_partitions_add_up_to_the_whole(tmp_path: Path) -> None:
     model = tiny_model("gpt_neox", dtype=torch.float64)
-    whole, _ = fit_factors(model, tmp_path / "whole", empirical=True)
-    parts, _ = fit_factors(model, tmp_path / "parts", num_partitions=3, empirical=True)
+    whole = fit_factors(model, tmp_path / "whole", empirical=True).workdir
+    parts = fit_factors(model, tmp_path / "parts", num_partitions=3, empirical=True).workdir
     kinds = ("activation_covariance", "gradient_covariance")
     sums = [
         sum_partitions(folder, covariance_matrices_save_path, kinds, [(partition, 0) for partition in range(count)])
@@ -285,11 +270,9 @@ def test_partitions_add_up_to_the_whole(tmp_path: Path) -> None:
     for one, other in (counts, *([found[kind] for found in sums] for kind in kinds)):
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-10, atol=1e-10)
-    export_factors(whole, tmp_path / "out-whole")
-    export_factors(parts, tmp_path / "out-parts")
     gradient = random_directions(model)
-    one = precondition(gradient, load_factors(tmp_path / "out-whole"))
-    other = precondition(gradient, load_factors(tmp_path / "out-parts"))
+    one = precondition(gradient, load_factors(tmp_path / "whole" / "out"))
+    other = precondition(gradient, load_factors(tmp_path / "parts" / "out"))
     for name in gradient:
         # What the factors do to a gradient does not depend on the signs of their eigenvectors.
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5 * one[name].abs().max().item())
@@ -298,8 +281,7 @@ def test_partitions_add_up_to_the_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_precondition_solves_the_dense_kronecker_system(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, dtype=torch.float64)
-    workdir, _ = fit_factors(model, tmp_path / "work")
-    export_factors(workdir, tmp_path / "out")
+    fit_factors(model, tmp_path)
     name = tracked_modules(model).names[1]
     factors = load_factors(tmp_path / "out", [name])
     gradient = {name: random_directions(model)[name].double()}
@@ -332,8 +314,7 @@ def test_training_on_a_positive_token_makes_positive_completions_likelier(precon
     names = tracked_modules(model).names
     apply: Callable[[dict[str, Tensor]], dict[str, Tensor]] = identity
     if preconditioned:
-        workdir, _ = fit_factors(model, tmp_path / "work")
-        export_factors(workdir, tmp_path / "out")
+        fit_factors(model, tmp_path)
         factors = load_factors(tmp_path / "out")
 
         def apply(gradient: dict[str, Tensor]) -> dict[str, Tensor]:

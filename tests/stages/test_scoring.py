@@ -9,12 +9,11 @@ import torch
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
-from ifguide.config import OWN, Config, to_mapping
+from ifguide.config import OWN, Config
+from ifguide.influence import decision
 from ifguide.influence.products import bfloat16_pays
 from ifguide.pipeline import stage
 from ifguide.run import Run
-from ifguide.stages import scoring_method
-from ifguide.stages.build_query import DIRECTION
 
 
 def test_the_self_check_stands_in_the_manifest(finished: Config) -> None:
@@ -48,9 +47,7 @@ def test_further_queries_are_columns(finished: Config, copied: Callable[..., Con
 def test_the_preset_takes_bfloat16_only_where_it_pays(
     finished: Config, monkeypatch: pytest.MonkeyPatch, pays: bool
 ) -> None:
-    monkeypatch.setattr(scoring_method, "bfloat16_pays", lambda device: pays)
+    monkeypatch.setattr(decision, "bfloat16_pays", lambda device: pays)
     config, run = replace(finished.score_corpus, precision=None, check_blocks=0), Run(config=finished)
-    proxy, shard = to_mapping(run.proxy_source), str(data_files(run.corpus)[0])
-    directions = {OWN: str(run.query / DIRECTION)}
-    decision = scoring_method._decide(config, scoring_method.chosen_method(config), proxy, directions, shard)
-    assert decision["method"]["precision"] == ("bfloat16" if pays else "float32")
+    made, _ = decision.decide(config, run.proxy_source, [run.query], run.corpus, data_files(run.corpus)[0].name)
+    assert made.method.precision == ("bfloat16" if pays else "float32")

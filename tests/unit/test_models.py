@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.config import ModelSource
+from ifguide.influence.proxy import describe_proxy, load_proxy
 from ifguide.models import (
     check_vocabulary,
     linearise,
@@ -23,7 +24,6 @@ from ifguide.models import (
     state_fingerprint,
     tracked_modules,
 )
-from ifguide.stages.proxy import _describe, load_proxy
 from ifguide.tokenizer import load_tokenizer
 from tests.tiny import ARCHITECTURES, GPT2, GPT_NEOX, LLAMA, as_tensors, random_blocks, tiny_model
 
@@ -182,12 +182,13 @@ def test_a_linearised_gpt2_is_tracked_whole() -> None:
 
 @pytest.mark.parametrize("architecture", [GPT2, LLAMA])
 def test_driver_and_workers_agree_on_the_proxys_fingerprint(architecture: dict[str, Any]) -> None:
-    described = _describe({"architecture": architecture}, 16, 0.9)
-    worker = load_proxy({"architecture": architecture}, gpus=0)
+    source = ModelSource(architecture=architecture)
+    described = describe_proxy(source, 16, 0.9)
+    worker = load_proxy(source, gpus=0)
     assert described.fingerprint == state_fingerprint(worker)
     assert described.module_names == tracked_modules(worker).names
     with pytest.raises(ValueError, match=r"65 tokens are more than the 64 positions of the proxy"):
-        _describe({"architecture": architecture}, 65, 0.9)
+        describe_proxy(source, 65, 0.9)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])

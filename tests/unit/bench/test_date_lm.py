@@ -22,8 +22,8 @@ from bench.common.similarity import (
     token_scores,
 )
 from bench.date_lm import algorithm1_statistic, auprc, example_scores, measure, top_mean
+from ifguide.influence.method import PRESETS
 from ifguide.influence.query import TokenisedQuery
-from ifguide.influence.scorer import PRESETS
 from ifguide.models import tracked_modules
 from tests.reference import oracles
 from tests.reference.algorithm1 import select

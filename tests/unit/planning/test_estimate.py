@@ -14,7 +14,7 @@ from ifguide.cli import main
 from ifguide.config import VERBS, Prompts, load_config
 from ifguide.config.resources import WorkerResources
 from ifguide.hardware import hardware
-from ifguide.influence.scorer import PRESETS, Method
+from ifguide.influence.method import PRESETS, Method
 from ifguide.planning import flops
 from ifguide.planning.command import DEFAULT_TOKENS, make_job, plan, planned_tokens, worker_settings
 from ifguide.planning.estimate import estimate

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ifguide.influence.scorer import PRESETS, Method
+from ifguide.influence.method import PRESETS, Method
 from ifguide.planning import flops
 from ifguide.shapes import shape_of_fields
 from tests.tiny import ARCHITECTURES, random_blocks, tiny_model

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ifguide.influence import fused
 from ifguide.influence.agreement import compare
-from ifguide.influence.scorer import Method, TokenScorer
+from ifguide.influence.method import Method
+from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
 from tests.reference.test_influence import random_directions
 from tests.tiny import as_tensors, random_blocks, tiny_model

@@ -9,7 +9,8 @@ from ifguide.influence.agreement import compare
 from ifguide.influence.directions import low_rank, split_directions
 from ifguide.influence.lm_head import LMHead
 from ifguide.influence.memory import MemoryEstimate, estimate_memory
-from ifguide.influence.scorer import Attribution, Method, TokenScorer
+from ifguide.influence.method import Attribution, Method
+from ifguide.influence.scorer import TokenScorer
 from ifguide.models import next_token_nll, predicted_positions, tracked_modules
 from tests.reference.test_influence import random_directions
 from tests.tiny import ARCHITECTURES, as_tensors, random_blocks, tiny_model

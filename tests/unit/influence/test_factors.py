@@ -10,17 +10,8 @@ import torch
 from kronfluence.utils.state import State
 from safetensors.torch import load_file
 
-from ifguide.influence.factors import (
-    EXPORTED,
-    FactorSample,
-    NextTokenTask,
-    aggregate_lambdas,
-    eigendecompose,
-    export_factors,
-    fit_covariance_partition,
-    fit_lambda_partition,
-    gather_eigenvectors,
-)
+from ifguide.influence.factor_sample import FactorSample
+from ifguide.influence.factors import EXPORTED, EkfacFit, NextTokenTask, fit_factors
 from ifguide.influence.query import load_factors
 from ifguide.models import state_fingerprint, tracked_modules
 from tests.tiny import as_tensors, random_blocks, tiny_model
@@ -41,18 +32,33 @@ def sample(*, num_partitions: int = 2, batch_size: int = 2, seed: int = 0, modul
     )
 
 
+def steps(sample: FactorSample, workdir: Path) -> EkfacFit:
+    return EkfacFit(model=MODEL, sample=sample, module_names=NAMES, workdir=workdir)
+
+
 def fit(fitted: FactorSample, workdir: Path, order: tuple[int, ...]) -> Path:
-    parts = [{"partition": p, "module_partition": m} for p in order for m in range(fitted.module_partitions)]
+    ekfac = steps(fitted, workdir)
+    parts = [(p, m) for p in order for m in range(fitted.module_partitions)]
     for part in parts:
-        fit_covariance_partition(MODEL, fitted, **part, module_names=NAMES, workdir=workdir)
+        ekfac.covariances(*part)
     for name in NAMES:
-        eigendecompose(MODEL, fitted, name, module_names=NAMES, workdir=workdir)
+        ekfac.eigenvectors(name)
     for part in parts:
-        fit_lambda_partition(MODEL, fitted, **part, module_names=NAMES, workdir=workdir)
-    gather_eigenvectors(MODEL, fitted, module_names=NAMES, workdir=workdir)
-    aggregate_lambdas(workdir, num_partitions=len(order), module_partitions=fitted.module_partitions)
-    export_factors(workdir, workdir / "out")
+        ekfac.lambdas(*part)
+    ekfac.finish(workdir / "out")
     return workdir / "out"
+
+
+def test_one_call_takes_the_same_steps(tmp_path: Path) -> None:
+    steps(sample(), tmp_path / "run").run(tmp_path / "out")
+    expected = fit(sample(), tmp_path / "steps", (0, 1))
+    for path in expected.iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    whole = load_factors(fit(sample(num_partitions=1), tmp_path / "whole", (0,)))
+    for name, factors in fit_factors(MODEL, *random_blocks(6, 8), batch_size=2).items():
+        assert torch.equal(factors.Q_A, whole[name].Q_A)
+        assert torch.equal(factors.Q_S, whole[name].Q_S)
+        assert torch.equal(factors.lambda_mean, whole[name].lambda_mean)
 
 
 def test_same_seed_gives_the_same_bytes_in_any_order(tmp_path: Path) -> None:
@@ -101,7 +107,7 @@ def test_more_module_partitions_than_modules_are_refused(tmp_path: Path) -> None
 def test_the_model_comes_back_as_it_was(tmp_path: Path) -> None:
     before = state_fingerprint(MODEL)
     root_level = logging.getLogger().level
-    fit_covariance_partition(MODEL, sample(), 0, module_names=NAMES, workdir=tmp_path)
+    steps(sample(), tmp_path).covariances(0)
     assert state_fingerprint(MODEL) == before
     assert tracked_modules(MODEL).names == NAMES
     assert all(parameter.requires_grad for parameter in MODEL.parameters())
@@ -111,25 +117,25 @@ def test_the_model_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_finished_partition_is_kept_and_a_foreign_one_refused(tmp_path: Path) -> None:
-    fit_covariance_partition(MODEL, sample(), 0, module_names=NAMES, workdir=tmp_path)
+    steps(sample(), tmp_path).covariances(0)
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    fit_covariance_partition(MODEL, sample(), 0, module_names=NAMES, workdir=tmp_path)
+    steps(sample(), tmp_path).covariances(0)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
     with pytest.raises(ValueError, match="another sample, seed"):
-        fit_covariance_partition(MODEL, sample(seed=1), 0, module_names=NAMES, workdir=tmp_path)
+        steps(sample(seed=1), tmp_path).covariances(0)
 
 
 def test_steps_out_of_order_name_the_missing_file(tmp_path: Path) -> None:
     fitted = sample()
-    fit_covariance_partition(MODEL, fitted, 0, module_names=NAMES, workdir=tmp_path)
+    steps(fitted, tmp_path).covariances(0)
     with pytest.raises(FileNotFoundError, match="activation_covariance_data_partition1"):
-        eigendecompose(MODEL, fitted, NAMES[0], module_names=NAMES, workdir=tmp_path)
+        steps(fitted, tmp_path).eigenvectors(NAMES[0])
     with pytest.raises(FileNotFoundError, match=f"{NAMES[0]}/activation_eigenvectors"):
-        gather_eigenvectors(MODEL, fitted, module_names=NAMES, workdir=tmp_path)
+        steps(fitted, tmp_path).gather_eigenvectors()
     with pytest.raises(FileNotFoundError, match="eigenvectors"):
-        fit_lambda_partition(MODEL, fitted, 0, module_names=NAMES, workdir=tmp_path)
+        steps(fitted, tmp_path).lambdas(0)
     with pytest.raises(FileNotFoundError, match=r"factor_arguments\.json"):
-        export_factors(tmp_path, tmp_path / "out")
+        steps(fitted, tmp_path).export(tmp_path / "out")
 
 
 def test_samples_that_do_not_fit_are_refused() -> None:

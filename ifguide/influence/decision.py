@@ -1,0 +1,202 @@
+"""How a run scores, decided once before its first shard: method, steps, micro-batch, and the self-check.
+
+The decision is published as `scores/method.json` and every actor follows it, so that a resumed run goes on as it
+began, whatever memory its new machine has free. The self-check scores a few blocks of the corpus by the exact method
+as well: a fast path that went wrong stops here instead of filling a corpus with plausible numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ifguide import schemas
+from ifguide.artifacts import verified, write_json
+from ifguide.config import ConfigError, ModelSource, ScoreCorpus
+from ifguide.influence.agreement import Agreement, compare
+from ifguide.influence.fused import can_fuse
+from ifguide.influence.memory import available_bytes, estimate_memory
+from ifguide.influence.method import PRESETS, Method, chosen_method
+from ifguide.influence.products import bfloat16_pays
+from ifguide.influence.proxy import load_proxy
+from ifguide.influence.query_file import read_direction
+from ifguide.influence.scorer import TokenScorer
+from ifguide.models import predicted_positions
+
+METHOD = "method.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy:
+    """The share of V's squared norm that its low rank keeps, 0 to 1: over the modules, and of each."""
+
+    least: float
+    mean: float
+    of_module: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What every actor of a run follows. `engine` is what runs; `steps` are those of the difference engine, one for
+    each behaviour; `check` is the self-check's outcome, None where there was none."""
+
+    method: Method
+    engine: str
+    steps: Sequence[float] | None
+    threads: int
+    micro_batch_blocks: int
+    energy: Energy
+    check: Agreement | None
+
+    def write(self, folder: Path) -> None:
+        """Publish it in the folder of the scores."""
+        write_json(folder / METHOD, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Decision | None:
+        """That of an interrupted run; None where none was made.
+
+        Raises:
+            ValueError: the file is damaged; names it.
+        """
+        path = folder / METHOD
+        if not path.is_file():
+            return None
+        try:
+            fields = json.loads(path.read_text())
+            method, energy = Method(**fields.pop("method")), Energy(**fields.pop("energy"))
+            check = fields.pop("check")
+            return cls(method=method, energy=energy, check=None if check is None else Agreement(**check), **fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a scoring method ({error}); delete {folder} and score the corpus again"
+            ) from error
+
+    def require_agreement(self, least: float) -> None:
+        """Raises ValueError when the self-check found less than `least` of correlation or agreement of the top 1%."""
+        if self.check is not None and self.check.least < least:
+            raise ValueError(
+                f"self-check: correlation {self.check.correlation:.4f} and agreement of the top 1% {self.check.top:.3f}"
+                f" with the exact method on {self.check.tokens:,} tokens; score_corpus.min_agreement is {least}."
+                f" The directions keep {self.energy.least:.3f} of their energy or more: raise score_corpus.rank"
+                " (0 is full), or set score_corpus.precision: float32, or preset: exact"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that an actor takes, and that are free for it: of one machine at one time, and so no part of a decision."""
+
+    total: int
+    available: int
+
+
+def describe_decision(config: ScoreCorpus, decision: Decision, memory: Memory) -> str:
+    """One line for people."""
+    method, check = decision.method, decision.check
+    text = (
+        f"{config.attribution}, {decision.engine} engine, {method.precision},"
+        f"{' fused,' if method.fused else ''} rank {method.rank or 'full'}"
+        f" (energy kept {decision.energy.mean:.3f} on average, {decision.energy.least:.3f} at least);"
+        f" {decision.micro_batch_blocks} blocks at a time, about {memory.total / 1e9:.2f} GB per actor"
+        f" of {memory.available / 1e9:.1f} free"
+    )
+    if check is None:
+        return f"{text}; no self-check (score_corpus.check_blocks: 0)"
+    return (
+        f"{text}; self-check on {check.tokens:,} tokens: correlation {check.correlation:.5f}, Spearman"
+        f" {check.spearman:.5f}, top 1% {check.top:.3f} the same"
+    )
+
+
+def decide(
+    config: ScoreCorpus, proxy: ModelSource, queries: Sequence[Path], corpus: Path, first_shard: str
+) -> tuple[Decision, Memory]:
+    """Choose on this machine, by the first blocks of the corpus; run it where an actor will run.
+
+    queries: folders of query artifacts, one for each behaviour. first_shard: a file of the folder `corpus`.
+
+    Raises:
+        ValueError: a file has changed since it was made; names it. ConfigError: the method does not exist, or
+            `score_corpus.fused` is true and nothing compiles.
+    """
+    torch.set_num_threads(max(1, int(config.resources.cpus)))
+    model = load_proxy(proxy, gpus=config.resources.gpus)
+    method = _method_here(config, model.device)
+    loaded = [read_direction(folder) for folder in queries]
+    tokens_BT, lengths_B = _first_blocks(verified(corpus, first_shard), max(config.check_blocks, 1))
+    block_size = tokens_BT.shape[1]
+    scorer = TokenScorer(model, loaded, attribution=config.attribution, method=method)
+    engine = "backward" if config.attribution == "position" else method.engine
+    estimate = estimate_memory(
+        model,
+        list(scorer.energy),
+        engine=engine,
+        precision=method.precision,
+        rank=method.rank,
+        behaviours=len(loaded),
+        block_size=block_size,
+    )
+    available = int(available_bytes(model.device) * _share_of_device(config, model.device))
+    micro_batch = config.micro_batch_blocks or estimate.micro_batch(block_size, model.device, available)
+    energy = list(scorer.energy.values())
+    decision = Decision(
+        method=method,
+        engine=engine,
+        steps=scorer.steps,
+        threads=torch.get_num_threads(),
+        micro_batch_blocks=micro_batch,
+        energy=Energy(least=min(energy), mean=sum(energy) / len(energy), of_module=scorer.energy),
+        check=_check(scorer, loaded, tokens_BT, lengths_B) if config.check_blocks else None,
+    )
+    return decision, Memory(total=estimate.fixed + micro_batch * estimate.per_block, available=available)
+
+
+def _method_here(config: ScoreCorpus, device: torch.device) -> Method:
+    """The configured method, less what this machine cannot do or is no quicker with."""
+    method = chosen_method(config)
+    if config.precision is None and method.precision == "bfloat16" and not bfloat16_pays(device):
+        method = replace(method, precision="float32", fused=False)
+    if method.fused and not can_fuse(device):
+        if config.fused:
+            raise ConfigError(
+                f"score_corpus.fused: nothing here compiles kernels for {device.type}; install g++"
+                " (Triton on a GPU), or leave it null"
+            )
+        method = replace(method, fused=False)
+    return method
+
+
+def _share_of_device(config: ScoreCorpus, device: torch.device) -> float:
+    """An actor's share of the free memory: as many actors work beside it as have room on this machine."""
+    if device.type != "cpu":
+        return min(1.0, config.resources.gpus)
+    actors = int((os.cpu_count() or 1) / config.resources.cpus)
+    return 1 / max(1, min(actors, config.max_actors))
+
+
+def _first_blocks(shard: Path, count: int) -> tuple[Tensor, Tensor]:
+    table = schemas.read_table(shard, columns=["block_id", "length", "tokens"]).slice(0, count)
+    tokens_BT = torch.from_numpy(schemas.per_token_array(table, "tokens").astype(np.int64))
+    return tokens_BT, torch.from_numpy(table.column("length").to_numpy().astype(np.int64))
+
+
+def _check(
+    scorer: TokenScorer, directions: Sequence[Mapping[str, Tensor]], tokens_BT: Tensor, lengths_B: Tensor
+) -> Agreement:
+    """The least agreement over the behaviours; block by block, so that the exact method fits in memory too."""
+    exact = TokenScorer(scorer.model, directions, attribution=scorer.attribution, method=PRESETS["exact"])
+    scores_KBT, exact_KBT = (
+        torch.cat([one.score(tokens_BT[[b]], lengths_B[[b]]).cpu() for b in range(len(tokens_BT))], dim=1)
+        for one in (scorer, exact)
+    )
+    predicted = predicted_positions(tokens_BT, lengths_B)
+    agreements = [compare(a, b, predicted) for a, b in zip(scores_KBT, exact_KBT, strict=True)]
+    return min(agreements, key=lambda agreement: agreement.least)

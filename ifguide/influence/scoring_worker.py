@@ -1,0 +1,134 @@
+"""The work of `score_corpus` on one shard of the corpus."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ifguide import schemas
+from ifguide.artifacts import publish, require_same, verified
+from ifguide.config import ModelSource
+from ifguide.influence.decision import Decision
+from ifguide.influence.memory import is_out_of_memory, keep_memory
+from ifguide.influence.method import Attribution
+from ifguide.influence.proxy import load_proxy
+from ifguide.influence.query_file import read_direction
+from ifguide.influence.scorer import TokenScorer
+from ifguide.models import state_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """What an actor scores with. `queries`: behaviour -> folder of its query, the run's own first. Another node may see
+    another model under the proxy's name: `proxy_fingerprint` is the driver's."""
+
+    corpus: Path
+    scores: Path
+    queries: Mapping[str, Path]
+    proxy: ModelSource
+    proxy_fingerprint: str
+    attribution: Attribution
+    decision: Decision
+    gpus: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusShard:
+    """A shard of the corpus by its file's name; `bytes` are what progress is counted by."""
+
+    key: str
+    name: str
+    bytes: int
+
+
+class ScoreShard:
+    """Worker: corpus shard in, scores shard out. Two threads call it: one computes, one reads or writes."""
+
+    def __init__(self, settings: ScoringSettings):
+        keep_memory()
+        self.settings, self.computing = settings, threading.Lock()
+        decision = settings.decision
+        torch.set_num_threads(decision.threads)  # of the run, whatever this run's actors have: it changes the bytes
+        model = load_proxy(settings.proxy, gpus=settings.gpus)
+        fingerprint = state_fingerprint(model)
+        require_same("the proxy on this node", fingerprint, "the driver's", settings.proxy_fingerprint, "sync it")
+        self.scorer = TokenScorer(
+            model,
+            [read_direction(folder) for folder in settings.queries.values()],
+            attribution=settings.attribution,
+            method=decision.method,
+            steps=decision.steps,
+        )
+
+    def process(self, shard: CorpusShard) -> dict[str, Any]:
+        table = schemas.read_table(verified(self.settings.corpus, shard.name))
+        tokens_BT = schemas.per_token_array(table, "tokens")
+        lengths_B = table.column("length").to_numpy()
+        with self.computing:
+            started = time.monotonic()
+            scores_KBT, halvings = self._score(tokens_BT, lengths_B)
+            seconds = time.monotonic() - started
+        self._write(shard.name, table.column("block_id"), scores_KBT)
+        return {
+            "blocks": len(tokens_BT),
+            "tokens": int(lengths_B.sum()),
+            "score_min": float(scores_KBT.min()),
+            "score_max": float(scores_KBT.max()),
+            "seconds": seconds,
+            "halvings": halvings,
+        }
+
+    def _score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, int]:
+        """(K, B, T), and how often the micro-batch had to be halved.
+
+        Micro-batches start at multiples of their size: the same batches whoever scores the shard.
+        """
+        size, halvings, start, parts = self.settings.decision.micro_batch_blocks, 0, 0, []
+        while start < len(tokens_BT):
+            rows = slice(start, start + size)
+            tokens = torch.from_numpy(tokens_BT[rows].astype(np.int64))
+            lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
+            try:
+                parts.append(self.scorer.score(tokens, lengths, usual_blocks=size).float().cpu().numpy())
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                size, halvings = size // 2, halvings + 1
+                logger.warning("out of memory at %d blocks, going on with %d", 2 * size, size)
+                continue
+            start += size
+        return np.concatenate(parts, axis=1), halvings
+
+    def _write(self, name: str, block_ids: pa.ChunkedArray, scores_KBT: np.ndarray) -> None:
+        behaviours = list(self.settings.queries)
+        schema = schemas.scores(scores_KBT.shape[2], behaviours)
+        columns = []
+        for behaviour, scores_BT in zip(behaviours, scores_KBT, strict=True):
+            _require_finite(scores_BT, block_ids, name)
+            columns.append(schemas.per_token_column(scores_BT, schema, schemas.score_column(behaviour)))
+        with publish(self.settings.scores / name) as part:
+            # Hardly two scores are equal: a dictionary of them is longer than they are.
+            pq.write_table(pa.Table.from_arrays([block_ids, *columns], schema=schema), part, use_dictionary=False)
+
+
+def _require_finite(scores_BT: np.ndarray, block_ids: pa.ChunkedArray, shard: str) -> None:
+    broken = np.argwhere(~np.isfinite(scores_BT))
+    if len(broken):
+        block = block_ids[int(broken[0][0])].as_py()
+        value = scores_BT[tuple(broken[0])]
+        raise ValueError(
+            f"scores of {shard}: {len(broken)} are not finite, the first is {value} at token {broken[0][1]} of"
+            f" block {block}; the proxy or the query overflows, check both for NaN"
+        )
