@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide.influence.directions import Direction, linear_module
-from ifguide.influence.lm_head import LMHead
+from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.patching import attention, replaced_forwards
 from ifguide.models import predicted_positions
 
@@ -36,7 +36,7 @@ class BackwardEngine:
         product_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.dtype = model, product_dtype or model.dtype
-        self.head = LMHead(model, product_dtype=product_dtype)
+        self.head = HeadDerivatives(model, product_dtype=product_dtype)
         self.weights = {name: linear_module(model, name).weight.detach().to(self.dtype) for name in directions[0]}
         self.directions = [
             {name: direction.to(model.device, self.dtype) for name, direction in one.items()} for one in directions

@@ -6,8 +6,8 @@ take the pair apart (`paired_linear`), and so do attention in low precision (`pa
 compiled for a CPU, gated activations (`paired_activation`). 4N FLOP a token at full rank in the model's own precision
 and at low rank, else 6N.
 
-The streams themselves stay float32. The LM head and the loss are differentiated exactly (`lm_head`). The error is
-O(step^2) from the truncation and 2^-24 / step from the streams; the step is set so that the final hidden state
+The streams themselves stay float32. The LM head and the loss are differentiated exactly (`head_derivatives`). The error
+is O(step^2) from the truncation and 2^-24 / step from the streams; the step is set so that the final hidden state
 moves by `RELATIVE_STEP` of its size, which keeps both near 1e-5 (bench/LOG.md).
 
 Further directions share W s: K directions cost (1 + K) 2N instead of K 4N, and 2K streams.
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from ifguide.influence.directions import Direction, linear_module
 from ifguide.influence.fused import compiled_layers, kernels
-from ifguide.influence.lm_head import LMHead
+from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.paired_activation import paired_activations
 from ifguide.influence.paired_attention import PAIRED, pairs_of_streams
 from ifguide.influence.paired_linear import paired_linear
@@ -53,7 +53,7 @@ class DifferenceEngine:
     ) -> None:
         self.kernels = kernels(fused=fused, device_type=model.device.type)
         self.model, self.dtype = model, product_dtype or model.dtype
-        self.head = LMHead(model, product_dtype=product_dtype, fused=fused)
+        self.head = HeadDerivatives(model, product_dtype=product_dtype, fused=fused)
         self.low_precision = self.dtype != model.dtype
         self.K = len(directions)
         # Attention in low precision needs its own treatment of the pair, as the linear maps do.

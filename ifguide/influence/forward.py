@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from ifguide.influence.directions import Direction, linear_module
-from ifguide.influence.lm_head import LMHead
+from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.patching import attention, replaced_forwards
 
 
@@ -29,7 +29,7 @@ class ForwardEngine:
 
     def __init__(self, model: PreTrainedModel, directions: Sequence[Mapping[str, Direction]]) -> None:
         self.model = model
-        self.head = LMHead(model)
+        self.head = HeadDerivatives(model)
         self.directions = [
             {name: direction.to(model.device, model.dtype) for name, direction in one.items()} for one in directions
         ]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ifguide.influence.lm_head import CHUNK_VALUES
+from ifguide.influence.head_derivatives import CHUNK_VALUES
 from ifguide.influence.paired_attention import QUERY_CHUNK
 
 # Beyond these, larger batches gain nothing: caches on a CPU, full tensor cores on a GPU.

@@ -1,7 +1,7 @@
 """LM head, cross-entropy and the objective in chunks of tokens, their gradient formed inside the chunk.
 
-For a chunk of final hidden states H (n, d) and labels x, with z = f(H W^T + b), f the identity, a scale (Cohere,
-Granite) or a soft cap c tanh(z / c) (Gemma 2), and a_n = l'(NLL_n) / N the objective's slope of each token,
+For a chunk of final hidden states H (n, d) and labels x, with z = f(H W^T + b), f that of `ifguide.lm_head`, and
+a_n = l'(NLL_n) / N the objective's slope of each token,
 
     E = (softmax(z) - onehot(x)) * f'       dH = a * (E W)       dW += E^T (a * H)       db += E^T a
 
@@ -16,7 +16,6 @@ model does from the hidden state at j - 1. Index 0 has no prediction; it and pad
 count, whatever the mask says there.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from ifguide.lm_head import LMHead, chunks, not_understood, output_embedding
 from ifguide.models import predicted_positions
 from ifguide.training.objective import Objective
 
@@ -52,36 +52,13 @@ class Loss:
         return torch.stack([getattr(self, field.name).detach().double() for field in fields(self)])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """How logits come from W h + b: `scale` times, then the soft cap, if any. `chunk_tokens` None: by device."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    chunk_tokens: int | None = None
-
-    def chunks(self, tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-        """Slices of at most `chunk_tokens` positions."""
-        size = self.chunk_tokens or max(1, CHUNK_VALUES.get(device.type, CHUNK_VALUES["cuda"]) // vocabulary)
-        return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
-
-    def logits(
-        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """(N, V) logits, at least float32, in `out` if there is one, and f' where f is not linear."""
-        if out is None:
-            logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
-        elif bias_V is None:
-            logits_NV = torch.mm(hidden_ND, weight_VD.T, out=out)
-        else:
-            logits_NV = torch.addmm(bias_V, hidden_ND, weight_VD.T, out=out)
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits_NV = logits_NV.mul_(self.scale)
-        if self.softcap is None:
-            return logits_NV, None
-        tanh_NV = logits_NV.div_(self.softcap).tanh_()
-        return self.softcap * tanh_NV, 1 - tanh_NV.square()
+def _linear(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor | None) -> Tensor:
+    """W h + b, (N, V), in `out` if there is one."""
+    if out is None:
+        return F.linear(hidden_ND, weight_VD, bias_V)
+    if bias_V is None:
+        return torch.mm(hidden_ND, weight_VD.T, out=out)
+    return torch.addmm(bias_V, hidden_ND, weight_VD.T, out=out)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -96,7 +73,8 @@ class _ChunkedLoss(torch.autograd.Function):
         masked_N: Tensor,
         token_count: Tensor,
         objective: Objective,
-        head: Head,
+        head: LMHead,
+        chunk_tokens: int | None,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -112,13 +90,14 @@ class _ChunkedLoss(torch.autograd.Function):
         # a product into given memory would pass autocast by
         keeps = device == "cpu" and hidden_ND.dtype == dtype and not torch.is_autocast_enabled(device)
         scratch_NV: Tensor | None = None
-        for rows in head.chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
+        values = CHUNK_VALUES.get(device, CHUNK_VALUES["cuda"])
+        for rows in chunks(len(hidden_ND), chunk_tokens or max(1, values // len(weight_VD))):
             chunk_ND, labels = hidden_ND[rows], labels_N[rows, None]
             if keeps and scratch_NV is None:
                 # a CPU gets such memory page by page, and gives it back at once: a tenth of the time
                 scratch_NV = hidden_ND.new_empty(len(chunk_ND), len(weight_VD))
             out_NV = None if scratch_NV is None else scratch_NV[: len(chunk_ND)]
-            logits_NV, slope_NV = head.logits(chunk_ND, product_VD, bias, out_NV)
+            logits_NV, slope_NV = head.activate(_linear(chunk_ND, product_VD, bias, out_NV))
             log_p_NV = torch.log_softmax(logits_NV, dim=-1, out=None if out_NV is None else logits_NV)  # in place
             del logits_NV
             nll = -log_p_NV.gather(1, labels).squeeze(1)
@@ -152,7 +131,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden, weight, bias = (each if each is None or as_it_is else each.mul_(gradient) for each in ctx.gradients)
         ctx.gradients = None
         weight = None if weight is None else weight.to(ctx.weight_dtype)
-        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 7
+        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 8
 
 
 def _add_product(total_VD: Tensor, error_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor, *, first: bool) -> None:
@@ -176,12 +155,14 @@ def chunked_loss(
     *,
     objective: Objective,
     token_count: int | Tensor,
-    head: Head | None = None,
+    head: LMHead | None = None,
+    chunk_tokens: int | None = None,
 ) -> Loss:
     """The objective of one micro-batch from its final hidden states.
 
     `tokens_BT` int64, `mask_BT` bool and label aligned (None: nothing is masked), `lengths_B` the real tokens of each
-    block, `token_count` the global N. Raises ValueError for shapes that do not fit.
+    block, `token_count` the global N, `chunk_tokens` the positions at a time (None: by device). Raises ValueError for
+    shapes that do not fit.
     """
     if hidden_BTD.shape[:2] != tokens_BT.shape or (mask_BT is not None and mask_BT.shape != tokens_BT.shape):
         mask_shape = None if mask_BT is None else tuple(mask_BT.shape)
@@ -205,7 +186,8 @@ def chunked_loss(
         masked_N,
         torch.as_tensor(token_count, device=hidden_BTD.device).double(),  # float32 would round it
         objective,
-        head or Head(),
+        head or LMHead(),
+        chunk_tokens,
         torch.is_grad_enabled(),  # inside a Function it never is, and its inputs need gradients all the same
     )
     return Loss(
@@ -230,24 +212,15 @@ class LanguageModelLoss(nn.Module):
 
     def __init__(self, model: PreTrainedModel, objective: Objective, *, chunk_tokens: int | None = None):
         super().__init__()
-        linear = model.get_output_embeddings()
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{type(model).__name__}: its LM head is a {type(linear).__name__}, not an nn.Linear")
-        config = model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        linear, head = output_embedding(model), LMHead.of(model)
         self.model = model
-        self.head = Head(
-            scale=scale / float(getattr(config, "logits_scaling", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
-            chunk_tokens=chunk_tokens,
-        )
         self.objective = objective
         plain = linear.forward
 
         def forward(hidden_BTD: Tensor, **batch: Any) -> Tensor | tuple[Tensor, ...]:
             if not batch:
                 return plain(hidden_BTD)
-            loss = chunked_loss(hidden_BTD, linear.weight, linear.bias, **batch, head=self.head)
+            loss = chunked_loss(hidden_BTD, linear.weight, linear.bias, **batch, head=head, chunk_tokens=chunk_tokens)
             return loss.loss, loss.benign_sum, loss.masked_sum, loss.benign_count, loss.masked_count
 
         linear.forward = forward  # type: ignore[method-assign, assignment]
@@ -280,7 +253,4 @@ class LanguageModelLoss(nn.Module):
         expected = F.cross_entropy(logits_TV.float(), tokens_BT[0, 1:])
         tolerance = 5e-2 if logits_TV.dtype == torch.bfloat16 else 1e-3
         if not torch.isclose(loss, expected, rtol=tolerance, atol=tolerance):
-            raise ValueError(
-                f"{type(self.model).__name__}: its logits are not its output embedding times the hidden state, up to a"
-                " scale or soft cap; choose a target of a common family (GPT-NeoX, Llama, Qwen, Gemma, ...)"
-            )
+            raise not_understood(self.model, "target")

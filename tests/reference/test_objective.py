@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifguide.config.pretrain import ObjectiveKind
-from ifguide.training.lm_loss import Head, chunked_loss
+from ifguide.lm_head import LMHead
+from ifguide.training.lm_loss import chunked_loss
 from ifguide.training.objective import Objective
 
 FLOOR = 0.05
@@ -32,7 +33,7 @@ def literal_loss(
     mask: list[list[bool]],
     lengths: list[int],
     objective: Objective,
-    head: Head,
+    head: LMHead,
     n: int,
 ) -> torch.Tensor:
     """Every token by itself: logits, scale, soft cap, log of a sum of exponentials."""
@@ -65,7 +66,7 @@ def test_loss_and_gradients_equal_the_float64_loop(
 ):
     generator = torch.Generator().manual_seed(seed)
     objective = Objective(kind=kind, penalty=penalty, floor_probability=FLOOR)
-    head = Head(scale=scale, softcap=softcap, chunk_tokens=chunk)
+    head = LMHead(scale=scale, softcap=softcap)
     hidden = torch.randn(3, 6, 4, generator=generator)
     weight = torch.randn(9, 4, generator=generator)
     bias = torch.randn(9, generator=generator) if with_bias else None
@@ -79,7 +80,9 @@ def test_loss_and_gradients_equal_the_float64_loop(
     expected = torch.autograd.grad(wanted, [x for x in leaves if x is not None])
 
     used = [None if x is None else (x.double() if wide else x.clone()).requires_grad_() for x in (hidden, weight, bias)]
-    result = chunked_loss(*used, tokens, mask, lengths, objective=objective, token_count=14, head=head)
+    result = chunked_loss(
+        *used, tokens, mask, lengths, objective=objective, token_count=14, head=head, chunk_tokens=chunk
+    )
     found = torch.autograd.grad(result.loss, [x for x in used if x is not None])
     tolerance = 1e-10 if wide else 1e-5
     torch.testing.assert_close(result.loss.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
@@ -97,12 +100,14 @@ def test_tied_and_untied_weights_get_the_float64_gradient(tied: bool, first_mask
     tokens = torch.randint(9, (2, 8), generator=generator)
     mask = torch.rand(2, 8, generator=generator) < 0.3
     mask[0, 1] = first_masked
-    lengths, objective, head = torch.tensor([8, 5]), Objective(penalty=0.7), Head(chunk_tokens=3)
+    lengths, objective, head = torch.tensor([8, 5]), Objective(penalty=0.7), LMHead()
     hidden = torch.cumsum(embedding[tokens], dim=1).tanh()
     arguments = (tokens.tolist(), mask.tolist(), lengths.tolist(), objective, head, 11)
     wanted = literal_loss(hidden, output, None, *arguments)
     leaves = [embedding] if tied else [embedding, output]
     expected = torch.autograd.grad(wanted, leaves, retain_graph=True)
-    loss = chunked_loss(hidden, output, None, tokens, mask, lengths, objective=objective, token_count=11, head=head)
+    loss = chunked_loss(
+        hidden, output, None, tokens, mask, lengths, objective=objective, token_count=11, chunk_tokens=3
+    )
     for one, other in zip(torch.autograd.grad(loss.loss, leaves), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

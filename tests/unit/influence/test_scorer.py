@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ifguide.influence.agreement import compare
 from ifguide.influence.directions import low_rank, split_directions
-from ifguide.influence.lm_head import LMHead
+from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.memory import MemoryEstimate, estimate_memory
 from ifguide.influence.method import Attribution, Method
 from ifguide.influence.scorer import TokenScorer
@@ -150,7 +150,7 @@ def test_options_that_do_not_go_together_are_refused() -> None:
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
 def test_the_chunked_head_gives_gradient_and_tangent_of_the_nll(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ifguide.influence.lm_head.CHUNK_VALUES", {"cpu": 48 * 5})
+    monkeypatch.setattr("ifguide.influence.head_derivatives.CHUNK_VALUES", {"cpu": 48 * 5})
     model = tiny_model(family, dtype=torch.float64)
     tokens_BT, lengths_B = as_tensors(*random_blocks(2, LENGTH))
     hidden = model.base_model(tokens_BT, use_cache=False).last_hidden_state.detach().requires_grad_()
@@ -159,7 +159,7 @@ def test_the_chunked_head_gives_gradient_and_tangent_of_the_nll(family: str, mon
     nll_BT = next_token_nll(model(tokens_BT).logits, tokens_BT, lengths_B)
     (expected,) = torch.autograd.grad((nll_BT * weight_BT).sum(), hidden)
     handle.remove()
-    head = LMHead(model)
+    head = HeadDerivatives(model)
     has_loss = predicted_positions(tokens_BT, lengths_B)[:, 1:]
     labels = tokens_BT[:, 1:].flatten()
     flat = hidden.detach()[:, :-1].flatten(0, 1)

@@ -1,11 +1,13 @@
 """The chunked loss: alignment, counts, chunks, and models whose heads it must understand or refuse."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ifguide.training import lm_loss
-from ifguide.training.lm_loss import Head, LanguageModelLoss, Loss, chunked_loss
+from ifguide.training.lm_loss import LanguageModelLoss, Loss, chunked_loss
 from ifguide.training.objective import Objective
 from tests.tiny import ARCHITECTURES, VOCABULARY, as_tensors, random_blocks, tiny_model
 
@@ -26,9 +28,10 @@ def test_without_a_mask_it_is_cross_entropy_of_the_same_chunks_bit_for_bit(chunk
     hidden, weight, tokens = batch()
     hidden.requires_grad_()
     weight.requires_grad_()
-    head, nothing = Head(chunk_tokens=chunk_tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    nothing = torch.zeros_like(tokens, dtype=torch.bool)
+    options: dict[str, Any] = {"token_count": 18, "chunk_tokens": chunk_tokens}
     results = [
-        chunked_loss(hidden, weight, None, tokens, mask, whole(), objective=objective, token_count=18, head=head)
+        chunked_loss(hidden, weight, None, tokens, mask, whole(), objective=objective, **options)
         for mask, objective in (
             (None, Objective()),
             (nothing, Objective()),
@@ -167,7 +170,7 @@ def test_autocast_rounds_the_products_of_the_head_as_it_rounds_all_others() -> N
     tokens, lengths = torch.randint(11, (2, 5)), torch.tensor([5, 5])
     with torch.autocast("cpu", torch.bfloat16):
         found = chunked_loss(
-            hidden, weight, bias, tokens, None, lengths, objective=Objective(), token_count=8, head=Head(chunk_tokens=3)
+            hidden, weight, bias, tokens, None, lengths, objective=Objective(), token_count=8, chunk_tokens=3
         )
         logits = F.linear(hidden, weight, bias)
     assert logits.dtype == torch.bfloat16
