@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,8 +92,7 @@ def _primary(classifier: Any, texts: list[str]) -> np.ndarray:
     return np.asarray(classifier.score(texts)[classifier.classes[0]])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Marked:
+class Marked(NamedTuple):
     """A mask that was made: its blocks, its masked and predicted tokens, and the digests that workers took."""
 
     blocks: int
