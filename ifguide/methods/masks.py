@@ -7,15 +7,13 @@ and resumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ifguide.artifacts import FileEntry
 from ifguide.config import ClassifierSource, ConfigError, to_mapping
 from ifguide.config.resources import Resources
 from ifguide.distributed.shards import Pool, run_shards
@@ -28,8 +26,8 @@ from ifguide.methods.marks import (
     mark_texts,
     whole_documents,
 )
-from ifguide.spans.tables import PackedCorpus, mask_jobs, shard_name, write_mask_shard, write_spans
-from ifguide.stages.target_corpus import MaskShard
+from ifguide.spans.filling import MaskShards, fill_mask
+from ifguide.spans.tables import PackedCorpus, shard_name, write_mask_shard, write_spans
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import LabelClassifier, make_classifier
 
@@ -92,18 +90,9 @@ def _primary(classifier: Any, texts: list[str]) -> np.ndarray:
     return np.asarray(classifier.score(texts)[classifier.classes[0]])
 
 
-class Marked(NamedTuple):
-    """A mask that was made: its blocks, its masked and predicted tokens, and the digests that workers took."""
-
-    blocks: int
-    masked: int
-    predicted: int
-    digests: Mapping[str, FileEntry]
-
-
 def mark_corpus(
     marking: Marking, corpus: PackedCorpus, folder: Path, own_mask: Path, *, verb: str, resources: Resources
-) -> Marked:
+) -> MaskShards:
     """Write the mask's shards, and its spans, in `folder`.
 
     `own_mask`: the run's, by whose shards a random mask is measured.
@@ -116,19 +105,12 @@ def mark_corpus(
     shards = [MarkTask(key=f"mark-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
     settings = MarkSettings(marking=replace(marking, gpus=gpus), corpus=corpus, folder=folder, own_mask=own_mask)
     results = run_shards(verb, shards, MarkShard, settings, folder=folder, pool=pool, unit="shards marked")
-    digests = results.files
     if marking.kind == "random":
         for shard in range(corpus.num_shards):
             write_spans(corpus, folder, shard)
-    else:
-        jobs = [{"key": f"mask-{shard_name(job.shard)}", "job": list(job)} for job in mask_jobs(corpus, folder)]
-        fill = {"corpus": corpus, "source_mask": str(folder), "folder": str(folder)}
-        results = run_shards(verb, jobs, MaskShard, fill, folder=folder, pool=pool, unit="shards masked")
-        digests = {**digests, **results.files}
-    blocks, masked, predicted = (
-        sum(result[name] for result in results.values()) for name in ("blocks", "masked", "predicted")
-    )
-    return Marked(blocks=blocks, masked=masked, predicted=predicted, digests=digests)
+        return MaskShards.of(results, corpus, verb)
+    filled = fill_mask(corpus, folder, folder, verb=verb, pool=pool)
+    return replace(filled, files={**results.files, **filled.files})
 
 
 @dataclass(frozen=True, kw_only=True)

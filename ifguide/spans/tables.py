@@ -53,6 +53,10 @@ class PackedCorpus:
         return self.block_size * self.blocks_per_shard
 
     @property
+    def num_blocks(self) -> int:
+        return -(-self.num_tokens // self.block_size)
+
+    @property
     def num_shards(self) -> int:
         return -(-self.num_tokens // self.shard_tokens)
 
@@ -145,6 +149,11 @@ class MaskJob(NamedTuple):
     first_document: int
     documents: list[str]
     spans: list[str]
+
+    @property
+    def key(self) -> str:
+        """Of the work on it."""
+        return f"mask-{shard_name(self.shard)}"
 
 
 def mask_jobs(corpus: PackedCorpus, source_mask: Path) -> Iterator[MaskJob]:

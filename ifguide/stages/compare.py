@@ -30,7 +30,7 @@ from ifguide.config import OWN, ClassifierSource, Config, ConfigError, Pretrain
 from ifguide.config.compare import Dpo, Method, Rad
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import connect, require_resources
-from ifguide.distributed.shards import LEDGER, StageError
+from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_task
 from ifguide.evaluation.figures import measured_files
 from ifguide.evaluation.generations import OPTIONS, has_generations, prompts_digest
@@ -291,15 +291,8 @@ def marked_mask(run: Run, child: Run, kind: str) -> Manifest:
     connect(run.config.cluster)
     corpus = PackedCorpus.of(run.corpus, manifest)
     marked = mark_corpus(marking, corpus, child.mask, run.mask, verb=VERB, resources=run.config.compare.resources)
-    if marked.blocks != manifest.rows["blocks"]:
-        raise StageError(f"{VERB}: {marked.blocks} blocks were masked, {run.corpus} has {manifest.rows['blocks']}")
-    return artifact.finish(
-        data_files(child.mask) + data_files(child.mask, SPANS),
-        rows={"blocks": marked.blocks, "tokens": marked.masked},
-        summary={"tokens_masked": marked.masked, "predicted_tokens": marked.predicted},
-        remove=(LEDGER,),
-        digests=marked.digests,
-    )
+    files = data_files(child.mask) + data_files(child.mask, SPANS)
+    return artifact.finish(files, rows=marked.rows, summary=marked.summary, digests=marked.files, remove=(LEDGER,))
 
 
 def _plain_influence(run: Run, child: Run) -> Manifest:

@@ -1,9 +1,9 @@
 """`pretrain`: train the target with the signed per-token loss (Eq. 9), or without a mask as baseline.
 
 Both models of a run see the same blocks in the same order from the same initial weights; only the loss differs.
-DeepSpeed under Ray Train, on any number of workers, or plain torch in this process: `stages.training_loop` is the loop
-of both, `stages.engines` what differs. A rerun goes on from the last checkpoint, on another number of workers too;
-Ray Train starts lost workers again, and with `min_workers` goes on with those it has.
+DeepSpeed under Ray Train, on any number of workers, or plain torch in this process: `ifguide.training.loop` is the loop
+of both, `ifguide.training.engines` what differs. A rerun goes on from the last checkpoint, on another number of workers
+too; Ray Train starts lost workers again, and with `min_workers` goes on with those it has.
 """
 
 from __future__ import annotations
@@ -20,103 +20,150 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from ifguide.artifacts import Manifest, remove_tree, require, require_same
-from ifguide.config import to_mapping
+from ifguide.config import Cluster, redact, to_mapping, to_yaml
+from ifguide.corpus.tables import require_same_documents
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import StageError
 from ifguide.models import check_vocabulary
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.shapes import initial_model, require_positions
-from ifguide.stages.target_corpus import training_run
+from ifguide.spans.filling import mask_other_tokens
 from ifguide.storage import is_remote, location
 from ifguide.telemetry import configure_logging, cut_torn_line, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import last_checkpoint
 from ifguide.training.folder import METRICS
-from ifguide.training.loop import EXPORT, SUMMARY, VERB, TrainingLoop, architecture
+from ifguide.training.loop import EXPORT, SUMMARY, VERB, TrainingLoop
 from ifguide.training.meter import training_line
+from ifguide.training.model import architecture
 from ifguide.training.model_card import write_model_card
 from ifguide.training.schedule import require_training_blocks
+from ifguide.training.settings import TrainingSettings
 
 SAME_AGAIN = (ValueError, FloatingPointError)  # what a training started again would end with, too
+RAY_TRAIN = "ray_train"  # Ray Train's own folder of a model in training
 FAILURE = "failure.txt"  # its message, for the driver and for the workers that are started again
 
 
 def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `model/penalised`, or `model/baseline` when `pretrain.use_mask` is false.
 
+    Where the target has another tokenizer than the corpus, it is trained on `target/corpus`, which `pack_corpus` has
+    packed, and the run's mask in its tokens, `target/mask`, is made first.
+
     Raises:
-        MismatchError: the mask is of another corpus. ConfigError: no target is named, or the machine is too small.
-        ValueError: corpus, tokenizer and target do not go together. StageError: the training failed.
+        FileNotFoundError: corpus or mask is missing. MismatchError: the mask is of another corpus. ConfigError: no
+            target is named, or the machine is too small. ValueError: corpus, tokenizer and target do not go together.
+        StageError: the training failed.
     """
-    config = run.config.pretrain
-    name = PENALISED if config.use_mask else BASELINE
-    target = initial_model(run.config.target, config.init_from)
+    initial_model(run.config.target, run.config.pretrain.init_from)
     if dry_run:
         plan = plan_pretrain(run.config)
         for line in describe(plan):
             log(VERB, line)
         require_fit(plan)
         return None
-    data = training_run(run)  # the run itself, unless the target has a tokenizer of its own
-    corpus, mask = require(data.corpus, "pack_corpus"), None
-    inputs = {"corpus": corpus.fingerprint}
-    if config.use_mask:
-        mask = require(data.mask, "build_mask")
-        require_same(
-            f"the corpus of {data.mask}",
-            mask.inputs["corpus"],
-            f"{data.corpus}",
-            corpus.fingerprint,
-            "build the mask of this corpus, or train on the mask's own",
-        )
-        inputs["mask"] = mask.fingerprint
-    require_training_blocks(corpus.rows["blocks"], config.heldout_blocks)
-    tokenizer = load_tokenizer(data.config.tokenizer_source)
-    fields, model_name = architecture(run.config, target, tokenizer), target.source or "target.architecture"
-    check_vocabulary(
-        fields["vocab_size"], tokenizer, model_name=model_name, tokenizer_name=data.config.tokenizer_source
-    )
-    require_positions(model_name, fields, run.config.pack_corpus.block_size)
-    artifact = run.open(run.model(name), VERB, keys=("pretrain", "target", "seed"), inputs=inputs)
+    corpus, mask = training_data(run)
+    settings = _settings(run)
+    _require_trainable(settings, corpus)
+    inputs = {"corpus": corpus.fingerprint, **({"mask": mask.fingerprint} if mask else {})}
+    artifact = run.open(location(settings.folder), VERB, keys=("pretrain", "target", "seed"), inputs=inputs)
     if artifact.manifest:
-        log(VERB, f"{name} is complete")
+        log(VERB, f"{settings.name} is complete")
         return artifact.manifest
-    summary = _train(run, data, artifact.folder, name)
+    summary = _train(settings, run.config.cluster)
+    sources = [source.path for source in run.config.pack_corpus.inputs]
     write_model_card(
         artifact.folder / EXPORT,
-        data.config,
+        settings,
+        sources=sources,
         corpus=corpus,
         mask=mask,
         scores=run.scores,
-        objective={"kind": config.objective.kind, "lambda": config.penalty},
         training=summary,
     )
-    for leftover in ("ray_train", BLOCKS):
+    for leftover in (RAY_TRAIN, BLOCKS):
         remove_tree(artifact.folder / leftover)
     files = [path for path in (artifact.folder / EXPORT).iterdir() if path.is_file()]
     rows = {"steps": summary["steps"], "blocks_seen": summary["blocks_seen"]}
     manifest = artifact.finish(files, rows=rows, summary=summary)
-    log(VERB, f"{name}: {summary['steps']} steps, last loss {summary['loss_benign']:.4f}, in {artifact.folder}")
+    log(
+        VERB, f"{settings.name}: {summary['steps']} steps, last loss {summary['loss_benign']:.4f}, in {artifact.folder}"
+    )
     return manifest
 
 
-def _train(run: Run, data: Run, folder: Path, name: str) -> dict[str, Any]:
-    config = run.config.pretrain
-    settings = {
-        "config": to_mapping(data.config),
-        "corpus": str(data.corpus),
-        "mask": str(data.mask) if config.use_mask else None,
-        "folder": str(folder),
-        "name": name,
-        "working_directory": os.getcwd(),
-    }
+def training_data(run: Run) -> tuple[Manifest, Manifest | None]:
+    """The corpus that is trained on and, if wanted, its mask: the run's own, or those in the target's tokens.
+
+    Raises:
+        FileNotFoundError: a corpus or the run's own mask is missing. MismatchError: the mask is of another corpus, or
+            the inputs have changed since they were packed. ValueError: a document has, or the mask has no spans.
+    """
+    target, config = run.target, run.config
+    corpus = require(target.corpus, "pack_corpus")
+    if target is not run:
+        require_same_documents(run.corpus, require(run.corpus, "pack_corpus"), target.corpus, corpus)
+    if not config.pretrain.use_mask:
+        return corpus, None
+    if target is not run:
+        return corpus, mask_other_tokens(
+            source=run.corpus,
+            source_mask=run.mask,
+            corpus=target.corpus,
+            mask=target.mask,
+            cluster=config.cluster,
+            resources=config.build_mask.resources,
+            config=to_yaml(config),
+        )
+    mask = require(run.mask, "build_mask")
+    require_same(
+        f"the corpus of {run.mask}",
+        mask.inputs["corpus"],
+        f"{run.corpus}",
+        corpus.fingerprint,
+        "build the mask of this corpus, or train on the mask's own",
+    )
+    return corpus, mask
+
+
+def _settings(run: Run) -> TrainingSettings:
+    data, config = run.target, run.config
+    name = PENALISED if config.pretrain.use_mask else BASELINE
+    return TrainingSettings(
+        name=name,
+        folder=str(run.model(name)),
+        corpus=str(data.corpus),
+        mask=str(data.mask) if config.pretrain.use_mask else None,
+        tokenizer=data.config.tokenizer_source,
+        block_size=config.pack_corpus.block_size,
+        target=config.target,
+        train=config.pretrain,
+        seed=config.seed,
+        working_directory=os.getcwd(),
+        logged=redact(to_mapping(config)),
+    )
+
+
+def _require_trainable(settings: TrainingSettings, corpus: Manifest) -> None:
+    """Refuse a corpus, a tokenizer and a target that do not go together, before any worker starts."""
+    train, block_size = settings.train, settings.block_size
+    require_training_blocks(corpus.rows["blocks"], train.heldout_blocks)
+    target, tokenizer = initial_model(settings.target, train.init_from), load_tokenizer(settings.tokenizer)
+    fields, name = architecture(target, tokenizer, block_size), target.source or "target.architecture"
+    check_vocabulary(fields["vocab_size"], tokenizer, model_name=name, tokenizer_name=settings.tokenizer)
+    require_positions(name, fields, block_size)
+
+
+def _train(settings: TrainingSettings, cluster: Cluster) -> dict[str, Any]:
+    folder, name = location(settings.folder), settings.name
     checkpoint = last_checkpoint(folder)
     if checkpoint:
         log(VERB, f"{name}: resuming from step {checkpoint.step}, saved by {checkpoint.world_size} workers")
     with _ShownMetrics(folder / METRICS, name):
-        if config.engine == "torch":
+        if settings.train.engine == "torch":
             threads = torch.get_num_threads()
             try:
                 TrainingLoop(settings, rank=0, world_size=1).run()
@@ -125,8 +172,8 @@ def _train(run: Run, data: Run, folder: Path, name: str) -> dict[str, Any]:
             finally:
                 torch.set_num_threads(threads)
         else:
-            connect(run.config.cluster)
-            _train_on_ray(run, settings)
+            connect(cluster)
+            _train_on_ray(settings, cluster)
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     if "stopped_early" in summary:
         log(
@@ -138,32 +185,33 @@ def _train(run: Run, data: Run, folder: Path, name: str) -> dict[str, Any]:
     return summary
 
 
-def _train_on_ray(run: Run, settings: dict[str, Any]) -> None:
+def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    config, failure = run.config.pretrain, location(settings["folder"]) / FAILURE
-    use_gpu = config.resources.gpus > 0
-    workers: Any = config.workers if config.min_workers is None else (config.min_workers, config.workers)
-    require_resources(run.config.cluster, VERB, config.resources, config.min_workers or config.workers)
+    train, folder = settings.train, location(settings.folder)
+    failure = folder / FAILURE
+    use_gpu = train.resources.gpus > 0
+    workers: Any = train.workers if train.min_workers is None else (train.min_workers, train.workers)
+    require_resources(cluster, VERB, train.resources, train.min_workers or train.workers)
     failure.unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=settings,
+        train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
             resources_per_worker={
-                "CPU": config.resources.cpus,
-                **({"GPU": config.resources.gpus} if use_gpu else {}),
-                **({"memory": config.resources.memory} if config.resources.memory else {}),
+                "CPU": train.resources.cpus,
+                **({"GPU": train.resources.gpus} if use_gpu else {}),
+                **({"memory": train.resources.memory} if train.resources.memory else {}),
             },
         ),
         run_config=ray.train.RunConfig(
-            name=f"{settings['name']}-{time.time_ns()}",
-            **_ray_storage(location(settings["folder"]) / "ray_train"),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            name=f"{settings.name}-{time.time_ns()}",
+            **_ray_storage(folder / RAY_TRAIN),
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
         ),
     )
     try:
@@ -193,14 +241,15 @@ def _ray_storage(folder: Path) -> dict[str, Any]:
     return {"storage_path": remote.path, "storage_filesystem": PyFileSystem(FSSpecHandler(remote.fs))}
 
 
-def train_loop(settings: dict[str, Any]) -> None:
-    """One Ray Train worker: one rank of the DeepSpeed job. What it would end with again it raises once, which ends all
-    ranks, and writes down: when they are started again, they do nothing."""
+def train_loop(given: dict[str, TrainingSettings]) -> None:
+    """One Ray Train worker: one rank of the DeepSpeed job, by the `settings` it is given. What it would end with again
+    it raises once, which ends all ranks, and writes down: when they are started again, they do nothing."""
     import ray.train
 
     configure_logging()
-    os.chdir(settings["working_directory"])  # Ray Train moved to its own; relative paths in the config are the driver's
-    context, failure = ray.train.get_context(), location(settings["folder"]) / FAILURE
+    settings = given["settings"]
+    os.chdir(settings.working_directory)  # Ray Train moved to its own; relative paths in the config are the driver's
+    context, failure = ray.train.get_context(), location(settings.folder) / FAILURE
     if failure.exists():
         return
     try:
@@ -217,9 +266,9 @@ def train_loop(settings: dict[str, Any]) -> None:
         raise
 
 
-def run_rank(settings: dict[str, Any], *, rank: int, local_rank: int, world_size: int) -> None:
+def run_rank(settings: TrainingSettings, *, rank: int, local_rank: int, world_size: int) -> None:
     """One rank of the DeepSpeed job, in whatever process group torch has."""
-    if not settings["config"]["pretrain"]["resources"]["gpus"]:
+    if not settings.train.resources.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 

@@ -1,4 +1,4 @@
-"""The pure parts of `pretrain`: the chunked loss around the LM head, the schedule, the model card.
+"""What `pretrain` does on each rank: the loop, its engines, checkpoints and blocks, and the loss that it minimises.
 
-The objective of a token is `ifguide.training.objective`; what runs it on ranks is in `ifguide.stages`.
+Ray Train's part is in `ifguide.stages.pretrain`. `signed_loss` is the loss for other programs' loops.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,14 @@ def flatten_blocks(corpus: Path, mask: Path | None, folder: Path) -> None:
     part.rename(folder)
 
 
+class Blocks(NamedTuple):
+    """Some blocks: int64 tokens and lengths, and their mask (bool), or None."""
+
+    tokens_BT: np.ndarray
+    lengths_B: np.ndarray
+    mask_BT: np.ndarray | None
+
+
 class TrainingBlocks:
     """What `flatten_blocks` wrote: `tokens` (N, T) int32, `lengths` (N,), `masked` (N, T) bool, or None."""
 
@@ -53,12 +61,12 @@ class TrainingBlocks:
         self.lengths = np.load(folder / LENGTHS)
         self.masked = np.load(folder / MASKED, mmap_mode="r") if (folder / MASKED).exists() else None
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """(tokens_BT int64, lengths_B int64, masked_BT bool or None); padding blocks have length 0."""
+    def take(self, indices: np.ndarray) -> Blocks:
+        """These blocks; padding ones have length 0."""
         padding = indices == PADDING
         lengths = np.where(padding, 0, self.lengths[indices]).astype(np.int64)
         masked = None if self.masked is None else self.masked[indices]
-        return self.tokens[indices].astype(np.int64), lengths, masked
+        return Blocks(self.tokens[indices].astype(np.int64), lengths, masked)
 
     def predicted_tokens(self, indices: np.ndarray) -> int:
         """Tokens of these blocks that carry a loss: all but each block's first, none of the padding."""

@@ -16,7 +16,7 @@ import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,20 +24,21 @@ from torch import Tensor
 from ifguide.artifacts import remove_tree
 from ifguide.config import Pretrain
 from ifguide.training.checkpoints import STATE, UNIVERSAL, Checkpoint
-from ifguide.training.lm_loss import LanguageModelLoss, Loss
+from ifguide.training.lm_loss import LanguageModelLoss
+from ifguide.training.losses import Loss, MicroBatch
 from ifguide.training.schedule import accumulation_steps, deepspeed_config, parameter_groups
 
 PREFIX = "model."  # of the LM's weights in a LanguageModelLoss
 
 
 class Engine(Protocol):
-    """One rank of a training. `restored` is the description of the checkpoint it started from."""
+    """One rank of a training."""
 
     device: torch.device
     module: LanguageModelLoss
 
-    def loss(self, batch: tuple[Any, ...]) -> Loss:
-        """The objective of `LanguageModelLoss` on (tokens, lengths, mask, token_count)."""
+    def loss(self, batch: MicroBatch) -> Loss:
+        """The objective of `LanguageModelLoss` on a micro-batch."""
 
     def begin_step(self, learning_rate: float) -> None:
         """Before the first micro-batch of a step."""
@@ -75,7 +76,7 @@ class TorchEngine:
             self.module.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
 
-    def loss(self, batch: tuple[Any, ...]) -> Loss:
+    def loss(self, batch: MicroBatch) -> Loss:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             return Loss(*self.module(*batch))
 
@@ -150,7 +151,7 @@ class DeepSpeedEngine:
         for state in optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    def loss(self, batch: tuple[Any, ...]) -> Loss:
+    def loss(self, batch: MicroBatch) -> Loss:
         return Loss(*self.engine(*batch))
 
     def begin_step(self, learning_rate: float) -> None:

@@ -16,7 +16,6 @@ model does from the hidden state at j - 1. Index 0 has no prediction; it and pad
 count, whatever the mask says there.
 """
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -27,29 +26,11 @@ from transformers import PreTrainedModel
 
 from ifguide.lm_head import LMHead, chunks, not_understood, output_embedding
 from ifguide.models import predicted_positions
+from ifguide.training.losses import Loss
 from ifguide.training.objective import Objective
 
 # Logits held at once: every chunk reads and writes the head's gradient, so they are many.
 CHUNK_VALUES = {"cpu": 24 << 20, "cuda": 64 << 20}
-
-
-@dataclass(frozen=True, eq=False)
-class Loss:
-    """`loss` carries the gradient; the rest is detached, for logs. All are scalars on the model's device.
-
-    The sums are plain sums of NLL in nats; the counts (int64) are this batch's: their sum over the global batch is the
-    `token_count` that divides `loss`.
-    """
-
-    loss: Tensor
-    benign_sum: Tensor
-    masked_sum: Tensor
-    benign_count: Tensor
-    masked_count: Tensor
-
-    def sums(self) -> Tensor:
-        """(5,) float64: loss, benign_sum, masked_sum, benign_count, masked_count, detached; they add over batches."""
-        return torch.stack([getattr(self, field.name).detach().double() for field in fields(self)])
 
 
 def _linear(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """One rank's training loop, the same for every engine: data order, objective, evaluation, checkpoints, resuming.
 
-A step is a function of the weights, the optimizer's state, the step's number and the config: its blocks, learning rate
-and random numbers all come from the number. So a training that goes on from a checkpoint repeats what an
+A step is a function of the weights, the optimizer's state, the step's number and the settings: its blocks, learning
+rate and random numbers all come from the number. So a training that goes on from a checkpoint repeats what an
 uninterrupted one does, to the last bit on as many ranks (on a CPU), and up to the order of sums on another number.
 """
 
@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ifguide.artifacts import fsync_tree, remove_tree, write_json
-from ifguide.config import Config, ConfigError, ModelSource, config_from_mapping, redact, to_mapping
-from ifguide.models import load_architecture, load_model
-from ifguide.shapes import initial_model, with_positions
+from ifguide.artifacts import write_json
+from ifguide.config import ConfigError, to_mapping
 from ifguide.storage import location
 from ifguide.telemetry import MetricsLog, log, read_metrics
 from ifguide.tokenizer import load_tokenizer
@@ -33,9 +32,9 @@ from ifguide.training.checkpoints import (
 )
 from ifguide.training.engines import DeepSpeedEngine, Engine, TorchEngine
 from ifguide.training.folder import METRICS, TrainingFolder
-from ifguide.training.lm_loss import LanguageModelLoss
-from ifguide.training.meter import meter_of
-from ifguide.training.objective import Objective
+from ifguide.training.losses import LossSums, LossTotals, MicroBatch
+from ifguide.training.meter import Meter, meter_of
+from ifguide.training.model import build_model, write_model
 from ifguide.training.schedule import (
     PADDING,
     BenignRise,
@@ -45,56 +44,47 @@ from ifguide.training.schedule import (
     split_heldout,
     step_seed,
 )
+from ifguide.training.settings import TrainingSettings
 
 VERB = "pretrain"
 SUMMARY, EXPORT = "summary.json", "hf"
 
 
-def architecture(config: Config, target: ModelSource, tokenizer: Any) -> dict[str, Any]:
-    """The HF config fields of the model to train; vocabulary and special tokens follow the tokenizer if unset."""
-    fields = with_positions(load_architecture(target), config.pack_corpus.block_size)
-    fields.setdefault("vocab_size", len(tokenizer))
-    return {**fields, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-
-
 class TrainingLoop:
-    """The state of one rank: engine, blocks, position.
+    """The state of one rank: engine, blocks, position."""
 
-    `settings`: `config` (a mapping), `corpus`, `mask` (None: none), `folder` of the model, `name`.
-    """
-
-    def __init__(self, settings: dict[str, Any], *, rank: int, world_size: int, local_rank: int | None = None):
-        self.config = config_from_mapping(settings["config"])
-        self.rank, self.world_size, self.name = rank, world_size, settings["name"]
-        self.train = self.config.pretrain
+    def __init__(self, settings: TrainingSettings, *, rank: int, world_size: int, local_rank: int | None = None):
+        self.settings, self.train, self.name = settings, settings.train, settings.name
+        self.rank, self.world_size = rank, world_size
         torch.set_num_threads(max(1, int(self.train.resources.cpus)))
         self.place = TrainingFolder(
-            settings["folder"],
+            settings.folder,
             rank=rank,
             local_rank=rank if local_rank is None else local_rank,
             barrier=self._barrier,
         )
         self.folder = self.place.folder
-        if self.place.leads:
-            mask = location(settings["mask"]) if settings["mask"] else None
-            flatten_blocks(location(settings["corpus"]), mask, self.place.local / BLOCKS)
-        self._barrier()
-        self.blocks = TrainingBlocks(self.place.local / BLOCKS)
-        self.trained, self.heldout = split_heldout(
-            len(self.blocks.lengths), self.train.heldout_blocks, self.config.seed
-        )
+        self.blocks = self._blocks()
+        self.trained, self.heldout = split_heldout(len(self.blocks.lengths), self.train.heldout_blocks, settings.seed)
         self.schedule = Schedule(
             num_blocks=len(self.trained),
             batch_blocks=self.train.batch_blocks,
             epochs=self.train.epochs,
-            seed=self.config.seed,
+            seed=settings.seed,
         )
-        self.tokenizer = load_tokenizer(self.config.tokenizer_source)
+        self.tokenizer = load_tokenizer(settings.tokenizer)
         checkpoint = self.place.fetch_for_all(self._agreed_checkpoint())
         self.engine = self._engine(checkpoint)
         self.step = checkpoint.step if checkpoint else 0
         self.rise = BenignRise(**(checkpoint.training if checkpoint else {}))
         self.stopped = self._diverged()  # a checkpoint may be the last one of a training that stopped early
+
+    def _blocks(self) -> TrainingBlocks:
+        folder, mask = self.place.local / BLOCKS, self.settings.mask
+        if self.place.leads:
+            flatten_blocks(location(self.settings.corpus), location(mask) if mask else None, folder)
+        self._barrier()
+        return TrainingBlocks(folder)
 
     def _agreed_checkpoint(self) -> Checkpoint | None:
         checkpoint = last_checkpoint(self.folder)
@@ -108,48 +98,19 @@ class TrainingLoop:
             )
         return checkpoint
 
-    def _diverged(self) -> bool:
-        return self.train.max_benign_rise is not None and self.rise.value > self.train.max_benign_rise
-
     def _engine(self, checkpoint: Checkpoint | None) -> Engine:
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.settings.seed)
         if checkpoint is not None and checkpoint.engine != self.train.engine:
             raise ConfigError(f"pretrain.engine: {checkpoint.folder} is of engine {checkpoint.engine}")
+        build = partial(build_model, self.settings, self.tokenizer)
         if self.train.engine == "torch":
-            return TorchEngine(self.train, self._build_model, checkpoint)
-        return DeepSpeedEngine(
-            self.train, self._build_model, checkpoint, leads=self.place.leads, world_size=self.world_size
-        )
-
-    def _build_model(self) -> LanguageModelLoss:
-        target = initial_model(self.config.target, self.train.init_from)
-        if not self.train.init_from:
-            target = ModelSource(
-                architecture=architecture(self.config, target, self.tokenizer),
-                trust_remote_code=target.trust_remote_code,
-            )
-        model = load_model(target, seed=self.config.seed)
-        if self.train.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        objective = Objective(
-            kind=self.train.objective.kind,
-            penalty=self.train.penalty,
-            floor_probability=self.train.objective.floor_probability,
-        )
-        return LanguageModelLoss(model, objective)
+            return TorchEngine(self.train, build, checkpoint)
+        return DeepSpeedEngine(self.train, build, checkpoint, leads=self.place.leads, world_size=self.world_size)
 
     def run(self) -> None:
         """Train to the last step, export, and publish the summary."""
         metrics = self._metrics() if self.rank == 0 else None
-        model_fields = self.engine.module.model.config.to_dict()
-        meter = meter_of(
-            self.config,
-            model_fields,
-            step=self.step,
-            steps=self.schedule.steps,
-            device=self.engine.device,
-            workers=self.world_size,
-        )
+        meter = self._meter()
         while self.step < self.schedule.steps and not self.stopped:
             values = self._train_step()
             last = self.step == self.schedule.steps or self.stopped
@@ -170,66 +131,79 @@ class TrainingLoop:
     def _metrics(self) -> MetricsLog:
         name = f"{self.folder.parent.parent.name}/{self.folder.name}"
         wandb = {**to_mapping(self.train.wandb), "name": name} if self.train.wandb else None
-        return MetricsLog(self.place.local / METRICS, wandb=wandb, config=redact(to_mapping(self.config)))
+        return MetricsLog(self.place.local / METRICS, wandb=wandb, config=self.settings.logged)
+
+    def _meter(self) -> Meter:
+        return meter_of(
+            self.engine.module.model.config.to_dict(),
+            self.train,
+            block_size=self.settings.block_size,
+            step=self.step,
+            steps=self.schedule.steps,
+            device=self.engine.device,
+            workers=self.world_size,
+        )
 
     def _train_step(self) -> dict[str, Any]:
         batch = self.schedule.batch(self.step)
         batch = np.where(batch == PADDING, PADDING, self.trained[batch])
         rate = learning_rate(self.step, self.schedule.steps, self.train)
-        torch.manual_seed(step_seed(self.config.seed, self.step, self.rank))
+        torch.manual_seed(step_seed(self.settings.seed, self.step, self.rank))
         self.engine.begin_step(rate)
-        sums = torch.zeros(5, dtype=torch.float64, device=self.engine.device)
-        for inputs in self._micro_batches(batch):
-            result = self.engine.loss(inputs)
-            sums += result.sums()
-            self.engine.backward(result.loss)
+        sums = LossSums(self.engine.device)
+        for micro_batch in self._micro_batches(batch):
+            loss = self.engine.loss(micro_batch)
+            sums.add(loss)
+            self.engine.backward(loss.loss)
         norm = self.engine.end_step()
         self.step += 1
-        loss, benign_sum, masked_sum, benign_count, masked_count = self._over_ranks(sums)
-        benign = benign_sum / max(benign_count, 1)
-        if not math.isfinite(loss + (norm or 0.0)):  # before such weights replace a checkpoint
-            raise FloatingPointError(
-                f"the loss is {loss} (benign {benign}), its gradient's norm {norm} at step {self.step}; lower"
-                " pretrain.learning_rate or pretrain.penalty, or take a bounded pretrain.objective.kind"
-            )
-        self.rise.update(benign)
+        totals = sums.totals(self.world_size)
+        self._require_finite(totals, norm)
+        self.rise.update(totals.benign)
         self.stopped = self._diverged()
         return {
-            "loss": loss,
-            "loss_benign": benign,
-            "loss_masked": masked_sum / masked_count if masked_count else None,
+            "loss": totals.loss,
+            "loss_benign": totals.benign,
+            "loss_masked": totals.masked,
             "benign_rise": self.rise.value,
             "learning_rate": rate,
             "gradient_norm": norm,
         }
 
-    def _micro_batches(self, batch: np.ndarray) -> Iterator[tuple[Any, ...]]:
-        """This rank's micro-batches on the device: (tokens, lengths, mask, the whole batch's token count)."""
+    def _require_finite(self, totals: LossTotals, norm: float | None) -> None:
+        if not math.isfinite(totals.loss + (norm or 0.0)):  # before such weights replace a checkpoint
+            raise FloatingPointError(
+                f"the loss is {totals.loss} (benign {totals.benign}), its gradient's norm {norm} at step {self.step};"
+                " lower pretrain.learning_rate or pretrain.penalty, or take a bounded pretrain.objective.kind"
+            )
+
+    def _diverged(self) -> bool:
+        return self.train.max_benign_rise is not None and self.rise.value > self.train.max_benign_rise
+
+    def _micro_batches(self, batch: np.ndarray, *, masked: bool = True) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of a step's blocks, on the device; without the mask unless `masked`."""
         token_count = max(1, self.blocks.predicted_tokens(batch))
         for indices in rank_micro_batches(
             batch, rank=self.rank, world_size=self.world_size, micro_batch_blocks=self.train.micro_batch_blocks
         ):
-            arrays = self.blocks.take(indices)
-            tensors = [None if array is None else torch.from_numpy(array).to(self.engine.device) for array in arrays]
-            yield (*tensors, token_count)
+            blocks = self.blocks.take(indices)
+            mask_BT = None if blocks.mask_BT is None or not masked else self._on_device(blocks.mask_BT)
+            yield MicroBatch(self._on_device(blocks.tokens_BT), self._on_device(blocks.lengths_B), mask_BT, token_count)
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.engine.device)
 
     @torch.no_grad()
     def _heldout_loss(self) -> float | None:
         """Mean NLL in nats of the held-out blocks' tokens, masked or not; None if there are no such blocks."""
         if not len(self.heldout):
             return None
-        sums = torch.zeros(5, dtype=torch.float64, device=self.engine.device)
+        sums = LossSums(self.engine.device)
         self.engine.module.eval()
-        for tokens, lengths, _, token_count in self._micro_batches(self.heldout):
-            sums += self.engine.loss((tokens, lengths, None, token_count)).sums()
+        for micro_batch in self._micro_batches(self.heldout, masked=False):
+            sums.add(self.engine.loss(micro_batch))
         self.engine.module.train()
-        _, total, _, count, _ = self._over_ranks(sums)
-        return total / count
-
-    def _over_ranks(self, sums: torch.Tensor) -> list[float]:
-        if self.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        return sums.tolist()
+        return sums.totals(self.world_size).benign
 
     def _barrier(self) -> None:
         if self.world_size > 1:
@@ -271,18 +245,10 @@ class TrainingLoop:
         self._barrier()
 
     def _export(self, checkpoint: Checkpoint) -> None:
-        """Write the HF checkpoint in float32, from the engine's own full-precision weights."""
-        trained = self.engine.module.model
-        model: Any = type(trained)(trained.config).float()
-        missing, unexpected = model.load_state_dict(self.engine.weights(checkpoint), strict=False)
-        tied = set(getattr(model, "_tied_weights_keys", None) or ())
-        if unexpected or set(missing) - tied:
-            raise ValueError(f"{checkpoint.folder} lacks {sorted(set(missing) - tied)}, and has {unexpected} too much")
-        model.tie_weights()
+        """Write the HF folder in float32, from the engine's own full-precision weights."""
         part = self.place.local / f"{EXPORT}.part"
-        remove_tree(part)
-        model.generation_config.eos_token_id = self.tokenizer.eos_token_id
-        model.save_pretrained(part)
-        self.tokenizer.save_pretrained(part)
-        fsync_tree(part)
+        try:
+            write_model(self.engine.module.model, self.engine.weights(checkpoint), self.tokenizer, part)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.folder}: {error}") from error
         self.place.publish_folder(part, EXPORT)

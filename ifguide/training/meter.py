@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ifguide.config import Config
+from ifguide.config import Pretrain
 from ifguide.hardware import hardware_of_device
 from ifguide.shapes import shape_of_fields
 from ifguide.telemetry import format_seconds
@@ -54,22 +54,28 @@ class Meter:
 
 
 def meter_of(
-    config: Config, architecture: Mapping[str, Any], *, step: int, steps: int, device: torch.device, workers: int
+    fields: Mapping[str, Any],
+    train: Pretrain,
+    *,
+    block_size: int,
+    step: int,
+    steps: int,
+    device: torch.device,
+    workers: int,
 ) -> Meter:
-    """The meter of a training of a model with these config fields, on `workers` devices like this one."""
-    block_size, dtype = config.pack_corpus.block_size, config.pretrain.dtype
-    found = hardware_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    """The meter of a training of a model with these config `fields`, on `workers` devices like this one."""
+    machine = hardware_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     per_token = None
-    if found is not None:  # else it would be counted for nothing
+    if machine is not None:  # else it would be counted for nothing
         with contextlib.suppress(ValueError):  # of a model whose FLOP are not known
-            shape = shape_of_fields("target", "its config", dict(architecture), traced=False)
+            shape = shape_of_fields("target", "its config", dict(fields), traced=False)
             per_token = shape.training_flop(block_size)
     return Meter(
         step=step,
         steps=steps,
-        tokens_per_step=config.pretrain.batch_blocks * block_size,
+        tokens_per_step=train.batch_blocks * block_size,
         flop_per_token=per_token,
-        flop_per_second=None if found is None else workers * found.peak(dtype),
+        flop_per_second=None if machine is None else workers * machine.peak(train.dtype),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ifguide.artifacts import MANIFEST, Manifest, read_manifest, write_text
-from ifguide.config import Config
+from ifguide.training.settings import TrainingSettings
 
 CARD = "README.md"
 HUB_PREFIX = "hf://"
@@ -23,36 +23,37 @@ HUB_PREFIX = "hf://"
 
 def write_model_card(
     folder: Path,
-    config: Config,
+    settings: TrainingSettings,
     *,
+    sources: Sequence[str],
     corpus: Manifest,
     mask: Manifest | None,
     scores: Path,
-    objective: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> None:
     """Write `folder`/README.md.
 
-    config, corpus: what was trained on. mask: None for a model without. scores: the folder of the run's scores, which
-    name the proxy; it may be missing. objective: its kind and parameters. training: steps, losses, parameters.
+    settings, corpus: what was trained, on what; sources: the names of the corpus' inputs. mask: None for a model
+    without. scores: the folder of the run's scores, which name the proxy; it may be missing. training: steps, losses,
+    parameters.
     """
+    train = settings.train
     provenance = {
         "corpus": _corpus(corpus),
         **({"mask": _mask(mask, scores)} if mask else {}),
-        "objective": dict(objective) if mask else {"kind": "none"},
-        "training": {**_settings(config), **training},
+        "objective": {"kind": train.objective.kind, "lambda": train.penalty} if mask else {"kind": "none"},
+        "training": {**_settings(settings), **training},
         "software": corpus.environment,
     }
-    write_text(folder / CARD, card_text(config, provenance))
+    write_text(folder / CARD, card_text(settings, sources, provenance))
 
 
-def card_text(config: Config, provenance: Mapping[str, Any]) -> str:
+def card_text(settings: TrainingSettings, sources: Sequence[str], provenance: Mapping[str, Any]) -> str:
     """The card: YAML front matter, then Markdown."""
-    sources = [item.path for item in config.pack_corpus.inputs]
     datasets = [
         source.removeprefix(HUB_PREFIX).partition(":")[0] for source in sources if source.startswith(HUB_PREFIX)
     ]
-    start = config.pretrain.init_from
+    start = settings.train.init_from
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -64,13 +65,13 @@ def card_text(config: Config, provenance: Mapping[str, Any]) -> str:
         front["base_model"] = start
     front["ifguide"] = provenance
     header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{header}---\n\n{_body(config, provenance)}"
+    return f"---\n{header}---\n\n{_body(settings, provenance)}"
 
 
-def _body(config: Config, provenance: Mapping[str, Any]) -> str:
-    masked = provenance.get("mask")
-    model = config.target.source or (config.target.architecture or {}).get("model_type", "a model")
-    start = f"fine-tuned from {config.pretrain.init_from}" if config.pretrain.init_from else "trained from scratch"
+def _body(settings: TrainingSettings, provenance: Mapping[str, Any]) -> str:
+    masked, target, start = provenance.get("mask"), settings.target, settings.train.init_from
+    model = target.source or (target.architecture or {}).get("model_type", "a model")
+    origin = f"fine-tuned from {start}" if start else "trained from scratch"
     what = (
         f"{masked['tokens_masked']:,} of its tokens, chosen by influence functions of a proxy, were penalised."
         if masked
@@ -78,7 +79,7 @@ def _body(config: Config, provenance: Mapping[str, Any]) -> str:
     )
     return (
         f"# {model}, {'penalised' if masked else 'baseline'}\n\n"
-        f"{model}, {start} on {provenance['corpus']['tokens']:,} tokens by ifguide"
+        f"{model}, {origin} on {provenance['corpus']['tokens']:,} tokens by ifguide"
         f" (IF-Guide, [arXiv 2506.01790](https://arxiv.org/abs/2506.01790)). {what}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")\n'
@@ -96,29 +97,29 @@ def _corpus(corpus: Manifest) -> dict[str, Any]:
 
 
 def _mask(mask: Manifest, scores: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"fingerprint": mask.fingerprint, "inputs": mask.inputs}
-    found |= {key: mask.summary[key] for key in ("tokens_masked", "predicted_tokens", "behaviour", "tau", "unit")
+    entries: dict[str, Any] = {"fingerprint": mask.fingerprint, "inputs": mask.inputs}
+    entries |= {key: mask.summary[key] for key in ("tokens_masked", "predicted_tokens", "behaviour", "tau", "unit")
               if key in mask.summary}  # fmt: skip
-    found |= {"options": mask.options["build_mask"]} if "build_mask" in mask.options else {}
+    entries |= {"options": mask.options["build_mask"]} if "build_mask" in mask.options else {}
     if (scores / MANIFEST).exists():
         scored = read_manifest(scores)
         if scored.fingerprint == mask.inputs.get("scores"):
-            found["proxy"] = scored.inputs.get("proxy")
-            found["query"] = scored.inputs.get("query")
-    return found
+            entries["proxy"] = scored.inputs.get("proxy")
+            entries["query"] = scored.inputs.get("query")
+    return entries
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    train = config.pretrain
+def _settings(settings: TrainingSettings) -> dict[str, Any]:
+    train = settings.train
     return {
         "initial_weights": train.init_from or "random",
         "epochs": train.epochs,
-        "tokens_per_step": train.batch_blocks * config.pack_corpus.block_size,
+        "tokens_per_step": train.batch_blocks * settings.block_size,
         "learning_rate": train.learning_rate,
         "weight_decay": train.weight_decay,
         "betas": list(train.betas),
         "dtype": train.dtype,
-        "seed": config.seed,
+        "seed": settings.seed,
     }
 
 

@@ -14,6 +14,7 @@ from ifguide.artifacts import open_artifact
 from ifguide.config import config_from_mapping, result_options, to_mapping
 from ifguide.run import Run
 from ifguide.tokenizer import train_tokenizer
+from ifguide.training.settings import TrainingSettings
 
 BLOCK_SIZE, BLOCKS = 32, 168
 WORDS = ("the", "pig", "saw", "a", "calm", "clown", "and", "said", "that", "all", "was", "well")
@@ -86,18 +87,23 @@ def _publish(
     return artifact.finish(files, rows=rows, summary=summary).fingerprint
 
 
-def settings_of(run: Run, folder: Path, **changes: Any) -> dict[str, Any]:
+def settings_of(run: Run, folder: Path, **changes: Any) -> TrainingSettings:
     """What a rank is given to train into `folder`, with `changes` of `pretrain`, or of the target's `architecture`."""
     tree = to_mapping(run.config)
     tree["target"]["architecture"] |= changes.pop("architecture", {})
     tree["pretrain"] |= changes
-    return {
-        "config": tree,
-        "corpus": str(run.corpus),
-        "mask": str(run.mask),
-        "folder": str(folder),
-        "name": folder.name,
-    }
+    config = config_from_mapping(tree)
+    return TrainingSettings(
+        name=folder.name,
+        folder=str(folder),
+        corpus=str(run.corpus),
+        mask=str(run.mask),
+        tokenizer=config.tokenizer_source,
+        block_size=BLOCK_SIZE,
+        target=config.target,
+        train=config.pretrain,
+        seed=config.seed,
+    )
 
 
 def _zipf(size: int) -> np.ndarray:

@@ -18,6 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ifguide.training.settings import TrainingSettings
+
 # The optimizer's import alone takes longer than a whole training here.
 PRELOADED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -43,7 +45,7 @@ class Kill:
 
 
 def run_ranks(
-    settings: dict[str, Any],
+    settings: TrainingSettings,
     world_size: int,
     kill: Kill | None = None,
     *,
@@ -90,7 +92,7 @@ def _join(processes: list[Any], *, timeout: float, patience: float) -> None:
 
 
 def _rank(
-    settings: dict[str, Any],
+    settings: TrainingSettings,
     rank: int,
     world_size: int,
     folder: Path,

@@ -32,11 +32,12 @@ from ifguide.telemetry import read_metrics
 from ifguide.training.checkpoints import last_checkpoint
 from ifguide.training.folder import METRICS
 from ifguide.training.loop import TrainingLoop
+from ifguide.training.settings import TrainingSettings
 from tests.stages.conftest import ARCHITECTURE
 from tests.stages.packed import packed_run, settings_of
 from tests.stages.ranks import PLACES, Kill, run_ranks
 
-Settings = dict[str, Any]
+Settings = TrainingSettings
 STEPS, SAVED_EVERY = 10, 2
 FIGURES = ("loss", "loss_benign", "loss_masked", "gradient_norm", "benign_rise", "learning_rate", "loss_heldout")
 # ZeRO-3 parts a weight and frees it between uses from 100,000 elements on: here, the embeddings and the head.
@@ -67,19 +68,19 @@ def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 def rows(made: Settings) -> list[dict[str, Any]]:
     """The rows of all attempts; of one that is being written, those that are whole."""
-    path = Path(made["folder"]) / METRICS
+    path = Path(made.folder) / METRICS
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def figures(made: Settings, steps: int = STEPS) -> dict[int, dict[str, Any]]:
     """Step -> figures of the whole training."""
-    found = read_metrics(Path(made["folder"]) / METRICS)
+    found = read_metrics(Path(made.folder) / METRICS)
     assert [row["step"] for row in found] == list(range(1, steps + 1))
     return {row["step"]: {name: row.get(name) for name in FIGURES} for row in found}
 
 
 def model_file(made: Settings) -> Path:
-    return Path(made["folder"]) / "hf" / "model.safetensors"
+    return Path(made.folder) / "hf" / "model.safetensors"
 
 
 def require_same_bits(found: Settings, reference: Settings, *, steps: int = STEPS) -> None:
@@ -133,9 +134,9 @@ def test_killed_ranks_go_on_with_the_same_losses_on_another_number_of_workers(
         reference = settings("reference", zero_stage=3)
         run_ranks(reference, 1)
     run_ranks(killed, 1, draw_kill(rng, 2, 4, world_size=1))
-    assert last_checkpoint(Path(killed["folder"])).world_size == 1
+    assert last_checkpoint(Path(killed.folder)).world_size == 1
     run_ranks(killed, 2, replace(draw_kill(rng, 8, 8, world_size=2), place=rng.choice(["step", "backward", "save"])))
-    assert last_checkpoint(Path(killed["folder"])).world_size == 2
+    assert last_checkpoint(Path(killed.folder)).world_size == 2
     run_ranks(killed, 1)
     require_close(killed, reference, 1e-4)
 
@@ -190,7 +191,7 @@ def test_ray_train_starts_a_killed_rank_again(run: Run, cluster: None, settings:
     reference = settings("reference", **options)
     run_ranks(reference, 2)
     whole = Run(config=replace(run.config, pretrain=replace(run.config.pretrain, **options)))
-    made = {"folder": str(whole.model("penalised"))}
+    made = replace(reference, folder=str(whole.model("penalised")))
     killed: list[int] = []
 
     def kill() -> None:
@@ -221,7 +222,7 @@ def test_what_a_restart_cannot_mend_is_said_once(run: Run, cluster: None, tmp_pa
     with pytest.raises(StageError, match=r"^the loss is .* at step 2; lower pretrain\.learning_rate"):
         pretrain(diverging)
     folder = diverging.model("penalised")
-    assert [row["step"] for row in rows({"folder": str(folder)})] == [1]
+    assert [row["step"] for row in read_metrics(folder / METRICS)] == [1]
     assert not (folder / FAILURE).exists()
 
 
@@ -249,16 +250,16 @@ def test_a_killed_driver_goes_on_on_the_one_cpu_that_is_left(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "ifguide.cli", "pretrain", "--config", str(tmp_path / "config.yaml")]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
-    made = {"folder": str(run_dir / "model" / "penalised")}
+    made = replace(reference, folder=str(run_dir / "model" / "penalised"))
     process = subprocess.Popen(command, start_new_session=True, env=environment)
     deadline = time.monotonic() + 150
-    while last_checkpoint(Path(made["folder"])) is None and time.monotonic() < deadline and process.poll() is None:
+    while last_checkpoint(Path(made.folder)) is None and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
-    checkpoint = last_checkpoint(Path(made["folder"]))
+    checkpoint = last_checkpoint(Path(made.folder))
     assert checkpoint is not None, "no checkpoint before the deadline"
     assert (checkpoint.world_size, checkpoint.step < 60) == (2, True)
     subprocess.run([*command, "--set", "cluster.num_cpus=1"], check=True, env=environment, timeout=200)
-    assert last_checkpoint(Path(made["folder"])).world_size == 1
+    assert last_checkpoint(Path(made.folder)).world_size == 1
     require_close(made, reference, 1e-3, steps=60)

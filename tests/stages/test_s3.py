@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -238,22 +239,22 @@ def test_machines_that_share_no_disk_train_through_the_store(stage: int, s3: int
     ]
     reference = settings_of(packed, tmp_path / "reference")
     run_ranks(reference, 2)
-    killed = {**settings_of(packed, tmp_path / "killed"), "folder": f"s3://lake/model-{stage}"}
-    folder = location(killed["folder"])
+    killed = replace(settings_of(packed, tmp_path / "killed"), folder=f"s3://lake/model-{stage}")
+    folder = location(killed.folder)
     run_ranks(killed, 2, Kill(step=3, place="save", rank=1), machines=machines)
     assert last_checkpoint(folder).step == 2
     run_ranks(killed, 2, Kill(step=6, place="backward", rank=None), machines=machines)
     assert last_checkpoint(folder).step == 6
     run_ranks(killed, 2, machines=machines)
-    weights = [(place / "hf" / "model.safetensors").read_bytes() for place in (folder, Path(reference["folder"]))]
+    weights = [(place / "hf" / "model.safetensors").read_bytes() for place in (folder, Path(reference.folder))]
     assert weights[0] == weights[1]
-    expected = {row["step"]: row["loss"] for row in read_metrics(Path(reference["folder"]) / METRICS)}
+    expected = {row["step"]: row["loss"] for row in read_metrics(Path(reference.folder) / METRICS)}
     assert {row["step"]: row["loss"] for row in read_metrics(folder / METRICS)} == expected
     assert [path.name for path in subfolders(folder / CHECKPOINTS)] == [f"step-{max(expected):08d}"]
     assert not [path for machine in machines for path in Path(machine["IFGUIDE_CACHE"]).glob("training-*")]
 
-    reshaped = {**killed, "folder": f"s3://lake/reshaped-{stage}"}
+    reshaped = replace(killed, folder=f"s3://lake/reshaped-{stage}")
     run_ranks(reshaped, 2, Kill(step=5, place="step", rank=0), machines=machines)
     run_ranks(reshaped, 1, machines=machines)
-    losses = {row["step"]: row["loss"] for row in read_metrics(location(reshaped["folder"]) / METRICS)}
+    losses = {row["step"]: row["loss"] for row in read_metrics(location(reshaped.folder) / METRICS)}
     assert losses == pytest.approx(expected, rel=1e-4)

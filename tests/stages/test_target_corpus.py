@@ -21,8 +21,7 @@ from ifguide.config import Config, ConfigError, ModelSource
 from ifguide.corpus.tables import document_table
 from ifguide.run import Run
 from ifguide.stages.pack_corpus import pack_corpus
-from ifguide.stages.pretrain import pretrain
-from ifguide.stages.target_corpus import training_run
+from ifguide.stages.pretrain import pretrain, training_data
 from ifguide.tokenizer import load_tokenizer
 from tests.tokenizers import byte_level, train_unigram
 
@@ -55,7 +54,8 @@ def with_tokenizer(copied: Callable[..., Config], tokenizer: str | None, **chang
 def made(run: Run) -> Run:
     """The run that is trained on, packed and masked."""
     pack_corpus(run)
-    return training_run(run)
+    training_data(run)
+    return run.target
 
 
 def flat(folder: Path, column: str) -> np.ndarray:
@@ -182,7 +182,7 @@ def test_changed_documents_and_masks_without_spans_are_refused(
         pack_corpus(changed)
     pack_corpus(changed.target)
     with pytest.raises(MismatchError, match="the inputs have changed"):
-        training_run(changed)
+        training_data(changed)
     without = with_tokenizer(copied, targets["unigram"])
     for path in data_files(Run(config=without).mask, "spans-*.parquet"):
         path.unlink()
@@ -192,6 +192,14 @@ def test_changed_documents_and_masks_without_spans_are_refused(
     (Path(without.run_dir) / "target").rename(tmp_path / "old_target")
     with pytest.raises(ValueError, match="has no character spans"):
         made(Run(config=without))
+
+
+def test_a_target_whose_corpus_is_not_packed_says_what_to_run(
+    targets: dict[str, str], copied: Callable[..., Config]
+) -> None:
+    run = Run(config=with_tokenizer(copied, targets["bytes"]))
+    with pytest.raises(FileNotFoundError, match=r"target/corpus does not exist; run `ifguide pack_corpus` first"):
+        pretrain(run)
 
 
 def test_the_baseline_cannot_be_the_proxy_of_other_tokens(finished: Config) -> None:

@@ -30,7 +30,7 @@ from tests.stages.conftest import ARCHITECTURE
 from tests.stages.packed import packed_run, settings_of
 
 STEPS = 10
-Settings = dict[str, Any]
+Options = dict[str, Any]
 
 
 class Killed(Exception):
@@ -229,7 +229,7 @@ def test_of_several_failed_workers_the_one_that_says_what_to_do_is_heard() -> No
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_any_worker_starts(
-    options: Settings, positions: int, message: str, run: Run, tmp_path: Path
+    options: Options, positions: int, message: str, run: Run, tmp_path: Path
 ) -> None:
     fields = {**ARCHITECTURE, "max_position_embeddings": 16}
     AutoConfig.for_model(**fields).save_pretrained(tmp_path / "short")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ifguide.config import Config, PackCorpus, Pretrain
+from ifguide.config import Pretrain
 from ifguide.hardware import hardware
 from ifguide.shapes import shape_of_fields
 from ifguide.training.meter import Meter, meter_of, training_line
@@ -46,14 +46,16 @@ def test_rates_are_those_since_the_last_logging_step(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("workers", [1, 8])
 def test_mfu_is_of_the_data_sheets_peak_of_all_workers(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    config = Config(pretrain=Pretrain(batch_blocks=64), pack_corpus=PackCorpus(block_size=32))
-    fields = ARCHITECTURES["gpt_neox"]
-    meter = meter_of(config, fields, step=0, steps=9, device=torch.device("cuda"), workers=workers)
+    train, fields = Pretrain(batch_blocks=64), ARCHITECTURES["gpt_neox"]
+    meter = meter_of(fields, train, block_size=32, step=0, steps=9, device=torch.device("cuda"), workers=workers)
     assert meter.tokens_per_step == 64 * 32
     assert meter.flop_per_second == workers * hardware("h100").bfloat16
     assert meter.flop_per_token == shape_of_fields("tiny", "test", fields).training_flop(32)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus")
-    assert meter_of(config, fields, step=0, steps=9, device=torch.device("cuda"), workers=1).values(1)["mfu"] is None
+    assert (
+        meter_of(fields, train, block_size=32, step=0, steps=9, device=torch.device("cuda"), workers=1).values(1)["mfu"]
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,10 +70,12 @@ def test_a_model_that_cannot_be_a_proxy_trains_all_the_same(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     fields = ARCHITECTURES["llama"] | changes
-    meter = meter_of(Config(), fields, step=0, steps=9, device=torch.device("cuda"), workers=1)
+    meter = meter_of(fields, Pretrain(), block_size=2048, step=0, steps=9, device=torch.device("cuda"), workers=1)
     assert (meter.values(1)["mfu"] is not None) == known
 
 
 def test_a_cpu_has_no_mfu() -> None:
-    meter = meter_of(Config(), ARCHITECTURES["llama"], step=0, steps=9, device=torch.device("cpu"), workers=2)
+    meter = meter_of(
+        ARCHITECTURES["llama"], Pretrain(), block_size=2048, step=0, steps=9, device=torch.device("cpu"), workers=2
+    )
     assert meter.values(3)["mfu"] is None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import pytest
 from huggingface_hub import ModelCard
 
 from ifguide.artifacts import Manifest, write_json
-from ifguide.config import Config, Input, ModelSource, PackCorpus, Pretrain
+from ifguide.config import ModelSource, Pretrain
+from ifguide.config.pretrain import MaskedLoss
 from ifguide.training.model_card import write_model_card
+from ifguide.training.settings import TrainingSettings
+
+PYTHIA = ModelSource(source="EleutherAI/pythia-160m")
 
 
 def manifest(verb: str, **changes: object) -> Manifest:
@@ -31,29 +35,39 @@ MASK = manifest(
 )
 
 
-def card(folder: Path, config: Config, *, mask: Manifest | None = MASK, scores: Path = Path("nowhere")) -> ModelCard:
-    write_model_card(
-        folder,
-        config,
-        corpus=CORPUS,
-        mask=mask,
-        scores=scores,
-        objective={"kind": "penalty", "lambda": 0.5},
-        training={"steps": 12, "loss_benign": 2.5},
+SOURCES = ("hf://owner/texts:train", "/data/own.jsonl")
+
+
+def settings_of(target: ModelSource = PYTHIA, **train: Any) -> TrainingSettings:
+    objective = MaskedLoss(kind="penalty")
+    return TrainingSettings(
+        name="any",
+        folder="any",
+        corpus="any",
+        mask=None,
+        tokenizer="any",
+        block_size=32,
+        target=target,
+        train=Pretrain(objective=objective, **train),
+        seed=0,
     )
+
+
+def card(
+    folder: Path,
+    settings: TrainingSettings | None = None,
+    *,
+    mask: Manifest | None = MASK,
+    scores: Path = Path("nowhere"),
+) -> ModelCard:
+    training = {"steps": 12, "loss_benign": 2.5}
+    settings = settings or settings_of()
+    write_model_card(folder, settings, sources=SOURCES, corpus=CORPUS, mask=mask, scores=scores, training=training)
     return ModelCard.load(folder / "README.md")
 
 
-@pytest.fixture
-def config() -> Config:
-    return Config(
-        target=ModelSource(source="EleutherAI/pythia-160m"),
-        pack_corpus=PackCorpus(inputs=(Input(path="hf://owner/texts:train"), Input(path="/data/own.jsonl"))),
-    )
-
-
-def test_the_hub_reads_the_front_matter(tmp_path: Path, config: Config) -> None:
-    data = card(tmp_path, config).data
+def test_the_hub_reads_the_front_matter(tmp_path: Path) -> None:
+    data = card(tmp_path).data
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "text-generation"
     assert data.datasets == ["owner/texts"]
@@ -68,29 +82,29 @@ def test_the_hub_reads_the_front_matter(tmp_path: Path, config: Config) -> None:
     assert known["training"]["initial_weights"] == "random"
 
 
-def test_the_proxy_is_named_from_the_scores_that_the_mask_is_of(tmp_path: Path, config: Config) -> None:
+def test_the_proxy_is_named_from_the_scores_that_the_mask_is_of(tmp_path: Path) -> None:
     scores = tmp_path / "scores"
     scores.mkdir()
     scored = manifest("score_corpus", inputs={"proxy": "its-weights", "query": "its-query"})
     write_json(scores / "manifest.json", scored.__dict__)
-    assert card(tmp_path, config, scores=scores).data.to_dict()["ifguide"]["mask"]["proxy"] == "its-weights"
+    assert card(tmp_path, scores=scores).data.to_dict()["ifguide"]["mask"]["proxy"] == "its-weights"
     write_json(scores / "manifest.json", {**scored.__dict__, "fingerprint": "of another mask"})
-    assert "proxy" not in card(tmp_path, config, scores=scores).data.to_dict()["ifguide"]["mask"]
+    assert "proxy" not in card(tmp_path, scores=scores).data.to_dict()["ifguide"]["mask"]
 
 
 def test_a_baseline_claims_no_mask_and_a_finetuned_model_names_its_base(tmp_path: Path) -> None:
-    finetuned = Config(pretrain=Pretrain(init_from="EleutherAI/pythia-1b"), target=ModelSource(source="x/y"))
+    finetuned = settings_of(ModelSource(source="x/y"), init_from="EleutherAI/pythia-1b")
     found = card(tmp_path, finetuned, mask=None)
     assert found.data.base_model == "EleutherAI/pythia-1b"
     assert "mask" not in found.data.to_dict()["ifguide"]
     assert found.data.to_dict()["ifguide"]["objective"] == {"kind": "none"}
     assert "No token was penalised" in found.text
-    local = Config(pretrain=Pretrain(init_from=f"{tmp_path}"))
+    local = settings_of(init_from=f"{tmp_path}")
     assert card(tmp_path, local, mask=None).data.base_model is None
 
 
-def test_the_table_survives_odd_values(tmp_path: Path, config: Config) -> None:
-    text = card(tmp_path, config).text
+def test_the_table_survives_odd_values(tmp_path: Path) -> None:
+    text = card(tmp_path).text
     assert "| corpus.tokenizer | a\\|b c |" in text
     assert "| corpus.tokens | 4,000 |" in text
     table = [line for line in text.splitlines() if line.startswith("| ")]
