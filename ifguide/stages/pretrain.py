@@ -33,7 +33,7 @@ from ifguide.storage import is_remote, location
 from ifguide.telemetry import configure_logging, cut_torn_line, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.training.blocks import BLOCKS
-from ifguide.training.checkpoints import last_checkpoint
+from ifguide.training.checkpoints import first_whole, published_checkpoints
 from ifguide.training.folder import METRICS
 from ifguide.training.loop import EXPORT, SUMMARY, VERB, TrainingLoop
 from ifguide.training.meter import training_line
@@ -159,7 +159,8 @@ def _require_trainable(settings: TrainingSettings, corpus: Manifest) -> None:
 
 def _train(settings: TrainingSettings, cluster: Cluster) -> dict[str, Any]:
     folder, name = location(settings.folder), settings.name
-    checkpoint = last_checkpoint(folder)
+    checkpoints = reversed(published_checkpoints(folder))
+    checkpoint = next(checkpoints, None) if is_remote(folder) else first_whole(checkpoints)
     if checkpoint:
         log(VERB, f"{name}: resuming from step {checkpoint.step}, saved by {checkpoint.world_size} workers")
     with _ShownMetrics(folder / METRICS, name):

@@ -7,6 +7,8 @@ machine share the pages that they read. Cost: 5 bytes a token of disk (4 without
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,23 +17,36 @@ import numpy as np
 import pyarrow as pa
 
 from ifguide import schemas
-from ifguide.artifacts import data_files, fsync_tree, remove_tree
+from ifguide.artifacts import (
+    damaged_files,
+    file_entry,
+    fsync_tree,
+    remove_tree,
+    unsealed,
+    verified_files,
+    write_sealed,
+)
 from ifguide.corpus.tables import corpus_block_size
+from ifguide.telemetry import log
 from ifguide.training.schedule import PADDING
 
 BLOCKS = "blocks"  # folder of a model in training
 TOKENS, LENGTHS, MASKED = "tokens.npy", "lengths.npy", "masked.npy"
+DIGESTS = "digests.json"  # of these, as they were written
 
 
 def flatten_blocks(corpus: Path, mask: Path | None, folder: Path) -> None:
-    """Write the blocks of all shards, in order, and their mask if there is one, to `folder`; done, if it is there.
+    """Write the blocks of all shards, in order, and their mask if there is one, to `folder`.
+
+    What an earlier attempt wrote there is kept, if it is as it was written.
 
     Raises:
-        ValueError: the mask is of other blocks than the corpus; names the file.
+        ValueError: a file of the corpus or the mask has changed since it was made, or the mask is of other blocks than
+            the corpus; names the file.
     """
-    if folder.exists():
+    if _is_whole(folder):
         return
-    block_size, files = corpus_block_size(corpus), data_files(corpus)
+    block_size, files = corpus_block_size(corpus), list(verified_files(corpus))
     lengths_N = np.concatenate([_read(path, "length").column("length").to_numpy() for path in files])
     part = folder.with_name(f"{folder.name}.part")
     remove_tree(part)
@@ -41,8 +56,24 @@ def flatten_blocks(corpus: Path, mask: Path | None, folder: Path) -> None:
     _write(part / TOKENS, shape, np.int32, (schemas.per_token_array(_read(path, "tokens"), "tokens") for path in files))
     if mask is not None:
         _write(part / MASKED, shape, np.bool_, _masks(files, mask, block_size))
+    write_sealed(part / DIGESTS, {path.name: file_entry(path) for path in part.iterdir()})
     fsync_tree(part)
+    remove_tree(folder)
     part.rename(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the flat files are there and have the digests that they were written with."""
+    if not folder.exists():
+        return False
+    try:
+        path = folder / DIGESTS
+        if not damaged_files(folder, unsealed(json.loads(path.read_text(encoding="utf-8")), path)):
+            return True
+    except (FileNotFoundError, ValueError):
+        pass
+    log("pretrain", f"{folder} is not as it was written: it is made again", level=logging.WARNING)
+    return False
 
 
 class Blocks(NamedTuple):
@@ -89,7 +120,7 @@ def _write(path: Path, shape: tuple[int, int], dtype: Any, shards: Iterator[np.n
 
 def _masks(files: list[Path], mask: Path, block_size: int) -> Iterator[np.ndarray]:
     schema = schemas.mask(block_size)
-    for path, corpus_path in zip(data_files(mask), files, strict=True):
+    for path, corpus_path in zip(verified_files(mask), files, strict=True):
         table = schemas.read_table(path, schema)
         if not table.column("block_id").equals(_read(corpus_path, "block_id").column("block_id")):
             raise ValueError(f"{path} holds other blocks than the corpus shard of that number")

@@ -6,7 +6,8 @@ has one global token count for its only denominator; DeepSpeed divides gradients
 averages over ranks, so its loss is scaled to undo both.
 
 A DeepSpeed checkpoint of another number of ranks is converted to DeepSpeed's universal form first. DeepSpeed reads its
-files with pickle: a run directory is trusted as its owner's. Torch's are read with `weights_only`.
+files with pickle: only those are given to it whose digests the training wrote down. Whoever can write both is trusted,
+as the run directory's owner. Torch's are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ class DeepSpeedEngine:
 def _universal(checkpoint: Checkpoint, leads: bool, config: Pretrain) -> Path:
     """The checkpoint in DeepSpeed's universal form beside it: converted once, by the rank that leads."""
     final = checkpoint.folder.with_suffix(UNIVERSAL)
-    if leads and not final.exists():
+    if leads:
+        remove_tree(final)  # of an attempt that was killed: nothing says whether it is whole
         from deepspeed.checkpoint import ds_to_universal
 
         part = final.with_suffix(f"{UNIVERSAL}-part")

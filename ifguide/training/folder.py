@@ -9,24 +9,41 @@ On every machine one rank, the one that leads, moves the files, so each machine'
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import move_folder, remove_tree
-from ifguide.storage import download_folder, is_remote, location, upload, upload_folder, work_folder
+from ifguide.artifacts import move_folder, remove_tree, write_json
+from ifguide.storage import (
+    download_folder,
+    file_sizes,
+    is_remote,
+    location,
+    read_texts,
+    upload,
+    upload_folder,
+    work_folder,
+)
 from ifguide.training.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
+    Files,
     describe_files,
+    digest_files,
     part_folder,
     publish_checkpoint,
     remove_others,
 )
 
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb.json"
+DIGESTS = "digests-"  # files of each rank, gathered before a checkpoint is published
+WRITER_FAILED = ("inline_container", "PytorchStreamWriter")  # of what torch.save raises on a full disk
 UPLOAD_SECONDS = 15.0  # between uploads of the metrics
 
 
@@ -36,9 +53,9 @@ class TrainingFolder:
     `leads`: this rank moves its machine's files. `barrier` waits for all ranks.
     """
 
-    def __init__(self, folder: str | Path, *, rank: int, local_rank: int, barrier: Callable[[], None]):
+    def __init__(self, folder: str | Path, *, rank: int, local_rank: int, world_size: int, barrier: Callable[[], None]):
         self.folder = location(folder)
-        self.rank, self.barrier = rank, barrier
+        self.rank, self.world_size, self.barrier = rank, world_size, barrier
         self.remote = is_remote(self.folder)
         self.leads = (local_rank if self.remote else rank) == 0
         self.local = self.folder
@@ -62,6 +79,8 @@ class TrainingFolder:
             part = folder.with_suffix(".fetched")
             remove_tree(part)
             download_folder(checkpoint.folder, part)
+            if digest_files(part, checkpoint.files) != checkpoint.files:
+                raise OSError(f"{checkpoint.folder} came damaged, or has changed since it was written")
             part.rename(folder)
         return replace(checkpoint, folder=folder)
 
@@ -74,8 +93,13 @@ class TrainingFolder:
         self.barrier()
         return self.fetch(checkpoint)
 
-    def checkpoint_part(self, step: int) -> Path:
-        """An empty folder for all ranks to write a step's checkpoint into."""
+    @contextlib.contextmanager
+    def writing_checkpoint(self, step: int) -> Iterator[Path]:
+        """An empty folder for all ranks to write a step's checkpoint into, and publish it; every rank calls it.
+
+        Raises:
+            OSError: there was no room for it. What was written of it is removed, then and on any other error.
+        """
         part = part_folder(self.local, step)
         if self.leads:
             remove_tree(part)
@@ -83,10 +107,20 @@ class TrainingFolder:
             if self.remote and self.rank == 0:
                 remove_tree(self._published(part))  # files of an attempt that never described them
         self.barrier()
-        return part
+        try:
+            yield part
+        except BaseException as error:
+            full = _no_room(error, part)
+            with contextlib.suppress(OSError):  # another rank may be at it, too
+                remove_tree(part)
+            if full is None:
+                raise
+            raise full from error
 
     def publish_checkpoint(self, part: Path, description: Mapping[str, Any]) -> None:
         """Publish what all ranks have written into `part`; every rank calls it."""
+        self.barrier()
+        self._digest(part)
         self.barrier()
         if self.remote:
             if self.leads:
@@ -94,10 +128,21 @@ class TrainingFolder:
                 remove_tree(part)
             self.barrier()
             if self.rank == 0:
-                describe_files(self._published(part), description)
+                published = self._published(part)
+                describe_files(published, description, _gather_digests(published))
         elif self.rank == 0:
-            publish_checkpoint(part, description)
+            publish_checkpoint(part, description, _gather_digests(part))
         self.barrier()
+
+    def _digest(self, part: Path) -> None:
+        """Leave the digests of this rank's share of the files in `part`: of all, where each machine has its own."""
+        names = [name for name in file_sizes(part) if not name.startswith(DIGESTS)]
+        if self.remote:
+            names = names if self.leads else []
+        else:
+            names = names[self.rank :: self.world_size]
+        if names:
+            write_json(part / f"{DIGESTS}{self.rank}.json", digest_files(part, names))
 
     def remove_checkpoints(self, *, keep_last: int, keep_best: int) -> None:
         """Remove all published checkpoints but the last and the best ones; every rank calls it."""
@@ -128,3 +173,30 @@ class TrainingFolder:
 
     def _published(self, part: Path) -> Path:
         return self.folder / CHECKPOINTS / part.with_suffix("").name
+
+
+def _gather_digests(folder: Path) -> Files:
+    """The digests that all ranks have left in a folder, which are removed."""
+    paths = [folder / name for name in file_sizes(folder) if name.startswith(DIGESTS)]
+    files: Files = {}
+    for path, text in zip(paths, read_texts(paths), strict=True):
+        files |= json.loads(text)
+        path.unlink()
+    return dict(sorted(files.items()))
+
+
+def _no_room(error: BaseException, part: Path) -> OSError | None:
+    """What to raise in place of an error in writing a checkpoint, if the disk was full: path and room."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and not (isinstance(error, RuntimeError) and any(name in str(error) for name in WRITER_FAILED)):
+        return None
+    with contextlib.suppress(OSError):
+        written, free = sum(file_sizes(part).values()), shutil.disk_usage(part).free
+        number = error.errno if isinstance(error, OSError) else errno.ENOSPC
+        return OSError(
+            number,
+            f"no room for a checkpoint: {written / 1e6:,.1f} MB of it were written, {free / 1e6:,.1f} MB are free; make"
+            " room and run it again",
+            str(part),
+        )
+    return None

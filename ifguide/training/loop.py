@@ -19,14 +19,16 @@ import torch
 from ifguide.artifacts import write_json
 from ifguide.config import ConfigError, to_mapping
 from ifguide.storage import location
-from ifguide.telemetry import MetricsLog, log, read_metrics
+from ifguide.telemetry import MetricsLog, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.training.blocks import BLOCKS, TrainingBlocks, flatten_blocks
 from ifguide.training.checkpoints import (
+    CHECKPOINTS,
     STATE,
     Checkpoint,
     best_checkpoints,
     describe_checkpoint,
+    first_whole,
     last_checkpoint,
     published_checkpoints,
 )
@@ -61,6 +63,7 @@ class TrainingLoop:
             settings.folder,
             rank=rank,
             local_rank=rank if local_rank is None else local_rank,
+            world_size=world_size,
             barrier=self._barrier,
         )
         self.folder = self.place.folder
@@ -76,7 +79,9 @@ class TrainingLoop:
         checkpoint = self.place.fetch_for_all(self._agreed_checkpoint())
         self.engine = self._engine(checkpoint)
         self.step = checkpoint.step if checkpoint else 0
-        self.rise = BenignRise(**(checkpoint.training if checkpoint else {}))
+        state = dict(checkpoint.training) if checkpoint else {}
+        self.losses: dict[str, float | None] = {name: state.pop(name, None) for name in ("loss_benign", "loss_masked")}
+        self.rise = BenignRise(**state)
         self.stopped = self._diverged()  # a checkpoint may be the last one of a training that stopped early
 
     def _blocks(self) -> TrainingBlocks:
@@ -87,6 +92,9 @@ class TrainingLoop:
         return TrainingBlocks(folder)
 
     def _agreed_checkpoint(self) -> Checkpoint | None:
+        if self.rank == 0:
+            first_whole(reversed(published_checkpoints(self.folder)))  # those that have changed are passed over by all
+        self._barrier()
         checkpoint = last_checkpoint(self.folder)
         steps: list[Any] = [checkpoint.step if checkpoint else None] * self.world_size
         if self.world_size > 1:
@@ -161,10 +169,10 @@ class TrainingLoop:
         self._require_finite(totals, norm)
         self.rise.update(totals.benign)
         self.stopped = self._diverged()
+        self.losses = {"loss_benign": totals.benign, "loss_masked": totals.masked}
         return {
             "loss": totals.loss,
-            "loss_benign": totals.benign,
-            "loss_masked": totals.masked,
+            **self.losses,
             "benign_rise": self.rise.value,
             "learning_rate": rate,
             "gradient_norm": norm,
@@ -211,17 +219,17 @@ class TrainingLoop:
 
     def _save(self, heldout: float | None) -> None:
         """Publish the engine's state of this step, then remove what need not be kept."""
-        part = self.place.checkpoint_part(self.step)
-        self.engine.save(part / STATE)
-        made = Checkpoint(
-            folder=part,
-            step=self.step,
-            engine=self.train.engine,
-            world_size=self.world_size,
-            heldout=heldout,
-            training=asdict(self.rise),
-        )
-        self.place.publish_checkpoint(part, describe_checkpoint(made))
+        with self.place.writing_checkpoint(self.step) as part:
+            self.engine.save(part / STATE)
+            made = Checkpoint(
+                folder=part,
+                step=self.step,
+                engine=self.train.engine,
+                world_size=self.world_size,
+                heldout=heldout,
+                training={**asdict(self.rise), **self.losses},
+            )
+            self.place.publish_checkpoint(part, describe_checkpoint(made))
         self.place.remove_checkpoints(keep_last=self.train.keep_last, keep_best=self.train.keep_best)
 
     def _finish(self) -> None:
@@ -229,17 +237,18 @@ class TrainingLoop:
         if self.rank == 0:
             checkpoints = published_checkpoints(self.folder)
             best = best_checkpoints(checkpoints)
-            chosen = best[0] if self.train.export == "best" else checkpoints[-1]
+            chosen = first_whole(best if self.train.export == "best" else reversed(checkpoints))
+            if chosen is None:
+                raise OSError(f"{self.folder / CHECKPOINTS}: no checkpoint is as it was written; run the stage again")
             self._export(self.place.fetch(chosen))
-            rows = read_metrics(self.place.local / METRICS)
             seen = min(self.step * self.train.batch_blocks, self.schedule.total_blocks)
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
             summary = {"steps": self.step, "blocks_seen": seen, "parameters": parameters, "exported_step": chosen.step}
-            summary |= {name: rows[-1][name] for name in ("loss_benign", "loss_masked")}
+            summary |= self.losses
             if best:
                 summary |= {"loss_heldout": chosen.heldout, "best_step": best[0].step}
             if self.step < self.schedule.steps:
-                summary["stopped_early"] = rows[-1]["benign_rise"]
+                summary["stopped_early"] = self.rise.value
                 log(VERB, f"{self.name}: stopped at step {self.step}, the benign loss has risen")
             write_json(self.folder / SUMMARY, summary)
         self._barrier()

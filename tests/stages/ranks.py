@@ -161,8 +161,8 @@ def _doom(kill: Kill) -> None:
 
     publish = training_folder.publish_checkpoint
 
-    def publish_and_die(part: Path, description: Any) -> Path:
-        final = publish(part, description)
+    def publish_and_die(part: Path, description: Any, files: Any) -> Path:
+        final = publish(part, description, files)
         if kill.place == "publish" and description["step"] > kill.step:
             die()
         return final

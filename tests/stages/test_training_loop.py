@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from ifguide.run import PENALISED, Run
 from ifguide.stages.pretrain import _reason, pretrain
 from ifguide.telemetry import read_metrics
 from ifguide.training import loop as training_loop
+from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint, part_folder, published_checkpoints
 from ifguide.training.engines import TorchEngine
 from ifguide.training.folder import METRICS
@@ -158,6 +161,67 @@ def test_a_torn_checkpoint_is_not_loaded(train: Callable[..., Path]) -> None:
     assert digest(folder) == digest(whole)
     assert column(folder, "loss") == column(whole, "loss")
     assert not [path for path in (folder / CHECKPOINTS).iterdir() if path.suffix]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over(train: Callable[..., Path]) -> None:
+    whole = train("whole")
+    with pytest.raises(Killed):
+        train("flipped", before=kill_at(7), keep_last=2)
+    folder = whole.parent / "flipped"
+    flip_a_bit(last_checkpoint(folder).state / "torch.pt")
+    begun: list[int] = []
+    train("flipped", before=lambda loop, step: begun.append(step), keep_last=2)
+    assert begun == [4, 5, 6, 7, 8, 9]
+    assert digest(folder) == digest(whole)
+
+
+def test_what_was_flattened_is_made_again_when_it_has_changed(train: Callable[..., Path]) -> None:
+    whole = train("whole")
+    with pytest.raises(Killed):
+        train("flipped", before=kill_at(7))
+    folder = whole.parent / "flipped"
+    for name in ("tokens.npy", "masked.npy"):
+        flip_a_bit(folder / BLOCKS / name)
+    train("flipped")
+    assert digest(folder) == digest(whole)
+
+
+METRICS_DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "no text": lambda path: path.write_bytes(b"\xff\x00" * 20),
+}
+
+
+@pytest.mark.parametrize("damage", METRICS_DAMAGES)
+def test_a_finished_training_needs_no_metrics_to_be_exported(damage: str, train: Callable[..., Path]) -> None:
+    folder = train("whole")
+    summary = json.loads((folder / SUMMARY).read_text())
+    weights = digest(folder)
+    (folder / SUMMARY).unlink()
+    shutil.rmtree(folder / "hf")
+    METRICS_DAMAGES[damage](folder / METRICS)
+    train("whole")
+    assert json.loads((folder / SUMMARY).read_text()) == summary
+    assert digest(folder) == weights
+
+
+@pytest.mark.parametrize("name", ["corpus", "mask"])
+def test_a_changed_corpus_or_mask_is_not_trained_on(name: str, run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run.folder, copy, ignore=shutil.ignore_patterns("model"))
+    damaged = copy / name / "shard-00001.parquet"
+    flip_a_bit(damaged)
+    with pytest.raises(ValueError, match=rf"{name}/shard-00001\.parquet has changed since it was made"):
+        pretrain(Run(config=replace(run.config, run_dir=str(copy))))
+    assert not list(copy.glob("model/*/hf"))
 
 
 def test_the_best_checkpoint_is_kept_and_exported(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ifguide import storage
 from ifguide.storage import file_sizes, subfolders
@@ -38,7 +42,10 @@ def on_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
             THREAD.machine = tmp_path / f"machine{number}"
             THREAD.machine.mkdir(exist_ok=True)
             try:
-                work(TrainingFolder(folder, rank=number, local_rank=0, barrier=lambda: barrier.wait() and None), number)
+                place = TrainingFolder(
+                    folder, rank=number, local_rank=0, world_size=2, barrier=lambda: barrier.wait() and None
+                )
+                work(place, number)
             except BaseException as error:
                 errors.append(error)
                 barrier.abort()
@@ -56,11 +63,11 @@ def on_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 def save(place: TrainingFolder, rank: int, step: int, **more: Any) -> None:
     """Every rank's own file of a step, published."""
-    part = place.checkpoint_part(step)
-    (part / STATE).mkdir(exist_ok=True)
-    (part / STATE / f"rank{rank}").write_text(f"{rank} at {step}")
-    made = Checkpoint(folder=part, step=step, engine="deepspeed", world_size=2, **more)
-    place.publish_checkpoint(part, describe_checkpoint(made))
+    with place.writing_checkpoint(step) as part:
+        (part / STATE).mkdir(exist_ok=True)
+        (part / STATE / f"rank{rank}").write_text(f"{rank} at {step}")
+        made = Checkpoint(folder=part, step=step, engine="deepspeed", world_size=2, **more)
+        place.publish_checkpoint(part, describe_checkpoint(made))
 
 
 def test_a_checkpoint_holds_what_every_machine_wrote_and_is_fetched_whole(
@@ -139,12 +146,74 @@ def test_metrics_go_on_from_those_of_an_earlier_attempt_and_a_killed_one_leaves_
 
 
 def test_a_local_folder_is_worked_in_itself(tmp_path: Path) -> None:
-    place = TrainingFolder(tmp_path, rank=0, local_rank=0, barrier=lambda: None)
+    place = TrainingFolder(tmp_path, rank=0, local_rank=0, world_size=1, barrier=lambda: None)
     assert place.local == tmp_path
     assert place.leads
-    assert not TrainingFolder(tmp_path, rank=8, local_rank=0, barrier=lambda: None).leads  # nodes share the folder
+    other = TrainingFolder(tmp_path, rank=8, local_rank=0, world_size=16, barrier=lambda: None)
+    assert not other.leads  # nodes share the folder
     save(place, 0, 4)
     found = last_checkpoint(tmp_path)
     assert found is not None
     assert place.fetch_for_all(found) is found
     assert (found.state / "rank0").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 600 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # torch keeps its file open
+
+
+WRITES: dict[str, Callable[[Path], object]] = {
+    "by torch": lambda path: torch.save(torch.zeros(500_000), path),
+    "by itself": lambda path: path.write_bytes(bytes(1_000_000)),
+}
+
+
+def fill(place: TrainingFolder, step: int, write: Callable[[Path], object]) -> None:
+    """Have a step's checkpoint written."""
+    with place.writing_checkpoint(step) as part:
+        (part / STATE).mkdir()
+        write(part / STATE / "large")
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_full_disk_is_said_with_its_room_and_keeps_the_checkpoint_before(write: str, small_disk: Path) -> None:
+    place = TrainingFolder(small_disk, rank=0, local_rank=0, world_size=1, barrier=lambda: None)
+    save(place, 0, 4)
+    with pytest.raises(OSError, match=r"no room for a checkpoint: 0\.6 MB .* 0\.0 MB are free") as caught:
+        fill(place, 8, WRITES[write])
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(small_disk / "checkpoints" / "step-00000008.part")
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-00000004"]
+    assert last_checkpoint(small_disk).step == 4
+
+
+def interrupt(path: Path) -> None:
+    path.write_text("written")
+    raise KeyboardInterrupt
+
+
+def test_what_another_error_leaves_of_a_checkpoint_is_removed_too(tmp_path: Path) -> None:
+    place = TrainingFolder(tmp_path, rank=0, local_rank=0, world_size=1, barrier=lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        fill(place, 8, interrupt)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_ranks_that_share_a_folder_share_the_work_of_its_digests(tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    (part / STATE).mkdir(parents=True)
+    for number in range(5):
+        (part / STATE / f"file{number}").write_text(f"{number}")
+    for rank in range(2):
+        TrainingFolder(tmp_path, rank=rank, local_rank=rank, world_size=2, barrier=lambda: None)._digest(part)
+    shares = [set(json.loads((part / f"digests-{rank}.json").read_text())) for rank in range(2)]
+    assert [len(share) for share in shares] == [3, 2]
+    assert shares[0] | shares[1] == {f"{STATE}/file{number}" for number in range(5)}
