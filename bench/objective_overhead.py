@@ -64,7 +64,7 @@ class Work:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", help="a hub id of planning/shapes.yaml (default: a GPT-NeoX of 64M parameters)")
+    parser.add_argument("--shape", help="a hub id of ifguide/shapes.yaml (default: a GPT-NeoX of 64M parameters)")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=11)
