@@ -131,6 +131,30 @@ def mean_completion_gradient(
     }
 
 
+def build_direction(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    positive: Sequence[tuple[str, str]],
+    negative: Sequence[tuple[str, str]],
+    factors: Mapping[str, ModuleFactors],
+    *,
+    damping: float | None = None,
+    damping_scale: float = 0.1,
+    max_tokens: int = 512,
+    batch_tokens: int = 4096,
+) -> dict[str, Tensor]:
+    """V per module of `factors`, float32 of (d_out, d_in [+ 1]), from (prompt, completion) pairs of both sets.
+
+    `positive` completions show the behaviour, `negative` ones do not; without any of the latter V is that of the
+    positive mean alone. The other options are those of `tokenise_query`, `mean_completion_gradient` and `precondition`,
+    which this calls, and so are the errors.
+    """
+    queries = [tokenise_query(tokenizer, *pair, max_tokens=max_tokens) for pair in (*positive, *negative)]
+    weights = differential_weights([True] * len(positive) + [False] * len(negative))
+    gradient = mean_completion_gradient(model, list(factors), queries, weights, batch_tokens=batch_tokens)
+    return precondition(gradient, factors, damping=damping, damping_scale=damping_scale)
+
+
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     module = model.get_submodule(name)
     assert type(module) is nn.Linear, f"{name} is {type(module).__name__}, not nn.Linear"

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifguide.artifacts import data_files
+from ifguide.selection.algorithm import Documents
 from ifguide.selection.distributed import Selection, select
 from ifguide.selection.passes import Rules
+from ifguide.selection.whole import select_tokens
 from tests.reference import algorithm1
 from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards
 
@@ -97,6 +99,25 @@ def test_any_sharding_equals_the_literal_loop(corpus, quantile, window, max_frac
         selection = select(rules, files, in_any_order(seed))
         assert_equal_to_loop(selection, rules, scores, lengths, documents, excluded=excluded)
         assert selection.excluded_blocks == len(excluded)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    corpus=corpora(),
+    quantile=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    window=st.integers(0, 2),
+    max_fraction=st.floats(0, 1),
+    unit=st.sampled_from(["document", "block"]),
+)
+def test_selection_in_one_process_equals_the_literal_loop(corpus, quantile, window, max_fraction, unit) -> None:
+    scores, lengths, spans, _, _ = corpus
+    begins, ends = np.array(spans).T
+    documents = Documents(token_start=begins, num_tokens=ends - begins)
+    options = {"quantile": quantile, "window": window, "max_fraction": max_fraction, "unit": unit}
+    blocks = [row[:length].astype(np.float64).tolist() for row, length in zip(scores, lengths, strict=True)]
+    _, _, masked = algorithm1.select(blocks, spans, scores.shape[1], **options)
+    found = select_tokens(scores, lengths, documents, **options)
+    assert set(map(tuple, np.argwhere(found).tolist())) == masked
 
 
 def heavy_tailed() -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
