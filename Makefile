@@ -6,7 +6,7 @@ STAMP := $(VENV)/.setup-done
 SEED ?= 0
 RUN_DIR ?= runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-slow check clean
 setup: $(STAMP)
 
 # torch and torchvision first and together: unpinned, kronfluence's requirement of torchvision brings another torch.
@@ -24,8 +24,13 @@ demo: setup
 	$(BIN)/ifguide demo --set seed=$(SEED) --set run_dir=$(RUN_DIR)
 
 # Two processes, each with a Ray cluster of its own; the files go to them one by one, those that run stages first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+# The long schedules of kills and refused requests.
+test-slow: setup
+	$(PYTEST) -m slow
 
 check: setup
 	$(BIN)/ruff format --check .

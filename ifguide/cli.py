@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ifguide import extras
 from ifguide.artifacts import MANIFEST, PLAN, read_manifest
 from ifguide.config import OWN, VERBS, Config, load_config, redact, to_yaml
 from ifguide.datasets import FOLDER, advice
@@ -39,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"ifguide {options.command}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if (missing := extras.advice(error)) is None:
+            raise
+        print(f"ifguide {options.command}: {missing}", file=sys.stderr)
+        return 1
     except Exception as error:
         from ifguide.distributed.shards import StageError
 

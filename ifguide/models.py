@@ -150,9 +150,7 @@ class _SequenceOPTDecoderLayer(OPTDecoderLayer):
     """OPT's block without its flattening: each norm before its branch, or (the 350m) after the residual sum."""
 
     # The decoder names every argument but the first.
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, use_cache: bool | None = None, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, use_cache: bool | None = None, **kwargs: Any) -> Tensor:
         def attend(inputs_BTD: Tensor) -> Tensor:
             return cast(Tensor, self.self_attn(hidden_states=inputs_BTD, **kwargs)[0])
 

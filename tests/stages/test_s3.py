@@ -210,6 +210,7 @@ def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(
     assert not list((tmp_path / "cache").glob("training-*")) + list((tmp_path / "cache").glob("dpo-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_fifth_of_the_requests_may_fail(finished: Config, data: Path, s3: int, tmp_path: Path) -> None:
     on_disk, remote = Path(finished.run_dir), location("s3://lake/faulty")

@@ -1,0 +1,23 @@
+"""What is installed only where it is wanted: optional packages, and how to get the one that is missing."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "deepspeed": "train",
+    "tensorboard": "train",
+    "detoxify": "evaluate",
+    "profanity_check": "evaluate",
+    "sklearn": "evaluate",
+    "jinja2": "evaluate",
+    "matplotlib": "evaluate",
+    "trl": "compare",
+    "upath": "s3",
+    "s3fs": "s3",
+    "wandb": "wandb",
+}
+
+
+def advice(error: ModuleNotFoundError) -> str | None:
+    """What to install for the module that was not found; None where no extra has it."""
+    extra = EXTRAS.get((error.name or "").split(".")[0])
+    return extra and f"the package {error.name} is needed and not installed: pip install 'ifguide[{extra}]'"
