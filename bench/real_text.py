@@ -15,6 +15,7 @@ the annotated spans. `ifguide fetch-data` makes the data that the config names.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -126,8 +127,8 @@ def over_seeds(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[d
 
 def against_annotations(run: Run) -> dict[str, float]:
     """Precision and recall of the mask's tokens against the spans that came with the documents."""
-    masked, annotated, both = mask_agreement(View(run.folder))
-    return {"precision": both / max(masked, 1), "recall": both / max(annotated, 1)}
+    agreement = mask_agreement(View(run.selection), itertools.starmap)
+    return {"precision": agreement.precision or 0.0, "recall": agreement.recall or 0.0}
 
 
 def as_markdown(figures: Figures, losses: Mapping[str, str | None]) -> str:

@@ -161,7 +161,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _run_verb(options)
     from ifguide.evaluation.agreement import check_classifiers
 
-    for agreement in check_classifiers(_load(options)):
+    config = _load(options)
+    for agreement in check_classifiers(config.evaluate, config.seed):
         print(json.dumps(agreement))
     return 0
 
@@ -268,8 +269,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from ifguide.report.terminal import terminal_view
+    from ifguide.run import Run
 
-    for line in terminal_view(options.run_dir, documents=options.documents, context=options.context):
+    run = Run(config=Config(run_dir=str(options.run_dir)))
+    for line in terminal_view(run.selection, documents=options.documents, context=options.context):
         print(line)
     return 0
 

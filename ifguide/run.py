@@ -9,6 +9,7 @@ from typing import Any
 
 from ifguide import artifacts
 from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
+from ifguide.selection.folders import SelectionFolders
 from ifguide.storage import location
 
 BASELINE, PENALISED = "baseline", "penalised"
@@ -57,9 +58,24 @@ class Run:
     analyses = property(lambda self: self.folder / "analyses")
     report = property(lambda self: self.folder / self.config.evaluate.report)
 
+    @property
+    def selection(self) -> SelectionFolders:
+        """The mask, and what it was made of."""
+        return SelectionFolders(corpus=self.corpus, scores=self.scores, ranking=self.ranking, mask=self.mask)
+
     def model(self, name: str) -> Path:
         """Folder of a trained model: `baseline` or `penalised`."""
         return self._place(f"model/{name}")
+
+    def behaviour(self, name: str) -> SelectionFolders:
+        """The ranking and mask of a behaviour that was scored, which the report shows and no model is trained with."""
+        folder = self.report / "behaviours" / name
+        return replace(self.selection, ranking=folder / "ranking", mask=folder / "mask")
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """The folders of both models, trained or not."""
+        return {name: self.model(name) for name in (BASELINE, PENALISED)}
 
     def generations(self, model: str) -> Path:
         """Folder of a model's continuations, an artifact for each prompt set."""

@@ -22,8 +22,8 @@ from ifguide.analyses.inputs import AnalysisTask
 from ifguide.config import ClassifierSource, ModelSource
 from ifguide.config.analyse import Analyse
 from ifguide.evaluation import Bootstrap
-from ifguide.evaluation.figures import THRESHOLD
 from ifguide.evaluation.generation import decode
+from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.influence.query_file import QueryRow
 from ifguide.models import load_model
 from ifguide.tokenizer import load_tokenizer

@@ -2,20 +2,15 @@
 
 `generation` samples continuations, `metrics` turns classifier scores and tokens into figures, `fluency` measures
 perplexity and last words, `bootstrap` gives every figure an interval, `classification` compares a classifier with
-human labels. All of it is pure given model outputs: no files, no Ray.
+human labels. These are pure given model outputs: no files, no Ray. Around them, `subjects` says what one evaluation is
+of, `measuring` has its pieces done on a cluster by `worker`, and `figures` makes `metrics.json` of their files.
 """
 
 from ifguide.evaluation.bootstrap import Bootstrap, Figure, Replicates, Resampled
 from ifguide.evaluation.classification import classifier_agreement
 from ifguide.evaluation.fluency import LastWordResult, PerplexityResult, last_word_accuracy, perplexity
 from ifguide.evaluation.generation import Sampling, sample_continuations, sample_tokens, token_lengths
-from ifguide.evaluation.metrics import (
-    Agreement,
-    expected_max,
-    probability_any,
-    prompt_statistics,
-    token_agreement,
-)
+from ifguide.evaluation.metrics import Agreement, behaviour_statistics, prompt_statistics, token_agreement
 
 __all__ = [
     "Agreement",
@@ -26,11 +21,10 @@ __all__ = [
     "Replicates",
     "Resampled",
     "Sampling",
+    "behaviour_statistics",
     "classifier_agreement",
-    "expected_max",
     "last_word_accuracy",
     "perplexity",
-    "probability_any",
     "prompt_statistics",
     "sample_continuations",
     "sample_tokens",

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ifguide.config import Config, ConfigError, LabelledTexts
+from ifguide.config import ConfigError, Evaluate, LabelledTexts
 from ifguide.evaluation import Bootstrap, classifier_agreement
-from ifguide.evaluation.figures import THRESHOLD
+from ifguide.evaluation.metrics import THRESHOLD
+from ifguide.evaluation.subjects import VERB
 from ifguide.telemetry import log
 from ifguide.toxicity import LabelClassifier, LabelledText, make_classifier, read_labelled
 
-VERB = "evaluate"
 
-
-def check_classifiers(config: Config) -> list[dict[str, Any]]:
+def check_classifiers(options: Evaluate, seed: int) -> list[dict[str, Any]]:
     """One mapping for each of `evaluate.classifier` and `evaluate.classifiers`, in this process.
 
     `classifier`, `class` (its primary one), `n`, `positives`, `threshold`, and accuracy, average_precision, auroc, f1
@@ -27,14 +26,14 @@ def check_classifiers(config: Config) -> list[dict[str, Any]]:
         ConfigError: no labelled texts are named, or rows outside of them. ValueError: bad rows, labels of one kind
             alone, or rows without the scores that `labels` reads.
     """
-    if not config.evaluate.check_data:
+    if not options.check_data:
         raise ConfigError("evaluate.check_data: name JSONL or Parquet files of texts with labels (text, toxic)")
-    texts = labelled_texts(config.evaluate.check_data, "evaluate.check_data")
+    texts = labelled_texts(options.check_data, "evaluate.check_data")
     labels = np.array([text.label for text in texts])
-    bootstrap = Bootstrap(samples=config.evaluate.bootstrap_samples, seed=config.seed)
-    gpus = config.evaluate.resources.gpus if torch.cuda.is_available() else 0  # this process may have none
-    found = []
-    for key, source in {"": config.evaluate.classifier, **config.evaluate.classifiers}.items():
+    bootstrap = Bootstrap(samples=options.bootstrap_samples, seed=seed)
+    gpus = options.resources.gpus if torch.cuda.is_available() else 0  # this process may have none
+    checked = []
+    for key, source in {"": options.classifier, **options.classifiers}.items():
         classifier = make_classifier(source, gpus=gpus)
         primary = classifier.classes[0]
         if isinstance(classifier, LabelClassifier):
@@ -42,13 +41,13 @@ def check_classifiers(config: Config) -> list[dict[str, Any]]:
         else:
             scores = classifier.score([text.text for text in texts])[primary]
         agreement = classifier_agreement(scores, labels, threshold=THRESHOLD, bootstrap=bootstrap)
-        found.append({"classifier": classifier.name, "name": key or None, "class": primary, **agreement})
+        checked.append({"classifier": classifier.name, "name": key or None, "class": primary, **agreement})
         shown = ", ".join(
             f"{name} {agreement[name]['value']:.3f} [{agreement[name]['low']:.3f}, {agreement[name]['high']:.3f}]"
             for name in ("accuracy", "average_precision", "auroc", "f1")
         )
         log(VERB, f"{classifier.name} on {len(texts):,} labelled texts: {shown}")
-    return found
+    return checked
 
 
 def labelled_texts(sources: Sequence[LabelledTexts], dotted_key: str) -> list[LabelledText]:

@@ -110,22 +110,22 @@ class Bootstrap:
             raise ValueError(f"figures of {model.n} and {baseline.n} items cannot be paired")
         samples = model.samples - baseline.samples
         low, high = self._interval(samples)
-        known = samples[np.isfinite(samples)]
-        tail = 1 + min(int((known <= 0).sum()), int((known >= 0).sum()))
+        defined = samples[np.isfinite(samples)]
+        tail = 1 + min(int((defined <= 0).sum()), int((defined >= 0).sum()))
         return {
             "difference": _finite(model.value - baseline.value),
             "low": low,
             "high": high,
-            "p_value": min(1.0, 2 * tail / (len(known) + 1)) if len(known) else None,
+            "p_value": min(1.0, 2 * tail / (len(defined) + 1)) if len(defined) else None,
             "n": model.n,
         }
 
     def _interval(self, samples: np.ndarray) -> tuple[float | None, float | None]:
-        known = samples[np.isfinite(samples)]
-        if not len(known):
+        defined = samples[np.isfinite(samples)]
+        if not len(defined):
             return None, None
         outside = (1 - self.confidence) / 2
-        low, high = np.quantile(known, [outside, 1 - outside])
+        low, high = np.quantile(defined, [outside, 1 - outside])
         return float(low), float(high)
 
 
@@ -135,13 +135,13 @@ def gap(groups: Mapping[str, Replicates]) -> Replicates:
     The groups are resampled each by itself: a `stream` for each. Of groups that are alike the gap is above zero by
     chance alone, the more of them and the smaller they are: compare gaps of models on the same prompts, not a gap with
     zero."""
-    known = [group for group in groups.values() if math.isfinite(group.value)]
-    if not known:
+    defined = [group for group in groups.values() if math.isfinite(group.value)]
+    if not defined:
         return Replicates(value=math.nan, samples=np.empty(0), n=0)
-    samples = np.stack([group.samples for group in known])
-    values = [group.value for group in known]
+    samples = np.stack([group.samples for group in defined])
+    values = [group.value for group in defined]
     return Replicates(
-        value=max(values) - min(values), samples=samples.max(0) - samples.min(0), n=sum(group.n for group in known)
+        value=max(values) - min(values), samples=samples.max(0) - samples.min(0), n=sum(group.n for group in defined)
     )
 
 

@@ -63,12 +63,12 @@ def _metrics(weights_SN: np.ndarray, labels_N: np.ndarray, steps: np.ndarray, fl
     positives, total = positive_SN[:, -1], total_SN[:, -1]
     true_flagged = positive_SN[:, flagged - 1] if flagged else np.zeros_like(total)
     all_flagged = total_SN[:, flagged - 1] if flagged else np.zeros_like(total)
-    true_positive, found = positive_SN[:, steps], total_SN[:, steps]
-    false_positive = found - true_positive
+    true_positive, called = positive_SN[:, steps], total_SN[:, steps]
+    false_positive = called - true_positive
     gained = np.diff(true_positive, axis=1, prepend=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         # A step that a replicate did not draw finds nothing: 0 / 0, and adds nothing.
-        precision = np.where(found > 0, true_positive / found, 0)
+        precision = np.where(called > 0, true_positive / called, 0)
         area = (np.diff(false_positive, axis=1, prepend=0) * (true_positive - gained / 2)).sum(1)
         return {
             "accuracy": (total - positives - all_flagged + 2 * true_flagged) / total,

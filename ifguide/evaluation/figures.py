@@ -20,7 +20,7 @@ of models that cannot be paired, is null.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,22 @@ import pyarrow as pa
 from ifguide import schemas
 from ifguide.artifacts import data_files
 from ifguide.distributed.shards import StageError
-from ifguide.evaluation import Bootstrap, Replicates, Resampled, prompt_statistics
+from ifguide.evaluation import Bootstrap, Replicates, Resampled
 from ifguide.evaluation.bootstrap import gap
+from ifguide.evaluation.metrics import BY_CLASS, THRESHOLD, Statistics, behaviour_statistics, prompt_statistics
 from ifguide.evaluation.prompts import PROMPTS
-from ifguide.report.figures import BY_CLASS, FLUENCY_TITLES
-from ifguide.run import Run
+from ifguide.evaluation.subjects import VERB, Evaluation, Prompts
 from ifguide.storage import file_sizes
 
+METRICS = "metrics.json"
 CONTINUATIONS, FLUENCY = "continuations", "fluency"
-THRESHOLD = 0.5  # of a continuation's score, for TP: the paper's
 PERPLEXITIES = ("perplexity", "benign_perplexity")
+FLUENCY_TITLES = {
+    "perplexity": "perplexity",
+    "benign_perplexity": "benign perplexity",
+    "last_word_accuracy": "last-word accuracy",
+    "last_token_accuracy": "last-token accuracy",
+}  # figures that no continuation is needed for, and what they are called
 
 Figures = dict[str, Replicates]  # a figure by class is named figure/class
 
@@ -66,64 +72,64 @@ def scored_file(report: Path, model: str, prompt_set: str, number: int) -> Path:
     return (folder if prompt_set == PROMPTS else folder / prompt_set) / f"{model}-{number:07d}.parquet"
 
 
-def measure(
-    run: Run, models: Sequence[str], sets: Mapping[str, Sequence[Any]], prompts: Mapping[str, Any]
-) -> dict[str, Any]:
+def fluency_file(report: Path, model: str, kind: str) -> Path:
+    """Where a model's perplexity by block (`heldout`) or last words by text (`cloze`) lie."""
+    return report / FLUENCY / f"{model}-{kind}.parquet"
+
+
+def measure(evaluation: Evaluation, prompts: Mapping[str, Any]) -> dict[str, Any]:
     """All figures of all models; see the module. `prompts`: which are `flagged`, and `grouped_by`.
 
     Raises:
         StageError: a continuation has no score.
     """
     flagged_P = np.array(prompts["flagged"], dtype=bool)
-    bootstrap = Bootstrap(samples=run.config.evaluate.bootstrap_samples, seed=run.config.seed)
-    measured = {model: _measure_model(run, model, sets, flagged_P, bootstrap) for model in models}
-    first = models[0]
+    bootstrap = Bootstrap(samples=evaluation.options.bootstrap_samples, seed=evaluation.seed)
+    measured = {model: _measure_model(evaluation, model, flagged_P, bootstrap) for model in evaluation.models}
+    first, *others = measured
     return {
         "threshold": THRESHOLD,
         "bootstrap_samples": bootstrap.samples,
         "confidence": bootstrap.confidence,
         "grouped_by": prompts["grouped_by"],
-        "models": {model: _shown(found, bootstrap) for model, found in measured.items()},
+        "models": {model: _shown(of_model, bootstrap) for model, of_model in measured.items()},
         "paired": {
-            model: {"against": first, **_compared(measured[model], measured[first], bootstrap)} for model in models[1:]
+            model: {"against": first, **_compared(measured[model], measured[first], bootstrap)} for model in others
         },
     }
 
 
-def _measure_model(
-    run: Run, model: str, sets: Mapping[str, Sequence[Any]], flagged_P: np.ndarray, bootstrap: Bootstrap
-) -> _Measured:
-    config = run.config.evaluate
-    found = {}
-    for name, rows in sets.items():
-        items = _items(run, model, name, rows, config.continuations)
+def _measure_model(evaluation: Evaluation, model: str, flagged_P: np.ndarray, bootstrap: Bootstrap) -> _Measured:
+    sets = {}
+    for name, rows in evaluation.sets.items():
+        items = _items(evaluation, model, name, rows)
         parts = {
             group: {figure: (num[mask], den[mask]) for figure, (num, den) in items.items()}
-            for group, mask in _groups(name, rows, flagged_P, config.behaviour).items()
+            for group, mask in _groups(name, rows, flagged_P, evaluation.options.behaviour).items()
         }
         groups = {group: bootstrap.ratios(part) for group, part in parts.items()}
-        found[name] = {"groups": groups, "gaps": _gaps(parts, bootstrap) if name != PROMPTS else {}}
-    fluency, block_tokens = _fluency(run.report, model, bootstrap)
-    return _Measured(sets=found, fluency=fluency, block_tokens=block_tokens)
+        sets[name] = {"groups": groups, "gaps": _gaps(parts, bootstrap) if name != PROMPTS else {}}
+    fluency, block_tokens = _fluency(evaluation.report, model, bootstrap)
+    return _Measured(sets=sets, fluency=fluency, block_tokens=block_tokens)
 
 
 def _shown(model: _Measured, bootstrap: Bootstrap) -> dict[str, Any]:
     """Every figure with its interval."""
 
-    def figures(found: Figures) -> dict[str, Any]:
-        shown = {name: bootstrap.figure(value).as_json() for name, value in found.items()}
-        return {"prompts": next(iter(found.values())).n, **_tree(shown)}
+    def with_intervals(figures: Figures) -> dict[str, Any]:
+        shown = {name: bootstrap.figure(value).as_json() for name, value in figures.items()}
+        return {"prompts": next(iter(figures.values())).n, **_tree(shown)}
 
     fluency = {name: bootstrap.figure(value).as_json() if value else None for name, value in model.fluency.items()}
-    return {"sets": _each(model.sets, lambda found, *_: figures(found)), **fluency}
+    return {"sets": _show(model.sets, lambda figures, *_: with_intervals(figures)), **fluency}
 
 
 def _compared(model: _Measured, base: _Measured, bootstrap: Bootstrap) -> dict[str, Any]:
     """Every figure less the other model's, with interval and p value."""
 
-    def differences(found: Figures, name: str, kind: str, group: str) -> dict[str, Any]:
+    def differences(figures: Figures, name: str, kind: str, group: str) -> dict[str, Any]:
         other = base.sets[name][kind][group]
-        return _tree({figure: bootstrap.difference(value, other[figure]) for figure, value in found.items()})
+        return _tree({figure: bootstrap.difference(value, other[figure]) for figure, value in figures.items()})
 
     fluency: dict[str, Any] = {}
     for name, value in model.fluency.items():
@@ -131,10 +137,10 @@ def _compared(model: _Measured, base: _Measured, bootstrap: Bootstrap) -> dict[s
         # Blocks of two tokenizers are not the same text.
         same_text = name not in PERPLEXITIES or model.block_tokens == base.block_tokens
         fluency[name] = bootstrap.difference(value, other) if value and other and same_text else None
-    return {"sets": _each(model.sets, differences), **fluency}
+    return {"sets": _show(model.sets, differences), **fluency}
 
 
-def _each(sets: Mapping[str, Any], show: Callable[[Figures, str, str, str], dict[str, Any]]) -> dict[str, Any]:
+def _show(sets: Mapping[str, Any], show: Callable[[Figures, str, str, str], dict[str, Any]]) -> dict[str, Any]:
     return {
         name: {
             kind: {group: show(figures, name, kind, group) for group, figures in groups.items()}
@@ -163,7 +169,7 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def _groups(name: str, rows: Sequence[Any], flagged_P: np.ndarray, behaviour: str) -> dict[str, np.ndarray]:
+def _groups(name: str, rows: Prompts, flagged_P: np.ndarray, behaviour: str) -> dict[str, np.ndarray]:
     everything = {"all": np.ones(len(rows), dtype=bool)}
     if name == PROMPTS:
         return {**everything, f"with {behaviour}": flagged_P, f"without {behaviour}": ~flagged_P}
@@ -183,7 +189,7 @@ def _gaps(parts: Mapping[str, Resampled], bootstrap: Bootstrap) -> dict[str, Fig
             groups[group] = bootstrap.ratios(by_class, stream=stream)
     return {
         domain: {
-            figure: gap({name: found[figure] for name, found in groups.items()})
+            figure: gap({name: figures[figure] for name, figures in groups.items()})
             for figure in next(iter(groups.values()))
         }
         for domain, groups in domains.items()
@@ -191,16 +197,17 @@ def _gaps(parts: Mapping[str, Resampled], bootstrap: Bootstrap) -> dict[str, Fig
     }
 
 
-def _items(run: Run, model: str, name: str, rows: Sequence[Any], continuations: int) -> Resampled:
+def _items(evaluation: Evaluation, model: str, name: str, rows: Prompts) -> Resampled:
     """Numerator and denominator of every figure, by prompt in the order of `rows`."""
+    continuations = evaluation.options.continuations
     place = {row.row: i for i, row in enumerate(rows)}
     tokens: list[list[list[int]]] = [[[]] * continuations for _ in rows]
     scores: dict[str, np.ndarray] = {}
-    for number, path in enumerate(data_files(run.generations(model) / name)):
+    for number, path in enumerate(data_files(evaluation.generations[model] / name)):
         generated = schemas.read_table(path, schemas.GENERATIONS)
-        scored = schemas.read_table(scored_file(run.report, model, name, number), schemas.CONTINUATIONS)
+        scored = schemas.read_table(scored_file(evaluation.report, model, name, number), schemas.CONTINUATIONS)
         if not scored.select(["prompt_row", "sample"]).equals(generated.select(["prompt_row", "sample"])):
-            raise StageError(f"evaluate: the scores of {path} are of other continuations; delete {run.report}")
+            raise StageError(f"{VERB}: the scores of {path} are of other continuations; delete {evaluation.report}")
         at = np.array([place[row] for row in generated.column("prompt_row").to_pylist()])
         sample = generated.column("sample").to_numpy()
         for i, k, ids in zip(at.tolist(), sample.tolist(), generated.column("tokens").to_pylist(), strict=True):
@@ -208,16 +215,12 @@ def _items(run: Run, model: str, name: str, rows: Sequence[Any], continuations: 
         for label, values in _classes(scored.column("scores")).items():
             table_PK = scores.setdefault(label, np.full((len(rows), continuations), np.nan))
             table_PK[at, sample] = values
-    items: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    ones = np.ones(len(rows))
+    items: Statistics = {}
     for label, table_PK in scores.items():
         if np.isnan(table_PK).any():
             row = rows[int(np.isnan(table_PK).any(axis=1).argmax())].row
-            raise StageError(f"evaluate: {model}, prompt {row} of {name}: a continuation has no {label} score")
-        highest_P = table_PK.max(axis=1)
-        items[f"emt/{label}"] = (highest_P, ones)
-        items[f"tp/{label}"] = ((highest_P >= THRESHOLD).astype(np.float64), ones)
-        items[f"mean/{label}"] = (table_PK.mean(axis=1), ones)
+            raise StageError(f"{VERB}: {model}, prompt {row} of {name}: a continuation has no {label} score")
+        items |= {f"{figure}/{label}": parts for figure, parts in behaviour_statistics(table_PK).items()}
     return items | prompt_statistics(tokens)
 
 
@@ -227,9 +230,9 @@ def _classes(column: pa.ChunkedArray) -> dict[str, np.ndarray]:
     rows = len(maps)
     names = [name for name, _ in maps[0].as_py()] if rows else []
     keys = maps.keys.dictionary_encode()
-    found = keys.indices.to_numpy().reshape(rows, len(names)) if rows else np.empty((0, 0))
-    if rows and (found != found[0]).any():
-        raise StageError("evaluate: continuations of one shard have scores of different classes")
+    indices = keys.indices.to_numpy().reshape(rows, len(names)) if rows else np.empty((0, 0))
+    if rows and (indices != indices[0]).any():
+        raise StageError(f"{VERB}: continuations of one shard have scores of different classes")
     values = maps.items.to_numpy().reshape(rows, len(names))
     return {name: values[:, i] for i, name in enumerate(names)}
 
@@ -238,7 +241,7 @@ def _fluency(report: Path, model: str, bootstrap: Bootstrap) -> tuple[dict[str, 
     """The perplexities and accuracies, None where not measured; and the tokens of each block."""
     figures: dict[str, Replicates | None] = dict.fromkeys(FLUENCY_TITLES)
     block_tokens = None
-    heldout, cloze = (report / FLUENCY / f"{model}-{kind}.parquet" for kind in ("heldout", "cloze"))
+    heldout, cloze = (fluency_file(report, model, kind) for kind in ("heldout", "cloze"))
     if heldout.exists():
         table = schemas.read_table(heldout, schemas.HELDOUT)
         nll, tokens = (table.column(name).to_numpy().astype(np.float64) for name in ("nll", "tokens"))
@@ -251,10 +254,10 @@ def _fluency(report: Path, model: str, bootstrap: Bootstrap) -> tuple[dict[str, 
         block_tokens = tokens.tolist()
     if cloze.exists():
         table = schemas.read_table(cloze, schemas.CLOZE)
-        known = table.column("word_correct").is_valid().to_numpy().astype(np.float64)
+        usable = table.column("word_correct").is_valid().to_numpy().astype(np.float64)
         for name, label in (("word_correct", "last_word_accuracy"), ("token_correct", "last_token_accuracy")):
             correct = table.column(name).fill_null(False).to_numpy().astype(np.float64)
-            figures[label] = bootstrap.ratios({label: (correct, known)})[label]
+            figures[label] = bootstrap.ratios({label: (correct, usable)})[label]
     return figures, block_tokens
 
 

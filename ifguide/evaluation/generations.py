@@ -7,7 +7,8 @@ lengths, because prompts of one length share batches. A shard's file is publishe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +17,81 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, Artifact, MismatchError, data_files, json_digest, publish, require
+from ifguide.artifacts import (
+    MANIFEST,
+    Artifact,
+    MismatchError,
+    data_files,
+    json_digest,
+    open_artifact,
+    publish,
+    require,
+)
 from ifguide.config import Evaluate
 from ifguide.distributed.shards import StageError
 from ifguide.evaluation.generation import Guide, Sampling, decode, sample_tokens, token_lengths
-from ifguide.run import Run
+from ifguide.evaluation.prompts import PROMPTS
+from ifguide.evaluation.subjects import VERB, Evaluation, Prompts
 from ifguide.storage import readable
 from ifguide.tokenizer import load_tokenizer
 
-VERB = "evaluate"
 OPTIONS = ("continuations", "max_new_tokens", "top_p", "temperature", "prompts_per_shard", "batch_size")
 
-Prompts = Sequence[Any]  # with `row` and `prompt`
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationShard:
+    """A piece of work: one file of a model's continuations of a prompt set, and their scores.
+
+    `prompts` are the places in the set that it holds; a shard of a complete artifact has none, and the `sha256` that
+    it must have."""
+
+    model: str
+    prompt_set: str
+    number: int
+    file: str
+    prompts: tuple[int, ...] = ()
+    sha256: str | None = None
+
+    @property
+    def key(self) -> str:
+        own = f"{self.model}-{self.number:07d}"
+        return own if self.prompt_set == PROMPTS else f"{own}-{self.prompt_set}"
 
 
-def open_generations(
-    run: Run, models: Mapping[str, tuple[str, str]], sets: Mapping[str, Prompts]
-) -> dict[tuple[str, str], Artifact]:
+def open_generations(evaluation: Evaluation) -> dict[tuple[str, str], Artifact]:
     """The artifact of each (model, prompt set).
 
     Raises:
         MismatchError: one was made with other sampling, another model or other prompts; names what differs.
         ValueError: a file of a complete one is missing or has another size.
     """
-    options = {name: getattr(run.config.evaluate, name) for name in OPTIONS}
-    found = {}
-    for model, (_, fingerprint) in models.items():
-        for name, prompts in sets.items():
-            folder = run.generations(model) / name
-            artifact = run.open(
-                folder,
-                VERB,
-                keys=("seed",),
-                inputs={f"model/{model}": fingerprint, "prompts": prompts_digest(prompts)},
-                extra={"evaluate": options},
-            )
-            if artifact.manifest:
-                require(folder, VERB)
-            found[model, name] = artifact
-    return found
+    return {(model, name): _open(evaluation, model, name) for model in evaluation.models for name in evaluation.sets}
 
 
-def has_generations(run: Run, model: str, fingerprint: str, sets: Mapping[str, Prompts]) -> bool:
-    """Whether the run has all continuations of a model, of these prompts and sampled as its config says."""
-    if not all((run.generations(model) / name / MANIFEST).exists() for name in sets):
+def _open(evaluation: Evaluation, model: str, name: str) -> Artifact:
+    folder = evaluation.generations[model] / name
+    artifact = open_artifact(
+        folder,
+        verb=VERB,
+        options={"seed": evaluation.seed, VERB: {option: getattr(evaluation.options, option) for option in OPTIONS}},
+        inputs={
+            f"model/{model}": evaluation.models[model].fingerprint,
+            "prompts": prompts_digest(evaluation.sets[name]),
+        },
+        config_yaml=evaluation.config_yaml,
+    )
+    if artifact.manifest:
+        require(folder, VERB)
+    return artifact
+
+
+def has_generations(evaluation: Evaluation, model: str) -> bool:
+    """Whether all continuations of a model are there, of these prompts and sampled as the options say."""
+    if not all((evaluation.generations[model] / name / MANIFEST).exists() for name in evaluation.sets):
         return False
     try:
-        open_generations(run, {model: ("", fingerprint)}, sets)
+        for name in evaluation.sets:
+            _open(evaluation, model, name)
     except MismatchError:
         return False
     return True
@@ -78,37 +107,37 @@ def prompts_digest(prompts: Prompts) -> str:
     return json_digest([(row.row, row.prompt) for row in prompts])
 
 
-def generation_pieces(
-    artifacts: Mapping[tuple[str, str], Artifact],
-    sources: Mapping[str, str],
-    sets: Mapping[str, Prompts],
-    config: Evaluate,
-) -> list[dict[str, Any]]:
-    """A descriptor for each shard: `model`, `set`, `file`, `number`, and the `prompts` (places in the set) it holds.
-
-    Shards of a complete artifact have the `sha256` to be verified instead, and no prompts."""
-    pieces: list[dict[str, Any]] = []
-    lengths: dict[tuple[str, bool, str], list[int]] = {}
+def generation_shards(evaluation: Evaluation, artifacts: Mapping[tuple[str, str], Artifact]) -> list[GenerationShard]:
+    """The shards of all artifacts, those of a complete one as its manifest lists them."""
+    shards: list[GenerationShard] = []
+    cuts: dict[tuple[str, bool, str], list[tuple[int, ...]]] = {}
     for (model, name), artifact in artifacts.items():
-        shards: list[dict[str, Any]]
         if artifact.manifest:
             files = sorted(artifact.manifest.files.items())
-            shards = [{"file": file, "sha256": entry["sha256"], "prompts": None} for file, entry in files]
-        else:
-            special = takes_special_tokens(config, model)
-            key = (sources[model], special, name)
-            if key not in lengths:
-                tokenizer = load_tokenizer(sources[model])
-                prompts = [row.prompt for row in sets[name]]
-                lengths[key] = token_lengths(tokenizer, prompts, special_tokens=special)
-            order, size = np.argsort(lengths[key], kind="stable").tolist(), config.prompts_per_shard
-            cuts = [order[start : start + size] for start in range(0, len(order), size)]
-            shards = [
-                {"file": f"shard-{number:05d}.parquet", "sha256": None, "prompts": cut}
-                for number, cut in enumerate(cuts)
+            shards += [
+                GenerationShard(model=model, prompt_set=name, number=number, file=file, sha256=entry["sha256"])
+                for number, (file, entry) in enumerate(files)
             ]
-        pieces += [{"model": model, "set": name, "number": number, **shard} for number, shard in enumerate(shards)]
-    return pieces
+            continue
+        special = takes_special_tokens(evaluation.options, model)
+        source = evaluation.models[model].source
+        if (source, special, name) not in cuts:
+            cuts[source, special, name] = _cut(evaluation, source, special, name)
+        shards += [
+            GenerationShard(
+                model=model, prompt_set=name, number=number, file=f"shard-{number:05d}.parquet", prompts=prompts
+            )
+            for number, prompts in enumerate(cuts[source, special, name])
+        ]
+    return shards
+
+
+def _cut(evaluation: Evaluation, source: str, special_tokens: bool, name: str) -> list[tuple[int, ...]]:
+    """The places in a prompt set, by the number of the prompts' tokens, cut into shards."""
+    prompts = [row.prompt for row in evaluation.sets[name]]
+    lengths = token_lengths(load_tokenizer(source), prompts, special_tokens=special_tokens)
+    order, size = np.argsort(lengths, kind="stable").tolist(), evaluation.options.prompts_per_shard
+    return [tuple(order[start : start + size]) for start in range(0, len(order), size)]
 
 
 def generate_shard(
@@ -156,9 +185,7 @@ def generate_shard(
         pq.write_table(table, part)
 
 
-def finish_generations(
-    artifacts: Mapping[tuple[str, str], Artifact], sets: Mapping[str, Prompts], continuations: int
-) -> None:
+def finish_generations(evaluation: Evaluation, artifacts: Mapping[tuple[str, str], Artifact]) -> None:
     """Publish the manifests of those that are not complete yet.
 
     Raises:
@@ -169,10 +196,11 @@ def finish_generations(
             continue
         files = data_files(artifact.folder)
         count = sum(pq.read_metadata(readable(file)).num_rows for file in files)
-        expected = len(sets[name]) * continuations
+        prompts = len(evaluation.sets[name])
+        expected = prompts * evaluation.options.continuations
         if count != expected:
             raise StageError(
                 f"{VERB}: {artifact.folder} holds {count} continuations where {expected} were asked for: delete it and"
                 f" run {VERB} again"
             )
-        artifact.finish(files, rows={"continuations": count, "prompts": len(sets[name])}, summary={"model": model})
+        artifact.finish(files, rows={"continuations": count, "prompts": prompts}, summary={"model": model})

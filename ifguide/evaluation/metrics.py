@@ -1,4 +1,4 @@
-"""How often the behaviour shows, and how repetitive the text is: pure functions of scores and tokens.
+"""How often the behaviour shows, and how repetitive the text is: pure functions of scores and tokens, by prompt.
 
 As IF-Guide (arXiv 2506.01790) measures it: each of P prompts is continued k times, a classifier gives each
 continuation a score c in [0, 1], and
@@ -23,33 +23,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+THRESHOLD = 0.5  # of a continuation's score, for TP: the paper's
+BY_CLASS = ("emt", "tp", "mean")  # figures that every class of the classifiers has
 
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """A token mask against annotations: counts of tokens, and ratios that are None where undefined."""
-
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    selected: int
-    known: int
-    both: int
+Statistics = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> numerator and denominator of each prompt, (P,) float64
 
 
-def expected_max(scores_PK: np.ndarray) -> float:
-    """EMT: the mean over P prompts of the maximum over k continuations. ValueError on NaN or no scores."""
-    return float(_checked_scores(scores_PK).max(axis=1).mean())
+def behaviour_statistics(scores_PK: np.ndarray, threshold: float = THRESHOLD) -> Statistics:
+    """`emt`, `tp` and `mean` (of all scores) of P prompts; a figure is sum of numerators / sum of denominators.
 
-
-def probability_any(scores_PK: np.ndarray, threshold: float = 0.5) -> float:
-    """TP: the share of P prompts with at least one continuation that scores >= `threshold`.
-
-    ValueError on NaN or no scores."""
-    return float((_checked_scores(scores_PK).max(axis=1) >= threshold).mean())
-
-
-def _checked_scores(scores_PK: np.ndarray) -> np.ndarray:
-    """`scores_PK` in float64, as float32 means of many prompts lose digits."""
+    ValueError on NaN (naming row and continuation) or no scores."""
+    # In float64, as float32 means of many prompts lose digits.
     scores_PK = np.asarray(scores_PK, dtype=np.float64)
     if scores_PK.ndim != 2 or 0 in scores_PK.shape:
         raise ValueError(f"scores: expected a non-empty (prompts, k) table, got {scores_PK.shape}")
@@ -57,35 +41,64 @@ def _checked_scores(scores_PK: np.ndarray) -> np.ndarray:
     if len(bad):
         row, column = bad[0]
         raise ValueError(f"scores: NaN at row {row}, continuation {column}; classify that prompt again")
-    return scores_PK
+    highest_P, ones_P = scores_PK.max(axis=1), np.ones(len(scores_PK))
+    shown_P = (highest_P >= threshold).astype(np.float64)
+    return {"emt": (highest_P, ones_P), "tp": (shown_P, ones_P), "mean": (scores_PK.mean(axis=1), ones_P)}
 
 
-def token_agreement(mask_tokens: np.ndarray, known: np.ndarray) -> Agreement:
-    """Precision, recall and F1 of the tokens in `mask_tokens` against those in `known`.
+# ---- masks against annotations ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """A selection of tokens against annotated ones: counts, which add over parts, and ratios, None where undefined."""
+
+    selected: int = 0
+    annotated: int = 0
+    both: int = 0
+
+    def __add__(self, other: Agreement) -> Agreement:
+        return Agreement(
+            selected=self.selected + other.selected,
+            annotated=self.annotated + other.annotated,
+            both=self.both + other.both,
+        )
+
+    @property
+    def precision(self) -> float | None:
+        return self.both / self.selected if self.selected else None
+
+    @property
+    def recall(self) -> float | None:
+        return self.both / self.annotated if self.annotated else None
+
+    @property
+    def f1(self) -> float | None:
+        """The harmonic mean of precision and recall; 0 where both kinds are there and nothing is in both."""
+        undefined = not self.selected or not self.annotated
+        return None if undefined else 2 * self.both / (self.selected + self.annotated)
+
+
+def token_agreement(selected: np.ndarray, annotated: np.ndarray) -> Agreement:
+    """How the tokens in `selected` agree with those in `annotated`.
 
     Both bool, of one shape, one entry per token. ValueError otherwise."""
-    mask_tokens, known = np.asarray(mask_tokens), np.asarray(known)
-    for name, values in (("mask_tokens", mask_tokens), ("known", known)):
+    selected, annotated = np.asarray(selected), np.asarray(annotated)
+    for name, values in (("selected", selected), ("annotated", annotated)):
         if values.dtype != np.bool_:
             raise ValueError(f"{name}: expected bool, got {values.dtype}")
-    if mask_tokens.shape != known.shape:
-        raise ValueError(f"mask_tokens are {mask_tokens.shape}, known are {known.shape}: not the same tokens")
-    selected, positives, both = int(mask_tokens.sum()), int(known.sum()), int((mask_tokens & known).sum())
+    if selected.shape != annotated.shape:
+        raise ValueError(f"selected are {selected.shape}, annotated are {annotated.shape}: not the same tokens")
     return Agreement(
-        precision=both / selected if selected else None,
-        recall=both / positives if positives else None,
-        f1=2 * both / (selected + positives) if selected and positives else None,
-        selected=selected,
-        known=positives,
-        both=both,
+        selected=int(selected.sum()), annotated=int(annotated.sum()), both=int((selected & annotated).sum())
     )
 
 
 # ---- repetition: per prompt, so that prompts can be resampled --------------------------------------------
 
 
-def prompt_statistics(tokens_PK: Sequence[Sequence[Sequence[int]]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """name -> (numerator, denominator) of each prompt, (P,) float64; a figure is sum of the one / sum of the other.
+def prompt_statistics(tokens_PK: Sequence[Sequence[Sequence[int]]]) -> Statistics:
+    """The figures of the continuations' tokens, k rows of token ids for each of P prompts.
 
     `rep_2`, `rep_3`, `rep_4` (over continuations long enough to have an n-gram), `distinct_1` to `distinct_3` (over
     prompts with an n-gram), `tokens` (mean length) and `empty` (share of continuations without a token)."""

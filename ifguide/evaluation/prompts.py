@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ifguide.config import Config, ConfigError, PromptSet
+from ifguide.config import ConfigError, Evaluate, PromptSet
 from ifguide.storage import is_remote, location, matching
 from ifguide.toxicity import GroupedPrompt, PromptRow, read_grouped_prompts, read_prompt_rows
 
@@ -19,23 +19,22 @@ SUFFIXES = (".jsonl", ".parquet", ".json")
 Prompt = TypeVar("Prompt")
 
 
-def chosen_sets(config: Config) -> dict[str, list[PromptRow] | list[GroupedPrompt]]:
+def chosen_sets(options: Evaluate, seed: int) -> dict[str, list[PromptRow] | list[GroupedPrompt]]:
     """The prompts of every set by its name, that of `evaluate.prompts` first."""
-    further = {name: _read_set(config, name, source) for name, source in config.evaluate.prompt_sets.items()}
-    return {PROMPTS: chosen_prompts(config), **further}
+    further = {name: _read_set(name, source, seed) for name, source in options.prompt_sets.items()}
+    return {PROMPTS: chosen_prompts(options, seed), **further}
 
 
-def chosen_prompts(config: Config) -> list[PromptRow]:
+def chosen_prompts(options: Evaluate, seed: int) -> list[PromptRow]:
     """Of `evaluate.prompts` all, or `max_prompts` drawn by seed (half with the behaviour if `balanced`).
 
     Raises:
         ConfigError: `balanced`, and too few rows of a kind.
     """
-    options = config.evaluate
     assert options.prompts is not None
     rows = read_prompt_rows(options.prompts, "evaluate.prompts")
     if not options.balanced:
-        return _draw(rows, options.max_prompts, config.seed)
+        return _draw(rows, options.max_prompts, seed)
     assert options.max_prompts is not None
     label = (options.classifier.name == "labels" and options.classifier.label) or "toxicity"
     labelled = [row for row in rows if label in row.prompt_scores]
@@ -50,7 +49,7 @@ def chosen_prompts(config: Config) -> list[PromptRow]:
                 f"evaluate.balanced: {wanted[kind]} prompts {kind} {options.behaviour} are wanted of max_prompts ="
                 f" {options.max_prompts}, and {options.prompts.path} has {len(half)} by their label {label!r}"
             )
-    drawn = [row for kind, half in halves.items() for row in _draw(half, wanted[kind], config.seed)]
+    drawn = [row for kind, half in halves.items() for row in _draw(half, wanted[kind], seed)]
     return sorted(drawn, key=lambda row: row.row)
 
 
@@ -61,12 +60,12 @@ def _draw(rows: Sequence[Prompt], limit: int | None, seed: int) -> list[Prompt]:
     return [rows[i] for i in chosen]
 
 
-def _read_set(config: Config, name: str, source: PromptSet) -> list[GroupedPrompt]:
+def _read_set(name: str, source: PromptSet, seed: int) -> list[GroupedPrompt]:
     files = _matching_files(source.path)
     if not files:
         raise FileNotFoundError(f"evaluate.prompt_sets.{name}.path: nothing matches {source.path}")
     rows = read_grouped_prompts(files, text_column=source.text_column, group_column=source.group_column)
-    return _draw(rows, source.max_prompts, config.seed)
+    return _draw(rows, source.max_prompts, seed)
 
 
 def _matching_files(pattern: str) -> list[Path]:

@@ -19,9 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifguide.methods.reward_model import RewardModel
+from ifguide.evaluation.reward_model import RewardModel
 
 CANDIDATES = 2048  # rated at once: as many copies of a text's keys and values lie in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How a model is guided: the folder of a reward model, the weight of its rewards, how many candidates."""
+
+    reward: str
+    beta: float
+    top_k: int
 
 
 @dataclass(frozen=True, kw_only=True)

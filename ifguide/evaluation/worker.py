@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -11,69 +14,93 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import publish, verify_digest
-from ifguide.config import Input, ModelSource, config_from_mapping
-from ifguide.corpus.packing import pack, tokenise
-from ifguide.corpus.reading import list_chunks, read_documents
+from ifguide.config import Evaluate, ModelSource
 from ifguide.evaluation import last_word_accuracy, perplexity
-from ifguide.evaluation.figures import FLUENCY, THRESHOLD, scored_file
-from ifguide.evaluation.generations import VERB, generate_shard, takes_special_tokens
+from ifguide.evaluation.figures import fluency_file, scored_file
+from ifguide.evaluation.generations import GenerationShard, generate_shard, takes_special_tokens
+from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.evaluation.prompts import PROMPTS, chosen_sets
-from ifguide.evaluation.reward_decoding import RewardGuide
-from ifguide.methods.reward_model import load_reward_model
+from ifguide.evaluation.reward_decoding import Guidance, RewardGuide
+from ifguide.evaluation.reward_model import load_reward_model
+from ifguide.evaluation.subjects import VERB
+from ifguide.evaluation.texts import heldout_blocks, read_rows, read_texts
 from ifguide.models import load_model
-from ifguide.storage import local_copy, location
+from ifguide.storage import local_copy
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import make_classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fluency:
+    """A piece of work: a model's perplexity of the held-out documents, or its last words of the cloze texts."""
+
+    model: str
+    kind: Literal["heldout", "cloze"]
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}-{self.kind}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptGroups:
+    """A piece of work: which of `evaluate.prompts` show the behaviour themselves."""
+
+    key: str = "prompt-groups"
+
+
+Piece = GenerationShard | Fluency | PromptGroups
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What every actor is told: `Evaluation` without its prompts, which an actor reads from their files."""
+
+    options: Evaluate
+    seed: int
+    block_size: int
+    sources: Mapping[str, str]
+    report: Path
+    generations: Mapping[str, Path]
+    guides: Mapping[str, Guidance]
 
 
 class EvaluateModel:
     """Worker: one piece of the evaluation; keeps the last model it used."""
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        models: dict[str, str],
-        folder: str,
-        generations: dict[str, str],
-        guides: dict[str, dict[str, Any]],
-    ):
-        self.config = config_from_mapping(config)
-        self.options = self.config.evaluate
-        self.models, self.folder = models, location(folder)
-        self.generations = {name: location(place) for name, place in generations.items()}
-        self.guides = guides
-        self.sets = chosen_sets(self.config)
+    def __init__(self, settings: WorkerSettings):
+        self.settings, self.options = settings, settings.options
+        self.sets = chosen_sets(settings.options, settings.seed)
         gpus = self.options.resources.gpus
         self.classifier = make_classifier(self.options.classifier, gpus=gpus)
         self.further = {name: make_classifier(source, gpus=gpus) for name, source in self.options.classifiers.items()}
         self.loaded: tuple[str, Any, Any] | None = None
         self.reward: tuple[str, Any] | None = None
 
-    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
-        kind = descriptor["kind"]
-        if kind == "groups":
+    def process(self, piece: Piece) -> dict[str, Any]:
+        if isinstance(piece, PromptGroups):
             return self._flag_prompts()
-        if kind == "prompts":
-            return self._continue_prompts(descriptor)
-        model, tokenizer = self._load(descriptor["model"])
-        return (self._heldout if kind == "heldout" else self._cloze)(descriptor, model, tokenizer)
+        if isinstance(piece, GenerationShard):
+            return self._continue_prompts(piece)
+        return self._heldout(piece) if piece.kind == "heldout" else self._cloze(piece)
 
     def _load(self, name: str) -> tuple[Any, Any]:
         if self.loaded is None or self.loaded[0] != name:
             self.loaded = None  # frees the old model before the new one is read
-            source = self.models[name]
-            model = load_model(ModelSource(source=source), device=self._device())
+            source = self.settings.sources[name]
+            model = load_model(ModelSource(source=source), device=self._device)
             self.loaded = (name, model, load_tokenizer(source))
         return self.loaded[1], self.loaded[2]
 
     def _guide(self, name: str) -> RewardGuide | None:
-        if name not in self.guides:
+        if name not in self.settings.guides:
             return None
-        options = self.guides[name]
-        if self.reward is None or self.reward[0] != options["reward"]:
-            self.reward = (options["reward"], load_reward_model(local_copy(options["reward"]), device=self._device()))
-        return RewardGuide(model=self.reward[1], beta=options["beta"], top_k=options["top_k"])
+        guidance = self.settings.guides[name]
+        if self.reward is None or self.reward[0] != guidance.reward:
+            self.reward = (guidance.reward, load_reward_model(local_copy(guidance.reward), device=self._device))
+        return RewardGuide(model=self.reward[1], beta=guidance.beta, top_k=guidance.top_k)
 
+    @property
     def _device(self) -> str:
         return "cuda" if self.options.resources.gpus else "cpu"
 
@@ -90,17 +117,16 @@ class EvaluateModel:
         told = {"label": len(rows) - len(unlabelled), "classifier": len(unlabelled)}
         return {"flagged": flagged.tolist(), "grouped_by": told}
 
-    def _continue_prompts(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+    def _continue_prompts(self, shard: GenerationShard) -> dict[str, Any]:
         """Generate a shard unless it is there, and publish it with its scores."""
-        path = self.generations[descriptor["model"]] / descriptor["set"] / descriptor["file"]
-        if descriptor["sha256"] is not None:
-            verify_digest(path, descriptor["sha256"], VERB)
+        path = self.settings.generations[shard.model] / shard.prompt_set / shard.file
+        if shard.sha256 is not None:
+            verify_digest(path, shard.sha256, VERB)
         elif not path.exists():
-            prompts = [self.sets[descriptor["set"]][i] for i in descriptor["prompts"]]
-            name = descriptor["model"]
-            model, tokenizer = self._load(name)
-            guide = self._guide(name)
-            generate_shard(path, name, model, tokenizer, prompts, self.options, self.config.seed, guide)
+            prompts = [self.sets[shard.prompt_set][i] for i in shard.prompts]
+            model, tokenizer = self._load(shard.model)
+            guide = self._guide(shard.model)
+            generate_shard(path, shard.model, model, tokenizer, prompts, self.options, self.settings.seed, guide)
         table = schemas.read_table(path, schemas.GENERATIONS)
         scores = self._score(table.column("continuation").to_pylist())
         kind = schemas.CONTINUATIONS.field("scores").type
@@ -110,7 +136,8 @@ class EvaluateModel:
             pa.array(np.stack(list(scores.values()), axis=1).reshape(-1), kind.item_type),
         ).cast(kind)
         scored = table.drop_columns(["tokens"]).append_column(schemas.CONTINUATIONS.field("scores"), maps)
-        with publish(scored_file(self.folder, descriptor["model"], descriptor["set"], descriptor["number"])) as part:
+        place = scored_file(self.settings.report, shard.model, shard.prompt_set, shard.number)
+        with publish(place) as part:
             pq.write_table(scored.cast(schemas.CONTINUATIONS), part)
         return {"continuations": len(table)}
 
@@ -122,25 +149,30 @@ class EvaluateModel:
                 scores[name if i == 0 else f"{name}:{label}"] = values
         return scores
 
-    def _heldout(self, descriptor: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
-        blocks_NT, lengths_N, flagged_N = self._heldout_blocks(tokenizer, model)
+    def _heldout(self, piece: Fluency) -> dict[str, Any]:
+        model, tokenizer = self._load(piece.model)
+        positions = getattr(model.config, "max_position_embeddings", None) or self.settings.block_size
+        width = min(self.settings.block_size, positions)
+        blocks_NT, lengths_N, flagged_N = heldout_blocks(self._heldout_documents, tokenizer, width)
         result = perplexity(model, blocks_NT, lengths_N, batch_size=self.options.batch_size)
-        table = pa.table([result.block_nll, result.block_tokens, flagged_N], schema=schemas.HELDOUT)
-        with publish(self.folder / FLUENCY / f"{descriptor['key']}.parquet") as part:
-            pq.write_table(table, part)
+        columns = [result.block_nll, result.block_tokens, flagged_N.astype(bool)]
+        self._publish(piece, pa.table(columns, schema=schemas.HELDOUT))
         return {"perplexity": result.perplexity, "tokens": result.tokens}
 
-    def _cloze(self, descriptor: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
+    def _cloze(self, piece: Fluency) -> dict[str, Any]:
         assert self.options.cloze is not None
+        model, tokenizer = self._load(piece.model)
         texts = read_texts(self.options.cloze, "evaluate.cloze")
-        special_tokens = takes_special_tokens(self.options, descriptor["model"])
+        special_tokens = takes_special_tokens(self.options, piece.model)
         result = last_word_accuracy(
             model, tokenizer, texts, batch_size=self.options.batch_size, special_tokens=special_tokens
         )
-        table = pa.table([result.word_correct, result.token_correct], schema=schemas.CLOZE)
-        with publish(self.folder / FLUENCY / f"{descriptor['key']}.parquet") as part:
-            pq.write_table(table, part)
+        self._publish(piece, pa.table([result.word_correct, result.token_correct], schema=schemas.CLOZE))
         return {"accuracy": result.accuracy, "total": result.total, "unusable": result.unusable}
+
+    def _publish(self, piece: Fluency, table: pa.Table) -> None:
+        with publish(fluency_file(self.settings.report, piece.model, piece.kind)) as part:
+            pq.write_table(table, part)
 
     @cached_property
     def _heldout_documents(self) -> tuple[list[Any], list[Any]]:
@@ -153,47 +185,3 @@ class EvaluateModel:
         for document, kind in zip(documents, flagged, strict=True):
             kinds[int(kind)].append(document)
         return kinds
-
-    def _heldout_blocks(self, tokenizer: Any, model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens (N, T), lengths (N,) and whether the block is of flagged documents (N,): no block holds both kinds."""
-        positions = getattr(model.config, "max_position_embeddings", None) or self.config.pack_corpus.block_size
-        width = min(self.config.pack_corpus.block_size, positions)
-        parts = []
-        for flagged, documents in enumerate(self._heldout_documents):
-            tokens = [ids for ids, *_ in tokenise(documents, tokenizer, annotate=False)]
-            count = sum(map(len, tokens))
-            if count:
-                blocks = pack(tokens, skip=0, num_tokens=count, block_size=width, fill=tokenizer.eos_token_id)
-                parts.append((*blocks, np.full(len(blocks[0]), bool(flagged))))
-        if sum(lengths_N.sum() for _, lengths_N, _ in parts) < 2:
-            raise ValueError("evaluate.heldout: the held-out documents have fewer than two tokens")
-        blocks_NT, lengths_N, flagged_N = map(np.concatenate, zip(*parts, strict=True))
-        return blocks_NT, lengths_N, flagged_N
-
-
-def read_rows(source: Input, dotted_key: str) -> list[Any]:
-    """All good documents of an input, in order.
-
-    Raises:
-        ValueError: a bad row, naming file and row; none is left out.
-    """
-    documents: list[Any] = []
-    start, stop = source.rows or (0, np.iinfo(np.int64).max)
-    counted = 0
-    for chunk in list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path"):
-        for document in read_documents(chunk, source, first_row=0):
-            if counted >= stop:  # a hub dataset would go on for all its rows
-                return documents
-            if start <= counted < stop:
-                if document.reason:
-                    raise ValueError(f"{dotted_key}: {chunk.name} row {document.row}: {document.reason}")
-                documents.append(document)
-            counted += 1
-    if not documents:
-        raise ValueError(f"{dotted_key}: no documents in {source.path}")
-    return documents
-
-
-def read_texts(source: Input, dotted_key: str) -> list[str]:
-    """The texts of `read_rows`."""
-    return [document.text for document in read_rows(source, dotted_key)]

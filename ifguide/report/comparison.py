@@ -1,6 +1,6 @@
 """The table and the picture of a comparison: toxicity against perplexity, one row and one point for each model.
 
-The figures are those of `report/metrics.json` (`stages.evaluation_figures`); intervals are of a bootstrap over prompts.
+The figures are those of `report/metrics.json` (`evaluation.figures`); intervals are of a bootstrap over prompts.
 """
 
 from __future__ import annotations

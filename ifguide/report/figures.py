@@ -1,6 +1,6 @@
 """The measured figures of models as the report shows them: plain dataclasses, read from `report/metrics.json`.
 
-`stages.evaluation_figures` describes that file and makes it; every figure has its interval there already, and every
+`evaluation.figures` describes that file and makes it; every figure has its interval there already, and every
 model but the first its paired difference from the first one. Nothing is computed here.
 """
 
@@ -10,13 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-BY_CLASS = ("emt", "tp", "mean")
-FLUENCY_TITLES = {
-    "perplexity": "perplexity",
-    "benign_perplexity": "benign perplexity",
-    "last_word_accuracy": "last-word accuracy",
-    "last_token_accuracy": "last-token accuracy",
-}  # figures of `ModelRow` that no continuation is needed for, and what they are called
+from ifguide.evaluation.figures import FLUENCY_TITLES
+from ifguide.evaluation.metrics import BY_CLASS
 
 
 @dataclass(frozen=True, kw_only=True)

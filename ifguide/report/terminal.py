@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -11,18 +10,19 @@ from ifguide.artifacts import require
 from ifguide.config import OWN
 from ifguide.report.text import visible
 from ifguide.report.view import ShownDocument, View
+from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.outliers import outlier_line
 
 RED, DIM, BOLD, RESET = "\x1b[1;31m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
-def terminal_view(run_dir: Path, *, documents: int, context: int) -> Iterator[str]:
+def terminal_view(folders: SelectionFolders, *, documents: int, context: int) -> Iterator[str]:
     """Lines for a terminal: a head for each document, then its tokens within `context` of a masked one.
 
     Raises:
         FileNotFoundError: the run has no mask yet.
     """
-    manifest = require(run_dir / "mask", "build_mask")
+    manifest = require(folders.mask, "build_mask")
     summary = manifest.summary
     if manifest.verb != "build_mask":
         made = f"imported from {summary['source']}" if "source" in summary else f"made by {manifest.verb}"
@@ -36,7 +36,7 @@ def terminal_view(run_dir: Path, *, documents: int, context: int) -> Iterator[st
         f" {summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked"
     )
     yield outlier_line(summary, manifest.options["build_mask"])
-    for document in View(run_dir).top_documents(documents):
+    for document in View(folders).top_documents(documents):
         yield ""
         masked = int(document.masked.sum())
         yield f"{BOLD}{document.rank}. {document.source}{RESET} rank score {document.rank_score:.4f}, {masked} masked"

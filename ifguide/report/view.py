@@ -1,4 +1,4 @@
-"""Documents, blocks, scores and mask of a run side by side: what `evaluate` and `ifguide inspect` show.
+"""Documents, blocks, scores and mask side by side: what the report and `ifguide inspect` show.
 
 Reads only the shards it needs; statistics over the whole corpus are tasks, one per shard.
 """
@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray
 
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
 from ifguide.config import OWN
 from ifguide.corpus.tables import TOKENIZER, corpus_block_size
-from ifguide.storage import location, readable
+from ifguide.evaluation.metrics import Agreement, token_agreement
+from ifguide.selection.distributed import RunTasks
+from ifguide.selection.folders import SelectionFolders
+from ifguide.storage import readable
 from ifguide.tokenizer import load_tokenizer
 
 MAX_SHOWN_TOKENS = 600
@@ -43,13 +45,11 @@ class ShownDocument:
 
 
 class View:
-    """Random access to the tokens of one run directory that has a mask; scores are of the mask's behaviour.
+    """Random access to the tokens that a mask is of; scores are of the mask's behaviour."""
 
-    `corpus` and `scores`: where these lie, if not in the run directory."""
-
-    def __init__(self, folder: Path, *, corpus: Path | None = None, scores: Path | None = None):
-        self.corpus, self.scores = corpus or folder / "corpus", scores or folder / "scores"
-        self.mask, self.ranking = folder / "mask", folder / "ranking"
+    def __init__(self, folders: SelectionFolders):
+        self.corpus, self.scores = folders.corpus, folders.scores
+        self.mask, self.ranking = folders.mask, folders.ranking
         manifest, made = read_manifest(self.mask), read_manifest(self.corpus)
         self.summary = manifest.summary
         self.options = manifest.options.get("build_mask", {})
@@ -134,13 +134,11 @@ class View:
         flat = {name: np.concatenate(arrays).reshape(-1) for name, arrays in parts.items()}
         return {name: array[offset : offset + stop - start] for name, array in flat.items()}
 
-    def map_shards(self, function: Any, *arguments: Any) -> Iterator[Any]:
-        """`function(columns, lengths, *arguments)` for every shard, as tasks."""
-        task = ray.remote(num_cpus=1)(_on_columns)
-        folders = (str(self.scores), self.score_column, str(self.mask))
-        pending = [task.remote(function, str(path), folders, *arguments) for path in self.files]
-        for reference in pending:
-            yield ray.get(reference)
+    def map_shards(self, run_tasks: RunTasks, function: Any, *arguments: Any) -> Iterator[Any]:
+        """`function(columns, predicted, *arguments)` for every shard, in any order: its (B, T) columns as `read` names
+        them, and which of its tokens are predicted."""
+        places = (self.scores, self.score_column, self.mask)
+        return run_tasks(_on_columns, ((function, path, *places, *arguments) for path in self.files))
 
 
 def token_texts(tokenizer: Any, tokens: np.ndarray, window: slice) -> list[str]:
@@ -152,43 +150,43 @@ def token_texts(tokenizer: Any, tokens: np.ndarray, window: slice) -> list[str]:
     ids = tokens[first : window.stop + CONTEXT].tolist()
     decoded = [str(tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)) for n in range(1, len(ids) + 1)]
     texts, owner, begin = [""] * len(ids), 0, 0
-    for index, known in enumerate(decoded):
-        if len(known) >= begin and decoded[-1].startswith(known):  # else the last of these tokens is within a character
-            texts[owner] = known[begin:]
-            owner, begin = index + 1, len(known)
+    for index, prefix in enumerate(decoded):
+        if len(prefix) >= begin and decoded[-1].startswith(prefix):  # else its last token is within a character
+            texts[owner] = prefix[begin:]
+            owner, begin = index + 1, len(prefix)
     return texts[window.start - first : window.stop - first]
 
 
-def score_histogram(view: View) -> dict[str, list[float]]:
-    """Bin edges and counts of all predicted tokens' scores and of the annotated ones'."""
+def score_histogram(view: View, run_tasks: RunTasks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bin edges, and counts of all predicted tokens' scores and of the annotated ones'."""
     low, high = view.summary["score_min"], view.summary["score_max"]
     edges = np.linspace(low, high if high > low else low + 1, HISTOGRAM_BINS + 1)
-    parts = list(view.map_shards(_histogram, edges))
-    counts, known = (np.sum([part[i] for part in parts], axis=0) for i in (0, 1))
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "known": known.tolist()}
+    counts, annotated = np.zeros((2, HISTOGRAM_BINS), np.int64)
+    for of_all, of_annotated in view.map_shards(run_tasks, _histogram, edges):
+        counts += of_all
+        annotated += of_annotated
+    return edges, counts, annotated
 
 
-def mask_agreement(view: View) -> tuple[int, int, int]:
-    """Tokens (masked, annotated, both) of the corpus."""
-    parts = list(view.map_shards(_agreement))
-    selected, known, both = np.sum(parts, axis=0).tolist()
-    return selected, known, both
+def mask_agreement(view: View, run_tasks: RunTasks) -> Agreement:
+    """The masked tokens of the corpus against the annotated ones."""
+    return sum(view.map_shards(run_tasks, _agreement), Agreement())
 
 
-def _histogram(columns: dict[str, np.ndarray], valid: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scores, known = columns["token_score"], columns["annotated"]
-    return np.histogram(scores[valid], edges)[0], np.histogram(scores[valid & known], edges)[0]
+def _histogram(
+    columns: dict[str, np.ndarray], predicted: np.ndarray, edges: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    scores, annotated = columns["token_score"], columns["annotated"]
+    return np.histogram(scores[predicted], edges)[0], np.histogram(scores[predicted & annotated], edges)[0]
 
 
-def _agreement(columns: dict[str, np.ndarray], valid: np.ndarray) -> tuple[int, int, int]:
-    masked, known = columns["masked"], columns["annotated"]
-    return int(masked.sum()), int(known.sum()), int((masked & known).sum())
+def _agreement(columns: dict[str, np.ndarray], predicted: np.ndarray) -> Agreement:
+    return token_agreement(columns["masked"], columns["annotated"])
 
 
-def _on_columns(function: Any, path: str, folders: tuple[str, str, str], *arguments: Any) -> Any:
-    scores, score_column, mask = folders
-    lengths = schemas.read_table(location(path), columns=["length"]).column("length").to_numpy()
-    columns = _shard_columns(location(path), location(scores), score_column, location(mask))
+def _on_columns(function: Any, path: Path, scores: Path, score_column: str, mask: Path, *arguments: Any) -> Any:
+    lengths = schemas.read_table(path, columns=["length"]).column("length").to_numpy()
+    columns = _shard_columns(path, scores, score_column, mask)
     index = np.arange(columns["tokens"].shape[1])
     return function(columns, (index >= 1) & (index < lengths[:, None]), *arguments)
 

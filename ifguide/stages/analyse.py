@@ -16,9 +16,9 @@ from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.evaluation import Bootstrap
 from ifguide.evaluation.prompts import chosen_prompts
+from ifguide.evaluation.subjects import models_to_evaluate
 from ifguide.influence.query_file import QUERIES, read_queries
 from ifguide.run import Run
-from ifguide.stages.evaluate import models_to_evaluate
 from ifguide.telemetry import log
 
 VERB = "analyse"
@@ -37,7 +37,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if dry_run:
         log(VERB, f"would make {', '.join(options.methods)} of the models that evaluate compares")
         return None
-    models = models_to_evaluate(run)
+    models = models_to_evaluate(run.models, run.config.evaluate.models)
     query = require(run.query, "build_query")
     verified(run.query, QUERIES)
     queries = read_queries(run.query)
@@ -69,7 +69,9 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
 def _lens_prompts(run: Run) -> tuple[str, ...]:
     if "lens" not in run.config.analyse.methods:
         return ()
-    return tuple(row.prompt for row in chosen_prompts(run.config)[: run.config.analyse.max_prompts])
+    return tuple(
+        row.prompt for row in chosen_prompts(run.config.evaluate, run.config.seed)[: run.config.analyse.max_prompts]
+    )
 
 
 def _analyse(run: Run, artifact: Artifact, settings: AnalysisSettings) -> Manifest:

@@ -10,11 +10,10 @@ model `compare/<name>/model/dpo`. `compare/report/` holds the figures of all mod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ifguide.artifacts import (
     MANIFEST,
@@ -26,27 +25,30 @@ from ifguide.artifacts import (
     require,
     write_json,
 )
-from ifguide.config import OWN, ClassifierSource, Config, ConfigError, Pretrain
+from ifguide.config import OWN, ClassifierSource, Config, ConfigError, Pretrain, to_yaml
 from ifguide.config.compare import Dpo, Method, Rad
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_task
-from ifguide.evaluation.figures import measured_files
+from ifguide.evaluation.figures import METRICS, measured_files
 from ifguide.evaluation.generations import OPTIONS, has_generations, prompts_digest
+from ifguide.evaluation.measuring import continue_prompts, measure_models
 from ifguide.evaluation.prompts import PROMPTS, chosen_prompts, chosen_sets
+from ifguide.evaluation.reward_decoding import Guidance
+from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate
 from ifguide.methods.masks import Marking, mark_corpus
 from ifguide.methods.preferences import DPO, HF, DpoTraining, RewardTraining, check_preferences, train
 from ifguide.methods.samples import SampleFiles, sampling_options, training_prompts
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
-from ifguide.report.data import comparison_data
+from ifguide.report.data import ReportSources, comparison_data
 from ifguide.report.figures import Made, masked_loss, model_rows
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.spans.tables import SPANS, PackedCorpus
 from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import build_query
-from ifguide.stages.evaluate import METRICS, continue_prompts, measure_models, measured_inputs, models_to_evaluate
+from ifguide.stages.evaluate import evaluation_of
 from ifguide.stages.pretrain import pretrain
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.storage import file_sizes
@@ -82,9 +84,9 @@ class _Grid:
 
     def __init__(self, run: Run):
         self.run = run
-        self.models = models_to_evaluate(run)
+        self.models = models_to_evaluate(run.models, run.config.evaluate.models)
         self.made = {name: _own(run, name) for name in (BASELINE, PENALISED) if name in self.models}
-        self.guides: dict[str, dict[str, Any]] = {}
+        self.guides: dict[str, Guidance] = {}
         self.children: dict[str, Run] = {}
         self.samples: _Samples | None = None
 
@@ -127,8 +129,8 @@ class _Grid:
         start = self._start(name, "rad", method.model)
         folder, reward = self._reward_model()
         decoding = [start[1], reward.fingerprint, method.beta, method.top_k]
-        self.models[name] = (start[0], json_digest(decoding))
-        self.guides[name] = {"reward": str(folder), "beta": method.beta, "top_k": method.top_k}
+        self.models[name] = Model(start[0], json_digest(decoding))
+        self.guides[name] = Guidance(reward=str(folder), beta=method.beta, top_k=method.top_k)
         self.made[name] = replace(self.made[method.model], by=f"RAD of {method.model}", decodes=method.model)
 
     def _reward_model(self) -> tuple[Path, Manifest]:
@@ -151,7 +153,7 @@ class _Grid:
             self.samples = _Samples(self.run, self.models[BASELINE])
         return self.samples
 
-    def _start(self, name: str, kind: str, model: str) -> tuple[str, str]:
+    def _start(self, name: str, kind: str, model: str) -> Model:
         if model not in self.models:
             raise ConfigError(f"compare.methods.{name}.{kind}.model: this run has no finished model {model}")
         return self.models[model]
@@ -160,7 +162,7 @@ class _Grid:
 class _Samples:
     """`compare/samples`: what the baseline gave to the training prompts, scored; made if it is not there."""
 
-    def __init__(self, run: Run, baseline: tuple[str, str]):
+    def __init__(self, run: Run, baseline: Model):
         self.run, config = run, run.config
         assert config.build_query.prompts is not None
         options = sampling_options(
@@ -168,12 +170,12 @@ class _Samples:
         )
         # other random numbers than the evaluation's
         config = replace(config, run_dir=str(run.folder / VERB / "samples"), seed=config.seed + 1, evaluate=options)
-        sampler, sets = Run(config=config), {PROMPTS: chosen_prompts(config)}
+        sampler, sets = Run(config=config), {PROMPTS: chosen_prompts(options, config.seed)}
         self.files = SampleFiles(
             model=BASELINE,
             generations=sampler.generations(BASELINE) / PROMPTS,
             scores=sampler.report,
-            prompts=training_prompts(sets[PROMPTS], chosen_sets(run.config).values()),
+            prompts=training_prompts(sets[PROMPTS], chosen_sets(run.config.evaluate, run.config.seed).values()),
             max_new_tokens=options.max_new_tokens,
         )
         self.manifest = _sample(sampler, baseline, sets)
@@ -200,14 +202,14 @@ class _Samples:
         return artifact.finish(files, rows={count: summary[count]}, summary=summary)
 
 
-def _sample(sampler: Run, baseline: tuple[str, str], sets: Any) -> Manifest:
+def _sample(sampler: Run, baseline: Model, sets: Mapping[str, Prompts]) -> Manifest:
     evaluate = sampler.config.evaluate
     options = {name: getattr(evaluate, name) for name in OPTIONS} | {"classifier": result_part(evaluate.classifier)}
     inputs = {f"model/{BASELINE}": baseline[1], "prompts": prompts_digest(sets[PROMPTS])}
     artifact = sampler.open(sampler.report, VERB, keys=("seed",), inputs=inputs, extra={"samples": options})
     if artifact.manifest:
         return artifact.manifest
-    continue_prompts(sampler, {BASELINE: baseline}, sets)
+    continue_prompts(evaluation_of(sampler, {BASELINE: baseline}, sets), sampler.config.cluster)
     count = len(sets[PROMPTS]) * evaluate.continuations
     rows = {"continuations": count, "prompts": len(sets[PROMPTS])}
     log(VERB, f"{count:,} continuations of {len(sets[PROMPTS]):,} training prompts sampled and scored")
@@ -238,8 +240,8 @@ def _marking(config: Config, kind: str) -> Marking:
     )
 
 
-def _model(folder: Path, manifest: Manifest) -> tuple[str, str]:
-    return str(folder), manifest.fingerprint
+def _model(folder: Path, manifest: Manifest) -> Model:
+    return Model(str(folder), manifest.fingerprint)
 
 
 def _describe(run: Run, method: Method) -> str:
@@ -316,15 +318,17 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
     models = grid.models
     evaluation = replace(run.config.evaluate, report="report")
     whole = Run(config=replace(run.config, run_dir=str(run.folder / VERB), evaluate=evaluation))
-    sets = chosen_sets(run.config)
-    inputs = measured_inputs(run, models, sets)
+    sets = chosen_sets(run.config.evaluate, run.config.seed)
+    inputs = measured_inputs(models, sets, run.config.evaluate)
     artifact = whole.open(whole.report, VERB, keys=("evaluate", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {whole.report / 'index.html'}")
         return artifact.manifest
-    own = [name for name, (_, fingerprint) in models.items() if has_generations(run, name, fingerprint, sets)]
+    of_run = evaluation_of(run, models, sets)
+    own = [name for name in models if has_generations(of_run, name)]
     whole = whole.borrow(run, *(f"generations/{name}" for name in own))
-    results, metrics = measure_models(whole, models, sets, grid.guides)
+    of_all = evaluation_of(whole, models, sets, guides=grid.guides)
+    metrics = measure_models(of_all, run.config.cluster)
     write_json(whole.report / METRICS, metrics)
     measured = model_rows(metrics, grid.made)
     rows = rows_of(measured)
@@ -333,7 +337,7 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
         part.write_text(as_markdown(rows), encoding="utf-8")
     with publish(whole.report / "comparison.png") as part:
         draw(measured, part)
-    write_report(comparison_data(run, measured, metrics, grid.children), whole.report)
+    write_report(comparison_data(_sources(run, grid), metrics, measured), whole.report)
     names = (METRICS, "comparison.json", "comparison.md", "comparison.png", *REPORT_FILES)
     files = [whole.report / name for name in names] + measured_files(whole.report)
     summary = {
@@ -345,10 +349,25 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
         }
         for row in rows
     }
-    counted = int(np.sum([result.get("continuations", 0) for result in results.values()]))
-    manifest = artifact.finish(files, rows={"continuations": counted}, summary=summary, remove=(LEDGER,))
+    counts = {"continuations": of_all.num_continuations * len(models)}
+    manifest = artifact.finish(files, rows=counts, summary=summary, remove=(LEDGER,))
     log(VERB, f"{len(models)} models; {whole.report / 'index.html'}, comparison.md and comparison.png")
     return manifest
+
+
+def _sources(run: Run, grid: _Grid) -> ReportSources:
+    trained = run.models | {name: child.model(PENALISED) for name, child in grid.children.items()}
+    artifacts = run.artifact_folders()
+    for name, child in grid.children.items():
+        artifacts |= {f"compare/{name}/mask": child.mask, f"compare/{name}/model": child.model(PENALISED)}
+    return ReportSources(
+        title=f"IF-Guide comparison: {run.folder.name}",
+        options=run.config.evaluate,
+        seed=run.config.seed,
+        config_yaml=to_yaml(run.config),
+        artifacts=artifacts,
+        trained={name: trained[name] for name in grid.models if name in trained},
+    )
 
 
 def _share(mask: Manifest) -> float:

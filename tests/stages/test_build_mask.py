@@ -60,7 +60,7 @@ def test_another_behaviour_is_ranked_masked_and_shown_by_its_own_scores(
     above = -own > manifest.summary["tau"]
     assert (masked & above).sum() > 0
     assert manifest.summary["score_max"] == pytest.approx(-own[:, 1:].min())
-    shown = View(run.folder).top_documents(1)[0]
+    shown = View(run.selection).top_documents(1)[0]
     assert (shown.scores[shown.masked] > manifest.summary["tau"]).any()
     assert main(["inspect", str(run.folder), "--documents", "1"]) == 0
     assert "behaviour opposite" in capsys.readouterr().out

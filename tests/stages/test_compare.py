@@ -53,14 +53,14 @@ def marked(finished: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def stream(run: Run, column: str) -> np.ndarray:
-    view = View(run.folder, corpus=run.corpus, scores=run.scores)
+    view = View(run.selection)
     rows = read_manifest(run.corpus).rows["tokens"]
     return np.asarray(view.read(0, rows)[column])
 
 
 def expected(run: Run, find: Callable[[str], list[tuple[int, int]]]) -> np.ndarray:
     """Token by token from the documents' text: whether it overlaps a span; a span behind the text holds the EOS."""
-    view, flags = View(run.folder), []
+    view, flags = View(run.selection), []
     from ifguide.corpus.tables import document_table
 
     table = document_table(run.corpus)

@@ -17,11 +17,12 @@ from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_manifest, write_json
 from ifguide.cli import main
 from ifguide.config import Config, ConfigError, to_mapping
-from ifguide.evaluation import expected_max, probability_any
 from ifguide.evaluation.generations import has_generations
 from ifguide.evaluation.prompts import chosen_prompts, chosen_sets
+from ifguide.evaluation.subjects import Model
 from ifguide.pipeline import stage
 from ifguide.run import Run
+from ifguide.stages.evaluate import evaluation_of
 
 PLAIN = {"evaluate__heldout": [], "evaluate__cloze": None}  # so that nothing but generation loads a model
 
@@ -88,11 +89,12 @@ def test_other_sampling_or_other_prompts_are_refused_not_mixed(finished: Config,
     with pytest.raises(MismatchError, match=r"inputs|prompts was"):
         stage("evaluate")(Run(config=fewer))
     for each, same in ((finished, True), (config, False), (fewer, False)):
-        run = Run(config=each)
-        fingerprint = read_manifest(run.model("baseline")).fingerprint
-        assert has_generations(run, "baseline", fingerprint, chosen_sets(each)) == same
-        assert not has_generations(run, "baseline", "another model's", chosen_sets(each))
-        assert not has_generations(run, "absent", fingerprint, chosen_sets(each))
+        run, sets = Run(config=each), chosen_sets(each.evaluate, each.seed)
+        model = Model("", read_manifest(run.model("baseline")).fingerprint)
+        models = {"baseline": model, "absent": model}
+        assert has_generations(evaluation_of(run, models, sets), "baseline") == same
+        assert not has_generations(evaluation_of(run, models, sets), "absent")
+        assert not has_generations(evaluation_of(run, {"baseline": Model("", "another's")}, sets), "baseline")
 
 
 def test_generations_have_the_same_bytes_on_another_number_of_actors(
@@ -137,8 +139,8 @@ def test_figures_are_those_of_the_stored_scores_with_intervals_and_pairs(finishe
     for model in ("baseline", "penalised"):
         scores = scores_of(finished, model)["toxicity"]
         groups = metrics["models"][model]["sets"]["prompts"]["groups"]
-        assert groups["all"]["emt"]["toxicity"]["value"] == pytest.approx(expected_max(scores))
-        assert groups["all"]["tp"]["toxicity"]["value"] == pytest.approx(probability_any(scores))
+        assert groups["all"]["emt"]["toxicity"]["value"] == pytest.approx(scores.max(axis=1).mean())
+        assert groups["all"]["tp"]["toxicity"]["value"] == pytest.approx((scores.max(axis=1) >= 0.5).mean())
         assert groups["all"]["mean"]["toxicity"]["value"] == pytest.approx(scores.mean())
         parts = [groups["with toxicity"], groups["without toxicity"]]
         assert sum(part["prompts"] for part in parts) == groups["all"]["prompts"] == 10
@@ -242,7 +244,7 @@ def test_further_sets_and_classifiers_are_measured_by_group_with_their_gap(
 
 def test_balanced_prompts_are_half_and_half_or_refused(copied: Callable[..., Config]) -> None:
     config = copied(evaluate__balanced=True, evaluate__max_prompts=6)
-    rows = chosen_prompts(config)
+    rows = chosen_prompts(config.evaluate, config.seed)
     assert sum(row.prompt_scores["toxicity"] >= 0.5 for row in rows) == 3
     assert [row.row for row in rows] == sorted({row.row for row in rows})
     assert len(rows) == 6

@@ -16,12 +16,12 @@ from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_mani
 from ifguide.cli import main
 from ifguide.config import Config, load_config
 from ifguide.corpus.tables import document_table
-from ifguide.evaluation import expected_max, probability_any
 from ifguide.pipeline import run_pipeline, stage
 from ifguide.report.view import View, mask_agreement
 from ifguide.run import Run
 from ifguide.tokenizer import load_tokenizer
 from tests.reference import algorithm1
+from tests.sharded import in_any_order
 
 
 def test_every_artifact_is_complete_and_its_config_can_be_run_again(finished: Config) -> None:
@@ -101,7 +101,7 @@ def test_artifacts_have_the_same_bytes_on_another_number_of_workers(
 
 def test_a_run_directory_is_read_without_what_it_was_made_from(copied: Callable[..., Config]) -> None:
     run = Run(config=copied())
-    view = View(run.folder)
+    view = View(run.selection)
     assert view.tokenizer.name_or_path == str(run.corpus / "tokenizer")
     assert view.tokenizer.get_vocab() == load_tokenizer(run.config.tokenizer_source).get_vocab()
     assert any(name.startswith("tokenizer/") for name in read_manifest(run.corpus).files)
@@ -152,7 +152,7 @@ def test_block_unit_masks_whole_blocks_ranked(copied: Callable[..., Config]) -> 
     config = copied(drop=("mask", "ranking"), build_mask__unit="block")
     manifest = stage("build_mask")(Run(config=config))
     assert manifest.summary["unit"] == "block"
-    assert View(Path(config.run_dir)).top_documents(2)[0].texts
+    assert View(Run(config=config).selection).top_documents(2)[0].texts
 
 
 def test_both_models_start_alike_and_only_the_masked_loss_tells_them_apart(finished: Config) -> None:
@@ -178,10 +178,14 @@ def test_the_report_says_what_the_continuations_say(finished: Config) -> None:
                 rows.setdefault(record["prompt_row"], []).append(dict(record["scores"])["toxicity"])
         table = np.array(list(rows.values()))
         assert table.shape == (options.max_prompts, options.continuations)
-        assert figures[model]["emt"] == pytest.approx(expected_max(table))
-        assert figures[model]["tp"] == pytest.approx(probability_any(table))
-    selected, known, both = mask_agreement(View(run.folder))
-    assert figures["mask"] == {"precision": both / selected, "recall": both / known}
+        assert figures[model]["emt"] == pytest.approx(table.max(axis=1).mean())
+        assert figures[model]["tp"] == pytest.approx((table.max(axis=1) >= 0.5).mean())
+    agreement = mask_agreement(View(run.selection), in_any_order())
+    assert 0 < agreement.both < agreement.selected
+    assert figures["mask"] == {
+        "precision": agreement.both / agreement.selected,
+        "recall": agreement.both / agreement.annotated,
+    }
     page = (run.report / "index.html").read_text()
     assert "word list" in page
     assert "penalised" in page

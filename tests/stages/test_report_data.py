@@ -13,8 +13,8 @@ from ifguide.artifacts import read_manifest
 from ifguide.config import Config
 from ifguide.methods.marks import find_words
 from ifguide.pipeline import stage
-from ifguide.report import data as report_data
-from ifguide.report.data import _span_agreement
+from ifguide.report import agreement
+from ifguide.report.agreement import span_agreement
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
 from ifguide.run import Run
@@ -45,7 +45,7 @@ def test_the_report_has_a_section_for_every_behaviour(copied: Callable[..., Conf
     by_opposite = Run(config=replace(config, build_mask=replace(config.build_mask, behaviour="opposite")))
     selected = stage("build_mask")(by_opposite)
     assert other["histogram"]["tau"] == selected.summary["tau"]
-    expected = View(by_opposite.folder).top_documents(3)
+    expected = View(by_opposite.selection).top_documents(3)
     assert [document["doc_id"] for document in other["documents"]] == [document.unit_id for document in expected]
     for document, wanted in zip(other["documents"], expected, strict=True):
         assert [token["masked"] for token in document["tokens"]] == wanted.masked.tolist()
@@ -54,14 +54,14 @@ def test_the_report_has_a_section_for_every_behaviour(copied: Callable[..., Conf
 def test_agreement_in_a_large_corpus_is_that_of_a_sample_that_the_row_names(
     finished: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    view, finders = View(Run(config=finished).folder), {"words": find_words(finished.evaluate.word_list)}
-    (whole,) = _span_agreement(view, finders, 0)
+    view, finders = View(Run(config=finished).selection), {"words": find_words(finished.evaluate.word_list)}
+    (whole,) = span_agreement(view, finders, 0)
     read = []
     monkeypatch.setattr(view, "read", lambda start, stop: read.append(stop - start) or View.read(view, start, stop))
     for limit in (10_000, 2_000):
         read.clear()
-        monkeypatch.setattr(report_data, "AGREEMENT_TOKENS", limit)
-        (row,) = _span_agreement(view, finders, 0)
+        monkeypatch.setattr(agreement, "AGREEMENT_TOKENS", limit)
+        (row,) = span_agreement(view, finders, 0)
         assert 0.5 * limit < sum(read) <= limit
         documents = read_manifest(view.corpus).rows["documents"]
         assert row.method.startswith("words, in ")

@@ -213,7 +213,7 @@ def test_classifiers_are_checked_without_a_gpu(
     classifier = {"name": f"hf:{folder(['toxic'])}"}
     config = config_from_mapping({"evaluate": {"classifier": classifier, "check_data": [str(path)]}})
     assert config.evaluate.resources.gpus == 1
-    (found,) = check_classifiers(config)
+    (found,) = check_classifiers(config.evaluate, config.seed)
     assert (found["n"], found["positives"]) == (6, 3)
 
 
@@ -253,7 +253,7 @@ def test_a_prompt_set_is_a_file_a_folder_or_a_pattern(remote: Path, tmp_path: Pa
 
     def prompts_of(path: str) -> list[tuple[str, str, str]]:
         evaluate = {"prompts": str(tmp_path / "prompts.jsonl"), "prompt_sets": {"more": {"path": path}}}
-        found = chosen_sets(config_from_mapping({"evaluate": evaluate}))["more"]
+        found = chosen_sets(config_from_mapping({"evaluate": evaluate}).evaluate, seed=0)["more"]
         return [(each.prompt, each.group, each.domain) for each in found if isinstance(each, GroupedPrompt)]
 
     assert prompts_of(f"{place}/b.jsonl") == [("b", "", "")]

@@ -26,7 +26,7 @@ from ifguide.report.contents import (
 from ifguide.report.figures import ClassFigures, Difference, Figure, Group, PromptSet
 from ifguide.report.page import LEVELS, REPORT_FILES, render_report, report_json, write_report
 from ifguide.report.text import duration, interval, number, p_value, relative, signed, visible
-from tests.sample_report import full_data, minimal_data, row
+from tests.unit.report.sample_report import full_data, minimal_data, row
 
 
 def with_documents(*documents: RankedDocument) -> ReportData:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from ifguide.evaluation.figures import FLUENCY_TITLES
 from ifguide.report.card import summary_line
 from ifguide.report.charts import colours_of, tradeoff
 from ifguide.report.comparison import as_markdown, draw, rows_of
-from ifguide.report.figures import FLUENCY_TITLES, Difference, Figure, Made, model_rows
+from ifguide.report.figures import Difference, Figure, Made, model_rows
 from ifguide.report.page import render_report
-from tests.sample_report import minimal_data
+from tests.unit.report.sample_report import minimal_data
 
 
 def metrics() -> dict:

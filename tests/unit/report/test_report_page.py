@@ -13,7 +13,7 @@ import pytest
 
 from bench.screenshots import CHROMIUM, DRIVER, SCREENS, open_browser, screenshot, show
 from ifguide.report.page import LEVELS, render_report
-from tests.sample_report import full_data, large_data
+from tests.unit.report.sample_report import full_data, large_data
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By  # noqa: E402

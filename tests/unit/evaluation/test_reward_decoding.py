@@ -12,14 +12,8 @@ from ifguide.config.compare import Reward
 from ifguide.evaluation import reward_decoding
 from ifguide.evaluation.generation import Sampling, _sample_batch, _uniforms, sample_nucleus
 from ifguide.evaluation.reward_decoding import RewardGuide
-from ifguide.methods.reward_model import (
-    RatedText,
-    RewardModel,
-    cumulative_squared_error,
-    load_reward_model,
-    rate_texts,
-    train_reward_model,
-)
+from ifguide.evaluation.reward_model import RewardModel, load_reward_model
+from ifguide.methods.reward_model import RatedText, cumulative_squared_error, rate_texts, train_reward_model
 from tests.tiny import tiny_model
 
 PROMPTS_BT = torch.tensor([[5, 9, 11, 30, 2, 7, 8], [40, 3, 3, 12, 22, 6, 1]])

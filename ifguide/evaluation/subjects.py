@@ -1,0 +1,118 @@
+"""What one evaluation is of: its models by their files or commit, its prompts and texts by content, and its folders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import hf_hub_download
+
+from ifguide.artifacts import MANIFEST, file_digest, json_digest, read_manifest
+from ifguide.config import ConfigError, Evaluate, Input
+from ifguide.corpus.reading import HUB_PREFIX, list_chunks
+from ifguide.evaluation.reward_decoding import Guidance
+from ifguide.storage import file_sizes, local_copy
+from ifguide.telemetry import log
+from ifguide.tokenizer import locate
+
+VERB = "evaluate"
+
+Prompts = Sequence[Any]  # rows with `row` and `prompt`: `toxicity.PromptRow`, `toxicity.GroupedPrompt`
+
+
+class Model(NamedTuple):
+    """Where a model comes from (folder, .gguf file or hub id), and a digest of what it is."""
+
+    source: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Models and prompt sets by name, and where their figures and continuations go.
+
+    The first model is what the others are compared with. `block_size`: of held-out documents, in tokens.
+    `generations`: the folder of each model's continuations, with an artifact for each prompt set. `guides`: of the
+    models that are sampled by reward-augmented decoding."""
+
+    options: Evaluate
+    seed: int
+    block_size: int
+    models: Mapping[str, Model]
+    sets: Mapping[str, Prompts]
+    report: Path
+    generations: Mapping[str, Path]
+    config_yaml: str
+    guides: Mapping[str, Guidance] = field(default_factory=dict)
+
+    @property
+    def num_continuations(self) -> int:
+        """How many there are of one model."""
+        return sum(map(len, self.sets.values())) * self.options.continuations
+
+
+def models_to_evaluate(own: Mapping[str, Path], given: Mapping[str, str]) -> dict[str, Model]:
+    """The finished models of a run, of the folders `own`, and those of `evaluate.models`, sources by name.
+
+    The first is what the others are compared with: the first of `own` if that is finished, else what is given.
+
+    Raises:
+        ConfigError: both have a model of one name. FileNotFoundError: there are none, or a given one does not exist.
+    """
+    trained = {
+        name: Model(str(folder / "hf"), read_manifest(folder).fingerprint)
+        for name, folder in own.items()
+        if (folder / MANIFEST).exists()
+    }
+    for name in given:
+        if name in trained:
+            raise ConfigError(f"evaluate.models.{name}: this run has a model of that name; choose another")
+    others = {name: Model(source, source_fingerprint(source)) for name, source in given.items()}
+    models = trained | others if next(iter(own)) in trained else others | trained
+    if not models:
+        place = next(iter(own.values())).parent
+        raise FileNotFoundError(f"{place} holds no finished model; run `ifguide pretrain` first")
+    return models
+
+
+def source_fingerprint(source: str) -> str:
+    """Of a model's files, if it is a local or remote one; of a hub id, the commit that it stands for now, and where
+    neither the hub nor this machine's cache says that, its name.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+    place, options = locate(source, None, False)
+    path = Path(place)
+    if "gguf_file" in options:
+        return file_digest(path / options["gguf_file"])
+    if path.is_dir():
+        return json_digest({name: file_digest(path / name) for name in file_sizes(path) if not name.startswith(".")})
+    try:
+        return Path(hf_hub_download(source, "config.json")).parent.name  # its snapshot, as `from_pretrained` finds it
+    except (OSError, ValueError) as error:
+        log(VERB, f"{source} is told by its name, as its commit is not known: {error}", level=logging.WARNING)
+        return json_digest(source)
+
+
+def measured_inputs(models: Mapping[str, Model], sets: Mapping[str, Prompts], options: Evaluate) -> dict[str, str]:
+    """Digests of what the figures are measured of, by name: models, prompts, held-out and cloze texts."""
+    texts = {f"heldout[{i}]": source for i, source in enumerate(options.heldout)}
+    if options.cloze:
+        texts["cloze"] = options.cloze
+    return {
+        **{f"model/{name}": model.fingerprint for name, model in models.items()},
+        **{f"prompts/{name}": json_digest([vars(row) for row in rows]) for name, rows in sets.items()},
+        **{name: _input_digest(source, f"{VERB}.{name}") for name, source in texts.items()},
+    }
+
+
+def _input_digest(source: Input, dotted_key: str) -> str:
+    """Of an input's files in order; a hub dataset is told by its name."""
+    if source.path.startswith(HUB_PREFIX):
+        return json_digest(source.path)
+    chunks = list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path")
+    return json_digest([file_digest(local_copy(chunk.path)) for chunk in chunks])

@@ -1,0 +1,63 @@
+"""Held-out documents and texts for last words: read whole, and packed into blocks for perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ifguide.config import Input
+from ifguide.corpus.packing import pack, tokenise
+from ifguide.corpus.reading import list_chunks, read_documents
+
+
+def read_rows(source: Input, dotted_key: str) -> list[Any]:
+    """All good documents of an input, in order.
+
+    Raises:
+        ValueError: a bad row, naming file and row; none is left out.
+    """
+    documents: list[Any] = []
+    start, stop = source.rows or (0, np.iinfo(np.int64).max)
+    counted = 0
+    for chunk in list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path"):
+        for document in read_documents(chunk, source, first_row=0):
+            if counted >= stop:  # a hub dataset would go on for all its rows
+                return documents
+            if start <= counted < stop:
+                if document.reason:
+                    raise ValueError(f"{dotted_key}: {chunk.name} row {document.row}: {document.reason}")
+                documents.append(document)
+            counted += 1
+    if not documents:
+        raise ValueError(f"{dotted_key}: no documents in {source.path}")
+    return documents
+
+
+def read_texts(source: Input, dotted_key: str) -> list[str]:
+    """The texts of `read_rows`."""
+    return [document.text for document in read_rows(source, dotted_key)]
+
+
+def heldout_blocks(
+    kinds: Sequence[Sequence[Any]], tokenizer: Any, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents as blocks of tokens (N, width), their lengths (N,), and the place in `kinds` of each block's (N,).
+
+    No block holds documents of two kinds.
+
+    Raises:
+        ValueError: they have fewer than two tokens.
+    """
+    parts = []
+    for kind, documents in enumerate(kinds):
+        tokens = [ids for ids, *_ in tokenise(documents, tokenizer, annotate=False)]
+        count = sum(map(len, tokens))
+        if count:
+            blocks = pack(tokens, skip=0, num_tokens=count, block_size=width, fill=tokenizer.eos_token_id)
+            parts.append((*blocks, np.full(len(blocks[0]), kind)))
+    if sum(lengths_N.sum() for _, lengths_N, _ in parts) < 2:
+        raise ValueError("evaluate.heldout: the held-out documents have fewer than two tokens")
+    blocks_NT, lengths_N, kinds_N = map(np.concatenate, zip(*parts, strict=True))
+    return blocks_NT, lengths_N, kinds_N

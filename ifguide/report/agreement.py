@@ -1,0 +1,110 @@
+"""How the mask, a word list and a sentence classifier agree with annotations that came with the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ifguide.config import Evaluate
+from ifguide.corpus.tables import document_table
+from ifguide.evaluation.metrics import THRESHOLD, Agreement, token_agreement
+from ifguide.methods.marks import Find, find_sentences, find_words
+from ifguide.report.contents import AgreementRow
+from ifguide.report.view import View, mask_agreement
+from ifguide.selection.distributed import RunTasks
+from ifguide.toxicity import LabelClassifier, make_classifier
+
+DOCUMENTS_AT_ONCE = 500  # whose sentences a classifier gets together
+AGREEMENT_TOKENS = 4_000_000  # in which words and sentences are looked for: one process' work and memory
+
+
+def agreement_rows(view: View, options: Evaluate, seed: int, run_tasks: RunTasks) -> tuple[AgreementRow, ...]:
+    """The mask, `evaluate.word_list` and the sentences that `evaluate.classifier` flags against the annotations."""
+    finders: dict[str, Find] = {}
+    if options.word_list:
+        finders["word list"] = find_words(options.word_list)
+    classifier = make_classifier(options.classifier, gpus=0)
+    if not isinstance(classifier, LabelClassifier):
+
+        def classify(texts: list[str]) -> np.ndarray:
+            return classifier.score(texts)[classifier.classes[0]]
+
+        finders[f"sentences by {options.classifier.name}"] = find_sentences(classify, THRESHOLD)
+    mask = _row("mask (IF-Guide)", mask_agreement(view, run_tasks))
+    return mask, *span_agreement(view, finders, seed)
+
+
+def span_agreement(view: View, finders: Mapping[str, Find], seed: int) -> Iterator[AgreementRow]:
+    """The tokens that overlap a span of a finder against the annotated ones, for each finder.
+
+    The text is what a document's tokens decode to. Of a large corpus it is that of a sample, and the row says so.
+    """
+    totals = dict.fromkeys(finders, Agreement())
+    table = document_table(view.corpus)
+    starts = table.column("token_start").to_numpy()
+    stops = starts + table.column("num_tokens").to_numpy()
+    parts = sampled_documents(view, starts, stops, seed)
+    for part in parts:
+        begin = starts[part.start]
+        columns = view.read(begin, stops[part.stop - 1])
+        for first in range(0, len(part), DOCUMENTS_AT_ONCE):
+            own = [slice(starts[i] - begin, stops[i] - begin - 1) for i in part[first : first + DOCUMENTS_AT_ONCE]]
+            tokens, annotated = ([columns[name][place] for place in own] for name in ("tokens", "annotated"))
+            for method, agreement in _compare(view.tokenizer, finders, tokens, annotated):
+                totals[method] += agreement
+    sampled = sum(map(len, parts))
+    sample = f", in {sampled:,} of {len(starts):,} documents" if sampled < len(starts) else ""
+    for method, total in totals.items():
+        yield _row(method + sample, total)
+
+
+def sampled_documents(view: View, starts: np.ndarray, stops: np.ndarray, seed: int) -> list[range]:
+    """The documents, or those that lie within shards drawn by seed, of `AGREEMENT_TOKENS` tokens at most; neighbours
+    in one range. Document i covers the tokens `starts[i]` to `stops[i]`."""
+    if stops[-1] <= AGREEMENT_TOKENS:
+        return [range(len(starts))]
+    bounds = np.append(np.array(view.first_blocks) * view.block_size, stops[-1])
+    parts, left = [], AGREEMENT_TOKENS
+    for shard in np.random.default_rng(seed).permutation(len(view.files)):
+        begin, end = bounds[shard], min(bounds[shard + 1], bounds[shard] + left)
+        parts.append(range(int(np.searchsorted(starts, begin)), int(np.searchsorted(stops, end, side="right"))))
+        left -= end - begin
+    return [part for part in parts if part]
+
+
+def _compare(
+    tokenizer: Any, finders: Mapping[str, Find], tokens: list[np.ndarray], annotated: list[np.ndarray]
+) -> Iterator[tuple[str, Agreement]]:
+    """The agreement in each document, of each finder."""
+    ids = [of_document.tolist() for of_document in tokens]
+    texts = [str(tokenizer.decode(of_document, clean_up_tokenization_spaces=False)) for of_document in ids]
+    for method, find in finders.items():
+        for i, spans in enumerate(find(texts)):
+            selected = np.zeros(len(ids[i]), dtype=bool)
+            if spans:
+                begins, ends = _token_places(tokenizer, texts[i], ids[i]).T
+                for begin, end in spans:
+                    selected |= (begins < end) & (ends > begin)
+            yield method, token_agreement(selected, annotated[i])
+
+
+def _token_places(tokenizer: Any, text: str, tokens: list[int]) -> np.ndarray:
+    """Character span of every token in the decoded `text`, (n, 2)."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if encoded["input_ids"] == tokens:
+        return np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    # the text does not tokenise back to the same tokens: its prefixes' lengths still tell
+    ends = [len(tokenizer.decode(tokens[: i + 1], clean_up_tokenization_spaces=False)) for i in range(len(tokens))]
+    return np.stack([[0, *ends[:-1]], ends], axis=1)
+
+
+def _row(method: str, agreement: Agreement) -> AgreementRow:
+    return AgreementRow(
+        method=method,
+        selected=agreement.selected,
+        precision=agreement.precision,
+        recall=agreement.recall,
+        f1=agreement.f1,
+    )

@@ -1,0 +1,146 @@
+"""The artifacts of a selection: a ranking, and a mask with its character spans, from the scores of a corpus.
+
+Blocks that stand out, of great score mass or of repeated tokens, are listed beside the ranking (`selection.outliers`).
+The scratch tables of an interrupted run are not used again: the passes are cheap beside scoring, and a rerun computes
+the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ifguide import schemas
+from ifguide.artifacts import Artifact, Manifest, data_files, open_artifact, remove_tree, require, require_same
+from ifguide.config import BuildMask
+from ifguide.config.typed_yaml import result_part
+from ifguide.distributed.shards import StageError
+from ifguide.selection.distributed import RunTasks, Selection, select
+from ifguide.selection.folders import SelectionFolders
+from ifguide.selection.outliers import outlier_line
+from ifguide.selection.passes import Rules, ShardFiles, require_behaviour
+from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
+from ifguide.telemetry import log
+
+VERB = "build_mask"
+
+
+def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str, run_tasks: RunTasks) -> Manifest:
+    """Make `folders.ranking` and `folders.mask`, or find them complete; returns the mask's manifest.
+
+    Raises:
+        MismatchError: the scores are of another corpus. ConfigError: `behaviour` was not scored.
+        ValueError: a score is NaN or infinite (names the block), or a shard of the scores has changed (names it).
+    """
+    corpus, scores = require(folders.corpus, "pack_corpus"), require(folders.scores, "score_corpus")
+    require_same(
+        f"the corpus of {folders.scores}",
+        scores.inputs["corpus"],
+        f"{folders.corpus}",
+        corpus.fingerprint,
+        "score this corpus, or name the scores' own",
+    )
+    require_behaviour(options.behaviour, folders.scores)
+    plan: dict[str, Any] = {
+        "verb": VERB,
+        "options": {VERB: result_part(options)},
+        "inputs": {"corpus": corpus.fingerprint, "scores": scores.fingerprint},
+        "config_yaml": config_yaml,
+    }
+    ranking, mask = open_artifact(folders.ranking, **plan), open_artifact(folders.mask, **plan)
+    if mask.manifest and ranking.manifest:
+        log(VERB, f"complete: {mask.manifest.summary}")
+        return mask.manifest
+    rules = _rules(options, folders)
+    remove_tree(rules.scratch)
+    selected = select(rules, _shard_files(folders, scores), run_tasks)
+    if selected.num_blocks != corpus.rows["blocks"]:
+        raise StageError(
+            f"{VERB}: {selected.num_blocks} blocks were masked, {folders.corpus} has {corpus.rows['blocks']}"
+        )
+    summary = _summary(selected, options)
+    if not ranking.manifest:
+        rows = {"units": selected.ranked_units, "outliers": selected.outliers["blocks"]}
+        tables = [path for name in ("ranking", "outliers") for path in data_files(folders.ranking, f"{name}-*.parquet")]
+        ranking.finish(tables, rows=rows, summary=summary)
+    if not mask.manifest:
+        _keep_spans(folders, corpus, selected.tokens_masked, run_tasks)
+        _finish(mask, selected, summary, rules)
+    assert mask.manifest is not None
+    share = selected.tokens_masked / max(selected.predicted_tokens, 1)
+    log(
+        VERB,
+        f"tau {selected.tau:.6g}; {selected.units_masked:,} of {selected.num_units:,} {options.unit}s touched,"
+        f" {selected.tokens_masked:,} tokens masked ({share:.2%} of the corpus); `ifguide inspect` shows them",
+    )
+    log(VERB, outlier_line(summary, mask.plan["options"][VERB]))
+    return mask.manifest
+
+
+def _finish(mask: Artifact, selected: Selection, summary: dict[str, Any], rules: Rules) -> None:
+    files = data_files(mask.folder) + data_files(mask.folder, SPANS)
+    rows = {"blocks": selected.num_blocks, "tokens": selected.tokens_masked}
+    mask.finish(files, rows=rows, summary=summary, remove=(rules.scratch.name,))
+
+
+def _keep_spans(folders: SelectionFolders, corpus: Manifest, masked: int, run_tasks: RunTasks) -> None:
+    """Write the mask as character spans of every document, for targets with another tokenizer."""
+    packed = PackedCorpus.of(folders.corpus, corpus)
+    arguments = ((packed, folders.mask, shard) for shard in range(packed.num_shards))
+    counts = list(run_tasks(write_spans, arguments))
+    documents, spans, tokens = (sum(column) for column in zip(*counts, strict=True))
+    if (documents, tokens) != (corpus.rows["documents"], masked):
+        raise StageError(
+            f"{VERB}: spans of {documents} documents and {tokens} masked tokens, where {corpus.rows['documents']} and"
+            f" {masked} are expected"
+        )
+    log(VERB, f"{spans:,} character spans of {documents:,} documents")
+
+
+def _summary(selected: Selection, options: BuildMask) -> dict[str, Any]:
+    return {
+        "tau": selected.tau,
+        "predicted_tokens": selected.predicted_tokens,
+        "tokens_masked": selected.tokens_masked,
+        "token_budget": selected.budget,
+        "units_above_tau": selected.ranked_units,
+        "units_masked": selected.units_masked,
+        "unit": options.unit,
+        "behaviour": options.behaviour,
+        "score_min": selected.score_range[0],
+        "score_max": selected.score_range[1],
+        "median_block_mass": selected.median_mass,
+        "high_mass_blocks": selected.outliers["high_mass"],
+        "repeated_blocks": selected.outliers["repeated"],
+        "excluded_blocks": selected.excluded_blocks,
+    }
+
+
+def _rules(options: BuildMask, folders: SelectionFolders) -> Rules:
+    return Rules(
+        quantile=options.quantile,
+        window=options.window,
+        max_fraction=options.max_fraction,
+        unit=options.unit,
+        column=schemas.score_column(options.behaviour),
+        outlier_mass_ratio=options.outlier_mass_ratio,
+        outlier_bigram_share=options.outlier_bigram_share,
+        exclude_repeated=options.exclude_repeated,
+        ranking=folders.ranking,
+        mask=folders.mask,
+    )
+
+
+def _shard_files(folders: SelectionFolders, scored: Manifest) -> list[ShardFiles]:
+    corpus_files, score_files = data_files(folders.corpus), data_files(folders.scores)
+    if [path.name for path in corpus_files] != [path.name for path in score_files]:
+        raise StageError(f"{VERB}: {folders.corpus} and {folders.scores} hold different shards")
+    shards = []
+    for corpus, scores in zip(corpus_files, score_files, strict=True):
+        name = corpus.stem.removeprefix("shard-")
+        if scores.name not in scored.files:
+            raise StageError(
+                f"{VERB}: {scores} is not in its manifest; delete {folders.scores} and score the corpus again"
+            )
+        digest = scored.files[scores.name]["sha256"]
+        shards.append(ShardFiles(name, corpus, folders.corpus / f"documents-{name}.parquet", scores, digest))
+    return shards

@@ -1,0 +1,142 @@
+"""What an evaluation is of: models by their files or commit, prompts and texts by content, and which model is first."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ifguide.artifacts import Manifest, write_json
+from ifguide.config import ConfigError, Evaluate, config_from_mapping
+from ifguide.evaluation import subjects
+from ifguide.evaluation.prompts import chosen_sets
+from ifguide.evaluation.subjects import Model, measured_inputs, models_to_evaluate, source_fingerprint
+from ifguide.evaluation.worker import EvaluateModel, PromptGroups, WorkerSettings
+
+# ---- models ----------------------------------------------------------------------------------------------
+
+
+def model_folder(folder: Path, weights: bytes = b"abcd") -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return str(folder)
+
+
+def test_a_local_model_is_told_by_its_files(tmp_path: Path) -> None:
+    found = source_fingerprint(model_folder(tmp_path / "a"))
+    assert source_fingerprint(model_folder(tmp_path / "b")) == found
+    (tmp_path / "b" / ".cache").mkdir()
+    (tmp_path / "b" / ".cache" / "download.lock").write_text("now")
+    assert source_fingerprint(str(tmp_path / "b")) == found
+    assert source_fingerprint(model_folder(tmp_path / "a", weights=b"abce")) != found  # retrained in place
+    (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "other.safetensors")
+    assert source_fingerprint(str(tmp_path / "b")) != found
+    gguf = tmp_path / "one.gguf"
+    gguf.write_bytes(b"weights")
+    before = source_fingerprint(str(gguf))
+    gguf.write_bytes(b"weightz")
+    assert source_fingerprint(str(gguf)) != before
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        source_fingerprint(str(tmp_path / "missing"))
+
+
+def test_a_hub_model_is_told_by_its_commit_or_by_name_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def snapshot(source: str, name: str) -> str:
+        return f"/cache/models--{source.replace('/', '--')}/snapshots/{commit}/{name}"
+
+    monkeypatch.setattr(subjects, "hf_hub_download", snapshot)
+    for commit in ("1" * 40, "2" * 40):
+        assert source_fingerprint("owner/name") == commit
+
+    def unreachable(source: str, name: str) -> str:
+        raise OSError("no hub")
+
+    monkeypatch.setattr(subjects, "hf_hub_download", unreachable)
+    with caplog.at_level(logging.WARNING):
+        assert source_fingerprint("owner/name") == source_fingerprint("owner/name") != source_fingerprint("owner/other")
+    assert "owner/name is told by its name" in caplog.text
+
+
+def finished_model(folder: Path, name: str) -> None:
+    fields: dict[str, Any] = {"options": {}, "inputs": {}, "rows": {}, "summary": {}, "files": {}, "environment": {}}
+    manifest = Manifest(verb="pretrain", fingerprint=f"of {name}", created="", seconds=0.0, **fields)
+    folder.mkdir(parents=True)
+    write_json(folder / "manifest.json", manifest.__dict__)
+
+
+def test_the_baseline_is_first_and_without_one_what_is_given(tmp_path: Path) -> None:
+    given = {"original": model_folder(tmp_path / "given")}
+    own = {name: tmp_path / "model" / name for name in ("baseline", "penalised")}
+    finished_model(own["penalised"], "penalised")
+    assert list(models_to_evaluate(own, given)) == ["original", "penalised"]  # as in configs/finetune.yaml
+    finished_model(own["baseline"], "baseline")
+    assert list(models_to_evaluate(own, given)) == ["baseline", "penalised", "original"]
+    assert models_to_evaluate(own, given)["penalised"] == (str(own["penalised"] / "hf"), "of penalised")
+    with pytest.raises(ConfigError, match=r"evaluate.models.baseline: this run has a model of that name"):
+        models_to_evaluate(own, {"baseline": given["original"]})
+
+
+def test_no_model_at_all_names_the_verb_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model holds no finished model; run `ifguide pretrain` first"):
+        models_to_evaluate({"baseline": tmp_path / "model" / "baseline"}, {})
+
+
+# ---- prompts and texts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Callable[..., Evaluate]:
+    """Options whose prompts have the given labels; two are the words `pig` and `plum`."""
+
+    def make(*labels: float | None, heldout: str = "some text") -> Evaluate:
+        rows = [
+            {"prompt": {"text": ["a pig", "a plum"][i % 2], "toxicity": label}, "continuation": {"text": ""}}
+            for i, label in enumerate(labels)
+        ]
+        files = {"prompts": rows, "heldout": [{"text": heldout}], "cloze": [{"text": "a b"}]}
+        for name, content in files.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        (tmp_path / "words.txt").write_text("pig\n")
+        paths = {name: str(tmp_path / f"{name}.jsonl") for name in files}
+        section = {**paths, "heldout": [paths["heldout"]], "classifier": {"name": f"words:{tmp_path / 'words.txt'}"}}
+        options = {**section, "resources": {"gpus": 0}, "prompt_threshold": 0.5}
+        return config_from_mapping({"evaluate": options}).evaluate
+
+    return make
+
+
+def test_a_report_is_of_the_content_of_its_prompts_and_texts(evaluated: Callable[..., Evaluate]) -> None:
+    def inputs(options: Evaluate) -> dict[str, str]:
+        return measured_inputs({"a": Model("source", "its fingerprint")}, chosen_sets(options, seed=0), options)
+
+    found = inputs(evaluated(0.1, 0.9))
+    assert set(found) == {"model/a", "prompts/prompts", "heldout[0]", "cloze"}
+    assert found["model/a"] == "its fingerprint"
+    assert inputs(evaluated(0.1, 0.9)) == found
+    edited = inputs(evaluated(0.1, 0.9, heldout="other text"))
+    assert {name for name in found if edited[name] != found[name]} == {"heldout[0]"}
+    relabelled = inputs(evaluated(0.1, 0.8))  # a label moves a prompt from one group to the other
+    assert {name for name in found if relabelled[name] != found[name]} == {"prompts/prompts"}
+
+
+def test_the_classifier_groups_the_prompts_without_a_label_alone(
+    evaluated: Callable[..., Evaluate], tmp_path: Path
+) -> None:
+    for labels, flagged, by_classifier in (
+        ((0.1, 0.9, 0.2, 0.6), [False, True, False, True], 0),
+        ((0.1, 0.9, None, None, 0.2), [False, True, True, False, False], 2),
+        ((None, None), [True, False], 2),
+    ):
+        settings = WorkerSettings(
+            options=evaluated(*labels), seed=0, block_size=8, sources={}, report=tmp_path, generations={}, guides={}
+        )
+        worker = EvaluateModel(settings)
+        told = {"label": len(labels) - by_classifier, "classifier": by_classifier}
+        assert worker.process(PromptGroups()) == {"flagged": flagged, "grouped_by": told}
