@@ -42,8 +42,7 @@ METRICS = "metrics.json"
 CONTINUATIONS, FLUENCY = "continuations", "fluency"
 PERPLEXITIES = ("perplexity", "benign_perplexity")
 FLUENCY_TITLES = {
-    "perplexity": "perplexity",
-    "benign_perplexity": "benign perplexity",
+    **{name: name.replace("_", " ") for name in PERPLEXITIES},
     "last_word_accuracy": "last-word accuracy",
     "last_token_accuracy": "last-token accuracy",
 }  # figures that no continuation is needed for, and what they are called

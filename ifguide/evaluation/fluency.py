@@ -30,10 +30,10 @@ class PerplexityResult:
     """`perplexity` = exp(nll_sum / tokens); `nll_sum` in nats over `tokens` predicted tokens; both by block too."""
 
     perplexity: float
-    nll_sum: float
-    tokens: int
     block_nll: tuple[float, ...]
     block_tokens: tuple[int, ...]
+    nll_sum: float
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ CANDIDATES = 2048  # rated at once: as many copies of a text's keys and values l
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How a model is guided: the folder of a reward model, the weight of its rewards, how many candidates."""
+    """How a model is to be guided: `reward` is the folder of a reward model, `beta` the weight of its rewards, `top_k`
+    the number of candidates for a token."""
 
     reward: str
     beta: float

@@ -39,10 +39,10 @@ class Evaluation:
     models that are sampled by reward-augmented decoding."""
 
     options: Evaluate
-    seed: int
-    block_size: int
     models: Mapping[str, Model]
     sets: Mapping[str, Prompts]
+    seed: int
+    block_size: int
     report: Path
     generations: Mapping[str, Path]
     config_yaml: str

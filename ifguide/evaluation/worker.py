@@ -57,9 +57,9 @@ class WorkerSettings:
     """What every actor is told: `Evaluation` without its prompts, which an actor reads from their files."""
 
     options: Evaluate
+    sources: Mapping[str, str]
     seed: int
     block_size: int
-    sources: Mapping[str, str]
     report: Path
     generations: Mapping[str, Path]
     guides: Mapping[str, Guidance]

@@ -75,11 +75,11 @@ class OutlierRow:
 class Outliers:
     """How many blocks stand out, by which limits, the heaviest of them; `excluded`: repeated ones are not masked."""
 
+    rows: tuple[OutlierRow, ...]
     high_mass: int
     repeated: int
     mass_ratio: float
     excluded: bool
-    rows: tuple[OutlierRow, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,8 @@ class ArtifactRow:
 
     verb: str
     folder: str
-    fingerprint: str
     inputs: tuple[str, ...]
+    fingerprint: str
     created: str
     rows: int | None
     seconds: float | None

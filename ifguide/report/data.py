@@ -38,11 +38,11 @@ class ReportSources:
     models' trainings, by model."""
 
     title: str
-    options: Evaluate
-    seed: int
-    config_yaml: str
     artifacts: Mapping[str, Path]
+    options: Evaluate
     trained: Mapping[str, Path]
+    config_yaml: str
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,8 @@ from ifguide.report.figures import Difference, Figure, Group, ModelRow
 from ifguide.report.text import duration, interval, number, p_value, percent, relative, signed, visible
 
 TEMPLATES = Path(__file__).parent / "templates"
-LEVELS = 15  # of a token's colour; report.css has a rule for each
+LEVELS = 15  # of a token's colour
+OPACITY = {"w": ("warm", 0.8), "c": ("cool", 0.6)}  # class of a token -> colour of report.css, opacity at full score
 REPORT_FILES = ("index.html", "report.json", "model_card.md")
 
 
@@ -72,8 +73,7 @@ def render_report(data: ReportData) -> str:
         curve_names=[curve.model for curve in data.curves],
         charts=charts_of(data, colours),
         palette=PALETTE,
-        levels=LEVELS,
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8") + level_rules()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         token_spans=lambda document: token_spans(document, full_score),
@@ -92,6 +92,15 @@ def write_report(data: ReportData, folder: Path) -> Path:
     for name, text in zip(REPORT_FILES, (render_report(data), figures, card_fragment(data)), strict=True):
         write_text(folder / name, text)
     return page
+
+
+def level_rules() -> str:
+    """The style of every level of a token's colour."""
+    return "".join(
+        f".{kind}{level} {{ background: rgb(var(--{colour}) / {opacity * level / LEVELS:.2f}); }}\n"
+        for kind, (colour, opacity) in OPACITY.items()
+        for level in range(1, LEVELS + 1)
+    )
 
 
 def token_spans(document: RankedDocument, full_score: float) -> Markup:

@@ -6,18 +6,8 @@ import dataclasses
 import math
 import re
 
-from ifguide.report.contents import (
-    AgreementRow,
-    ArtifactRow,
-    Behaviour,
-    OutlierRow,
-    Outliers,
-    RankedDocument,
-    ReportData,
-    ScoreHistogram,
-    Token,
-    TrainingCurve,
-)
+from ifguide.report import contents
+from ifguide.report.contents import Behaviour, RankedDocument, ReportData, Token
 from ifguide.report.figures import ClassFigures, Difference, Figure, Group, ModelRow, PromptSet
 
 BOLD = {
@@ -86,10 +76,10 @@ def model(name: str, emt: float, tp: float, ppl: float, accuracy: float, text: f
     )
 
 
-def curve(name: str, penalised: bool) -> TrainingCurve:
+def curve(name: str, penalised: bool) -> contents.TrainingCurve:
     steps = tuple(range(10, 1010, 10))
     masked = [None if step % 170 == 0 else 4.0 + step / 400 + math.sin(step) / 9 for step in steps]
-    return TrainingCurve(
+    return contents.TrainingCurve(
         model=name,
         steps=steps,
         benign_loss=tuple(2 + 6 * math.exp(-step / 200) + math.sin(step) / 20 for step in steps),
@@ -109,7 +99,7 @@ def document(rank: int, words: str) -> RankedDocument:
 def full_data() -> ReportData:
     edges = tuple(-0.002 + 0.0001 * i for i in range(41))
     counts = tuple(int(1e6 * math.exp(-(((e + 5e-5) / 3e-4) ** 2))) + 3 for e in edges[:-1])
-    histogram = ScoreHistogram(bin_edges=edges, counts=counts, tau=8.1e-4)
+    histogram = contents.ScoreHistogram(bin_edges=edges, counts=counts, tau=8.1e-4)
     unmasked = RankedDocument(
         doc_id=7, source="corpus.jsonl", rank=1, rank_score=0.5, tokens=(Token(text="A plain plum.", score=0.0),)
     )
@@ -133,13 +123,13 @@ def full_data() -> ReportData:
                     document(rank, f"You are  a plum pie,\n\nsaid {who} to the cat; nobody asked. " * 12)
                     for rank, who in ((1, "Anna"), (2, "Bernd"), (3, "Clara"))
                 ),
-                outliers=Outliers(
+                outliers=contents.Outliers(
                     high_mass=1,
                     repeated=2,
                     mass_ratio=10.0,
                     excluded=True,
                     rows=(
-                        OutlierRow(
+                        contents.OutlierRow(
                             block_id=77,
                             mass_over_median=31.25,
                             distinct_bigram_share=0.031,
@@ -157,15 +147,15 @@ def full_data() -> ReportData:
             ),
         ),
         agreement=(
-            AgreementRow(method="mask", selected=20_480, precision=0.312, recall=0.184, f1=0.2315),
-            AgreementRow(method="word list", selected=1_911, precision=0.64, recall=0.034, f1=0.0646),
-            AgreementRow(method="sentence classifier", selected=0, precision=None, recall=0.0),
+            contents.AgreementRow(method="mask", selected=20_480, precision=0.312, recall=0.184, f1=0.2315),
+            contents.AgreementRow(method="word list", selected=1_911, precision=0.64, recall=0.034, f1=0.0646),
+            contents.AgreementRow(method="sentence classifier", selected=0, precision=None, recall=0.0),
         ),
         settings=(("prompts", "prompts.jsonl"), ("classifier", "detoxify:original")),
         software=(("ifguide", "0.1.0"), ("torch", "2.13.0")),
         config_text="run_dir: runs/demo\nseed: 0\nbuild_mask:\n  quantile: 0.99\n",
         provenance=(
-            ArtifactRow(
+            contents.ArtifactRow(
                 verb="pack_corpus",
                 folder="corpus",
                 fingerprint="3f8a91c07d52e6b4",
@@ -174,7 +164,7 @@ def full_data() -> ReportData:
                 rows=12_345,
                 seconds=7.25,
             ),
-            ArtifactRow(
+            contents.ArtifactRow(
                 verb="score_corpus",
                 folder="scores",
                 fingerprint="91c07d52e6b43f8a",
