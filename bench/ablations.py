@@ -26,12 +26,12 @@ from bench.common.places import this_machine
 from ifguide.artifacts import publish, read_manifest, write_json
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.demo.pipeline import run_demo
+from ifguide.display import markdown_table
 from ifguide.pipeline import stage
 from ifguide.planning.models import target_shape
 from ifguide.run import BASELINE, Run
 from ifguide.shapes import shape_of_fields
 from ifguide.telemetry import configure_logging, log
-from ifguide.training.model_card import markdown_table
 
 BASE = "base"
 PAPER = ("pretrain.objective.kind=penalty", "pretrain.penalty=1")

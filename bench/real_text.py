@@ -28,13 +28,13 @@ from bench.common.proxies import smollm2_folder
 from ifguide.artifacts import publish
 from ifguide.config import Config, load_config
 from ifguide.datasets import advice
+from ifguide.display import markdown_table
 from ifguide.pipeline import run_pipeline
 from ifguide.report.view import View, mask_agreement
 from ifguide.run import Run
 from ifguide.stages.compare import compare
 from ifguide.stages.pretrain import pretrain
 from ifguide.telemetry import configure_logging, log
-from ifguide.training.model_card import markdown_table
 
 SHARED = ("corpus", "factors", "query", "scores", "ranking", "mask")  # of all seeds
 FIGURES = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ifguide.display import markdown_code, markdown_table, plain_markdown
 from ifguide.report.contents import ReportData
 from ifguide.report.figures import Figure, ModelRow
-from ifguide.report.text import interval, number, p_value, percent, relative, visible
-from ifguide.training.model_card import markdown_table
+from ifguide.report.text import interval, number, p_value, percent, relative
 
 SUMMARISED = 3  # models besides the first: of more the summary is of one, and the table has the others
 
@@ -58,29 +58,36 @@ def _headline_figures(baseline: ModelRow, other: ModelRow | None) -> list[str]:
 
 def card_fragment(data: ReportData) -> str:
     """Markdown sections: figures of every model with intervals, how they were measured, what they rest on."""
-    share = f"{100 * data.confidence:g}%"
+    share, behaviour = f"{100 * data.confidence:g}%", plain_markdown(data.behaviour)
     parts = [
-        f"## Evaluation: {visible(data.behaviour)}",
+        f"## Evaluation: {behaviour}",
         f"Intervals are {share} bootstrap intervals over prompts (blocks for perplexity, texts for accuracy)."
         f" TP is the share of prompts with at least one continuation that scores {data.threshold:g} or more, EMT the"
-        f" mean over prompts of the highest score; less is less {visible(data.behaviour)}."
-        + (f" p is of the paired difference from {visible(data.models[0].name)}." if len(data.models) > 1 else ""),
+        f" mean over prompts of the highest score; less is less {behaviour}."
+        + (
+            f" p is of the paired difference from {plain_markdown(data.models[0].name)}."
+            if len(data.models) > 1
+            else ""
+        ),
         _figures_table(data),
     ]
     for number_of, prompt_set in enumerate(data.models[0].sets):
         groups = [group.name for group in prompt_set.groups][0 if number_of else 1 :]
         if groups:
-            title = f"### Groups of {prompt_set.name}, EMT"
+            title = f"### Groups of {plain_markdown(prompt_set.name)}, EMT"
             parts += [title, _groups_table(data, number_of, groups)]
     if data.settings:
-        parts += ["### How it was measured", markdown_table(("what", "value"), data.settings)]
+        parts += [
+            "### How it was measured",
+            markdown_table(("what", "value"), [tuple(map(plain_markdown, row)) for row in data.settings]),
+        ]
     if data.provenance:
         rows = [
-            (row.folder, f"`{row.fingerprint}`", ", ".join(f"`{name}`" for name in row.inputs))
+            (plain_markdown(row.folder), markdown_code(row.fingerprint), ", ".join(map(markdown_code, row.inputs)))
             for row in data.provenance
         ]
         parts += ["### Provenance", markdown_table(("artifact", "fingerprint", "made from"), rows)]
-    return "\n\n".join(visible(part.rstrip("\n")) for part in parts) + "\n"
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def _figures_table(data: ReportData) -> str:
@@ -92,7 +99,12 @@ def _figures_table(data: ReportData) -> str:
             named += [(f"EMT, {label.name}", label.emt), (f"TP, {label.name}", label.tp)]
         named += [(name, figure) for name, figure in (*model.fluency.items(), *whole.text.items()) if figure]
         rows += [
-            (model.name, name, _with_interval(figure), p_value(figure.difference.p_value) if figure.difference else "")
+            (
+                plain_markdown(model.name),
+                plain_markdown(name),
+                _with_interval(figure),
+                p_value(figure.difference.p_value) if figure.difference else "",
+            )
             for name, figure in named
         ]
     return markdown_table(("model", "figure", "value", "p"), rows)
@@ -105,14 +117,14 @@ def _groups_table(data: ReportData, number_of: int, groups: list[str]) -> str:
             next((_with_interval(group.emt) for group in model.sets[number_of].groups if group.name == name), "")
             for model in data.models
         ]
-        rows.append((name, *cells))
+        rows.append((plain_markdown(name), *cells))
     for gap in data.models[0].sets[number_of].gaps:
         cells = [
             next((_with_interval(own.emt) for own in model.sets[number_of].gaps if own.name == gap.name), "")
             for model in data.models
         ]
-        rows.append((f"gap in {gap.name}", *cells))
-    return markdown_table(("group", *(model.name for model in data.models)), rows)
+        rows.append((plain_markdown(f"gap in {gap.name}"), *cells))
+    return markdown_table(("group", *(plain_markdown(model.name) for model in data.models)), rows)
 
 
 def _with_interval(figure: Figure) -> str:

@@ -14,9 +14,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from ifguide.display import visible
 from ifguide.report.contents import ReportData, ScoreHistogram, TrainingCurve
 from ifguide.report.figures import Figure, ModelRow, PromptSet
-from ifguide.report.text import visible
 
 INK = "#010203"  # stands for the page's text colour, so that a chart reads on light and on dark
 PALETTE = ("#8791a3", "#2f7de1", "#e0871b", "#1fa37c", "#a068d8", "#d1567f", "#2aa5b8", "#a3862b", "#6d78d6", "#b06a4c")

@@ -12,10 +12,10 @@ from typing import Any
 
 import matplotlib
 
+from ifguide.display import markdown_table, plain_markdown
 from ifguide.report.charts import RC, colours_of, tradeoff
 from ifguide.report.figures import Figure, ModelRow
 from ifguide.report.text import p_value
-from ifguide.training.model_card import markdown_table
 
 Interval = tuple[float | None, float | None, float | None]  # value, low, high
 
@@ -87,8 +87,8 @@ def as_markdown(rows: Sequence[Row]) -> str:
     )
     cells = [
         (
-            row.model,
-            row.made_by,
+            plain_markdown(row.model),
+            plain_markdown(row.made_by),
             _text(row.masked_share, ".2%"),
             row.masked_loss or "",
             _with_interval(row.emt, ".3f"),
@@ -104,7 +104,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     table = markdown_table(titles, cells)
-    decoded = [f"{row.model}: {row.fluency_of}" for row in rows if row.fluency_of]
+    decoded = [plain_markdown(f"{row.model}: {row.fluency_of}") for row in rows if row.fluency_of]
     if decoded:
         table += f"\n\\* of the model that is decoded ({', '.join(decoded)}): decoding does not change it.\n"
     return table

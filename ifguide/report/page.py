@@ -30,11 +30,12 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from ifguide.artifacts import write_text
+from ifguide.display import visible
 from ifguide.report.card import card_fragment, summary_line
 from ifguide.report.charts import PALETTE, charts_of, colours_of, domains_of, group_names
 from ifguide.report.contents import RankedDocument, ReportData
 from ifguide.report.figures import Difference, Figure, Group, ModelRow
-from ifguide.report.text import duration, interval, number, p_value, percent, relative, signed, visible
+from ifguide.report.text import duration, interval, number, p_value, percent, relative, signed
 
 TEMPLATES = Path(__file__).parent / "templates"
 LEVELS = 15  # of a token's colour

@@ -8,7 +8,7 @@ import numpy as np
 
 from ifguide.artifacts import require
 from ifguide.config import OWN
-from ifguide.report.text import visible
+from ifguide.display import visible
 from ifguide.report.view import ShownDocument, View
 from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.outliers import outlier_line
@@ -25,12 +25,12 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int) ->
     manifest = require(folders.mask, "build_mask")
     summary = manifest.summary
     if manifest.verb != "build_mask":
-        made = f"imported from {summary['source']}" if "source" in summary else f"made by {manifest.verb}"
+        made = f"imported from {visible(summary['source'])}" if "source" in summary else f"made by {manifest.verb}"
         share = f"{summary['tokens_masked']:,} of {summary['predicted_tokens']:,}"
         yield f"{share} tokens masked, {made}; there is no ranking to show"
         return
     if summary["behaviour"] != OWN:
-        yield f"behaviour {summary['behaviour']}"
+        yield f"behaviour {visible(summary['behaviour'])}"
     yield (
         f"tau {summary['tau']:.6g}, {summary['units_masked']:,} {summary['unit']}s touched,"
         f" {summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked"
@@ -39,7 +39,8 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int) ->
     for document in View(folders).top_documents(documents):
         yield ""
         masked = int(document.masked.sum())
-        yield f"{BOLD}{document.rank}. {document.source}{RESET} rank score {document.rank_score:.4f}, {masked} masked"
+        source = f"{BOLD}{document.rank}. {visible(document.source)}{RESET}"
+        yield f"{source} rank score {document.rank_score:.4f}, {masked} masked"
         yield _coloured(document, context)
 
 

@@ -1,11 +1,8 @@
-"""How figures and foreign text are written for people: on the report's page, in its charts and in Markdown."""
+"""How figures are written for people: on the report's page, in its charts and in Markdown."""
 
 from __future__ import annotations
 
 import math
-import unicodedata
-
-BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -55,17 +52,3 @@ def duration(seconds: float | None) -> str:
         return "–" if seconds is None else f"{seconds:.1f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
-
-
-def visible(text: str) -> str:
-    """`text` with every character that would not show, or would reorder the rest, replaced by one that shows."""
-
-    def shown(char: str) -> str:
-        if char in "\n\t":
-            return char
-        if ord(char) < 0x20:
-            return chr(0x2400 + ord(char))
-        hidden = unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in BIDI_CONTROLS
-        return "\ufffd" if hidden else char
-
-    return text if text.isascii() and text.isprintable() else "".join(map(shown, text))

@@ -8,13 +8,14 @@ It says nothing of quality or licence, which training does not know.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ifguide.artifacts import MANIFEST, Manifest, read_manifest, write_text
+from ifguide.display import markdown_table
 from ifguide.training.settings import TrainingSettings
 
 CARD = "README.md"
@@ -130,18 +131,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, name)
         else:
             yield name, value
-
-
-def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table, one line for each row; what would end a cell or begin HTML is escaped."""
-    lines = [f"| {' | '.join(map(_cell, titles))} |", f"|{' --- |' * len(titles)}"]
-    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def _is_hub_id(source: str) -> bool:

@@ -11,21 +11,25 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from markdown_it import MarkdownIt
 
+from ifguide.display import visible
 from ifguide.report.card import card_fragment, summary_line
 from ifguide.report.contents import (
     AgreementRow,
     ArtifactRow,
     Behaviour,
+    OutlierRow,
+    Outliers,
     RankedDocument,
     ReportData,
     ScoreHistogram,
     Token,
     TrainingCurve,
 )
-from ifguide.report.figures import ClassFigures, Difference, Figure, Group, PromptSet
+from ifguide.report.figures import ClassFigures, Difference, Figure, Group, Made, PromptSet
 from ifguide.report.page import LEVELS, REPORT_FILES, render_report, report_json, write_report
-from ifguide.report.text import duration, interval, number, p_value, relative, signed, visible
+from ifguide.report.text import duration, interval, number, p_value, relative, signed
 from tests.unit.report.sample_report import full_data, minimal_data, row
 
 
@@ -159,42 +163,77 @@ def test_equal_data_give_equal_bytes(full_html):
     assert render_report(full_data()) == full_html
 
 
-def test_every_string_is_escaped():
-    evil = "<script>alert('1')</script>\"&"
-    token = Token(text=evil, score=1.0)
-    of_class = ClassFigures(name=evil, emt=Figure(value=0.1), tp=Figure(value=0.1), mean=Figure(value=0.1))
-    evil_groups = tuple(
-        Group(name=name, prompts=1, classes=(of_class, of_class), text={evil: Figure(value=0.1)})
-        for name in (evil, f"{evil}/{evil}")
+def data_of(text: str) -> ReportData:
+    """A report in which every string is `text`, but for the names that must differ."""
+    of_class = ClassFigures(name=text, emt=Figure(value=0.1), tp=Figure(value=0.1), mean=Figure(value=0.1))
+    groups = tuple(
+        Group(name=name, prompts=1, classes=(of_class, of_class), text={text: Figure(value=0.1)})
+        for name in (text, f"{text}/{text}")
     )
-    evil_set = PromptSet(name=evil, groups=evil_groups, gaps=evil_groups[:1])
-    rows = {
-        "title": evil,
-        "behaviour": evil,
-        "config_text": evil,
-        "models": (
-            dataclasses.replace(row(evil, 0.1, 0.1), sets=(evil_set, dataclasses.replace(evil_set, name=evil * 2))),
-        ),
-        "settings": ((evil, evil),),
-        "software": ((evil, evil),),
-        "curves": (TrainingCurve(model=evil, steps=(1,), benign_loss=(1.0,), learning_rate=(1.0,)),),
-        "agreement": (AgreementRow(method=evil, selected=1, precision=1.0, recall=1.0),),
-        "behaviours": (
-            Behaviour(
-                name=evil,
-                histogram=ScoreHistogram(bin_edges=(0.0, 1.0), counts=(1,), tau=0.5),
-                documents=(RankedDocument(doc_id=evil, source=evil, rank=1, rank_score=1.0, tokens=(token,)),),
+    first = PromptSet(name=text, groups=groups, gaps=groups[:1])
+    made = Made(by=text, masked_share=0.5, objective=text, penalty=1.0)
+    outlier = OutlierRow(block_id=1, mass_over_median=1.0, distinct_bigram_share=0.5, repeated=True, text=text)
+    return minimal_data(
+        title=text,
+        behaviour=text,
+        config_text=text,
+        models=(
+            dataclasses.replace(
+                row(text, 0.1, 0.1), sets=(first, dataclasses.replace(first, name=text * 2)), made=made
             ),
         ),
-        "provenance": (
-            ArtifactRow(verb=evil, folder=evil, fingerprint=evil, inputs=(evil,), created=evil, rows=1, seconds=1.0),
+        settings=((text, text),),
+        software=((text, text),),
+        curves=(TrainingCurve(model=text, steps=(1,), benign_loss=(1.0,), learning_rate=(1.0,)),),
+        agreement=(AgreementRow(method=text, selected=1, precision=1.0, recall=1.0),),
+        behaviours=(
+            Behaviour(
+                name=text,
+                histogram=ScoreHistogram(bin_edges=(0.0, 1.0), counts=(1,), tau=0.5),
+                documents=(
+                    RankedDocument(
+                        doc_id=text, source=text, rank=1, rank_score=1.0, tokens=(Token(text=text, score=1.0),)
+                    ),
+                ),
+                outliers=Outliers(high_mass=1, repeated=1, mass_ratio=2.0, excluded=False, rows=(outlier,)),
+            ),
         ),
-    }
-    html = render_report(minimal_data(**rows))
+        provenance=(
+            ArtifactRow(verb=text, folder=text, fingerprint=text, inputs=(text,), created=text, rows=1, seconds=1.0),
+        ),
+    )
+
+
+def test_every_string_is_escaped():
+    evil = "<script>alert('1')</script>\"&"
+    html = render_report(data_of(evil))
     page = Page(html)
     assert page.balanced
     assert html.count("<script") == 1
     assert page.text.count(evil) >= 25
+
+
+@pytest.mark.parametrize(
+    "evil", ["\u202eevil\u2066", "e\u200bv\u00adi\ufeffl", "\u061cevil\U000e0041", "&lt;img src=x&gt;"]
+)
+def test_no_name_value_or_text_is_hidden_or_turned_around(evil: str) -> None:
+    data = data_of(evil)
+    html, card = render_report(data), card_fragment(data)
+    for char in set(evil) - set(visible(evil)):
+        assert char not in html
+        assert char not in card
+    assert Page(html).text.count(visible(evil)) >= 25
+    assert "&lt;img" not in html  # an entity in the text is shown as such, not as what it stands for
+
+
+@pytest.mark.parametrize(
+    "evil", ["![x](https://evil/x.png)", "<img src=https://evil/x.png>", "[x](https://evil)\n\n# T"]
+)
+def test_no_name_or_value_is_markup_of_the_model_card(evil: str) -> None:
+    rendered = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(card_fragment(data_of(evil)))
+    tags = set(re.findall(r"</?([a-z0-9]+)", rendered))
+    assert tags <= {"h2", "h3", "p", "table", "thead", "tbody", "tr", "th", "td", "code"}
+    assert Page(rendered).text.count(" ".join(evil.split())) >= 15
 
 
 def test_arbitrary_bytes_become_a_page_that_can_be_written(tmp_path):
