@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -154,9 +153,10 @@ def last_word_accuracy(
 
 def _split_last_word(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> tuple[list[int], int]:
     """Token ids of `text` and how many at their end belong to its last word; 0 if nothing precedes it."""
-    context = re.sub(r"\s*\S+$", "", text)
-    if not context:
+    parts = text.rsplit(maxsplit=1)
+    if len(parts) < 2:
         return [], 0
+    context = parts[0]
     encoding = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
     ends = [end for _, end in encoding["offset_mapping"]]
     ids = encoding["input_ids"]

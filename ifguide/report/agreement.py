@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from tokenizers.decoders import DecodeStream
 
 from ifguide.config import Evaluate
 from ifguide.corpus.tables import document_table
@@ -84,20 +85,27 @@ def _compare(
         for i, spans in enumerate(find(texts)):
             selected = np.zeros(len(ids[i]), dtype=bool)
             if spans:
-                begins, ends = _token_places(tokenizer, texts[i], ids[i]).T
+                begins, ends = token_places(tokenizer, texts[i], ids[i]).T
                 for begin, end in spans:
                     selected |= (begins < end) & (ends > begin)
             yield method, token_agreement(selected, annotated[i])
 
 
-def _token_places(tokenizer: Any, text: str, tokens: list[int]) -> np.ndarray:
-    """Character span of every token in the decoded `text`, (n, 2)."""
+def token_places(tokenizer: Any, text: str, tokens: list[int]) -> np.ndarray:
+    """Character span of every token in the decoded `text`, (n, 2); tokens that share a character have one span."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     if encoded["input_ids"] == tokens:
         return np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    # the text does not tokenise back to the same tokens: its prefixes' lengths still tell
-    ends = [len(tokenizer.decode(tokens[: i + 1], clean_up_tokenization_spaces=False)) for i in range(len(tokens))]
-    return np.stack([[0, *ends[:-1]], ends], axis=1)
+    # The text does not tokenise back to the same tokens: what each of them adds to it still tells.
+    stream, places, begin = DecodeStream(skip_special_tokens=False), np.zeros((len(tokens), 2), np.int64), 0
+    first = 0  # of the tokens since the last that ended a character
+    for index, token in enumerate(tokens):
+        added = stream.step(tokenizer.backend_tokenizer, token)
+        if added is not None:
+            places[first : index + 1] = begin, begin + len(added)
+            first, begin = index + 1, begin + len(added)
+    places[first:] = begin, len(text)
+    return places
 
 
 def _row(method: str, agreement: Agreement) -> AgreementRow:

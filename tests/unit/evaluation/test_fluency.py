@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ifguide.evaluation import last_word_accuracy, perplexity
+from ifguide.evaluation.fluency import _split_last_word
 from tests.unit.evaluation.small import SENTENCES, tiny_model
 
 # ---- perplexity ----------------------------------------------------------------------------------------
@@ -120,3 +124,25 @@ def test_last_words_are_read_as_documents_are_or_after_bos(memorised, tokenizer,
     assert seen == [ids, [257, *ids]]
     own = last_word_accuracy(memorised, with_bos, SENTENCES, batch_size=2)
     assert own == last_word_accuracy(memorised, tokenizer, SENTENCES, batch_size=2)
+
+
+@given(text=st.text(st.sampled_from("ab \n\t\u3000\x1c😀"), max_size=12))
+def test_the_context_is_what_comes_before_the_last_word(text: str) -> None:
+    class Characters:
+        def __call__(self, text: str, **_: object) -> dict[str, list]:
+            return {"input_ids": list(text), "offset_mapping": [(i, i + 1) for i in range(len(text))]}
+
+    text = text.rstrip()
+    context = re.sub(r"\s*\S+$", "", text)
+    expected = (list(text), len(text) - len(context)) if context else ([], 0)
+    assert _split_last_word(Characters(), text, False) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("run", ["a", " "])
+def test_a_long_run_before_the_last_word_takes_one_pass(run: str) -> None:
+    class Nothing:
+        def __call__(self, text: str, **_: object) -> dict[str, list]:
+            return {"input_ids": [7], "offset_mapping": [(0, len(text))]}
+
+    # Each start in the run would be tried to its end: 2 * 10^11 steps.
+    assert _split_last_word(Nothing(), f"x {run * 600_000} b", False) == ([7], 1)  # type: ignore[arg-type]
