@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ifguide.config import ConfigError, Evaluate, LabelledTexts
+from ifguide.config import ConfigError, Evaluate, LabelledTexts, redact
 from ifguide.evaluation import Bootstrap, classifier_agreement
 from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.evaluation.subjects import VERB
@@ -41,7 +41,7 @@ def check_classifiers(options: Evaluate, seed: int) -> list[dict[str, Any]]:
         else:
             scores = classifier.score([text.text for text in texts])[primary]
         agreement = classifier_agreement(scores, labels, threshold=THRESHOLD, bootstrap=bootstrap)
-        checked.append({"classifier": classifier.name, "name": key or None, "class": primary, **agreement})
+        checked.append({"classifier": redact(classifier.name), "name": key or None, "class": primary, **agreement})
         shown = ", ".join(
             f"{name} {agreement[name]['value']:.3f} [{agreement[name]['low']:.3f}, {agreement[name]['high']:.3f}]"
             for name in ("accuracy", "average_precision", "auroc", "f1")

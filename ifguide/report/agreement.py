@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from ifguide.config import Evaluate
+from ifguide.config import Evaluate, redact
 from ifguide.corpus.tables import document_table
 from ifguide.evaluation.metrics import THRESHOLD, Agreement, token_agreement
 from ifguide.methods.marks import Find, find_sentences, find_words
@@ -32,7 +32,7 @@ def agreement_rows(view: View, options: Evaluate, seed: int, run_tasks: RunTasks
         def classify(texts: list[str]) -> np.ndarray:
             return classifier.score(texts)[classifier.classes[0]]
 
-        finders[f"sentences by {options.classifier.name}"] = find_sentences(classify, THRESHOLD)
+        finders[redact(f"sentences by {options.classifier.name}")] = find_sentences(classify, THRESHOLD)
     mask = _row("mask (IF-Guide)", mask_agreement(view, run_tasks))
     return mask, *span_agreement(view, finders, seed)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import MANIFEST, environment, read_manifest
-from ifguide.config import ClassifierSource, Evaluate
+from ifguide.config import ClassifierSource, Evaluate, redact
 from ifguide.report.agreement import agreement_rows
 from ifguide.report.contents import (
     ArtifactRow,
@@ -123,7 +123,7 @@ def _of_any_page(sources: ReportSources, metrics: Mapping[str, Any]) -> dict[str
         "continuations": options.continuations,
         "threshold": metrics["threshold"],
         "confidence": metrics["confidence"],
-        "settings": tuple((name, value) for name, value in settings.items() if value),
+        "settings": tuple((name, value) for name, value in redact(settings).items() if value),
         "software": tuple(sorted(environment().items())),
         "curves": _curves(sources.trained),
         "provenance": _provenance(sources.artifacts),

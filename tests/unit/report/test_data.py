@@ -1,0 +1,47 @@
+"""What a report gathers: settings as they may be shown, and the artifacts that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ifguide.config import config_from_mapping, to_yaml
+from ifguide.report.data import ReportSources, comparison_data
+from ifguide.report.page import write_report
+from tests.unit.report.sample_report import row
+
+SECRET = "planted-s3cr3t"
+METRICS: dict[str, Any] = {
+    "threshold": 0.5, "confidence": 0.95, "bootstrap_samples": 1000, "grouped_by": {"label": 3, "classifier": 0},
+}  # fmt: skip
+
+
+def test_the_credentials_of_a_config_are_in_no_file_of_a_report(tmp_path: Path) -> None:
+    url = f"s3://key:{SECRET}@bucket"
+    evaluate = {
+        "prompts": f"{url}/prompts.jsonl",
+        "prompt_sets": {"bold": f"{url}/bold"},
+        "classifier": {"name": f"words:{url}/words.txt", "checkpoint": None},
+        "classifiers": {"implicit": {"name": f"hf:{url}/model", "label": "a"}},
+        "heldout": [f"{url}/heldout.jsonl"],
+        "cloze": f"https://host/cloze.jsonl?token={SECRET}",
+        "models": {"given": f"{url}/given"},
+    }
+    config = config_from_mapping({"run_dir": f"{url}/run", "evaluate": evaluate})
+    sources = ReportSources(
+        title="t",
+        options=config.evaluate,
+        seed=0,
+        config_yaml=to_yaml(config),
+        artifacts={"corpus": tmp_path / "gone"},
+        trained={},
+    )
+    data = comparison_data(sources, METRICS, (row("only", 0.5),))
+    settings = dict(data.settings)
+    assert settings["prompts"] == "s3://***@bucket/prompts.jsonl"
+    assert settings["last words of"] == "https://host/cloze.jsonl?token=***"
+    assert data.provenance == ()
+    write_report(data, tmp_path)
+    files = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert len(files) == 3
+    assert not any(SECRET in path.read_text(encoding="utf-8") for path in files)
