@@ -39,8 +39,9 @@ from ifguide import schemas
 from ifguide.artifacts import data_files, open_artifact
 from ifguide.config import config_from_mapping
 from ifguide.run import Run
+from ifguide.selection import masks
 from ifguide.selection.distributed import select
-from ifguide.stages import build_mask as stage
+from ifguide.stages.build_mask import build_mask
 
 BLOCK_SIZE, BLOCKS_PER_SHARD, VOCABULARY = 1024, 4096, 50_000
 DOCUMENT_TOKENS = 600.0  # on average
@@ -78,7 +79,7 @@ def measure(folder: Path, millions: int, rounds: int) -> dict[str, Any]:
     """Time and memory of one size, in this process."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        stage.build_mask(make_run(folder / "warm", WARM_UP))
+        build_mask(make_run(folder / "warm", WARM_UP))
         started = time.perf_counter()
         run = make_run(folder / "run", millions)
         generated, seconds, in_passes, cpu_seconds = time.perf_counter() - started, [], [], []
@@ -90,13 +91,13 @@ def measure(folder: Path, millions: int, rounds: int) -> dict[str, Any]:
             cpu_seconds.append(_cpu_seconds() - cpu_started)
             return selection
 
-        stage.select = timed
+        masks.select = timed
         with Peak() as peak:
             for _ in range(rounds):
                 shutil.rmtree(run.ranking, ignore_errors=True)
                 shutil.rmtree(run.mask, ignore_errors=True)
                 started = time.perf_counter()
-                manifest = stage.build_mask(run)
+                manifest = build_mask(run)
                 seconds.append(time.perf_counter() - started)
         assert manifest is not None
         num_scores = manifest.summary["predicted_tokens"]
