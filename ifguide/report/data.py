@@ -9,18 +9,8 @@ from typing import Any
 
 from ifguide.artifacts import MANIFEST, environment, read_manifest
 from ifguide.config import ClassifierSource, Evaluate, redact
+from ifguide.report import contents
 from ifguide.report.agreement import agreement_rows
-from ifguide.report.contents import (
-    ArtifactRow,
-    Behaviour,
-    OutlierRow,
-    Outliers,
-    RankedDocument,
-    ReportData,
-    ScoreHistogram,
-    Token,
-    TrainingCurve,
-)
 from ifguide.report.figures import Figure, ModelRow, model_rows
 from ifguide.report.view import View, score_histogram
 from ifguide.selection.distributed import RunTasks
@@ -56,7 +46,7 @@ class Selected:
 
 def report_data(
     sources: ReportSources, metrics: Mapping[str, Any], behaviours: Sequence[Selected], run_tasks: RunTasks
-) -> tuple[ReportData, dict[str, Any]]:
+) -> tuple[contents.ReportData, dict[str, Any]]:
     """The report and the headline figures: {model: {emt, tp, perplexity, ...}, mask: {precision, recall}}.
 
     `metrics`: of `evaluation.figures.measure`. `behaviours`: the mask's own first; none if there is no mask. A mask
@@ -78,7 +68,7 @@ def report_data(
     if agreement:
         figures["mask"] = {"precision": agreement[0].precision, "recall": agreement[0].recall}
     shown = [(selected, view) for selected, view in zip(behaviours, views, strict=True) if view.ranked]
-    data = ReportData(
+    data = contents.ReportData(
         models=rows,
         behaviours=tuple(
             _behaviour(selected, view, sources.options.top_documents, run_tasks) for selected, view in shown
@@ -93,9 +83,11 @@ def _value(figure: Figure | None) -> float | None:
     return figure.value if figure else None
 
 
-def comparison_data(sources: ReportSources, metrics: Mapping[str, Any], rows: tuple[ModelRow, ...]) -> ReportData:
+def comparison_data(
+    sources: ReportSources, metrics: Mapping[str, Any], rows: tuple[ModelRow, ...]
+) -> contents.ReportData:
     """The report of `compare`: `rows` of the run's own models and of one for each method."""
-    return ReportData(models=rows, **_of_any_page(sources, metrics))
+    return contents.ReportData(models=rows, **_of_any_page(sources, metrics))
 
 
 def _of_any_page(sources: ReportSources, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,8 +126,8 @@ def _classifier_text(source: ClassifierSource) -> str:
     return ", ".join(filter(None, (source.name, source.label, source.checkpoint)))
 
 
-def _behaviour(selected: Selected, view: View, top_documents: int, run_tasks: RunTasks) -> Behaviour:
-    return Behaviour(
+def _behaviour(selected: Selected, view: View, top_documents: int, run_tasks: RunTasks) -> contents.Behaviour:
+    return contents.Behaviour(
         name=selected.name,
         trained=selected.trained,
         histogram=_histogram(view, run_tasks),
@@ -144,16 +136,16 @@ def _behaviour(selected: Selected, view: View, top_documents: int, run_tasks: Ru
     )
 
 
-def _curves(folders: Mapping[str, Path]) -> tuple[TrainingCurve, ...]:
+def _curves(folders: Mapping[str, Path]) -> tuple[contents.TrainingCurve, ...]:
     return tuple(curve for curve in map(_curve, folders, folders.values()) if curve)
 
 
-def _curve(name: str, folder: Path) -> TrainingCurve | None:
+def _curve(name: str, folder: Path) -> contents.TrainingCurve | None:
     logged = read_metrics(folder / "metrics.jsonl")
     if not logged:
         return None
     masked = tuple(row["loss_masked"] for row in logged)
-    return TrainingCurve(
+    return contents.TrainingCurve(
         model=name,
         steps=tuple(row["step"] for row in logged),
         benign_loss=tuple(row["loss_benign"] for row in logged),
@@ -162,9 +154,9 @@ def _curve(name: str, folder: Path) -> TrainingCurve | None:
     )
 
 
-def _histogram(view: View, run_tasks: RunTasks) -> ScoreHistogram:
+def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram:
     edges, counts, annotated = score_histogram(view, run_tasks)
-    return ScoreHistogram(
+    return contents.ScoreHistogram(
         bin_edges=tuple(edges.tolist()),
         counts=tuple(counts.tolist()),
         tau=view.summary["tau"],
@@ -172,15 +164,15 @@ def _histogram(view: View, run_tasks: RunTasks) -> ScoreHistogram:
     )
 
 
-def _documents(view: View, count: int) -> list[RankedDocument]:
+def _documents(view: View, count: int) -> list[contents.RankedDocument]:
     return [
-        RankedDocument(
+        contents.RankedDocument(
             doc_id=document.unit_id,
             source=document.source + (f", {document.left_out:,} more tokens not shown" if document.left_out else ""),
             rank=document.rank,
             rank_score=document.rank_score,
             tokens=tuple(
-                Token(text=text, score=float(score), masked=bool(masked), known=bool(known))
+                contents.Token(text=text, score=float(score), masked=bool(masked), known=bool(known))
                 for text, score, masked, known in zip(
                     document.texts, document.scores, document.masked, document.annotated, strict=True
                 )
@@ -190,7 +182,7 @@ def _documents(view: View, count: int) -> list[RankedDocument]:
     ]
 
 
-def _outliers(view: View) -> Outliers | None:
+def _outliers(view: View) -> contents.Outliers | None:
     """The blocks that stand out by mass or repetition, the heaviest first; None where there are none."""
     summary, options = view.summary, view.options
     if not summary["high_mass_blocks"] and not summary["repeated_blocks"]:
@@ -198,8 +190,8 @@ def _outliers(view: View) -> Outliers | None:
     rows = []
     for record, text in view.outliers(MAX_OUTLIERS):
         names = ("block_id", "mass_over_median", "distinct_bigram_share", "repeated")
-        rows.append(OutlierRow(**{name: record[name] for name in names}, text=text))
-    return Outliers(
+        rows.append(contents.OutlierRow(**{name: record[name] for name in names}, text=text))
+    return contents.Outliers(
         high_mass=summary["high_mass_blocks"],
         repeated=summary["repeated_blocks"],
         mass_ratio=options["outlier_mass_ratio"],
@@ -208,14 +200,14 @@ def _outliers(view: View) -> Outliers | None:
     )
 
 
-def _provenance(folders: Mapping[str, Path]) -> tuple[ArtifactRow, ...]:
+def _provenance(folders: Mapping[str, Path]) -> tuple[contents.ArtifactRow, ...]:
     """The manifests of those that are there."""
     rows = []
     for name, folder in folders.items():
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
             rows.append(
-                ArtifactRow(
+                contents.ArtifactRow(
                     verb=manifest.verb,
                     folder=name,
                     fingerprint=manifest.fingerprint,
