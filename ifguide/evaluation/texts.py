@@ -40,23 +40,34 @@ def read_texts(source: Input, dotted_key: str) -> list[str]:
     return [document.text for document in read_rows(source, dotted_key)]
 
 
+def beginning_token(tokenizer: Any) -> int | None:
+    """The BOS that a tokenizer puts before a text; None where it puts none."""
+    ids = tokenizer("", add_special_tokens=True)["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
 def heldout_blocks(
-    kinds: Sequence[Sequence[Any]], tokenizer: Any, width: int
+    kinds: Sequence[Sequence[Any]], tokenizer: Any, width: int, *, special_tokens: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Documents as blocks of tokens (N, width), their lengths (N,), and the place in `kinds` of each block's (N,).
 
-    No block holds documents of two kinds.
+    No block holds documents of two kinds. With `special_tokens` each block begins with the BOS that the tokenizer puts
+    before a text, if it does: for a model that was trained so, a text without it is no text that it knows.
 
     Raises:
         ValueError: they have fewer than two tokens.
     """
+    start = beginning_token(tokenizer) if special_tokens else None
     parts = []
     for kind, documents in enumerate(kinds):
         tokens = [ids for ids, *_ in tokenise(documents, tokenizer, annotate=False)]
         count = sum(map(len, tokens))
         if count:
-            blocks = pack(tokens, skip=0, num_tokens=count, block_size=width, fill=tokenizer.eos_token_id)
-            parts.append((*blocks, np.full(len(blocks[0]), kind)))
+            size = width - (start is not None)
+            blocks, lengths = pack(tokens, skip=0, num_tokens=count, block_size=size, fill=tokenizer.eos_token_id)
+            if start is not None:
+                blocks, lengths = np.insert(blocks, 0, start, axis=1), lengths + 1
+            parts.append((blocks, lengths, np.full(len(blocks), kind)))
     if sum(lengths_N.sum() for _, lengths_N, _ in parts) < 2:
         raise ValueError("evaluate.heldout: the held-out documents have fewer than two tokens")
     blocks_NT, lengths_N, kinds_N = map(np.concatenate, zip(*parts, strict=True))

@@ -153,7 +153,12 @@ class EvaluateModel:
         model, tokenizer = self._load(piece.model)
         positions = getattr(model.config, "max_position_embeddings", None) or self.settings.block_size
         width = min(self.settings.block_size, positions)
-        blocks_NT, lengths_N, flagged_N = heldout_blocks(self._heldout_documents, tokenizer, width)
+        blocks_NT, lengths_N, flagged_N = heldout_blocks(
+            self._heldout_documents,
+            tokenizer,
+            width,
+            special_tokens=takes_special_tokens(self.options, piece.model),
+        )
         result = perplexity(model, blocks_NT, lengths_N, batch_size=self.options.batch_size)
         columns = [result.block_nll, result.block_tokens, flagged_N.astype(bool)]
         self._publish(piece, pa.table(columns, schema=schemas.HELDOUT))
