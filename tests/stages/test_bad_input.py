@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ifguide.artifacts import MismatchError, data_files, read_manifest
+from ifguide.artifacts import MismatchError, data_files, read_manifest, write_manifest
+from ifguide.artifacts.files import file_entry
 from ifguide.cli import main
 from ifguide.config import Config, ConfigError, config_from_mapping, to_mapping
 from ifguide.corpus.tables import document_table
 from ifguide.distributed.shards import StageError
+from ifguide.distributed.tasks import run_task
+from ifguide.influence.query_file import read_queries
 from ifguide.models import load_model
 from ifguide.pipeline import stage
 from ifguide.run import Run
@@ -162,8 +166,14 @@ def test_prompts_edited_since_an_interrupted_run_leave_nothing_of_the_old_ones(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(config=copied(drop=("query",), build_query__prompts={"path": str(prompts)}, build_query__partitions=1))
+
+    def interrupted(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if function is build_query.precondition_parts:
+            raise ZeroDivisionError
+        return run_task(function, *arguments, **options)
+
     with monkeypatch.context() as patch:
-        patch.setattr(build_query, "_precondition", lambda *arguments: 1 / 0)
+        patch.setattr(build_query, "run_task", interrupted)
         with pytest.raises(ZeroDivisionError):
             stage("build_query")(run)
     for row in rows:
@@ -171,7 +181,7 @@ def test_prompts_edited_since_an_interrupted_run_leave_nothing_of_the_old_ones(
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stage("build_query")(run)
     resumed = (run.query / "direction.safetensors").read_bytes()
-    assert "\u2028" in build_query.read_queries(run.query)[0]["completion"]
+    assert "\u2028" in read_queries(run.query)[0].completion
     shutil.rmtree(run.query)
     stage("build_query")(run)
     assert (run.query / "direction.safetensors").read_bytes() == resumed
@@ -215,6 +225,8 @@ def test_not_finite_scores_name_module_or_shard_and_block(
     name = next(iter(direction))
     direction[name][:] = value
     save_file(direction, path)
+    manifest = read_manifest(path.parent)
+    write_manifest(path.parent, replace(manifest, files={**manifest.files, path.name: file_entry(path)}))
     with pytest.raises((StageError, ValueError), match=message):
         stage("score_corpus")(Run(config=config))
 
