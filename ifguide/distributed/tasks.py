@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from ifguide.config.resources import WorkerResources
+from ifguide.config.resources import Resources, WorkerResources
 from ifguide.distributed.session import cluster_cpus
 
 
@@ -41,10 +41,12 @@ def run_tasks(resources: WorkerResources) -> Callable[[Callable[..., Any], Itera
 
 
 def _start(function: Callable[..., Any], arguments: tuple[Any, ...], resources: WorkerResources) -> Any:
-    task = ray.remote(function).options(
-        num_cpus=resources.cpus, num_gpus=resources.gpus or None, memory=resources.memory
-    )
-    return task.remote(*arguments)
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus or None}
+    if isinstance(resources, Resources):
+        options["max_retries"] = (
+            resources.attempts - 1
+        )  # of a task whose process died; what it raises is not tried again
+    return ray.remote(function).options(memory=resources.memory, **options).remote(*arguments)
 
 
 def _result(reference: Any) -> Any:
