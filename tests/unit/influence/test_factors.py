@@ -20,16 +20,11 @@ MODEL = tiny_model("gpt_neox")
 NAMES = tracked_modules(MODEL).names
 
 
-def sample(*, num_partitions: int = 2, batch_size: int = 2, seed: int = 0, module_partitions: int = 1) -> FactorSample:
+def sample(**options: int) -> FactorSample:
+    """Six blocks; unless `options` say otherwise in two partitions, two blocks a batch."""
     blocks_NT, lengths_N = random_blocks(6, 8)
-    return FactorSample(
-        blocks_NT=blocks_NT,
-        lengths_N=lengths_N,
-        num_partitions=num_partitions,
-        batch_size=batch_size,
-        seed=seed,
-        module_partitions=module_partitions,
-    )
+    chosen = {"num_partitions": 2, "batch_size": 2, "seed": 0, **options}
+    return FactorSample(blocks_NT=blocks_NT, lengths_N=lengths_N, **chosen)
 
 
 def steps(sample: FactorSample, workdir: Path) -> EkfacFit:
