@@ -24,7 +24,7 @@ from ifguide.toxicity import PromptRow
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFiles:
-    """A model's continuations on disk: their tokens in `generations`, their scores in the report folder `scores`; and
+    """A model's continuations on disk: their tokens in `generations`, their scores in the report folder `ratings`; and
     the prompts that may be learnt from. `max_new_tokens` is what the sampler was asked for."""
 
     model: str
@@ -48,7 +48,7 @@ def sampling_options(evaluate: Evaluate, samples: Samples, prompts: Prompts, cla
         heldout=(),
         cloze=None,
         models={},
-        report="scores",
+        report="ratings",
     )
 
 

@@ -26,6 +26,8 @@ from ifguide.planning.models import target_shape
 from ifguide.run import Run
 from ifguide.shapes import shape_of_fields
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base(copied: Callable[..., Config]) -> Run:

@@ -19,6 +19,8 @@ from ifguide.distributed.shards import StageError
 from ifguide.pipeline import stage
 from ifguide.run import Run
 
+pytestmark = pytest.mark.slow
+
 Disk = Callable[[Path, str], None]
 Copied = Callable[..., Run]
 

@@ -36,6 +36,7 @@ def copy_of(packed: Run, folder: Path, **options: Any) -> Run:
     return Run(config=config_from_mapping({**to_mapping(packed.config), "run_dir": str(folder), "fit_factors": fit}))
 
 
+@pytest.mark.slow
 def test_module_partitions_and_an_interrupted_run_change_no_byte(packed: Run, tmp_path: Path) -> None:
     whole, parts = (copy_of(packed, tmp_path / str(count), module_partitions=count) for count in (1, 3))
     stage("fit_factors")(whole)

@@ -8,8 +8,9 @@ import pytest
 
 from bench.chaos import chaos
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.timeout(900)
 def test_twenty_kills_change_no_byte(tmp_path: Path) -> None:
     """`chaos` raises unless both runs have the same scores and mask files, each of the same SHA-256."""

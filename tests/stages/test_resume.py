@@ -108,6 +108,7 @@ def draw_kill(rng: random.Random, first: int, last: int, *, world_size: int) -> 
     return Kill(step=rng.randint(first, last), place=place, rank=rank)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_killed_ranks_go_on_bit_for_bit_on_as_many_workers(stage: int, settings: Callable[..., Settings]) -> None:
@@ -122,6 +123,7 @@ def test_killed_ranks_go_on_bit_for_bit_on_as_many_workers(stage: int, settings:
     require_same_bits(killed, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_killed_ranks_go_on_with_the_same_losses_on_another_number_of_workers(
@@ -184,6 +186,7 @@ def ray_workers() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ray_train_starts_a_killed_rank_again(run: Run, cluster: None, settings: Callable[..., Settings]) -> None:
     """The whole stage, a rank killed from outside: the losses and weights of ranks that nothing happened to."""
@@ -212,6 +215,7 @@ def test_ray_train_starts_a_killed_rank_again(run: Run, cluster: None, settings:
     require_same_bits(made, reference, steps=60)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_what_a_restart_cannot_mend_is_said_once(run: Run, cluster: None, tmp_path: Path) -> None:
     """The second step's loss is no number, whichever attempt takes it."""
@@ -235,6 +239,7 @@ def test_workers_that_the_machine_cannot_hold_are_refused(run: Run, cluster: Non
         pretrain(Run(config=replace(run.config, run_dir=str(run_dir), pretrain=many)))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_killed_driver_goes_on_on_the_one_cpu_that_is_left(
     run: Run, settings: Callable[..., Settings], tmp_path: Path

@@ -33,6 +33,8 @@ from tests.stages.conftest import ARCHITECTURE, small_config
 from tests.stages.packed import packed_run, settings_of
 from tests.stages.ranks import Kill, run_ranks
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("moto.server")
 pytest.importorskip("s3fs")
 
@@ -210,7 +212,6 @@ def test_a_run_on_s3_has_the_bytes_of_a_run_on_a_disk(
     assert not list((tmp_path / "cache").glob("training-*")) + list((tmp_path / "cache").glob("dpo-*"))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_fifth_of_the_requests_may_fail(finished: Config, data: Path, s3: int, tmp_path: Path) -> None:
     on_disk, remote = Path(finished.run_dir), location("s3://lake/faulty")

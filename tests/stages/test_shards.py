@@ -98,6 +98,7 @@ def worked_on(folder: Path) -> list[str]:
 KEYS = [f"s{i}" for i in range(8)]
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_its_actor_each_time_is_given_up_alone(cluster: None, tmp_path: Path) -> None:
     write_json(tmp_path / "scores" / PLAN, {})
     folder = tmp_path / "scores"
@@ -167,6 +168,7 @@ def test_a_shard_whose_output_is_gone_or_damaged_is_done_again(
         assert text in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "reason", "starts"),
     [("raises", "ValueError: the proxy is broken", 3), ("dies", "its process died 2 times while it started", 6)],
@@ -179,10 +181,12 @@ def test_constructors_that_never_work_end_the_stage_with_their_reason(
     assert (tmp_path / "log").read_text().splitlines() == ["start"] * starts
 
 
+@pytest.mark.slow
 def test_constructors_that_die_now_and_then_are_survived(cluster: None, tmp_path: Path) -> None:
     assert list(run(tmp_path, KEYS, start="dies twice")) == KEYS
 
 
+@pytest.mark.slow
 def test_a_restart_whose_constructor_fails_hands_its_shards_to_new_actors(cluster: None, tmp_path: Path) -> None:
     assert list(run(tmp_path, KEYS, start="raises on restart", poison="s5 once")) == KEYS
     assert (tmp_path / "log").read_text().splitlines().count("start") == 3

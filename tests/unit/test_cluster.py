@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ FILES = sorted(path for path in (ROOT / "cluster").iterdir() if path.is_file())
 
 
 def ray_version() -> str:
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    return next(item.split("==")[1] for item in dependencies if item.startswith("ray["))
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return next(pin.split("==")[1] for pin in pins if pin.startswith("ray=="))
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".yaml"], ids=lambda path: path.name)
