@@ -44,7 +44,7 @@ def test_every_job_and_config_named_exists(path: Path) -> None:
 def test_the_image_has_the_projects_ray_and_what_object_stores_need() -> None:
     dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
     assert f"rayproject/ray:{ray_version()}-" in dockerfile
-    assert '--constraint constraints.txt ".[s3]"' in dockerfile
+    assert '--constraint constraints.txt ".[train,evaluate,compare,s3]"' in dockerfile
     for copied in re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", dockerfile, re.MULTILINE):
         assert all((ROOT / name).exists() for name in copied.split()), copied
 
