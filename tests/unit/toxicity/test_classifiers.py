@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers import BertForSequenceClassification, BertTokenizer
 
 from ifguide.config import config_from_mapping
 from ifguide.evaluation.agreement import check_classifiers
@@ -25,8 +25,8 @@ from ifguide.toxicity import (
     read_prompts,
 )
 from tests.real_text import DATA, needs_real_text
+from tests.unit.toxicity.bert import bert_config, write_tokenizer
 
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "you", "are", "kind", "rude", "very", "##ly"]
 TEXTS = ["you are kind", "rudely", "you are very rude", "you", "", "rude " * 40]
 BOLD = DATA / "bold"
 
@@ -36,17 +36,9 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
     """Makes a local folder of a random BERT classifier whose labels are given."""
 
     def make(labels: list[str], problem_type: str | None = None) -> Path:
-        (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
-        BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+        write_tokenizer(tmp_path)
         torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=12,
-            initializer_range=1.0,
+        config = bert_config(
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
             problem_type=problem_type,

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers import BertForSequenceClassification, BertTokenizer
 
 from ifguide.storage import upload, upload_folder
 from ifguide.toxicity import (
@@ -22,9 +22,9 @@ from ifguide.toxicity import (
     select_queries,
 )
 from tests.real_text import DATA, needs_real_text
+from tests.unit.toxicity.bert import bert_config, write_tokenizer
 
 RTP_PROMPTS = DATA / "rtp_prompts.jsonl"
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "you", "are", "kind", "rude", "very", "##ly"]
 TEXTS = ["you are kind", "you are very rude", "rudely", "you", "very very rude"]
 
 
@@ -32,18 +32,7 @@ TEXTS = ["you are kind", "you are very rude", "rudely", "you", "very very rude"]
 def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BertForSequenceClassification, BertTokenizer]:
     """A local folder with config and tokenizer, as a hub repository has them, and a random model of it."""
     folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
-    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
-    tokenizer.save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=12,
-        initializer_range=1.0,
-    )
+    tokenizer, config = write_tokenizer(folder), bert_config()
     config.save_pretrained(folder)
     config.num_labels = 3
     torch.manual_seed(0)
