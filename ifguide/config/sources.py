@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ifguide.config.typed_yaml import option
 
@@ -89,6 +90,8 @@ class ClassifierSource:
     Attributes:
         name: the kind, and what it is loaded from.
         label: label of an `hf:` classifier that counts.
+        head: how outputs of an `hf:` classifier become scores: `softmax` over labels that exclude each other, a
+            `sigmoid` of each label, or `regression`, where they are scores. Null: as its config and labels say.
         checkpoint: a local Detoxify checkpoint, for a machine that cannot reach the hub.
         huggingface_config: a local folder with the config and tokenizer of that checkpoint's model.
         batch_size: texts classified at once.
@@ -96,6 +99,7 @@ class ClassifierSource:
 
     name: str = "detoxify:original"
     label: str | None = None
+    head: Literal["softmax", "sigmoid", "regression"] | None = None
     checkpoint: str | None = None
     huggingface_config: str | None = None
     batch_size: int = option(64, at_least=1, affects_result=False)

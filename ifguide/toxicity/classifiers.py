@@ -3,31 +3,27 @@
 - `detoxify:VARIANT`: one transformer pass per text. It fetches its checkpoint unless a local one is given. Detoxify
   would unpickle a checkpoint; a local one is read with `weights_only` before Detoxify sees it.
 - `hf:SOURCE`: any sequence classifier of transformers, by hub id or local folder (ToxiGen-RoBERTa for implicit
-  toxicity). Several labels that exclude each other give softmax shares, of which one, named, is the class; labels of a
-  `multi_label_classification` give one sigmoid each.
+  toxicity); see `toxicity.sequence_classifier`.
 - `alt-profanity-check`: a linear model over word counts, offline, about 6 microseconds per text.
 - `words:FILE`: 1 where a text holds a word or phrase of the list, one per line, as whole words ignoring case; else 0.
 - `labels`: the scores that rows carry already (Perspective's in RealToxicityPrompts); it cannot score new text.
 
-Files and folders are local or remote. Transformers take texts in order of length, so that little is padded, and cut
-them at their longest input. They are not calibrated: 0.5 does not mean the same to any two of them.
+Files and folders are local or remote. No classifier is calibrated: 0.5 does not mean the same to any two of them.
 """
 
 import difflib
 import io
 import pickle
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ifguide.config import ClassifierSource
 from ifguide.storage import local_copy
+from ifguide.toxicity.sequence_classifier import Head, Scores, SequenceClassifier, by_length, longest_input
 from ifguide.words import read_word_list
-
-Scores = dict[str, NDArray[np.float32]]
 
 DETOXIFY = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
 CLASSIFIERS = (*(f"detoxify:{variant}" for variant in DETOXIFY), "alt-profanity-check", "labels")
@@ -43,26 +39,6 @@ class Classifier(Protocol):
     def score(self, texts: Sequence[str]) -> Scores:
         """Per class, (n,) float32 scores in [0, 1] in the order of `texts`."""
         ...
-
-
-def _by_length(
-    texts: Sequence[str], batch_size: int, columns: int, score: Callable[[list[str]], np.ndarray]
-) -> NDArray[np.float32]:
-    """`score` of batches of texts of like length, (n, columns) in the order of `texts`."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    scores = np.empty((len(texts), columns), dtype=np.float32)
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        scores[batch] = score([texts[i] for i in batch])
-    return scores
-
-
-def _longest_input(config: Any, tokenizer: Any) -> int:
-    """Tokens that the model can take. A tokenizer saved without a limit would run past the position table."""
-    # RoBERTa numbers positions from padding_idx + 1, so it has that many fewer.
-    offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return min(tokenizer.model_max_length, positions - offset)
 
 
 class DetoxifyClassifier:
@@ -97,10 +73,10 @@ class DetoxifyClassifier:
         classes = list(self._model.class_names)
         self.classes = tuple(sorted(classes, key=lambda name: name != "toxicity"))  # stable: only one moves
         tokenizer = self._model.tokenizer
-        tokenizer.model_max_length = _longest_input(self._model.model.config, tokenizer)
+        tokenizer.model_max_length = longest_input(self._model.model, tokenizer)
 
     def score(self, texts: Sequence[str]) -> Scores:
-        scores = _by_length(texts, self.batch_size, len(self.classes), self._batch)
+        scores = by_length(texts, self.batch_size, len(self.classes), self._batch)
         return dict(zip(self.classes, scores.T, strict=True))
 
     def _batch(self, texts: list[str]) -> np.ndarray:
@@ -142,64 +118,6 @@ def _detoxify_source(checkpoint: str | None, huggingface_config: str | None) -> 
     torch.save(loaded, buffer)
     buffer.seek(0)
     return buffer
-
-
-class SequenceClassifier:
-    """Any sequence classifier of transformers. `label` names the label that is the primary class.
-
-    It can be left out where the model has one label, or one called `toxicity` or `toxic`."""
-
-    def __init__(self, source: str, *, label: str | None = None, device: str = "cpu", batch_size: int = 64) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        assert batch_size >= 1, batch_size
-        self.name, self.batch_size, self.device = f"hf:{source}", batch_size, device
-        if source.startswith((".", "/", "~")) or "://" in source:
-            folder = local_copy(source)
-            if not folder.is_dir():
-                raise FileNotFoundError(f"classifier folder {source!r} does not exist: check the path")
-            source = str(folder)
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
-        except OSError as error:
-            raise FileNotFoundError(f"{self.name} could not load its files ({error}): name a local folder") from error
-        self._model = torch.nn.Module.to(model, device).eval()  # transformers' own wrapper of it has no types
-        config = self._model.config
-        labels = [str(config.id2label[i]) for i in range(config.num_labels)]
-        primary = _primary_label(labels, label, self.name)
-        self._exclusive = len(labels) > 1 and config.problem_type != "multi_label_classification"
-        kept = [primary] if self._exclusive else sorted(labels, key=lambda name: name != primary)
-        self.classes = tuple(kept)
-        self._columns = [labels.index(name) for name in kept]
-        self._limit = _longest_input(config, self._tokenizer)
-        if self._tokenizer.pad_token is None:
-            raise ValueError(f"{self.name}: its tokenizer has no padding token; set pad_token in its folder")
-
-    def score(self, texts: Sequence[str]) -> Scores:
-        scores = _by_length(texts, self.batch_size, len(self.classes), self._batch)
-        return dict(zip(self.classes, scores.T, strict=True))
-
-    def _batch(self, texts: list[str]) -> np.ndarray:
-        encoded = self._tokenizer(texts, padding=True, truncation=True, max_length=self._limit, return_tensors="pt").to(
-            self.device
-        )
-        with torch.inference_mode():
-            logits = self._model(**encoded).logits.float()
-        shares = logits.softmax(-1) if self._exclusive else logits.sigmoid()
-        return shares[:, self._columns].cpu().numpy()
-
-
-def _primary_label(labels: list[str], wanted: str | None, name: str) -> str:
-    if wanted is None:
-        known = [label for label in labels if label.lower() in ("toxicity", "toxic")]
-        found = labels if len(labels) == 1 else known
-        if len(found) == 1:
-            return found[0]
-        raise ValueError(f"{name} has the labels {', '.join(labels)}: name the behaviour's as the classifier's `label`")
-    if wanted not in labels:
-        raise ValueError(f"{name} has no label {wanted!r}, only {', '.join(labels)}")
-    return wanted
 
 
 class ProfanityClassifier:
@@ -250,6 +168,7 @@ def load_classifier(
     checkpoint: str | None = None,
     huggingface_config: str | None = None,
     label: str | None = None,
+    head: Head | None = None,
     device: str = "cpu",
     batch_size: int = 64,
 ) -> Classifier:
@@ -263,12 +182,14 @@ def load_classifier(
         raise ValueError(f"classifier {spec!r} has no checkpoint: remove it, or choose a detoxify classifier")
     if label is not None and kind not in ("hf", "labels"):
         raise ValueError(f"classifier {spec!r} has no `label` to choose: remove it, or choose an hf classifier")
+    if head is not None and kind != "hf":
+        raise ValueError(f"classifier {spec!r} has no `head` to choose: remove it, or choose an hf classifier")
     if kind == "detoxify":
         return DetoxifyClassifier(
             rest, checkpoint=checkpoint, huggingface_config=huggingface_config, device=device, batch_size=batch_size
         )
     if kind == "hf":
-        return SequenceClassifier(rest, label=label, device=device, batch_size=batch_size)
+        return SequenceClassifier(rest, label=label, head=head, device=device, batch_size=batch_size)
     if kind == "words":
         return WordListClassifier(rest)
     return ProfanityClassifier() if kind == "alt-profanity-check" else LabelClassifier(label)
@@ -281,6 +202,7 @@ def make_classifier(source: ClassifierSource, *, gpus: float) -> Classifier:
         checkpoint=source.checkpoint,
         huggingface_config=source.huggingface_config,
         label=source.label,
+        head=source.head,
         device="cuda" if gpus else "cpu",
         batch_size=source.batch_size,
     )
