@@ -9,6 +9,7 @@ the paper's code, `demo` makes its own data and runs the whole pipeline on them,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ifguide import extras
-from ifguide.artifacts import MANIFEST, PLAN, read_manifest
+from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest
 from ifguide.config import OWN, VERBS, Config, load_config, redact, to_yaml
 from ifguide.datasets import FOLDER, advice
 from ifguide.pipeline import run_pipeline, stage
@@ -148,11 +149,17 @@ def _load(options: argparse.Namespace) -> Config:
     return load_config(options.config, [*options.overrides, *address])
 
 
+def _holding(options: argparse.Namespace, config: Config) -> contextlib.AbstractContextManager[None]:
+    """The run directory, while this command works in it."""
+    return contextlib.nullcontext() if options.dry_run else hold(location(config.run_dir), options.command)
+
+
 def _run_verb(options: argparse.Namespace) -> int:
     from ifguide.run import Run
 
     config = _load(options)
-    stage(options.command)(Run(config=config), dry_run=options.dry_run)
+    with _holding(options, config):
+        stage(options.command)(Run(config=config), dry_run=options.dry_run)
     return 0
 
 
@@ -168,7 +175,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _run_all(options: argparse.Namespace) -> int:
-    run_pipeline(_load(options), dry_run=options.dry_run, until=options.until)
+    config = _load(options)
+    with _holding(options, config):
+        run_pipeline(config, dry_run=options.dry_run, until=options.until)
     return 0
 
 
@@ -177,7 +186,9 @@ def _analyse(options: argparse.Namespace) -> int:
     from ifguide.stages.analyse import analyse
 
     run = Run(config=_load(options))
-    if analyse(run, dry_run=options.dry_run):
+    with _holding(options, run.config):
+        made = analyse(run, dry_run=options.dry_run)
+    if made:
         print((run.analyses / "analyses.md").read_text(encoding="utf-8"), end="")
     return 0
 
@@ -187,9 +198,11 @@ def _compare(options: argparse.Namespace) -> int:
     from ifguide.stages.compare import compare
 
     config = _load(options)
-    run_pipeline(config, dry_run=options.dry_run)
     run = Run(config=config)
-    if compare(run, dry_run=options.dry_run):
+    with _holding(options, config):
+        run_pipeline(config, dry_run=options.dry_run)
+        made = compare(run, dry_run=options.dry_run)
+    if made:
         print((run.folder / "compare" / "report" / "comparison.md").read_text(encoding="utf-8"), end="")
     return 0
 
@@ -201,10 +214,11 @@ def _demo(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(to_yaml(config))
         return 0
-    if options.data_only:
-        log(options.command, f"made {make_data(config)}")
-        return 0
-    print(json.dumps(run_demo(config)))
+    with _holding(options, config):
+        if options.data_only:
+            log(options.command, f"made {make_data(config)}")
+            return 0
+        print(json.dumps(run_demo(config)))
     return 0
 
 
@@ -295,9 +309,10 @@ def _import_mask(options: argparse.Namespace) -> int:
     if options.dry_run:
         log(options.command, f"would make {run.mask} of {options.mask}, shifted by {options.shift}")
         return 0
-    summary = import_mask(
-        options.mask, corpus=run.corpus, folder=run.mask, shift=options.shift, config_yaml=to_yaml(config)
-    ).summary
+    with _holding(options, config):
+        summary = import_mask(
+            options.mask, corpus=run.corpus, folder=run.mask, shift=options.shift, config_yaml=to_yaml(config)
+        ).summary
     log(
         options.command,
         f"{summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked,"

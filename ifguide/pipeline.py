@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ifguide.artifacts import hold
 from ifguide.config import VERBS, Config
 from ifguide.run import Run
 from ifguide.telemetry import log
@@ -26,8 +28,9 @@ def run_pipeline(config: Config, *, dry_run: bool, until: str | None = None) -> 
         if not places:
             raise ValueError(f"--until {until}: this config does not run it")
         steps = steps[: places[-1] + 1]
-    for verb, step in steps:
-        stage(verb)(step, dry_run=dry_run)
+    with contextlib.nullcontext() if dry_run else hold(run.folder, "run"):
+        for verb, step in steps:
+            stage(verb)(step, dry_run=dry_run)
     if not dry_run and until in (None, VERBS[-1]):
         log("run", f"done: open {run.report / 'index.html'}")
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ifguide.artifacts import MANIFEST, PLAN, read_manifest
+from ifguide.artifacts import MANIFEST, PLAN, has_ended, read_holder, read_manifest
 from ifguide.distributed.ledger import LEDGER, read_attempts, unfinished_attempts
 from ifguide.telemetry import format_seconds, last_progress, progress_text
 
@@ -20,14 +20,17 @@ SHOWN_FAILURES = 20
 
 
 def run_status(run_dir: Path, artifacts: Iterable[str]) -> list[str]:
-    """One line per artifact of a run, by its folder's name, and one more per shard that failed.
+    """Who works in a run directory, one line per artifact by its folder's name, and one more per shard that failed.
 
     Raises:
         FileNotFoundError: there is no such directory.
     """
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} does not exist; `ifguide run` makes it")
+    holder = read_holder(run_dir)
     lines = []
+    if holder:
+        lines.append(f"left by {holder}, which has ended" if has_ended(holder) else f"in use by {holder}")
     for name in artifacts:
         text, *failures = _folder_status(run_dir / name)
         lines += [f"{name:16} {text}", *(f"{'':16}   {failure}" for failure in failures)]

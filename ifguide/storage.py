@@ -84,6 +84,26 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     return [found[fs._strip_protocol(name)].decode("utf-8") for name in names]
 
 
+def create(path: Path, text: str) -> bool:
+    """Write a small file unless there is one already; returns whether it did. Of several at once one writes, if the
+    store has conditional writes, as local file systems and S3 do."""
+    data = text.encode()
+    if not is_remote(path):
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
+    try:
+        _fs(path).pipe_file(_key(path), data, mode="create")
+    except OSError:  # each store has its own error of a condition that does not hold
+        if path.exists():
+            return False
+        raise
+    return True
+
+
 def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     """Bytes of the files `names` within a folder; those that are missing are left out. One listing if it is remote."""
     if not is_remote(folder):

@@ -1,7 +1,7 @@
 """Artifacts: folders of a run directory that are whole or are not there, and are verified when they are read.
 
 `files` publishes and removes, `manifest` says what a finished artifact holds, `artifact` makes and resumes one,
-`reading` verifies what is read.
+`reading` verifies what is read, `lock` keeps a run directory to one driver.
 """
 
 from ifguide.artifacts.artifact import Artifact, environment, open_artifact
@@ -22,6 +22,7 @@ from ifguide.artifacts.files import (
     write_json,
     write_text,
 )
+from ifguide.artifacts.lock import HeldError, has_ended, hold, read_holder
 from ifguide.artifacts.manifest import (
     MANIFEST,
     PLAN,
@@ -42,6 +43,7 @@ __all__ = [
     "PLAN",
     "Artifact",
     "FileEntry",
+    "HeldError",
     "Manifest",
     "MismatchError",
     "damaged_files",
@@ -51,11 +53,14 @@ __all__ = [
     "file_entry",
     "fsync",
     "fsync_tree",
+    "has_ended",
+    "hold",
     "json_digest",
     "move_folder",
     "open_artifact",
     "publish",
     "publish_folder",
+    "read_holder",
     "read_manifest",
     "read_sealed",
     "record",

@@ -6,11 +6,9 @@ import hashlib
 import http.client
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +27,7 @@ from ifguide.storage import location, subfolders, upload_folder
 from ifguide.telemetry import read_metrics
 from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint
 from ifguide.training.folder import METRICS
+from tests.s3_server import CREDENTIALS, s3_server
 from tests.stages.conftest import ARCHITECTURE, small_config
 from tests.stages.packed import packed_run, settings_of
 from tests.stages.ranks import Kill, run_ranks
@@ -59,7 +58,6 @@ COMPARE = {
 RUN = (
     "import sys; from ifguide.cli import main; sys.exit(any(main([v, '--config', sys.argv[1]]) for v in sys.argv[2:]))"
 )
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 # Python runs what sitecustomize.py holds as it starts, Ray's workers too. The client would wait half a second or more
 # before it asks again: nearly all the time of a run whose requests fail.
 IMPATIENT = (
@@ -73,30 +71,11 @@ REFUSED = (
 @pytest.fixture(scope="module")
 def s3(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an S3 server on loopback with a bucket `lake`, which holds the demo data in `data/`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
-    server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert server.poll() is None, Path(log.name).read_text()
-            assert time.monotonic() < deadline, "the S3 server did not start"
-            time.sleep(0.1)
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
-                patch.setenv(name, value)
-            fs = location("s3://lake/data").fs  # type: ignore[attr-defined]
-            fs.mkdir("lake")
-            for name in ("corpus.jsonl", "queries.jsonl"):
-                fs.put_file(str(data / name), f"lake/data/{name}")
-            yield port
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
-        log.close()
+    with s3_server(tmp_path_factory.mktemp("moto")) as port:
+        fs = location("s3://lake/data").fs  # type: ignore[attr-defined]
+        for name in ("corpus.jsonl", "queries.jsonl"):
+            fs.put_file(str(data / name), f"lake/data/{name}")
+        yield port
 
 
 class Unreliable(ThreadingHTTPServer):
