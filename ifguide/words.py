@@ -5,7 +5,8 @@ between words (Chinese, Japanese, Thai, ...), and Korean, whose particles follow
 there a word is found wherever its characters stand, and beside such a character any word may begin or end.
 
 Cost: one look-up for each length of word at each place where one may begin; the number of words does not matter.
-Words are compared character by character without their case. There is no stemming, and no Unicode normalisation.
+Words are compared character by character without their case, composed as in NFC or decomposed as in NFD. There is no
+stemming, and no other Unicode normalisation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class WordList:
     """The words and phrases of `words`; empty ones are left out."""
 
     def __init__(self, words: Iterable[str]):
-        self.words = frozenset(filter(None, map(_folded, words)))
+        forms = (unicodedata.normalize(form, word) for word in words for form in ("NFC", "NFD"))
+        self.words = frozenset(filter(None, map(_folded, forms)))
         lengths: dict[str, set[int]] = {}
         for word in self.words:
             lengths.setdefault(word[0], set()).add(len(word))
@@ -79,6 +81,8 @@ def read_word_list(path: str) -> WordList:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"word list {path}: not UTF-8 ({error}); convert it") from error
+    if any("\0" in line for line in lines):
+        raise ValueError(f"word list {path}: not text in UTF-8 (it holds bytes of 0, as UTF-16 does); convert it")
     words = WordList(line.strip() for line in lines)
     if not words.words:
         raise ValueError(f"word list {path} is empty: give one word or phrase per line")

@@ -12,8 +12,8 @@ from ifguide.config.typed_yaml import option
 class Input:
     """Documents. A bare string stands for `path`.
 
-    `.jsonl`, `.ndjson`, `.parquet` and `.json` of rows give one document per row, `.txt` one per file, `.json` of lists
-    of strings one per string. `ifguide.corpus.files` says what of a folder is taken.
+    `.jsonl`, `.ndjson`, `.parquet`, `.arrow` and `.json` of rows give one document per row, `.txt` one per file,
+    `.json` of lists of strings one per string. `ifguide.records.files` says what of a folder is taken.
 
     Attributes:
         path: a file, a glob, a folder, or `hf://name[:split]`.
@@ -34,7 +34,7 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompt rows in RealToxicityPrompts' schema, JSONL or Parquet. A bare string stands for `path`.
+    """Prompt rows in RealToxicityPrompts' schema: JSONL, JSON, Parquet or Arrow. A bare string stands for `path`.
 
     Attributes:
         path: a file, a glob or a folder.
@@ -47,7 +47,8 @@ class Prompts:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """Further prompts: JSONL, Parquet, or BOLD's own JSON ({group: {name: [prompt]}}). A bare string stands for `path`.
+    """Further prompts: rows as those of `Prompts`, or BOLD's own JSON ({group: {name: [prompt]}}). A bare string stands
+    for `path`.
 
     Attributes:
         path: a file, a glob or a folder.
@@ -64,7 +65,7 @@ class PromptSet:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledTexts:
-    """Texts that people judged: rows of JSONL or Parquet. A bare string stands for `path`.
+    """Texts that people judged: JSONL, JSON, Parquet or Arrow. A bare string stands for `path`.
 
     Attributes:
         path: a file, a glob or a folder.

@@ -1,8 +1,8 @@
 """Inputs to documents, in chunks that a task can read alone.
 
-A chunk is a byte range of a JSON-lines file, row groups of a Parquet file, a whole text, JSON or compressed file, or a
-shard of a hub dataset. Rows keep their number in their file, so that chunk size changes nothing in the result. Blank
-lines are no rows. Nothing is deduplicated or filtered.
+A chunk is a byte range of a JSON-lines file, row groups of a Parquet file, a whole text, JSON, Arrow or compressed
+file, or a shard of a hub dataset. Rows keep their number in their file, so that chunk size changes nothing in the
+result. Blank lines are no rows. Nothing is deduplicated or filtered.
 
 A JSON file is a list of objects, which are rows, one object with the text column, or lists of strings alone, at any
 depth of lists and objects, each string a document (BOLD's form). Anything else is an error: what its documents are
@@ -13,18 +13,24 @@ from __future__ import annotations
 
 import codecs
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ifguide.config import Input
-from ifguide.corpus.files import Kind, holds_json_lines, is_compressed, kind_of, list_files, open_bytes
-from ifguide.storage import location, readable
+from ifguide.records.files import Kind, holds_json_lines, is_compressed, kind_of, list_files
+from ifguide.records.rows import (
+    arrow_rows,
+    decode_json_line,
+    lone_surrogate,
+    open_parquet,
+    parquet_rows,
+    read_json,
+    read_lines,
+    read_whole,
+)
+from ifguide.storage import location
 
 HUB_PREFIX = "hf://"
 
@@ -82,30 +88,32 @@ def count_rows(chunk: Chunk, source: Input) -> int:
     if chunk.kind == "jsonl":
         return sum(1 for _ in _read_lines(chunk))
     if chunk.kind == "parquet":
-        metadata = _parquet(chunk.path).metadata
+        metadata = open_parquet(location(chunk.path)).metadata
         return sum(metadata.row_group(i).num_rows for i in range(chunk.start, chunk.stop))
     if chunk.kind == "text":
         return 1
-    if chunk.kind == "json":
-        return sum(1 for _ in _json_rows(chunk.path, source.text_column))
-    return sum(1 for _ in _hub_shard(chunk, source))
+    return sum(1 for _ in _rows(chunk, source))
 
 
 def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[RawDocument]:
     """The rows of a chunk, numbered from `first_row`, each a text or a reason; none is left out."""
-    rows: Iterator[Any]
-    if chunk.kind == "jsonl":
-        rows = (_decode_json_line(line) for line in _read_lines(chunk))
-    elif chunk.kind == "parquet":
-        rows = _parquet_rows(chunk, source)
-    elif chunk.kind == "hub":
-        rows = _hub_shard(chunk, source)
-    elif chunk.kind == "json":
-        rows = _json_rows(chunk.path, source.text_column)
-    else:
-        rows = iter([_decode_text(_read_whole(chunk.path), source.text_column)])
-    for row, content in enumerate(rows, start=first_row):
+    for row, content in enumerate(_rows(chunk, source), start=first_row):
         yield _check_row(row, content, source)
+
+
+def _rows(chunk: Chunk, source: Input) -> Iterator[Any]:
+    path, columns = location(chunk.path), [source.text_column, *([source.spans_column] if source.spans_column else [])]
+    if chunk.kind == "jsonl":
+        return map(decode_json_line, _read_lines(chunk))
+    if chunk.kind == "parquet":
+        return parquet_rows(path, columns, range(chunk.start, chunk.stop))
+    if chunk.kind == "arrow":
+        return arrow_rows(path, columns)
+    if chunk.kind == "hub":
+        return _hub_shard(chunk, source)
+    if chunk.kind == "json":
+        return _json_rows(path, source.text_column)
+    return iter([_decode_text(read_whole(path), source.text_column)])
 
 
 def _cut(path: Path, kind: str, chunk_bytes: int) -> list[tuple[int, int]]:
@@ -113,7 +121,7 @@ def _cut(path: Path, kind: str, chunk_bytes: int) -> list[tuple[int, int]]:
         size = path.stat().st_size
         return [(start, min(start + chunk_bytes, size)) for start in range(0, size, chunk_bytes)]
     if kind == "parquet":
-        metadata = _parquet(str(path)).metadata
+        metadata = open_parquet(path).metadata
         cuts, size = [0], 0
         for i in range(metadata.num_row_groups):
             size += metadata.row_group(i).total_byte_size
@@ -125,91 +133,32 @@ def _cut(path: Path, kind: str, chunk_bytes: int) -> list[tuple[int, int]]:
 
 
 def _read_lines(chunk: Chunk) -> Iterator[bytes]:
-    """Lines that are not blank and whose first byte lies in [start, stop): every one of the file is in one chunk."""
     path = location(chunk.path)
-    whole = is_compressed(path)
-    with open_bytes(path) as file:
-        if chunk.start:
-            file.seek(chunk.start - 1)
-            file.readline()  # the rest of a line that began before this chunk
-        at_beginning = chunk.start == 0
-        while whole or file.tell() < chunk.stop:
-            try:
-                line = file.readline()
-            except OSError as error:
-                raise ValueError(f"{path}: damaged or cut off ({error})") from error
-            if not line:
-                return
-            line = line.removeprefix(codecs.BOM_UTF8) if at_beginning else line
-            at_beginning = False
-            if line.strip():
-                yield line
-
-
-def _decode_json_line(line: bytes) -> Any:
-    try:
-        content = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 ({error.reason} at byte {error.start})"
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg} at column {error.colno})"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        return f"not JSON that can be read ({error})"
-    return "a str, not an object" if isinstance(content, str) else content
+    return read_lines(path) if is_compressed(path) else read_lines(path, chunk.start, chunk.stop)
 
 
 def _decode_text(content: bytes, column: str) -> Any:
+    if b"\0" in content:
+        return "not text in UTF-8 (it holds bytes of 0, as UTF-16 does)"
     try:
         return {column: content.removeprefix(codecs.BOM_UTF8).decode("utf-8")}
     except UnicodeDecodeError as error:
         return f"not UTF-8 ({error.reason} at byte {error.start})"
 
 
-def _parquet(path: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(readable(location(path)))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def _parquet_rows(chunk: Chunk, source: Input) -> Iterator[Any]:
-    file = _parquet(chunk.path)
-    columns = [source.text_column] + ([source.spans_column] if source.spans_column else [])
-    missing = [column for column in columns if column not in file.schema_arrow.names]
-    if missing:
-        raise ValueError(f"{chunk.path} has no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(1024, row_groups=list(range(chunk.start, chunk.stop)), columns=columns):
-        for i in range(batch.num_rows):
-            try:
-                yield {column: batch.column(column)[i].as_py() for column in columns}
-            except UnicodeDecodeError as error:
-                yield f"not UTF-8 ({error.reason} at byte {error.start})"
-
-
-def _read_whole(path: str) -> bytes:
-    try:
-        with open_bytes(location(path)) as file:
-            return file.read()
-    except OSError as error:
-        raise ValueError(f"{path}: damaged or cut off ({error})") from error
-
-
-def _json_rows(path: str, text_column: str) -> Iterator[Any]:
+def _json_rows(path: Path, text_column: str) -> Iterator[Any]:
     """The rows of a JSON file; see the module."""
-    try:
-        tree = json.loads(_read_whole(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not one JSON value in UTF-8 ({error}); one row per line is .jsonl") from error
+    tree = read_json(path)
     if isinstance(tree, dict) and text_column in tree:
         yield tree
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         yield from tree
     else:
         texts = list(_listed(tree))
-        if not all(isinstance(text, str) for text in texts):
+        if text_column != Input.text_column or not all(isinstance(text, str) for text in texts):
             raise ValueError(
-                f"{path}: neither a list of objects, nor one object with {text_column!r}, nor lists of strings alone;"
-                " write its rows as JSON lines"
+                f"{path}: neither a list of objects, nor one object with {text_column!r}, nor lists of strings alone"
+                f" (for `text_column: {Input.text_column}`); write its rows as JSON lines"
             )
         yield from ({text_column: text} for text in texts)
 
@@ -250,10 +199,8 @@ def _check_row(row: int, content: Any, source: Input) -> RawDocument:
     if not isinstance(text, str):
         what = "missing" if text is None else f"a {type(text).__name__}, not a string"
         return RawDocument(row=row, reason=f"column {source.text_column!r} is {what}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return RawDocument(row=row, reason=f"not UTF-8 (a lone surrogate at character {error.start})")
+    if reason := lone_surrogate(text):
+        return RawDocument(row=row, reason=reason)
     if source.spans_column is None:
         return RawDocument(row=row, text=text)
     spans = content.get(source.spans_column) or ()

@@ -11,9 +11,9 @@ import numpy as np
 
 from ifguide import schemas
 from ifguide.config import PackCorpus, redact
-from ifguide.corpus.files import short_names
 from ifguide.corpus.packing import stream_order
 from ifguide.corpus.reading import Chunk
+from ifguide.records.files import short_names
 from ifguide.spans.tables import shard_name
 
 TOKENS = "tokens"  # scratch folder of tokenised chunks

@@ -54,7 +54,12 @@ def labelled_texts(sources: Sequence[LabelledTexts], dotted_key: str) -> list[La
     """The configured rows of all `sources`, in order. Raises ConfigError for rows outside of a file."""
     texts: list[LabelledText] = []
     for index, source in enumerate(sources):
-        rows = read_labelled(source.path, text_column=source.text_column, label_column=source.label_column)
+        rows = read_labelled(
+            source.path,
+            text_column=source.text_column,
+            label_column=source.label_column,
+            dotted_key=f"{dotted_key}[{index}].path",
+        )
         start, stop = source.rows or (0, len(rows))
         if stop > len(rows):
             raise ConfigError(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from ifguide.config import ConfigError, Evaluate, PromptSet
-from ifguide.storage import is_remote, location, matching
 from ifguide.toxicity import GroupedPrompt, PromptRow, read_grouped_prompts, read_prompt_rows
 
 PROMPTS = "prompts"  # the name of evaluate.prompts beside evaluate.prompt_sets
-SUFFIXES = (".jsonl", ".parquet", ".json")
 
 Prompt = TypeVar("Prompt")
 
@@ -61,16 +57,10 @@ def _draw(rows: Sequence[Prompt], limit: int | None, seed: int) -> list[Prompt]:
 
 
 def _read_set(name: str, source: PromptSet, seed: int) -> list[GroupedPrompt]:
-    files = _matching_files(source.path)
-    if not files:
-        raise FileNotFoundError(f"evaluate.prompt_sets.{name}.path: nothing matches {source.path}")
-    rows = read_grouped_prompts(files, text_column=source.text_column, group_column=source.group_column)
+    rows = read_grouped_prompts(
+        [source.path],
+        text_column=source.text_column,
+        group_column=source.group_column,
+        dotted_key=f"evaluate.prompt_sets.{name}.path",
+    )
     return _draw(rows, source.max_prompts, seed)
-
-
-def _matching_files(pattern: str) -> list[Path]:
-    """The files that a file's path, a folder or a pattern, local or remote, stands for."""
-    path = location(pattern)
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    return matching(path) if is_remote(path) else sorted(map(Path, glob.glob(str(Path(pattern).expanduser()))))

@@ -1,4 +1,4 @@
-"""Prompt tables, prompts in groups, and texts with human labels, from JSONL, Parquet and JSON files.
+"""Prompt tables, prompts in groups, and texts with human labels, from JSONL, JSON, Parquet and Arrow files.
 
 - A prompt table has RealToxicityPrompts' own schema, one row {"prompt": {"text", score: value, ...}, "continuation":
   {"text", score: value, ...}}; the scores are those of Perspective there, and of anything else elsewhere.
@@ -6,11 +6,10 @@
   BOLD's own JSON, {group: {name: [prompt, ...]}}, one file for each domain.
 - Labelled texts are rows with a text column and a label column, and perhaps scores.
 
-Files are local or remote. Every table is read whole: it has at most some 100,000 rows. A row that cannot be used is
-an error that names file and row; none is left out.
+A path is a file, a folder or a pattern, local or remote, by the rule of `records.files`. Every table is read whole: it
+has at most some 100,000 rows. A row that cannot be used is an error that names file and row; none is left out.
 """
 
-import codecs
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -18,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from ifguide.config import ConfigError, Prompts
-from ifguide.storage import local_copy, location
+from ifguide.records.files import TABLES, holds_json_lines, kind_of, list_files
+from ifguide.records.rows import lone_surrogate, read_json, table_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRow:
-    """One row, numbered from 0 in its file. A score that is null or NaN there is missing here."""
+    """One row, numbered from 0 in its table. A score that is null or NaN there is missing here."""
 
     row: int
     prompt: str
@@ -35,37 +33,23 @@ class PromptRow:
     continuation_scores: dict[str, float]
 
 
-def _records(path: str | Path, kind: str) -> Iterator[tuple[int, Any]]:
-    if location(path).suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{path}: a {kind} is a .jsonl or .parquet file")
-    file = local_copy(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{kind} {path} does not exist: check the path")
-    if file.suffix == ".parquet":
-        row = 0
-        for batch in pq.ParquetFile(file).iter_batches():
-            for record in batch.to_pylist():
-                yield row, record
-                row += 1
-        return
-    with file.open("rb") as lines:
-        for row, line in enumerate(filter(bytes.strip, lines)):
-            yield row, _json_line(line.removeprefix(codecs.BOM_UTF8), f"{path}, row {row}")
+def _records(path: str | Path, dotted_key: str) -> Iterator[tuple[int, str, Any]]:
+    """The rows of all files, numbered over them; where each is, and what it holds."""
+    row = 0
+    for file in list_files(str(path), dotted_key, TABLES):
+        for where, record in _file_records(file):
+            yield row, where, record
+            row += 1
 
 
-def _json_line(line: bytes, where: str) -> Any:
-    """The value of one line; an error for bytes that are not UTF-8, and for half of a character (a lone surrogate)."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:
-            json.dumps(record, ensure_ascii=False).encode("utf-8")
-        return record
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error}); convert the file") from error
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: half of a character, a lone surrogate ({error}); mend the row") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not a JSON object ({error})") from error
+def _file_records(file: Path) -> Iterator[tuple[str, Any]]:
+    for row, record in enumerate(table_rows(file)):
+        where = f"{file}, row {row}"
+        if isinstance(record, str):
+            raise ValueError(f"{where}: {record}")
+        if reason := lone_surrogate(json.dumps(record, ensure_ascii=False, default=str)):
+            raise ValueError(f"{where}: {reason}; mend the row")
+        yield where, record
 
 
 def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str, float]]:
@@ -82,12 +66,12 @@ def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str,
     return value["text"], scores
 
 
-def read_prompts(path: str | Path) -> list[PromptRow]:
-    """All rows of a .jsonl or .parquet prompt table. Raises ValueError that names file and row."""
+def read_prompts(path: str | Path, dotted_key: str = "prompt table") -> list[PromptRow]:
+    """All rows of a prompt table. Raises ValueError that names file and row."""
     rows = []
-    for row, record in _records(path, "prompt table"):
-        prompt, prompt_scores = _text_and_scores(record, "prompt", f"{path}, row {row}")
-        continuation, continuation_scores = _text_and_scores(record, "continuation", f"{path}, row {row}")
+    for row, where, record in _records(path, dotted_key):
+        prompt, prompt_scores = _text_and_scores(record, "prompt", where)
+        continuation, continuation_scores = _text_and_scores(record, "continuation", where)
         rows.append(
             PromptRow(
                 row=row,
@@ -126,35 +110,43 @@ class GroupedPrompt:
 
 
 def read_grouped_prompts(
-    paths: Sequence[str | Path], *, text_column: str = "prompt", group_column: str | None = None
+    paths: Sequence[str | Path],
+    *,
+    text_column: str = "prompt",
+    group_column: str | None = None,
+    dotted_key: str = "prompt set",
 ) -> list[GroupedPrompt]:
     """All prompts of the files, in order. Raises ValueError that names file and row, or JSON key."""
     prompts: list[tuple[str, str, str]] = []
-    for path in map(location, paths):
-        if path.suffix == ".json":
-            prompts += _bold_prompts(path)
-            continue
-        for row, record in _records(path, "prompt set"):
-            text = _column(record, text_column, str, f"{path}, row {row}")
-            group = "" if group_column is None else str(_column(record, group_column, object, f"{path}, row {row}"))
+    for file in (file for path in paths for file in list_files(str(path), dotted_key, TABLES)):
+        if kind_of(file) == "json" and not holds_json_lines(file, text_column):
+            tree = read_json(file)
+            if isinstance(tree, dict) and text_column not in tree:
+                prompts += _bold_prompts(file, tree)
+                continue
+        for where, record in _file_records(file):
+            text = _column(record, text_column, str, where)
+            group = "" if group_column is None else str(_column(record, group_column, object, where))
             prompts.append((text, group, ""))
     if not prompts:
         raise ValueError(f"{', '.join(map(str, paths)) or 'no file'}: the prompt set is empty")
     return [GroupedPrompt(row=row, prompt=t, group=g, domain=d) for row, (t, g, d) in enumerate(prompts)]
 
 
-def _bold_prompts(path: Path) -> list[tuple[str, str, str]]:
-    domain = path.stem.removesuffix("_prompt")
+def _bold_prompts(path: Path, groups: dict[str, Any]) -> list[tuple[str, str, str]]:
+    domain = path.name.partition(".")[0].removesuffix("_prompt")
     prompts = []
     try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
         for group, names in groups.items():
             for name, texts in names.items():
+                if not isinstance(texts, list):
+                    raise AttributeError(f"{group}.{name} is a {type(texts).__name__}")
                 for text in texts:
-                    if not isinstance(text, str):
-                        raise ValueError(f"{path}: {group}.{name} holds {text!r}, not a string")
+                    reason = lone_surrogate(text) if isinstance(text, str) else "not a string"
+                    if reason:
+                        raise ValueError(f"{path}: {group}.{name} holds {text!r}: {reason}")
                     prompts.append((text, group, domain))
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+    except AttributeError as error:
         raise ValueError(f"{path}: not in BOLD's schema, {{group: {{name: [prompt, ...]}}}} ({error})") from error
     return prompts
 
@@ -181,14 +173,18 @@ class LabelledText:
 
 
 def read_labelled(
-    path: str | Path, *, text_column: str = "text", label_column: str = "toxic", threshold: float = 0.5
+    path: str | Path,
+    *,
+    text_column: str = "text",
+    label_column: str = "toxic",
+    threshold: float = 0.5,
+    dotted_key: str = "labelled texts",
 ) -> list[LabelledText]:
     """All rows. A label is a bool, or a number in [0, 1] that counts from `threshold` (the annotators' share).
 
     Other columns that hold numbers in [0, 1] are scores. Raises ValueError that names file and row."""
     rows = []
-    for row, record in _records(path, "table of labelled texts"):
-        where = f"{path}, row {row}"
+    for _, where, record in _records(path, dotted_key):
         text, label = _column(record, text_column, str, where), _column(record, label_column, object, where)
         if not isinstance(label, bool) and not _is_score(label):
             raise ValueError(f"{where}: {label_column} is {label!r}, neither a bool nor a number in [0, 1]")
@@ -207,10 +203,7 @@ def read_prompt_rows(prompts: Prompts, dotted_key: str) -> list[PromptRow]:
     Raises:
         FileNotFoundError, ValueError: no such file, bad rows, or `rows` outside of it.
     """
-    try:
-        rows = read_prompts(prompts.path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{dotted_key}.path: {error}") from error
+    rows = read_prompts(prompts.path, f"{dotted_key}.path")
     if prompts.rows is None:
         return rows
     start, stop = prompts.rows

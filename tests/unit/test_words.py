@@ -43,6 +43,14 @@ def test_words_may_have_marks_spaces_or_accents_and_the_longest_wins(words: list
         ("ΣΟΦΟΣ σοφος", ["σοφος"], ["ΣΟΦΟΣ", "σοφος"]),
         ("Straße STRASSE", ["straße"], ["Straße"]),
         ("İdiot idiot", ["idiot"], ["idiot"]),  # its lower case is two characters: places must not shift
+        ("អ្នកល្ងង់ណាស់", ["ល្ងង់"], ["ល្ងង់"]),
+        ("မင်းမိုက်တယ်", ["မိုက်"], ["မိုက်"]),
+        ("caf\u00e9 cafe\u0301 cafe", ["caf\u00e9"], ["caf\u00e9", "cafe\u0301"]),
+        (
+            "\ubc14\ubcf4\uc57c \u1107\u1161\u1107\u1169",
+            ["\u1107\u1161\u1107\u1169"],
+            ["\ubc14\ubcf4", "\u1107\u1161\u1107\u1169"],
+        ),
         ("an_idiot idiot2 idiot", ["idiot"], ["idiot"]),
     ],
 )
@@ -76,3 +84,7 @@ def test_a_file_of_words_may_begin_with_a_byte_order_mark(tmp_path: Path) -> Non
     path.write_bytes("idée".encode("latin-1"))
     with pytest.raises(ValueError, match=r"words.txt: not UTF-8"):
         read_word_list(str(path))
+    for encoding in ("utf-16", "utf-16-le"):
+        path.write_bytes("idiot\n".encode(encoding))
+        with pytest.raises(ValueError, match=r"words.txt: not (text in )?UTF-8"):
+            read_word_list(str(path))

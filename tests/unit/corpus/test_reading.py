@@ -1,6 +1,7 @@
 """ifguide.corpus.reading: chunking changes no row, and a bad row has a reason."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,34 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfc")
     (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf["d"]')
     assert [document.text for document in read(Input(path=str(tmp_path)), chunk_bytes=16)] == ["a", "b", "c", "d"]
+
+
+def test_json_lines_under_the_name_of_json_without_a_text_are_bad_rows(tmp_path):
+    (tmp_path / "a.json").write_text('{"id": "1"}\n{"id": "2", "text": "a"}\n')
+    first, second = read(Input(path=str(tmp_path / "a.json")))
+    assert (first.reason, second.text) == ("column 'text' is missing", "a")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_than_utf8_are_bad_rows_and_no_text(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("plain words".encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes('{"text": "plain words"}\n'.encode(encoding))
+    rows = read(Input(path=str(tmp_path)))
+    assert len(rows) >= 2
+    assert all(re.match(r"not (UTF-8|text in UTF-8|JSON)", row.reason or "") for row in rows)
+
+
+def test_files_with_byte_order_marks_may_be_put_end_to_end(tmp_path):
+    line = b'\xef\xbb\xbf{"text": "a"}\r\n'
+    (tmp_path / "a.jsonl").write_bytes(line * 3 + b"\xef\xbb\xbf\r\n")
+    for chunk_bytes in (1, 20, 10**6):
+        assert [row.text for row in read(Input(path=str(tmp_path)), chunk_bytes=chunk_bytes)] == ["a"] * 3
+
+
+def test_lists_of_strings_have_no_text_column_but_the_default(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"ids": ["1", "2"], "titles": ["a", "b"]}))
+    with pytest.raises(ValueError, match=r"a\.json: neither a list of objects, nor one object with 'body'"):
+        read(Input(path=str(tmp_path), text_column="body"))
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"1" * 5000, b"[" * 100_000], ids=short_id)

@@ -233,7 +233,7 @@ def test_a_prompt_set_is_a_file_a_folder_or_a_pattern(remote: Path, tmp_path: Pa
     for name in "ab":
         (place / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
     (place / "race_prompt.json").write_text(json.dumps({"g": {"x": ["c"]}}))
-    (place / "notes.txt").write_text("none of it")
+    (place / "README.txt").write_text("none of it")
     row = {"prompt": {"text": "p"}, "continuation": {"text": "q"}}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
 
@@ -245,8 +245,11 @@ def test_a_prompt_set_is_a_file_a_folder_or_a_pattern(remote: Path, tmp_path: Pa
     assert prompts_of(f"{place}/b.jsonl") == [("b", "", "")]
     assert prompts_of(f"{place}/*.jsonl") == [("a", "", ""), ("b", "", "")]
     assert prompts_of(str(place)) == [("a", "", ""), ("b", "", ""), ("c", "g", "race")]
-    with pytest.raises(FileNotFoundError, match=r"evaluate\.prompt_sets\.more\.path: nothing matches"):
+    with pytest.raises(FileNotFoundError, match=r"evaluate\.prompt_sets\.more\.path: no file matches"):
         prompts_of(f"{place}/*.parquet")
+    (place / "notes.txt").write_text("is it one?")
+    with pytest.raises(ValueError, match=r"evaluate\.prompt_sets\.more\.path: not read are .*notes\.txt"):
+        prompts_of(str(place))
 
 
 def test_word_lists_and_model_folders_may_be_remote(folder: Callable[..., Path], remote: Path, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_jsonl_and_parquet_give_the_same_rows_and_null_is_missing(tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "row 1: not a JSON object"),
+        ("{", r"row 1: not JSON \(Expecting property name"),
         ("[]", "row 1: needs prompt.text"),
         ('{"prompt": {"text": "a"}}', "row 1: needs continuation.text"),
         ('{"prompt": {"text": null}, "continuation": {"text": "b"}}', "row 1: needs prompt.text"),
@@ -187,6 +187,7 @@ def test_a_bad_row_is_named_with_its_file(tmp_path: Path, line: str, message: st
 def test_a_table_that_is_missing_empty_or_of_another_kind_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
         read_prompts(tmp_path / "gone.jsonl")
+    (tmp_path / "prompts.csv").touch()
     with pytest.raises(ValueError, match=r"prompts\.csv"):
         read_prompts(tmp_path / "prompts.csv")
     (tmp_path / "empty.jsonl").touch()
@@ -308,7 +309,7 @@ def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
     ("line", "message"),
     [
         (GOOD.encode("latin-1"), "row 1: not UTF-8"),
-        (GOOD.replace("bé", "\\ud800").encode(), "row 1: half of a character"),
+        (GOOD.replace("bé", "\\ud800").encode(), r"row 1: not UTF-8 \(a lone surrogate at character \d+\)"),
     ],
 )
 def test_text_that_is_no_text_is_named_with_its_row(tmp_path, line, message):

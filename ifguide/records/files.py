@@ -1,32 +1,39 @@
 """Which files an input names, and of what kind each is.
 
-What is taken: `.jsonl`, `.ndjson`, `.json`, `.parquet` and `.txt`, in any case of letters, and all but Parquet also
-compressed (`.gz`, `.zst`, `.bz2`). A `.json` file may hold JSON lines.
+What is taken: `.jsonl`, `.ndjson`, `.json`, `.parquet`, `.arrow` and `.txt`, in any case of letters, and all but
+Parquet and Arrow also compressed (`.gz`, `.zst`, `.bz2`). A `.json` file may hold JSON lines. Prompts and labelled
+texts are tables: of them `.txt` is not read.
 
 Of a folder, everything below it is taken, through links too. Never taken are hidden files and folders and those whose
-names begin with `_`, and what describes a data set: README, LICENSE, NOTICE, `dataset_infos.json`, and the like. Any
-other file is an error that names it: half a corpus must not be lost without a word. A pattern takes what it matches,
-hidden files apart; folders that it matches are taken as folders, unless `**` has entered them already.
+names begin with `_`, what describes a data set (README, LICENSE, NOTICE, `dataset_infos.json`, and the like), and
+`cache-*.arrow`, what `datasets` keeps beside a data set that it saved. Any other file is an error that names it: half a
+corpus must not be lost without a word. A pattern takes what it matches, hidden files apart; folders that it matches are
+taken as folders, unless `**` has entered them already.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import io
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import pyarrow as pa
 
 from ifguide.storage import is_remote, location, matching
 
-Kind = Literal["jsonl", "parquet", "text", "json"]
+Kind = Literal["jsonl", "parquet", "arrow", "text", "json"]
 
-KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text",
+}  # fmt: skip
+TABLES: tuple[Kind, ...] = ("jsonl", "json", "parquet", "arrow")
+COLUMNAR: tuple[Kind, ...] = ("parquet", "arrow")  # compressed within
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json")
 PROSE = ("readme", "license", "licence", "notice", "citation")
@@ -35,7 +42,7 @@ SHOWN_FILES = 10
 FIRST_LINE_BYTES = 2**26  # of a .json file: longer ones are no JSON lines
 
 
-def list_files(path: str, dotted_key: str) -> list[Path]:
+def list_files(path: str, dotted_key: str, kinds: Collection[Kind] = tuple(KINDS.values())) -> list[Path]:
     """The files of an input in reading order.
 
     Raises:
@@ -44,19 +51,25 @@ def list_files(path: str, dotted_key: str) -> list[Path]:
     """
     place = location(path) if "://" in path else Path(path).expanduser()
     if place.is_dir():
-        files = _checked(list(_below(place, dotted_key)), dotted_key)
+        files = _checked(list(_below(place, dotted_key)), dotted_key, kinds)
         if not files:
-            raise FileNotFoundError(f"{dotted_key}: folder {path} holds no {', '.join(KINDS)} file")
+            raise FileNotFoundError(f"{dotted_key}: folder {path} holds no {', '.join(_suffixes(kinds))} file")
         return files
     if place.is_file():
-        return _checked([place], dotted_key)
+        return _checked([place], dotted_key, kinds)
+    if not glob.has_magic(path):
+        raise FileNotFoundError(f"{dotted_key}: {path} does not exist: check the path")
     matches = matching(place) if is_remote(place) else sorted(map(Path, glob.glob(str(place), recursive=True)))
+    for item in matches:
+        _require_something(item, dotted_key)
     files = [item for item in matches if item.is_file()]
     if "**" not in path:
         files = sorted([*files, *(file for item in matches if item.is_dir() for file in _below(item, dotted_key))])
+    elif not is_remote(place):
+        _require_no_circle(files, dotted_key)
     if not files:
         raise FileNotFoundError(f"{dotted_key}: no file matches {path}")
-    return _checked(files, dotted_key)
+    return _checked(files, dotted_key, kinds)
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -64,7 +77,7 @@ def kind_of(path: Path) -> Kind | None:
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         kind = KINDS.get(Path(path.stem).suffix.lower())
-        return None if kind == "parquet" else kind
+        return None if kind in COLUMNAR else kind
     return KINDS.get(suffix)
 
 
@@ -86,16 +99,18 @@ def open_bytes(path: Path) -> IO[bytes]:
     return io.BufferedReader(stream)
 
 
-def holds_json_lines(path: Path, text_column: str) -> bool:
-    """Whether a `.json` file has one object a line: more than one, or one with the text column."""
+def holds_json_lines(path: Path, column: str) -> bool:
+    """Whether a `.json` file has one object a line: more than one, or one with the column of its text or tokens."""
     with open_bytes(path) as file:
-        first = next((line for line in _lines(file, FIRST_LINE_BYTES) if line.strip()), b"")
+        lines = (line for line in iter(lambda: file.readline(FIRST_LINE_BYTES), b"") if line.strip())
         try:
-            content = json.loads(first)
+            content = json.loads(next(lines, b"").removeprefix(codecs.BOM_UTF8))
         except (ValueError, RecursionError):
             return False
+        except OSError as error:
+            raise ValueError(f"{path}: damaged or cut off ({error})") from error
         return isinstance(content, dict) and (
-            isinstance(content.get(text_column), str) or any(line.strip() for line in _lines(file, 2**16))
+            isinstance(content.get(column), str | list) or next(lines, None) is not None
         )
 
 
@@ -117,29 +132,47 @@ def _below(folder: Path, dotted_key: str, above: tuple[str, ...] = ()) -> Iterat
             continue
         if item.is_dir():
             yield from _below(item, dotted_key, (*above, real))
-        elif not item.exists():
-            raise FileNotFoundError(f"{dotted_key}: {item} is a link to nothing; mend or remove it")
-        elif not _describes(item.name):
+            continue
+        _require_something(item, dotted_key)
+        if not _describes(item.name):
             yield item
+
+
+def _require_something(item: Path, dotted_key: str) -> None:
+    if not item.exists():
+        raise FileNotFoundError(f"{dotted_key}: {item} is a link to nothing; mend or remove it")
+    if not (item.is_file() or item.is_dir()):
+        raise ValueError(f"{dotted_key}: {item} is neither a file nor a folder; remove it")
+
+
+def _require_no_circle(files: list[Path], dotted_key: str) -> None:
+    """`**` would enter a folder that is linked to from within itself again and again."""
+    for folder in sorted({file.parent for file in files}):
+        real = [os.path.realpath(part) for part in (folder, *folder.parents)]
+        if len(set(real)) < len(real):
+            raise ValueError(f"{dotted_key}: {folder} goes through a link to a folder that holds it; remove the link")
 
 
 def _describes(name: str) -> bool:
     stem, suffix = os.path.splitext(name.lower())
-    return name.lower() in DESCRIPTIONS or (stem in PROSE and suffix in PROSE_SUFFIXES)
+    return (
+        name.lower() in DESCRIPTIONS
+        or (stem in PROSE and suffix in PROSE_SUFFIXES)
+        or (stem.startswith("cache-") and suffix == ".arrow")
+    )
 
 
-def _checked(files: list[Path], dotted_key: str) -> list[Path]:
-    others = [str(path) for path in files if kind_of(path) is None]
+def _suffixes(kinds: Collection[Kind]) -> list[str]:
+    return [suffix for suffix, kind in KINDS.items() if kind in kinds]
+
+
+def _checked(files: list[Path], dotted_key: str, kinds: Collection[Kind]) -> list[Path]:
+    others = [str(path) for path in files if kind_of(path) not in kinds]
     if others:
         more = f" and {len(others) - SHOWN_FILES} more" if len(others) > SHOWN_FILES else ""
         raise ValueError(
             f"{dotted_key}: not read are {', '.join(others[:SHOWN_FILES])}{more}; what is read ends in"
-            f" {', '.join(KINDS)}, all but Parquet also with {', '.join(COMPRESSIONS)} behind. Convert them, move them"
-            " away, or name the files by a pattern"
+            f" {', '.join(_suffixes(kinds))}, all but Parquet and Arrow also with {', '.join(COMPRESSIONS)} behind."
+            " Convert them, move them away, or name the files by a pattern"
         )
     return files
-
-
-def _lines(file: Any, size: int) -> Iterator[bytes]:
-    """The lines of the next `size` bytes, the last one cut off where they end."""
-    yield from file.read(size).removeprefix(b"\xef\xbb\xbf").splitlines()
