@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ifguide import extras
+from ifguide import extras, interrupts
 from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest
 from ifguide.config import OWN, VERBS, Config, load_config, redact, to_yaml
 from ifguide.datasets import FOLDER, advice
@@ -34,13 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging()
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
-        return options.function(options)
+        with interrupts.handled():
+            return options.function(options)
+    except KeyboardInterrupt as error:
+        return _interrupted(options.command, error)
     except USER_ERRORS as error:
         print(f"ifguide {options.command}: {redact(_message(error))}{advice(_message(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"ifguide {options.command}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     except ModuleNotFoundError as error:
         if (missing := extras.advice(error)) is None:
             raise
@@ -49,10 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         from ifguide.distributed.shards import StageError
 
+        if interrupts.requested():  # it ended something that fails now
+            return _interrupted(options.command, error)
+
         if not isinstance(error, StageError) and not type(error).__module__.startswith(STORE_ERRORS):
             raise
         print(f"ifguide {options.command}: {redact(str(error))}", file=sys.stderr)
         return 1
+
+
+def _interrupted(command: str, error: BaseException) -> int:
+    """Say what is kept, end what this process has started, and give the exit code."""
+    kept = getattr(error, "kept", interrupts.KEPT)
+    print(f"ifguide {command}: interrupted: {kept}; the same command goes on from there", file=sys.stderr)
+    session = sys.modules.get("ifguide.distributed.session")
+    if session is not None:
+        session.disconnect()
+    interrupts.end_children()
+    return interrupts.exit_code()
 
 
 def _parser() -> argparse.ArgumentParser:

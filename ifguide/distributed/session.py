@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
+from ifguide import interrupts
 from ifguide.config import Cluster, ConfigError
 from ifguide.config.resources import WorkerResources
 from ifguide.telemetry import log
@@ -28,14 +29,20 @@ def connect(cluster: Cluster) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         ray.init(address=address, **options)
-        return
-    with _on_loopback():
-        ray.init(
-            address="local",  # without it Ray joins whatever cluster somebody has started on this machine
-            num_cpus=cluster.num_cpus,
-            include_dashboard=False,
-            **options,
-        )
+    else:
+        with _on_loopback():
+            ray.init(
+                address="local",  # without it Ray joins whatever cluster somebody has started on this machine
+                num_cpus=cluster.num_cpus,
+                include_dashboard=False,
+                **options,
+            )
+    interrupts.install()  # Ray has put its own handlers there
+
+
+def disconnect() -> None:
+    """Leave the cluster, and end it if this process started it; where there is none, nothing."""
+    ray.shutdown()
 
 
 @contextlib.contextmanager

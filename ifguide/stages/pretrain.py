@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
+from ifguide import interrupts
 from ifguide.artifacts import Manifest, remove_tree, require, require_same
 from ifguide.config import Cluster, redact, to_mapping, to_yaml
 from ifguide.corpus.tables import require_same_documents
@@ -33,9 +34,9 @@ from ifguide.storage import is_remote, location
 from ifguide.telemetry import configure_logging, cut_torn_line, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.training.blocks import BLOCKS
-from ifguide.training.checkpoints import first_whole, published_checkpoints
-from ifguide.training.folder import METRICS
-from ifguide.training.loop import EXPORT, SUMMARY, VERB, TrainingLoop
+from ifguide.training.checkpoints import first_whole, last_checkpoint, published_checkpoints
+from ifguide.training.folder import METRICS, STOP
+from ifguide.training.loop import EXPORT, SUMMARY, VERB, TrainingLoop, TrainingStopped
 from ifguide.training.meter import training_line
 from ifguide.training.model import architecture
 from ifguide.training.model_card import write_model_card
@@ -44,6 +45,7 @@ from ifguide.training.settings import TrainingSettings
 
 SAME_AGAIN = (ValueError, FloatingPointError)  # what a training started again would end with, too
 RAY_TRAIN = "ray_train"  # Ray Train's own folder of a model in training
+SAVE_SECONDS = 5.5  # that ranks have to save when a signal has come: then Ray must end, too
 FAILURE = "failure.txt"  # its message, for the driver and for the workers that are started again
 
 
@@ -163,11 +165,13 @@ def _train(settings: TrainingSettings, cluster: Cluster) -> dict[str, Any]:
     checkpoint = next(checkpoints, None) if is_remote(folder) else first_whole(checkpoints)
     if checkpoint:
         log(VERB, f"{name}: resuming from step {checkpoint.step}, saved by {checkpoint.world_size} workers")
-    with _ShownMetrics(folder / METRICS, name):
+    with interrupts.deferring(), _ShownMetrics(folder / METRICS, name):
         if settings.train.engine == "torch":
             threads = torch.get_num_threads()
             try:
-                TrainingLoop(settings, rank=0, world_size=1).run()
+                TrainingLoop(settings, rank=0, world_size=1, stopping=interrupts.requested).run()
+            except TrainingStopped:
+                raise interrupts.interruption(_kept(folder)) from None
             except FloatingPointError as error:
                 raise StageError(str(error)) from error
             finally:
@@ -186,6 +190,12 @@ def _train(settings: TrainingSettings, cluster: Cluster) -> dict[str, Any]:
     return summary
 
 
+def _kept(folder: Path) -> str:
+    """What a training that is interrupted goes on from."""
+    checkpoint = last_checkpoint(folder)
+    return f"the checkpoint of step {checkpoint.step} is saved" if checkpoint else "no checkpoint was saved yet"
+
+
 def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -195,7 +205,8 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
     use_gpu = train.resources.gpus > 0
     workers: Any = train.workers if train.min_workers is None else (train.min_workers, train.workers)
     require_resources(cluster, VERB, train.resources, train.min_workers or train.workers)
-    failure.unlink(missing_ok=True)
+    for word in (failure, folder / STOP):
+        word.unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"settings": settings},
@@ -216,13 +227,40 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
         ),
     )
     try:
-        trainer.fit()
+        _fit(trainer, folder)
         if failure.exists():
             raise StageError(failure.read_text())
     except ray.train.TrainingFailedError as error:
         raise StageError(_reason(error)) from error
     finally:
-        failure.unlink(missing_ok=True)
+        for word in (failure, folder / STOP):
+            word.unlink(missing_ok=True)
+
+
+def _fit(trainer: Any, folder: Path) -> None:
+    """`trainer.fit()`, in a thread of its own: in this one Ray Train would take Ctrl-C for itself.
+
+    Raises:
+        Interrupted: a signal has come. The ranks had `SAVE_SECONDS` to save the step they were at.
+    """
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive() and not interrupts.requested():
+        thread.join(0.2)
+    if interrupts.requested():
+        (folder / STOP).write_text("")
+        thread.join(SAVE_SECONDS)
+        raise interrupts.interruption(_kept(folder))
+    if errors:
+        raise errors[0]
 
 
 def _reason(error: Exception) -> str:
@@ -260,6 +298,8 @@ def train_loop(given: dict[str, TrainingSettings]) -> None:
             local_rank=context.get_local_rank(),
             world_size=context.get_world_size(),
         )
+    except TrainingStopped:
+        return
     except SAME_AGAIN as error:
         # else it may be storage that failed, or another worker, which takes the process group with it
         if torch.distributed.is_initialized() and not isinstance(error.__cause__, OSError):

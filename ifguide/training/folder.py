@@ -44,6 +44,8 @@ from ifguide.training.checkpoints import (
 METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb.json"
 DIGESTS = "digests-"  # files of each rank, gathered before a checkpoint is published
 WRITER_FAILED = ("inline_container", "PytorchStreamWriter")  # of what torch.save raises on a full disk
+STOP = "stop"  # in the model's folder: the driver asks its ranks to save and end
+LOOK_SECONDS, LOOK_SECONDS_REMOTE = 0.2, 2.0  # between looks for it
 UPLOAD_SECONDS = 15.0  # between uploads of the metrics
 
 
@@ -59,7 +61,8 @@ class TrainingFolder:
         self.remote = is_remote(self.folder)
         self.leads = (local_rank if self.remote else rank) == 0
         self.local = self.folder
-        self.uploaded = float("-inf")
+        self.uploaded = self.looked = float("-inf")
+        self.stopping = False
         if self.remote:
             self.local = work_folder("training", self.folder)
             if self.leads:
@@ -69,6 +72,13 @@ class TrainingFolder:
                     if (self.folder / name).exists():
                         (self.local / name).write_bytes((self.folder / name).read_bytes())
             barrier()
+
+    def asked_to_stop(self) -> bool:
+        """Whether the driver has asked the training to save and end; looked up seldom."""
+        now = time.monotonic()
+        if now - self.looked > (LOOK_SECONDS_REMOTE if self.remote else LOOK_SECONDS):
+            self.looked, self.stopping = now, (self.folder / STOP).exists()
+        return self.stopping
 
     def fetch(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint on this machine's disk; downloaded by the rank that calls it, which then should lead."""

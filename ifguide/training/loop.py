@@ -8,7 +8,7 @@ uninterrupted one does, to the last bit on as many ranks (on a CPU), and up to t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -52,10 +52,30 @@ VERB = "pretrain"
 SUMMARY, EXPORT = "summary.json", "hf"
 
 
-class TrainingLoop:
-    """The state of one rank: engine, blocks, position."""
+class TrainingStopped(Exception):
+    """A training was asked to end, and has saved `step`."""
 
-    def __init__(self, settings: TrainingSettings, *, rank: int, world_size: int, local_rank: int | None = None):
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+class TrainingLoop:
+    """The state of one rank: engine, blocks, position.
+
+    stopping: asked after every step; True makes the training save and end. None: whether the driver has left word in
+    the folder, which rank 0 looks for.
+    """
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        *,
+        rank: int,
+        world_size: int,
+        local_rank: int | None = None,
+        stopping: Callable[[], bool] | None = None,
+    ):
         self.settings, self.train, self.name = settings, settings.train, settings.name
         self.rank, self.world_size = rank, world_size
         torch.set_num_threads(max(1, int(self.train.resources.cpus)))
@@ -67,6 +87,8 @@ class TrainingLoop:
             barrier=self._barrier,
         )
         self.folder = self.place.folder
+        self.stopping = stopping or (self.place.asked_to_stop if rank == 0 else lambda: False)
+        self.asked = False  # to save and end
         self.blocks = self._blocks()
         self.trained, self.heldout = split_heldout(len(self.blocks.lengths), self.train.heldout_blocks, settings.seed)
         self.schedule = Schedule(
@@ -116,7 +138,11 @@ class TrainingLoop:
         return DeepSpeedEngine(self.train, build, checkpoint, leads=self.place.leads, world_size=self.world_size)
 
     def run(self) -> None:
-        """Train to the last step, export, and publish the summary."""
+        """Train to the last step, export, and publish the summary.
+
+        Raises:
+            TrainingStopped: it was asked to end, and has saved the step it was at.
+        """
         metrics = self._metrics() if self.rank == 0 else None
         meter = self._meter()
         while self.step < self.schedule.steps and not self.stopped:
@@ -128,9 +154,15 @@ class TrainingLoop:
             if metrics and (due or self.step % self.train.log_steps == 0):
                 metrics.write(self.step, values | meter.values(self.step))
                 self.place.share_metrics(now=due)
-            if due:
-                self._save(values["loss_heldout"])
+            if due or self.asked:
+                self._save(values.get("loss_heldout"))
+            if self.asked:
+                self._close(metrics)
+                raise TrainingStopped(self.step)
         self._finish()
+        self._close(metrics)
+
+    def _close(self, metrics: MetricsLog | None) -> None:
         if metrics:
             metrics.close()
             self.place.share_metrics(now=True)
@@ -165,7 +197,8 @@ class TrainingLoop:
             self.engine.backward(loss.loss)
         norm = self.engine.end_step()
         self.step += 1
-        totals = sums.totals(self.world_size)
+        totals = sums.totals(self.world_size, stopping=self.stopping())
+        self.asked = totals.stopping > 0
         self._require_finite(totals, norm)
         self.rise.update(totals.benign)
         self.stopped = self._diverged()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -36,14 +36,18 @@ class Loss:
     masked_count: Tensor
 
 
+SUMMED = tuple(field.name for field in fields(Loss))
+
+
 class LossTotals(NamedTuple):
-    """`Loss` summed, as numbers."""
+    """`Loss` summed, as numbers; and how many ranks were asked to end."""
 
     loss: float
     benign_sum: float
     masked_sum: float
     benign_count: float
     masked_count: float
+    stopping: float = 0.0
 
     @property
     def benign(self) -> float:
@@ -60,14 +64,15 @@ class LossSums:
     """Losses added up where they are made: nothing leaves the device until `totals`. In float64."""
 
     def __init__(self, device: torch.device):
-        self._sums = torch.zeros(len(LossTotals._fields), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=device)
 
     def add(self, loss: Loss) -> None:
         """Add one micro-batch's."""
-        self._sums += torch.stack([getattr(loss, name).detach().double() for name in LossTotals._fields])
+        self._sums += torch.stack([getattr(loss, name).detach().double() for name in SUMMED])
 
-    def totals(self, world_size: int) -> LossTotals:
-        """Of all ranks together, which all call it, once."""
+    def totals(self, world_size: int, *, stopping: bool = False) -> LossTotals:
+        """Of all ranks together, which all call it: so all know when one of them is `stopping`."""
+        sums = torch.cat([self._sums, self._sums.new_tensor([float(stopping)])])
         if world_size > 1:
-            torch.distributed.all_reduce(self._sums)
-        return LossTotals(*self._sums.tolist())
+            torch.distributed.all_reduce(sums)
+        return LossTotals(*sums.tolist())

@@ -1,0 +1,122 @@
+"""Ctrl-C and SIGTERM, the same for every verb: it ends within ten seconds, says what is kept, and the next run goes on.
+
+The first signal raises `Interrupted` in the main thread, wherever that waits or computes. A training saves first: while
+it is `deferring`, the signal only makes `requested` true, and the training ends by itself. A second signal, or the end
+of `SECONDS`, kills this process with all that it has started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+KEPT = "what was finished is kept"
+SECONDS = 8.5  # to save and to end in; who sent SIGTERM often kills after ten
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the verb. `kept` says what the next run goes on from."""
+
+    def __init__(self, number: int, kept: str):
+        super().__init__(kept)
+        self.number, self.kept = number, kept
+
+
+class _State:
+    """Of the process: the signal that has come, whether it waits for a training, whether there are handlers."""
+
+    received: int | None = None
+    deferred = 0
+    handled = False
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Handle both signals as this module says; for entry points. In another thread than the main one, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    _State.handled, _State.received = True, None
+    install()
+    try:
+        yield
+    finally:
+        _State.handled = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def install() -> None:
+    """Handle the signals again, if an entry point had them handled: Ray puts handlers of its own in their place."""
+    if _State.handled and threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, _on_signal)
+
+
+@contextlib.contextmanager
+def deferring() -> Iterator[None]:
+    """Within it a first signal raises nothing: look at `requested`, save, and raise `interruption`. Raises that at its
+    end where nobody did."""
+    _State.deferred += 1
+    try:
+        yield
+    finally:
+        _State.deferred -= 1
+    if requested():
+        raise interruption(KEPT)
+
+
+def requested() -> bool:
+    """Whether a signal has asked this process to end."""
+    return _State.received is not None
+
+
+def exit_code() -> int:
+    """Of a process that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (_State.received or signal.SIGINT)
+
+
+def interruption(kept: str) -> Interrupted:
+    """What to raise when a signal was `requested` and what could be saved is saved."""
+    return Interrupted(_State.received or signal.SIGINT, kept)
+
+
+def _on_signal(number: int, frame: object) -> None:
+    if _State.received is not None:
+        _end(128 + number)
+    _State.received = number
+    threading.Thread(target=_end_late, args=(128 + number,), daemon=True).start()
+    if not _State.deferred:
+        raise Interrupted(number, KEPT)
+
+
+def _end_late(code: int) -> None:
+    time.sleep(SECONDS)
+    os.write(2, b"ended before all was saved; the same command goes on from what is there\n")
+    _end(code)
+
+
+def _end(code: int) -> None:
+    end_children()
+    os._exit(code)
+
+
+def end_children() -> None:
+    """Kill every process that this one has started, and theirs; where the system tells them."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    ours = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in ours and pid not in ours}:
+        ours |= more
+    for pid in ours - {os.getpid()}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,106 @@
+"""Ctrl-C and SIGTERM in the middle of a verb: the exit code, what is saved, no process left, and the next run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from ifguide.artifacts import file_digest
+from ifguide.config import Config, to_mapping
+from ifguide.run import Run
+from ifguide.stages.pretrain import pretrain
+from ifguide.stages.score_corpus import score_corpus
+from ifguide.telemetry import read_metrics
+from ifguide.training.checkpoints import last_checkpoint
+from ifguide.training.folder import METRICS
+from tests.stages.conftest import ARCHITECTURE
+from tests.stages.packed import packed_run
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def start(verb: str, config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "ifguide.cli", verb, "--config", str(folder / "config.yaml")]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals, ready: Callable[[], bool]) -> str:
+    """Send a signal when the verb is `ready`; its errors. It ends in ten seconds, with the code, and leaves nobody."""
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1]
+    children = psutil.Process(process.pid).children(recursive=True)
+    started = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - started < 10, errors
+    assert process.returncode == CODES[number], errors
+    psutil.wait_procs(children, timeout=2)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert "the same command goes on from there" in errors
+    return errors
+
+
+def has_logged(metrics: Path, step: int) -> bool:
+    return len(read_metrics(metrics)) > step
+
+
+def training(folder: Path, engine: str) -> Run:
+    options = {"engine": engine, "epochs": 12, "checkpoint_steps": 1000, "heldout_blocks": 8}
+    return packed_run(folder, options, architecture=ARCHITECTURE)
+
+
+def interrupt(run: Run, folder: Path) -> None:
+    """Train, and end it by each signal: every time it goes on from the step that it has saved."""
+    model, saved = run.model("penalised"), 0
+    for number in CODES:
+        process = start("pretrain", to_mapping(run.config), folder)
+        errors = end(process, number, partial(has_logged, model / METRICS, saved + 5))
+        checkpoint = last_checkpoint(model)
+        assert checkpoint is not None, errors
+        assert saved + 5 < checkpoint.step < 120
+        assert f"the checkpoint of step {checkpoint.step} is saved" in errors
+        saved = checkpoint.step
+
+
+@pytest.mark.timeout(300)
+def test_a_training_saves_the_step_it_is_at_and_ends_as_if_nobody_had_ended_it(tmp_path: Path) -> None:
+    whole, ended = (training(tmp_path / name, "torch") for name in ("whole", "ended"))
+    interrupt(ended, tmp_path)
+    for run in (ended, whole):
+        assert pretrain(run) is not None
+    weights = [file_digest(run.model("penalised") / "hf" / "model.safetensors") for run in (whole, ended)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_training_under_deepspeed_does_too(tmp_path: Path) -> None:
+    interrupt(training(tmp_path, "deepspeed"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_scoring_ends_and_goes_on(copied: Callable[..., Config], tmp_path: Path) -> None:
+    config = copied(drop=("scores", "ranking", "mask"))
+    ledger = Path(config.run_dir) / "scores" / "ledger"
+    for number in CODES:
+        process = start("score_corpus", to_mapping(config), tmp_path)
+        end(process, number, lambda: bool(list(ledger.glob("*.attempts"))))
+        for leftover in ledger.glob("*.attempts"):
+            leftover.unlink()  # what the next one starts on is to be its own
+    assert score_corpus(Run(config=config)) is not None

@@ -1,0 +1,116 @@
+"""Signals end a process once, at the right time, with all that it has started, and with the right exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAD = """
+import subprocess, sys, time
+from ifguide import interrupts
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+"""
+WAITS = """
+try:
+    with interrupts.handled():
+        time.sleep(60)
+except KeyboardInterrupt as error:
+    print(error.kept, flush=True)
+    interrupts.end_children()
+    sys.exit(interrupts.exit_code())
+"""
+SAVES = """
+try:
+    with interrupts.handled(), interrupts.deferring():
+        while not interrupts.requested():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        raise interrupts.interruption("step 7 is saved")
+except KeyboardInterrupt as error:
+    print(error.kept, flush=True)
+    interrupts.end_children()
+    sys.exit(interrupts.exit_code())
+"""
+FORGETS = """
+try:
+    with interrupts.handled():
+        with interrupts.deferring():
+            while not interrupts.requested():
+                time.sleep(0.01)
+        print("went on")
+except KeyboardInterrupt as error:
+    print(error.kept, flush=True)
+    interrupts.end_children()
+    sys.exit(interrupts.exit_code())
+"""
+HANGS = """
+interrupts.SECONDS = 0.5
+with interrupts.handled(), interrupts.deferring():
+    time.sleep(60)
+    time.sleep(60)
+"""
+
+
+def run(script: str, *signals: signal.Signals) -> tuple[int, str, str, float, int]:
+    """(exit code, output, errors, seconds from the first signal to the end, process id of what it started)."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", HEAD + script], text=True, **pipes)  # type: ignore[call-overload]
+    child = int(process.stdout.readline())
+    time.sleep(0.3)
+    started = time.monotonic()
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.1)
+    output, errors = process.communicate(timeout=20)
+    return process.returncode, output, errors, time.monotonic() - started, child
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as status:
+        return status.read().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_what_waits_at_once(number: signal.Signals, code: int) -> None:
+    found, output, _, seconds, child = run(WAITS, number)
+    assert (found, output) == (code, "what was finished is kept\n")
+    assert seconds < 2
+    assert not is_running(child)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_asked_to_be_told_saves_first(number: signal.Signals, code: int) -> None:
+    found, output, _, seconds, child = run(SAVES, number)
+    assert (found, output) == (code, "step 7 is saved\n")
+    assert 0.5 < seconds < 3
+    assert not is_running(child)
+
+
+def test_what_was_told_and_did_not_end_is_ended_behind_it() -> None:
+    found, output, *_ = run(FORGETS, signal.SIGTERM)
+    assert (found, output) == (143, "what was finished is kept\n")
+
+
+def test_what_does_not_end_in_time_is_killed_with_all_that_it_started() -> None:
+    found, _, errors, seconds, child = run(HANGS, signal.SIGTERM)
+    assert found == 143
+    assert "ended before all was saved" in errors
+    assert seconds < 3
+    assert not is_running(child)
+
+
+def test_a_second_signal_waits_for_nothing() -> None:
+    found, output, _, seconds, child = run(SAVES.replace("sleep(0.5)", "sleep(30)"), signal.SIGINT, signal.SIGINT)
+    assert (found, output) == (130, "")
+    assert seconds < 2
+    assert not is_running(child)
