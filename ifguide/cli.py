@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ifguide import extras, interrupts
 from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest
-from ifguide.config import OWN, VERBS, Config, load_config, redact, to_yaml
+from ifguide.config import OWN, VERBS, Config, Input, load_config, redact, to_yaml
 from ifguide.datasets import FOLDER, advice
 from ifguide.pipeline import run_pipeline, stage
 from ifguide.storage import location
@@ -111,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument(
         "--shift", type=int, default=0, help="tokens to move it right: 0 acts as in the paper's code (default)"
     )
+    imported.add_argument(
+        "--tokens", metavar="FILE", help="the blocks that the mask was built on: a table of token ids, or a .pt tensor"
+    )
+    imported.add_argument("--tokens-column", default="input_ids", help="the table's column (default input_ids)")
     demo = commands.add_parser("demo", help="make the embedded corpus and run everything on it")
     demo.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     demo.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
@@ -315,17 +319,24 @@ def _export_scores(options: argparse.Namespace) -> int:
 
 
 def _import_mask(options: argparse.Namespace) -> int:
-    from ifguide.interchange import import_mask
+    from ifguide.interchange import check_mask, import_mask
     from ifguide.run import Run
 
     config = _load(options)
     run = Run(config=config)
+    tokens = Input(path=options.tokens, tokens_column=options.tokens_column) if options.tokens else None
     if options.dry_run:
+        check_mask(options.mask, run.corpus, tokens)
         log(options.command, f"would make {run.mask} of {options.mask}, shifted by {options.shift}")
         return 0
     with _holding(options, config):
         summary = import_mask(
-            options.mask, corpus=run.corpus, folder=run.mask, shift=options.shift, config_yaml=to_yaml(config)
+            options.mask,
+            corpus=run.corpus,
+            folder=run.mask,
+            tokens=tokens,
+            shift=options.shift,
+            config_yaml=to_yaml(config),
         ).summary
     log(
         options.command,

@@ -7,7 +7,8 @@
 - Masks: the paper's code (github.com/ztcoalson/IF-Guide) saves one bool tensor (N blocks, T) with torch.save. Its
   trainer shifts mask and labels alike: entry j weighs the loss of predicting token j, as in our masks, so the mask
   acts here as it did there with a shift of 0. It was selected from scores at kronfluence's alignment, though, one
-  token before those it means; shift 1 puts it there.
+  token before those it means; shift 1 puts it there. A tensor does not say which tokens it is of, and any corpus of as
+  many blocks would take it: the blocks that it was built on are compared with the corpus', token by token.
 
 Cost: scores and masks are held in memory whole, 4 bytes and 1 byte a token. It fits nothing, and cannot tell whether
 factors without a manifest were fitted on the proxy's very weights: it checks modules, shapes and values.
@@ -16,8 +17,9 @@ factors without a manifest were fitted on the proxy's very weights: it checks mo
 from __future__ import annotations
 
 import json
-import pickle
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ifguide import schemas
@@ -40,11 +42,13 @@ from ifguide.artifacts import (
     verified_files,
     write_json,
 )
-from ifguide.config import ModelSource, check_names
+from ifguide.config import Input, ModelSource, check_names
+from ifguide.corpus.reading import list_chunks, read_documents
 from ifguide.influence.proxy import load_proxy
 from ifguide.storage import local_copy
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
+TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -55,8 +59,8 @@ def check_factors(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[
     without the parts that DDP, FSDP, `torch.compile` and activation checkpointing put into them.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a module is missing, or found twice, or its factors are of
-            another shape, not finite, or of no sequence.
+        FileNotFoundError: a file is missing. ValueError: a file is damaged; a module is missing, or found twice, or its
+            factors are of another shape, not finite, or of no sequence.
     """
     paths = [folder / f"{name}.safetensors" for name in FACTOR_FILES]
     missing = [path.name for path in paths if not path.is_file()]
@@ -67,7 +71,7 @@ def check_factors(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[
         )
     names: dict[str, str] = {}
     for path in paths:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with _opened(path) as file:
             names = names or _match_names(path, list(file.keys()), shapes)
             for name, (rows, columns) in shapes.items():
                 expected = {
@@ -82,6 +86,16 @@ def check_factors(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[
     return sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(), names
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of tensors. Raises ValueError, naming it, where it is damaged."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or it is damaged ({error}); copy or fit it again") from error
+
+
 def check_proxy_factors(folder: Path, proxy: ModelSource, module_names: Sequence[str]) -> tuple[str, dict[str, str]]:
     """`check_factors` of a local or remote folder, by the shapes of the proxy's modules."""
     model = load_proxy(proxy, gpus=0)
@@ -93,17 +107,18 @@ def check_proxy_factors(folder: Path, proxy: ModelSource, module_names: Sequence
     return check_factors(local_copy(folder), shapes)
 
 
-def _match_names(path: Path, found: list[str], wanted: Mapping[str, Any]) -> dict[str, str]:
+def _match_names(path: Path, names_there: list[str], wanted: Mapping[str, Any]) -> dict[str, str]:
     plain: dict[str, list[str]] = {}
-    for name in found:
+    for name in names_there:
         plain.setdefault(".".join(part for part in name.split(".") if part not in WRAPPERS), []).append(name)
     names = {}
     for name in wanted:
-        candidates = [name] if name in found else plain.get(name, [])
+        candidates = [name] if name in names_there else plain.get(name, [])
         if not candidates:
             raise ValueError(
-                f"{path} holds no factors of {name}, a module of the proxy, only of {', '.join(sorted(found)[:3])}, ..."
-                " Fit them on this proxy with its own module names, all its tracked modules"
+                f"{path} holds no factors of {name}, a module of the proxy, only of"
+                f" {', '.join(sorted(names_there)[:3])}, ... Fit them on this proxy with its own module names, all its"
+                " tracked modules"
             )
         if len(candidates) > 1:
             raise ValueError(f"{path} holds {name} more than once: {', '.join(sorted(candidates))}")
@@ -171,27 +186,24 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str, max_gi
     return folder
 
 
-def import_mask(path: Path, *, corpus: Path, folder: Path, shift: int, config_yaml: str) -> Manifest:
+def import_mask(
+    path: Path, *, corpus: Path, folder: Path, tokens: Input | None, shift: int, config_yaml: str
+) -> Manifest:
     """Publish the paper's mask file as the `mask/` artifact `folder` of `corpus`, where `pretrain` finds it.
+
+    `tokens`: the blocks that the mask was built on, one a row; as they are given to `pack_corpus` to make the corpus.
 
     Entry j of the file masks token j + `shift` of the same block. What cannot be masked (a block's first token, its
     padding, what a shift moves out of its block) is dropped and counted in the summary.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not such a mask, or not of this corpus' number of blocks and
-            block size. MismatchError: `folder` holds another mask.
+        FileNotFoundError: no such file. ValueError: not such a mask, or not of this corpus' blocks.
+        MismatchError: `folder` holds another mask.
     """
     blocks = require(corpus, "pack_corpus")
-    masked_NT = read_mask(path)
-    block_size = int(blocks.summary["block_size"])
-    if masked_NT.shape != (blocks.rows["blocks"], block_size):
-        raise ValueError(
-            f"{path} masks {masked_NT.shape[0]:,} blocks of {masked_NT.shape[1]:,} tokens, {corpus} has"
-            f" {blocks.rows['blocks']:,} of {block_size:,}: pack the documents that the mask was built on, in their"
-            " order, with its block size and tokenizer"
-        )
-    if abs(shift) >= block_size:
-        raise ValueError(f"--shift {shift}: blocks have only {block_size} tokens")
+    masked_NT = check_mask(path, corpus, tokens)
+    if abs(shift) >= masked_NT.shape[1]:
+        raise ValueError(f"--shift {shift}: blocks have only {masked_NT.shape[1]} tokens")
     digest = file_digest(path)
     artifact = open_artifact(
         folder,
@@ -206,12 +218,62 @@ def import_mask(path: Path, *, corpus: Path, folder: Path, shift: int, config_ya
     summary = {
         "source": str(path.absolute()),
         "sha256": digest,
+        "tokens_of": tokens.path if tokens else None,
         "tokens_masked": int(counts[1]),
         "tokens_dropped": int(masked_NT.sum()) - int(counts[1]),
         "predicted_tokens": int(counts[2]),
     }
     rows = {"blocks": int(counts[0]), "tokens": int(counts[1])}
     return artifact.finish(data_files(folder), rows=rows, summary=summary)
+
+
+def check_mask(path: Path, corpus: Path, tokens: Input | None) -> np.ndarray:
+    """The (N, T) bools of a mask file, if it is of this corpus' blocks; as `import_mask`, which it raises as."""
+    blocks = require(corpus, "pack_corpus")
+    masked_NT, block_size = read_mask(path), int(blocks.summary["block_size"])
+    advice = "pack the blocks that the mask was built on, by pack_corpus.inputs with their tokens_column"
+    if masked_NT.shape != (blocks.rows["blocks"], block_size):
+        raise ValueError(
+            f"{path} masks {masked_NT.shape[0]:,} blocks of {masked_NT.shape[1]:,} tokens, {corpus} has"
+            f" {blocks.rows['blocks']:,} of {block_size:,}: {advice}"
+        )
+    if tokens is None:
+        raise ValueError(
+            f"{path} does not say which tokens it masks: name the file of the blocks that it was built on, --tokens"
+            " FILE (their ids in a column `input_ids`, or --tokens-column NAME)"
+        )
+    given = _given_blocks(tokens)
+    for block, own in enumerate(_corpus_blocks(corpus)):
+        where, ids = next(given, (f"what follows the last block of {tokens.path}", np.zeros(0, np.int32)))
+        if not np.array_equal(own, ids[: len(own)]) or len(set(ids[len(own) :].tolist())) > 1:  # more is padding
+            raise ValueError(f"{where} is not block {block} of {corpus}, so {path} is no mask of it: {advice}")
+    if next(given, None) is not None:
+        raise ValueError(f"{tokens.path} has more than the {blocks.rows['blocks']:,} blocks of {corpus}: {advice}")
+    return masked_NT
+
+
+def _corpus_blocks(corpus: Path) -> Iterator[np.ndarray]:
+    """The tokens of each block, without its padding."""
+    for path in verified_files(corpus):
+        table = schemas.read_table(path, columns=["length", "tokens"])
+        lengths = table.column("length").to_numpy()
+        for length, ids in zip(lengths, schemas.per_token_array(table, "tokens"), strict=True):
+            yield ids[:length]
+
+
+def _given_blocks(tokens: Input) -> Iterator[tuple[str, np.ndarray]]:
+    """Where each row of a file of blocks is, and its tokens."""
+    if tokens.path.endswith(TENSOR_SUFFIXES):
+        yield from (
+            (f"{tokens.path}, row {row}", ids) for row, ids in enumerate(_tensor(local_copy(tokens.path)).numpy())
+        )
+        return
+    for chunk in list_chunks(tokens, 0, chunk_bytes=2**62, dotted_key="--tokens"):
+        for document in read_documents(chunk, tokens, first_row=0):
+            where = f"{chunk.name}, row {document.row}"
+            if document.tokens is None:
+                raise ValueError(f"{where}: {document.reason}")
+            yield where, document.tokens
 
 
 def _write_shards(files: list[Path], masked_NT: np.ndarray, shift: int, folder: Path) -> Iterator[tuple[int, int, int]]:
@@ -238,15 +300,27 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         FileNotFoundError: no such file. ValueError: something else is in it.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; name the mask that the paper's code saved with torch.save")
-    try:
-        mask = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a tensor that torch.save wrote ({type(error).__name__})") from error
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.is_floating_point() or mask.is_complex():
-        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"{path} holds {found}; a mask is one bool tensor (blocks, tokens)")
+    mask = _tensor(path)
     if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(f"{path} holds values other than 0 and 1; a mask is one bool tensor (blocks, tokens)")
     return mask.bool().numpy()
+
+
+def _tensor(path: Path) -> torch.Tensor:
+    """The (N, T) tensor of bools or integers that a file holds."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; name a tensor that torch.save wrote")
+    try:
+        if zipfile.is_zipfile(path):  # whose checksums torch.load does not look at
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise whatever the unpickler stumbles on
+        raise ValueError(
+            f"{path} is not a tensor that torch.save wrote, or it is damaged ({type(error).__name__}); save it again"
+        ) from error
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_floating_point() or tensor.is_complex():
+        content = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f"{path} holds {content}; a mask is one bool tensor (blocks, tokens)")
+    return tensor

@@ -5,7 +5,8 @@ entry j of `token_score` and `masked` speaks of predicting token j of the block.
 (score 0, never masked), and neither have padded entries j >= `length`; only a corpus' last block is padded.
 
 Documents lie end to end in one token stream cut into blocks: document d covers stream positions
-[token_start, token_start + num_tokens), its closing EOS included; position p is entry p % T of block p // T.
+[token_start, token_start + num_tokens), its closing EOS included (of a document that came as token ids the last of
+them, which stands for it; its tokens stand for characters); position p is entry p % T of block p // T.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DOCUMENTS = pa.schema(
         pa.field("doc_id", pa.int64(), nullable=False),  # place in the stream: 0, 1, 2, ...
         pa.field("source", pa.string(), nullable=False),  # name of the input file, or hub dataset
         pa.field("row", pa.int64(), nullable=False),  # row in that file
-        pa.field("num_chars", pa.int64(), nullable=False),
+        pa.field("num_chars", pa.int64(), nullable=False),  # of one that came as token ids: num_tokens - 1
         pa.field("num_tokens", pa.int64(), nullable=False),  # with its EOS
         pa.field("token_start", pa.int64(), nullable=False),  # stream position of its first token
         pa.field("block_id", pa.int64(), nullable=False),  # token_start // T

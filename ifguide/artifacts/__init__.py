@@ -4,7 +4,7 @@
 `reading` verifies what is read, `lock` keeps a run directory to one driver.
 """
 
-from ifguide.artifacts.artifact import Artifact, environment, open_artifact
+from ifguide.artifacts.artifact import Artifact, discard_if_mended, environment, open_artifact
 from ifguide.artifacts.files import (
     FileEntry,
     data_files,
@@ -48,6 +48,7 @@ __all__ = [
     "MismatchError",
     "damaged_files",
     "data_files",
+    "discard_if_mended",
     "environment",
     "file_digest",
     "file_entry",

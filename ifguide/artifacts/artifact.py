@@ -116,6 +116,19 @@ def open_artifact(
     return artifact
 
 
+def discard_if_mended(folder: Path, files: Mapping[str, Any]) -> bool:
+    """Remove unfinished work on the same files with other contents: they were mended since. `files`: the option of that
+    name, by path. Returns whether there was such work; what is complete stays, for `open_artifact` to refuse."""
+    if (folder / MANIFEST).exists() or not (folder / PLAN).exists():
+        return False
+    begun = read_json(folder / PLAN)["options"].get("files", {})
+    wanted = json.loads(json.dumps(redact(files)))
+    if begun.keys() != wanted.keys() or begun == wanted:
+        return False
+    remove_tree(folder)
+    return True
+
+
 def _remove_scratch(folder: Path) -> None:
     """What is left of the work on a complete artifact; the plan, which names it, goes last."""
     for name in read_json(folder / PLAN).get(SCRATCH, ()):

@@ -366,6 +366,9 @@ def _check_across(config: Config) -> None:
         )
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
+    for index, source in enumerate(config.pack_corpus.inputs):
+        if source.tokens_column is not None:
+            _check_tokens(config, source, f"pack_corpus.inputs[{index}].tokens_column")
     check_evaluate(config.evaluate)
     check_names("compare.methods", config.compare.methods, of="a folder")
     check_compare(config.compare, config.evaluate.models)
@@ -373,3 +376,14 @@ def _check_across(config: Config) -> None:
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:
             raise ConfigError(f"{name}: set either source or architecture, not both")
+
+
+def _check_tokens(config: Config, source: Input, key: str) -> None:
+    if source.spans_column is not None or source.text_column != Input.text_column:
+        other = "spans_column" if source.spans_column is not None else "text_column"
+        raise ConfigError(f"{key}: token ids have no text; unset {other}")
+    if config.pack_corpus.train_tokenizer is not None or config.pretrain.has_own_tokenizer:
+        raise ConfigError(
+            f"{key}: token ids are of one tokenizer, and there is no text to train another on or to pack with it; unset"
+            " pack_corpus.train_tokenizer, pretrain.tokenizer and pretrain.train_tokenizer"
+        )

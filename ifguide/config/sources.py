@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ifguide.config.typed_yaml import option
+from ifguide.config.typed_yaml import ConfigError, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,8 @@ class Input:
     Attributes:
         path: a file, a glob, a folder, or `hf://name[:split]`.
         text_column: column of the text.
+        tokens_column: column of token ids of the corpus' tokenizer, in place of text. Each row is a document of these
+            tokens; nothing is added to them.
         spans_column: column of [[start, end), ...] character spans to carry along as token annotations.
         rows: keep rows start <= row < stop, counted over the whole input.
         subset: the configuration of a hub dataset that has several.
@@ -26,10 +28,22 @@ class Input:
 
     path: str
     text_column: str = "text"
+    tokens_column: str | None = None
     spans_column: str | None = None
     rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
     subset: str | None = None
     revision: str | None = None
+
+    @property
+    def column(self) -> str:
+        """The column of what a document holds."""
+        return self.text_column if self.tokens_column is None else self.tokens_column
+
+
+def check_text(source: Input, dotted_key: str) -> None:
+    """Raises ConfigError where an input is of token ids and texts are needed."""
+    if source.tokens_column is not None:
+        raise ConfigError(f"{dotted_key}.tokens_column: texts are needed here; name a file with a text_column")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,17 +72,21 @@ def token_table(
         read += 1
         if not start <= first_input_row + document.row < stop:
             continue
-        if document.reason is None:
+        reason = document.reason or _unknown_token(document, tokenizer)
+        if reason is None:
             good.append(document)
         else:
-            bad.append({"source": redact(chunk.name), "row": document.row, "reason": document.reason})
+            bad.append({"source": redact(chunk.name), "row": document.row, "reason": reason})
     names = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
-    encoded: list[Encoded] = []
-    for i in range(0, len(good), TOKENISE_BATCH):
-        encoded += tokenise(good[i : i + TOKENISE_BATCH], tokenizer, annotate=annotate)
+    encoded = [_as_given(document.tokens, annotate=annotate) for document in good if document.tokens is not None]
+    texts = [
+        document for document in good if document.tokens is None
+    ]  # none, where there are ids: an input has one kind
+    for i in range(0, len(texts), TOKENISE_BATCH):
+        encoded += tokenise(texts[i : i + TOKENISE_BATCH], tokenizer, annotate=annotate)
     columns: dict[str, Any] = {
         "row": pa.array([document.row for document in good], type=pa.int64()),
-        "num_chars": pa.array([len(document.text) for document in good], type=pa.int64()),
+        "num_chars": pa.array([document.num_chars for document in good], type=pa.int64()),
         "num_tokens": pa.array([len(document.tokens) for document in encoded], type=pa.int64()),
         "tokens": pa.array([document.tokens for document in encoded], type=pa.large_list(pa.int32())),
         "stops": pa.array([document.stops for document in encoded], type=pa.large_list(pa.int32())),
@@ -91,6 +95,18 @@ def token_table(
     if annotate:
         columns["annotated"] = pa.array([document.annotated for document in encoded], type=pa.large_list(pa.bool_()))
     return pa.table(columns), bad, read
+
+
+def _as_given(tokens: np.ndarray, *, annotate: bool) -> Encoded:
+    """A document of token ids alone: a token counts as a character of its text, and the last one as what closes it."""
+    stops = np.arange(1, len(tokens) + 1, dtype=np.int32)
+    return Encoded(tokens, stops, np.zeros(len(tokens), bool) if annotate else None)
+
+
+def _unknown_token(document: RawDocument, tokenizer: Any) -> str | None:
+    if document.tokens is None or (largest := int(document.tokens.max())) < len(tokenizer):
+        return None
+    return f"token id {largest} is none of the tokenizer's {len(tokenizer)}"
 
 
 def stream_order(counts: Sequence[int], *, interleave: bool) -> tuple[np.ndarray, np.ndarray]:

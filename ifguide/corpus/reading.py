@@ -4,6 +4,8 @@ A chunk is a byte range of a JSON-lines file, row groups of a Parquet file, a wh
 file, or a shard of a hub dataset. Rows keep their number in their file, so that chunk size changes nothing in the
 result. Blank lines are no rows. Nothing is deduplicated or filtered.
 
+With `tokens_column` a document is a row's token ids, as they are.
+
 A JSON file is a list of objects, which are rows, one object with the text column, or lists of strings alone, at any
 depth of lists and objects, each string a document (BOLD's form). Anything else is an error: what its documents are
 cannot be told.
@@ -14,12 +16,15 @@ from __future__ import annotations
 import codecs
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ifguide.config import Input
-from ifguide.records.files import Kind, holds_json_lines, is_compressed, kind_of, list_files
+from ifguide.records.files import DOCUMENTS, TABLES, Kind, holds_json_lines, is_compressed, kind_of, list_files
 from ifguide.records.rows import (
     arrow_rows,
     decode_json_line,
@@ -54,12 +59,18 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class RawDocument:
-    """One row of an input: `text`, or the `reason` for which it is a bad row."""
+    """One row of an input: `text`, or `tokens` (n,) int32 in its place, or the `reason` for which it is a bad row."""
 
     row: int
     text: str = ""
     spans: tuple[tuple[int, int], ...] = ()
     reason: str | None = None
+    tokens: NDArray[np.int32] | None = field(default=None, compare=False)
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of the text; of token ids, one for each but the last, which closes the document."""
+        return len(self.text) if self.tokens is None else len(self.tokens) - 1
 
 
 def list_chunks(source: Input, input_index: int, *, chunk_bytes: int, dotted_key: str) -> list[Chunk]:
@@ -73,10 +84,10 @@ def list_chunks(source: Input, input_index: int, *, chunk_bytes: int, dotted_key
         count = _open_hub(source).num_shards
         return [Chunk(input_index=input_index, kind="hub", path=source.path, start=i, stop=count) for i in range(count)]
     chunks = []
-    for path in list_files(source.path, dotted_key):
+    for path in list_files(source.path, dotted_key, DOCUMENTS if source.tokens_column is None else TABLES):
         kind = kind_of(path)
         assert kind is not None
-        if kind == "json" and holds_json_lines(path, source.text_column):
+        if kind == "json" and holds_json_lines(path, source.column):
             kind = "jsonl"
         for start, stop in _cut(path, kind, chunk_bytes):
             chunks.append(Chunk(input_index=input_index, kind=kind, path=str(path), start=start, stop=stop))
@@ -102,7 +113,7 @@ def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[R
 
 
 def _rows(chunk: Chunk, source: Input) -> Iterator[Any]:
-    path, columns = location(chunk.path), [source.text_column, *([source.spans_column] if source.spans_column else [])]
+    path, columns = location(chunk.path), [source.column, *([source.spans_column] if source.spans_column else [])]
     if chunk.kind == "jsonl":
         return map(decode_json_line, _read_lines(chunk))
     if chunk.kind == "parquet":
@@ -112,7 +123,7 @@ def _rows(chunk: Chunk, source: Input) -> Iterator[Any]:
     if chunk.kind == "hub":
         return _hub_shard(chunk, source)
     if chunk.kind == "json":
-        return _json_rows(path, source.text_column)
+        return _json_rows(path, source)
     return iter([_decode_text(read_whole(path), source.text_column)])
 
 
@@ -146,21 +157,21 @@ def _decode_text(content: bytes, column: str) -> Any:
         return f"not UTF-8 ({error.reason} at byte {error.start})"
 
 
-def _json_rows(path: Path, text_column: str) -> Iterator[Any]:
+def _json_rows(path: Path, source: Input) -> Iterator[Any]:
     """The rows of a JSON file; see the module."""
     tree = read_json(path)
-    if isinstance(tree, dict) and text_column in tree:
+    if isinstance(tree, dict) and source.column in tree:
         yield tree
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         yield from tree
     else:
         texts = list(_listed(tree))
-        if text_column != Input.text_column or not all(isinstance(text, str) for text in texts):
+        if source.column != Input.text_column or not all(isinstance(text, str) for text in texts):
             raise ValueError(
-                f"{path}: neither a list of objects, nor one object with {text_column!r}, nor lists of strings alone"
+                f"{path}: neither a list of objects, nor one object with {source.column!r}, nor lists of strings alone"
                 f" (for `text_column: {Input.text_column}`); write its rows as JSON lines"
             )
-        yield from ({text_column: text} for text in texts)
+        yield from ({source.column: text} for text in texts)
 
 
 def _listed(tree: Any) -> Iterator[Any]:
@@ -195,6 +206,8 @@ def _check_row(row: int, content: Any, source: Input) -> RawDocument:
         return RawDocument(row=row, reason=content)
     if not isinstance(content, dict):
         return RawDocument(row=row, reason=f"a {type(content).__name__}, not an object")
+    if source.tokens_column is not None:
+        return _check_tokens(row, content.get(source.tokens_column), source.tokens_column)
     text = content.get(source.text_column)
     if not isinstance(text, str):
         what = "missing" if text is None else f"a {type(text).__name__}, not a string"
@@ -211,3 +224,18 @@ def _check_row(row: int, content: Any, source: Input) -> RawDocument:
     if any(not 0 <= start <= stop <= len(text) for start, stop in pairs):
         return RawDocument(row=row, reason=f"column {source.spans_column!r} has a span outside the text")
     return RawDocument(row=row, text=text, spans=pairs)
+
+
+def _check_tokens(row: int, value: Any, column: str) -> RawDocument:
+    try:
+        ids = np.array(value if isinstance(value, list) else None)
+    except ValueError:  # lists of lists of several lengths
+        ids = np.zeros(0)
+    if ids.ndim != 1 or not len(ids) or ids.dtype.kind != "i":
+        what = "missing" if value is None else "not a list of token ids"
+        return RawDocument(row=row, reason=f"column {column!r} is {what}")
+    if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        return RawDocument(
+            row=row, reason=f"column {column!r} holds {ids.min() if ids.min() < 0 else ids.max()}, which is no token id"
+        )
+    return RawDocument(row=row, tokens=ids.astype(np.int32))

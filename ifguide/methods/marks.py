@@ -75,7 +75,8 @@ def mark_texts(corpus: PackedCorpus, folder: Path, shard: int, tokenizer: Any, f
             if len(texts[-1]) != num_chars:
                 raise ValueError(
                     f"{corpus.folder}: document {own} had {num_chars} characters and decodes to {len(texts[-1])}:"
-                    " its tokenizer does not give the text back; compare with a byte-level one"
+                    " its tokenizer does not give the text back, or it came as token ids; compare with a byte-level"
+                    " one, on texts"
                 )
     found = [np.array(spans, np.float64).reshape(-1, 2) for spans in find(texts)]
     return _write(folder, shard, documents, found)

@@ -32,6 +32,7 @@ Kind = Literal["jsonl", "parquet", "arrow", "text", "json"]
 KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text",
 }  # fmt: skip
+DOCUMENTS: tuple[Kind, ...] = ("jsonl", "json", "parquet", "arrow", "text")
 TABLES: tuple[Kind, ...] = ("jsonl", "json", "parquet", "arrow")
 COLUMNAR: tuple[Kind, ...] = ("parquet", "arrow")  # compressed within
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
@@ -42,7 +43,7 @@ SHOWN_FILES = 10
 FIRST_LINE_BYTES = 2**26  # of a .json file: longer ones are no JSON lines
 
 
-def list_files(path: str, dotted_key: str, kinds: Collection[Kind] = tuple(KINDS.values())) -> list[Path]:
+def list_files(path: str, dotted_key: str, kinds: Collection[Kind] = DOCUMENTS) -> list[Path]:
     """The files of an input in reading order.
 
     Raises:

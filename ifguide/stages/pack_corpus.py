@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import Manifest
+from ifguide.artifacts import Manifest, discard_if_mended
 from ifguide.config import Config, ConfigError
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
@@ -42,7 +42,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     Raises:
         FileNotFoundError: an input is missing. StageError: more than `max_bad_rows` bad rows.
         ValueError: no documents, or fewer tokens than one block.
-        MismatchError: a corpus that is there is of other inputs.
+        MismatchError: a finished corpus that is there is of other inputs.
     """
     if not run.config.pack_corpus.inputs:
         raise ConfigError("pack_corpus.inputs: name at least one file, folder or hf:// dataset")
@@ -62,6 +62,9 @@ def _pack(run: Run, *, dry_run: bool) -> Manifest | None:
         log(VERB, f"would tokenise {len(chunks)} chunks of {len(paths)} inputs with {source}")
         return None
     files = _input_files(run, chunks)
+    contents = {path: {"bytes": file.bytes, "sha256": file.sha256} for path, file in files.items()}
+    if discard_if_mended(run.corpus, contents):
+        log(VERB, "inputs have changed since this corpus was begun; it is begun anew")
     artifact = run.open(
         run.corpus,
         VERB,
@@ -69,7 +72,7 @@ def _pack(run: Run, *, dry_run: bool) -> Manifest | None:
         inputs={},
         extra={
             "tokenizer": source,
-            "files": {path: {"bytes": file.bytes, "sha256": file.sha256} for path, file in files.items()},
+            "files": contents,
         },
     )
     write_inputs(run.corpus, files)

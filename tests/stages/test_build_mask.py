@@ -175,7 +175,13 @@ def test_an_imported_mask_is_trained_with_and_reported(
     torch.save(torch.from_numpy(before.copy()), tmp_path / "mask.pt")
     config = copied(drop=("mask", "ranking", "model/penalised", "generations", "report"), pretrain__epochs=0.2)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert main(["import-mask", "--config", str(tmp_path / "config.yaml"), str(tmp_path / "mask.pt")]) == 0
+    blocks, lengths = (columns(Run(config=finished).corpus, name) for name in ("tokens", "length"))
+    rows = [ids[:length].tolist() for ids, length in zip(blocks, lengths, strict=True)]
+    pq.write_table(pa.table({"input_ids": rows}), tmp_path / "chunks.parquet")
+    command = ["import-mask", "--config", str(tmp_path / "config.yaml"), str(tmp_path / "mask.pt")]
+    assert main(command) == 1
+    assert "--tokens FILE" in capsys.readouterr().err
+    assert main([*command, "--tokens", str(tmp_path / "chunks.parquet")]) == 0
     run = Run(config=config)
     np.testing.assert_array_equal(columns(run.mask, "masked"), before)
     model = stage("pretrain")(run)

@@ -3,15 +3,18 @@ as the paper's code saves them."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments
 from kronfluence.score.pairwise import load_pairwise_scores
@@ -24,10 +27,10 @@ from transformers import PreTrainedModel
 from ifguide import schemas
 from ifguide.artifacts import MismatchError, data_files, open_artifact, read_manifest
 from ifguide.cli import main
-from ifguide.config import OWN
+from ifguide.config import OWN, Input
 from ifguide.influence.factors import NextTokenTask
 from ifguide.influence.query import load_factors
-from ifguide.interchange import FACTOR_FILES, check_factors, export_scores, import_mask, read_mask
+from ifguide.interchange import FACTOR_FILES, check_factors, check_mask, export_scores, import_mask, read_mask
 from ifguide.models import tracked_modules
 from ifguide.training.blocks import TrainingBlocks, flatten_blocks
 from tests.tiny import random_blocks, tiny_model
@@ -148,6 +151,14 @@ def test_factors_of_another_width_are_refused(fitted: Path) -> None:
         check_factors(fitted, shapes)
 
 
+def test_a_damaged_file_of_factors_is_named(fitted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(fitted, tmp_path / "cut")
+    path = folder / "lambda_matrix.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"lambda_matrix\.safetensors is no safetensors file, or it is damaged"):
+        check_factors(folder, shapes_of(tiny_model("gpt_neox")))
+
+
 def test_the_analysis_folder_instead_of_its_factors_is_refused(fitted: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"name the folder factors_<name> itself"):
         check_factors(fitted.parent, shapes_of(tiny_model("gpt_neox")))
@@ -255,9 +266,24 @@ def saved_mask(path: Path, *places: tuple[int, int], dtype: torch.dtype = torch.
     return path
 
 
+def given_blocks(run_dir: Path) -> list[list[int]]:
+    """The blocks as the paper's code has them; the last one is shorter."""
+    tables = [schemas.read_table(path) for path in data_files(run_dir / "corpus")]
+    blocks = np.concatenate([schemas.per_token_array(table, "tokens") for table in tables])
+    return [ids[:length].tolist() for ids, length in zip(blocks, LENGTHS, strict=True)]
+
+
+def blocks_of(run_dir: Path, path: Path, change: Callable[[list[list[int]]], Any] = lambda blocks: blocks) -> Input:
+    """A file of the blocks that the run's corpus was packed of, after a change."""
+    pq.write_table(pa.table({"input_ids": change(given_blocks(run_dir))}), path)
+    return Input(path=str(path), tokens_column="input_ids")
+
+
 def imported(run_dir: Path, path: Path, shift: int = 0) -> set[tuple[int, int]]:
     """What `pretrain` gets of the mask."""
-    import_mask(path, corpus=run_dir / "corpus", folder=run_dir / "mask", shift=shift, config_yaml="seed: 0\n")
+    tokens = blocks_of(run_dir, path.with_name("chunks.parquet"))
+    folders = {"corpus": run_dir / "corpus", "folder": run_dir / "mask"}
+    import_mask(path, **folders, tokens=tokens, shift=shift, config_yaml="seed: 0\n")
     blocks = path.with_suffix(".blocks")
     flatten_blocks(run_dir / "corpus", run_dir / "mask", blocks)
     masked = TrainingBlocks(blocks).masked
@@ -308,6 +334,44 @@ def test_a_mask_of_another_corpus_is_refused_with_both_sizes(
     assert not (run_dir / "mask").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda blocks: [*blocks[:2], [*blocks[2][:-1], 0], *blocks[3:]], r"chunks.parquet, row 2 is not block 2 of"),
+        (lambda blocks: blocks[::-1], r"chunks.parquet, row 0 is not block 0"),
+        (lambda blocks: [[*block[1:], 0] for block in blocks], r"row 0 is not block 0"),
+        (lambda blocks: blocks[:-1], r"what follows the last block of .*chunks.parquet is not block 4"),
+        (lambda blocks: [*blocks, blocks[0]], r"has more than the 5 blocks of"),
+        (lambda blocks: [*blocks[:4], blocks[4] + [7, 8]], r"row 4 is not block 4"),  # what would have been packed
+        (lambda blocks: [*blocks[:4], None], r"row 4: column 'input_ids' is missing"),
+    ],
+)
+def test_a_mask_of_as_many_blocks_but_other_tokens_is_refused(run_dir: Path, tmp_path: Path, change, message) -> None:
+    path = saved_mask(tmp_path / "m.pt", (0, 1))
+    folders = {"corpus": run_dir / "corpus", "folder": run_dir / "mask"}
+    tokens = blocks_of(run_dir, tmp_path / "chunks.parquet", change)
+    with pytest.raises(ValueError, match=message):
+        import_mask(path, **folders, tokens=tokens, shift=0, config_yaml="")
+    with pytest.raises(ValueError, match=r"m\.pt does not say which tokens it masks: name .* --tokens FILE"):
+        import_mask(path, **folders, tokens=None, shift=0, config_yaml="")
+    assert not (run_dir / "mask").exists()
+
+
+@pytest.mark.parametrize("kind", ["saved", "jsonl", "pt"])
+def test_the_blocks_may_be_of_any_format_and_padded(run_dir: Path, tmp_path: Path, kind: str) -> None:
+    rows = [ids + [0] * (T - len(ids)) for ids in given_blocks(run_dir)]
+    if kind == "saved":  # as the paper's code keeps them
+        Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(tmp_path / "chunks")
+    elif kind == "jsonl":
+        (tmp_path / "chunks.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in rows))
+    else:
+        torch.save(torch.tensor(rows), tmp_path / "chunks.pt")
+    place = tmp_path / ("chunks" if kind == "saved" else f"chunks.{kind}")
+    tokens = Input(path=str(place), tokens_column="input_ids")
+    mask = check_mask(saved_mask(tmp_path / "m.pt", (1, 2)), run_dir / "corpus", tokens)
+    assert np.argwhere(mask).tolist() == [[1, 2]]
+
+
 class Untrusted:
     def __reduce__(self):
         return (print, ("this must never run",))
@@ -339,3 +403,23 @@ def test_a_damaged_mask_file_is_named(content: bytes, tmp_path: Path) -> None:
         read_mask(tmp_path / "m.pt")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt does not exist"):
         read_mask(tmp_path / "nowhere.pt")
+
+
+def test_no_flipped_bit_and_no_cut_of_a_mask_file_passes_for_another_mask(tmp_path: Path) -> None:
+    path = saved_mask(tmp_path / "m.pt", (0, 3), (2, 1))
+    whole, content = read_mask(path), path.read_bytes()
+    damages = [content[:size] for size in range(0, len(content), 37)]
+    for place in range(0, len(content), 13):
+        damages.append(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+
+    def refusal(damaged: bytes) -> str | None:
+        path.write_bytes(damaged)
+        try:
+            assert np.array_equal(read_mask(path), whole)  # what the file does not need was hit
+        except ValueError as error:
+            return str(error)
+        return None
+
+    refusals = [text for text in map(refusal, damages) if text is not None]
+    assert all("m.pt" in text for text in refusals)
+    assert len(refusals) > len(damages) / 4

@@ -16,6 +16,7 @@ from ifguide.artifacts import (
     Artifact,
     Manifest,
     MismatchError,
+    discard_if_mended,
     data_files,
     file_digest,
     file_entry,
@@ -280,3 +281,21 @@ def test_a_manifest_in_which_a_figure_has_changed_is_refused(tmp_path):
     for read in (lambda: read_manifest(tmp_path), lambda: require(tmp_path, "v"), lambda: opened(tmp_path)):
         with pytest.raises(ValueError, match=r"manifest\.json has changed since it was written"):
             read()
+
+
+def test_unfinished_work_on_files_that_were_mended_since_is_discarded(tmp_path: Path) -> None:
+    folder, begun = tmp_path / "corpus", {"a": {"sha256": "1"}, "b": {"sha256": "2"}}
+    mended = {**begun, "b": {"sha256": "3"}}
+    assert not discard_if_mended(folder, begun)  # nothing is there
+    options = {"verb": "v", "inputs": {}, "config_yaml": ""}
+    artifact = open_artifact(folder, options={"files": begun}, **options)
+    assert not discard_if_mended(folder, begun)
+    assert not discard_if_mended(folder, {"a": {"sha256": "1"}})  # other files: for `open_artifact` to refuse
+    assert (folder / PLAN).exists()
+    assert discard_if_mended(folder, mended)
+    assert not folder.exists()
+    artifact = open_artifact(folder, options={"files": mended}, **options)
+    artifact.finish([], rows={}, summary={})
+    assert not discard_if_mended(folder, begun)
+    with pytest.raises(MismatchError, match=r"files\.b\.sha256 was"):
+        open_artifact(folder, options={"files": begun}, **options)

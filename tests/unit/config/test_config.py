@@ -255,7 +255,8 @@ def test_an_option_that_changes_results_changes_the_result_options_of_its_sectio
 def test_section_mapping_is_plain_json():
     mapping = to_mapping(Input(path="a", rows=(1, 2)))
     assert mapping == {
-        "path": "a", "text_column": "text", "spans_column": None, "rows": [1, 2], "subset": None, "revision": None,
+        "path": "a", "text_column": "text", "tokens_column": None, "spans_column": None, "rows": [1, 2], "subset": None,
+        "revision": None,
     }  # fmt: skip
 
 
@@ -304,6 +305,22 @@ def test_files_that_extend_each_other_or_nothing_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("source", "others", "message"),
+    [
+        ({"spans_column": "s"}, {}, "token ids have no text; unset spans_column"),
+        ({"text_column": "t"}, {}, "token ids have no text; unset text_column"),
+        ({}, {"pack_corpus": {"train_tokenizer": 300}}, "token ids are of one tokenizer"),
+        ({}, {"proxy": "p", "pretrain": {"tokenizer": "other"}}, "token ids are of one tokenizer"),
+        ({}, {"proxy": "p", "pretrain": {"train_tokenizer": 300}}, "token ids are of one tokenizer"),
+    ],
+)
+def test_token_ids_do_not_go_with_what_needs_text(source, others, message):
+    packed = {**others.get("pack_corpus", {}), "inputs": ["b", {"path": "a", "tokens_column": "ids", **source}]}
+    with pytest.raises(ConfigError, match=rf"^pack_corpus\.inputs\[1\]\.tokens_column: {message}"):
+        config_from_mapping({**others, "pack_corpus": packed})
+
+
+@pytest.mark.parametrize(
     ("evaluate", "message"),
     [
         ({"models": {"a/b": "x"}}, r"evaluate\.models: 'a/b' names files"),
@@ -312,6 +329,8 @@ def test_files_that_extend_each_other_or_nothing_are_refused(tmp_path):
         ({"report": "../report"}, r"evaluate\.report"),
         ({"balanced": True}, r"evaluate\.max_prompts"),
         ({"classifiers": {"implicit": {"nam": "x"}}}, r"evaluate\.classifiers\.implicit\.name"),
+        ({"heldout": ["a", {"path": "b", "tokens_column": "c"}]}, r"evaluate\.heldout\[1\]\.tokens_column: texts are"),
+        ({"cloze": {"path": "b", "tokens_column": "c"}}, r"evaluate\.cloze\.tokens_column: texts are needed"),
     ],
 )
 def test_evaluations_that_cannot_be_are_refused(evaluate, message):

@@ -2,18 +2,22 @@
 
 import dataclasses
 import itertools
+import json
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ifguide.config import Input
 from ifguide.corpus.packing import merge_order, pack, stream_order, token_table, tokenise
-from ifguide.corpus.reading import RawDocument, list_chunks
+from ifguide.corpus.reading import RawDocument, list_chunks, read_documents
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from tests.unit.corpus.test_reading import TEXTS, write_jsonl
 
@@ -149,3 +153,68 @@ def test_the_name_of_a_special_token_in_a_text_is_text_unless_asked_otherwise(tm
     table, _, _ = token_table(chunk, source, reader, first_input_row=0, annotate=False)
     assert table.column("special_texts").to_pylist() == [2]
     assert table.column("tokens").to_pylist()[0].count(tokenizer.eos_token_id) == (3 if special_text else 1)
+
+
+# ---- documents of token ids ------------------------------------------------------------------------------
+
+
+def test_token_ids_are_packed_as_they_are(tmp_path, tokenizer):
+    """As the paper's own blocks: no EOS between documents, what is left over dropped, one row a block."""
+    stream = tokenizer(" ".join(TEXTS))["input_ids"]
+    rows = [stream[i : i + 4] for i in range(0, len(stream) - 3, 4)]
+    pq.write_table(pa.table({"input_ids": rows, "labels": rows}), tmp_path / "chunks.parquet")
+    Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "chunks.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in rows))
+    for path in ("chunks.parquet", "saved", "chunks.jsonl"):
+        source = Input(path=str(tmp_path / path), tokens_column="input_ids")
+        (chunk,) = list_chunks(source, 0, chunk_bytes=10**9, dotted_key="k")
+        table, bad, read = token_table(chunk, source, tokenizer, first_input_row=0, annotate=True)
+        assert (read, bad) == (len(rows), [])
+        assert table.column("tokens").to_pylist() == rows
+        assert table.column("num_chars").to_pylist() == [3] * len(rows)
+        assert table.column("stops").to_pylist() == [[1, 2, 3, 4]] * len(rows)  # the last one closes the document
+        assert table.column("annotated").to_pylist() == [[False] * 4] * len(rows)
+        assert table.column("special_texts").to_pylist() == [0] * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        (None, "is missing"),
+        ([], "is not a list of token ids"),
+        ("12", "is not a list of token ids"),
+        ([1.0, 2.0], "is not a list of token ids"),
+        ([True, False], "is not a list of token ids"),
+        (["1"], "is not a list of token ids"),
+        ([1, None], "is not a list of token ids"),
+        ([[1], [2]], "is not a list of token ids"),
+        ([[1], [2, 3]], "is not a list of token ids"),
+        ([2**80], "is not a list of token ids"),
+        ([1, -1], "holds -1, which is no token id"),
+        ([1, 2**40], "holds 1099511627776, which is no token id"),
+        ([1, 300], "token id 300 is none of the tokenizer's "),
+    ],
+)
+def test_what_is_no_list_of_token_ids_is_a_bad_row(tmp_path, tokenizer, ids, reason):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"ids": [1, 2]}) + "\n" + json.dumps({"ids": ids}) + "\n")
+    source = Input(path=str(tmp_path / "a.jsonl"), tokens_column="ids")
+    (chunk,) = list_chunks(source, 0, chunk_bytes=10**9, dotted_key="k")
+    table, (bad,), _ = token_table(chunk, source, tokenizer, first_input_row=0, annotate=False)
+    assert (table.column("tokens").to_pylist(), bad["row"]) == ([[1, 2]], 1)
+    assert reason in bad["reason"]
+
+
+def test_ids_are_not_looked_for_in_text_files_and_their_column_must_be_there(tmp_path):
+    (tmp_path / "a.txt").write_text("1 2 3")
+    with pytest.raises(ValueError, match=r"^k: not read are .*a\.txt; what is read ends in \.jsonl"):
+        list_chunks(Input(path=str(tmp_path), tokens_column="ids"), 0, chunk_bytes=9, dotted_key="k")
+    pq.write_table(pa.table({"input_ids": [[1]]}), tmp_path / "a.parquet")
+    source = Input(path=str(tmp_path / "a.parquet"), tokens_column="ids")
+    (chunk,) = list_chunks(source, 0, chunk_bytes=9, dotted_key="k")
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'ids'; it has input_ids"):
+        list(read_documents(chunk, source, first_row=0))
+    (tmp_path / "a.json").write_text("[[1, 2], [3]]")
+    source = Input(path=str(tmp_path / "a.json"), tokens_column="ids")
+    (chunk,) = list_chunks(source, 0, chunk_bytes=9, dotted_key="k")
+    with pytest.raises(ValueError, match=r"a\.json: neither a list of objects, nor one object with 'ids'"):
+        list(read_documents(chunk, source, first_row=0))
