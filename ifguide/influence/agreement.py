@@ -40,7 +40,7 @@ def compare(scores: Tensor, exact: Tensor, predicted: Tensor) -> Agreement:
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ValueError("scores are not finite; the proxy or the query overflows, check both for NaN")
     count = max(1, round(TOP_SHARE * len(a)))
-    top_a, top_b = (set(torch.topk(each, count).indices.tolist()) for each in (a, b))
+    top_a, top_b = (set(torch.topk(scored, count).indices.tolist()) for scored in (a, b))
     return Agreement(
         correlation=_pearson(a, b),
         spearman=_pearson(_ranks(a), _ranks(b)),

@@ -88,9 +88,9 @@ def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any
     return {layer: MethodType(compiled[type(layer)], layer) for layer in layers}
 
 
-def stacked(each: Sequence[Tensor]) -> Tensor:
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """K tensors -> (K, ...); a single one is not copied."""
-    return each[0][None] if len(each) == 1 else torch.stack(list(each))
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def pairs(x: Tensor, count: int) -> Tensor:

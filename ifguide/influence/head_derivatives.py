@@ -57,9 +57,9 @@ class HeadDerivatives:
         tokens_BT = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
         expected = model(tokens_BT, use_cache=False).logits[0].float()
         hidden = model.base_model(tokens_BT, use_cache=False).last_hidden_state[0]
-        found = self._logits(hidden)[0].float()
+        logits = self._logits(hidden)[0].float()
         tolerance = 1e-4 if self.dtype in (torch.float32, torch.float64) else 5e-2
-        if (found - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1.0):
+        if (logits - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1.0):
             raise not_understood(model, "proxy")
 
     def tangents(self, hidden_ND: Tensor, tangents_KND: Tensor, labels_N: Tensor) -> Tensor:

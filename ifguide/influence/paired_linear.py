@@ -44,7 +44,7 @@ def _folded(module: nn.Linear, directions: Sequence[Direction], steps: Sequence[
 
     def forward(x: Tensor) -> Tensor:
         streams = x.reshape(len(weights), -1, x.shape[-1])
-        outputs = [F.linear(*each) for each in zip(streams, weights, biases, strict=True)]
+        outputs = [F.linear(s, weight, bias) for s, weight, bias in zip(streams, weights, biases, strict=True)]
         return torch.cat(outputs).view(*x.shape[:-1], -1)
 
     return forward
@@ -81,16 +81,16 @@ def _joint(
 ) -> PairedLinear:
     weight = _halved(module, dtype)
     factors = [_scaled(direction, step, dtype) for direction, step in zip(directions, steps, strict=True)]
-    joints = [JointProduct(weight, each[-1]) for each in factors]
+    joints = [JointProduct(weight, of_direction[-1]) for of_direction in factors]
     bias, change_bias, K = module.bias, _change_bias(directions, steps), len(directions)
 
     def forward(x: Tensor) -> Tensor:
         width, streams = x.shape[-1], pairs(x, K)
         operands = [change_and_total(streams, k, dtype) for k in range(K)]
         total = operands[0][..., width:]
-        for k, each in enumerate(factors):
-            if len(each) > 1:  # low rank
-                operands[k] = torch.cat([operands[k][..., :width], F.linear(total, each[0])], dim=-1)
+        for k, of_direction in enumerate(factors):
+            if len(of_direction) > 1:  # low rank
+                operands[k] = torch.cat([operands[k][..., :width], F.linear(total, of_direction[0])], dim=-1)
         tangents = [joint.both(operand) for joint, operand in zip(joints, operands, strict=True)]
         output = unmix(joints[0].left(total), stacked(tangents), bias, change_bias)
         return output.to(x.dtype).view(*x.shape[:-1], -1)
@@ -117,5 +117,5 @@ def _scaled(direction: Direction, step: float, dtype: torch.dtype) -> list[Tenso
 
 def _change_bias(directions: Sequence[Direction], steps: Sequence[float]) -> Tensor | None:
     """step * v_b of each direction (K, d_out), or None without a bias."""
-    biases = [step * each.bias for each, step in zip(directions, steps, strict=True) if each.bias is not None]
+    biases = [step * V.bias for V, step in zip(directions, steps, strict=True) if V.bias is not None]
     return torch.stack(biases) if biases else None

@@ -77,10 +77,10 @@ class TokenScorer:
         self.model = model.requires_grad_(False)
         self.attribution, self.method = attribution, method
         self._several = not isinstance(directions, Mapping)
-        each = [directions] if isinstance(directions, Mapping) else list(directions)
-        if any(one.keys() != each[0].keys() for one in each):
+        of_behaviours = [directions] if isinstance(directions, Mapping) else list(directions)
+        if any(V.keys() != of_behaviours[0].keys() for V in of_behaviours):
             raise ValueError("the directions are of different modules; all must be of one proxy")
-        split = [split_directions(model, one, rank=method.rank) for one in each]
+        split = [split_directions(model, V, rank=method.rank) for V in of_behaviours]
         if not split:
             raise ValueError("no directions to score with; build the query first")
         self.energy = energy_report(split)

@@ -46,18 +46,23 @@ def test_compiled_kernels_score_as_the_uncompiled_do(family: str) -> None:
 
 @needs_compiler
 def test_bits_do_not_depend_on_the_sizes_that_were_compiled_first() -> None:
-    model = tiny_model("llama")
+    # Lowering a graph takes 5 s and more: two sizes, which differ in batch and length, and one direction.
+    model = tiny_model("gpt_neox")
     directions = random_directions(model)
-    tokens_BT, lengths_B = as_tensors(*random_blocks(4, 40))
-    wanted = [(slice(0, 1), 24), (slice(0, 4), 40), (slice(1, 3), 33)]
+    tokens_BT, lengths_B = as_tensors(*random_blocks(3, 33))
+    wanted = [(slice(0, 1), 24), (slice(1, 3), 33)]
 
     def scored(order: list[int]) -> list[Tensor]:
         torch._dynamo.reset()
         kernels.cache_clear()
-        with torch._inductor.config.patch(force_disable_caches=True):
+        # Every graph is lowered anew; the C++ compiler alone is spared the very source that it has compiled before.
+        with (
+            torch._inductor.config.patch(fx_graph_cache=False),
+            torch._functorch.config.patch(enable_autograd_cache=False),
+        ):
             scorer = TokenScorer(model, directions, attribution="target", method=method(fused=True), steps=[2.0**-9])
-            found = {i: scorer.score(tokens_BT[wanted[i][0], : wanted[i][1]], lengths_B[wanted[i][0]]) for i in order}
-        return [found[i] for i in range(len(wanted))]
+            scores = {i: scorer.score(tokens_BT[wanted[i][0], : wanted[i][1]], lengths_B[wanted[i][0]]) for i in order}
+        return [scores[i] for i in range(len(wanted))]
 
-    for first, second in zip(scored([0, 1, 2]), scored([2, 1, 0]), strict=True):
+    for first, second in zip(scored([0, 1]), scored([1, 0]), strict=True):
         assert torch.equal(first, second)
