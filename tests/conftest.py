@@ -1,6 +1,11 @@
 """Settings of all tests."""
 
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 # One thread a process, and for what it starts: `pytest -n` fills the cores, and threads that wait for each other's
 # turn double the time of small matrices. Read when torch and numpy are imported; Ray's workers have their own number.
@@ -13,6 +18,30 @@ from hypothesis import settings
 # Without a GPU, Triton's kernels are interpreted; Triton reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+PREFORK = Path(__file__).parent / "prefork"
+SOCKET = "IFGUIDE_PREFORK_SOCKET"
+_servers: list[subprocess.Popen[bytes]] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process that Ray's workers are forked from: one for all processes of `pytest -n`."""
+    if SOCKET in os.environ:
+        return
+    path = Path(tempfile.mkdtemp(prefix="prefork-")) / "socket"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PREFORK), os.environ.get("PYTHONPATH")]))
+    os.environ[SOCKET] = str(path)
+    with open(path.with_name("log"), "wb") as log:
+        _servers.append(subprocess.Popen([sys.executable, PREFORK / "server.py", path], stderr=log, stdout=log))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop it."""
+    for server in _servers:
+        server.terminate()
+        server.wait()
+        shutil.rmtree(Path(os.environ[SOCKET]).parent)
+
 
 # a busy machine is no failure: examples have no time limit of their own, tests have pytest's
 settings.register_profile("ifguide", deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ifguide.artifacts import data_files, read_manifest
 from ifguide.config import Config, ConfigError
 from ifguide.config.compare import Compare, Dpo, Method, Rad, Reward, Samples
 from ifguide.config.resources import Resources
+from ifguide.corpus.tables import document_table
 from ifguide.methods.finders import sentence_spans
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
@@ -58,19 +59,21 @@ def stream(run: Run, column: str) -> np.ndarray:
     return np.asarray(view.read(0, rows)[column])
 
 
-def expected(run: Run, find: Callable[[str], list[tuple[int, int]]]) -> np.ndarray:
-    """Token by token from the documents' text: whether it overlaps a span; a span behind the text holds the EOS."""
-    view, flags = View(run.selection), []
-    from ifguide.corpus.tables import document_table
-
-    table = document_table(run.corpus)
-    tokens = stream(run, "tokens")
+def documents(run: Run) -> Iterator[tuple[list[int], str]]:
+    """Each document's own tokens and the text that they stand for."""
+    table, tokens, tokenizer = document_table(run.corpus), stream(run, "tokens"), View(run.selection).tokenizer
     for start, size in zip(
         table.column("token_start").to_pylist(), table.column("num_tokens").to_pylist(), strict=True
     ):
         own = tokens[start : start + size - 1].tolist()
-        text = view.tokenizer.decode(own, clean_up_tokenization_spaces=False)
-        encoded = view.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        yield own, tokenizer.decode(own, clean_up_tokenization_spaces=False)
+
+
+def expected(run: Run, find: Callable[[str], list[tuple[int, int]]]) -> np.ndarray:
+    """Token by token from the documents' text: whether it overlaps a span; a span behind the text holds the EOS."""
+    tokenizer, flags = View(run.selection).tokenizer, []
+    for own, text in documents(run):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         assert encoded["input_ids"] == own
         places = [*encoded["offset_mapping"], (len(text), len(text) + 1)]
         spans = find(text)
@@ -86,9 +89,9 @@ def test_masks_of_text_are_the_tokens_that_overlap_what_was_found(marked: tuple[
     run, masks = marked
     words = WordList(run.config.evaluate.word_list)
     classifier = make_classifier(run.config.evaluate.classifier, gpus=0)
-
-    def toxic(text: str) -> bool:
-        return bool(classifier.score([text])[classifier.classes[0]][0] >= 0.5)
+    whole_texts = [text for _, text in documents(run)]
+    texts = whole_texts + [text[a:b] for text in whole_texts for a, b in sentence_spans(text)]
+    toxic = dict(zip(texts, classifier.score(texts)[classifier.classes[0]] >= 0.5, strict=True))
 
     def whole(text: str) -> list[tuple[int, int]]:
         return [(0, len(text) + 1)]
@@ -96,8 +99,8 @@ def test_masks_of_text_are_the_tokens_that_overlap_what_was_found(marked: tuple[
     finders: dict[str, Callable[[str], list[tuple[int, int]]]] = {
         "words": words.spans,
         "word_documents": lambda text: whole(text) if words.any_in(text) else [],
-        "documents": lambda text: whole(text) if toxic(text) else [],
-        "sentences": lambda text: [(a, b) for a, b in sentence_spans(text) if toxic(text[a:b])],
+        "documents": lambda text: whole(text) if toxic[text] else [],
+        "sentences": lambda text: [(a, b) for a, b in sentence_spans(text) if toxic[text[a:b]]],
     }
     for name, find in finders.items():
         wanted = expected(run, find)

@@ -58,11 +58,6 @@ COMPARE = {
 RUN = (
     "import sys; from ifguide.cli import main; sys.exit(any(main([v, '--config', sys.argv[1]]) for v in sys.argv[2:]))"
 )
-# Python runs what sitecustomize.py holds as it starts, Ray's workers too. The client would wait half a second or more
-# before it asks again: nearly all the time of a run whose requests fail.
-IMPATIENT = (
-    "from botocore.retries.standard import ExponentialBackoff\nExponentialBackoff.delay_amount = lambda *_: 0.02\n"
-)
 REFUSED = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
@@ -140,10 +135,9 @@ def run(folder: Path, data: Path, run_dir: str, port: int, *verbs: str) -> subpr
         **CREDENTIALS,
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "IFGUIDE_CACHE": str(folder / "cache"),
+        "IFGUIDE_TESTS_IMPATIENT_S3": "1",  # tests/prefork/sitecustomize.py
     }
     environment.pop("RAY_ADDRESS", None)
-    (folder / "sitecustomize.py").write_text(IMPATIENT)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-c", RUN, str(path), *verbs]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
 

@@ -25,6 +25,7 @@ sys.stdin.read()
 def test_a_local_ray_listens_on_loopback_alone(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("RAY_ADDRESS", None)
+    environment.pop("IFGUIDE_PREFORK_SOCKET", None)  # its workers are its own
     driver = subprocess.Popen(
         [sys.executable, "-c", CONNECTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
     )

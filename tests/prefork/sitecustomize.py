@@ -1,0 +1,48 @@
+"""Makes Ray's workers of the tests forks of one process that has imported what they import: see server.py.
+
+Python runs this file at every start, as its folder is on PYTHONPATH. It acts where Ray starts a worker, and where a
+test asks for an impatient S3 client.
+"""
+
+import contextlib
+import os
+import sys
+
+SOCKET = "IFGUIDE_PREFORK_SOCKET"
+IMPATIENT = "IFGUIDE_TESTS_IMPATIENT_S3"
+WORKER = "/ray/_private/workers/default_worker.py"
+
+
+def settle() -> None:
+    """Do what the environment asks of a process at its start.
+
+    An S3 client waits half a second or more before it asks again: nearly all the time of a run whose requests fail."""
+    if IMPATIENT in os.environ:
+        from botocore.retries.standard import ExponentialBackoff
+
+        ExponentialBackoff.delay_amount = lambda *_: 0.02
+
+
+def hand_over(path: str) -> None:
+    """Have the server at `path` fork this worker; returns only where it does not, and Ray's own start goes on.
+
+    Raises:
+        OSError: there is no server.
+    """
+    import json
+    import socket
+
+    request = json.dumps({"arguments": sys.orig_argv, "environment": dict(os.environ), "folder": os.getcwd()})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(path)
+        socket.send_fds(connection, [b"f"], [0, 1, 2])
+        connection.sendall(request.encode())
+        connection.shutdown(socket.SHUT_WR)
+        if connection.recv(1) == b"y":
+            os._exit(0)  # Ray knows a worker by the process that registers
+
+
+if SOCKET in os.environ and any(argument.endswith(WORKER) for argument in sys.orig_argv[1:3]):
+    with contextlib.suppress(OSError):
+        hand_over(os.environ[SOCKET])
+settle()
