@@ -304,6 +304,8 @@ def _read_tree(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise FileNotFoundError(f"config file {path} does not exist")
     try:
         tree = read_yaml(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,6 +16,8 @@ from dataclasses import field
 from typing import Any, Literal
 
 import yaml
+
+MAX_INT = 2**63 - 1
 
 
 class ConfigError(ValueError):
@@ -56,8 +60,8 @@ def substitute(tree: Any, run_dir: str) -> Any:
     return tree.replace("{run_dir}", run_dir) if isinstance(tree, str) else tree
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and drops the first in silence."""
+class _PlainLoader(yaml.SafeLoader):
+    """PyYAML's, which of two equal keys drops the first in silence, and reads 0100 as 64 and 1:30 as 90."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         written = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -68,14 +72,61 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """An int or a float as it is written."""
+        text = str(node.value)
+        if SURPRISING.fullmatch(text):
+            what = "is a number to the base 60" if ":" in text else "is an octal number"
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text} {what} in YAML; write it in decimals, or in quotes if it is text", node.start_mark
+            )
+        if node.tag.endswith("int"):
+            return self.construct_yaml_int(node)
+        return self.construct_yaml_float(node)
+
+
+SURPRISING = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?)")
+MAX_NODES = 100_000  # of a YAML text with what stands for its aliases: a few lines of them can mean billions
+for _kind in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _PlainLoader.construct_number)
+
 
 def read_yaml(text: str) -> Any:
     """What a YAML text says.
 
     Raises:
-        yaml.YAMLError: it is not valid, or a mapping has a key twice; says where.
+        yaml.YAMLError: it is not valid, a mapping has a key twice, a number is not written as people read it, or its
+            aliases stand for too much; says where.
     """
-    return yaml.load(text, _UniqueKeys)
+    loader = _PlainLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _require_small(node)
+        return loader.construct_document(node)
+    except (ValueError, RecursionError) as error:  # a date that there is not, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _require_small(node: yaml.Node) -> None:
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_NODES + 1  # what holds itself is endless
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            flat = (part for item in parts for part in (item if isinstance(item, tuple) else (item,)))
+            sizes[id(node)] = 1 + sum(map(size, flat))
+        if sizes[id(node)] > MAX_NODES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"its aliases stand for more than {MAX_NODES:,} values, or for themselves", node.start_mark
+            )
+        return sizes[id(node)]
+
+    size(node)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -156,9 +207,9 @@ def _convert(hint: Any, raw: Any, dotted: str, default: Any = None) -> Any:
     if origin is dict:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{dotted}: expected a mapping, got {raw!r}")
-        return {
-            str(k): v if arguments[1] is Any else _convert(arguments[1], v, f"{dotted}.{k}") for k, v in raw.items()
-        }
+        return {_key(k, dotted): _convert(arguments[1], v, f"{dotted}.{k}") for k, v in raw.items()}
+    if hint is Any:
+        return _plain(raw, dotted)
     return _convert_scalar(hint, raw, dotted)
 
 
@@ -172,15 +223,47 @@ def _convert_tuple(arguments: tuple[Any, ...], raw: Any, dotted: str) -> tuple[A
     return tuple(_convert(a, item, f"{dotted}[{i}]") for i, (a, item) in enumerate(zip(arguments, raw, strict=True)))
 
 
+def _key(key: Any, dotted: str) -> str:
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        raise ConfigError(f"{dotted}: YAML reads a key as {key!r}; write it in quotes")
+    return str(_checked(key, dotted))
+
+
+def _plain(raw: Any, dotted: str) -> Any:
+    """What a model's or a storage's own options may be: what JSON can hold."""
+    if isinstance(raw, Mapping):
+        return {_key(key, dotted): _plain(value, f"{dotted}.{key}") for key, value in raw.items()}
+    if isinstance(raw, list | tuple):
+        return [_plain(item, f"{dotted}[{i}]") for i, item in enumerate(raw)]
+    if raw is None or isinstance(raw, bool | int | float | str):
+        return _checked(raw, dotted)
+    raise ConfigError(f"{dotted}: YAML reads it as {raw!r}; write it in quotes")
+
+
 def _convert_scalar(hint: Any, raw: Any, dotted: str) -> Any:
     if hint is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
         try:
-            return float(raw)  # YAML 1.1 reads 6e-4 as a string
+            return _checked(float(raw), dotted)  # YAML 1.1 reads 6e-4 as a string
+        except OverflowError:
+            return _checked(math.inf, dotted)
+        except ConfigError:
+            raise
         except ValueError:
             pass
     elif isinstance(raw, hint) and not (hint is int and isinstance(raw, bool)):
-        return raw
+        return _checked(raw, dotted)
     raise ConfigError(f"{dotted}: expected {hint.__name__}, got {raw!r}")
+
+
+def _checked(raw: Any, dotted: str) -> Any:
+    """A number or a text as it is, unless nothing can be done with it."""
+    if isinstance(raw, float) and not math.isfinite(raw):
+        raise ConfigError(f"{dotted}: expected a finite number, got {raw!r}")
+    if isinstance(raw, int) and abs(raw) > MAX_INT:
+        raise ConfigError(f"{dotted}: {str(raw)[:20]}... is beyond {MAX_INT}, the largest number that can be used")
+    if isinstance(raw, str) and ("\0" in raw or any("\ud800" <= character <= "\udfff" for character in raw)):
+        raise ConfigError(f"{dotted}: {raw!r} holds a character that no file can name or hold")
+    return raw
 
 
 def _check_bounds(definition: dataclasses.Field, value: Any, dotted: str) -> None:
