@@ -12,12 +12,15 @@ An attack is refused where the verb ends with an error (`unnamed` counts those t
 the undamaged run. Anything else is silent. Files that no verb reads again are counted in `unread`.
 
 Each attack that is not refused by name or redone is a line. One JSON object is printed last: `files`, `damages`,
-`refused_or_redone`, `silent`, and the counts above. About ten seconds an attack; `--every N` takes every N-th file.
+`refused_or_redone`, `silent`, and the counts above. `--every N` takes every N-th file.
+
+Workers are called in this process, one after the other, not started by Ray: an attack takes a second or less.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import shutil
@@ -28,14 +31,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from bench.common.places import ROOT
 from ifguide.artifacts import file_digest
-from ifguide.config import Config, load_config
+from ifguide.config import OWN, Config, load_config
 from ifguide.demo import generate_demo
+from ifguide.distributed import shards, tasks
+from ifguide.distributed.ledger import Entry, Failure
 from ifguide.distributed.shards import StageError
+from ifguide.distributed.worker import LedgerWorker, Parcel, WorkerSource
+from ifguide.interchange import export_scores
 from ifguide.pipeline import run_pipeline, stage
-from ifguide.run import Run
+from ifguide.report.terminal import terminal_view
+from ifguide.run import FOLDERS, Run
+from ifguide.stages.analyse import analyse
+from ifguide.status import run_status
 from ifguide.telemetry import configure_logging
 
 SMALLEST = (
@@ -46,7 +57,8 @@ SMALLEST = (
     "pretrain.checkpoint_steps=8", "pretrain.log_steps=4", "fit_factors.sample_blocks=400",
     "fit_factors.data_partitions=1", "build_query.partitions=1", "score_corpus.min_actors=1",
     "score_corpus.max_actors=1", "evaluate.max_prompts=10", "evaluate.continuations=3", "evaluate.max_new_tokens=6",
-    "evaluate.prompts_per_shard=8", "evaluate.actors=1", "analyse.actors=1", "analyse.methods=[lens]",
+    "evaluate.prompts_per_shard=8", "evaluate.actors=1",
+    "evaluate.bootstrap_samples=100", "evaluate.top_documents=3", "analyse.actors=1", "analyse.methods=[lens]",
     "analyse.max_prompts=4",
 )  # fmt: skip
 WAYS = ("flip", "cut", "zero", "swap")
@@ -72,6 +84,9 @@ FITTING = ("fit_factors", ("factors",), ("factors/*.safetensors",))
 QUERYING = ("build_query", ("query",), ("query/direction.safetensors", "query/queries.jsonl"))
 MEASURING = ("evaluate", ("report",), ("report/metrics.json", "report/report.json", "report/continuations/*"))
 SAMPLING = ("evaluate", ("report", "generations"), (*MEASURING[2], "generations/*/*/*.parquet"))
+INSPECTING = ("inspect", ("inspect.txt",), ("inspect.txt",))
+SHOWING = ("status", ("status.txt",), ("status.txt",))
+EXPORTING = ("export-scores", ("exported",), ("exported/*/*",))
 ANALYSING = ("analyse", ("analyses",), ("analyses/analyses.json",))
 
 READERS = (
@@ -80,7 +95,12 @@ READERS = (
     Reader("corpus/shard-*", *FITTING),
     Reader("corpus/documents-*", *MASKING),
     Reader("corpus/offsets-*", *MASKING),
+    Reader("corpus/offsets-*", *MEASURING),
+    Reader("corpus/documents-*", *MEASURING),
+    Reader("corpus/shard-*", *MEASURING),
+    Reader("corpus/*", *INSPECTING),
     Reader("corpus/tokenizer/*", *MEASURING),
+    Reader("corpus/tokenizer/*", *TRAINING),
     Reader("corpus/manifest.json", *SCORING),
     Reader("factors/*.safetensors", *QUERYING),
     Reader("factors/*.json", *QUERYING),
@@ -89,8 +109,13 @@ READERS = (
     Reader("query/queries.jsonl", *ANALYSING),
     Reader("scores/shard-*", *MASKING),
     Reader("scores/manifest.json", *MASKING),
-    Reader("ranking/*.parquet", *MEASURING),
-    Reader("ranking/manifest.json", *MEASURING),
+    Reader("scores/*", *MEASURING),
+    Reader("scores/*", *INSPECTING),
+    Reader("scores/*", *EXPORTING),
+    Reader("ranking/*", *MEASURING),
+    Reader("ranking/*", *INSPECTING),
+    Reader("mask/*", *MEASURING),
+    Reader("mask/*", *INSPECTING),
     Reader("mask/shard-*", *TRAINING),
     Reader("mask/manifest.json", *TRAINING),
     Reader("model/baseline/hf/*.safetensors", *FITTING),
@@ -103,6 +128,7 @@ READERS = (
     Reader("model/penalised/checkpoints/*", "pretrain", ("model/penalised/manifest.json", "model/penalised/hf"),
            ("model/penalised/hf/*.safetensors",)),
     Reader("generations/*", *MEASURING),
+    Reader("*/manifest.json", *SHOWING),
 )  # fmt: skip
 
 
@@ -117,8 +143,9 @@ class Attack:
             generate_demo(
                 self.run_dir / "data", seed=3, documents=140, vocab_size=512, queries=40, prompts=20, cloze=10
             )
-            run_pipeline(self.config, dry_run=False)
-            stage_of("analyse")(Run(config=self.config))
+            with in_this_process():
+                run_pipeline(self.config, dry_run=False)
+                analyse(Run(config=self.config))
             self.run_dir.rename(self.pristine)
         self.undamaged: dict[Reader, dict[str, str]] = {}
 
@@ -158,20 +185,45 @@ class Attack:
                 path.unlink(missing_ok=True)
 
     def _read(self, reader: Reader) -> None:
-        stage_of(reader.verb)(Run(config=self.config).with_mask(reader.use_mask))
+        run = Run(config=self.config).with_mask(reader.use_mask)
+        with in_this_process():
+            if reader.verb == "inspect":
+                lines = terminal_view(run.selection, documents=10, context=60)
+                (self.run_dir / "inspect.txt").write_text("\n".join(lines), encoding="utf-8")
+            elif reader.verb == "status":
+                (self.run_dir / "status.txt").write_text("\n".join(run_status(self.run_dir, FOLDERS)), encoding="utf-8")
+            elif reader.verb == "export-scores":
+                export_scores(self.run_dir, self.run_dir / "exported", name="n", behaviour=OWN, max_gigabytes=1)
+            else:
+                (analyse if reader.verb == "analyse" else stage(reader.verb))(run)
 
     def _made(self, reader: Reader) -> dict[str, str]:
         paths = {path for pattern in reader.made for path in self.run_dir.glob(pattern)}
         return {path.relative_to(self.run_dir).as_posix(): file_digest(path) for path in paths}
 
 
-def stage_of(verb: str) -> Any:
-    """The function of a verb, `analyse` too."""
-    if verb == "analyse":
-        from ifguide.stages.analyse import analyse
+@contextlib.contextmanager
+def in_this_process() -> Iterator[None]:
+    """Call workers and tasks here: to start their processes would take most of an attack's time."""
 
-        return analyse
-    return stage(verb)
+    def work_off(descriptors: Sequence[Any], source: WorkerSource, pool: object) -> Iterator[Entry | Failure]:
+        worker = LedgerWorker(source)
+        for descriptor in descriptors:
+            yield from (parcel.content for parcel in worker({"shard": [Parcel(descriptor)]})["entry"])
+
+    def start(function: Any, arguments: tuple[Any, ...], resources: object) -> Any:
+        return function(*arguments)
+
+    def wait(pending: list[Any]) -> tuple[list[Any], list[Any]]:
+        return pending[:1], pending[1:]
+
+    with (
+        mock.patch.object(shards, "work_off", work_off),
+        mock.patch.object(tasks, "_start", start),
+        mock.patch.object(tasks, "_result", lambda result: result),
+        mock.patch.object(tasks.ray, "wait", wait),
+    ):
+        yield
 
 
 def damaged(path: Path, way: str) -> bytes:

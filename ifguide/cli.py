@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _interrupted(options.command, error)
     except USER_ERRORS as error:
-        print(f"ifguide {options.command}: {redact(_message(error))}{advice(_message(error))}", file=sys.stderr)
+        print(f"ifguide {options.command}: {redact(str(error))}{advice(str(error))}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if (missing := extras.advice(error)) is None:
@@ -344,12 +344,6 @@ def _import_mask(options: argparse.Namespace) -> int:
         f" {summary['tokens_dropped']:,} that carry no loss dropped; `ifguide pretrain` uses {run.mask}",
     )
     return 0
-
-
-def _message(error: BaseException) -> str:
-    """The cause of a failed Ray task, without the remote traceback."""
-    cause = getattr(error, "cause", None)
-    return _message(cause) if isinstance(cause, BaseException) else str(error)
 
 
 if __name__ == "__main__":

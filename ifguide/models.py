@@ -13,8 +13,10 @@ Cost: one model in memory. `state_fingerprint` reads every parameter once (about
 It does not train, quantise or shard a model.
 """
 
+import contextlib
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -69,9 +71,10 @@ def load_model(
         loaded = _random_model(model.architecture, seed, options)
     else:
         assert model.source is not None
-        location, location_options = locate(model.source, model.revision, model.trust_remote_code)
+        location, location_options = locate(model.source, model.revision, model.trust_remote_code, weights=True)
         _require_file(model.source, location, "config.json", unless="gguf_file" in location_options)
-        loaded = AutoModelForCausalLM.from_pretrained(location, **location_options, **options)
+        with _named(model.source):
+            loaded = AutoModelForCausalLM.from_pretrained(location, **location_options, **options)
     for module in loaded.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # packed blocks hold no padding: that id is a token, whose row must be trained
@@ -99,7 +102,20 @@ def load_architecture(model: ModelSource) -> dict[str, Any]:
         return dict(model.architecture)
     assert model.source is not None
     location, options = locate(model.source, model.revision, model.trust_remote_code)
-    return AutoConfig.from_pretrained(location, **options).to_dict()
+    with _named(model.source):
+        fields: dict[str, Any] = AutoConfig.from_pretrained(location, **options).to_dict()
+    return fields
+
+
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Have errors of files that are not what they should be name the model. Of damaged ones nearly any error comes."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{source}: the model cannot be loaded ({error}); restore its files") from error
 
 
 def _require_file(source: str, location: str, name: str, *, unless: bool) -> None:
@@ -206,15 +222,15 @@ def tracked_modules(model: nn.Module, *, min_coverage: float = 0.9) -> TrackedMo
 
 
 def _refuse_untraceable(blocks_name: str, blocks: nn.ModuleList) -> None:
-    modules: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for name, module in blocks.named_modules(prefix=blocks_name):
         remedy = _remedy(name, module)
         if remedy is not None:
-            modules.setdefault((type(module).__name__, remedy), []).append(name)
-    if modules:
+            found.setdefault((type(module).__name__, remedy), []).append(name)
+    if found:
         each = "; ".join(
             f"{names[0]} ({kind}{f', {len(names)} such modules' if len(names) > 1 else ''}): {remedy}"
-            for (kind, remedy), names in modules.items()
+            for (kind, remedy), names in found.items()
         )
         raise ValueError(f"influence cannot be traced through all weight matrices of {blocks_name}. {each}")
 

@@ -151,13 +151,15 @@ class ProgressFile:
 
 
 def last_progress(folder: Path) -> dict[str, Any] | None:
-    """The last whole line of a folder's progress file; a line cut short by a kill is passed over."""
+    """The last whole line of a folder's progress file; one that was cut short or damaged is passed over."""
     path = folder / PROGRESS
     if not path.exists():
         return None
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in reversed(path.read_bytes().splitlines()):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             values: dict[str, Any] = json.loads(line)
+            progress_text(values)
+            float(values["time"])
             return values
     return None
 
@@ -201,11 +203,11 @@ class MetricsLog:
         """Append the values of one step; `None` values stay in the JSONL and are not plotted."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        numbers = {name: value for name, value in values.items() if value is not None}
-        for name, value in numbers.items():
+        known = {name: value for name, value in values.items() if value is not None}
+        for name, value in known.items():
             self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log(numbers, step=step)
+            self.wandb.log(known, step=step)
 
     def close(self) -> None:
         """Flush and close all sinks."""
@@ -228,7 +230,10 @@ def _wandb_run(folder: Path, where: Mapping[str, Any], config: Mapping[str, Any]
     except ImportError as error:
         raise ValueError("pretrain.wandb: the package is not installed; pip install wandb, or unset it") from error
     kept = folder / "wandb.json"
-    run_id = json.loads(kept.read_text())["id"] if kept.exists() else secrets.token_hex(8)
+    try:
+        run_id = str(json.loads(kept.read_bytes())["id"]) if kept.exists() else secrets.token_hex(8)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{kept} does not say which W&B run this is; delete it to begin another") from error
     kept.write_text(json.dumps({"id": run_id}))
     return wandb.init(
         project=where["project"],
@@ -256,7 +261,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
                 rows[int(row["step"])] = row
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: not the row of a step ({error}); delete the line: its figures are lost"
                 ) from error

@@ -13,10 +13,11 @@ from typing import Any, cast
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ifguide.artifacts import publish_folder
-from ifguide.storage import local_copy
+from ifguide.artifacts import publish_folder, verify_folder
+from ifguide.storage import local_copy, location
 
 END_OF_TEXT = "<|endoftext|>"
+WEIGHTS = "*.safetensors"
 
 
 def load_tokenizer(
@@ -30,9 +31,9 @@ def load_tokenizer(
     Raises FileNotFoundError when a local source does not exist; ValueError when its files cannot be read, when the
     tokenizer is not a fast one (character offsets are needed) or has no EOS token (documents are joined with it).
     """
-    location, options = locate(source, revision, trust_remote_code)
+    place, options = locate(source, revision, trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except OSError:
         raise  # of the hub or of the disk: it says what is missing
     except Exception as error:  # of damaged files nearly any: of JSON, of missing keys, of the Rust parser
@@ -73,12 +74,21 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         tokenizer.save_pretrained(part)
 
 
-def locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """`source` as `from_pretrained` wants it, and its options; FileNotFoundError for a missing local path."""
+def locate(
+    source: str, revision: str | None, trust_remote_code: bool, *, weights: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """`source` as `from_pretrained` wants it, and its options.
+
+    The files of a run's own model or tokenizer are verified; weights only where they are to be read.
+
+    Raises:
+        FileNotFoundError: a local path does not exist. ValueError: a file of the run has changed since it was made.
+    """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
     if "://" in source:
+        verify_folder(location(source), leave_out="" if weights else WEIGHTS)
         source = str(local_copy(source))
     path = Path(source).expanduser()
     is_gguf = path.suffix == ".gguf"
@@ -87,4 +97,7 @@ def locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple[
         raise FileNotFoundError(f"{source}: no such file or folder; a hub id has the form owner/name")
     if is_gguf:
         return str(path.parent), options | {"gguf_file": path.name}
-    return (str(path) if path.is_dir() else source), options
+    if path.is_dir():
+        verify_folder(path, leave_out="" if weights else WEIGHTS)
+        return str(path), options
+    return source, options

@@ -36,7 +36,7 @@ from ifguide.artifacts.manifest import (
     write_manifest,
     write_sealed,
 )
-from ifguide.artifacts.reading import damaged_files, verified, verified_files, verify_digest
+from ifguide.artifacts.reading import damaged_files, sound, verified, verified_files, verify_digest, verify_folder
 
 __all__ = [
     "MANIFEST",
@@ -69,10 +69,12 @@ __all__ = [
     "remove_tree",
     "require",
     "require_same",
+    "sound",
     "unsealed",
     "verified",
     "verified_files",
     "verify_digest",
+    "verify_folder",
     "write_json",
     "write_manifest",
     "write_sealed",

@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts.files import FileEntry, file_entry, json_digest, remove_tree, write_json, write_text
-from ifguide.artifacts.manifest import MANIFEST, PLAN, Manifest, MismatchError, read_json, read_manifest, write_manifest
+from ifguide.artifacts.manifest import (
+    CONFIG,
+    MANIFEST,
+    PLAN,
+    Manifest,
+    MismatchError,
+    read_manifest,
+    read_plan,
+    write_manifest,
+)
 from ifguide.config import redact
 from ifguide.storage import is_remote, make_folder
 
@@ -64,7 +73,7 @@ class Artifact:
         with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
             entries = threads.map(lambda name: digests.get(name) or file_entry(paths[name]), paths)
             digested = dict(zip(paths, entries, strict=True))
-        write_text(self.folder / "config.yaml", self.config_yaml)
+        write_text(self.folder / CONFIG, self.config_yaml)
         manifest = Manifest(
             verb=self.verb,
             fingerprint=json_digest({name: entry["sha256"] for name, entry in digested.items()}),
@@ -104,7 +113,7 @@ def open_artifact(
         return artifact
     plan_path = folder / PLAN
     if plan_path.exists():
-        _refuse_other_plan(folder, read_json(plan_path), plan)
+        _refuse_other_plan(folder, read_plan(folder), plan)
         return artifact
     if folder.exists() and any(not path.name.endswith(".part") for path in folder.iterdir()):
         raise MismatchError(
@@ -121,7 +130,7 @@ def discard_if_mended(folder: Path, files: Mapping[str, Any]) -> bool:
     name, by path. Returns whether there was such work; what is complete stays, for `open_artifact` to refuse."""
     if (folder / MANIFEST).exists() or not (folder / PLAN).exists():
         return False
-    begun = read_json(folder / PLAN)["options"].get("files", {})
+    begun = read_plan(folder)["options"].get("files", {})
     wanted = json.loads(json.dumps(redact(files)))
     if begun.keys() != wanted.keys() or begun == wanted:
         return False
@@ -131,7 +140,7 @@ def discard_if_mended(folder: Path, files: Mapping[str, Any]) -> bool:
 
 def _remove_scratch(folder: Path) -> None:
     """What is left of the work on a complete artifact; the plan, which names it, goes last."""
-    for name in read_json(folder / PLAN).get(SCRATCH, ()):
+    for name in read_plan(folder).get(SCRATCH, ()):
         remove_tree(folder / name)
     for part in [] if is_remote(folder) else list(folder.rglob("*.part")):
         remove_tree(part)  # files and folders of attempts that were killed

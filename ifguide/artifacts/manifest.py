@@ -18,8 +18,10 @@ from ifguide.artifacts.files import FileEntry, json_digest, write_json
 from ifguide.storage import sizes
 
 MANIFEST = "manifest.json"
+CONFIG = "config.yaml"  # beside it: what the artifact was made with
 PLAN = "plan.json"
 SEAL = "sha256"  # of the other keys of a JSON file
+REMAKE = "delete its folder and run the stage again"
 
 
 class MismatchError(ValueError):
@@ -60,7 +62,26 @@ def read_manifest(folder: Path) -> Manifest:
     expected = {field.name for field in dataclasses.fields(Manifest)}
     if content.keys() - {SEAL} != expected:
         raise ValueError(f"{path} has keys {sorted(content)}, expected {sorted(expected)}; another version made it")
-    return Manifest(**unsealed(content, path))
+    manifest = Manifest(**unsealed(content, path))
+    kinds = {"verb": str, "fingerprint": str, "created": str, "seconds": int | float}
+    for field in sorted(expected):
+        if not isinstance(getattr(manifest, field), kinds.get(field, dict)):
+            raise ValueError(f"{path}: {field} is not what a stage writes there; {REMAKE}")
+    if not all(isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"} for entry in manifest.files.values()):
+        raise ValueError(f"{path}: files have no digest or no size; {REMAKE}")
+    return manifest
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """What an unfinished artifact is made from: `options` and `inputs`, and `SCRATCH` of a finished one.
+
+    Raises:
+        FileNotFoundError: there is no plan. ValueError: it is damaged; names it.
+    """
+    plan = read_json(folder / PLAN)
+    if not all(isinstance(plan.get(part), dict) for part in ("options", "inputs")):
+        raise ValueError(f"{folder / PLAN} has no options or no inputs; {REMAKE}")
+    return plan
 
 
 def require(folder: Path, verb: str) -> Manifest:
@@ -117,7 +138,7 @@ def unsealed(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     rest = {key: value for key, value in content.items() if key != SEAL}
     if content.get(SEAL, json_digest(rest)) != json_digest(rest):
-        raise ValueError(f"{path} has changed since it was written; delete its folder and run the stage again")
+        raise ValueError(f"{path} has changed since it was written; {REMAKE}")
     return rest
 
 
@@ -127,11 +148,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it holds no JSON object; names it.
     """
-    advice = "delete its folder and run the stage again"
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{path} is not valid JSON ({error}); {advice}") from error
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path} is not valid JSON ({error}); {REMAKE}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is a JSON {type(content).__name__} where an object is expected; {advice}")
+        raise ValueError(f"{path} is a JSON {type(content).__name__} where an object is expected; {REMAKE}")
     return content

@@ -6,11 +6,12 @@ A digest takes about a second for a gigabyte, and a remote file is read twice. A
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ifguide.artifacts.files import FileEntry, file_digest
-from ifguide.artifacts.manifest import MANIFEST, Manifest, read_manifest
+from ifguide.artifacts.manifest import CONFIG, MANIFEST, Manifest, read_manifest
 from ifguide.storage import location, stamp
 
 _manifests: dict[str, tuple[str, Manifest]] = {}  # of this process: folder -> the file's stamp, what it says
@@ -34,6 +35,26 @@ def verified_files(folder: Path, pattern: str = "shard-*.parquet") -> Iterator[P
     """`verified` of the files that the manifest names, in the order of their numbers, each when it is asked for."""
     for name in _manifest(folder).names(pattern):
         yield verified(folder, name)
+
+
+def sound(folder: Path, name: str) -> Path:
+    """`verified` of a finished artifact; in one that is still being made, the path as it is."""
+    return verified(folder, name) if (folder / MANIFEST).exists() else folder / name
+
+
+def verify_folder(folder: Path, *, leave_out: str = "") -> None:
+    """Check the files of a folder within a finished artifact, as a model's and a tokenizer's are, but those that match
+    `leave_out`. Of a folder that lies elsewhere nothing is known, so nothing is checked.
+
+    Raises:
+        ValueError: a file is gone, or has changed since it was made.
+    """
+    artifact = folder.parent
+    if not all((artifact / name).exists() for name in (MANIFEST, CONFIG)):  # others' folders have manifests, too
+        return
+    for name in _manifest(artifact).names(f"{folder.name}/*"):
+        if not (leave_out and fnmatch.fnmatch(name, leave_out)):
+            verified(artifact, name)
 
 
 def verify_digest(path: Path, sha256: str, verb: str) -> Path:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from ifguide import schemas
-from ifguide.artifacts import Manifest, MismatchError, data_files, read_manifest
+from ifguide.artifacts import Manifest, MismatchError, read_manifest, verified_files
 
 TOKENIZER = "tokenizer"  # its folder in the corpus
 
 
 def document_table(corpus: Path) -> pa.Table:
-    """The whole document table of a corpus, ordered by `doc_id`."""
-    tables = [schemas.read_table(path, schemas.DOCUMENTS) for path in data_files(corpus, "documents-*.parquet")]
+    """The whole document table of a corpus, ordered by `doc_id`. ValueError where a file of it has changed."""
+    tables = [schemas.read_table(path, schemas.DOCUMENTS) for path in verified_files(corpus, "documents-*.parquet")]
     return pa.concat_tables(tables)
 
 

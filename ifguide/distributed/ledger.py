@@ -102,7 +102,7 @@ def finished_entries(ledger: Path) -> dict[str, Entry]:
 def _entry(text: str, path: Path) -> Entry | None:
     try:
         return Entry(**unsealed(json.loads(text), path))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         log("ledger", f"{path} is damaged; its shard is done again", level=logging.WARNING)
         return None
 
@@ -119,11 +119,15 @@ def unfinished_attempts(ledger: Path) -> list[Path]:
 
 def read_attempts(path: Path) -> dict[str, Any]:
     """`attempts`, `reason` and `given_up` of a counter; of one that is not there, none."""
+    none = {"attempts": 0, "reason": DIED, "given_up": False}
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
+        return {"attempts": int(content["attempts"]), "reason": content["reason"], "given_up": content["given_up"]}
     except FileNotFoundError:
-        return {"attempts": 0, "reason": DIED, "given_up": False}
-    return content
+        return none
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        log("ledger", f"{path} is damaged; the attempts are counted from 0 again", level=logging.WARNING)
+        return none
 
 
 def _place(ledger: Path, key: str) -> Path:

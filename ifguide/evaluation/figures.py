@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from ifguide import schemas
-from ifguide.artifacts import data_files
+from ifguide.artifacts import verified_files
 from ifguide.distributed.shards import StageError
 from ifguide.evaluation import Bootstrap, Replicates, Resampled
 from ifguide.evaluation.bootstrap import gap
@@ -202,7 +202,7 @@ def _items(evaluation: Evaluation, model: str, name: str, rows: Prompts) -> Resa
     place = {row.row: i for i, row in enumerate(rows)}
     tokens: list[list[list[int]]] = [[[]] * continuations for _ in rows]
     scores: dict[str, np.ndarray] = {}
-    for number, path in enumerate(data_files(evaluation.generations[model] / name)):
+    for number, path in enumerate(verified_files(evaluation.generations[model] / name)):
         generated = schemas.read_table(path, schemas.GENERATIONS)
         scored = schemas.read_table(scored_file(evaluation.report, model, name, number), schemas.CONTINUATIONS)
         if not scored.select(["prompt_row", "sample"]).equals(generated.select(["prompt_row", "sample"])):

@@ -8,6 +8,7 @@ as well: a fast path that went wrong stops here instead of filling a corpus with
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -70,11 +71,11 @@ class Decision:
         if not path.is_file():
             return None
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
             method, energy = Method(**fields.pop("method")), Energy(**fields.pop("energy"))
             check = fields.pop("check")
             return cls(method=method, energy=energy, check=None if check is None else Agreement(**check), **fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a scoring method ({error}); delete {folder} and score the corpus again"
             ) from error
@@ -88,6 +89,13 @@ class Decision:
                 f" The directions keep {self.energy.least:.3f} of their energy or more: raise score_corpus.rank"
                 " (0 is full), or set score_corpus.precision: float32, or preset: exact"
             )
+
+
+def _finite(text: str) -> float:
+    """A number of JSON. ValueError of NaN and of infinity, which Python reads from it too."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return float(text)
 
 
 @dataclass(frozen=True, kw_only=True)

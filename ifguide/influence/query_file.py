@@ -41,11 +41,11 @@ def read_queries(folder: Path) -> list[QueryRow]:
     """
     path = folder / QUERIES
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # `splitlines` would cut texts in two
+    lines = path.read_bytes().split(b"\n")[:-1]  # `splitlines` of a text would cut queries in two
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(QueryRow(**json.loads(line)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a query ({error}); build the query again") from error
     return rows
 

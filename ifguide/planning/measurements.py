@@ -80,13 +80,13 @@ def rates() -> dict[str, Rate]:
 @functools.cache
 def throughputs() -> tuple[Throughput, ...]:
     """All throughput measurements, as efficiencies."""
-    measured = []
+    found = []
     for entry in _tables()["throughput"]:
         machine = hardware(entry["hardware"])
         efficiency = entry.get("efficiency")
         if efficiency is None:
             efficiency = entry["value"] * entry["flop"] / (entry["count"] * machine.peak(entry["precision"]))
-        measured.append(
+        found.append(
             Throughput(
                 id=entry["id"],
                 pass_=entry["pass"],
@@ -99,7 +99,7 @@ def throughputs() -> tuple[Throughput, ...]:
                 source=entry["source"],
             )
         )
-    return tuple(measured)
+    return tuple(found)
 
 
 def sources() -> dict[str, tuple[str, str]]:

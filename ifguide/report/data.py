@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, environment, read_manifest
+from ifguide.artifacts import MANIFEST, environment, file_digest, read_manifest
 from ifguide.config import ClassifierSource, Evaluate, redact
 from ifguide.report import contents
 from ifguide.report.agreement import agreement_rows
@@ -18,6 +18,7 @@ from ifguide.selection.folders import SelectionFolders
 from ifguide.telemetry import read_metrics
 
 MAX_OUTLIERS = 20
+METRICS = "metrics.jsonl"  # of a training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,17 +142,35 @@ def _curves(folders: Mapping[str, Path]) -> tuple[contents.TrainingCurve, ...]:
 
 
 def _curve(name: str, folder: Path) -> contents.TrainingCurve | None:
-    logged = read_metrics(folder / "metrics.jsonl")
+    logged = read_metrics(_metrics(folder))
     if not logged:
         return None
-    masked = tuple(row["loss_masked"] for row in logged)
-    return contents.TrainingCurve(
-        model=name,
-        steps=tuple(row["step"] for row in logged),
-        benign_loss=tuple(row["loss_benign"] for row in logged),
-        learning_rate=tuple(row["learning_rate"] for row in logged),
-        masked_loss=masked if any(value is not None for value in masked) else None,
-    )
+    try:
+        masked = tuple(row["loss_masked"] for row in logged)
+        return contents.TrainingCurve(
+            model=name,
+            steps=tuple(row["step"] for row in logged),
+            benign_loss=tuple(row["loss_benign"] for row in logged),
+            learning_rate=tuple(row["learning_rate"] for row in logged),
+            masked_loss=masked if any(value is not None for value in masked) else None,
+        )
+    except KeyError as error:
+        raise ValueError(f"{folder / METRICS}: a row has no {error}; delete its line: its figures are lost") from error
+
+
+def _metrics(folder: Path) -> Path:
+    """The file of a training's figures.
+
+    Raises:
+        ValueError: it has changed since the training ended.
+    """
+    path = folder / METRICS
+    entry = read_manifest(folder).summary.get("metrics") if (folder / MANIFEST).exists() else None
+    if entry and path.exists() and file_digest(path) != entry["sha256"]:
+        raise ValueError(
+            f"{path} has changed since the training ended: restore it, or delete it, and the report has no curve of it"
+        )
+    return path
 
 
 def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram:
@@ -160,7 +179,7 @@ def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram:
         bin_edges=tuple(edges.tolist()),
         counts=tuple(counts.tolist()),
         tau=view.summary["tau"],
-        annotated_counts=tuple(annotated.tolist()) if view.annotated else None,
+        known_counts=tuple(annotated.tolist()) if view.annotated else None,
     )
 
 
@@ -172,8 +191,8 @@ def _documents(view: View, count: int) -> list[contents.RankedDocument]:
             rank=document.rank,
             rank_score=document.rank_score,
             tokens=tuple(
-                contents.Token(text=text, score=float(score), masked=bool(masked), annotated=bool(annotated))
-                for text, score, masked, annotated in zip(
+                contents.Token(text=text, score=float(score), masked=bool(masked), known=bool(known))
+                for text, score, masked, known in zip(
                     document.texts, document.scores, document.masked, document.annotated, strict=True
                 )
             ),

@@ -9,7 +9,7 @@ import numpy as np
 from ifguide.artifacts import require
 from ifguide.config import OWN
 from ifguide.display import visible
-from ifguide.report.view import ShownDocument, View
+from ifguide.report.view import ShownDocument, View, selected
 from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.outliers import outlier_line
 
@@ -23,7 +23,7 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int) ->
         FileNotFoundError: the run has no mask yet.
     """
     manifest = require(folders.mask, "build_mask")
-    summary = manifest.summary
+    summary = selected(manifest, folders.mask)
     if manifest.verb != "build_mask":
         made = f"imported from {visible(summary['source'])}" if "source" in summary else f"made by {manifest.verb}"
         share = f"{summary['tokens_masked']:,} of {summary['predicted_tokens']:,}"

@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import data_files, read_manifest
+from ifguide.artifacts import MANIFEST, Manifest, read_manifest, sound, verified_files
 from ifguide.config import OWN
 from ifguide.corpus.tables import TOKENIZER, corpus_block_size
 from ifguide.evaluation.metrics import Agreement, token_agreement
 from ifguide.selection.distributed import RunTasks
 from ifguide.selection.folders import SelectionFolders
+from ifguide.spans.tables import PackedCorpus
 from ifguide.storage import readable
 from ifguide.tokenizer import load_tokenizer
 
@@ -51,20 +52,21 @@ class View:
         self.corpus, self.scores = folders.corpus, folders.scores
         self.mask, self.ranking = folders.mask, folders.ranking
         manifest, made = read_manifest(self.mask), read_manifest(self.corpus)
-        self.summary = manifest.summary
+        self.summary = selected(manifest, self.mask)
         self.options = manifest.options.get("build_mask", {})
         self.ranked = manifest.verb == "build_mask"  # an imported mask has neither ranking nor tau
         self.score_column = schemas.score_column(self.summary.get("behaviour", OWN))
         self.tokenizer = load_tokenizer(str(self.corpus / TOKENIZER))
         self.annotated = bool(made.summary["annotated"])
         self.block_size = corpus_block_size(self.corpus)
-        self.files = data_files(self.corpus)
-        self.first_blocks = [_first_block(path) for path in self.files]
+        self.files = [self.corpus / name for name in made.names()]
+        packed = PackedCorpus.of(self.corpus, made)
+        self.first_blocks = [packed.extent(shard)[0] // self.block_size for shard in range(len(self.files))]
 
     def top_documents(self, count: int) -> list[ShownDocument]:
         """The first `count` units of the ranking."""
         ranking: list[dict[str, Any]] = []
-        for path in data_files(self.ranking, "ranking-*.parquet"):
+        for path in verified_files(self.ranking, "ranking-*.parquet"):
             ranking += schemas.read_table(path, schemas.RANKING).slice(0, count - len(ranking)).to_pylist()
             if len(ranking) == count:
                 break
@@ -82,7 +84,7 @@ class View:
     def outliers(self, count: int) -> list[tuple[dict[str, Any], str]]:
         """The `count` listed blocks of the greatest mass, each a row of `schemas.OUTLIERS` and its first words."""
         heaviest: list[dict[str, Any]] = []
-        for path in data_files(self.ranking, "outliers-*.parquet"):
+        for path in verified_files(self.ranking, "outliers-*.parquet"):
             heaviest += schemas.read_table(path, schemas.OUTLIERS).to_pylist()
             heaviest = sorted(heaviest, key=lambda row: (-row["mass"], row["block_id"]))[:count]
         return [(row, self._beginning(row["block_id"])) for row in heaviest]
@@ -95,7 +97,7 @@ class View:
     def _document(self, doc_id: int) -> dict[str, Any]:
         """A row of the document table, from the one file that holds it."""
         first = 0
-        for path in data_files(self.corpus, "documents-*.parquet"):
+        for path in verified_files(self.corpus, "documents-*.parquet"):
             number = pq.read_metadata(readable(path)).num_rows
             if doc_id < first + number:
                 return schemas.read_table(path, schemas.DOCUMENTS).slice(doc_id - first, 1).to_pylist()[0]
@@ -139,6 +141,21 @@ class View:
         them, and which of its tokens are predicted."""
         places = (self.scores, self.score_column, self.mask)
         return run_tasks(_on_columns, ((function, path, *places, *arguments) for path in self.files))
+
+
+def selected(manifest: Manifest, mask: Path) -> dict[str, Any]:
+    """What a mask's manifest says of the selection.
+
+    Raises:
+        ValueError: another version has selected, and named no behaviour or no unit.
+    """
+    summary = manifest.summary
+    if manifest.verb == "build_mask" and not all(isinstance(summary.get(key), str) for key in ("behaviour", "unit")):
+        raise ValueError(
+            f"{mask / MANIFEST} names no behaviour or no unit: another version made it; delete ranking/ and mask/ and"
+            " run `ifguide build_mask` again"
+        )
+    return summary
 
 
 def token_texts(tokenizer: Any, tokens: np.ndarray, window: slice) -> list[str]:
@@ -185,7 +202,7 @@ def _agreement(columns: dict[str, np.ndarray], predicted: np.ndarray) -> Agreeme
 
 
 def _on_columns(function: Any, path: Path, scores: Path, score_column: str, mask: Path, *arguments: Any) -> Any:
-    lengths = schemas.read_table(path, columns=["length"]).column("length").to_numpy()
+    lengths = schemas.read_table(sound(path.parent, path.name), columns=["length"]).column("length").to_numpy()
     columns = _shard_columns(path, scores, score_column, mask)
     index = np.arange(columns["tokens"].shape[1])
     return function(columns, (index >= 1) & (index < lengths[:, None]), *arguments)
@@ -193,7 +210,7 @@ def _on_columns(function: Any, path: Path, scores: Path, score_column: str, mask
 
 def _shard_columns(path: Path, scores: Path, score_column: str, mask: Path) -> dict[str, np.ndarray]:
     """The (B, T) columns of one shard; scores and mask are zero where there are none yet."""
-    table = schemas.read_table(path)
+    table = schemas.read_table(sound(path.parent, path.name))
     tokens = schemas.per_token_array(table, "tokens")
     columns = {"tokens": tokens}
     for name, column, folder, kind in (
@@ -202,7 +219,7 @@ def _shard_columns(path: Path, scores: Path, score_column: str, mask: Path) -> d
     ):
         other = folder / path.name
         columns[name] = (
-            schemas.per_token_array(schemas.read_table(other, columns=[column]), column)
+            schemas.per_token_array(schemas.read_table(sound(folder, path.name), columns=[column]), column)
             if other.exists()
             else np.zeros(tokens.shape, kind)
         )
@@ -211,7 +228,3 @@ def _shard_columns(path: Path, scores: Path, score_column: str, mask: Path) -> d
         schemas.per_token_array(table, "annotated") if has_annotations else np.zeros_like(tokens, bool)
     )
     return columns
-
-
-def _first_block(path: Path) -> int:
-    return schemas.read_table(path, columns=["block_id"]).column("block_id")[0].as_py()

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import data_files, publish, verify_digest
+from ifguide.artifacts import publish, sound, verified_files, verify_digest
 from ifguide.config import ConfigError
 from ifguide.selection.algorithm import (
     Bools,
@@ -143,7 +143,7 @@ def require_behaviour(behaviour: str, scores: Path) -> None:
     Raises:
         ConfigError: names the behaviours that it does hold.
     """
-    behaviours = schemas.scored_behaviours(schemas.read_schema(data_files(scores)[0]))
+    behaviours = schemas.scored_behaviours(schemas.read_schema(next(verified_files(scores))))
     if behaviour not in behaviours:
         raise ConfigError(
             f"build_mask.behaviour: {behaviour!r} is not in {scores}, which holds {', '.join(behaviours)}"
@@ -164,11 +164,12 @@ def scan(rules: Rules, files: ShardFiles) -> Scan:
     """First pass.
 
     Raises:
-        ValueError: a score is not finite, blocks of scores and corpus differ, documents leave a gap, the scores have
-            changed since they were made. Names the file.
+        ValueError: a score is not finite, blocks of scores and corpus differ, documents leave a gap, the scores or
+            the corpus have changed since they were made. Names the file.
     """
     if files.scores_sha256 is not None:
         verify_digest(files.scores, files.scores_sha256, "score_corpus")
+    sound(files.corpus.parent, files.corpus.name)
     head = schemas.read_table(files.corpus, columns=["block_id", "length"])
     block_ids, lengths = head.column("block_id").to_numpy(), head.column("length").to_numpy().astype(np.int64)
     scored = schemas.read_table(files.scores, columns=["block_id"]).column("block_id").to_numpy()
@@ -206,7 +207,8 @@ def _extent(files: ShardFiles, block_size: int, first_block: int, lengths: Ints)
 
 def own_documents(files: ShardFiles) -> Documents | None:
     """The documents that begin in a shard; None where there is none."""
-    table = schemas.read_table(files.documents, columns=["doc_id", "token_start", "num_tokens"])
+    path = sound(files.documents.parent, files.documents.name)
+    table = schemas.read_table(path, columns=["doc_id", "token_start", "num_tokens"])
     ids, begins, sizes = (table.column(name).to_numpy() for name in ("doc_id", "token_start", "num_tokens"))
     if not len(ids):
         return None

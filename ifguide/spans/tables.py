@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, Manifest, data_files, publish, verified
+from ifguide.artifacts import Manifest, data_files, publish, sound
 from ifguide.spans.mapping import mask_of_spans, opens_span, spans_of_mask, token_edges
 
 SPANS, DOCUMENTS = "spans-*.parquet", "documents-*.parquet"
@@ -70,7 +70,7 @@ class PackedCorpus:
         Parquet's own representation is never whole: it takes several times the column."""
         parts = []
         for shard in range(begin // self.shard_tokens, -(-end // self.shard_tokens)):
-            path = _sound(folder, f"{kind}-{shard_name(shard)}.parquet")
+            path = sound(folder, f"{kind}-{shard_name(shard)}.parquet")
             first, _ = self.extent(shard)
             for table in schemas.read_batches(path, column, max(1, READ_TOKENS // self.block_size)):
                 values = schemas.per_token_array(table, column).reshape(-1)
@@ -125,12 +125,7 @@ def _document_groups(sizes: np.ndarray) -> Iterator[slice]:
 
 def read_documents(corpus: PackedCorpus, shard: int) -> pa.Table:
     """The documents that begin in a shard, as `schemas.DOCUMENTS`."""
-    return schemas.read_table(_sound(corpus.folder, f"documents-{shard_name(shard)}.parquet"), schemas.DOCUMENTS)
-
-
-def _sound(folder: Path, name: str) -> Path:
-    """The path of a file of a corpus or a mask, verified; as it is in a mask that is still being made."""
-    return verified(folder, name) if (folder / MANIFEST).exists() else folder / name
+    return schemas.read_table(sound(corpus.folder, f"documents-{shard_name(shard)}.parquet"), schemas.DOCUMENTS)
 
 
 def write_found_spans(
@@ -187,7 +182,7 @@ def mask_jobs(corpus: PackedCorpus, source_mask: Path) -> Iterator[MaskJob]:
 def _bounds(files: Sequence[Path]) -> np.ndarray:
     """The first row of each file among all rows, and their number."""
     return np.cumsum(
-        [0, *(schemas.read_table(_sound(path.parent, path.name), columns=["doc_id"]).num_rows for path in files)]
+        [0, *(schemas.read_table(sound(path.parent, path.name), columns=["doc_id"]).num_rows for path in files)]
     )
 
 
@@ -238,7 +233,7 @@ def write_mask_shard(corpus: PackedCorpus, folder: Path, shard: int, masked: np.
 
 def _rows(folder: Path, names: Sequence[str], schema: pa.Schema, first: int) -> pa.Table:
     """The rows from document `first` on of some files."""
-    table = pa.concat_tables([schemas.read_table(_sound(folder, name), schema) for name in names])
+    table = pa.concat_tables([schemas.read_table(sound(folder, name), schema) for name in names])
     return table.slice(first - table.column("doc_id")[0].as_py())
 
 

@@ -20,7 +20,7 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from ifguide import interrupts
-from ifguide.artifacts import Manifest, remove_tree, require, require_same
+from ifguide.artifacts import Manifest, file_entry, read_sealed, remove_tree, require, require_same
 from ifguide.config import Cluster, redact, to_mapping, to_yaml
 from ifguide.corpus.tables import require_same_documents
 from ifguide.distributed.session import connect, require_resources
@@ -90,7 +90,9 @@ def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
         remove_tree(artifact.folder / leftover)
     files = [path for path in (artifact.folder / EXPORT).iterdir() if path.is_file()]
     rows = {"steps": summary["steps"], "blocks_seen": summary["blocks_seen"]}
-    manifest = artifact.finish(files, rows=rows, summary=summary)
+    metrics = artifact.folder / METRICS  # the report reads it, and no fingerprint holds it: it tells times
+    logged = {"metrics": file_entry(metrics)} if metrics.exists() else {}
+    manifest = artifact.finish(files, rows=rows, summary={**summary, **logged})
     log(
         VERB, f"{settings.name}: {summary['steps']} steps, last loss {summary['loss_benign']:.4f}, in {artifact.folder}"
     )
@@ -179,7 +181,7 @@ def _train(settings: TrainingSettings, cluster: Cluster) -> dict[str, Any]:
         else:
             connect(cluster)
             _train_on_ray(settings, cluster)
-    summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+    summary = read_sealed(folder / SUMMARY)
     if "stopped_early" in summary:
         log(
             VERB,

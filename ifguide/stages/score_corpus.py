@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import Manifest, data_files, require, require_same
+from ifguide.artifacts import Manifest, require, require_same
 from ifguide.config import OWN
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import connect, require_resources
@@ -62,8 +62,8 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return artifact.manifest
     require_resources(run.config.cluster, VERB, config.resources)
     shards = [
-        CorpusShard(key=path.stem, name=path.name, bytes=corpus.files[path.name]["bytes"])
-        for path in data_files(run.corpus)
+        CorpusShard(key=name.removesuffix(".parquet"), name=name, bytes=corpus.files[name]["bytes"])
+        for name in corpus.names()
     ]
     decision = Decision.read(run.scores) or _decide(run, queries, shards[0].name)
     settings = ScoringSettings(

@@ -70,7 +70,7 @@ def _is_whole(folder: Path) -> bool:
         path = folder / DIGESTS
         if not damaged_files(folder, unsealed(json.loads(path.read_text(encoding="utf-8")), path)):
             return True
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         pass
     log("pretrain", f"{folder} is not as it was written: it is made again", level=logging.WARNING)
     return False

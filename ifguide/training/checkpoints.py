@@ -100,8 +100,8 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
 def first_whole(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
     """The first whose files are those that were written; every other loses its description, and is passed over."""
     for checkpoint in checkpoints:
-        digests = digest_files(checkpoint.folder, checkpoint.files)
-        changed = [name for name, entry in checkpoint.files.items() if digests[name] != entry]
+        found = digest_files(checkpoint.folder, checkpoint.files)
+        changed = [name for name, entry in checkpoint.files.items() if found[name] != entry]
         if not changed:
             return checkpoint
         path = checkpoint.folder / changed[0]
@@ -112,8 +112,8 @@ def first_whole(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
 
 def best_checkpoints(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     """Those with a held-out loss, lowest first; the earlier of equals."""
-    measured = [checkpoint for checkpoint in checkpoints if checkpoint.heldout is not None]
-    return sorted(measured, key=lambda checkpoint: (checkpoint.heldout, checkpoint.step))
+    known = [checkpoint for checkpoint in checkpoints if checkpoint.heldout is not None]
+    return sorted(known, key=lambda checkpoint: (checkpoint.heldout, checkpoint.step))
 
 
 def remove_others(folder: Path, *, keep_last: int, keep_best: int) -> None:
@@ -130,11 +130,18 @@ def _read(folder: Path) -> Checkpoint | None:
         path = folder / DESCRIPTION
         checkpoint = Checkpoint(folder=folder, **unsealed(json.loads(path.read_text(encoding="utf-8")), path))
         expected = {name: entry["bytes"] for name, entry in checkpoint.files.items()}
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # no JSON, or not what was written
+    except (
+        FileNotFoundError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ):  # no JSON, or not what was written
         return None
     hidden = {name for name in file_sizes(folder) if name.rpartition("/")[2].startswith(".")}  # a file system's own
-    sizes = {name: size for name, size in file_sizes(folder).items() if name not in {DESCRIPTION, *hidden}}
-    return checkpoint if sizes == expected else None
+    found = {name: size for name, size in file_sizes(folder).items() if name not in {DESCRIPTION, *hidden}}
+    return checkpoint if found == expected else None
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ifguide.artifacts import write_json
+from ifguide.artifacts import write_sealed
 from ifguide.config import ConfigError, to_mapping
 from ifguide.storage import location
 from ifguide.telemetry import MetricsLog, log
@@ -283,7 +283,7 @@ class TrainingLoop:
             if self.step < self.schedule.steps:
                 summary["stopped_early"] = self.rise.value
                 log(VERB, f"{self.name}: stopped at step {self.step}, the benign loss has risen")
-            write_json(self.folder / SUMMARY, summary)
+            write_sealed(self.folder / SUMMARY, summary)
         self._barrier()
 
     def _export(self, checkpoint: Checkpoint) -> None:

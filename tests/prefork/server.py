@@ -43,18 +43,7 @@ MODULES = (
     "s3fs",
 )
 # of one worker, one test or one cluster, and read by nothing as it is imported
-VOLATILE = {
-    "_",
-    "IFGUIDE_CACHE",
-    "OLDPWD",
-    "PWD",
-    "PYTEST_CURRENT_TEST",
-    "PYTHONBREAKPOINT",
-    "PYTORCH_NVML_BASED_CUDA_CHECK",
-    "SHLVL",
-    "TMPDIR",
-    sitecustomize.IMPATIENT,
-}
+VOLATILE = {"_", "IFGUIDE_CACHE", sitecustomize.IMPATIENT, "OLDPWD", "PWD", "PYTEST_CURRENT_TEST", "SHLVL", "TMPDIR"}
 VOLATILE_PREFIXES = ("AWS_", "PYTEST_XDIST_", "RAY_CLIENT_", "RAY_JOB_", "RAY_NODE_", "RAY_RAYLET_", "RAY_SESSION_")
 
 log = logging.getLogger(__name__)

@@ -33,8 +33,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 def start(verb: str, config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "ifguide.cli", verb, "--config", str(folder / "config.yaml")]
-    ours = ("RAY_ADDRESS", "IFGUIDE_PREFORK_SOCKET")  # forked elsewhere, a worker is no child of the verb's process
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

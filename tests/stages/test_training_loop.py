@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from ray.train import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ifguide.artifacts import MANIFEST, PLAN, file_digest, read_manifest, write_json
+from ifguide.artifacts import MANIFEST, PLAN, file_digest, read_manifest, read_sealed, write_json
 from ifguide.config import ModelSource, config_from_mapping, to_mapping
 from ifguide.distributed.shards import StageError
 from ifguide.models import load_model
@@ -203,13 +202,13 @@ METRICS_DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", METRICS_DAMAGES)
 def test_a_finished_training_needs_no_metrics_to_be_exported(damage: str, train: Callable[..., Path]) -> None:
     folder = train("whole")
-    summary = json.loads((folder / SUMMARY).read_text())
+    summary = read_sealed(folder / SUMMARY)
     weights = digest(folder)
     (folder / SUMMARY).unlink()
     shutil.rmtree(folder / "hf")
     METRICS_DAMAGES[damage](folder / METRICS)
     train("whole")
-    assert json.loads((folder / SUMMARY).read_text()) == summary
+    assert read_sealed(folder / SUMMARY) == summary
     assert digest(folder) == weights
 
 

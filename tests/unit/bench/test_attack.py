@@ -8,6 +8,8 @@ import pytest
 
 from bench.attack import WAYS, attacks, damaged, readers_of
 
+VERBS = ("score_corpus", "pretrain", "fit_factors", "evaluate", "inspect")
+
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("alone", [True, False])
@@ -31,11 +33,11 @@ def test_a_swap_of_two_equal_files_changes_it_all_the_same(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "verbs"),
     [
-        ("corpus/shard-00000.parquet", ["score_corpus", "pretrain", "fit_factors"]),
-        ("scores/shard-00003.parquet", ["build_mask"]),
+        ("corpus/shard-00000.parquet", ["score_corpus", "pretrain", "fit_factors", "evaluate", "inspect"]),
+        ("scores/shard-00003.parquet", ["build_mask", "evaluate", "inspect", "export-scores"]),
         ("model/baseline/hf/model.safetensors", ["fit_factors", "evaluate"]),
         ("model/penalised/checkpoints/step-00000008/state/rank-0.pt", ["pretrain"]),
-        ("generations/baseline/prompts/manifest.json", ["evaluate"]),
+        ("generations/baseline/prompts/manifest.json", ["evaluate", "status"]),
         ("report/index.html", []),
     ],
 )
@@ -47,4 +49,4 @@ def test_attacks_are_every_file_every_way_to_every_reader_and_each_verb_s_togeth
     files = ["corpus/shard-00000.parquet", "corpus/shard-00001.parquet", "report/index.html"]
     made = [(reader.verb, name[-9], way) for reader, name, way in attacks(files, ["flip", "cut"])]
     both = [(shard, way) for shard in "01" for way in ("flip", "cut")]
-    assert made == [(verb, *attack) for verb in ("score_corpus", "pretrain", "fit_factors") for attack in both]
+    assert made == [(verb, *attack) for verb in VERBS for attack in both]
