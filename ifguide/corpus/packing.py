@@ -3,19 +3,20 @@
 Order: with `interleave`, document i of an input of n documents lies at (i + 1/2) / n, ties by input; so each
 run of the stream needs one contiguous range per input, and any shard can be packed without the others.
 
-Memory is one chunk.
+Memory is one chunk, of which a single document may be most (`pieces`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from ifguide.config import Input, redact
+from ifguide.corpus.pieces import PIECE_CHARS, Tokens, encode, encode_long
 from ifguide.corpus.reading import Chunk, RawDocument, read_documents
 from ifguide.spans.mapping import token_stops
 
@@ -33,28 +34,47 @@ class Encoded(NamedTuple):
 
 def tokenise(documents: Sequence[RawDocument], tokenizer: Any, *, annotate: bool) -> list[Encoded]:
     """Good documents as tokens with EOS appended; `annotate` asks for `Encoded.annotated`."""
-    if not documents:
-        return []  # a tokenizer refuses a list of no texts
-    encoded = tokenizer(
-        [document.text for document in documents],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    results = []
-    for i, document in enumerate(documents):
-        tokens = np.array([*encoded["input_ids"][i], tokenizer.eos_token_id], dtype=np.int32)
-        stops = token_stops(encoded["offset_mapping"][i], len(document.text))
-        flags = None
+    return [
+        _encoded(document, parts, tokenizer.eos_token_id, annotate=annotate)
+        for group in _groups(documents)
+        for document, parts in zip(group, _parts(group, tokenizer), strict=True)
+    ]
+
+
+def _groups(documents: Sequence[RawDocument]) -> Iterator[list[RawDocument]]:
+    """Documents that are tokenised in one call: some, and few characters; a long one alone."""
+    group: list[RawDocument] = []
+    characters = 0
+    for document in documents:
+        if group and (len(group) == TOKENISE_BATCH or characters + len(document.text) > PIECE_CHARS):
+            yield group
+            group, characters = [], 0
+        group.append(document)
+        characters += len(document.text)
+    if group:
+        yield group
+
+
+def _parts(group: Sequence[RawDocument], tokenizer: Any) -> Iterator[Iterable[Tokens]]:
+    if len(group) == 1 and len(group[0].text) > PIECE_CHARS:
+        yield encode_long(group[0].text, tokenizer)
+    else:
+        yield from ([tokens] for tokens in encode([document.text for document in group], tokenizer))
+
+
+def _encoded(document: RawDocument, parts: Iterable[Tokens], eos: int, *, annotate: bool) -> Encoded:
+    ids, stops, flags = [], [], []
+    for part in parts:  # what of a part is not needed is forgotten, not kept until the last is there
+        ids.append(part.ids)
+        stops.append(part.offsets[:, 1].copy())
         if annotate:
-            flags = np.zeros(len(tokens), dtype=bool)
-            offsets = np.array(encoded["offset_mapping"][i], dtype=np.int64).reshape(-1, 2)
+            flags.append(np.zeros(len(part.ids), bool))
             for start, stop in document.spans:
-                flags[:-1] |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
-        results.append(Encoded(tokens, stops, flags))
-    return results
+                flags[-1] |= (part.offsets[:, 0] < stop) & (part.offsets[:, 1] > start)
+    tokens = np.concatenate([*ids, np.array([eos], np.int32)])
+    del ids
+    annotated = np.concatenate([*flags, np.zeros(1, bool)]) if annotate else None
+    return Encoded(tokens, token_stops(np.concatenate(stops), len(document.text)), annotated)
 
 
 def token_table(
@@ -79,21 +99,19 @@ def token_table(
             bad.append({"source": redact(chunk.name), "row": document.row, "reason": reason})
     names = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     encoded = [_as_given(document.tokens, annotate=annotate) for document in good if document.tokens is not None]
-    texts = [
-        document for document in good if document.tokens is None
-    ]  # none, where there are ids: an input has one kind
-    for i in range(0, len(texts), TOKENISE_BATCH):
-        encoded += tokenise(texts[i : i + TOKENISE_BATCH], tokenizer, annotate=annotate)
+    # none, where there are ids: an input has one kind
+    encoded += tokenise([document for document in good if document.tokens is None], tokenizer, annotate=annotate)
     columns: dict[str, Any] = {
         "row": pa.array([document.row for document in good], type=pa.int64()),
         "num_chars": pa.array([document.num_chars for document in good], type=pa.int64()),
         "num_tokens": pa.array([len(document.tokens) for document in encoded], type=pa.int64()),
-        "tokens": pa.array([document.tokens for document in encoded], type=pa.large_list(pa.int32())),
-        "stops": pa.array([document.stops for document in encoded], type=pa.large_list(pa.int32())),
+        "tokens": _lists([document.tokens for document in encoded], pa.int32()),
+        "stops": _lists([document.stops for document in encoded], pa.int32()),
         "special_texts": pa.array([len(names.findall(document.text)) for document in good], type=pa.int64()),
     }
     if annotate:
-        columns["annotated"] = pa.array([document.annotated for document in encoded], type=pa.large_list(pa.bool_()))
+        flags = [document.annotated for document in encoded if document.annotated is not None]
+        columns["annotated"] = _lists(flags, pa.bool_())
     return pa.table(columns), bad, read
 
 
@@ -107,6 +125,19 @@ def _unknown_token(document: RawDocument, tokenizer: Any) -> str | None:
     if document.tokens is None or (largest := int(document.tokens.max())) < len(tokenizer):
         return None
     return f"token id {largest} is none of the tokenizer's {len(tokenizer)}"
+
+
+def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
+    """A column of lists; of one array it is a view, where `kind` allows it."""
+    bounds = np.concatenate([[0], np.cumsum([len(array) for array in arrays], dtype=np.int64)]).astype(np.int64)
+    return pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(_end_to_end(arrays), type=kind))
+
+
+def _end_to_end(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays as one; a single one is not copied."""
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
 
 
 def stream_order(counts: Sequence[int], *, interleave: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +167,7 @@ def pack(
 
     Returns (blocks_BT of the input's dtype, the last one filled up with `fill`; lengths_B int32).
     """
-    stream = np.concatenate(tokens)[skip : skip + num_tokens]
+    stream = _end_to_end(tokens)[skip : skip + num_tokens]
     assert len(stream) == num_tokens, (len(stream), num_tokens)
     num_blocks = -(-num_tokens // block_size)
     blocks_BT = np.full((num_blocks, block_size), fill, dtype=stream.dtype)

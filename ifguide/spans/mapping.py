@@ -27,13 +27,15 @@ Places = NDArray[np.int64]
 FIRST = np.zeros(1, np.int64)  # one document alone begins at the first token
 
 
-def token_stops(offset_mapping: Any, num_chars: int) -> Ints:
+def token_stops(stops: Any, num_chars: int) -> Ints:
     """(n + 1,) int32: where each of n tokens stops, never before an earlier one, then EOS.
 
-    `offset_mapping`: the (start, stop) characters of each token, as a fast tokenizer gives them.
+    `stops`: the character behind each token, as a fast tokenizer's offsets give it.
     """
-    stops = np.fromiter((stop for _, stop in offset_mapping), np.int32, count=len(offset_mapping))
-    return np.append(np.maximum.accumulate(stops), np.int32(num_chars + 1)).astype(np.int32)
+    result = np.empty(len(stops) + 1, np.int32)
+    np.maximum.accumulate(np.asarray(stops, np.int32), out=result[:-1])
+    result[-1] = num_chars + 1
+    return result
 
 
 def token_edges(stops: Ints, begins: Places = FIRST) -> Floats:

@@ -117,7 +117,7 @@ def test_the_closing_token_is_a_character_of_its_own() -> None:
 
 
 def test_stops_never_go_back_and_an_empty_document_is_its_end() -> None:
-    assert token_stops([(0, 2), (2, 2), (0, 1)], 2).tolist() == [2, 2, 2, 3]
+    assert token_stops([2, 2, 1], 2).tolist() == [2, 2, 2, 3]
     assert token_stops([], 0).tolist() == [1]
     assert token_edges(np.array([0, 0, 3, 3, 3], np.int32)) == pytest.approx([-0.5, 0, 2 + 1 / 3, 2 + 2 / 3, 3])
     assert spans_of_mask(np.zeros(3, bool), np.array([1.0, 2, 3])).shape == (0, 2)
