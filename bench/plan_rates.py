@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,20 @@ def eigen_rate(size: int = 1024, repeats: int = 3) -> float:
     return EIGEN_FLOP * size**3 / min(times)
 
 
+@dataclass(frozen=True)
+class Numbered:
+    """A shard of no work."""
+
+    key: str
+
+
 class Nothing:
     """Worker that does nothing."""
 
-    def process(self, descriptor: dict[str, Any]) -> dict[str, Any]:
+    def __init__(self, settings: None):
+        pass
+
+    def process(self, shard: Numbered) -> dict[str, Any]:
         return {}
 
 
@@ -97,9 +108,8 @@ def seconds_per_shard(shards: int) -> float:
     for count in (shards // 3, shards):
         with tempfile.TemporaryDirectory(prefix="plan-rates-") as folder:
             started = time.monotonic()
-            run_shards(
-                "rates", [{"key": f"{i:06d}"} for i in range(count)], Nothing, {}, folder=Path(folder), pool=pool
-            )
+            work = [Numbered(f"{i:06d}") for i in range(count)]
+            run_shards("rates", work, Nothing, None, folder=Path(folder), pool=pool)
             times[count] = time.monotonic() - started
     print(json.dumps({"seconds": times}), file=sys.stderr)
     return (times[shards] - times[shards // 3]) / (shards - shards // 3)

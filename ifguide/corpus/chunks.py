@@ -20,6 +20,10 @@ class KeyedChunk:
     file: InputFile | None = None  # of a hub dataset there is none
     first_input_row: int = 0
 
+    def __str__(self) -> str:
+        at = f", bytes {self.chunk.start:,} to {self.chunk.stop:,}" if self.chunk.kind == "jsonl" else ""
+        return f"{self.chunk.name}{at}"
+
 
 def plan_chunks(config: PackCorpus, *, open_hub: bool) -> list[Chunk]:
     """The chunks of all inputs, in reading order; without `open_hub` a hub dataset is one.

@@ -64,6 +64,10 @@ class Attempts:
         self.reason = reason
         self._write()
 
+    def fear(self, reason: str) -> None:
+        """Keep what it will have been if the process dies in this attempt."""
+        self.failed(reason)
+
     def give_up(self, reason: str) -> Failure:
         """Keep why the shard was given up, for `ifguide status`."""
         self.reason = reason

@@ -24,7 +24,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -34,11 +34,14 @@ from ifguide.distributed.ledger import LEDGER, Entry, Failure, finished_entries,
 from ifguide.distributed.metrics import RayMetrics
 from ifguide.distributed.pool import Pool, work_off
 from ifguide.distributed.tasks import run_tasks
-from ifguide.distributed.worker import Worker, WorkerSource, shard_key
+from ifguide.distributed.worker import Shard, Worker, WorkerSource
 from ifguide.storage import make_folder
 from ifguide.telemetry import Progress, ProgressFile, log
 
 __all__ = ["LEDGER", "Pool", "ShardResults", "StageError", "Worker", "run_shards"]
+
+Settings = TypeVar("Settings")
+Work = TypeVar("Work", bound=Shard)
 
 SHOWN_FAILURES = 20
 CHECKED_AT_ONCE = 64  # files: a task each would take longer to start than to read
@@ -51,14 +54,14 @@ class StageError(RuntimeError):
 
 def run_shards(
     verb: str,
-    shards: Sequence[Any],
-    make_worker: Callable[..., Worker],
-    settings: Any,
+    shards: Sequence[Work],
+    make_worker: Callable[[Settings], Worker],
+    settings: Settings,
     *,
     folder: Path,
     pool: Pool,
     unit: str = "shards",
-    amount: Callable[[Any], float] = lambda shard: 1.0,
+    amount: Callable[[Work], float] = lambda shard: 1.0,
 ) -> ShardResults:
     """Process every shard once; returns key -> result. Each actor makes its worker of `settings`, a dataclass.
 
@@ -70,7 +73,7 @@ def run_shards(
     """
     ledger = folder / LEDGER
     make_folder(ledger)
-    weights = {shard_key(shard): amount(shard) for shard in shards}
+    weights = {shard.key: amount(shard) for shard in shards}
     assert len(weights) == len(shards), "keys are not unique"
     done = _sound(verb, folder, {key: entry for key, entry in finished_entries(ledger).items() if key in weights})
     tally = _Tally(weights=weights, done=done)
@@ -78,7 +81,6 @@ def run_shards(
     if todo:
         for leftover in unfinished_attempts(ledger):
             leftover.unlink()  # a rerun is a fresh start for shards that failed before
-        settings = dict(settings) if isinstance(settings, Mapping) else settings
         source = WorkerSource(
             make_worker=make_worker,
             settings=settings,
@@ -145,10 +147,10 @@ class _Tally:
         """Shards that are done or were given up."""
         return len(self.done) + len(self.failures)
 
-    def left(self, shards: Sequence[Any]) -> list[Any]:
+    def left(self, shards: Sequence[Shard]) -> list[Shard]:
         """The shards that are neither done nor given up."""
         ended = self.done.keys() | self.failures.keys()
-        return [shard for shard in shards if shard_key(shard) not in ended]
+        return [shard for shard in shards if shard.key not in ended]
 
     def add(self, entry: Entry | Failure) -> float:
         """Record what a shard came to; returns the amount of work that it newly finishes."""
@@ -175,7 +177,7 @@ class _Tally:
 
 
 def _run_rounds(
-    verb: str, todo: Sequence[Any], source: WorkerSource, pool: Pool, tally: _Tally, progress: Progress
+    verb: str, todo: Sequence[Shard], source: WorkerSource, pool: Pool, tally: _Tally, progress: Progress
 ) -> None:
     """Run pools of actors until every shard is done or given up."""
     while todo:
@@ -192,7 +194,7 @@ def _run_rounds(
             log(verb, f"a worker is lost for good ({reason}); the shards left go to new ones", level=logging.WARNING)
         left = tally.left(todo)
         if len(left) == len(todo):
-            raise StageError(f"{verb}: no result for {len(left)} shards, among them {shard_key(left[0])}")
+            raise StageError(f"{verb}: no result for {len(left)} shards, among them {left[0].key}")
         todo = left
     progress.publish(**tally.counts())
 

@@ -20,12 +20,15 @@ import ray
 from ifguide.artifacts import recording
 from ifguide.config.resources import Resources
 from ifguide.distributed.ledger import ACTORS, Attempts, Entry, Failure, read_entry, write_entry
+from ifguide.distributed.memory import MemoryWatch
 from ifguide.storage import location
 from ifguide.telemetry import configure_logging
 
 
 class Shard(Protocol):
-    """One piece of a stage's work: a small frozen dataclass. Its key is unique and names its output."""
+    """One piece of a stage's work: a small frozen dataclass. Its key is unique and names its output.
+
+    A class with `__str__` says in failures what the key alone does not, a file for instance."""
 
     @property
     def key(self) -> str: ...
@@ -43,17 +46,11 @@ class Worker(Protocol):
 class WorkerSource:
     """What an actor makes its worker from, and where it keeps the ledger."""
 
-    make_worker: Callable[..., Worker]
-    settings: Any  # the one argument of `make_worker`; a mapping is its keyword arguments
+    make_worker: Callable[[Any], Worker]
+    settings: Any
     ledger: str
     resources: Resources
     in_flight: int
-
-    def make(self) -> Worker:
-        """The worker."""
-        if isinstance(self.settings, dict):
-            return self.make_worker(**self.settings)
-        return self.make_worker(self.settings)
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,7 @@ class LedgerWorker:
         torch.set_num_threads(max(1, int(source.resources.cpus)))
         self.ledger, self.attempts = location(source.ledger), source.resources.attempts
         self.in_flight = source.in_flight
+        self.memory = MemoryWatch()
         self.turn, self.slots = threading.Lock(), threading.Semaphore(source.in_flight)
         starts = Attempts(self.ledger / ACTORS, str(ray.get_runtime_context().get_actor_id()))
         if starts.made >= self.attempts:
@@ -83,31 +81,32 @@ class LedgerWorker:
         except OSError as error:  # raised here, it would have Ray start this actor again, for ever
             self.storage_error = _said(error)
             return
-        self.worker = source.make()
+        self.worker = source.make_worker(source.settings)
         starts.forget()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Parcel]]:
         return {"entry": [Parcel(self._run_one(parcel.content)) for parcel in batch["shard"]]}
 
-    def _run_one(self, shard: Any) -> Entry | Failure:
+    def _run_one(self, shard: Shard) -> Entry | Failure:
         if self.storage_error:
-            return Failure(key=shard_key(shard), reason=self.storage_error)
+            return Failure(key=shard.key, reason=self.storage_error)
         try:
             return self._attempt(shard)
         except OSError as error:  # of the ledger itself
-            return Failure(key=shard_key(shard), reason=_said(error))
+            return Failure(key=shard.key, reason=_said(error))
 
-    def _attempt(self, shard: Any) -> Entry | Failure:
-        key = shard_key(shard)
+    def _attempt(self, shard: Shard) -> Entry | Failure:
+        key = shard.key
         attempts = Attempts(self.ledger, key)
         while (entry := read_entry(self.ledger, key)) is None:
             with self._slots(self.in_flight if attempts.made else 1):
                 if attempts.made >= self.attempts:
-                    return attempts.give_up(f"gave up after {attempts.made} attempts: {attempts.reason}")
+                    reason = f"gave up after {attempts.made} attempts: {attempts.reason}"
+                    return attempts.give_up(f"{shard}: {reason}" if _says_what_it_is(shard) else reason)
                 attempts.begin()
                 started = time.monotonic()
                 try:
-                    with recording() as published:
+                    with self.memory.over(attempts), recording() as published:
                         result = self.worker.process(shard)
                 except ValueError as error:
                     if not isinstance(error.__cause__, OSError):  # bad input is the same next time: say it once
@@ -141,9 +140,9 @@ class LedgerWorker:
             self.slots.release(count)
 
 
-def shard_key(shard: Any) -> str:
-    """The key of a descriptor."""
-    return shard["key"] if isinstance(shard, dict) else shard.key
+def _says_what_it_is(shard: Shard) -> bool:
+    """Whether its class has words for it, a file for instance."""
+    return "__str__" in vars(type(shard))
 
 
 def _is_device_lost(error: Exception) -> bool:
