@@ -63,18 +63,24 @@ def _parts(group: Sequence[RawDocument], tokenizer: Any) -> Iterator[Iterable[To
 
 
 def _encoded(document: RawDocument, parts: Iterable[Tokens], eos: int, *, annotate: bool) -> Encoded:
-    ids, stops, flags = [], [], []
-    for part in parts:  # what of a part is not needed is forgotten, not kept until the last is there
-        ids.append(part.ids)
-        stops.append(part.offsets[:, 1].copy())
+    # These grow in place. Arrays of parts, joined at the end, would take twice the memory of a long document's tokens.
+    ids, stops, flags = bytearray(), bytearray(), bytearray()
+    last = np.int32(0)
+    for part in parts:
+        ids += np.ascontiguousarray(part.ids).data
+        reached = np.maximum(token_stops(part.offsets[:, 1], 0)[:-1], last)
+        stops += reached.data
+        last = reached[-1] if len(reached) else last
         if annotate:
-            flags.append(np.zeros(len(part.ids), bool))
+            inside = np.zeros(len(part.ids), bool)
             for start, stop in document.spans:
-                flags[-1] |= (part.offsets[:, 0] < stop) & (part.offsets[:, 1] > start)
-    tokens = np.concatenate([*ids, np.array([eos], np.int32)])
-    del ids
-    annotated = np.concatenate([*flags, np.zeros(1, bool)]) if annotate else None
-    return Encoded(tokens, token_stops(np.concatenate(stops), len(document.text)), annotated)
+                inside |= (part.offsets[:, 0] < stop) & (part.offsets[:, 1] > start)
+            flags += inside.data
+    ids += np.int32(eos).tobytes()
+    stops += np.int32(len(document.text) + 1).tobytes()
+    flags += bytes(annotate)
+    tokens, places = np.frombuffer(ids, np.int32), np.frombuffer(stops, np.int32)
+    return Encoded(tokens, places, np.frombuffer(flags, bool) if annotate else None)
 
 
 def token_table(

@@ -26,7 +26,7 @@ class MemoryWatch:
     """Watches while attempts are in work."""
 
     def __init__(self) -> None:
-        self.attempts: list[Attempts] = []
+        self.told: dict[Attempts, int] = {}  # of each attempt in work, the size that it was last told of
         self.lock, self.begun = threading.Lock(), threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -34,28 +34,28 @@ class MemoryWatch:
     def over(self, attempts: Attempts) -> Iterator[None]:
         """Give an attempt its reason, should the process die for memory within."""
         with self.lock:
-            self.attempts.append(attempts)
+            self.told[attempts] = 0
         self.begun.set()
         try:
             yield
         finally:
             with self.lock:
-                self.attempts.remove(attempts)
-                if not self.attempts:
+                del self.told[attempts]
+                if not self.told:
                     self.begun.clear()
 
     def _watch(self) -> None:
-        told = 0
         pause = threading.Event()
         while True:
             self.begun.wait()
             left, total = memory_left()
-            own = own_memory()
-            if left < LOW_SHARE * total and own > 1.1 * told:
-                told = own
+            if left < LOW_SHARE * total:
+                own = own_memory()
                 with self.lock, contextlib.suppress(OSError):
-                    for attempts in self.attempts:
-                        attempts.fear(death_by_memory(own, left, total))
+                    for attempts, told in self.told.items():
+                        if own > 1.1 * told:
+                            attempts.fear(death_by_memory(own, left, total))
+                            self.told[attempts] = own
             pause.wait(SECONDS)
 
 

@@ -22,6 +22,7 @@ import torch
 
 from ifguide.artifacts import PLAN, file_entry, publish, write_json
 from ifguide.config.resources import Resources
+from ifguide.distributed import memory
 from ifguide.distributed.ledger import LEDGER
 from ifguide.distributed.shards import Pool, ShardResults, StageError, run_shards
 from ifguide.run import FOLDERS
@@ -35,6 +36,13 @@ class Piece:
 
     key: str
     output: Path | None = None
+
+
+class Described(Piece):
+    """One with words for what it is."""
+
+    def __str__(self) -> str:
+        return f"corpus.jsonl, bytes of {self.key}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,10 @@ class Toy:
             self.others.wait(timeout=20)
         time.sleep(self.settings.seconds)
         if shard.key == poison or (poison == f"{shard.key} once" and times == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if poison == "memory":
+            memory.memory_left = lambda: (10**9, 64 * 10**9)
+            time.sleep(5 * memory.SECONDS)
             os.kill(os.getpid(), signal.SIGKILL)
         if poison == "device" and times == 1 and shard.key == "s3":
             self.broken = True
@@ -126,6 +138,15 @@ def test_what_was_raised_is_the_reason_and_transient_errors_are_retried(cluster:
         run(tmp_path / "again", ["a", "unlucky", "b"], {"resources": Resources(gpus=0, attempts=2)})
     entry = json.loads((tmp_path / LEDGER / "unlucky.json").read_text())
     assert entry["attempts"] == 3
+
+
+def test_a_death_by_memory_is_one_and_says_of_what(cluster: None, tmp_path: Path) -> None:
+    pool = Pool(size=1, resources=Resources(gpus=0, attempts=1))
+    toy = ToySettings(log=tmp_path / "log", poison="memory")
+    died = r"s1: corpus\.jsonl, bytes of s1: gave up after 1 attempts: its process died of memory, most likely: it held"
+    with pytest.raises(StageError, match=died) as failed:
+        run_shards("toy", [Described("s1")], Toy, toy, folder=tmp_path, pool=pool)
+    assert "1.0 of its machine's 64.0 GB were left; give each process more (resources.memory" in str(failed.value)
 
 
 def test_an_actor_whose_device_has_failed_takes_no_further_shard(cluster: None, tmp_path: Path) -> None:
