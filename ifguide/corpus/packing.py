@@ -166,6 +166,11 @@ def merge_order(ranges: Sequence[tuple[int, int]], counts: Sequence[int]) -> np.
     return np.argsort(np.concatenate(places), kind="stable") if places else np.zeros(0, np.int64)
 
 
+def running_total(counts: np.ndarray) -> np.ndarray:
+    """(n,): of each of n counts the sum of those before it."""
+    return np.asarray(np.cumsum(counts) - counts)
+
+
 def pack(
     tokens: Sequence[np.ndarray], *, skip: int, num_tokens: int, block_size: int, fill: int
 ) -> tuple[np.ndarray, np.ndarray]:

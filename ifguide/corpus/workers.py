@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +19,15 @@ from ifguide.config import Input
 from ifguide.corpus.bad_rows import write_bad_rows
 from ifguide.corpus.chunks import KeyedChunk
 from ifguide.corpus.inputs import unchanged
-from ifguide.corpus.packing import merge_order, pack, token_table
+from ifguide.corpus.packing import merge_order, pack, running_total, token_table
 from ifguide.corpus.reading import count_rows, read_documents
 from ifguide.corpus.stream import TOKENS, PackSettings, StreamShard
 from ifguide.storage import location, readable
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 TOKENIZER_CHARS = 200_000_000  # what a tokenizer is trained on at most: more changes its merges little
+
+TOKEN_ROWS = 1 << 18  # of a group in a scratch table of tokens: what a shard reads more than its own
 
 
 class CountRows:
@@ -55,7 +57,8 @@ class TokeniseSettings:
 
 
 class TokeniseChunk:
-    """Worker of the first pass: one chunk -> one scratch table; its result has the bad rows."""
+    """Worker of the first pass: one chunk -> a scratch table of its documents, and one of all their tokens, of which a
+    shard reads its own; its result has the bad rows."""
 
     def __init__(self, settings: TokeniseSettings):
         self.settings, self.folder = settings, location(settings.folder)
@@ -70,8 +73,11 @@ class TokeniseChunk:
                 first_input_row=shard.first_input_row,
                 annotate=self.settings.annotate,
             )
+        documents, tokens = _split(table)
         with publish(self.folder / f"{shard.key}.parquet") as part:
-            pq.write_table(table, part, row_group_size=1024)
+            pq.write_table(documents, part, row_group_size=1 << 16)
+        with publish(self.folder / _tokens_file(shard.key)) as part:
+            pq.write_table(tokens, part, row_group_size=TOKEN_ROWS)
         if bad:
             write_bad_rows(self.folder, shard.key, bad)
         return {
@@ -82,6 +88,13 @@ class TokeniseChunk:
         }
 
 
+class Segment(NamedTuple):
+    """Neighbouring documents of a scratch table, by its key."""
+
+    key: str
+    documents: pa.Table
+
+
 class PackShard:
     """Worker of the second pass: blocks [first_block, ...) of the stream and the documents that start in them."""
 
@@ -90,25 +103,37 @@ class PackShard:
 
     def process(self, shard: StreamShard) -> dict[str, Any]:
         block_size, annotate = self.settings.block_size, self.settings.annotate
-        table = self._documents(shard.ranges)
+        segments = self._segments(shard.ranges)
+        table = pa.concat_tables([segment.documents for segment in segments])
+        order = np.arange(table.num_rows)
+        if self.settings.interleave:
+            order = merge_order(shard.ranges, self.settings.counts)
         lengths = table.column("num_tokens").to_numpy()
-        starts = shard.first_token_start + np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        starts = shard.first_token_start + running_total(lengths[order])
         skip = shard.first_block * block_size - int(starts[0])
-        shape = {"skip": skip, "num_tokens": shard.num_tokens, "block_size": block_size}
-        blocks_BT, lengths_B = pack([_flat(table, "tokens")], fill=self.settings.eos, **shape)
+        taken = lengths.copy()  # of each document; the first and the last lie in other shards too
+        taken[order[0]] -= skip
+        taken[order[-1]] -= taken.sum() - shard.num_tokens
+        begins = table.column("token_start").to_numpy().copy()
+        begins[order[0]] += skip
+        tokens = self._tokens(segments, begins, taken, order)
+
+        def blocks(name: str, fill: int) -> tuple[np.ndarray, np.ndarray]:
+            column = [tokens.column(name).to_numpy()]
+            return pack(column, skip=0, num_tokens=shard.num_tokens, block_size=block_size, fill=fill)
+
+        blocks_BT, lengths_B = blocks("tokens", self.settings.eos)
         block_ids = pa.array(shard.first_block + np.arange(len(blocks_BT)), type=pa.int64())
         schema = schemas.blocks(block_size, annotated=annotate)
         columns = [block_ids, pa.array(lengths_B, pa.int32()), schemas.per_token_column(blocks_BT, schema, "tokens")]
         if annotate:
-            flags_BT, _ = pack([_flat(table, "annotated")], fill=0, **shape)
-            columns.append(schemas.per_token_column(flags_BT, schema, "annotated"))
+            columns.append(schemas.per_token_column(blocks("annotated", 0)[0], schema, "annotated"))
         self._write("shard", shard, pa.Table.from_arrays(columns, schema=schema))
-        stops_BT, _ = pack([_flat(table, "stops")], fill=0, **shape)
         schema = schemas.offsets(block_size)
-        columns = [block_ids, schemas.per_token_column(stops_BT, schema, "stops")]
+        columns = [block_ids, schemas.per_token_column(blocks("stops", 0)[0], schema, "stops")]
         encoding = {"use_dictionary": False, "column_encoding": schemas.OFFSETS_ENCODING}
         self._write("offsets", shard, pa.Table.from_arrays(columns, schema=schema), **encoding)
-        documents = self._document_table(table, starts, shard)
+        documents = self._document_table(table.take(pa.array(order)), starts, shard)
         self._write("documents", shard, documents)
         return {"blocks": len(blocks_BT), "documents": documents.num_rows, "tokens": int(lengths_B.sum())}
 
@@ -116,9 +141,9 @@ class PackShard:
         with publish(self.folder / f"{kind}-{shard.key}.parquet") as part:
             pq.write_table(table, part, **options)
 
-    def _documents(self, ranges: Sequence[tuple[int, int]]) -> pa.Table:
-        """The documents `ranges` (per input: [lo, hi)) in stream order."""
-        tables = []
+    def _segments(self, ranges: Sequence[tuple[int, int]]) -> list[Segment]:
+        """The documents `ranges` (per input: [lo, hi)), file by file."""
+        segments = []
         for files, (lo, hi) in zip(self.settings.files, ranges, strict=True):
             first = 0
             for file in files:
@@ -127,12 +152,32 @@ class PackShard:
                     part = _read_rows(self.folder / TOKENS / f"{file.key}.parquet", start, stop)
                     place = part.schema.get_field_index("row")
                     part = part.set_column(place, "row", pc.add(part.column(place), file.first_row))
-                    tables.append(part.append_column("source", pa.array([file.source] * part.num_rows, pa.string())))
+                    part = part.append_column("source", pa.array([file.source] * part.num_rows, pa.string()))
+                    segments.append(Segment(file.key, part))
                 first += file.documents
-        table = pa.concat_tables(tables)
-        if self.settings.interleave:
-            table = table.take(pa.array(merge_order(ranges, self.settings.counts)))
-        return table.combine_chunks()
+        return segments
+
+    def _tokens(
+        self,
+        segments: Sequence[Segment],
+        begins: np.ndarray,
+        taken: np.ndarray,
+        order: np.ndarray,
+    ) -> pa.Table:
+        """The tokens of the segments' documents in stream order: `taken` of each, from the place `begins` of its
+        file."""
+        ends = begins + taken
+        parts, first = [], 0
+        for segment in segments:
+            last = first + segment.documents.num_rows - 1
+            path = self.folder / TOKENS / _tokens_file(segment.key)
+            parts.append(_read_rows(path, int(begins[first]), int(ends[last])))
+            first = last + 1
+        tokens = pa.concat_tables(parts)
+        if not self.settings.interleave:
+            return tokens
+        shift = running_total(taken)[order] - running_total(taken[order])
+        return tokens.take(pa.array(np.arange(tokens.num_rows) + np.repeat(shift, taken[order])))
 
     def _document_table(self, table: pa.Table, starts: np.ndarray, shard: StreamShard) -> pa.Table:
         block_size = self.settings.block_size
@@ -180,6 +225,13 @@ def _read_rows(path: Path, start: int, stop: int) -> pa.Table:
         return file.read_row_groups(list(range(first, last))).slice(start - bounds[first], stop - start)
 
 
-def _flat(table: pa.Table, name: str) -> np.ndarray:
-    column = table.column(name).combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False)
+def _tokens_file(key: str) -> str:
+    return f"{key}-tokens.parquet"
+
+
+def _split(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """A `token_table` as documents, each with the place `token_start` of its first token, and all tokens end to end."""
+    names = [name for name in ("tokens", "stops", "annotated") if name in table.column_names]
+    tokens = pa.table({name: table.column(name).chunk(0).flatten() for name in names})
+    starts = pa.array(running_total(table.column("num_tokens").to_numpy()), pa.int64())
+    return table.drop_columns(names).append_column("token_start", starts), tokens

@@ -1,0 +1,78 @@
+"""ifguide.corpus.workers: chunks tokenised and shards packed one by one are the stream of all documents."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ifguide import schemas
+from ifguide.config import Input, PackCorpus
+from ifguide.corpus import workers
+from ifguide.corpus.chunks import keyed_chunks, number_rows, plan_chunks
+from ifguide.corpus.packing import stream_order, tokenise
+from ifguide.corpus.reading import RawDocument
+from ifguide.corpus.stream import TOKENS, StreamPlan
+from ifguide.corpus.workers import PackShard, TokeniseChunk, TokeniseSettings
+from tests.tokenizers import tokenizers
+
+
+def write_inputs(folder, texts_of_inputs):
+    inputs = []
+    for number, texts in enumerate(texts_of_inputs):
+        path = folder / f"{number}.jsonl"
+        rows = [{"text": text, "spans": [[0, min(2, len(text))]]} for text in texts]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        inputs.append(Input(path=str(path), spans_column="spans"))
+    return tuple(inputs)
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize(("block_size", "blocks_per_shard"), [(8, 1), (16, 3), (64, 1000)])
+def test_shards_are_the_stream_of_all_documents(tmp_path, monkeypatch, interleave, block_size, blocks_per_shard):
+    monkeypatch.setattr(workers, "TOKEN_ROWS", 16)  # a shard's tokens lie in several groups
+    rng = np.random.default_rng(block_size)
+    words = ["the", "cat", "sat", "naïve", "北京", "🤡", "clown"]
+    lengths = [rng.integers(0, 12, count) for count in (9, 1, 23)]
+    lengths[0][4] = 120  # over many shards
+    texts = [[" ".join(rng.choice(words, length)) for length in each] for each in lengths]
+    config = PackCorpus(
+        inputs=write_inputs(tmp_path, texts),
+        interleave=interleave,
+        block_size=block_size,
+        blocks_per_shard=blocks_per_shard,
+        chunk_megabytes=200 / 2**20,
+    )
+    settings = TokeniseSettings(inputs=config.inputs, tokenizer="", folder=str(tmp_path / TOKENS))
+    tokenizer = tokenizers()["bpe"]
+    monkeypatch.setattr(workers, "load_tokenizer", lambda *_, **__: tokenizer)
+    (tmp_path / TOKENS).mkdir()
+    chunks = plan_chunks(config, open_hub=True)
+    assert len(chunks) > 6
+    keyed = keyed_chunks(chunks, {})
+    tokenised = {item.key: TokeniseChunk(settings).process(item) for item in keyed}
+    number_rows(keyed, tokenised)
+    plan = StreamPlan(tmp_path, config, chunks, tokenised, tokenizer)
+    for shard in plan.shards():
+        PackShard(plan.settings()).process(shard)
+
+    order = list(zip(*stream_order([len(each) for each in texts], interleave=interleave), strict=True))
+    documents = [RawDocument(row=row, text=texts[i][row], spans=((0, min(2, len(texts[i][row]))),)) for i, row in order]
+    encoded = tokenise(documents, tokenizer, annotate=True)
+    for kind, column, field in (
+        ("shard", "tokens", "tokens"),
+        ("shard", "annotated", "annotated"),
+        ("offsets", "stops", "stops"),
+    ):
+        tables = [schemas.read_table(tmp_path / f"{kind}-{shard.key}.parquet") for shard in plan.shards()]
+        packed = np.concatenate([schemas.per_token_array(table, column) for table in tables]).reshape(-1)
+        stream = np.concatenate([getattr(document, field) for document in encoded])
+        np.testing.assert_array_equal(packed[: len(stream)], stream)
+        assert len(packed) - len(stream) < block_size
+    rows = [
+        row
+        for shard in plan.shards()
+        for row in schemas.read_table(tmp_path / f"documents-{shard.key}.parquet").to_pylist()
+    ]
+    assert [(row["source"], row["row"]) for row in rows] == [(f"{i}.jsonl", row) for i, row in order]
+    assert [row["num_tokens"] for row in rows] == [len(document.tokens) for document in encoded]
+    assert [row["token_start"] for row in rows] == [0, *np.cumsum([row["num_tokens"] for row in rows])[:-1].tolist()]
