@@ -26,12 +26,17 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow.parquet as pq
+import torch
 import yaml
 
 from ifguide.artifacts import data_files, read_manifest
 from ifguide.config import Config
 from ifguide.corpus.tables import document_table
+from ifguide.evaluation.figures import fluency_file
 from ifguide.schemas import per_token_array, read_table
+from ifguide.tokenizer import load_tokenizer
 
 REFUSAL = re.compile(r"^ifguide \w[\w-]*: .*(?:[\w-]+\.\w+|[\w-]+/)", re.MULTILINE)
 
@@ -126,7 +131,7 @@ def special_token(case: Case) -> str:
         tables = [read_table(path, columns=["tokens"]) for path in data_files(case.corpus)]
         tokens = [token for table in tables for token in per_token_array(table, "tokens").reshape(-1).tolist()]
         document = tokens[record["token_start"] : record["token_start"] + record["num_tokens"]]
-        return document.count(document[-1]) == 1 or "special token" in outcome.text
+        return document.count(document[-1]) == 1 and "documents name special tokens" in outcome.text
 
     return judged(outcome, one_end)
 
@@ -147,14 +152,46 @@ def published_blocks(case: Case) -> str:
     packed = case.run("pack_corpus", "--set", inputs, config="full")
     if packed.code:
         return judged(packed, lambda: False)
-    imported = case.run("import-mask", "--set", inputs, "mask.pt", config="full")
-    return judged(imported, lambda: read_manifest(case.folder / "run" / "mask").rows["blocks"] == 153)
+    command = ("import-mask", "--set", inputs, "mask.pt")
+    if case.run(*command, config="full").code != 1:
+        return "wrong: a mask was taken that does not say which tokens it is of"
+    imported = case.run(*command, "--tokens", "chunks.parquet", config="full")
+
+    def same() -> bool:
+        rows, masked = (
+            np.concatenate([per_token_array(read_table(path), name) for path in data_files(case.folder / "run" / kind)])
+            for kind, name in (("corpus", "tokens"), ("mask", "masked"))
+        )
+        given = pq.read_table(case.folder / "chunks.parquet").column("input_ids").to_pylist()
+        mask = torch.load(case.folder / "mask.pt", weights_only=True).numpy()
+        mask[:, 0] = False  # a block's first token has no loss
+        return rows.tolist() == given and np.array_equal(masked, mask)
+
+    return judged(imported, same)
 
 
 def hub_configs(case: Case) -> str:
     inputs = f"[{{path: 'hf://{case.folder}/ds', subset: de}}]"
     count = len((case.folder / "ds" / "de" / "train.jsonl").read_text(encoding="utf-8").splitlines())
     return judged(case.pack(inputs), lambda: case.documents() == count)
+
+
+def beginning_token(case: Case) -> str:
+    packed = case.run("pack_corpus", config="full")
+    if packed.code:
+        return judged(packed, lambda: False)
+    outcome = case.run("evaluate", "--set", "evaluate.models={external: model}", config="full")
+
+    def begins() -> bool:
+        """Behind a BOS every token of the documents is predicted; without, the first of each block is not."""
+        tokenizer = load_tokenizer(str(case.folder / "model"))
+        lines = (case.folder / "../common/data/held.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts)
+        table = read_table(fluency_file(case.folder / "run" / "report", "external", "heldout"))
+        return sum(table.column("tokens").to_pylist()) == tokens
+
+    return judged(outcome, begins)
 
 
 def padding_token(case: Case) -> str:
@@ -188,6 +225,7 @@ CASES: dict[str, Callable[[Case], str]] = {
     "15": linked_folder,
     "17": published_blocks,
     "18": hub_configs,
+    "19": beginning_token,
     "23": padding_token,
 }
 

@@ -68,6 +68,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     )
 
 
+def beginning_token(tokenizer: Any) -> int | None:
+    """The BOS that a tokenizer puts before a text; None where it puts none."""
+    ids = tokenizer("", add_special_tokens=True)["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Publish a tokenizer's folder, local or remote."""
     with publish_folder(folder) as part:

@@ -10,6 +10,7 @@ import numpy as np
 from ifguide.config import Input
 from ifguide.corpus.packing import pack, tokenise
 from ifguide.corpus.reading import list_chunks, read_documents
+from ifguide.tokenizer import beginning_token
 
 
 def read_rows(source: Input, dotted_key: str) -> list[Any]:
@@ -38,12 +39,6 @@ def read_rows(source: Input, dotted_key: str) -> list[Any]:
 def read_texts(source: Input, dotted_key: str) -> list[str]:
     """The texts of `read_rows`."""
     return [document.text for document in read_rows(source, dotted_key)]
-
-
-def beginning_token(tokenizer: Any) -> int | None:
-    """The BOS that a tokenizer puts before a text; None where it puts none."""
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
 
 def heldout_blocks(

@@ -150,7 +150,8 @@ class EvaluateModel:
         return scores
 
     def _heldout(self, piece: Fluency) -> dict[str, Any]:
-        model, tokenizer = self._load(piece.model)
+        model, _ = self._load(piece.model)
+        tokenizer = load_tokenizer(self.settings.sources[piece.model], special_text=False)  # documents, as a corpus'
         positions = getattr(model.config, "max_position_embeddings", None) or self.settings.block_size
         width = min(self.settings.block_size, positions)
         blocks_NT, lengths_N, flagged_N = heldout_blocks(

@@ -7,6 +7,7 @@ of a smaller corpus.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from ifguide.artifacts import Manifest, require
@@ -21,7 +22,7 @@ from ifguide.models import check_vocabulary
 from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus
 from ifguide.telemetry import log
-from ifguide.tokenizer import load_tokenizer
+from ifguide.tokenizer import beginning_token, load_tokenizer
 
 VERB = "fit_factors"
 WORK = "partitions"
@@ -51,6 +52,13 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     log(VERB, str(proxy))
     tokenizer = load_tokenizer(run.config.tokenizer_source)
     check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
+    if not run.config.proxy_is_baseline and beginning_token(tokenizer) is not None:
+        log(
+            VERB,
+            f"the tokenizer of {proxy.name} puts a BOS before each text; factors and scores are of the corpus' blocks,"
+            " which begin within texts and have none",
+            level=logging.WARNING,
+        )
     inputs = {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint}
     artifact = run.open(run.factors, VERB, keys=("fit_factors", "seed"), inputs=inputs)
     if artifact.manifest:

@@ -263,6 +263,20 @@ def test_hub_dataset_is_read_by_its_shards(tmp_path, monkeypatch):
         list_chunks(Input(path=f"hf://{tmp_path / 'none'}"), 0, chunk_bytes=1, dotted_key="k")
 
 
+def test_a_configuration_of_a_hub_dataset_is_named_and_a_missing_one_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("de", "en"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", [f"{name} {text}" for text in TEXTS])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("de", "en"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    found = read(Input(path=f"hf://{tmp_path}", subset="de"))
+    assert [document.text for document in found] == [f"de {text}" for text in TEXTS]
+    for subset in (None, "fr"):
+        with pytest.raises(FileNotFoundError, match=r"(?s)cannot be opened .*'?de'?, '?en"):
+            read(Input(path=f"hf://{tmp_path}", subset=subset))
+
+
 def test_chunks_are_cut_at_bytes(tmp_path):
     chunk = list_chunks(write_jsonl(tmp_path / "a.jsonl", TEXTS), 2, chunk_bytes=9, dotted_key="k")[1]
     assert (chunk.input_index, chunk.start, chunk.stop) == (2, 9, 18)

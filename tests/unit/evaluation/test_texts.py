@@ -9,7 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from ifguide.corpus.reading import RawDocument
-from ifguide.evaluation.texts import beginning_token, heldout_blocks
+from ifguide.evaluation.texts import heldout_blocks
+from ifguide.tokenizer import beginning_token
 
 BOS, EOS = 1, 2
 DOCUMENTS = [RawDocument(row=row, text=text) for row, text in enumerate(["a b c a b", "c", "b b"])]
