@@ -28,6 +28,19 @@ def redact(tree: Any) -> Any:
     return tree
 
 
+def redacted_key(tree: Any, where: str = "") -> str | None:
+    """The dotted key of the first string that `redact` has taken something out of; None where there is none."""
+    if isinstance(tree, str):
+        return where if tree == HIDDEN or f"://{HIDDEN}@" in tree or f"={HIDDEN}" in tree else None
+    if isinstance(tree, Mapping):
+        parts = ((f"{where}.{key}" if where else str(key), value) for key, value in tree.items())
+    elif isinstance(tree, list | tuple):
+        parts = ((f"{where}[{i}]", value) for i, value in enumerate(tree))
+    else:
+        return None
+    return next((key for part, value in parts if (key := redacted_key(value, part))), None)
+
+
 def _redact_option(key: Any, value: Any) -> Any:
     secret = isinstance(value, str) and isinstance(key, str) and OF_OPTIONS.search(key)
     return HIDDEN if secret and value else redact(value)

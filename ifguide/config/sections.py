@@ -26,7 +26,7 @@ from ifguide.config.evaluate import Evaluate, check_evaluate
 from ifguide.config.names import check_names
 from ifguide.config.pretrain import Pretrain, check_pretrain
 from ifguide.config.resources import CPU_RESOURCES, RESOURCES, Resources, moved
-from ifguide.config.secrets import redact
+from ifguide.config.secrets import redact, redacted_key
 from ifguide.config.sources import ClassifierSource, Input, Prompts
 from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, read_yaml, result_part, substitute
 from ifguide.storage import location
@@ -296,6 +296,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = _read_tree(Path(path))
     for override in overrides:
         apply_override(tree, override)
+    if (key := redacted_key(tree)) is not None:
+        raise ConfigError(
+            f"{key}: the credentials were taken out when this config was written down; to go on with that run, give the"
+            f" whole value again with --set {key}=..., and for a new one leave them to the environment"
+        )
     return config_from_mapping(substitute(tree, str(tree.get("run_dir", Config.run_dir))))
 
 

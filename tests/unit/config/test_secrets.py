@@ -2,12 +2,13 @@
 
 import json
 import logging
+import re
 
 import pytest
 import yaml
 
 from ifguide.artifacts import open_artifact
-from ifguide.config import config_from_mapping, redact, result_options, to_mapping, to_yaml
+from ifguide.config import ConfigError, config_from_mapping, load_config, redact, result_options, to_mapping, to_yaml
 from ifguide.corpus.inputs import digest_input, input_files, write_inputs
 from ifguide.corpus.packing import token_table
 from ifguide.corpus.reading import list_chunks
@@ -84,6 +85,26 @@ def test_a_planted_secret_is_in_no_file_that_is_written_and_in_no_line(tmp_path,
     assert len(written) == 4
     assert SECRET not in json.dumps([*map(str, written), *written.values(), caplog.text, bad])
     assert digest_input(url)[1] == files[url]
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ({"run_dir": f"s3://key:{SECRET}@bucket/run"}, "run_dir"),
+        ({"pack_corpus": {"inputs": ["a", f"https://host/a?token={SECRET}"]}}, "pack_corpus.inputs[1].path"),
+        ({"target": {"architecture": {"model_type": "x", "api_key": SECRET}}}, "target.architecture.api_key"),
+    ],
+)
+def test_a_config_that_lost_its_credentials_says_what_to_do(tree, key, tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(config_from_mapping(tree)))
+    with pytest.raises(
+        ConfigError, match=rf"^{re.escape(key)}: .* give the whole value again with --set .*environment"
+    ):
+        load_config(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="again with --set"):
+        load_config(tmp_path / "config.yaml", ["seed=1"])
+    if "inputs" not in key:
+        assert load_config(tmp_path / "config.yaml", [f"{key}=whole"])
 
 
 class Words:
