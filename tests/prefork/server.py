@@ -92,8 +92,9 @@ class Server:
             if reason:
                 log.warning("not forked: %s", reason)
                 connection.sendall(b"n")
-            elif os.fork() == 0:
-                connection.sendall(b"y")
+                return
+            connection.sendall(b"y")  # before the fork: Ray may have given the worker up meanwhile
+            if os.fork() == 0:
                 connection.close()
                 self.listener.close()
                 be_worker(request, streams)
