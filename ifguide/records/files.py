@@ -91,8 +91,10 @@ def open_bytes(path: Path) -> IO[bytes]:
     """A file's bytes, decompressed.
 
     Raises:
-        OSError, while it is read: a compressed file is damaged or cut off.
+        ValueError: a compressed file has not one byte. OSError, while it is read: it is damaged or cut off.
     """
+    if is_compressed(path) and not path.stat().st_size:
+        raise ValueError(f"{path}: damaged or cut off (it is empty)")
     file = path.open("rb")
     if not is_compressed(path):
         return file

@@ -189,9 +189,10 @@ def test_a_compressed_file_of_several_members_is_read_to_its_end(tmp_path: Path)
 @pytest.mark.parametrize("suffix", sorted(COMPRESS))
 def test_a_compressed_file_that_is_cut_off_is_named(tmp_path: Path, suffix: str) -> None:
     content = COMPRESS[suffix](os.urandom(40_000).hex().encode())
-    for name in ("a.jsonl", "a.txt"):
-        with pytest.raises(ValueError, match=rf"{name}{suffix}: damaged or cut off"):
-            texts(write(tmp_path / f"{name}{suffix}", content[: len(content) // 2]))
+    for name in ("a.jsonl", "a.txt", "a.json"):
+        for kept in (0, 1, 10, len(content) // 2, len(content) - 1):
+            with pytest.raises(ValueError, match=rf"{name}{suffix}: damaged or cut off"):
+                texts(write(tmp_path / f"{name}{suffix}", content[:kept]))
 
 
 def test_files_of_one_name_are_told_apart_and_a_moved_folder_keeps_its_names() -> None:
