@@ -132,7 +132,7 @@ def discard_if_mended(folder: Path, files: Mapping[str, Any]) -> bool:
         return False
     begun = read_plan(folder)["options"].get("files", {})
     wanted = json.loads(json.dumps(redact(files)))
-    if begun.keys() != wanted.keys() or begun == wanted:
+    if not isinstance(begun, dict) or begun.keys() != wanted.keys() or begun == wanted:
         return False
     remove_tree(folder)
     return True

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from ifguide.config import ModelSource
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
 from ifguide.shapes import require_positions
+from ifguide.tokenizer import beginning_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,16 @@ class ProxyFacts:
 def proxy_name(source: ModelSource) -> str:
     """What lines and errors call the proxy."""
     return source.source or "from architecture"
+
+
+def beginning_note(tokenizer: Any, name: str) -> str | None:
+    """What to know of a proxy that was trained with a BOS before each text, as its tokenizer puts one there."""
+    if beginning_token(tokenizer) is None:
+        return None
+    return (
+        f"the tokenizer of {name} puts a BOS before each text; factors and scores are of the corpus' blocks, which"
+        " begin within texts and have none"
+    )
 
 
 def load_proxy(source: ModelSource, *, gpus: float) -> PreTrainedModel:

@@ -17,12 +17,12 @@ from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.factor_worker import SAMPLE, FitPartition, FitPiece, FitSettings, draw_sample, finish_fit
 from ifguide.influence.factors import STEPS
-from ifguide.influence.proxy import describe_proxy, proxy_name
+from ifguide.influence.proxy import beginning_note, describe_proxy, proxy_name
 from ifguide.models import check_vocabulary
 from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus
 from ifguide.telemetry import log
-from ifguide.tokenizer import beginning_token, load_tokenizer
+from ifguide.tokenizer import load_tokenizer
 
 VERB = "fit_factors"
 WORK = "partitions"
@@ -52,13 +52,8 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     log(VERB, str(proxy))
     tokenizer = load_tokenizer(run.config.tokenizer_source)
     check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
-    if not run.config.proxy_is_baseline and beginning_token(tokenizer) is not None:
-        log(
-            VERB,
-            f"the tokenizer of {proxy.name} puts a BOS before each text; factors and scores are of the corpus' blocks,"
-            " which begin within texts and have none",
-            level=logging.WARNING,
-        )
+    if not run.config.proxy_is_baseline and (note := beginning_note(tokenizer, proxy.name)):
+        log(VERB, note, level=logging.WARNING)
     inputs = {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint}
     artifact = run.open(run.factors, VERB, keys=("fit_factors", "seed"), inputs=inputs)
     if artifact.manifest:
