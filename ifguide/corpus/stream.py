@@ -43,14 +43,15 @@ class PackSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamShard:
-    """A shard of the stream: its blocks, the document that it begins within, and its documents [lo, hi) per input."""
+    """A shard of the stream: its blocks, the document that it begins within, and its documents as (input, lo, hi) of
+    every input that has any, so that thousands of inputs make no larger shards than few."""
 
     key: str
     first_block: int
     num_tokens: int
     first_doc_id: int
     first_token_start: int
-    ranges: tuple[tuple[int, int], ...]
+    ranges: tuple[tuple[int, int, int], ...]
 
 
 class StreamPlan:
@@ -130,11 +131,13 @@ class StreamPlan:
                     num_tokens=stop - start,
                     first_doc_id=lo,
                     first_token_start=int(self.bounds[lo]),
-                    ranges=tuple(self._range(index, lo, hi) for index in range(len(self.counts))),
+                    ranges=self._ranges(lo, hi),
                 )
             )
         return shards
 
-    def _range(self, input_index: int, lo: int, hi: int) -> tuple[int, int]:
-        indices = self.indices[lo:hi][self.inputs[lo:hi] == input_index]
-        return (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
+    def _ranges(self, lo: int, hi: int) -> tuple[tuple[int, int, int], ...]:
+        """The documents [lo, hi) of the stream per input that has any; those of one input keep their order there."""
+        inputs, firsts, counts = np.unique(self.inputs[lo:hi], return_index=True, return_counts=True)
+        begins = self.indices[lo + firsts]
+        return tuple(zip(inputs.tolist(), begins.tolist(), (begins + counts).tolist(), strict=True))

@@ -107,7 +107,8 @@ class PackShard:
         table = pa.concat_tables([segment.documents for segment in segments])
         order = np.arange(table.num_rows)
         if self.settings.interleave:
-            order = merge_order(shard.ranges, self.settings.counts)
+            counts = [self.settings.counts[index] for index, _, _ in shard.ranges]
+            order = merge_order([(lo, hi) for _, lo, hi in shard.ranges], counts)
         lengths = table.column("num_tokens").to_numpy()
         starts = shard.first_token_start + running_total(lengths[order])
         skip = shard.first_block * block_size - int(starts[0])
@@ -141,12 +142,12 @@ class PackShard:
         with publish(self.folder / f"{kind}-{shard.key}.parquet") as part:
             pq.write_table(table, part, **options)
 
-    def _segments(self, ranges: Sequence[tuple[int, int]]) -> list[Segment]:
-        """The documents `ranges` (per input: [lo, hi)), file by file."""
+    def _segments(self, ranges: Sequence[tuple[int, int, int]]) -> list[Segment]:
+        """The documents `ranges` (input, lo, hi), file by file."""
         segments = []
-        for files, (lo, hi) in zip(self.settings.files, ranges, strict=True):
+        for index, lo, hi in ranges:
             first = 0
-            for file in files:
+            for file in self.settings.files[index]:
                 start, stop = max(lo - first, 0), min(hi - first, file.documents)
                 if start < stop:
                     part = _read_rows(self.folder / TOKENS / f"{file.key}.parquet", start, stop)
@@ -158,11 +159,7 @@ class PackShard:
         return segments
 
     def _tokens(
-        self,
-        segments: Sequence[Segment],
-        begins: np.ndarray,
-        taken: np.ndarray,
-        order: np.ndarray,
+        self, segments: Sequence[Segment], begins: np.ndarray, taken: np.ndarray, order: np.ndarray
     ) -> pa.Table:
         """The tokens of the segments' documents in stream order: `taken` of each, from the place `begins` of its
         file."""

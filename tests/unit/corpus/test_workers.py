@@ -1,8 +1,11 @@
 """ifguide.corpus.workers: chunks tokenised and shards packed one by one are the stream of all documents."""
 
 import json
+import pickle
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ifguide import schemas
@@ -10,7 +13,7 @@ from ifguide.config import Input, PackCorpus
 from ifguide.corpus import workers
 from ifguide.corpus.chunks import keyed_chunks, number_rows, plan_chunks
 from ifguide.corpus.packing import stream_order, tokenise
-from ifguide.corpus.reading import RawDocument
+from ifguide.corpus.reading import Chunk, RawDocument
 from ifguide.corpus.stream import TOKENS, StreamPlan
 from ifguide.corpus.workers import PackShard, TokeniseChunk, TokeniseSettings
 from tests.tokenizers import tokenizers
@@ -76,3 +79,23 @@ def test_shards_are_the_stream_of_all_documents(tmp_path, monkeypatch, interleav
     assert [(row["source"], row["row"]) for row in rows] == [(f"{i}.jsonl", row) for i, row in order]
     assert [row["num_tokens"] for row in rows] == [len(document.tokens) for document in encoded]
     assert [row["token_start"] for row in rows] == [0, *np.cumsum([row["num_tokens"] for row in rows])[:-1].tolist()]
+
+
+def test_descriptors_of_shards_do_not_grow_with_the_number_of_inputs(tmp_path):
+    tokenizer = tokenizers()["bpe"]
+    (tmp_path / TOKENS).mkdir()
+    sizes = {}
+    for count in (500, 1000):
+        config = PackCorpus(
+            inputs=tuple(Input(path=f"{i}.txt") for i in range(count)), block_size=8, blocks_per_shard=2
+        )
+        chunks = [Chunk(input_index=i, kind="text", path=f"{i}.txt") for i in range(count)]
+        tokenised = {f"chunk-{i:05d}": {"first_row": 0, "documents": 1} for i in range(count)}
+        for key in tokenised:
+            pq.write_table(pa.table({"num_tokens": [10]}), tmp_path / TOKENS / f"{key}.parquet")
+        shards = StreamPlan(tmp_path, config, chunks, tokenised, tokenizer).shards()
+        assert len(shards) == -(-count * 10 // 16)
+        assert [index for index, _, _ in shards[1].ranges] == [1, 2, 3]
+        sizes[count] = max(len(pickle.dumps(shard)) for shard in shards)
+    assert sizes[1000] <= sizes[500] + 8
+    assert sizes[1000] < 500
