@@ -206,7 +206,7 @@ def padding_token(case: Case) -> str:
 
     def trained() -> bool:
         model = load_model(ModelSource(source=str(case.folder / "run" / "model" / "baseline" / "hf")))
-        return float(model.get_input_embeddings().weight[14].norm()) > 0.05
+        return float(model.get_input_embeddings().weight[14].detach().norm()) > 0.05
 
     return judged(outcome, trained)
 

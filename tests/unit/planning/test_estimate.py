@@ -151,7 +151,8 @@ def test_a_packed_corpus_and_prompts_are_found_in_a_remote_store(store: Path) ->
     (store / "prompts.jsonl").write_text("{}\n" * 3)
     keys = [f"run_dir={store}", f"build_query.prompts={store}/prompts.jsonl"]
     assert planned_tokens(load_config(PYTHIA, keys))[0] == DEFAULT_TOKENS
-    manifest = Manifest(**{field.name: {} for field in fields(Manifest)} | {"rows": {"tokens": 12345}})
+    described = {"verb": "pack_corpus", "fingerprint": "", "created": "", "seconds": 0.0, "rows": {"tokens": 12345}}
+    manifest = Manifest(**{field.name: {} for field in fields(Manifest)} | described)
     (store / "corpus" / MANIFEST).write_text(json.dumps(asdict(manifest)))
     assert planned_tokens(load_config(PYTHIA, keys)) == (12345.0, [f"corpus size: of {store}/corpus"])
     job = make_job(load_config(PYTHIA, keys))
