@@ -44,7 +44,17 @@ MODULES = (
 )
 # of one worker, one test or one cluster, and read by nothing as it is imported
 VOLATILE = {"_", "IFGUIDE_CACHE", sitecustomize.IMPATIENT, "OLDPWD", "PWD", "PYTEST_CURRENT_TEST", "SHLVL", "TMPDIR"}
-VOLATILE_PREFIXES = ("AWS_", "PYTEST_XDIST_", "RAY_CLIENT_", "RAY_JOB_", "RAY_NODE_", "RAY_RAYLET_", "RAY_SESSION_")
+VOLATILE_PREFIXES = (
+    "AWS_",
+    "KMP_",
+    "PYTEST_XDIST_",
+    "RAY_CLIENT_",
+    "RAY_JOB_",
+    "RAY_NODE_",
+    "RAY_RAYLET_",
+    "RAY_SESSION_",
+    "RAY_WARN_",
+)
 
 log = logging.getLogger(__name__)
 
