@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ifguide.config import ConfigError, Input, PackCorpus
@@ -25,8 +26,9 @@ class KeyedChunk:
         return f"{self.chunk.name}{at}"
 
 
-def plan_chunks(config: PackCorpus, *, open_hub: bool) -> list[Chunk]:
-    """The chunks of all inputs, in reading order; without `open_hub` a hub dataset is one.
+def plan_chunks(config: PackCorpus, *, open_hub: bool, apart: Path | None = None) -> list[Chunk]:
+    """The chunks of all inputs, in reading order; without `open_hub` a hub dataset is one. Nothing below the folder
+    `apart` is taken.
 
     Raises:
         FileNotFoundError: nothing matches an input's path; names the config key. ValueError: a file of another kind.
@@ -38,7 +40,7 @@ def plan_chunks(config: PackCorpus, *, open_hub: bool) -> list[Chunk]:
             chunks.append(Chunk(input_index=index, kind="hub", path=source.path, stop=1))
             continue
         key = f"pack_corpus.inputs[{index}].path"
-        chunks += list_chunks(source, index, chunk_bytes=chunk_bytes, dotted_key=key)
+        chunks += list_chunks(source, index, chunk_bytes=chunk_bytes, dotted_key=key, apart=apart)
     return chunks
 
 

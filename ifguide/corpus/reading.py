@@ -73,7 +73,9 @@ class RawDocument:
         return len(self.text) if self.tokens is None else len(self.tokens) - 1
 
 
-def list_chunks(source: Input, input_index: int, *, chunk_bytes: int, dotted_key: str) -> list[Chunk]:
+def list_chunks(
+    source: Input, input_index: int, *, chunk_bytes: int, dotted_key: str, apart: Path | None = None
+) -> list[Chunk]:
     """Cut an input into chunks, in reading order.
 
     Raises:
@@ -84,7 +86,7 @@ def list_chunks(source: Input, input_index: int, *, chunk_bytes: int, dotted_key
         count = _open_hub(source).num_shards
         return [Chunk(input_index=input_index, kind="hub", path=source.path, start=i, stop=count) for i in range(count)]
     chunks = []
-    for path in list_files(source.path, dotted_key, DOCUMENTS if source.tokens_column is None else TABLES):
+    for path in list_files(source.path, dotted_key, DOCUMENTS if source.tokens_column is None else TABLES, apart=apart):
         kind = kind_of(path)
         assert kind is not None
         if kind == "json" and holds_json_lines(path, source.column):

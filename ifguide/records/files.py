@@ -4,11 +4,11 @@ What is taken: `.jsonl`, `.ndjson`, `.json`, `.parquet`, `.arrow` and `.txt`, in
 Parquet and Arrow also compressed (`.gz`, `.zst`, `.bz2`). A `.json` file may hold JSON lines. Prompts and labelled
 texts are tables: of them `.txt` is not read.
 
-Of a folder, everything below it is taken, through links too. Never taken are hidden files and folders and those whose
-names begin with `_`, what describes a data set (README, LICENSE, NOTICE, `dataset_infos.json`, and the like), and
-`cache-*.arrow`, what `datasets` keeps beside a data set that it saved. Any other file is an error that names it: half a
-corpus must not be lost without a word. A pattern takes what it matches, hidden files apart; folders that it matches are
-taken as folders, unless `**` has entered them already.
+Of a folder, everything below it is taken, through links too, but for the run's own directory. Never taken are hidden
+files and folders and those whose names begin with `_`, what describes a data set (README, LICENSE, NOTICE,
+`dataset_infos.json`, and the like), and `cache-*.arrow`, what `datasets` keeps beside a data set that it saved. Any
+other file is an error that names it: half a corpus must not be lost without a word. A pattern takes what it matches,
+hidden files apart; folders that it matches are taken as folders, unless `**` has entered them already.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ SHOWN_FILES = 10
 FIRST_LINE_BYTES = 2**26  # of a .json file: longer ones are no JSON lines
 
 
-def list_files(path: str, dotted_key: str, kinds: Collection[Kind] = DOCUMENTS) -> list[Path]:
-    """The files of an input in reading order.
+def list_files(
+    path: str, dotted_key: str, kinds: Collection[Kind] = DOCUMENTS, *, apart: Path | None = None
+) -> list[Path]:
+    """The files of an input in reading order, but for those below the folder `apart`: the run's own.
 
     Raises:
         FileNotFoundError: nothing is there, or a link leads nowhere. ValueError: a file of a kind that is not read, or
@@ -52,7 +54,7 @@ def list_files(path: str, dotted_key: str, kinds: Collection[Kind] = DOCUMENTS) 
     """
     place = location(path) if "://" in path else Path(path).expanduser()
     if place.is_dir():
-        files = _checked(list(_below(place, dotted_key)), dotted_key, kinds)
+        files = _checked(list(_below(place, dotted_key, apart)), dotted_key, kinds)
         if not files:
             raise FileNotFoundError(f"{dotted_key}: folder {path} holds no {', '.join(_suffixes(kinds))} file")
         return files
@@ -61,11 +63,14 @@ def list_files(path: str, dotted_key: str, kinds: Collection[Kind] = DOCUMENTS) 
     if not glob.has_magic(path):
         raise FileNotFoundError(f"{dotted_key}: {path} does not exist: check the path")
     matches = matching(place) if is_remote(place) else sorted(map(Path, glob.glob(str(place), recursive=True)))
+    matches = [item for item in matches if apart is None or not {_real(apart)} & {*map(_real, (item, *item.parents))}]
     for item in matches:
         _require_something(item, dotted_key)
     files = [item for item in matches if item.is_file()]
     if "**" not in path:
-        files = sorted([*files, *(file for item in matches if item.is_dir() for file in _below(item, dotted_key))])
+        files = sorted(
+            [*files, *(file for item in matches if item.is_dir() for file in _below(item, dotted_key, apart))]
+        )
     elif not is_remote(place):
         _require_no_circle(files, dotted_key)
     if not files:
@@ -125,16 +130,22 @@ def short_names(paths: list[str]) -> dict[str, str]:
     return {path: "/".join(path.split("/")[common:]) for path in paths}
 
 
-def _below(folder: Path, dotted_key: str, above: tuple[str, ...] = ()) -> Iterator[Path]:
+def _real(path: Path) -> str:
+    return str(path) if is_remote(path) else os.path.realpath(path)
+
+
+def _below(folder: Path, dotted_key: str, apart: Path | None, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """The files below a folder, sorted by path; `above` has the real paths of the folders it lies in."""
-    real = str(folder) if is_remote(folder) else os.path.realpath(folder)
+    real = _real(folder)
+    if apart is not None and real == _real(apart):
+        return
     if real in above:
         raise ValueError(f"{dotted_key}: {folder} is a link to a folder that holds it; remove the link")
     for item in sorted(folder.iterdir()):
         if item.name.startswith((".", "_")):
             continue
         if item.is_dir():
-            yield from _below(item, dotted_key, (*above, real))
+            yield from _below(item, dotted_key, apart, (*above, real))
             continue
         _require_something(item, dotted_key)
         if not _describes(item.name):

@@ -46,17 +46,19 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """
     if not run.config.pack_corpus.inputs:
         raise ConfigError("pack_corpus.inputs: name at least one file, folder or hf:// dataset")
-    manifest = _pack(run, dry_run=dry_run)
+    own = location(run.config.run_dir)
+    manifest = _pack(run, own, dry_run=dry_run)
     if run.target is not run:
-        packed = _pack(run.target, dry_run=dry_run)
+        packed = _pack(run.target, own, dry_run=dry_run)
         if manifest and packed:
             require_same_documents(run.corpus, manifest, run.target.corpus, packed)
     return manifest
 
 
-def _pack(run: Run, *, dry_run: bool) -> Manifest | None:
+def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
+    """`own`: the run's directory, which is no input though it may lie in one."""
     config, source = run.config.pack_corpus, run.config.tokenizer_source
-    chunks = plan_chunks(config, open_hub=not dry_run)
+    chunks = plan_chunks(config, open_hub=not dry_run, apart=own)
     if dry_run:
         paths = {chunk.path for chunk in chunks}
         log(VERB, f"would tokenise {len(chunks)} chunks of {len(paths)} inputs with {source}")

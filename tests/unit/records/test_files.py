@@ -98,6 +98,16 @@ def test_a_pattern_enters_no_circle_and_leaves_no_link_to_nothing_out(tmp_path: 
         list_files(str(tmp_path), "k")
 
 
+def test_the_run_s_own_directory_is_no_input_though_it_lies_in_one(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl")
+    for name in ("lock.json", "corpus/shard-00000.parquet", "corpus/notes.bin"):
+        write(tmp_path / "run" / name)
+    for pattern in (tmp_path, tmp_path / "*", tmp_path / "**" / "*.json*"):
+        assert list_files(str(pattern), "k", apart=tmp_path / "run") == [tmp_path / "a.jsonl"]
+    with pytest.raises(ValueError, match=r"notes\.bin"):
+        list_files(str(tmp_path), "k")
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl")
     os.mkfifo(tmp_path / "b.jsonl")
