@@ -33,8 +33,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+from safetensors.numpy import load_file
+
 from bench.common.places import ROOT
-from ifguide.artifacts import file_digest
+from ifguide.artifacts import MANIFEST, PLAN, file_digest, read_manifest, write_json
 from ifguide.config import OWN, Config, load_config
 from ifguide.demo import generate_demo
 from ifguide.distributed import shards, tasks
@@ -86,7 +89,7 @@ MEASURING = ("evaluate", ("report",), ("report/metrics.json", "report/report.jso
 SAMPLING = ("evaluate", ("report", "generations"), (*MEASURING[2], "generations/*/*/*.parquet"))
 INSPECTING = ("inspect", ("inspect.txt",), ("inspect.txt",))
 SHOWING = ("status", ("status.txt",), ("status.txt",))
-EXPORTING = ("export-scores", ("exported",), ("exported/*/*",))
+EXPORTING = ("export-scores", ("exported",), ("exported/scores.npy",))  # the file itself has its keys in any order
 ANALYSING = ("analyse", ("analyses",), ("analyses/analyses.json",))
 
 READERS = (
@@ -135,9 +138,9 @@ READERS = (
 class Attack:
     """A finished run, and what each reading verb makes of it undamaged."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, overrides: Sequence[str] = ()):
         self.run_dir, self.pristine = folder / "run", folder / "pristine"
-        overrides = [f"run_dir={self.run_dir}", *SMALLEST]
+        overrides = [f"run_dir={self.run_dir}", *SMALLEST, *overrides]
         self.config: Config = load_config(ROOT / "configs" / "demo.yaml", overrides)
         if not self.pristine.exists():
             generate_demo(
@@ -179,6 +182,10 @@ class Attack:
         shutil.copytree(self.pristine, self.run_dir)
         for name in reader.lost:
             path = self.run_dir / name
+            if path.name == MANIFEST:  # as if a training had been killed before it
+                manifest = read_manifest(path.parent)
+                plan = {"verb": manifest.verb, "options": manifest.options, "inputs": manifest.inputs}
+                write_json(path.with_name(PLAN), plan)
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -193,7 +200,9 @@ class Attack:
             elif reader.verb == "status":
                 (self.run_dir / "status.txt").write_text("\n".join(run_status(self.run_dir, FOLDERS)), encoding="utf-8")
             elif reader.verb == "export-scores":
-                export_scores(self.run_dir, self.run_dir / "exported", name="n", behaviour=OWN, max_gigabytes=1)
+                exported = self.run_dir / "exported"
+                made = export_scores(self.run_dir, exported, name="n", behaviour=OWN, max_gigabytes=1)
+                np.save(exported / "scores.npy", load_file(made / "pairwise_scores.safetensors")["all_modules"])
             else:
                 (analyse if reader.verb == "analyse" else stage(reader.verb))(run)
 
@@ -263,14 +272,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     configure_logging()
     with tempfile.TemporaryDirectory(prefix="attack-") as scratch:
-        print(json.dumps(attack((options.folder or Path(scratch)).resolve(), options)))
+        print(json.dumps(attack(Attack((options.folder or Path(scratch)).resolve()), options)))
     return 0
 
 
-def attack(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def attack(subject: Attack, options: argparse.Namespace) -> dict[str, Any]:
     """Carry the attacks out; the counts that are printed."""
     started = time.monotonic()
-    subject = Attack(folder)
     chosen = [name for name in subject.files() if not options.only or name.split("/")[0] in options.only]
     unread = [name for name in chosen if not readers_of(name)]
     files = [name for name in chosen if readers_of(name)][:: options.every]

@@ -33,7 +33,9 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 def start(verb: str, config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "ifguide.cli", verb, "--config", str(folder / "config.yaml")]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+    # Its own cluster and its own workers, so that all that it starts are its descendants.
+    alone = ("RAY_ADDRESS", "IFGUIDE_PREFORK_SOCKET")
+    environment = {key: value for key, value in os.environ.items() if key not in alone}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
