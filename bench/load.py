@@ -11,11 +11,12 @@
 - `word_list`: 100,000 words looked for in 2 MB of text
 
 Stages' workers run one after the other in this process, without Ray. A measurement has a process of its own, which
-makes its data first. `peak_mb` is that process' largest resident set while it works, libraries and all; `growth` has
-the ratios of the seconds, and of the memory above what was there before, for twice the input: 2 is linear. The memory
-of little work is noise: below 8 MB it counts as 8. `times_input` is the peak over the bytes of the input.
+makes its data first. `peak_mb` is that process' largest resident set while it works, libraries and all. `growth` has,
+for twice the input, the ratios of the CPU's seconds (a disk's differ by the minute) and of the memory above what was
+there before: 2 is linear. The memory of little work is noise: below 8 MB it counts as 8. `times_input` is the peak
+over the bytes of the input.
 
-The last line is one JSON object: of each case `size`, `seconds`, `peak_mb`, `growth`.
+The last line is one JSON object: of each case `size`, `seconds`, `cpu_seconds`, `peak_mb`, `growth`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def in_halves(name: str, options: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name]
     whole = case.small if options.small else case.size
     half, full = (_in_a_process(name, int(part * whole), options.folder) for part in HALVES)
-    times = [max(measured["seconds"], NOISE_SECONDS) for measured in (half, full)]
+    times = [max(measured["cpu_seconds"], NOISE_SECONDS) for measured in (half, full)]
     rises = [max(measured["rise_mb"] * 1e6, NOISE_BYTES) for measured in (half, full)]
     growth = {"seconds": round(times[1] / times[0], 2), "memory": round(rises[1] / rises[0], 2)}
     return {"size": whole, "unit": case.unit, **full, "growth": growth}
@@ -102,13 +103,15 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}-") as own:
         work = CASES[name].prepare(Path(own).absolute(), size)
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-        before, started = _status_bytes("VmRSS"), time.perf_counter()
+        before, started, cpu_started = _status_bytes("VmRSS"), time.perf_counter(), time.process_time()
         figures = work()
-        seconds, peak = time.perf_counter() - started, _status_bytes("VmHWM")
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        peak = _status_bytes("VmHWM")
     if "input_bytes" in figures:
         figures["times_input"] = round(peak / figures.pop("input_bytes"), 2)
     return {
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
         "peak_mb": round(peak / 1e6, 1),
         "rise_mb": round(max(peak - before, 0) / 1e6, 1),  # the kernel counts in steps
         **figures,
@@ -136,7 +139,7 @@ def _sentences(megabytes: float) -> Sequence[str]:
 def _packing(folder: Path, inputs: Sequence[Input], **options: Any) -> Work:
     """Everything that `pack_corpus` has its workers do."""
     tokenizer_folder = folder / "tokenizer"
-    save_tokenizer(train_tokenizer(_sentences(0.4), vocab_size=4096), tokenizer_folder)
+    save_tokenizer(train_tokenizer(_sentences(0.4), vocab_size=8192), tokenizer_folder)
     config = PackCorpus(inputs=tuple(inputs), block_size=BLOCK_SIZE, **options)
     (folder / TOKENS).mkdir()
 
