@@ -175,8 +175,7 @@ def test_an_imported_mask_is_trained_with_and_reported(
     torch.save(torch.from_numpy(before.copy()), tmp_path / "mask.pt")
     config = copied(drop=("mask", "ranking", "model/penalised", "generations", "report"), pretrain__epochs=0.2)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    blocks, lengths = (columns(Run(config=finished).corpus, name) for name in ("tokens", "length"))
-    rows = [ids[:length].tolist() for ids, length in zip(blocks, lengths, strict=True)]
+    rows = columns(Run(config=finished).corpus, "tokens").tolist()
     pq.write_table(pa.table({"input_ids": rows}), tmp_path / "chunks.parquet")
     command = ["import-mask", "--config", str(tmp_path / "config.yaml"), str(tmp_path / "mask.pt")]
     assert main(command) == 1
