@@ -39,6 +39,7 @@ from ifguide.artifacts import data_files, open_artifact, publish
 from ifguide.config import OWN, Cluster, ModelSource
 from ifguide.influence.method import PRESETS, Method
 from ifguide.influence.products import bfloat16_pays
+from ifguide.influence.proxy import Beginning
 from ifguide.influence.query_file import DIRECTION
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import linearise, load_model, state_fingerprint
@@ -170,6 +171,7 @@ def run_way(actors: int, folder: Path) -> float:
         queries={OWN: folder / "query"},
         proxy=ModelSource(source=str(folder / "proxy")),
         proxy_fingerprint=made["fingerprint"],
+        beginning=Beginning(None),
         attribution="target",
         decision=decision,
         gpus=0,

@@ -89,13 +89,15 @@ def with_positions(fields: Mapping[str, Any], block_size: int) -> dict[str, Any]
     return dict(fields) if known else {**fields, "max_position_embeddings": block_size}
 
 
-def require_positions(name: str, fields: Mapping[str, Any], block_size: int) -> None:
-    """Raises ValueError when a model of these config fields has fewer positions than a block has tokens."""
+def require_positions(name: str, fields: Mapping[str, Any], block_size: int, *, beginning: int = 0) -> None:
+    """Raises ValueError when a model of these config fields has fewer positions than a block has tokens, with
+    `beginning` ones (a BOS) before it."""
     positions = _positions(fields)
-    if positions is not None and positions < block_size:
+    if positions is not None and positions < block_size + beginning:
         raise ValueError(
-            f"pack_corpus.block_size: {block_size} tokens are more than the {positions} positions of {name}; pack"
-            f" {positions} at most, or take a model with more (max_position_embeddings)"
+            f"pack_corpus.block_size: {block_size} tokens{' and a BOS' * beginning} are more than the {positions}"
+            f" positions of {name}; pack {positions - beginning} at most, or take a model with more"
+            " (max_position_embeddings)"
         )
 
 

@@ -54,19 +54,20 @@ def score_tokens(
     attribution: Attribution = "target",
     method: Method = PRESETS["exact"],
     batch_blocks: int = 8,
+    beginning: int | None = None,
 ) -> NDArray[np.float32]:
     """The influence score of every token, (N, T) float32: <V, grad NLL_j>, Eq. 8 of IF-Guide (arXiv 2506.01790).
 
     direction: V per tracked module, as `build_direction` gives it. Scores are label aligned: entry j of a block speaks
     of predicting token j; index 0 and padding are 0. A positive score: training on the token makes the positive
     completions of V likelier. `attribution="position"` is what the paper's code computes instead. `batch_blocks` are
-    scored at a time.
+    scored at a time. `beginning`: the BOS that the model was trained with before each text, if it was; it has no score.
 
     Raises:
         ValueError: V is not of this model, the model is in training mode, or its LM head is not understood.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scorer = TokenScorer(model, direction, attribution=attribution, method=method)
+    scorer = TokenScorer(model, direction, attribution=attribution, method=method, beginning=beginning)
     tokens_NT, lengths = torch.from_numpy(blocks_NT.astype(np.int64)), torch.from_numpy(lengths_N.astype(np.int64))
     batches = zip(tokens_NT.split(batch_blocks), lengths.split(batch_blocks), strict=True)
     scores = [scorer.score(tokens, sizes).float().cpu().numpy() for tokens, sizes in batches]

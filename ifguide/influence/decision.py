@@ -26,7 +26,7 @@ from ifguide.influence.fused import can_fuse
 from ifguide.influence.memory import available_bytes, estimate_memory
 from ifguide.influence.method import PRESETS, Method, chosen_method
 from ifguide.influence.products import bfloat16_pays
-from ifguide.influence.proxy import load_proxy
+from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import read_direction
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
@@ -125,7 +125,12 @@ def describe_decision(config: ScoreCorpus, decision: Decision, memory: Memory) -
 
 
 def decide(
-    config: ScoreCorpus, proxy: ModelSource, queries: Sequence[Path], corpus: Path, first_shard: str
+    config: ScoreCorpus,
+    proxy: ModelSource,
+    beginning: Beginning,
+    queries: Sequence[Path],
+    corpus: Path,
+    first_shard: str,
 ) -> tuple[Decision, Memory]:
     """Choose on this machine, by the first blocks of the corpus; run it where an actor will run.
 
@@ -140,8 +145,8 @@ def decide(
     method = _method_here(config, model.device)
     loaded = [read_direction(folder) for folder in queries]
     tokens_BT, lengths_B = _first_blocks(verified(corpus, first_shard), max(config.check_blocks, 1))
-    block_size = tokens_BT.shape[1]
-    scorer = TokenScorer(model, loaded, attribution=config.attribution, method=method)
+    block_size = tokens_BT.shape[1] + beginning.length
+    scorer = TokenScorer(model, loaded, attribution=config.attribution, method=method, beginning=beginning.token)
     engine = "backward" if config.attribution == "position" else method.engine
     estimate = estimate_memory(
         model,
@@ -200,7 +205,13 @@ def _check(
     scorer: TokenScorer, directions: Sequence[Mapping[str, Tensor]], tokens_BT: Tensor, lengths_B: Tensor
 ) -> Agreement:
     """The least agreement over the behaviours; block by block, so that the exact method fits in memory too."""
-    exact = TokenScorer(scorer.model, directions, attribution=scorer.attribution, method=PRESETS["exact"])
+    exact = TokenScorer(
+        scorer.model,
+        directions,
+        attribution=scorer.attribution,
+        method=PRESETS["exact"],
+        beginning=scorer.beginning,
+    )
     scores_KBT, exact_KBT = (
         torch.cat([one.score(tokens_BT[[b]], lengths_B[[b]]).cpu() for b in range(len(tokens_BT))], dim=1)
         for one in (scorer, exact)

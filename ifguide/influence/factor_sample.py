@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,7 +20,7 @@ class FactorSample:
 
     blocks_NT: int32 token ids, padded on the right; lengths_N: real tokens per block. Partition p of P has the
     rows of `numpy.array_split`, and module partition m the modules of the same. `batch_size` is in blocks. `amp_dtype`
-    (bfloat16) runs the model under autocast.
+    (bfloat16) runs the model under autocast. `beginning`: a BOS that the model reads before every block, if any.
     Raises ValueError when the arrays do not fit together or there are fewer blocks than partitions.
     """
 
@@ -31,6 +32,7 @@ class FactorSample:
     use_empirical_fisher: bool = False
     amp_dtype: torch.dtype | None = None
     module_partitions: int = 1
+    beginning: int | None = None
 
     def __post_init__(self) -> None:
         if self.blocks_NT.ndim != 2 or self.lengths_N.shape != (len(self.blocks_NT),):
@@ -51,6 +53,7 @@ class FactorSample:
             self.seed,
             self.use_empirical_fisher,
             str(self.amp_dtype),
+            *([] if self.beginning is None else [f"beginning {self.beginning}"]),
         ]
         digest = hashlib.sha256(json.dumps([*options, self.blocks_NT.shape]).encode())
         digest.update(np.ascontiguousarray(self.blocks_NT, dtype=np.int32).tobytes())
@@ -81,10 +84,10 @@ class FactorSample:
         rows = np.array_split(np.arange(len(self.blocks_NT)), self.num_partitions)[partition]
 
         def collate(batch_rows: list[int]) -> dict[str, Tensor]:
-            return {
-                "input_ids": torch.from_numpy(self.blocks_NT[batch_rows].astype(np.int64)),
-                "lengths": torch.from_numpy(self.lengths_N[batch_rows].astype(np.int64)),
-                "rows": torch.tensor(batch_rows),
-            }
+            tokens_BT = torch.from_numpy(self.blocks_NT[batch_rows].astype(np.int64))
+            lengths_B = torch.from_numpy(self.lengths_N[batch_rows].astype(np.int64))
+            if self.beginning is not None:
+                tokens_BT, lengths_B = F.pad(tokens_BT, (1, 0), value=self.beginning), lengths_B + 1
+            return {"input_ids": tokens_BT, "lengths": lengths_B, "rows": torch.tensor(batch_rows)}
 
         return DataLoader(rows.tolist(), batch_size=self.batch_size, collate_fn=collate)

@@ -16,7 +16,7 @@ from ifguide.artifacts import publish, record, verified
 from ifguide.config import ModelSource
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.factors import EkfacFit, Step
-from ifguide.influence.proxy import load_proxy
+from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.spans.tables import PackedCorpus, shard_name
 from ifguide.storage import Mirror
 
@@ -30,6 +30,7 @@ class FitSettings:
 
     proxy: ModelSource
     module_names: Sequence[str]
+    beginning: Beginning
     work: Path
     num_partitions: int
     module_partitions: int
@@ -69,6 +70,7 @@ class FitPartition:
                 batch_size=settings.batch_size,
                 seed=settings.seed,
                 module_partitions=settings.module_partitions,
+                beginning=settings.beginning.token,
             ),
             module_names=settings.module_names,
             workdir=self.work.local,

@@ -280,15 +280,24 @@ def fit_factors(
     module_names: Sequence[str] | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    beginning: int | None = None,
 ) -> dict[str, ModuleFactors]:
     """EK-FAC factors of `model` from blocks of text, fitted in this process.
 
     blocks_NT: token ids, padded on the right; lengths_N: real tokens of each block. module_names: None is every tracked
     module (`tracked_modules`; bring the model to plain linear layers with `linearise` first). batch_size: blocks at a
-    time; it changes the factors by float noise only. Raises ValueError when blocks and lengths do not fit together, or
+    time; it changes the factors by float noise only. beginning: the BOS that the model was trained with before each
+    text, if it was. Raises ValueError when blocks and lengths do not fit together, or
     too little of the model can be tracked.
     """
-    sample = FactorSample(blocks_NT=blocks_NT, lengths_N=lengths_N, num_partitions=1, batch_size=batch_size, seed=seed)
+    sample = FactorSample(
+        blocks_NT=blocks_NT,
+        lengths_N=lengths_N,
+        num_partitions=1,
+        batch_size=batch_size,
+        seed=seed,
+        beginning=beginning,
+    )
     names = tracked_modules(model).names if module_names is None else module_names
     with tempfile.TemporaryDirectory(prefix="ifguide-factors-") as folder:
         work, out = Path(folder) / "work", Path(folder) / "factors"

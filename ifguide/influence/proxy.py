@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ifguide.artifacts import require_same
 from ifguide.config import ModelSource
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
 from ifguide.shapes import require_positions
 from ifguide.tokenizer import beginning_token
+
+BEGINNING = "beginning_token"  # in the inputs of an artifact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +44,33 @@ def proxy_name(source: ModelSource) -> str:
     return source.source or "from architecture"
 
 
-def beginning_note(tokenizer: Any, name: str) -> str | None:
-    """What to know of a proxy that was trained with a BOS before each text, as its tokenizer puts one there."""
-    if beginning_token(tokenizer) is None:
-        return None
-    return (
-        f"the tokenizer of {name} puts a BOS before each text; factors and scores are of the corpus' blocks, which"
-        " begin within texts and have none"
-    )
+@dataclass(frozen=True)
+class Beginning:
+    """The BOS (a token id) before every block and query that the proxy reads; None of one that was trained without.
+
+    A model that never saw a text without a BOS gives the first tokens of such a text losses and activations unlike all
+    others."""
+
+    token: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, is_baseline: bool) -> Beginning:
+        """What the tokenizer puts before a text. The run's own plain model is trained on blocks alone, without."""
+        return cls(None if is_baseline else beginning_token(tokenizer))
+
+    @property
+    def length(self) -> int:
+        """Positions that it takes of the proxy's."""
+        return int(self.token is not None)
+
+    def inputs(self) -> dict[str, str]:
+        """Its entry in the inputs of an artifact; artifacts without a BOS have none."""
+        return {} if self.token is None else {BEGINNING: str(self.token)}
+
+    def require_of(self, folder: Path, inputs: Mapping[str, str]) -> None:
+        """Refuse an artifact that was made with another BOS. Raises MismatchError."""
+        made, wanted = (entry.get(BEGINNING, "none") for entry in (inputs, self.inputs()))
+        require_same(f"the token before each text in {folder}", made, "this run's", wanted, "make it again")
 
 
 def load_proxy(source: ModelSource, *, gpus: float) -> PreTrainedModel:
@@ -54,15 +78,15 @@ def load_proxy(source: ModelSource, *, gpus: float) -> PreTrainedModel:
     return linearise(load_model(source, device="cuda" if gpus else "cpu"))
 
 
-def describe_proxy(source: ModelSource, block_size: int, min_coverage: float) -> ProxyFacts:
+def describe_proxy(source: ModelSource, beginning: Beginning, block_size: int, min_coverage: float) -> ProxyFacts:
     """Load the proxy, on the CPU, and describe it.
 
     Raises:
         FileNotFoundError: there is no such model. ValueError: less than `min_coverage` of it can be tracked, or it has
-            fewer positions than a block has tokens.
+            fewer positions than a block has tokens, with its BOS.
     """
     model = load_proxy(source, gpus=0)
-    require_positions(source.source or "the proxy", model.config.to_dict(), block_size)
+    require_positions(source.source or "the proxy", model.config.to_dict(), block_size, beginning=beginning.length)
     tracked = tracked_modules(model, min_coverage=min_coverage)
     return ProxyFacts(
         name=proxy_name(source),

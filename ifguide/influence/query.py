@@ -59,13 +59,14 @@ class ModuleFactors:
 
 
 def tokenise_query(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str, *, max_tokens: int
+    tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str, *, max_tokens: int, beginning: int | None = None
 ) -> TokenisedQuery:
     """Tokenises prompt + completion jointly; a token whose characters end inside the completion belongs to it.
 
     So a token that straddles the boundary carries loss. Too long: the prompt loses tokens on its left, down to
     one, then the completion on its right. Without a prompt token before the completion, an EOS (what precedes a
-    document in the corpus) is put there.
+    document in the corpus) is put there. `beginning`: a BOS that stands before all, whatever the prompt loses, and in
+    place of that EOS.
 
     Raises ValueError when the completion is empty or `max_tokens` < 2.
     """
@@ -78,9 +79,11 @@ def tokenise_query(
     if start == len(ends):
         raise ValueError(f"empty completion {completion!r} after the prompt {prompt!r}; every query needs one")
     context, answer = token_ids[:start], token_ids[start:]
-    context = context or [tokenizer.eos_token_id]
-    answer = answer[: max_tokens - 1]
-    context = context[-(max_tokens - len(answer)) :]
+    first = [] if beginning is None else [beginning]
+    context = context or ([] if first else [tokenizer.eos_token_id])
+    answer = answer[: max_tokens - min(len(first) + bool(context), max_tokens - 1)]
+    room = max_tokens - len(answer) - len(first)
+    context = [*first, *(context[-room:] if room else [])]
     return TokenisedQuery(token_ids=(*context, *answer), completion_start=len(context))
 
 
@@ -142,6 +145,7 @@ def build_direction(
     damping_scale: float = 0.1,
     max_tokens: int = 512,
     batch_tokens: int = 4096,
+    beginning: int | None = None,
 ) -> dict[str, Tensor]:
     """V per module of `factors`, float32 of (d_out, d_in [+ 1]), from (prompt, completion) pairs of both sets.
 
@@ -149,7 +153,8 @@ def build_direction(
     positive mean alone. The other options are those of `tokenise_query`, `mean_completion_gradient` and `precondition`,
     which this calls, and so are the errors.
     """
-    queries = [tokenise_query(tokenizer, *pair, max_tokens=max_tokens) for pair in (*positive, *negative)]
+    pairs = (*positive, *negative)
+    queries = [tokenise_query(tokenizer, *pair, max_tokens=max_tokens, beginning=beginning) for pair in pairs]
     weights = differential_weights([True] * len(positive) + [False] * len(negative))
     gradient = mean_completion_gradient(model, list(factors), queries, weights, batch_tokens=batch_tokens)
     return precondition(gradient, factors, damping=damping, damping_scale=damping_scale)

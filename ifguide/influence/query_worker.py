@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ifguide.artifacts import MANIFEST, publish, verified_files
 from ifguide.config import BuildQuery, ModelSource
-from ifguide.influence.proxy import load_proxy
+from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query import (
     differential_weights,
     load_factors,
@@ -35,6 +35,7 @@ class QuerySettings:
     proxy: ModelSource
     tokenizer: str
     module_names: Sequence[str]
+    beginning: Beginning
     options: BuildQuery
 
 
@@ -73,8 +74,9 @@ class SumGradients:
         rows = read_queries(self.settings.folder)
         weights = differential_weights([row.positive for row in rows])
         mine = slice(part.partition, None, options.partitions)
+        beginning, longest = self.settings.beginning.token, options.max_tokens
         queries = [
-            tokenise_query(self.tokenizer, row.prompt, row.completion, max_tokens=options.max_tokens)
+            tokenise_query(self.tokenizer, row.prompt, row.completion, max_tokens=longest, beginning=beginning)
             for row in rows[mine]
         ]
         gradient = mean_completion_gradient(

@@ -55,6 +55,7 @@ class TokenScorer:
     directions: tracked module -> (d_out, d_in), or (d_out, d_in + 1) with a bias; any floating dtype. One mapping, or a
     sequence of K of them over the same modules: K behaviours are scored in one pass.
     steps: of the `difference` engine, as another scorer of the same model and directions gave them (`.steps`).
+    beginning: a BOS that the model reads before every block, which has no score; None: nothing.
 
     Raises ValueError when a direction names no `nn.Linear` of the model or has another shape, when there is
     none, when the model is in training mode (dropout would make the scores random), when its LM head is not one
@@ -69,13 +70,14 @@ class TokenScorer:
         attribution: Attribution,
         method: Method = PRESETS["exact"],
         steps: Sequence[float] | None = None,
+        beginning: int | None = None,
     ) -> None:
         if attribution not in ("target", "position"):
             raise ValueError(f"attribution is {attribution!r}; it must be 'target' or 'position'")
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() before scoring")
         self.model = model.requires_grad_(False)
-        self.attribution, self.method = attribution, method
+        self.attribution, self.method, self.beginning = attribution, method, beginning
         self._several = not isinstance(directions, Mapping)
         of_behaviours = [directions] if isinstance(directions, Mapping) else list(directions)
         if any(V.keys() != of_behaviours[0].keys() for V in of_behaviours):
@@ -107,8 +109,11 @@ class TokenScorer:
         """
         tokens_BT, lengths_B = tokens_BT.to(self.model.device), lengths_B.to(self.model.device)
         missing = max(0, usual_blocks - len(tokens_BT)) if self._engine.fixed_sizes else 0
-        padded = F.pad(tokens_BT, (0, 0, 0, missing)), F.pad(lengths_B, (0, missing))
-        scores_KBT = self._engine.score(*padded)[:, : len(tokens_BT)]
+        read_BT, read_B, first = tokens_BT, lengths_B, 0
+        if self.beginning is not None:
+            read_BT, read_B, first = F.pad(tokens_BT, (1, 0), value=self.beginning), lengths_B + 1, 1
+        padded = F.pad(read_BT, (0, 0, 0, missing)), F.pad(read_B, (0, missing))
+        scores_KBT = self._engine.score(*padded)[:, : len(tokens_BT), first:]
         scores_KBT = scores_KBT.masked_fill(~predicted_positions(tokens_BT, lengths_B), 0.0)
         scores_KBT = scores_KBT if scores_KBT.dtype == torch.float64 else scores_KBT.float()
         return scores_KBT if self._several else scores_KBT[0]

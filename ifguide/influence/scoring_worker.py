@@ -21,7 +21,7 @@ from ifguide.config import ModelSource
 from ifguide.influence.decision import Decision
 from ifguide.influence.memory import is_out_of_memory, keep_memory
 from ifguide.influence.method import Attribution
-from ifguide.influence.proxy import load_proxy
+from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import read_direction
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import state_fingerprint
@@ -39,6 +39,7 @@ class ScoringSettings:
     queries: Mapping[str, Path]
     proxy: ModelSource
     proxy_fingerprint: str
+    beginning: Beginning
     attribution: Attribution
     decision: Decision
     gpus: float
@@ -70,6 +71,7 @@ class ScoreShard:
             attribution=settings.attribution,
             method=decision.method,
             steps=decision.steps,
+            beginning=settings.beginning.token,
         )
 
     def process(self, shard: CorpusShard) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.distributed.tasks import run_task
-from ifguide.influence.proxy import ProxyFacts, describe_proxy
+from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
 from ifguide.influence.query_file import DIRECTION, QUERIES, QueryRow, write_queries
 from ifguide.influence.query_worker import (
     PARTIAL,
@@ -28,6 +28,7 @@ from ifguide.interchange import check_proxy_factors
 from ifguide.run import Run
 from ifguide.storage import location
 from ifguide.telemetry import log
+from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import choose_queries, read_prompt_rows
 
 VERB = "build_query"
@@ -56,10 +57,11 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     run.require_proxy()
     connect(run.config.cluster)
     block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
-    proxy = run_task(describe_proxy, run.proxy_source, block_size, min_coverage, resources=ONE_CPU)
+    beginning = Beginning.of(load_tokenizer(run.config.tokenizer_source), is_baseline=run.config.proxy_is_baseline)
+    proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
     log(VERB, str(proxy))
-    factors = _require_factors(run, proxy)
-    inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint}
+    factors = _require_factors(run, proxy, beginning)
+    inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
     artifact = run.open(run.query, VERB, keys=("build_query", "tokenizer", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary}")
@@ -71,6 +73,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         proxy=run.proxy_source,
         tokenizer=run.config.tokenizer_source,
         module_names=proxy.module_names,
+        beginning=beginning,
         options=config,
     )
     # Prompts that were edited since an interrupted run, or classified otherwise, make other queries.
@@ -99,7 +102,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     return manifest
 
 
-def _require_factors(run: Run, proxy: ProxyFacts) -> FactorsFolder:
+def _require_factors(run: Run, proxy: ProxyFacts, beginning: Beginning) -> FactorsFolder:
     """The factors to precondition with: an artifact, of this run or another, or a folder of kronfluence's."""
     named = run.config.build_query.factors
     folder = run.factors if named is None else location(named)
@@ -112,6 +115,7 @@ def _require_factors(run: Run, proxy: ProxyFacts) -> FactorsFolder:
             proxy.fingerprint,
             "fit the factors of this proxy, or name the factors' own",
         )
+        beginning.require_of(folder, manifest.inputs)
         names = {name: name for name in proxy.module_names}
         return FactorsFolder(folder=folder, fingerprint=manifest.fingerprint, names=names)
     fingerprint, names = run_task(check_proxy_factors, folder, run.proxy_source, proxy.module_names, resources=ONE_CPU)

@@ -7,7 +7,6 @@ of a smaller corpus.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 from ifguide.artifacts import Manifest, require
@@ -17,7 +16,7 @@ from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.factor_worker import SAMPLE, FitPartition, FitPiece, FitSettings, draw_sample, finish_fit
 from ifguide.influence.factors import STEPS
-from ifguide.influence.proxy import beginning_note, describe_proxy, proxy_name
+from ifguide.influence.proxy import Beginning, describe_proxy, proxy_name
 from ifguide.models import check_vocabulary
 from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus
@@ -48,13 +47,12 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     run.require_proxy()
     connect(run.config.cluster)
     block_size = run.config.pack_corpus.block_size
-    proxy = run_task(describe_proxy, run.proxy_source, block_size, config.min_coverage, resources=ONE_CPU)
-    log(VERB, str(proxy))
     tokenizer = load_tokenizer(run.config.tokenizer_source)
+    beginning = Beginning.of(tokenizer, is_baseline=run.config.proxy_is_baseline)
+    proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, config.min_coverage, resources=ONE_CPU)
+    log(VERB, str(proxy))
     check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
-    if not run.config.proxy_is_baseline and (note := beginning_note(tokenizer, proxy.name)):
-        log(VERB, note, level=logging.WARNING)
-    inputs = {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint}
+    inputs = {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
     artifact = run.open(run.factors, VERB, keys=("fit_factors", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary}")
@@ -68,6 +66,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     settings = FitSettings(
         proxy=run.proxy_source,
         module_names=proxy.module_names,
+        beginning=beginning,
         work=work,
         num_partitions=partitions,
         module_partitions=config.module_partitions,

@@ -21,7 +21,7 @@ from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.decision import METHOD, Decision, decide, describe_decision
 from ifguide.influence.method import chosen_method
-from ifguide.influence.proxy import ProxyFacts, describe_proxy
+from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
 from ifguide.influence.scoring_worker import CorpusShard, ScoreShard, ScoringSettings
 from ifguide.models import check_vocabulary
 from ifguide.run import Run
@@ -52,10 +52,13 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     run.require_proxy()
     connect(run.config.cluster)
     block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
-    proxy = run_task(describe_proxy, run.proxy_source, block_size, min_coverage, resources=ONE_CPU)
+    tokenizer = load_tokenizer(run.config.tokenizer_source)
+    beginning = Beginning.of(tokenizer, is_baseline=run.config.proxy_is_baseline)
+    proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
     log(VERB, str(proxy))
-    queries, inputs = _queries(run, query, proxy)
-    inputs |= {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint}
+    check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
+    queries, inputs = _queries(run, query, proxy, beginning)
+    inputs |= {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
     artifact = run.open(run.scores, VERB, keys=("score_corpus",), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
@@ -65,13 +68,14 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         CorpusShard(key=name.removesuffix(".parquet"), name=name, bytes=corpus.files[name]["bytes"])
         for name in corpus.names()
     ]
-    decision = Decision.read(run.scores) or _decide(run, queries, shards[0].name)
+    decision = Decision.read(run.scores) or _decide(run, beginning, queries, shards[0].name)
     settings = ScoringSettings(
         corpus=run.corpus,
         scores=run.scores,
         queries=queries,
         proxy=run.proxy_source,
         proxy_fingerprint=proxy.fingerprint,
+        beginning=beginning,
         attribution=config.attribution,
         decision=decision,
         gpus=config.resources.gpus,
@@ -99,7 +103,9 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     return manifest
 
 
-def _queries(run: Run, query: Manifest, proxy: ProxyFacts) -> tuple[dict[str, Path], dict[str, str]]:
+def _queries(
+    run: Run, query: Manifest, proxy: ProxyFacts, beginning: Beginning
+) -> tuple[dict[str, Path], dict[str, str]]:
     """The query of each behaviour, the run's own first, and their fingerprints; all must be of the proxy."""
     require_same(
         f"the proxy of {run.query}",
@@ -108,24 +114,20 @@ def _queries(run: Run, query: Manifest, proxy: ProxyFacts) -> tuple[dict[str, Pa
         proxy.fingerprint,
         "build the query of this proxy, or name the query's own",
     )
-    check_vocabulary(
-        proxy.vocab_size,
-        load_tokenizer(run.config.tokenizer_source),
-        model_name=proxy.name,
-        tokenizer_name=run.config.tokenizer_source,
-    )
+    beginning.require_of(run.query, query.inputs)
     queries, inputs = {OWN: run.query}, {"query": query.fingerprint}
     for name, folder in run.config.score_corpus.queries.items():
         further = require(location(folder), "build_query")
         require_same(
             f"the proxy of {folder}", further.inputs["proxy"], "this run's", proxy.fingerprint, "build it of this proxy"
         )
+        beginning.require_of(location(folder), further.inputs)
         inputs[f"query.{name}"] = further.fingerprint
         queries[name] = location(folder)
     return queries, inputs
 
 
-def _decide(run: Run, queries: Mapping[str, Path], first_shard: str) -> Decision:
+def _decide(run: Run, beginning: Beginning, queries: Mapping[str, Path], first_shard: str) -> Decision:
     """Decide on a worker how the run scores, and publish it.
 
     Raises:
@@ -134,7 +136,7 @@ def _decide(run: Run, queries: Mapping[str, Path], first_shard: str) -> Decision
     config = run.config.score_corpus
     folders = list(queries.values())
     decision, memory = run_task(
-        decide, config, run.proxy_source, folders, run.corpus, first_shard, resources=config.resources
+        decide, config, run.proxy_source, beginning, folders, run.corpus, first_shard, resources=config.resources
     )
     log(VERB, describe_decision(config, decision, memory))
     decision.require_agreement(config.min_agreement)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.config import ModelSource
-from ifguide.influence.proxy import describe_proxy, load_proxy
+from ifguide.influence.proxy import Beginning, describe_proxy, load_proxy
 from ifguide.models import (
     check_vocabulary,
     linearise,
@@ -183,12 +183,14 @@ def test_a_linearised_gpt2_is_tracked_whole() -> None:
 @pytest.mark.parametrize("architecture", [GPT2, LLAMA])
 def test_driver_and_workers_agree_on_the_proxys_fingerprint(architecture: dict[str, Any]) -> None:
     source = ModelSource(architecture=architecture)
-    described = describe_proxy(source, 16, 0.9)
+    described = describe_proxy(source, Beginning(None), 16, 0.9)
     worker = load_proxy(source, gpus=0)
     assert described.fingerprint == state_fingerprint(worker)
     assert described.module_names == tracked_modules(worker).names
     with pytest.raises(ValueError, match=r"65 tokens are more than the 64 positions of the proxy"):
-        describe_proxy(source, 65, 0.9)
+        describe_proxy(source, Beginning(None), 65, 0.9)
+    with pytest.raises(ValueError, match=r"64 tokens and a BOS are more than the 64 positions .*; pack 63 at most"):
+        describe_proxy(source, Beginning(1), 64, 0.9)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])

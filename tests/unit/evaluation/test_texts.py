@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ifguide.corpus.reading import RawDocument
 from ifguide.evaluation.texts import heldout_blocks
-from ifguide.influence.proxy import beginning_note
+from ifguide.influence.proxy import Beginning
 from ifguide.tokenizer import beginning_token
 
 BOS, EOS = 1, 2
@@ -28,8 +28,8 @@ def word_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(("template", "expected"), [(None, None), ("<s> $A", BOS), ("$A </s>", None)])
 def test_only_a_tokenizer_that_puts_a_bos_before_texts_has_one(template: str | None, expected: int | None) -> None:
     assert beginning_token(word_tokenizer(template)) == expected
-    note = beginning_note(word_tokenizer(template), "the/proxy")
-    assert note is None if expected is None else "the tokenizer of the/proxy puts a BOS before each text" in str(note)
+    assert Beginning.of(word_tokenizer(template), is_baseline=False).token == expected
+    assert Beginning.of(word_tokenizer(template), is_baseline=True) == Beginning(None)
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])

@@ -20,7 +20,7 @@ MODEL = tiny_model("gpt_neox")
 NAMES = tracked_modules(MODEL).names
 
 
-def sample(**options: int) -> FactorSample:
+def sample(**options: int | None) -> FactorSample:
     """Six blocks; unless `options` say otherwise in two partitions, two blocks a batch."""
     blocks_NT, lengths_N = random_blocks(6, 8)
     chosen = {"num_partitions": 2, "batch_size": 2, "seed": 0, **options}
@@ -54,6 +54,17 @@ def test_one_call_takes_the_same_steps(tmp_path: Path) -> None:
         assert torch.equal(factors.Q_A, whole[name].Q_A)
         assert torch.equal(factors.Q_S, whole[name].Q_S)
         assert torch.equal(factors.lambda_mean, whole[name].lambda_mean)
+
+
+def test_a_beginning_is_read_before_every_block() -> None:
+    blocks_NT, lengths_N = random_blocks(6, 8)
+    fitted = fit_factors(MODEL, blocks_NT, lengths_N, beginning=5)
+    longer = fit_factors(MODEL, np.insert(blocks_NT, 0, 5, axis=1), lengths_N + 1)
+    without = fit_factors(MODEL, blocks_NT, lengths_N)
+    for name, factors in fitted.items():
+        assert torch.equal(factors.lambda_mean, longer[name].lambda_mean)
+        assert not torch.allclose(factors.lambda_mean, without[name].lambda_mean)
+    assert sample(beginning=5).identity() != sample().identity() == sample(beginning=None).identity()
 
 
 def test_same_seed_gives_the_same_bytes_in_any_order(tmp_path: Path) -> None:

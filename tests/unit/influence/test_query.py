@@ -63,6 +63,19 @@ def test_prompt_is_cut_on_its_left_then_completion_on_its_right(tokenizer: PreTr
     assert split(tokenizer, tokenise_query(tokenizer, "", "cde", max_tokens=2)) == ("<eos>", "c")
 
 
+def test_a_beginning_stays_whatever_the_prompt_loses(tokenizer: PreTrainedTokenizerFast) -> None:
+    bos = tokenizer.convert_tokens_to_ids("B")
+
+    def tokens(prompt: str, max_tokens: int) -> tuple[str, str]:
+        return split(tokenizer, tokenise_query(tokenizer, prompt, "cde", max_tokens=max_tokens, beginning=bos))
+
+    assert tokens("xyz", 16) == ("Bxyz", "cde")
+    assert tokens("xyz", 5) == ("Bz", "cde")
+    assert tokens("xyz", 4) == ("Bz", "cd")
+    assert tokens("xyz", 2) == ("B", "c")
+    assert tokens("", 16) == ("B", "cde")  # in place of an EOS
+
+
 def test_impossible_queries_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="empty completion"):
         tokenise_query(tokenizer, "xy", "", max_tokens=8)

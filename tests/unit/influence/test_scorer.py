@@ -9,7 +9,7 @@ from ifguide.influence.agreement import compare
 from ifguide.influence.directions import low_rank, split_directions
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.memory import MemoryEstimate, estimate_memory
-from ifguide.influence.method import Attribution, Method
+from ifguide.influence.method import PRESETS, Attribution, Method
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import next_token_nll, predicted_positions, tracked_modules
 from tests.reference.test_influence import random_directions
@@ -223,3 +223,23 @@ def test_the_memory_estimate_decides_the_micro_batch(engine: str) -> None:
     assert few.micro_batch(64, cpu, few.fixed) == 1
     estimate = MemoryEstimate(fixed=0, per_block=100)
     assert estimate.micro_batch(64, cpu, 1000) == 4  # 60% of it holds six, the power of two below is four
+
+
+@pytest.mark.parametrize(
+    ("attribution", "chosen"), [("target", FULL), ("target", PRESETS["exact"]), ("position", PRESETS["exact"])]
+)
+def test_a_beginning_is_read_before_every_block_and_has_no_score(attribution: Attribution, chosen: Method) -> None:
+    model = gentle_model("llama", dtype=torch.float64)
+    directions = random_directions(model)
+    tokens_BT, lengths_B = as_tensors(*random_blocks(3, LENGTH))
+
+    def scored(tokens_BT: Tensor, lengths_B: Tensor, beginning: int | None) -> Tensor:
+        scorer = TokenScorer(model, directions, attribution=attribution, method=chosen, beginning=beginning)
+        return scorer.score(tokens_BT, lengths_B)
+
+    expected_BT = scored(torch.cat([torch.full((3, 1), 5), tokens_BT], dim=1), lengths_B + 1, None)[:, 1:]
+    scores_BT = scored(tokens_BT, lengths_B, 5)
+    assert torch.equal(scores_BT[:, 1:], expected_BT[:, 1:])
+    assert (scores_BT[:, 0] == 0).all()
+    assert (expected_BT[:, 0] != 0).all()
+    assert not torch.allclose(scores_BT, scored(tokens_BT, lengths_B, None))
