@@ -43,7 +43,18 @@ MODULES = (
     "s3fs",
 )
 # of one worker, one test or one cluster, and read by nothing as it is imported
-VOLATILE = {"_", "IFGUIDE_CACHE", sitecustomize.IMPATIENT, "OLDPWD", "PWD", "PYTEST_CURRENT_TEST", "SHLVL", "TMPDIR"}
+VOLATILE = {
+    "_",
+    "IFGUIDE_CACHE",
+    "OLDPWD",
+    "PWD",
+    "PYTEST_CURRENT_TEST",
+    "PYTHONBREAKPOINT",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "SHLVL",
+    "TMPDIR",
+    sitecustomize.IMPATIENT,
+}
 VOLATILE_PREFIXES = (
     "AWS_",
     "KMP_",
