@@ -81,7 +81,7 @@ def test_a_proxy_that_was_trained_with_a_bos_reads_one_before_every_block_and_qu
     name = data_files(run.corpus)[0].name
     table = schemas.read_table(run.corpus / name)
     tokens, lengths = schemas.per_token_array(table, "tokens"), table.column("length").to_numpy()
-    expected = scorer.score(torch.from_numpy(tokens).long(), torch.from_numpy(lengths).long()).numpy()
+    expected = scorer.score(torch.tensor(tokens).long(), torch.tensor(lengths).long()).numpy()
     scores = schemas.per_token_array(schemas.read_table(run.scores / name), schemas.score_column(OWN))
     np.testing.assert_allclose(scores, expected, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(MismatchError, match=r"the token before each text in .*query"):
