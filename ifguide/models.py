@@ -222,15 +222,15 @@ def tracked_modules(model: nn.Module, *, min_coverage: float = 0.9) -> TrackedMo
 
 
 def _refuse_untraceable(blocks_name: str, blocks: nn.ModuleList) -> None:
-    found: dict[tuple[str, str], list[str]] = {}
+    modules: dict[tuple[str, str], list[str]] = {}
     for name, module in blocks.named_modules(prefix=blocks_name):
         remedy = _remedy(name, module)
         if remedy is not None:
-            found.setdefault((type(module).__name__, remedy), []).append(name)
-    if found:
+            modules.setdefault((type(module).__name__, remedy), []).append(name)
+    if modules:
         each = "; ".join(
             f"{names[0]} ({kind}{f', {len(names)} such modules' if len(names) > 1 else ''}): {remedy}"
-            for (kind, remedy), names in found.items()
+            for (kind, remedy), names in modules.items()
         )
         raise ValueError(f"influence cannot be traced through all weight matrices of {blocks_name}. {each}")
 

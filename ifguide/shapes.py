@@ -85,8 +85,8 @@ def initial_model(target: ModelSource, init_from: str | None) -> ModelSource:
 
 def with_positions(fields: Mapping[str, Any], block_size: int) -> dict[str, Any]:
     """A Hugging Face config's fields with a position for every token of a block, if they leave that open."""
-    known = _positions(fields) is not None
-    return dict(fields) if known else {**fields, "max_position_embeddings": block_size}
+    has_positions = _positions(fields) is not None
+    return dict(fields) if has_positions else {**fields, "max_position_embeddings": block_size}
 
 
 def require_positions(name: str, fields: Mapping[str, Any], block_size: int, *, beginning: int = 0) -> None:

@@ -42,11 +42,11 @@ def location(path: str | Path) -> Path:
     try:
         from upath import UPath
 
-        found = UPath(text, **options)
-        found.fs  # noqa: B018  # opens the file system, so that a missing package is said here
+        place = UPath(text, **options)
+        place.fs  # noqa: B018  # opens the file system, so that a missing package is said here
     except (ImportError, ValueError) as error:
         raise ValueError(f"{text}: {error}; install ifguide[s3], or the fsspec package of {protocol}://") from error
-    return cast(Path, found)
+    return cast(Path, place)
 
 
 def is_remote(path: Path) -> bool:
@@ -80,8 +80,8 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     contents = fs.cat(names)
     if isinstance(contents, bytes):
         return [contents.decode("utf-8")]
-    found = {fs._strip_protocol(name): content for name, content in contents.items()}
-    return [found[fs._strip_protocol(name)].decode("utf-8") for name in names]
+    by_path = {fs._strip_protocol(name): content for name, content in contents.items()}
+    return [by_path[fs._strip_protocol(name)].decode("utf-8") for name in names]
 
 
 def create(path: Path, text: str) -> bool:
@@ -109,8 +109,8 @@ def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     if not is_remote(folder):
         paths = {name: folder / name for name in names}
         return {name: path.stat().st_size for name, path in paths.items() if path.exists()}
-    found = file_sizes(folder)
-    return {name: found[name] for name in names if name in found}
+    all_sizes = file_sizes(folder)
+    return {name: all_sizes[name] for name in names if name in all_sizes}
 
 
 def stamp(path: Path) -> str:
@@ -121,8 +121,8 @@ def stamp(path: Path) -> str:
     """
     if is_remote(path):
         return _stamp(_fs(path).info(_key(path)))
-    known = path.stat()
-    return f"{known.st_size}-{known.st_mtime_ns}-{known.st_ctime_ns}-{known.st_ino}"
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}"
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -177,8 +177,8 @@ def machine_folder() -> Path:
     chosen = os.environ.get("IFGUIDE_CACHE")
     folder = Path(chosen or f"{tempfile.gettempdir()}/ifguide-cache-{os.getuid()}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    status = folder.lstat()
+    own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
     if not chosen and not own:
         raise PermissionError(
             f"{folder} is not a folder of yours that only you can write; remove it or set IFGUIDE_CACHE"
@@ -230,8 +230,8 @@ class Mirror:
     def pull(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Download the files of `wanted` names that are not here yet."""
         if self.remote:
-            found = _listing(self.folder).items()
-            listing = {name: entry for name, entry in found if name not in self._known and wanted(name)}
+            files = _listing(self.folder).items()
+            listing = {name: entry for name, entry in files if name not in self._known and wanted(name)}
             _download(self.folder, listing, self.local)
             self._known |= listing.keys()
 

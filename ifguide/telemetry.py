@@ -203,11 +203,11 @@ class MetricsLog:
         """Append the values of one step; `None` values stay in the JSONL and are not plotted."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        known = {name: value for name, value in values.items() if value is not None}
-        for name, value in known.items():
+        numbers = {name: value for name, value in values.items() if value is not None}
+        for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log(known, step=step)
+            self.wandb.log(numbers, step=step)
 
     def close(self) -> None:
         """Flush and close all sinks."""

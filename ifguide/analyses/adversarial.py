@@ -92,12 +92,12 @@ def attack(
 def replacements(suffix: Sequence[int], top_SK: np.ndarray, count: int, rng: np.random.Generator) -> list[list[int]]:
     """`count` copies of the suffix, each with one token replaced: place and token are uniform."""
     places, choices = rng.integers(0, len(suffix), count), rng.integers(0, top_SK.shape[1], count)
-    found = []
+    copies = []
     for place, choice in zip(places.tolist(), choices.tolist(), strict=True):
         copy = list(suffix)
         copy[place] = int(top_SK[place, choice])
-        found.append(copy)
-    return found
+        copies.append(copy)
+    return copies
 
 
 def one_hot_gradient(model: PreTrainedModel, ids: Sequence[int], places: tuple[int, int], target_tokens: int) -> Tensor:
@@ -149,11 +149,11 @@ def _decodes_to(model: PreTrainedModel, ids: Sequence[int], target: Sequence[int
 
 def greedy_continuation(model: PreTrainedModel, ids: Sequence[int], count: int) -> list[int]:
     """The `count` likeliest tokens after `ids`, one by one."""
-    found: list[int] = []
+    chosen: list[int] = []
     step_BT, cache = torch.tensor([list(ids)], device=model.device), None
     with evaluating(model):
         for _ in range(count):
             output = model(input_ids=step_BT, past_key_values=cache, use_cache=True)
             cache, step_BT = output.past_key_values, output.logits[:, -1:].argmax(-1)
-            found.append(int(step_BT))
-    return found
+            chosen.append(int(step_BT))
+    return chosen

@@ -31,10 +31,10 @@ def probe_layers(
     if least < folds:
         raise ValueError(f"{least} texts of the rarer kind for {folds} folds; give more texts, or lower analyse.folds")
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    found = []
+    figures = []
     for features_ND in features_LND:
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
         scores_N = cross_val_predict(probe, features_ND, labels_N, cv=split, method="predict_proba")[:, 1]
         agreement = classifier_agreement(scores_N, labels_N, threshold=0.5, bootstrap=bootstrap)
-        found.append({name: agreement[name] for name in FIGURES})
-    return found
+        figures.append({name: agreement[name] for name in FIGURES})
+    return figures

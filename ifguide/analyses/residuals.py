@@ -70,7 +70,7 @@ def mean_residuals(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, ba
     empty = [i for i, ids in enumerate(texts) if not len(ids)]
     if empty:
         raise ValueError(f"text {empty[0]} has no tokens; every text of an analysis needs one")
-    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    residuals: list[Tensor] = [torch.empty(0)] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     with evaluating(model), recorded_residuals(model) as depths:
         for begin in range(0, len(order), batch_size):
@@ -79,8 +79,8 @@ def mean_residuals(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, ba
             model.base_model(tokens_BT, use_cache=False)
             real_BT = torch.arange(tokens_BT.shape[1], device=model.device) < lengths_B[:, None]
             for place, i in enumerate(rows):
-                found[i] = torch.stack([depth[place, real_BT[place]].float().mean(0) for depth in depths]).cpu()
-    return torch.stack(found, dim=1)
+                residuals[i] = torch.stack([depth[place, real_BT[place]].float().mean(0) for depth in depths]).cpu()
+    return torch.stack(residuals, dim=1)
 
 
 def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

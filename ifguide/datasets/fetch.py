@@ -56,10 +56,10 @@ def describe(outputs: list[Output], folder: Path) -> list[str]:
 def _make(place: Path, output: Output, originals: Originals, source: Path | None) -> str:
     """Have an output at `place`; says how."""
     if place.is_file():
-        found = file_digest(place)
-        if found != output.result.sha256:
+        digest = file_digest(place)
+        if digest != output.result.sha256:
             raise DigestError(
-                f"{different(place, output.result.sha256, found)}; move it away and run `{COMMAND}` again"
+                f"{different(place, output.result.sha256, digest)}; move it away and run `{COMMAND}` again"
             )
         return "there already"
     content, how = _converted(output, source) or _convert(output, originals)
@@ -73,12 +73,12 @@ def _converted(output: Output, source: Path | None) -> tuple[bytes, str] | None:
     if source is None or not (source / output.name).is_file():
         return None
     content = (source / output.name).read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found == output.result.sha256:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest == output.result.sha256:
         return content, f"from {source}"
     if (source / output.origin.name).is_dir():
         return None
-    raise DigestError(different(source / output.name, output.result.sha256, found))
+    raise DigestError(different(source / output.name, output.result.sha256, digest))
 
 
 def _convert(output: Output, originals: Originals) -> tuple[bytes, str]:

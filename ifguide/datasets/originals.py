@@ -119,15 +119,15 @@ class Folder(Originals):
                 yield path, place.read_bytes()
 
 
-def verify(place: str, expected: str, found: str) -> None:
+def verify(place: str, expected: str, digest: str) -> None:
     """Refuse a digest that is not the table's."""
-    if found != expected:
-        raise DigestError(different(place, expected, found))
+    if digest != expected:
+        raise DigestError(different(place, expected, digest))
 
 
-def different(place: str | Path, expected: str, found: str) -> str:
+def different(place: str | Path, expected: str, digest: str) -> str:
     """The sentence for a file with another digest."""
-    return f"{place}: its SHA-256 is {found}, expected is {expected}: it is another file, or was changed"
+    return f"{place}: its SHA-256 is {digest}, expected is {expected}: it is another file, or was changed"
 
 
 def members_digest(members: Mapping[str, bytes]) -> str:

@@ -67,7 +67,7 @@ def read_table(path: Path = TABLE) -> list[Output]:
 def _origin(
     name: str, *, files: Mapping[str, list] | None = None, members: tuple[str, ...] = (), **entry: str
 ) -> Origin:
-    contents = {path: Contents(*each) for path, each in (files or {}).items()}
+    contents = {path: Contents(*fields) for path, fields in (files or {}).items()}
     return Origin(name=name, files=contents, members=tuple(members), **entry)
 
 

@@ -138,11 +138,11 @@ def generate_demo(
             raise ValueError(f"{name} must be a positive even number, got {count}")
     (out_dir / SUMMARY).unlink(missing_ok=True)
     corpus = list(_documents("corpus", seed, documents, _INSULTING_RATE))
-    known = {document.text for document in corpus}
+    texts = {document.text for document in corpus}
     heldout = [
         document
         for document in _documents("heldout", seed, round(documents * _HELDOUT_SHARE), 0.0)
-        if document.text not in known
+        if document.text not in texts
     ]
     classify = _offline_classifier()
     query_rows, prompt_rows = _prompt_tables(seed, queries, prompts, classify)
@@ -302,10 +302,10 @@ def _giveaways(corpus: list[Document], classify: Classify) -> tuple[Giveaway, Gi
     pairs = [(document.text, document.toxic_spans) for document in corpus]
     sentences = sorted({text[start:end] for text, _ in pairs for start, end in sentence_spans(text)})
     # One call for all sentences: a call for each text would take most of the generator's time.
-    known = dict(zip(sentences, classify(sentences), strict=True))
+    labels = dict(zip(sentences, classify(sentences), strict=True))
     by_words = measure_giveaway(pairs, WordList(INSULT_WORDS).spans)
     by_classifier = measure_giveaway(
-        pairs, lambda text: classifier_spans(text, lambda parts: np.array([known[p] for p in parts]), THRESHOLD)
+        pairs, lambda text: classifier_spans(text, lambda parts: np.array([labels[p] for p in parts]), THRESHOLD)
     )
     return by_words, by_classifier
 

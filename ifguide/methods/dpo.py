@@ -96,5 +96,5 @@ def train_dpo(trainer: Any, folder: Path) -> dict[str, float]:
 
 def last_complete(folder: Path) -> Path | None:
     """The latest checkpoint that was written to its end: the Trainer's state is its last file."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    checkpoints = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -78,8 +78,8 @@ def mark_texts(corpus: PackedCorpus, folder: Path, shard: int, tokenizer: Any, f
                     " its tokenizer does not give the text back, or it came as token ids; compare with a byte-level"
                     " one, on texts"
                 )
-    found = [np.array(spans, np.float64).reshape(-1, 2) for spans in find(texts)]
-    return _write(folder, shard, documents, found)
+    marks = [np.array(spans, np.float64).reshape(-1, 2) for spans in find(texts)]
+    return _write(folder, shard, documents, marks)
 
 
 def _write(folder: Path, shard: int, documents: pa.Table, found: Sequence[np.ndarray]) -> SpanCounts:
@@ -92,15 +92,15 @@ def mark_annotated_documents(corpus: PackedCorpus, folder: Path, shard: int) -> 
     """Write `spans-<shard>` in `folder`: all of each document that begins in the shard and has an annotated token."""
     documents = read_documents(corpus, shard)
     begins, sizes, chars = (documents.column(name).to_numpy() for name in ("token_start", "num_tokens", "num_chars"))
-    found = [np.zeros((0, 2))] * len(begins)
+    marks = [np.zeros((0, 2))] * len(begins)
     if len(begins):
         annotated = corpus.read(corpus.folder, "shard", "annotated", int(begins[0]), int(begins[-1] + sizes[-1]))
         marked = np.add.reduceat(annotated.astype(np.int64), begins - begins[0]) > 0
-        found = [
+        marks = [
             np.array(_whole(int(n)) if flag else [], float).reshape(-1, 2)
             for n, flag in zip(chars, marked, strict=True)
         ]
-    return _write(folder, shard, documents, found)
+    return _write(folder, shard, documents, marks)
 
 
 def _whole(num_chars: int) -> list[Span]:

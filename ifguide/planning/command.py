@@ -71,8 +71,8 @@ def plan(
         "notes": job.notes,
     }
     used = dict.fromkeys(name for item in stages for name in item.basis)
-    known = sources()
-    result["sources"] = {name: {"kind": known[name][0], "source": known[name][1]} for name in used}
+    origins = sources()
+    result["sources"] = {name: {"kind": origins[name][0], "source": origins[name][1]} for name in used}
     return rounded(result)
 
 

@@ -38,10 +38,10 @@ def scoring_rates(job: Job) -> tuple[float, float, float]:
     """Tokens a second of one scoring actor: expected, low, high."""
     config, method = job.config.score_corpus, chosen_method(job.config.score_corpus)
     device = job.device(config.resources.gpus)
-    found = efficiency("score", device, method.precision, job.proxy.tracked)
+    efficient = efficiency("score", device, method.precision, job.proxy.tracked)
     peak = device.peak(method.precision) * (config.resources.gpus or config.resources.cpus)
     per_token = _scoring_flop(job)
-    expected, low, high = (peak * value / per_token for value in (found.expected, found.low, found.high))
+    expected, low, high = (peak * value / per_token for value in (efficient.expected, efficient.low, efficient.high))
     return expected, low, high
 
 

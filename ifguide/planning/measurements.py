@@ -80,13 +80,13 @@ def rates() -> dict[str, Rate]:
 @functools.cache
 def throughputs() -> tuple[Throughput, ...]:
     """All throughput measurements, as efficiencies."""
-    found = []
+    measured = []
     for entry in _tables()["throughput"]:
         machine = hardware(entry["hardware"])
         efficiency = entry.get("efficiency")
         if efficiency is None:
             efficiency = entry["value"] * entry["flop"] / (entry["count"] * machine.peak(entry["precision"]))
-        found.append(
+        measured.append(
             Throughput(
                 id=entry["id"],
                 pass_=entry["pass"],
@@ -99,7 +99,7 @@ def throughputs() -> tuple[Throughput, ...]:
                 source=entry["source"],
             )
         )
-    return tuple(found)
+    return tuple(measured)
 
 
 def sources() -> dict[str, tuple[str, str]]:

@@ -196,8 +196,8 @@ def _training(curves: Sequence[TrainingCurve], colours: dict[str, str]) -> list[
 def _histogram(histogram: ScoreHistogram, behaviour: str) -> Markup:
     canvas, axes = _axes("Tokens per bin, log scale", "influence score")
     axes.stairs(histogram.counts, histogram.bin_edges, fill=True, color=PALETTE[0], alpha=0.6)
-    if histogram.known_counts is not None:
-        axes.stairs(histogram.known_counts, histogram.bin_edges, color=PALETTE[1], linewidth=1.4)
+    if histogram.annotated_counts is not None:
+        axes.stairs(histogram.annotated_counts, histogram.bin_edges, color=PALETTE[1], linewidth=1.4)
     axes.axvline(histogram.tau, color=BOX_RED, linewidth=1.2, linestyle=(0, (4, 2)))
     axes.text(histogram.tau, 1.02, f"τ = {histogram.tau:.3g}", transform=axes.get_xaxis_transform(), color=BOX_RED)
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))

@@ -31,10 +31,10 @@ class ScoreHistogram:
     bin_edges: tuple[float, ...]
     counts: tuple[int, ...]
     tau: float
-    known_counts: tuple[int, ...] | None = None
+    annotated_counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, counts in (("counts", self.counts), ("known_counts", self.known_counts)):
+        for name, counts in (("counts", self.counts), ("annotated_counts", self.annotated_counts)):
             if counts is not None and len(counts) + 1 != len(self.bin_edges):
                 raise ValueError(f"histogram: {len(self.bin_edges)} bin_edges need one less {name}, got {len(counts)}")
 
@@ -46,7 +46,7 @@ class Token:
     text: str
     score: float
     masked: bool = False
-    known: bool = False
+    annotated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

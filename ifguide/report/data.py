@@ -179,7 +179,7 @@ def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram:
         bin_edges=tuple(edges.tolist()),
         counts=tuple(counts.tolist()),
         tau=view.summary["tau"],
-        known_counts=tuple(annotated.tolist()) if view.annotated else None,
+        annotated_counts=tuple(annotated.tolist()) if view.annotated else None,
     )
 
 
@@ -191,8 +191,8 @@ def _documents(view: View, count: int) -> list[contents.RankedDocument]:
             rank=document.rank,
             rank_score=document.rank_score,
             tokens=tuple(
-                contents.Token(text=text, score=float(score), masked=bool(masked), known=bool(known))
-                for text, score, masked, known in zip(
+                contents.Token(text=text, score=float(score), masked=bool(masked), annotated=bool(annotated))
+                for text, score, masked, annotated in zip(
                     document.texts, document.scores, document.masked, document.annotated, strict=True
                 )
             ),

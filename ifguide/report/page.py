@@ -111,7 +111,7 @@ def token_spans(document: RankedDocument, full_score: float) -> Markup:
     for token in document.tokens:
         level = round(LEVELS * min(1.0, abs(token.score) / full_score)) if full_score else 0
         kinds = [f"{'w' if token.score > 0 else 'c'}{level}"] if level else []
-        kinds += ["m"] * token.masked + ["k"] * token.known
+        kinds += ["m"] * token.masked + ["k"] * token.annotated
         attribute = f' class="{" ".join(kinds)}"' if kinds else ""
         parts.append(f'<span{attribute} title="{token.score:.3g}">{escape(visible(token.text))}</span>')
     return Markup("".join(parts))
@@ -131,9 +131,9 @@ def differences(models: Sequence[ModelRow]) -> Iterator[tuple[str, str, str, Dif
                 for group in groups:
                     for name, difference in _paired(group):
                         yield model.name, f"{prefix}{kind}{group.name}", name, difference
-        for label, found in model.fluency.items():
-            if found and found.difference:
-                yield model.name, "", label, found.difference
+        for label, fluency in model.fluency.items():
+            if fluency and fluency.difference:
+                yield model.name, "", label, fluency.difference
 
 
 def _paired(group: Group) -> Iterator[tuple[str, Difference]]:

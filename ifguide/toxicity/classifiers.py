@@ -176,8 +176,8 @@ def load_classifier(
     kind, _, rest = spec.partition(":")
     if spec not in CLASSIFIERS and not (f"{kind}:" in PREFIXES and rest):
         nearest = difflib.get_close_matches(spec, CLASSIFIERS, n=1, cutoff=0)[0]
-        known = ", ".join((*CLASSIFIERS, "hf:SOURCE", "words:FILE"))
-        raise ValueError(f"unknown classifier {spec!r}: did you mean {nearest!r}? ({known})")
+        kinds = ", ".join((*CLASSIFIERS, "hf:SOURCE", "words:FILE"))
+        raise ValueError(f"unknown classifier {spec!r}: did you mean {nearest!r}? ({kinds})")
     if kind != "detoxify" and (checkpoint is not None or huggingface_config is not None):
         raise ValueError(f"classifier {spec!r} has no checkpoint: remove it, or choose a detoxify classifier")
     if label is not None and kind not in ("hf", "labels"):

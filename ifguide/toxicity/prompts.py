@@ -153,8 +153,8 @@ def _bold_prompts(path: Path, groups: dict[str, Any]) -> list[tuple[str, str, st
 
 def _column(record: Any, name: str, kind: type, where: str) -> Any:
     if not isinstance(record, dict) or name not in record:
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where}: has no column {name!r}, only {found}")
+        columns = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where}: has no column {name!r}, only {columns}")
     if record[name] is None or not isinstance(record[name], kind):
         raise ValueError(f"{where}: {name} is {record[name]!r}, not a {kind.__name__}")
     return record[name]

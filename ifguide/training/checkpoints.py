@@ -100,8 +100,8 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
 def first_whole(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
     """The first whose files are those that were written; every other loses its description, and is passed over."""
     for checkpoint in checkpoints:
-        found = digest_files(checkpoint.folder, checkpoint.files)
-        changed = [name for name, entry in checkpoint.files.items() if found[name] != entry]
+        digests = digest_files(checkpoint.folder, checkpoint.files)
+        changed = [name for name, entry in checkpoint.files.items() if digests[name] != entry]
         if not changed:
             return checkpoint
         path = checkpoint.folder / changed[0]
@@ -112,8 +112,8 @@ def first_whole(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
 
 def best_checkpoints(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     """Those with a held-out loss, lowest first; the earlier of equals."""
-    known = [checkpoint for checkpoint in checkpoints if checkpoint.heldout is not None]
-    return sorted(known, key=lambda checkpoint: (checkpoint.heldout, checkpoint.step))
+    measured = [checkpoint for checkpoint in checkpoints if checkpoint.heldout is not None]
+    return sorted(measured, key=lambda checkpoint: (checkpoint.heldout, checkpoint.step))
 
 
 def remove_others(folder: Path, *, keep_last: int, keep_best: int) -> None:
@@ -140,8 +140,8 @@ def _read(folder: Path) -> Checkpoint | None:
     ):  # no JSON, or not what was written
         return None
     hidden = {name for name in file_sizes(folder) if name.rpartition("/")[2].startswith(".")}  # a file system's own
-    found = {name: size for name, size in file_sizes(folder).items() if name not in {DESCRIPTION, *hidden}}
-    return checkpoint if found == expected else None
+    sizes = {name: size for name, size in file_sizes(folder).items() if name not in {DESCRIPTION, *hidden}}
+    return checkpoint if sizes == expected else None
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the loss was taken back twice; its gradients are freed the first time")
         as_it_is = gradient.device.type == "cpu" and bool(gradient == 1)  # the usual case; a GPU would have to wait
-        hidden, weight, bias = (each if each is None or as_it_is else each.mul_(gradient) for each in ctx.gradients)
+        hidden, weight, bias = (part if part is None or as_it_is else part.mul_(gradient) for part in ctx.gradients)
         ctx.gradients = None
         weight = None if weight is None else weight.to(ctx.weight_dtype)
         return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 8

@@ -44,10 +44,10 @@ class Meter:
         seconds, done = max(now - self.time, 1e-9), step - self.step
         self.step, self.time = step, now
         rate = done * self.tokens_per_step / seconds
-        known = self.flop_per_token is not None and self.flop_per_second is not None
+        has_peak = self.flop_per_token is not None and self.flop_per_second is not None
         return {
             "tokens_per_second": rate,
-            "mfu": rate * self.flop_per_token / self.flop_per_second if known else None,  # type: ignore[operator]
+            "mfu": rate * self.flop_per_token / self.flop_per_second if has_peak else None,  # type: ignore[operator]
             "steps": self.steps,
             "eta_seconds": seconds / max(done, 1) * (self.steps - step),
         }

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -177,11 +178,13 @@ def test_bfloat16_goes_on_bit_for_bit_and_is_exported_in_float32(
 
 
 def ray_workers() -> list[psutil.Process]:
-    """Processes of the ranks that Ray Train started on this process' own cluster."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
+    """Processes of the ranks that Ray Train started on this process' own cluster: they write into its logs."""
+    logs, found = ray._private.worker._global_node.get_logs_dir_path(), []
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in "".join(process.cmdline()[:1]):
+            if "RayTrainWorker" in "".join(process.cmdline()[:1]) and any(
+                file.path.startswith(logs) for file in process.open_files()
+            ):
                 found.append(process)
     return found
 

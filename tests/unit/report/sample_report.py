@@ -90,7 +90,7 @@ def curve(name: str, penalised: bool) -> contents.TrainingCurve:
 
 def document(rank: int, words: str) -> RankedDocument:
     tokens = tuple(
-        Token(text=text, score=1e-3 * math.sin(3 * i + rank) ** 3, masked=i % 7 in (3, 4), known=i % 7 == 4)
+        Token(text=text, score=1e-3 * math.sin(3 * i + rank) ** 3, masked=i % 7 in (3, 4), annotated=i % 7 == 4)
         for i, text in enumerate(re.findall(r"\s*\S+", words))
     )
     return RankedDocument(doc_id=1000 + rank, source="corpus.jsonl", rank=rank, rank_score=1 / rank, tokens=tokens)
@@ -117,7 +117,7 @@ def full_data() -> ReportData:
             Behaviour(
                 name="rudeness",
                 histogram=dataclasses.replace(
-                    histogram, known_counts=tuple(c // 40 + i for i, c in enumerate(histogram.counts))
+                    histogram, annotated_counts=tuple(c // 40 + i for i, c in enumerate(histogram.counts))
                 ),
                 documents=tuple(
                     document(rank, f"You are  a plum pie,\n\nsaid {who} to the cat; nobody asked. " * 12)

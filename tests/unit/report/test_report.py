@@ -248,7 +248,7 @@ def test_arbitrary_bytes_become_a_page_that_can_be_written(tmp_path):
 
 def test_tokens_carry_score_mask_and_annotation():
     tokens = (
-        Token(text="hot", score=2.0, masked=True, known=True),
+        Token(text="hot", score=2.0, masked=True, annotated=True),
         Token(text=" warm", score=1.0),
         Token(text=" cold", score=-1.0, masked=True),
     )
@@ -333,8 +333,8 @@ def test_data_that_do_not_fit_are_refused():
         minimal_data(models=minimal_data().models * 2)
     with pytest.raises(ValueError, match="different names"):
         minimal_data(models=())
-    with pytest.raises(ValueError, match="3 bin_edges need one less known_counts"):
-        ScoreHistogram(bin_edges=(0.0, 1.0, 2.0), counts=(1, 2), tau=1.0, known_counts=(1,))
+    with pytest.raises(ValueError, match="3 bin_edges need one less annotated_counts"):
+        ScoreHistogram(bin_edges=(0.0, 1.0, 2.0), counts=(1, 2), tau=1.0, annotated_counts=(1,))
     with pytest.raises(ValueError, match="2 steps but 1 benign_loss"):
         TrainingCurve(model="m", steps=(1, 2), benign_loss=(1.0,), learning_rate=(1.0, 1.0))
 
