@@ -42,7 +42,9 @@ def hand_over(path: str) -> None:
             os._exit(0)  # Ray knows a worker by the process that registers
 
 
-if SOCKET in os.environ and any(argument.endswith(WORKER) for argument in sys.orig_argv[1:3]):
+# The script alone: with a runtime environment Ray runs another one first, which then starts this one.
+script = next((argument for argument in sys.orig_argv[1:] if not argument.startswith("-")), "")
+if SOCKET in os.environ and script.endswith(WORKER):
     with contextlib.suppress(OSError):
         hand_over(os.environ[SOCKET])
 settle()
