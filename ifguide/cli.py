@@ -193,9 +193,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _run_all(options: argparse.Namespace) -> int:
-    config = _load(options)
-    with _holding(options, config):
-        run_pipeline(config, dry_run=options.dry_run, until=options.until)
+    run_pipeline(_load(options), dry_run=options.dry_run, until=options.until)
     return 0
 
 

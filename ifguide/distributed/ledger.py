@@ -60,13 +60,9 @@ class Attempts:
         self._write()
 
     def failed(self, reason: str) -> None:
-        """Keep why the attempt failed."""
+        """Keep why the attempt failed; while it runs, why it will have failed if its process dies."""
         self.reason = reason
         self._write()
-
-    def fear(self, reason: str) -> None:
-        """Keep what it will have been if the process dies in this attempt."""
-        self.failed(reason)
 
     def give_up(self, reason: str) -> Failure:
         """Keep why the shard was given up, for `ifguide status`."""

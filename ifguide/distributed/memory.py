@@ -54,7 +54,7 @@ class MemoryWatch:
                 with self.lock, contextlib.suppress(OSError):
                     for attempts, told in self.told.items():
                         if own > 1.1 * told:
-                            attempts.fear(death_by_memory(own, left, total))
+                            attempts.failed(death_by_memory(own, left, total))
                             self.told[attempts] = own
             pause.wait(SECONDS)
 

@@ -84,6 +84,12 @@ def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
     }
 
 
+def own_environment() -> dict[str, str]:
+    """The environment of a driver whose Ray cluster and workers are its own, all of them its descendants."""
+    shared = ("RAY_ADDRESS", "IFGUIDE_PREFORK_SOCKET")
+    return {key: value for key, value in os.environ.items() if key not in shared}
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of all processes of `pytest -n`, while it is this one's alone: what one has made, the next one finds."""

@@ -34,7 +34,7 @@ from ifguide.training.checkpoints import last_checkpoint
 from ifguide.training.folder import METRICS
 from ifguide.training.loop import TrainingLoop
 from ifguide.training.settings import TrainingSettings
-from tests.stages.conftest import ARCHITECTURE
+from tests.stages.conftest import ARCHITECTURE, own_environment
 from tests.stages.packed import packed_run, settings_of
 from tests.stages.ranks import PLACES, Kill, run_ranks
 
@@ -257,8 +257,7 @@ def test_a_killed_driver_goes_on_on_the_one_cpu_that_is_left(
     tree["pretrain"] |= options
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "ifguide.cli", "pretrain", "--config", str(tmp_path / "config.yaml")]
-    alone = ("RAY_ADDRESS", "IFGUIDE_PREFORK_SOCKET")  # forked elsewhere, its workers would not be of its group
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(alone)}
+    environment = own_environment()
     made = replace(reference, folder=str(run_dir / "model" / "penalised"))
     process = subprocess.Popen(command, start_new_session=True, env=environment)
     deadline = time.monotonic() + 150

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.stages.conftest import own_environment
+
 CONNECTED = """
 import sys
 from ifguide.config import Cluster
@@ -23,9 +25,7 @@ sys.stdin.read()
 
 
 def test_a_local_ray_listens_on_loopback_alone(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("RAY_ADDRESS", None)
-    environment.pop("IFGUIDE_PREFORK_SOCKET", None)  # its workers are its own
+    environment = own_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
     driver = subprocess.Popen(
         [sys.executable, "-c", CONNECTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
     )

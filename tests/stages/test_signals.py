@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from ifguide.stages.score_corpus import score_corpus
 from ifguide.telemetry import read_metrics
 from ifguide.training.checkpoints import last_checkpoint
 from ifguide.training.folder import METRICS
-from tests.stages.conftest import ARCHITECTURE
+from tests.stages.conftest import ARCHITECTURE, own_environment
 from tests.stages.packed import packed_run
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -33,10 +32,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 def start(verb: str, config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "ifguide.cli", verb, "--config", str(folder / "config.yaml")]
-    # Its own cluster and its own workers, so that all that it starts are its descendants.
-    alone = ("RAY_ADDRESS", "IFGUIDE_PREFORK_SOCKET")
-    environment = {key: value for key, value in os.environ.items() if key not in alone}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=own_environment(), stderr=subprocess.PIPE, text=True)
 
 
 def end(process: subprocess.Popen[str], number: signal.Signals, ready: Callable[[], bool]) -> str:

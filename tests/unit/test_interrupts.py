@@ -16,39 +16,33 @@ from ifguide import interrupts
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print(child.pid, flush=True)
 """
-WAITS = """
-try:
-    with interrupts.handled():
-        time.sleep(60)
+ENDS = """
 except KeyboardInterrupt as error:
     print(error.kept, flush=True)
     interrupts.end_children()
     sys.exit(interrupts.exit_code())
 """
-SAVES = """
+WAITS = f"""
+try:
+    with interrupts.handled():
+        time.sleep(60)
+{ENDS}"""
+SAVES = f"""
 try:
     with interrupts.handled(), interrupts.deferring():
         while not interrupts.requested():
             time.sleep(0.01)
         time.sleep(0.5)
         raise interrupts.interruption("step 7 is saved")
-except KeyboardInterrupt as error:
-    print(error.kept, flush=True)
-    interrupts.end_children()
-    sys.exit(interrupts.exit_code())
-"""
-FORGETS = """
+{ENDS}"""
+FORGETS = f"""
 try:
     with interrupts.handled():
         with interrupts.deferring():
             while not interrupts.requested():
                 time.sleep(0.01)
         print("went on")
-except KeyboardInterrupt as error:
-    print(error.kept, flush=True)
-    interrupts.end_children()
-    sys.exit(interrupts.exit_code())
-"""
+{ENDS}"""
 HANGS = """
 interrupts.SECONDS = 0.5
 with interrupts.handled(), interrupts.deferring():

@@ -391,27 +391,3 @@ def test_a_further_behaviour_has_a_name_of_its_own(name: str) -> None:
         ConfigError, match=rf"^score_corpus.queries: '{re.escape(name)}' names a column of scores and a folder.* 'own'"
     ):
         config_from_mapping({"score_corpus": {"queries": {name: "other/query"}}})
-
-
-@pytest.mark.parametrize(
-    ("text", "key", "line"),
-    [
-        ("seed: 1\npack_corpus: {block_size: 64}\npack_corpus: {interleave: false}\n", "pack_corpus", 3),
-        ("pack_corpus:\n  block_size: 64\n  block_size: 128\n", "block_size", 3),
-        ("pack_corpus: {inputs: [{path: a, path: b}]}\n", "path", 1),
-    ],
-)
-def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, text, key, line):
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
-    with pytest.raises(
-        ConfigError, match=rf"(?s)config\.yaml: not valid YAML: the key '{key}' stands twice.*line {line}"
-    ):
-        load_config(path)
-
-
-def test_a_key_that_stands_twice_in_an_override_is_refused(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text("seed: 1\n")
-    with pytest.raises(ConfigError, match="the key 'path' stands twice"):
-        load_config(path, ["pack_corpus.inputs=[{path: a, path: b}]"])
