@@ -20,6 +20,8 @@ import runpy
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,8 +128,10 @@ class Server:
     def _prepare(self, environment: dict[str, str]) -> None:
         self.environment = lasting(environment)
         os.environ.clear()
-        # pyarrow's allocator would start a thread, and a fork has the thread alone that forks
-        os.environ.update(environment, JE_ARROW_MALLOC_CONF="background_thread:false")
+        # pyarrow's allocator would start a thread, and a fork has the thread alone that forks. Ray's core reads here
+        # which raylet it ends with. That of the first cluster would take the workers of all others with it: it is told
+        # this process, and each worker looks after its own raylet.
+        os.environ.update(environment, JE_ARROW_MALLOC_CONF="background_thread:false", RAY_RAYLET_PID=str(os.getpid()))
         with unstarted_random_numbers():
             for name in MODULES:
                 importlib.import_module(name)
@@ -175,6 +179,13 @@ def ray_id_of_fork() -> bytes:
         return file.read()
 
 
+def end_with(pid: int) -> None:
+    """End this process once that one is gone."""
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(1)
+    os._exit(1)
+
+
 def be_worker(request: dict[str, Any], streams: list[int]) -> None:
     """Run Ray's main module of workers in this process; never returns."""
     code = 1
@@ -188,6 +199,8 @@ def be_worker(request: dict[str, Any], streams: list[int]) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         sitecustomize.settle()
+        raylet = int(request["environment"]["RAY_RAYLET_PID"])
+        threading.Thread(target=end_with, args=(raylet,), daemon=True).start()
         arguments = request["arguments"]
         sys.argv = arguments[next(i for i, word in enumerate(arguments) if word.endswith(sitecustomize.WORKER)) :]
         sys.path.insert(0, str(Path(sys.argv[0]).parent))
