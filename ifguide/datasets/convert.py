@@ -9,6 +9,7 @@ import csv
 import hashlib
 import html
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ SHORTEST_ARTICLE = 200  # characters: a formula's line that looks like a title h
 KEPT_ASIDE = 5  # one forum post in five
 OFFENSIVE = {"OFF": True, "NOT": False}  # OLID's subtask A
 TARGETED = {"TIN": True, "UNT": False, "NULL": None}  # subtask B
+QUERY_PARTS, PROMPT_PARTS = range(4), range(4, 5)  # of ten, of the forum's posts; the others are documents
+PROMPT_SHARE = 3  # a third of a sentence's words is its prompt
 HATEFUL = {"hate": True, "noHate": False}  # the forum's labels; "relation" and "idk/skip" are left out
 
 
@@ -97,12 +100,46 @@ def forum(originals: Files) -> bytes:
     for row in _csv(originals["annotations_metadata.csv"]):
         name = row["file_id"]
         post, _, place = name.partition("_")
-        if row["label"] in HATEFUL and int(hashlib.sha256(post.encode()).hexdigest(), 16) % KEPT_ASIDE:
+        if row["label"] in HATEFUL and _number(post) % KEPT_ASIDE:
             text = _text(originals[f"all_files/{name}.txt"]).strip()
             rows.append(
                 (int(post), int(place), {"id": name, "post": post, "text": text, "hateful": HATEFUL[row["label"]]})
             )
     return _lines(row for _, _, row in sorted(rows, key=lambda entry: entry[:2]))
+
+
+def forum_posts(originals: Files) -> bytes:
+    """Of the forum's sentences the posts that are documents, a sentence a line; `hateful_spans`: the hateful ones."""
+    documents = []
+    for post, sentences in _posts(originals, lambda part: part not in (*QUERY_PARTS, *PROMPT_PARTS)):
+        starts = list(itertools.accumulate((len(row["text"]) + 1 for row in sentences), initial=0))
+        spans = [
+            [start, start + len(row["text"])] for start, row in zip(starts, sentences, strict=False) if row["hateful"]
+        ]
+        text = "\n".join(row["text"] for row in sentences)
+        documents.append({"id": post, "text": text, "hateful": bool(spans), "hateful_spans": spans})
+    return _lines(documents)
+
+
+def forum_queries(originals: Files) -> bytes:
+    """Sentences of posts that are no documents, as RealToxicityPrompts has them: the first words of a sentence are its
+    prompt. Those of fewer than four words are left out. The label is that of the whole sentence."""
+    return _prompt_table(originals, lambda part: part in QUERY_PARTS)
+
+
+def forum_prompts(originals: Files) -> bytes:
+    """As `forum_queries`, of posts that are neither documents nor queries."""
+    return _prompt_table(originals, lambda part: part in PROMPT_PARTS)
+
+
+def offensive_tweets(originals: Files) -> bytes:
+    """The tweets called offensive; `offensive_spans` is all of each one."""
+    return _tweets(originals, offensive=True)
+
+
+def other_tweets(originals: Files) -> bytes:
+    """The tweets not called offensive."""
+    return _tweets(originals, offensive=False)
 
 
 def hatecheck(originals: Files) -> bytes:
@@ -171,9 +208,46 @@ def tokenizer_config(originals: Files) -> bytes:
 CONVERTERS: Mapping[str, Callable[[Files], bytes]] = {
     function.__name__: function
     for function in (
-        copy, json_lines, toxic_spans, other_comments, olid, forum, hatecheck, toxigen, wikitext, tokenizer_config,
+        copy, json_lines, toxic_spans, other_comments, olid, offensive_tweets, other_tweets, forum, forum_posts,
+        forum_queries, forum_prompts, hatecheck, toxigen, wikitext, tokenizer_config,
     )
 }  # fmt: skip
+
+
+def _tweets(originals: Files, *, offensive: bool) -> bytes:
+    (content,) = originals.values()
+    rows = (json.loads(line) for line in _text(content).split("\n") if line)
+    return _lines(
+        {"id": row["id"], "text": row["text"], "offensive_spans": [[0, len(row["text"])]] if offensive else []}
+        for row in rows
+        if row["offensive"] == offensive
+    )
+
+
+def _posts(originals: Files, wanted: Callable[[int], bool]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Posts with their sentences, in order, of the tenths that are `wanted`: by the SHA-256 of a post's id."""
+    (content,) = originals.values()
+    rows = (json.loads(line) for line in _text(content).split("\n") if line)
+    for post, sentences in itertools.groupby(rows, key=lambda row: row["post"]):
+        if wanted(_number(post) // KEPT_ASIDE % 10):
+            yield str(post), list(sentences)
+
+
+def _prompt_table(originals: Files, wanted: Callable[[int], bool]) -> bytes:
+    rows = []
+    for _, sentences in _posts(originals, wanted):
+        for sentence in sentences:
+            words = list(re.finditer(r"\S+", sentence["text"]))
+            if len(words) > PROMPT_SHARE:
+                end = words[len(words) // PROMPT_SHARE - 1].end()
+                label = {"hateful": float(sentence["hateful"])}
+                prompt, continuation = sentence["text"][:end], sentence["text"][end:]
+                rows.append({"prompt": {"text": prompt}, "continuation": {"text": continuation, **label}})
+    return _lines(rows)
+
+
+def _number(post: str) -> int:
+    return int(hashlib.sha256(post.encode()).hexdigest(), 16)
 
 
 def _text(content: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from ifguide.artifacts import file_digest, publish, write_json
@@ -29,7 +30,7 @@ def fetch(outputs: list[Output], folder: Path, *, source: Path | None = None) ->
     missing: list[str] = []
     for number, output in enumerate(outputs, start=1):
         try:
-            how = _make(folder / output.name, output, originals, source)
+            how = _make(folder, output, originals, source)
         except FileNotFoundError as error:  # of `source`: said of all at once
             missing.append(f"{output.name}: {error}")
             continue
@@ -53,8 +54,9 @@ def describe(outputs: list[Output], folder: Path) -> list[str]:
     return lines
 
 
-def _make(place: Path, output: Output, originals: Originals, source: Path | None) -> str:
-    """Have an output at `place`; says how."""
+def _make(folder: Path, output: Output, originals: Originals, source: Path | None) -> str:
+    """Have an output in `folder`; says how."""
+    place = folder / output.name
     if place.is_file():
         digest = file_digest(place)
         if digest != output.result.sha256:
@@ -62,7 +64,12 @@ def _make(place: Path, output: Output, originals: Originals, source: Path | None
                 f"{different(place, output.result.sha256, digest)}; move it away and run `{COMMAND}` again"
             )
         return "there already"
-    content, how = _converted(output, source) or _convert(output, originals)
+    if output.of and not (folder / output.of).is_file():
+        raise FileNotFoundError(f"{output.of}, of which it is made, is not there")
+    if output.of:
+        content, how = _checked(output, {output.of: (folder / output.of).read_bytes()}), f"of {output.of}"
+    else:
+        content, how = _converted(output, source) or _convert(output, originals)
     with publish(place) as part:
         part.write_bytes(content)
     return how
@@ -83,10 +90,15 @@ def _converted(output: Output, source: Path | None) -> tuple[bytes, str] | None:
 
 def _convert(output: Output, originals: Originals) -> tuple[bytes, str]:
     files = originals.get(output.origin, output.files)
-    content = convert(output.converter, files)
-    verify(f"{output.name}, as converted", output.result.sha256, hashlib.sha256(content).hexdigest())
+    content = _checked(output, files)
     size = sum(map(len, files.values())) / 1e6
     return content, f"of {output.origin.name} ({len(files):,} original file{'s' * (len(files) > 1)}, {size:,.2f} MB)"
+
+
+def _checked(output: Output, files: Mapping[str, bytes]) -> bytes:
+    content = convert(output.converter, files)
+    verify(f"{output.name}, as converted", output.result.sha256, hashlib.sha256(content).hexdigest())
+    return content
 
 
 def _manifest(outputs: list[Output]) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,24 +44,38 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """A file of the folder: what it is converted from, by what, and what it must be."""
+    """A file of the folder: what it is converted from, by what, and what it must be.
+
+    `of`: an output before this one that it is made of, in place of originals; `origin` is that one's then."""
 
     name: str
     converter: str
     origin: Origin
     files: tuple[str, ...]  # originals, in the converter's order; empty: all of the archive
     result: Contents
+    of: str | None = None
 
 
 def read_table(path: Path = TABLE) -> list[Output]:
     """Every output, with its origin.
 
     Raises:
-        ValueError: an output names an origin or a file that the table does not have.
+        ValueError: an output names an origin, a file or an output that the table does not have.
     """
     table = yaml.safe_load(path.read_text(encoding="utf-8"))
     origins = {name: _origin(name, **entry) for name, entry in table["origins"].items()}
-    return [_output(path, origins, name, **entry) for name, entry in table["outputs"].items()]
+    outputs: dict[str, Output] = {}
+    for name, entry in table["outputs"].items():
+        if "of" not in entry:
+            outputs[name] = _output(path, origins, name, **entry)
+        elif entry["of"] in outputs:
+            contents = Contents(*entry["result"])
+            outputs[name] = replace(
+                outputs[entry["of"]], name=name, converter=entry["converter"], result=contents, of=entry["of"]
+            )
+        else:
+            raise ValueError(f"{path}: outputs.{name}.of: there is no output {entry['of']!r} before it")
+    return list(outputs.values())
 
 
 def _origin(

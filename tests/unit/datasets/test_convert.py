@@ -92,6 +92,42 @@ def test_sentences_of_a_forum_are_in_the_order_of_their_posts() -> None:
     ]
 
 
+def lines_of(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_tweets_are_documents_of_which_all_or_nothing_is_offensive() -> None:
+    original = {
+        "olid.jsonl": lines_of(
+            [{"id": 1, "text": "so \u2028 it is", "offensive": False}, {"id": 2, "text": "a fool", "offensive": True}]
+        )
+    }
+    assert rows_of(convert("other_tweets", original)) == [{"id": 1, "text": "so \u2028 it is", "offensive_spans": []}]
+    assert rows_of(convert("offensive_tweets", original)) == [{"id": 2, "text": "a fool", "offensive_spans": [[0, 6]]}]
+
+
+def test_posts_of_a_forum_are_documents_queries_or_prompts() -> None:
+    posts = [str(number) for number in range(1000, 1100)]
+    sentences = [("One two three.", False), ("Four five six seven eight nine ten.", True), ("Yes.", True)]
+    original = {
+        "forum.jsonl": lines_of(
+            [{"id": f"{post}_{i}", "post": post, "text": text, "hateful": hateful}
+             for post in posts for i, (text, hateful) in enumerate(sentences)]
+        )
+    }  # fmt: skip
+    documents, queries, prompts = (
+        rows_of(convert(f"forum_{kind}", original)) for kind in ("posts", "queries", "prompts")
+    )
+    text = "One two three.\nFour five six seven eight nine ten.\nYes."
+    assert {row["text"] for row in documents} == {text}
+    assert [text[start:stop] for start, stop in documents[0]["hateful_spans"]] == [sentences[1][0], sentences[2][0]]
+    query = {"prompt": {"text": "Four five"}, "continuation": {"text": " six seven eight nine ten.", "hateful": 1.0}}
+    assert all(row == query for row in queries + prompts)  # the others are too short
+    assert len(documents) + len(queries) + len(prompts) == len(posts)
+    assert min(len(documents), len(queries)) > 20
+    assert prompts
+
+
 def test_hatecheck_cases() -> None:
     columns = ["", "functionality", "case_id", "test_case", "label_gold", "target_ident", "direction", "focus_words"]
     rows = [[0, "derog_h", 12, "I dislike X. ", "hateful", "X", "general", "dislike"],

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from ifguide import cli
-from ifguide.datasets import FOLDER, advice, originals
+from ifguide.datasets import FOLDER, MANIFEST, advice, originals
 from ifguide.datasets.fetch import describe, fetch
 from ifguide.datasets.originals import DigestError, download, members_digest
 from ifguide.datasets.table import Output, read_table
@@ -244,6 +244,34 @@ def test_a_file_that_was_changed_is_not_overwritten(outputs: list[Output], tmp_p
     assert (tmp_path / "out" / "kept" / "b.json").read_bytes() == b"[]"
 
 
+def test_an_output_of_another_one_is_made_after_it(server: Server, outputs: list[Output], tmp_path: Path) -> None:
+    tweets = b'{"id": 1, "text": "a fool", "offensive": true}\n'
+    made = b'{"id": 1, "text": "a fool", "offensive_spans": [[0, 6]]}\n'
+    server.contents["/one/tweets.jsonl"] = tweets
+    table = yaml.safe_load((tmp_path / "sources.yaml").read_text())
+    table["origins"]["one"]["files"]["tweets.jsonl"] = [len(tweets), sha256(tweets)]
+    table["outputs"] = {
+        "tweets.jsonl": {"converter": "copy", "origin": "one", "files": ["tweets.jsonl"]},
+        "offensive.jsonl": {
+            "converter": "offensive_tweets", "of": "tweets.jsonl", "result": [len(made), sha256(made)]
+        },
+    }  # fmt: skip
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    outputs = read_table(tmp_path / "table.yaml")
+    fetch(outputs, tmp_path / "out")
+    assert files_of(tmp_path / "out").keys() == {"tweets.jsonl", "offensive.jsonl", MANIFEST}
+    assert (tmp_path / "out" / "offensive.jsonl").read_bytes() == made
+    write(tmp_path / "made", {"tweets.jsonl": tweets})  # of made files, the others come
+    fetch(outputs, tmp_path / "again", source=tmp_path / "made")
+    assert (tmp_path / "again" / "offensive.jsonl").read_bytes() == made
+    with pytest.raises(FileNotFoundError, match=r"2 of 2 files were not made(.|\n)*offensive\.jsonl: tweets\.jsonl"):
+        fetch(outputs, tmp_path / "none", source=tmp_path / "absent")
+    table["outputs"] = dict(reversed(table["outputs"].items()))
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    with pytest.raises(ValueError, match=r"outputs\.offensive\.jsonl\.of: there is no output 'tweets\.jsonl' before"):
+        read_table(tmp_path / "table.yaml")
+
+
 def test_describe_fetches_nothing(outputs: list[Output], server: Server, tmp_path: Path) -> None:
     write(tmp_path / "out", {"kept/b.json": b"{}"})
     lines = describe(outputs, tmp_path / "out")
@@ -262,7 +290,7 @@ def test_the_command_lists_every_file_of_the_table(capsys: pytest.CaptureFixture
 def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["fetch-data", "--out", str(tmp_path / "out"), "--from", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("ifguide fetch-data: 22 of 22 files were not made")
+    assert error.startswith("ifguide fetch-data: 27 of 27 files were not made")
     assert "olid-training-v1.0.tsv" in error
 
 
