@@ -8,6 +8,7 @@ EXTRAS = {
     "detoxify": "evaluate",
     "profanity_check": "evaluate",
     "sklearn": "evaluate",
+    "threadpoolctl": "evaluate",
     "jinja2": "evaluate",
     "matplotlib": "evaluate",
     "trl": "compare",

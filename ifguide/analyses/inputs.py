@@ -9,8 +9,8 @@ import numpy as np
 
 from ifguide.config import ConfigError, Evaluate
 from ifguide.config.analyse import Analyse
-from ifguide.evaluation.agreement import labelled_texts
 from ifguide.influence.query_file import QueryRow
+from ifguide.toxicity import labelled_texts
 
 
 @dataclass(frozen=True, kw_only=True)

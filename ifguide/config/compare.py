@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from ifguide.config.pretrain import ObjectiveKind
 from ifguide.config.resources import CPU_RESOURCES, Resources, moved
-from ifguide.config.sources import ClassifierSource
+from ifguide.config.sources import ClassifierSource, check_classifier
 from ifguide.config.typed_yaml import ConfigError, option
 
 OWN_MODELS = ("baseline", "penalised")
@@ -158,6 +158,8 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
     """Raises ConfigError, naming the key, for methods that say too much or too little, or start from no model.
 
     `evaluated`: further models of `evaluate`, whose names are taken."""
+    if compare.classifier is not None:
+        check_classifier(compare.classifier, "compare.classifier")
     models = list(OWN_MODELS)
     for name, method in compare.methods.items():
         key = f"compare.methods.{name}"

@@ -7,7 +7,15 @@ from typing import ClassVar
 
 from ifguide.config.names import check_names
 from ifguide.config.resources import RESOURCES, Resources, moved
-from ifguide.config.sources import ClassifierSource, Input, LabelledTexts, Prompts, PromptSet, check_text
+from ifguide.config.sources import (
+    ClassifierSource,
+    Input,
+    LabelledTexts,
+    Prompts,
+    PromptSet,
+    check_classifier,
+    check_text,
+)
 from ifguide.config.typed_yaml import ConfigError, option
 
 
@@ -74,6 +82,9 @@ def check_evaluate(evaluate: Evaluate) -> None:
     """Raises ConfigError, naming the key, for names that cannot name files and options that do not go together."""
     for key in ("models", "prompt_sets", "classifiers"):
         check_names(f"evaluate.{key}", getattr(evaluate, key))
+    check_classifier(evaluate.classifier, "evaluate.classifier")
+    for name, classifier in evaluate.classifiers.items():
+        check_classifier(classifier, f"evaluate.classifiers.{name}")
     texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(evaluate.heldout)}
     for key, source in (texts | ({"evaluate.cloze": evaluate.cloze} if evaluate.cloze else {})).items():
         check_text(source, key)

@@ -27,7 +27,7 @@ from ifguide.config.names import check_names
 from ifguide.config.pretrain import Pretrain, check_pretrain
 from ifguide.config.resources import CPU_RESOURCES, RESOURCES, Resources, moved
 from ifguide.config.secrets import redact, redacted_key
-from ifguide.config.sources import ClassifierSource, Input, Prompts
+from ifguide.config.sources import ClassifierSource, Input, Prompts, check_classifier
 from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, read_yaml, result_part, substitute
 from ifguide.storage import location
 
@@ -376,6 +376,7 @@ def _check_across(config: Config) -> None:
     for index, source in enumerate(config.pack_corpus.inputs):
         if source.tokens_column is not None:
             _check_tokens(config, source, f"pack_corpus.inputs[{index}].tokens_column")
+    check_classifier(config.build_query.classifier, "build_query.classifier")
     check_evaluate(config.evaluate)
     check_names("compare.methods", config.compare.methods, of="a folder")
     check_compare(config.compare, config.evaluate.models)

@@ -99,16 +99,18 @@ class ClassifierSource:
     """A text classifier. A bare string stands for `name`.
 
     `name` is one of `detoxify:original|unbiased|multilingual|original-small|unbiased-small`, `hf:SOURCE` (any sequence
-    classifier, by hub id or local folder), `alt-profanity-check`, `words:FILE` (one word or phrase a line), or `labels`
-    (scores already in the rows).
+    classifier, by hub id or local folder), `alt-profanity-check`, `words:FILE` (one word or phrase a line), `fitted` (a
+    linear classifier that is trained on `training` when it is loaded), or `labels` (scores already in the rows).
 
     Attributes:
         name: the kind, and what it is loaded from.
-        label: label of an `hf:` classifier that counts.
+        label: label of an `hf:` classifier that counts; of `labels` and `fitted`, what their class is called.
         head: how outputs of an `hf:` classifier become scores: `softmax` over labels that exclude each other, a
             `sigmoid` of each label, or `regression`, where they are scores. Null: as its config and labels say.
         checkpoint: a local Detoxify checkpoint, for a machine that cannot reach the hub.
         huggingface_config: a local folder with the config and tokenizer of that checkpoint's model.
+        training: texts that `fitted` learns from. Columns may be of nested rows (`continuation.toxicity`), and rows
+            whose label is null are left out. The artifacts made with it depend on these texts and labels.
         batch_size: texts classified at once.
     """
 
@@ -117,4 +119,13 @@ class ClassifierSource:
     head: Literal["softmax", "sigmoid", "regression"] | None = None
     checkpoint: str | None = None
     huggingface_config: str | None = None
+    training: tuple[LabelledTexts, ...] = ()
     batch_size: int = option(64, at_least=1, affects_result=False)
+
+
+def check_classifier(source: ClassifierSource, dotted_key: str) -> None:
+    """Raises ConfigError, naming the key, for a classifier that lacks texts to learn from, or learns from none."""
+    if source.name == "fitted" and not source.training:
+        raise ConfigError(f"{dotted_key}.training: a fitted classifier learns from texts with labels; name their files")
+    if source.name != "fitted" and source.training:
+        raise ConfigError(f"{dotted_key}.training: {source.name} is trained already; remove it, or name `fitted`")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ifguide.config import ConfigError, Evaluate, LabelledTexts, redact
+from ifguide.config import ConfigError, Evaluate, redact
 from ifguide.evaluation import Bootstrap, classifier_agreement
 from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.evaluation.subjects import VERB
 from ifguide.telemetry import log
-from ifguide.toxicity import LabelClassifier, LabelledText, make_classifier, read_labelled
+from ifguide.toxicity import LabelClassifier, LabelledText, labelled_texts, make_classifier
 
 
 def check_classifiers(options: Evaluate, seed: int) -> list[dict[str, Any]]:
@@ -34,7 +33,8 @@ def check_classifiers(options: Evaluate, seed: int) -> list[dict[str, Any]]:
     gpus = options.resources.gpus if torch.cuda.is_available() else 0  # this process may have none
     checked = []
     for key, source in {"": options.classifier, **options.classifiers}.items():
-        classifier = make_classifier(source, gpus=gpus)
+        where = f"evaluate.classifiers.{key}" if key else "evaluate.classifier"
+        classifier = make_classifier(source, gpus=gpus, dotted_key=where)
         primary = classifier.classes[0]
         if isinstance(classifier, LabelClassifier):
             scores = _carried(texts, primary)
@@ -48,25 +48,6 @@ def check_classifiers(options: Evaluate, seed: int) -> list[dict[str, Any]]:
         )
         log(VERB, f"{classifier.name} on {len(texts):,} labelled texts: {shown}")
     return checked
-
-
-def labelled_texts(sources: Sequence[LabelledTexts], dotted_key: str) -> list[LabelledText]:
-    """The configured rows of all `sources`, in order. Raises ConfigError for rows outside of a file."""
-    texts: list[LabelledText] = []
-    for index, source in enumerate(sources):
-        rows = read_labelled(
-            source.path,
-            text_column=source.text_column,
-            label_column=source.label_column,
-            dotted_key=f"{dotted_key}[{index}].path",
-        )
-        start, stop = source.rows or (0, len(rows))
-        if stop > len(rows):
-            raise ConfigError(
-                f"{dotted_key}[{index}].rows: [{start}, {stop}) is not within the {len(rows)} of {source.path}"
-            )
-        texts += rows[start:stop]
-    return texts
 
 
 def _carried(texts: list[LabelledText], label: str) -> np.ndarray:

@@ -72,8 +72,11 @@ class EvaluateModel:
         self.settings, self.options = settings, settings.options
         self.sets = chosen_sets(settings.options, settings.seed)
         gpus = self.options.resources.gpus
-        self.classifier = make_classifier(self.options.classifier, gpus=gpus)
-        self.further = {name: make_classifier(source, gpus=gpus) for name, source in self.options.classifiers.items()}
+        self.classifier = make_classifier(self.options.classifier, gpus=gpus, dotted_key="evaluate.classifier")
+        self.further = {
+            name: make_classifier(source, gpus=gpus, dotted_key=f"evaluate.classifiers.{name}")
+            for name, source in self.options.classifiers.items()
+        }
         self.loaded: tuple[str, Any, Any] | None = None
         self.reward: tuple[str, Any] | None = None
 

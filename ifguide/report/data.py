@@ -124,7 +124,11 @@ def _of_any_page(sources: ReportSources, metrics: Mapping[str, Any]) -> dict[str
 
 
 def _classifier_text(source: ClassifierSource) -> str:
-    return ", ".join(filter(None, (source.name, source.label, source.checkpoint)))
+    training = (
+        "trained on " + text.path + (f" [{text.rows[0]}, {text.rows[1]})" if text.rows else "")
+        for text in source.training
+    )
+    return ", ".join(filter(None, (source.name, source.label, source.checkpoint, *training)))
 
 
 def _behaviour(selected: Selected, view: View, top_documents: int, run_tasks: RunTasks) -> contents.Behaviour:

@@ -29,7 +29,7 @@ from ifguide.run import Run
 from ifguide.storage import location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
-from ifguide.toxicity import choose_queries, read_prompt_rows
+from ifguide.toxicity import choose_queries, read_prompt_rows, training_inputs
 
 VERB = "build_query"
 
@@ -52,6 +52,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         )
         return None
     read_prompt_rows(config.prompts, "build_query.prompts")
+    training = training_inputs({"build_query.classifier": config.classifier})
     if config.factors is None:
         require(run.factors, "fit_factors")
     run.require_proxy()
@@ -61,7 +62,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
     log(VERB, str(proxy))
     factors = _require_factors(run, proxy, beginning)
-    inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
+    inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs(), **training}
     artifact = run.open(run.query, VERB, keys=("build_query", "tokenizer", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary}")

@@ -53,6 +53,7 @@ from ifguide.stages.pretrain import pretrain
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.storage import file_sizes
 from ifguide.telemetry import log
+from ifguide.toxicity import training_inputs
 
 VERB = "compare"
 
@@ -206,6 +207,7 @@ def _sample(sampler: Run, baseline: Model, sets: Mapping[str, Prompts]) -> Manif
     evaluate = sampler.config.evaluate
     options = {name: getattr(evaluate, name) for name in OPTIONS} | {"classifier": result_part(evaluate.classifier)}
     inputs = {f"model/{BASELINE}": baseline[1], "prompts": prompts_digest(sets[PROMPTS])}
+    inputs |= training_inputs({"compare.classifier": evaluate.classifier})
     artifact = sampler.open(sampler.report, VERB, keys=("seed",), inputs=inputs, extra={"samples": options})
     if artifact.manifest:
         return artifact.manifest
@@ -285,6 +287,8 @@ def marked_mask(run: Run, child: Run, kind: str) -> Manifest:
     """
     manifest = require(run.corpus, "pack_corpus")
     marking, inputs = _marking(run.config, kind), {"corpus": manifest.fingerprint}
+    if "classifier" in marking.result_options():
+        inputs |= training_inputs({"compare.classifier": marking.classifier})
     if kind == "random":
         inputs["mask"] = require(run.mask, "build_mask").fingerprint
     artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=marking.result_options())

@@ -10,11 +10,14 @@ from ifguide.toxicity.classifiers import (
     WordListClassifier,
     load_classifier,
     make_classifier,
+    training_inputs,
 )
+from ifguide.toxicity.fitted import FittedClassifier
 from ifguide.toxicity.prompts import (
     GroupedPrompt,
     LabelledText,
     PromptRow,
+    labelled_texts,
     read_grouped_prompts,
     read_labelled,
     read_prompt_rows,
@@ -26,6 +29,7 @@ __all__ = [
     "CLASSIFIERS",
     "Classifier",
     "DetoxifyClassifier",
+    "FittedClassifier",
     "GroupedPrompt",
     "LabelClassifier",
     "LabelledText",
@@ -35,6 +39,7 @@ __all__ = [
     "SequenceClassifier",
     "WordListClassifier",
     "choose_queries",
+    "labelled_texts",
     "load_classifier",
     "make_classifier",
     "read_grouped_prompts",
@@ -42,4 +47,5 @@ __all__ = [
     "read_prompt_rows",
     "read_prompts",
     "select_queries",
+    "training_inputs",
 ]

@@ -6,6 +6,7 @@
   toxicity); see `toxicity.sequence_classifier`.
 - `alt-profanity-check`: a linear model over word counts, offline, about 6 microseconds per text.
 - `words:FILE`: 1 where a text holds a word or phrase of the list, one per line, as whole words ignoring case; else 0.
+- `fitted`: a linear model that is trained on texts with labels when it is loaded, in seconds; see `toxicity.fitted`.
 - `labels`: the scores that rows carry already (Perspective's in RealToxicityPrompts); it cannot score new text.
 
 Files and folders are local or remote. No classifier is calibrated: 0.5 does not mean the same to any two of them.
@@ -14,19 +15,22 @@ Files and folders are local or remote. No classifier is calibrated: 0.5 does not
 import difflib
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from ifguide.config import ClassifierSource
+from ifguide.artifacts import json_digest
+from ifguide.config import ClassifierSource, LabelledTexts
 from ifguide.storage import local_copy
+from ifguide.toxicity.fitted import FittedClassifier, require_both_kinds
+from ifguide.toxicity.prompts import labelled_texts
 from ifguide.toxicity.sequence_classifier import Head, Scores, SequenceClassifier, by_length, longest_input
 from ifguide.words import read_word_list
 
 DETOXIFY = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
-CLASSIFIERS = (*(f"detoxify:{variant}" for variant in DETOXIFY), "alt-profanity-check", "labels")
+CLASSIFIERS = (*(f"detoxify:{variant}" for variant in DETOXIFY), "alt-profanity-check", "fitted", "labels")
 PREFIXES = ("hf:", "words:")
 
 
@@ -169,10 +173,13 @@ def load_classifier(
     huggingface_config: str | None = None,
     label: str | None = None,
     head: Head | None = None,
+    training: Sequence[LabelledTexts] = (),
     device: str = "cpu",
     batch_size: int = 64,
+    dotted_key: str = "classifier",
 ) -> Classifier:
-    """The classifier of that name. Raises ValueError for an unknown name or an option it does not have."""
+    """The classifier of that name. Raises ValueError for an unknown name, an option it does not have, or bad rows of
+    `training`, which names `dotted_key`."""
     kind, _, rest = spec.partition(":")
     if spec not in CLASSIFIERS and not (f"{kind}:" in PREFIXES and rest):
         nearest = difflib.get_close_matches(spec, CLASSIFIERS, n=1, cutoff=0)[0]
@@ -180,7 +187,7 @@ def load_classifier(
         raise ValueError(f"unknown classifier {spec!r}: did you mean {nearest!r}? ({kinds})")
     if kind != "detoxify" and (checkpoint is not None or huggingface_config is not None):
         raise ValueError(f"classifier {spec!r} has no checkpoint: remove it, or choose a detoxify classifier")
-    if label is not None and kind not in ("hf", "labels"):
+    if label is not None and kind not in ("hf", "labels", "fitted"):
         raise ValueError(f"classifier {spec!r} has no `label` to choose: remove it, or choose an hf classifier")
     if head is not None and kind != "hf":
         raise ValueError(f"classifier {spec!r} has no `head` to choose: remove it, or choose an hf classifier")
@@ -192,17 +199,39 @@ def load_classifier(
         return SequenceClassifier(rest, label=label, head=head, device=device, batch_size=batch_size)
     if kind == "words":
         return WordListClassifier(rest)
+    if kind == "fitted":
+        key = f"{dotted_key}.training"
+        return FittedClassifier(labelled_texts(training, key), label=label, dotted_key=key)
     return ProfanityClassifier() if kind == "alt-profanity-check" else LabelClassifier(label)
 
 
-def make_classifier(source: ClassifierSource, *, gpus: float) -> Classifier:
-    """The configured classifier on this worker's device."""
+def training_inputs(classifiers: Mapping[str, ClassifierSource | None]) -> dict[str, str]:
+    """Digests of the texts and labels that fitted classifiers learn from, by dotted key; the others have none.
+
+    They are inputs of whatever is made with these classifiers.
+
+    Raises:
+        ValueError: no texts, texts of one kind alone, or a bad row. FileNotFoundError: no such file. Both name the key.
+    """
+    digests = {}
+    for key, source in classifiers.items():
+        if source is not None and source.name == FittedClassifier.name:
+            texts = labelled_texts(source.training, f"{key}.training")
+            require_both_kinds(texts, f"{key}.training")
+            digests[f"{key}.training"] = json_digest([(text.text, text.share) for text in texts])
+    return digests
+
+
+def make_classifier(source: ClassifierSource, *, gpus: float, dotted_key: str = "classifier") -> Classifier:
+    """The configured classifier on this worker's device; errors in what a fitted one learns from name `dotted_key`."""
     return load_classifier(
         source.name,
         checkpoint=source.checkpoint,
         huggingface_config=source.huggingface_config,
         label=source.label,
         head=source.head,
+        training=source.training,
         device="cuda" if gpus else "cpu",
         batch_size=source.batch_size,
+        dotted_key=dotted_key,
     )

@@ -4,22 +4,27 @@
   {"text", score: value, ...}}; the scores are those of Perspective there, and of anything else elsewhere.
 - Prompts in groups are rows with a text column and, if there are groups, a group column (AttaQ: `input`, `label`), or
   BOLD's own JSON, {group: {name: [prompt, ...]}}, one file for each domain.
-- Labelled texts are rows with a text column and a label column, and perhaps scores.
+- Labelled texts are rows with a text column and a label column, and perhaps scores. A dotted name is a column of nested
+  rows: `continuation.toxicity`.
 
 A path is a file, a folder or a pattern, local or remote, by the rule of `records.files`. Every table is read whole: it
-has at most some 100,000 rows. A row that cannot be used is an error that names file and row; none is left out.
+has at most some 100,000 rows. A row that cannot be used is an error that names file and row; none is left out, but
+for labelled texts whose label is null, which are counted in the log.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ifguide.config import ConfigError, Prompts
+from ifguide.config import ConfigError, LabelledTexts, Prompts
 from ifguide.records.files import TABLES, holds_json_lines, kind_of, list_files
 from ifguide.records.rows import lone_surrogate, read_json, table_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +156,14 @@ def _bold_prompts(path: Path, groups: dict[str, Any]) -> list[tuple[str, str, st
     return prompts
 
 
+def _holder(record: Any, column: str, where: str) -> tuple[Any, str]:
+    """The mapping that a dotted column lies in, and its name there; a column whose own name has dots comes first."""
+    if isinstance(record, dict) and column not in record and "." in column:
+        outer, _, inner = column.partition(".")
+        return _holder(_column(record, outer, dict, where), inner, where)
+    return record, column
+
+
 def _column(record: Any, name: str, kind: type, where: str) -> Any:
     if not isinstance(record, dict) or name not in record:
         columns = ", ".join(record) if isinstance(record, dict) else type(record).__name__
@@ -165,10 +178,12 @@ def _column(record: Any, name: str, kind: type, where: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledText:
-    """A text, whether people called it so, and the scores that its row carries."""
+    """A text, whether people called it so, the share of them who did (0 or 1 of a bool), and the scores that its row
+    carries."""
 
     text: str
     label: bool
+    share: float
     scores: dict[str, float]
 
 
@@ -177,24 +192,53 @@ def read_labelled(
     *,
     text_column: str = "text",
     label_column: str = "toxic",
+    rows: tuple[int, int] | None = None,
     threshold: float = 0.5,
     dotted_key: str = "labelled texts",
 ) -> list[LabelledText]:
-    """All rows. A label is a bool, or a number in [0, 1] that counts from `threshold` (the annotators' share).
+    """The rows in [start, stop), or all. A label is a bool, or a number in [0, 1] that counts from `threshold` (the
+    annotators' share). Rows whose label is null or NaN are left out, and counted in the log.
 
-    Other columns that hold numbers in [0, 1] are scores. Raises ValueError that names file and row."""
-    rows = []
-    for _, where, record in _records(path, dotted_key):
-        text, label = _column(record, text_column, str, where), _column(record, label_column, object, where)
+    Other columns beside the label's that hold numbers in [0, 1] are scores.
+
+    Raises:
+        ConfigError: `rows` outside of the table. ValueError: a row that cannot be used; names file and row.
+    """
+    records = list(_records(path, f"{dotted_key}.path"))
+    if not records:
+        raise ValueError(f"{path}: the table of labelled texts is empty")
+    start, stop = rows or (0, len(records))
+    if stop > len(records):
+        raise ConfigError(f"{dotted_key}.rows: [{start}, {stop}) is not within the {len(records)} of {path}")
+    texts = []
+    for _, where, record in records[start:stop]:
+        holder, name = _holder(record, label_column, where)
+        if isinstance(holder, dict) and name in holder and _is_missing(holder[name]):
+            continue
+        label = _column(holder, name, object, where)
         if not isinstance(label, bool) and not _is_score(label):
             raise ValueError(f"{where}: {label_column} is {label!r}, neither a bool nor a number in [0, 1]")
-        scores = {k: float(v) for k, v in record.items() if k != label_column and not _is_missing(v) and _is_score(v)}
-        rows.append(
-            LabelledText(text=text, label=label if isinstance(label, bool) else label >= threshold, scores=scores)
+        scores = {k: float(v) for k, v in holder.items() if k != name and not _is_missing(v) and _is_score(v)}
+        text = _column(*_holder(record, text_column, where), str, where)
+        texts.append(LabelledText(text=text, label=label >= threshold, share=float(label), scores=scores))
+    if unlabelled := stop - start - len(texts):
+        logger.warning("%s: %d of %d rows have no label (null) and are left out", path, unlabelled, stop - start)
+    return texts
+
+
+def labelled_texts(sources: Sequence[LabelledTexts], dotted_key: str) -> list[LabelledText]:
+    """The configured rows of all `sources`, in order, as `read_labelled`."""
+    return [
+        text
+        for index, source in enumerate(sources)
+        for text in read_labelled(
+            source.path,
+            text_column=source.text_column,
+            label_column=source.label_column,
+            rows=source.rows,
+            dotted_key=f"{dotted_key}[{index}]",
         )
-    if not rows:
-        raise ValueError(f"{path}: the table of labelled texts is empty")
-    return rows
+    ]
 
 
 def read_prompt_rows(prompts: Prompts, dotted_key: str) -> list[PromptRow]:

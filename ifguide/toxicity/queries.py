@@ -69,7 +69,7 @@ def choose_queries(options: BuildQuery, seed: int) -> QuerySets:
     rows = read_prompt_rows(options.prompts, "build_query.prompts")
     return select_queries(
         rows,
-        make_classifier(options.classifier, gpus=options.resources.gpus),
+        make_classifier(options.classifier, gpus=options.resources.gpus, dotted_key="build_query.classifier"),
         positive_threshold=options.positive_threshold,
         negative_threshold=options.negative_threshold,
         max_positive=options.max_positive,
