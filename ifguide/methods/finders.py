@@ -1,8 +1,8 @@
 """What is easier than influence: marking text by a classifier of single sentences (a word list: `ifguide.words`).
 
 It gives half-open character spans of any text, to be compared with known spans beside the mask's tokens.
-No stemming and no parsing; a sentence ends where punctuation says so. Cost: one pass over the text, and one
-classifier call per text.
+No stemming and no parsing; a sentence ends where punctuation says so, a word where its letters do (in scripts without
+spaces that is a run of words). Cost: one pass over the text, and one classifier call per text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ from ifguide.words import Span
 
 # A sentence ends at its last mark, or before a line break; a colon before a space ends a lead-in.
 _SENTENCE = re.compile(r'[^\s"“”](?:[^.!?:\n]|[.!?:](?![\s"“”.!?]|$))*(?:[.!?]+|:)?')
+
+# Letters and digits, and within or behind them what stands for letters ("f*ck", "a$$") or joins them ("don't").
+_WORD = re.compile(r"\w(?:[\w'’*@$]*[\w*@$])?")
+
+
+def word_spans(text: str) -> list[Span]:
+    """Spans of the words of `text`, in order."""
+    return [match.span() for match in _WORD.finditer(text)]
 
 
 def sentence_spans(text: str) -> list[Span]:

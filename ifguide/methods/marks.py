@@ -4,7 +4,7 @@ A mark is a half-open span of a document's characters; a document that is marked
 it, its EOS included. The text is what the document's tokens decode to, which is the original only with a tokenizer
 that loses nothing (byte-level ones): the number of characters is compared.
 
-Cost: one decoding of the corpus, and one classifier call for each sentence or document.
+Cost: one decoding of the corpus, and one classifier call for each sentence, document, or distinct word of a shard.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ifguide.methods.finders import sentence_spans
+from ifguide.methods.finders import sentence_spans, word_spans
 from ifguide.spans.tables import PackedCorpus, SpanCounts, read_documents, write_found_spans
 from ifguide.words import Span, WordList
 
@@ -27,6 +27,22 @@ def find_words(words: Sequence[str]) -> Find:
     """The words of a list."""
     listed = WordList(words)
     return lambda texts: [listed.spans(text) for text in texts]
+
+
+def find_classified_words(classify: Callable[[list[str]], np.ndarray], threshold: float) -> Find:
+    """Words that score at least `threshold` alone, without their context; each distinct one is classified once."""
+
+    def find(texts: Sequence[str]) -> list[list[Span]]:
+        spans = [word_spans(text) for text in texts]
+        words = sorted({text[start:stop] for text, own in zip(texts, spans, strict=True) for start, stop in own})
+        scores = classify(words) if words else np.zeros(0)
+        flagged = {word for word, score in zip(words, scores, strict=True) if score >= threshold}
+        return [
+            [(start, stop) for start, stop in own if text[start:stop] in flagged]
+            for text, own in zip(texts, spans, strict=True)
+        ]
+
+    return find
 
 
 def find_sentences(classify: Callable[[list[str]], np.ndarray], threshold: float) -> Find:

@@ -1,8 +1,8 @@
 """The mask of a compared method, beside the run's own: found in the text, annotated, or random.
 
 Methods that speak of text write the characters they mark, `spans-*.parquet`, and these become the mask, as for a
-target with another tokenizer. A random mask has as many tokens in each shard as the run's own. All are made by shards,
-and resumed.
+target with another tokenizer. A random mask has as many tokens in each shard as the run's own, of any types or of the
+same. All are made by shards, and resumed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ifguide.config.resources import Resources
 from ifguide.distributed.shards import Pool, run_shards
 from ifguide.methods.marks import (
     Find,
+    find_classified_words,
     find_documents,
     find_sentences,
     find_words,
@@ -26,12 +27,14 @@ from ifguide.methods.marks import (
     mark_texts,
     whole_documents,
 )
+from ifguide.methods.random_masks import random_of_types, random_tokens
 from ifguide.spans.filling import MaskShards, fill_mask
 from ifguide.spans.tables import PackedCorpus, shard_name, write_mask_shard, write_spans
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import LabelClassifier, make_classifier
 
-WORDS, CLASSIFIED = ("words", "word_documents"), ("sentences", "documents")
+WORDS, CLASSIFIED = ("words", "word_documents"), ("classified_words", "sentences", "documents")
+RANDOM = ("random", "random_types")
 ANNOTATED = ("annotated", "annotated_documents")
 
 
@@ -71,7 +74,7 @@ class Marking:
         if self.kind in CLASSIFIED:
             options |= {"classifier": to_mapping(self.classifier), "threshold": self.threshold}
             options["classifier"].pop("batch_size")
-        if self.kind == "random":
+        if self.kind in RANDOM:
             options["seed"] = self.seed
         return options
 
@@ -82,8 +85,8 @@ class Marking:
             return whole_documents(find) if self.kind == "word_documents" else find
         classifier = make_classifier(self.classifier, gpus=self.gpus)
         assert not isinstance(classifier, LabelClassifier)
-        make = find_sentences if self.kind == "sentences" else find_documents
-        return make(partial(_primary, classifier), self.threshold)
+        finders = {"classified_words": find_classified_words, "sentences": find_sentences, "documents": find_documents}
+        return finders[self.kind](partial(_primary, classifier), self.threshold)
 
 
 def _primary(classifier: Any, texts: list[str]) -> np.ndarray:
@@ -105,7 +108,7 @@ def mark_corpus(
     shards = [MarkTask(key=f"mark-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
     settings = MarkSettings(marking=replace(marking, gpus=gpus), corpus=corpus, folder=folder, own_mask=own_mask)
     results = run_shards(verb, shards, MarkShard, settings, folder=folder, pool=pool, unit="shards marked")
-    if marking.kind == "random":
+    if marking.kind in RANDOM:
         for shard in range(corpus.num_shards):
             write_spans(corpus, folder, shard)
         return MaskShards.of(results, corpus, verb)
@@ -143,7 +146,7 @@ class MarkShard:
 
     def process(self, task: MarkTask) -> dict[str, Any]:
         shard = task.shard
-        if self.marking.kind == "random":
+        if self.marking.kind in RANDOM:
             return self._random(shard)
         if self.marking.kind == "annotated":
             counts = write_spans(self.corpus, self.corpus.folder, shard, column="annotated", folder=self.folder)
@@ -154,11 +157,14 @@ class MarkShard:
         return {"documents": counts.documents, "spans": counts.spans}
 
     def _random(self, shard: int) -> dict[str, Any]:
-        """As many tokens as the run's own mask has in this shard, each predicted token as likely."""
+        """As many tokens as the run's own mask has in this shard, of any types or of the same; each is as likely."""
         begin, end = self.corpus.extent(shard)
         own = self.corpus.read(self.own_mask, "shard", "masked", begin, end)
-        predicted = np.flatnonzero(np.arange(len(own)) % self.corpus.block_size)
+        predicted = np.arange(len(own)) % self.corpus.block_size > 0
         rng = np.random.default_rng([self.marking.seed, shard])
-        masked = np.zeros(len(own), bool)
-        masked[rng.choice(predicted, size=int(own.sum()), replace=False)] = True
+        if self.marking.kind == "random":
+            masked = random_tokens(own, predicted, rng)
+        else:
+            tokens = self.corpus.read(self.corpus.folder, "shard", "tokens", begin, end)
+            masked = random_of_types(tokens, own, predicted, rng)
         return write_mask_shard(self.corpus, self.folder, shard, masked)

@@ -37,7 +37,7 @@ from ifguide.evaluation.measuring import continue_prompts, measure_models
 from ifguide.evaluation.prompts import PROMPTS, chosen_prompts, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
 from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate
-from ifguide.methods.masks import Marking, mark_corpus
+from ifguide.methods.masks import RANDOM, Marking, mark_corpus
 from ifguide.methods.preferences import DPO, HF, DpoTraining, RewardTraining, check_preferences, train
 from ifguide.methods.samples import SampleFiles, sampling_options, training_prompts
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
@@ -289,7 +289,7 @@ def marked_mask(run: Run, child: Run, kind: str) -> Manifest:
     marking, inputs = _marking(run.config, kind), {"corpus": manifest.fingerprint}
     if "classifier" in marking.result_options():
         inputs |= training_inputs({"compare.classifier": marking.classifier})
-    if kind == "random":
+    if kind in RANDOM:
         inputs["mask"] = require(run.mask, "build_mask").fingerprint
     artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=marking.result_options())
     if artifact.manifest:

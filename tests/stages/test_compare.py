@@ -18,7 +18,7 @@ from ifguide.config import Config, ConfigError
 from ifguide.config.compare import Compare, Dpo, Method, Rad, Reward, Samples
 from ifguide.config.resources import Resources
 from ifguide.corpus.tables import document_table
-from ifguide.methods.finders import sentence_spans
+from ifguide.methods.finders import sentence_spans, word_spans
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
 from ifguide.run import Run
@@ -26,7 +26,17 @@ from ifguide.stages.compare import compare, marked_mask, method_run
 from ifguide.toxicity import make_classifier
 from ifguide.words import WordList
 
-KINDS = ("random", "annotated", "words", "sentences", "word_documents", "documents", "annotated_documents")
+KINDS = (
+    "random",
+    "random_types",
+    "annotated",
+    "words",
+    "classified_words",
+    "sentences",
+    "word_documents",
+    "documents",
+    "annotated_documents",
+)
 
 
 def with_methods(config: Config, **methods: Method) -> Config:
@@ -91,6 +101,7 @@ def test_masks_of_text_are_the_tokens_that_overlap_what_was_found(marked: tuple[
     classifier = make_classifier(run.config.evaluate.classifier, gpus=0)
     whole_texts = [text for _, text in documents(run)]
     texts = whole_texts + [text[a:b] for text in whole_texts for a, b in sentence_spans(text)]
+    texts += sorted({text[a:b] for text in whole_texts for a, b in word_spans(text)})
     toxic = dict(zip(texts, classifier.score(texts)[classifier.classes[0]] >= 0.5, strict=True))
 
     def whole(text: str) -> list[tuple[int, int]]:
@@ -98,6 +109,7 @@ def test_masks_of_text_are_the_tokens_that_overlap_what_was_found(marked: tuple[
 
     finders: dict[str, Callable[[str], list[tuple[int, int]]]] = {
         "words": words.spans,
+        "classified_words": lambda text: [(a, b) for a, b in word_spans(text) if toxic[text[a:b]]],
         "word_documents": lambda text: whole(text) if words.any_in(text) else [],
         "documents": lambda text: whole(text) if toxic[text] else [],
         "sentences": lambda text: [(a, b) for a, b in sentence_spans(text) if toxic[text[a:b]]],
@@ -118,6 +130,13 @@ def test_annotated_and_random_masks(marked: tuple[Run, dict[str, np.ndarray]]) -
     assert masks["random"].sum() == own.sum()
     assert not masks["random"][first].any()
     assert (masks["random"] & own).sum() < 0.5 * own.sum()
+    tokens, size = stream(run, "tokens"), run.config.pack_corpus.blocks_per_shard * run.config.pack_corpus.block_size
+    for start in range(0, len(tokens), size):
+        of_shard = slice(start, start + size)
+        drawn, wanted = (np.sort(tokens[of_shard][flags[of_shard]]) for flags in (masks["random_types"], own))
+        np.testing.assert_array_equal(drawn, wanted)
+    assert not masks["random_types"][first].any()
+    assert (masks["random_types"] != own).any()
 
 
 def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config]) -> None:

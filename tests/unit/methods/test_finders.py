@@ -1,8 +1,10 @@
-"""ifguide.methods.finders: what a word is at its edges (the rest is covered with the demo data)."""
+"""ifguide.methods.finders and marks: words and sentences that a classifier is given (the rest: with the demo data)."""
 
 import numpy as np
+import pytest
 
-from ifguide.methods.finders import classifier_spans
+from ifguide.methods.finders import classifier_spans, word_spans
+from ifguide.methods.marks import find_classified_words
 
 
 def test_classifier_sees_every_sentence_of_a_text_in_one_call_without_its_quotation_marks():
@@ -16,3 +18,34 @@ def test_classifier_sees_every_sentence_of_a_text_in_one_call_without_its_quotat
     spans = classifier_spans(text, classify)
     assert calls == [["Anna:", "Go!", "I will.", "He left."]]
     assert [text[start:end] for start, end in spans] == calls[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Don't, he said: 'f*ck a$$'!", ["Don't", "he", "said", "f*ck", "a$$"]),
+        ("naïve 3rd **bold** (it’s)", ["naïve", "3rd", "bold**", "it’s"]),
+        (" ... — ", []),
+    ],
+)
+def test_words_end_where_their_letters_and_what_stands_for_them_do(text: str, words: list[str]) -> None:
+    assert [text[start:stop] for start, stop in word_spans(text)] == words
+
+
+def test_words_are_classified_alone_and_once_each():
+    calls = []
+
+    def classify(words: list[str]) -> np.ndarray:
+        calls.append(words)
+        return np.array([0.5 if word.casefold() == "pig" else 0.49 for word in words])
+
+    texts = ["The pig saw a Pig.", "", "A pigsty; pig"]
+    marked = find_classified_words(classify, 0.5)(texts)
+    assert calls == [sorted({"The", "pig", "saw", "a", "Pig", "A", "pigsty"})]
+    assert [[text[a:b] for a, b in own] for text, own in zip(texts, marked, strict=True)] == [
+        ["pig", "Pig"],
+        [],
+        ["pig"],
+    ]
+    assert find_classified_words(classify, 0.5)(["..."]) == [[]]
+    assert len(calls) == 1
