@@ -92,6 +92,55 @@ class Rad:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ngrams:
+    """Log-odds of n-grams between the completions of the two query sets, for `mask: ngrams`.
+
+    Attributes:
+        longest: words of an n-gram at most.
+        prior: strength of the prior that an n-gram is as frequent in both sets, in n-grams.
+    """
+
+    longest: int = option(2, at_least=1)
+    prior: float = option(500.0, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Logistic regression on the proxy's hidden states, for `mask: probe` and `span_probe`.
+
+    Layer and strength are those of the highest AUROC by cross-validation over queries, or documents.
+
+    Attributes:
+        tokens: to learn from, at most; half of each kind.
+        folds: of the cross-validation.
+        strengths: of the L2 penalty that are tried, as scikit-learn's C: smaller is stronger.
+    """
+
+    tokens: int = option(10_000, at_least=2)
+    folds: int = option(3, at_least=2)
+    strengths: tuple[float, ...] = option((0.001, 0.03, 1.0), above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExcessLoss:
+    """Two copies of the proxy tuned on the completions of one query set each, for `mask: excess_loss`.
+
+    Of both sets as many queries are taken.
+
+    Attributes:
+        epochs: passes over the queries.
+        batch_size: queries of a step.
+        learning_rate: of AdamW.
+        max_queries: of each set. Null: all of the smaller one.
+    """
+
+    epochs: int = option(2, at_least=1)
+    batch_size: int = option(16, at_least=1)
+    learning_rate: float = option(5e-5, above=0)
+    max_queries: int | None = option(None, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A method that `compare` sets beside the run's own models. It has one of `mask`, `dpo` and `rad`.
 
@@ -141,6 +190,9 @@ class Compare:
         methods: the methods by name; a name is a folder in `compare/`.
         samples: what DPO and the reward model learn from.
         reward: how the reward model is trained.
+        ngrams: of masks by log-odds.
+        probe: of masks by a probe.
+        excess_loss: of masks by excess loss.
         classifier: scores what methods learn from. Null: that of `evaluate`.
         threshold: a text counts as flagged from this score on.
         resources: of a task that classifies or trains by preference.
@@ -149,6 +201,9 @@ class Compare:
     methods: dict[str, Method] = field(default_factory=dict)
     samples: Samples = Samples()
     reward: Reward = Reward()
+    ngrams: Ngrams = Ngrams()
+    probe: Probe = Probe()
+    excess_loss: ExcessLoss = ExcessLoss()
     classifier: ClassifierSource | None = None
     threshold: float = option(0.5, at_least=0, at_most=1)
     resources: Resources = CPU_RESOURCES
@@ -163,6 +218,8 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
     if compare.classifier is not None:
         check_classifier(compare.classifier, "compare.classifier")
     models = list(OWN_MODELS)
+    if not compare.probe.strengths:
+        raise ConfigError("compare.probe.strengths: name one at least")
     for name, method in compare.methods.items():
         key = f"compare.methods.{name}"
         if name in (*OWN_MODELS, *OWN_FOLDERS, *evaluated):

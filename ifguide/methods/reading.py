@@ -1,0 +1,73 @@
+"""What a proxy makes of token blocks and queries: hidden states and losses, in this process, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ifguide.influence.query import TokenisedQuery, tokenise_query
+from ifguide.models import next_token_nll
+
+Blocks = Sequence[Sequence[int]]
+Pairs = Sequence[tuple[str, str]]
+STATE_TOKENS, LOSS_TOKENS = 4096, 1024  # at a time: of states of all layers; of logits over a vocabulary
+
+
+def tokenised(tokenizer: Any, pairs: Pairs, *, max_tokens: int, beginning: int | None) -> list[TokenisedQuery]:
+    """The queries (prompt, completion) as `build_query` reads them."""
+    return [tokenise_query(tokenizer, *pair, max_tokens=max_tokens, beginning=beginning) for pair in pairs]
+
+
+@torch.no_grad()
+def hidden_states(
+    model: PreTrainedModel, blocks: Blocks, *, beginning: int | None = None
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """For each block, by its number, the states (T, D) of each layer: the embedding, then what each block of the model
+    gives, the last one normed as the LM head reads it. Entry t has read the tokens up to t.
+
+    `beginning`: a BOS that is read before each block and has no entry."""
+    for numbers, tokens_BT, lengths_B in _batches(model, blocks, beginning, STATE_TOKENS):
+        states = model.base_model(tokens_BT, use_cache=False, output_hidden_states=True).hidden_states
+        first = int(beginning is not None)
+        for row, number in enumerate(numbers):
+            yield number, tuple(layer[row, first : int(lengths_B[row])] for layer in states)
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, blocks: Blocks, *, beginning: int | None = None) -> list[Tensor]:
+    """Of each block the NLL (T,) of its tokens, float32 on the CPU; entry 0 is 0 without a `beginning`."""
+    losses: list[Tensor] = [torch.empty(0)] * len(blocks)
+    for numbers, tokens_BT, lengths_B in _batches(model, blocks, beginning, LOSS_TOKENS):
+        nll_BT = next_token_nll(model(tokens_BT, use_cache=False).logits, tokens_BT, lengths_B).cpu()
+        for row, number in enumerate(numbers):
+            losses[number] = nll_BT[row, int(beginning is not None) : int(lengths_B[row])]
+    return losses
+
+
+def _batches(
+    model: PreTrainedModel, blocks: Blocks, beginning: int | None, batch_tokens: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Numbers, ids (B, T) padded on the right and lengths (B,) of neighbouring blocks of `batch_tokens` or one."""
+    first = [] if beginning is None else [beginning]
+    batch: list[int] = []
+    for number, block in enumerate(blocks):
+        longest = max(len(blocks[i]) for i in [*batch, number]) + len(first)
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield _batch(model, [[*first, *blocks[i]] for i in batch], batch)
+            batch = []
+        if len(block):
+            batch.append(number)
+    if batch:
+        yield _batch(model, [[*first, *blocks[i]] for i in batch], batch)
+
+
+def _batch(model: PreTrainedModel, rows: Blocks, numbers: list[int]) -> tuple[list[int], Tensor, Tensor]:
+    lengths_B = torch.tensor([len(row) for row in rows])
+    longest = int(lengths_B.max())
+    tokens_BT = torch.stack([F.pad(torch.tensor(row, dtype=torch.long), (0, longest - len(row))) for row in rows])
+    return numbers, tokens_BT.to(model.device), lengths_B
