@@ -10,6 +10,8 @@ depend on (seed, N) alone: the difference d_s = f_s - g_s has an interval of its
 
     p = 2 min(1 + #{d_s <= 0}, 1 + #{d_s >= 0}) / (S + 1), at most 1       two-sided; no smaller than 2 / (S + 1)
 
+So has their ratio f_s / g_s.
+
 Cost: S x N draws and products, in chunks of about 64 MB. Continuations of a prompt are not resampled, but each prompt
 brings draws of its own, so the interval covers other prompts and another sampling seed together. It does not cover
 another training seed, is too narrow for fewer than about 20 items, and says nothing of one.
@@ -101,7 +103,8 @@ class Bootstrap:
         return Figure(value=_finite(replicates.value), low=low, high=high, n=replicates.n)
 
     def difference(self, model: Replicates, baseline: Replicates) -> dict[str, Any]:
-        """`difference` model - baseline of two figures of the same items, `low`, `high`, `p_value`, `n`.
+        """`difference` model - baseline of two figures of the same items, `low`, `high`, `p_value`, `n`; and `ratio`
+        model / baseline, `ratio_low`, `ratio_high`, None where the baseline is 0.
 
         Raises:
             ValueError: figures of different numbers of items, which cannot be paired.
@@ -110,6 +113,9 @@ class Bootstrap:
             raise ValueError(f"figures of {model.n} and {baseline.n} items cannot be paired")
         samples = model.samples - baseline.samples
         low, high = self._interval(samples)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            ratio, ratio_samples = np.float64(model.value) / baseline.value, model.samples / baseline.samples
+        ratio_low, ratio_high = self._interval(ratio_samples)
         defined = samples[np.isfinite(samples)]
         tail = 1 + min(int((defined <= 0).sum()), int((defined >= 0).sum()))
         return {
@@ -118,6 +124,9 @@ class Bootstrap:
             "high": high,
             "p_value": min(1.0, 2 * tail / (len(defined) + 1)) if len(defined) else None,
             "n": model.n,
+            "ratio": _finite(ratio),
+            "ratio_low": ratio_low,
+            "ratio_high": ratio_high,
         }
 
     def _interval(self, samples: np.ndarray) -> tuple[float | None, float | None]:

@@ -3,12 +3,18 @@
 `measure` gives the content of `report/metrics.json`:
 
     {"threshold", "bootstrap_samples", "confidence", "grouped_by": {"label": n, "classifier": n},
+     "evaluators": [class, ...],
      "models": {model: {"sets": {set: {"groups": {group: FIGURES}, "gaps": {domain: FIGURES}}},
                         "perplexity": F, "benign_perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F}},
      "paired": {model: {"against": first model, the same with D in place of F}}}
 
     FIGURES = {"prompts": n, "emt": {class: F}, "tp": {class: F}, "mean": {class: F}, "rep_4": F, "distinct_2": F, ...}
-    F = {"value", "low", "high", "n"}      D = {"difference", "low", "high", "p_value", "n"}, model less the first one
+    F = {"value", "low", "high", "n"}
+    D = {"difference", "low", "high", "p_value", "n"}, model less the first one, with {"ratio", "ratio_low",
+        "ratio_high"}, model over the first one
+
+`evaluators` are the classes that figures are compared by: the primary class of `evaluate.classifier`, then that of each
+of `evaluate.classifiers`, which has its name. Any other class is one more label of one of these classifiers.
 
 Groups of `evaluate.prompts` are `all`, `with <behaviour>` and `without <behaviour>` (the prompt itself shows it, by its
 label, or by the classifier if it has none: `grouped_by` counts them); those of other sets their own, `domain/group` for
@@ -91,11 +97,18 @@ def measure(evaluation: Evaluation, prompts: Mapping[str, Any]) -> dict[str, Any
         "bootstrap_samples": bootstrap.samples,
         "confidence": bootstrap.confidence,
         "grouped_by": prompts["grouped_by"],
+        "evaluators": _evaluators(evaluation, measured[first]),
         "models": {model: _shown(of_model, bootstrap) for model, of_model in measured.items()},
         "paired": {
             model: {"against": first, **_compared(measured[model], measured[first], bootstrap)} for model in others
         },
     }
+
+
+def _evaluators(evaluation: Evaluation, measured: _Measured) -> list[str]:
+    figures = measured.sets[PROMPTS]["groups"]["all"]
+    primary = next(name.partition("/")[2] for name in figures if name.startswith("emt/"))
+    return [primary, *evaluation.options.classifiers]
 
 
 def _measure_model(evaluation: Evaluation, model: str, flagged_P: np.ndarray, bootstrap: Bootstrap) -> _Measured:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import publish, verify_digest
-from ifguide.config import Evaluate, ModelSource
+from ifguide.config import ConfigError, Evaluate, ModelSource
 from ifguide.evaluation import last_word_accuracy, perplexity
 from ifguide.evaluation.figures import fluency_file, scored_file
 from ifguide.evaluation.generations import GenerationShard, generate_shard, takes_special_tokens
@@ -77,6 +77,11 @@ class EvaluateModel:
             name: make_classifier(source, gpus=gpus, dotted_key=f"evaluate.classifiers.{name}")
             for name, source in self.options.classifiers.items()
         }
+        if both := set(self.classifier.classes) & set(self.further):
+            name = min(both)
+            raise ConfigError(
+                f"evaluate.classifiers.{name}: is a class of evaluate.classifier too; choose another name"
+            )
         self.loaded: tuple[str, Any, Any] | None = None
         self.reward: tuple[str, Any] | None = None
 

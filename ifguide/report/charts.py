@@ -41,9 +41,11 @@ def charts_of(data: ReportData, colours: dict[str, str]) -> dict[str, Any]:
     behaviour; `groups`: a list for each further prompt set that has groups."""
     with matplotlib.rc_context(RC):
         return {
-            "tradeoff": [_svg(tradeoff(data.models, colours), "Expected maximum against held-out perplexity")]
-            if any(model.perplexity for model in data.models)
-            else [],
+            "tradeoff": [
+                _svg(tradeoff(data.models, colours, [name]), f"Expected maximum against held-out perplexity, by {name}")
+                for name in evaluators_of(data.models)
+                if any(model.perplexity for model in data.models)
+            ],
             "behaviour": [_group_bars(data.models, metric, colours) for metric in ("emt", "tp")],
             "classes": _class_bars(data.models, colours),
             "groups": {
@@ -62,20 +64,41 @@ def charts_of(data: ReportData, colours: dict[str, str]) -> dict[str, Any]:
 # ---- figures with intervals ----------------------------------------------------------------------------
 
 
-def tradeoff(models: Sequence[ModelRow], colours: dict[str, str]) -> Canvas:
+def evaluators_of(models: Iterable[ModelRow]) -> list[str]:
+    """The names of the classes that the models are compared by, in order."""
+    return list(dict.fromkeys(label.name for model in models for label in model.whole.compared))
+
+
+def tradeoff(models: Sequence[ModelRow], colours: dict[str, str], evaluators: Sequence[str]) -> Canvas:
     """The expected maximum (EMT) of all prompts against held-out perplexity, that of benign documents where some of the
-    documents are flagged; down and to the left is better.
+    documents are flagged; down and to the left is better. A panel for each of the `evaluators`, one below the other.
 
     A few models are named beside their points; of more, whose names would cover each other, there is a legend."""
     beside = len(models) <= NAMED_BESIDE
+    several = len(evaluators_of(models)) > 1
+    canvas = Canvas(figsize=(5.2 if beside else 6.6, 3.4 * len(evaluators)), layout="constrained", facecolor="none")
+    for panel, name in enumerate(evaluators, start=1):
+        title = f"Down and to the left is better{f', by {visible(name)}' if several else ''}"
+        axes = _panel(canvas, title, place=(len(evaluators), 1, panel))
+        _points(axes, models, colours, name, beside=beside)
+    if not beside:
+        shown = [axes.get_legend_handles_labels() for axes in canvas.axes]
+        named = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
+        legend = canvas.legend(named.values(), named, loc="outside right center", fontsize=7, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return canvas
+
+
+def _points(axes: Axes, models: Sequence[ModelRow], colours: dict[str, str], evaluator: str, *, beside: bool) -> None:
     benign = any(model.benign_perplexity for model in models)
-    label = "perplexity of benign held-out documents" if benign else "held-out perplexity"
-    canvas, axes = _axes("Down and to the left is better", label, width=5.2 if beside else 6.6, height=3.4)
+    axes.set_xlabel("perplexity of benign held-out documents" if benign else "held-out perplexity")
     axes.spines["left"].set_visible(True)
     axes.set_ylabel("EMT, all prompts")
     for index, model in enumerate(models):
-        x, y = model.benign_perplexity if benign else model.perplexity, model.whole.emt
-        if x is None or x.value is None or y.value is None or not math.isfinite(x.value):
+        x = model.benign_perplexity if benign else model.perplexity
+        y = next((label.emt for label in model.whole.compared if label.name == evaluator), None)
+        if x is None or x.value is None or y is None or y.value is None or not math.isfinite(x.value):
             continue
         axes.errorbar(
             [x.value], [y.value], xerr=_ends(x), yerr=_ends(y), fmt=_marker(index), color=colours[model.name],
@@ -86,11 +109,7 @@ def tradeoff(models: Sequence[ModelRow], colours: dict[str, str]) -> Canvas:
                 visible(model.name), (x.value, y.value), (5, 4), textcoords="offset points", fontsize=7.5,
                 parse_math=False,
             )  # fmt: skip
-    if not beside:
-        for text in canvas.legend(loc="outside right center", fontsize=7, frameon=False).get_texts():
-            text.set_parse_math(False)
     axes.margins(x=0.12, y=0.12)
-    return canvas
 
 
 def _marker(index: int) -> str:
@@ -214,14 +233,19 @@ def _axes(
     title: str, xlabel: str = "", width: float = WIDTH, height: float = 2.6, grid: str = "y"
 ) -> tuple[Canvas, Axes]:
     canvas = Canvas(figsize=(width, height), layout="constrained", facecolor="none")
-    axes = canvas.add_subplot(facecolor="none")
-    axes.set_title(title, loc="left", fontsize=9, fontweight="bold", pad=10, parse_math=False)
+    axes = _panel(canvas, title, grid=grid)
     axes.set_xlabel(xlabel)
+    return canvas, axes
+
+
+def _panel(canvas: Canvas, title: str, place: tuple[int, int, int] = (1, 1, 1), grid: str = "y") -> Axes:
+    axes = canvas.add_subplot(*place, facecolor="none")
+    axes.set_title(title, loc="left", fontsize=9, fontweight="bold", pad=10, parse_math=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x" if grid == "x" else "y", color=INK, alpha=0.12, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=4)
-    return canvas, axes
+    return axes
 
 
 def _ends(figure: Figure) -> list[list[float]] | None:

@@ -1,5 +1,6 @@
-"""The table and the picture of a comparison: toxicity against perplexity, one row and one point for each model.
+"""The tables and the picture of a comparison: toxicity against perplexity, one row and one point for each model.
 
+With several evaluators there is a second table, of what each of them says of each model, and a panel for each of them.
 The figures are those of `report/metrics.json` (`evaluation.figures`); intervals are of a bootstrap over prompts.
 """
 
@@ -13,18 +14,31 @@ from typing import Any
 import matplotlib
 
 from ifguide.display import markdown_table, plain_markdown
-from ifguide.report.charts import RC, colours_of, tradeoff
-from ifguide.report.figures import Figure, ModelRow
+from ifguide.report.charts import RC, colours_of, evaluators_of, tradeoff
+from ifguide.report.figures import ClassFigures, Figure, ModelRow
 from ifguide.report.text import p_value
 
 Interval = tuple[float | None, float | None, float | None]  # value, low, high
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """What one class of a classifier says of a model. Ratios are over the first model's on the same prompts, None for
+    that model itself; `p_value` is of the difference in EMT."""
+
+    name: str
+    emt: Interval
+    tp: Interval
+    emt_ratio: Interval | None
+    tp_ratio: Interval | None
+    p_value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One model. `ratio` is its perplexity over the first model's, None where the two cannot be paired (their tokens
     differ); `benign_ratio` that of the benign perplexity, None too where no held-out document is flagged; `p_value` of
-    the difference in EMT to the first.
+    the difference in EMT to the first. `evaluators[0]` is the one of `emt` and `tp`.
 
     `fluency_of` names the model that a decoding method decodes: perplexity and last words are that one's."""
 
@@ -41,6 +55,7 @@ class Row:
     last_word_accuracy: float | None
     distinct_2: float | None
     p_value: float | None
+    evaluators: tuple[Evaluator, ...] = ()
     fluency_of: str | None = None
 
 
@@ -61,15 +76,28 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
             benign_ratio=_ratio(model, base, model.benign_perplexity, base.benign_perplexity),
             last_word_accuracy=model.last_word_accuracy.value if model.last_word_accuracy else None,
             distinct_2=model.whole.text["distinct_2"].value,
-            p_value=model.whole.emt.difference.p_value if model.whole.emt.difference else None,
+            p_value=_p(model.whole.emt),
+            evaluators=tuple(map(_evaluator, model.whole.compared)),
             fluency_of=model.made.decodes,
         )
         for model in models
     ]
 
 
+def _evaluator(label: ClassFigures) -> Evaluator:
+    return Evaluator(
+        name=label.name,
+        emt=_values(label.emt),
+        tp=_values(label.tp),
+        emt_ratio=_over_first(label.emt),
+        tp_ratio=_over_first(label.tp),
+        p_value=_p(label.emt),
+    )
+
+
 def as_markdown(rows: Sequence[Row]) -> str:
-    """A Markdown table, one line a model, and a note below it if there are decoding methods."""
+    """A Markdown table, one line a model, and a note below it if there are decoding methods. Where there are several
+    evaluators, a second table with a line for each of them and each model."""
     titles = (
         "model",
         "made by",
@@ -107,7 +135,30 @@ def as_markdown(rows: Sequence[Row]) -> str:
     decoded = [plain_markdown(f"{row.model}: {row.fluency_of}") for row in rows if row.fluency_of]
     if decoded:
         table += f"\n\\* of the model that is decoded ({', '.join(decoded)}): decoding does not change it.\n"
+    if any(len(row.evaluators) > 1 for row in rows):
+        table += f"\nBy evaluator, all prompts:\n\n{_by_evaluator(rows)}"
     return table
+
+
+def _by_evaluator(rows: Sequence[Row]) -> str:
+    titles = ("evaluator", "model", "EMT", "over the first", "TP", "over the first", "p (EMT)")
+    names = dict.fromkeys(evaluator.name for row in rows for evaluator in row.evaluators)
+    cells = [
+        (
+            plain_markdown(evaluator.name),
+            plain_markdown(row.model),
+            _with_interval(evaluator.emt, ".3f"),
+            _with_interval(evaluator.emt_ratio, ".3f"),
+            _with_interval(evaluator.tp, ".3f"),
+            _with_interval(evaluator.tp_ratio, ".3f"),
+            p_value(evaluator.p_value),
+        )
+        for name in names
+        for row in rows
+        for evaluator in row.evaluators
+        if evaluator.name == name
+    ]
+    return markdown_table(titles, cells)
 
 
 def _starred(row: Row, text: str) -> str:
@@ -120,9 +171,10 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def draw(models: Sequence[ModelRow], path: Path) -> None:
-    """The picture of the report's page, toxicity (EMT) against perplexity with intervals, as a PNG."""
+    """The picture of the report's page, toxicity (EMT) against perplexity with intervals, as a PNG; a panel for each
+    evaluator."""
     with matplotlib.rc_context(RC):
-        figure = tradeoff(models, colours_of(model.name for model in models))
+        figure = tradeoff(models, colours_of(model.name for model in models), evaluators_of(models))
         figure.savefig(path, dpi=200, facecolor="white", format="png")  # the path may end in .part
 
 
@@ -130,6 +182,15 @@ def _ratio(model: ModelRow, base: ModelRow, own: Figure | None, other: Figure | 
     if own is None or other is None or not own.value or not other.value or not model.comparable(base, own):
         return None
     return own.value / other.value
+
+
+def _over_first(figure: Figure) -> Interval | None:
+    change = figure.difference
+    return (change.ratio, change.ratio_low, change.ratio_high) if change else None
+
+
+def _p(figure: Figure) -> float | None:
+    return figure.difference.p_value if figure.difference else None
 
 
 def _values(figure: Figure) -> Interval:

@@ -6,7 +6,7 @@ model but the first its paired difference from the first one. Nothing is compute
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,16 @@ from ifguide.evaluation.metrics import BY_CLASS
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A model's figure less the first model's on the same items, with interval and two-sided bootstrap p value."""
+    """A model's figure less the first model's on the same items, with interval and two-sided bootstrap p value; and the
+    `ratio` of the two, None where the first model's is 0."""
 
     value: float | None
     low: float | None
     high: float | None
     p_value: float | None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +41,15 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassFigures:
-    """A classifier class on one group of prompts: expected maximum, share of prompts (TP), mean score."""
+    """A classifier class on one group of prompts: expected maximum, share of prompts (TP), mean score.
+
+    `compared`: models are compared by it, as it is the class that its classifier judges by."""
 
     name: str
     emt: Figure
     tp: Figure
     mean: Figure
+    compared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +63,11 @@ class Group:
     prompts: int
     classes: tuple[ClassFigures, ...]
     text: dict[str, Figure] = field(default_factory=dict)
+
+    @property
+    def compared(self) -> tuple[ClassFigures, ...]:
+        """The classes that models are compared by, the primary one first."""
+        return tuple(label for label in self.classes if label.compared or label is self.classes[0])
 
     @property
     def emt(self) -> Figure:
@@ -134,7 +146,7 @@ class ModelRow:
 
 def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = None) -> tuple[ModelRow, ...]:
     """One row for each model of `metrics`, in its order, each with how it was made where that is known."""
-    rows = []
+    rows, compared = [], metrics["evaluators"]
     for name, measured in metrics["models"].items():
         paired = metrics["paired"].get(name, {})
         how = (made or {}).get(name, Made())
@@ -147,8 +159,8 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
         sets = (
             PromptSet(
                 name=set_name,
-                groups=_groups(kinds["groups"], _below(paired, "sets", set_name, "groups")),
-                gaps=_groups(kinds["gaps"], _below(paired, "sets", set_name, "gaps")),
+                groups=_groups(kinds["groups"], _below(paired, "sets", set_name, "groups"), compared),
+                gaps=_groups(kinds["gaps"], _below(paired, "sets", set_name, "gaps"), compared),
             )
             for set_name, kinds in measured["sets"].items()
         )
@@ -156,14 +168,15 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
     return tuple(rows)
 
 
-def _groups(groups: Mapping[str, Any], paired: Mapping[str, Any]) -> tuple[Group, ...]:
-    return tuple(_group(name, figures, paired.get(name, {})) for name, figures in groups.items())
+def _groups(groups: Mapping[str, Any], paired: Mapping[str, Any], compared: Sequence[str]) -> tuple[Group, ...]:
+    return tuple(_group(name, figures, paired.get(name, {}), compared) for name, figures in groups.items())
 
 
-def _group(name: str, figures: Mapping[str, Any], paired: Mapping[str, Any]) -> Group:
+def _group(name: str, figures: Mapping[str, Any], paired: Mapping[str, Any], compared: Sequence[str]) -> Group:
     classes = (
         ClassFigures(
             name=label,
+            compared=label in compared,
             **{kind: _figure(figures[kind][label], _below(paired, kind).get(label)) for kind in BY_CLASS},
         )
         for label in figures["emt"]
@@ -175,7 +188,7 @@ def _group(name: str, figures: Mapping[str, Any], paired: Mapping[str, Any]) -> 
 def _figure(figure: Mapping[str, Any], paired: Mapping[str, Any] | None) -> Figure:
     difference = None
     if paired:
-        ends = {name: paired[name] for name in ("low", "high", "p_value")}
+        ends = {name: paired[name] for name in ("low", "high", "p_value", "ratio", "ratio_low", "ratio_high")}
         difference = Difference(value=paired["difference"], **ends)
     return Figure(value=figure["value"], low=figure["low"], high=figure["high"], difference=difference)
 

@@ -32,7 +32,7 @@ from markupsafe import Markup, escape
 from ifguide.artifacts import write_text
 from ifguide.display import visible
 from ifguide.report.card import card_fragment, summary_line
-from ifguide.report.charts import PALETTE, charts_of, colours_of, domains_of, group_names
+from ifguide.report.charts import PALETTE, charts_of, colours_of, domains_of, evaluators_of, group_names
 from ifguide.report.contents import RankedDocument, ReportData
 from ifguide.report.figures import Difference, Figure, Group, ModelRow
 from ifguide.report.text import duration, interval, number, p_value, percent, relative, signed
@@ -66,6 +66,7 @@ def render_report(data: ReportData) -> str:
         data=data,
         summary=summary_line(data),
         groups=group_names(data.models),
+        evaluators=evaluators_of(data.models),
         text_figures=text_figures(data.models),
         differences=list(differences(data.models)),
         domains_of=domains_of,

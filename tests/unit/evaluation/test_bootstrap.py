@@ -87,6 +87,12 @@ def test_a_paired_difference_is_sharper_than_the_models_apart_and_its_p_value_te
     assert result["high"] - result["low"] < 0.5 * (apart.high - apart.low)
     assert result["p_value"] == pytest.approx(2 / 1000)
     assert bootstrap.difference(first, first)["p_value"] == 1.0
+    assert result["ratio"] == pytest.approx(better.mean() / baseline.mean())
+    counts = np.concatenate(list(bootstrap.counts(100)))
+    ends = np.quantile(counts @ better / (counts @ baseline), [0.025, 0.975])
+    assert [result["ratio_low"], result["ratio_high"]] == pytest.approx(ends)
+    none = bootstrap.difference(first, bootstrap.ratios(mean_of(np.zeros(100)))["mean"])
+    assert (none["ratio"], none["ratio_low"], none["ratio_high"]) == (None, None, None)
     with pytest.raises(ValueError, match="cannot be paired"):
         bootstrap.difference(first, bootstrap.ratios(mean_of(better[:50]))["mean"])
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+
+from PIL import Image
 
 from ifguide.evaluation.figures import FLUENCY_TITLES
 from ifguide.report.card import summary_line
 from ifguide.report.charts import colours_of, tradeoff
-from ifguide.report.comparison import as_markdown, draw, rows_of
+from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.figures import Difference, Figure, Made, model_rows
 from ifguide.report.page import render_report
 from tests.unit.report.sample_report import minimal_data
 
 
-def metrics() -> dict:
-    """As `stages.evaluation_figures` writes them: two models, a set with a gap."""
+def metrics(*further: str) -> dict:
+    """As `evaluation.figures` gives them: two models, a set with a gap, and classes of `further` classifiers."""
 
     def figures(value: float, keys: tuple[str, ...], **changes: float) -> dict:
         return {**dict(zip(keys, (value, value - 0.1, value + 0.1), strict=True)), "n": 4, **changes}
 
     def group(*keys: str, text: bool, **changes: float) -> dict:
-        by_class = {kind: {"toxicity": figures(0.5, keys, **changes)} for kind in ("emt", "tp", "mean")}
+        of_all = figures(0.5, keys, **changes)
+        by_class = {kind: dict.fromkeys(("toxicity", "insult", *further), of_all) for kind in ("emt", "tp", "mean")}
         return by_class | ({"distinct_2": figures(0.75, keys, **changes)} if text else {})
 
     def sets(*keys: str, prompts: dict, **changes: float) -> dict:
@@ -36,13 +40,19 @@ def metrics() -> dict:
     nothing = dict.fromkeys(FLUENCY_TITLES)
     measured = {"sets": sets(*values, prompts={"prompts": 4}), **nothing, "perplexity": figures(20.0, values)}
     measured["benign_perplexity"] = figures(10.0, values)
-    compared = {"against": "a", "sets": sets(*changed, prompts={}, p_value=0.25), **nothing}
-    return {"models": {"a": measured, "b": measured}, "paired": {"b": compared}}
+    change = {"p_value": 0.25, "ratio": 0.8, "ratio_low": 0.7, "ratio_high": 0.9}
+    compared = {"against": "a", "sets": sets(*changed, prompts={}, **change), **nothing}
+    models = {"a": measured, "b": copy.deepcopy(measured)}
+    return {"models": models, "paired": {"b": compared}, "evaluators": ["toxicity", *further]}
 
 
 def with_paired_perplexities() -> dict:
-    found = metrics()
+    return with_perplexities(metrics())
+
+
+def with_perplexities(found: dict) -> dict:
     change = {"difference": 0.0, "low": -0.1, "high": 0.1, "p_value": 1.0, "n": 4}
+    change |= {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1}
     found["paired"]["b"] |= {"perplexity": change, "benign_perplexity": change}
     return found
 
@@ -52,7 +62,9 @@ def test_rows_are_the_figures_of_the_metrics_file():
     first, second = model_rows(metrics(), {"b": trained})
     assert (first.made, second.made) == (Made(), trained)
     assert first.whole.emt == Figure(value=0.5, low=0.4, high=0.6)
-    assert second.whole.emt.difference == Difference(value=0.5, low=0.4, high=0.6, p_value=0.25)
+    assert second.whole.emt.difference == Difference(
+        value=0.5, low=0.4, high=0.6, p_value=0.25, ratio=0.8, ratio_low=0.7, ratio_high=0.9
+    )
     assert second.whole.text["distinct_2"].difference.p_value == 0.25
     assert second.perplexity == Figure(value=20.0, low=19.9, high=20.1)  # measured, but not paired
     assert second.last_word_accuracy is None
@@ -82,6 +94,7 @@ def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
     both = "20.0 [19.9, 20.1] | 1.000 | 10.0 [9.9, 10.1] | 1.000"
     line = f"| b | given | 2.00% | clipped 0.5 | {half} | {half} | {both} |  | 0.750 | p = 0.250 |"
     assert as_markdown(rows).splitlines()[3] == line
+    assert "evaluator" not in as_markdown(rows)  # of one there is nothing to compare
     assert as_markdown([dataclasses.replace(rows[1], p_value=0.0002)]).splitlines()[2].endswith("| p &lt; 0.001 |")
     draw(models, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
@@ -109,8 +122,53 @@ def test_many_models_are_told_apart_in_a_legend():
     names = [f"model_{index}" for index in range(25)]
     one = model_rows(metrics(), {})[0]
     models, colours = [dataclasses.replace(one, name=name) for name in names], colours_of(names)
-    axes = tradeoff(models, colours).axes[0]
+    axes = tradeoff(models, colours, ["toxicity"]).axes[0]
     looks = {(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() not in "|_"}
     assert len(looks) == len(names)
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == names
-    assert not tradeoff(models[:2], colours).legends
+    assert not tradeoff(models[:2], colours, ["toxicity"]).legends
+
+
+def test_every_evaluator_has_figures_a_ratio_and_a_panel_of_its_own(tmp_path):
+    found = metrics("own")
+    for value, label in ((0.3, "own"), (0.9, "insult")):
+        emt = found["models"]["b"]["sets"]["prompts"]["groups"]["all"]["emt"]
+        emt[label] = {**emt[label], "value": value}
+    models = model_rows(with_perplexities(found))
+    assert [label.name for label in models[0].whole.compared] == [
+        "toxicity",
+        "own",
+    ]  # and not `insult`, a further label
+    first, second = rows_of(models)
+    assert [evaluator.name for evaluator in second.evaluators] == ["toxicity", "own"]
+    assert (second.emt, second.evaluators[0].emt, second.evaluators[1].emt[0]) == ((0.5, 0.4, 0.6), second.emt, 0.3)
+    assert (first.evaluators[1].emt_ratio, second.evaluators[1].emt_ratio) == (None, (0.8, 0.7, 0.9))
+    table = as_markdown([first, second]).split("By evaluator, all prompts:\n\n")[1].splitlines()
+    half = "0.500 [0.400, 0.600]"
+    assert table[2] == f"| toxicity | a | {half} |  | {half} |  |  |"
+    assert table[5].startswith(
+        f"| own | b | 0.300 [0.400, 0.600] | 0.800 [0.700, 0.900] | {half} | 0.800 [0.700, 0.900] |"
+    )
+    assert len(table) == 6
+    json_rows = as_json([first, second])
+    assert json_rows[1]["evaluators"][1]["tp_ratio"] == (0.8, 0.7, 0.9)
+
+    colours = colours_of("ab")
+    canvas = tradeoff(models, colours, ["toxicity", "own"])
+    assert [axes.get_title(loc="left") for axes in canvas.axes] == [
+        f"Down and to the left is better, by {name}" for name in ("toxicity", "own")
+    ]
+    heights = [[line.get_ydata()[0] for line in axes.lines if line.get_marker() in "so"] for axes in canvas.axes]
+    assert heights == [[0.5, 0.5], [0.5, 0.3]]
+    sizes = []
+    for shown in (models, model_rows(with_perplexities(metrics()))):
+        draw(shown, tmp_path / "picture.png")
+        with Image.open(tmp_path / "picture.png") as picture:
+            sizes.append(picture.size)
+    assert sizes[0][1] == 2 * sizes[1][1]
+    html = render_report(minimal_data(models=models))
+    assert "×0.800 [0.700, 0.900]" in html
+    assert (
+        html.count("<svg")
+        == render_report(minimal_data(models=model_rows(with_perplexities(metrics())))).count("<svg") + 1
+    )
