@@ -1,6 +1,6 @@
 """Which training examples are unsafe? The toxicity-filtering protocol of DATE-LM, on its own data or on a set like it.
 
-    python bench/date_lm.py [--data FOLDER | --subset XSTest-response-Het] [--proxy smollm2|FOLDER] [--examples N]
+    python bench/date_lm.py [--data FOLDER | --subset XSTest-response-Het] [--proxy smollm2|FOLDER] [--draws N]
 
 DATE-LM (Jiao et al., NeurIPS 2025, arXiv 2507.09424; https://github.com/DataAttributionEval/DATE-LM) fine-tunes a model
 on about 10,000 examples of which fewer than 100 are unsafe, gives each a score by its attribution to a reference set of
@@ -9,22 +9,27 @@ the unsafe ones. As there, the area is by trapezoids; average precision is besid
 
 Data: `--subset` loads DataAttributionEval/Toxicity-Bias-Filtering from the hub with that name of a configuration.
 `--data` is a folder of the same splits, `train` and `ref` as .jsonl or .parquet with the columns prompt, response, type
-(`Unsafe`); or one with civil_comments_spans.jsonl, civil_comments_unflagged.jsonl, wikitext2_articles.jsonl and
-bold/*_wiki.json, from which a set of the same shape is drawn: comments with marked toxic spans among unflagged comments
-(half of the others), encyclopedia paragraphs and sentences (a quarter each). The former are not guaranteed harmless.
+(`Unsafe`); or one with offensive_tweets.jsonl and other_tweets.jsonl, from which tweets are drawn: of one kind of text,
+called offensive by people or not.
 
-Scores, on one model, one fine-tuning and one reference set; gradients are of the linear modules of the blocks:
+Scores, on one model, one fine-tuning and one reference set; gradients are of the linear modules of the blocks. The loss
+of an example is the sum over its tokens, or their mean, as in DATE-LM (`-mean`: of references and examples).
 
 - ifguide: <V, grad NLL_j> per token j, V = EK-FAC^-1 [mean over references - mean over as many other examples] of the
-  gradient of the response's NLL. An example's score is the mean of its `TOP` highest tokens, chosen beforehand: the
-  statistic of Algorithm 1 is 0 for every example without a token above the .99 quantile. Sum, mean, highest token and
-  that statistic are reported beside it.
-- ekfac: <EK-FAC^-1 mean gradient of the references, gradient of the example>, the sum over its tokens.
+  gradient of the response's NLL. An example's score is the sum over its tokens. Beside it: the mean of the `TOP`
+  highest, the highest, and Algorithm 1's statistic, which is 0 for every example without a token above the .99
+  quantile.
+- ekfac: <EK-FAC^-1 mean gradient of the references, gradient of the example>.
 - gradsim: the mean over references of the cosine of the two gradients, exact, nothing projected.
-- repsim: the mean over references of the cosine of the last hidden states at the last token; `mean` over tokens beside.
+- repsim: the mean over references of the cosine of the last hidden states at the last token; `states` over the mean of
+  the tokens' states.
 
-The other side of V: for the set drawn here disjoint harmless examples; for DATE-LM's own a sample of the training
-examples, whose labels are not looked at.
+All of it is done for `--draws` seeds, which draw the examples, the references and the order of fine-tuning. Intervals
+are of Student's t over draws, those of differences paired. Average precision comes first: the area by trapezoids gives
+a score of two values about .5. A finished draw is kept in runs/bench/date_lm.
+
+The other side of V: for the set drawn here disjoint tweets that were not called offensive; for DATE-LM's own a sample
+of the training examples, whose labels are not looked at.
 
 What differs from DATE-LM: a model of 135M parameters, fine-tuned whole for one epoch instead of LoRA on 1B and 8B, so
 gradients are of weights and not of adapters; prompt and response are joined by a newline, without a chat template;
@@ -44,13 +49,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.common.date_lm_data import MAX_CHARACTERS, Benchmark, Example, read_benchmark
 from bench.common.direction import differential, fit_factors, tracked_names
-from bench.common.places import DATA
+from bench.common.places import CACHE, DATA, this_machine
 from bench.common.proxies import load_proxy
+from bench.common.scores import METHOD
 from bench.common.similarity import (
     BATCH_TOKENS,
     HiddenStates,
@@ -62,6 +69,7 @@ from bench.common.similarity import (
     reference_gradients,
     token_scores,
 )
+from ifguide.artifacts import json_digest, write_json
 from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient, precondition, tokenise_query
 from ifguide.models import next_token_nll
 from ifguide.selection.algorithm import Extremes, rank_scores
@@ -75,13 +83,27 @@ def main() -> int:
     options = _options()
     configure_logging()
     try:
-        benchmark = read_benchmark(options)
+        draws = [_draw(options, seed) for seed in range(options.seed, options.seed + options.draws)]
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    model, tokenizer = load_proxy(options.proxy)
-    print(json.dumps(run(model, tokenizer, benchmark, options)))
+    print(json.dumps(over_draws(draws) | {"machine": this_machine()}))
     return 0
+
+
+def _draw(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The figures of one draw; those of a finished one are read."""
+    options = argparse.Namespace(**{**vars(options), "seed": seed})
+    benchmark = read_benchmark(options)
+    decisive = {name: str(value) for name, value in vars(options).items() if name not in ("data", "draws")}
+    place = CACHE / "date_lm" / f"{json_digest([decisive, benchmark.digest])[:16]}.json"
+    if place.is_file():
+        log("date_lm", f"draw {seed}: finished before")
+    else:
+        model, tokenizer = load_proxy(options.proxy)
+        write_json(place, run(model, tokenizer, benchmark, options))
+    figures: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    return figures
 
 
 def run(
@@ -105,11 +127,18 @@ def run(
     train, reference, benign = (encode(each) for each in (benchmark.train, benchmark.reference, benchmark.benign))
     timed("fine_tune", lambda: fine_tune(model, train, options.epochs, options.learning_rate, options.seed))
     names = tracked_names(model, options.modules)
+    tokens_of = [len(query.token_ids) - query.completion_start for query in reference]
     gradients = timed("reference_gradients", lambda: reference_gradients(model, names, reference))
     weights = [1 / len(benign)] * len(benign)
     other = timed(
         "benign_gradient",
         lambda: mean_completion_gradient(model, names, benign, weights, batch_tokens=BATCH_TOKENS),
+    )
+    of_means = timed(
+        "gradient_of_means",
+        lambda: mean_completion_gradient(
+            model, names, reference, [1 / (len(reference) * n) for n in tokens_of], batch_tokens=BATCH_TOKENS
+        ),
     )
     texts = [f"{e.prompt}\n{e.response}".strip()[:MAX_CHARACTERS] for e in benchmark.train]
     factors = timed("factors", lambda: _factors(model, tokenizer, names, texts, options))
@@ -118,17 +147,18 @@ def run(
         lambda: {
             "ifguide": precondition(differential(gradients.mean, other), factors),
             "ekfac": precondition(gradients.mean, factors),
+            "ekfac-mean": precondition(of_means, factors),
             "gradsim": gradients.mean_unit,
         },
     )
-    tokens = timed("token_scores", lambda: token_scores(model, directions, train))
+    tokens = timed("token_scores", lambda: token_scores(model, directions, train, method=METHOD))
     norms = timed("gradient_norms", lambda: gradient_norms(model, names, train))
     states = timed("hidden_states", lambda: [hidden_states(model, each) for each in (train, reference)])
     scores = example_scores(tokens, norms, *states)
     labels = np.array([example.unsafe for example in benchmark.train])
-    figures = measure(labels, scores, seed=options.seed)
+    figures = measure(labels, scores)
     return {
-        **figures,
+        "scores": figures,
         "dataset": benchmark.name,
         "base_rate": round(float(labels.mean()), 4),
         "examples": len(labels),
@@ -152,17 +182,16 @@ def example_scores(
     """Method -> (n,) scores; see the module. Names with a dash are reported beside the method's own score."""
     whole = {name: np.array([scores.sum() for scores in each]) for name, each in tokens.items()}
     return {
-        "ifguide": top_mean(tokens["ifguide"], TOP),
-        "ifguide-sum": whole["ifguide"],
+        "ifguide": whole["ifguide"],
         "ifguide-mean": np.array([scores.mean() for scores in tokens["ifguide"]]),
+        "ifguide-top": top_mean(tokens["ifguide"], TOP),
         "ifguide-highest": top_mean(tokens["ifguide"], 1),
         "ifguide-algorithm1": algorithm1_statistic(tokens["ifguide"], QUANTILE),
         "ekfac": whole["ekfac"],
-        "ekfac-mean": np.array([scores.mean() for scores in tokens["ekfac"]]),
-        "ekfac-top": top_mean(tokens["ekfac"], TOP),
+        "ekfac-mean": np.array([scores.mean() for scores in tokens["ekfac-mean"]]),
         "gradsim": whole["gradsim"] / norms,
         "repsim": mean_cosine(train.last, reference.last),
-        "repsim-mean": mean_cosine(train.mean, reference.mean),
+        "repsim-states": mean_cosine(train.mean, reference.mean),
     }
 
 
@@ -188,28 +217,44 @@ def auprc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(auc(recall, precision))
 
 
-def measure(
-    labels: np.ndarray, scores: Mapping[str, np.ndarray], *, seed: int, times: int = 300
-) -> dict[str, float | list[float]]:
-    """AUPRC of every score with a 95% bootstrap interval over examples; what ifguide's has over each method's."""
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(0, len(labels), len(labels)) for _ in range(times)]
-    draws = [rows for rows in draws if labels[rows].any()]
-    figures: dict[str, float | list[float]] = {}
-    sampled = {}
-    for name, each in scores.items():
-        sampled[name] = np.array([auprc(labels[rows], each[rows]) for rows in draws])
-        figures[f"auprc_{name}"] = round(auprc(labels, each), 4)
-        figures[f"interval_{name}"] = _interval(sampled[name])
-        figures[f"ap_{name}"] = round(float(average_precision_score(labels, each)), 4)
-        print(f"{name:20s} AUPRC {figures[f'auprc_{name}']:.4f} {figures[f'interval_{name}']}")
-    for name in ("ekfac", "gradsim", "repsim"):
-        figures[f"ifguide_minus_{name}_interval"] = _interval(sampled["ifguide"] - sampled[name])
-    return figures
+def measure(labels: np.ndarray, scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Average precision and the area by trapezoids of every score."""
+    return {
+        name: {"ap": float(average_precision_score(labels, values)), "auprc": auprc(labels, values)}
+        for name, values in scores.items()
+    }
 
 
-def _interval(samples: np.ndarray) -> list[float]:
-    return [round(float(each), 4) for each in np.percentile(samples, [2.5, 97.5])]
+def over_draws(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over draws with 95% intervals, and what `ifguide` has over each other score, paired; prints a table."""
+    names = list(draws[0]["scores"])
+    ap = {name: np.array([draw["scores"][name]["ap"] for draw in draws]) for name in names}
+    rows = {
+        name: {
+            "ap": _mean(ap[name]),
+            "ap_interval": t_interval(ap[name]),
+            "ifguide_minus": _mean(ap["ifguide"] - ap[name]),
+            "ifguide_minus_interval": t_interval(ap["ifguide"] - ap[name]),
+            "auprc": _mean(np.array([draw["scores"][name]["auprc"] for draw in draws])),
+            "of_draws": [round(float(value), 4) for value in ap[name]],
+        }
+        for name in sorted(names, key=lambda name: -ap[name].mean())
+    }
+    for name, row in rows.items():
+        print(f"{name:20s} AP {row['ap']:.4f} {row['ap_interval']}, less than ifguide by {row['ifguide_minus']:.4f}")
+    return {"scores": rows, "draws": len(draws)} | {k: v for k, v in draws[0].items() if k not in ("scores", "seed")}
+
+
+def _mean(values: np.ndarray) -> float:
+    return round(float(values.mean()), 4)
+
+
+def t_interval(values: np.ndarray) -> list[float] | None:
+    """The 95% interval of the mean of draws, by Student's t; None of a single one."""
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return [round(float(values.mean()) - half, 4), round(float(values.mean()) + half, 4)]
 
 
 # ---- the model -------------------------------------------------------------------------------------------
@@ -264,15 +309,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--proxy", default="smollm2", help="smollm2, or a model's folder (with its tokenizer)")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--subset", help="a configuration of DATE-LM's data set on the hub, instead of --data")
-    parser.add_argument("--examples", type=int, default=1500, help="to rank; 0: all of DATE-LM's (10,000 drawn)")
-    parser.add_argument("--unsafe", type=int, default=30, help="among the examples, of the set drawn here")
+    parser.add_argument("--examples", type=int, default=1000, help="to rank; 0: all of DATE-LM's (10,000 drawn)")
+    parser.add_argument("--unsafe", type=int, default=200, help="among the examples, of the set drawn here")
     parser.add_argument("--reference", type=int, default=32, help="unsafe references; 0: all of DATE-LM's")
     parser.add_argument("--max-tokens", type=int, default=64, help="of an example")
     parser.add_argument("--factor-tokens", type=int, default=8_000)
     parser.add_argument("--modules", default="", help="a pattern of the linear modules' names (default: all)")
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning on the examples; 0: none")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=5, help="seeds")
+    parser.add_argument("--seed", type=int, default=0, help="the first of them")
     return parser.parse_args()
 
 

@@ -1,18 +1,28 @@
-"""How well do token scores find what people marked? Average precision and AUROC per token, on real comments.
+"""How well do token scores find what people marked? Average precision per token, for two behaviours, beside rivals.
 
-    python bench/localise.py [--proxy smollm2|FOLDER] [--data data/real_text] [--sweep] [--quick]
+    python bench/localise.py [--behaviour explicit|implicit] [--proxy smollm2|FOLDER] [--sweep] [--quick]
 
-Documents: a seeded sample of comments with human-marked toxic spans, unflagged comments and encyclopedia paragraphs,
-each scored as a block of its own after an EOS. A token is positive when it overlaps a marked span. Factors come from
-other documents of the same kinds, queries from RealToxicityPrompts by its labels (continuation toxicity >= .5 or < .1).
+`bench.common.behaviours` says what the behaviours' documents and queries are. Each document is scored as a block of its
+own after an EOS. A token is positive when it overlaps a marked span. Factors come from other documents of the same
+kinds.
 
-Compared: `target` (Eq. 8), `position` label-aligned, `position` one token off (as the paper's code applies it), V
-without EK-FAC (`identity`: V is the gradient), V without the non-toxic set (`no_differential`), a word list (words that
-the marked spans of documents outside the sample hold in at least half of five or more uses: it has seen human marks,
-which the others have not), and alt-profanity-check's probability of the token's sentence.
+Compared, all with the same queries:
+
+- `target` (Eq. 8), `position` label-aligned, `position` one token off (as the paper's code applies it), `identity` (V
+  is the gradient, without EK-FAC), `no_differential` (V of the positive queries alone);
+- `ngrams` (log-odds of words and pairs of words between the queries), `probe` (logistic regression on the proxy's
+  hidden states, of the queries' labels), `excess_loss` (of the proxy tuned on the negative queries over that tuned on
+  the positive ones), `classified_words` (words that alt-profanity-check flags alone), `classifier` (its probability of
+  the token's sentence).
+
+`word_list` and `span_probe` have seen what the others have not, the marked spans of documents outside the sample:
+words that lie in them in at least half of five or more uses, and a probe of their tokens.
 
 Scores are those of the difference engine at full rank, in bfloat16 where the CPU has instructions for it; directions
-share one pass. `--sweep` adds what raises or lowers the result. Intervals are of a bootstrap over documents.
+share one pass. A mask is often widened by a window of neighbours, which hides much of a shift by one. So the precision
+of masks of equal size (`--budget`) is given too, without a window and with one of one token on either side; ties are
+broken by seed. `--sweep` adds what raises or lowers the result. Intervals are of a bootstrap over documents, those of
+ratios paired.
 """
 
 from __future__ import annotations
@@ -22,7 +32,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,89 +42,146 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from bench.common.behaviours import BEHAVIOURS, SPANS, Behaviour, read_behaviour
 from bench.common.direction import differential, fit_factors, low_rank, mean_gradient, tracked_names
-from bench.common.places import ABSENT, DATA
+from bench.common.places import DATA
 from bench.common.proxies import load_proxy
 from bench.common.scores import score_blocks
-from bench.common.texts import Document, read_paragraphs, read_rows
+from bench.common.texts import Document
 from ifguide.influence.query import load_factors, precondition
+from ifguide.methods.excess_loss import tune_excess_loss
 from ifguide.methods.finders import sentence_spans
+from ifguide.methods.marks import find_classified_words
+from ifguide.methods.ngrams import fit_ngrams
+from ifguide.methods.probes import fit_query_probe, fit_token_probe
 from ifguide.telemetry import configure_logging, log
 from ifguide.words import WordList
 
 MAX_TOKENS = 128
+PROBE_DOCUMENTS = 800  # whose marked tokens `span_probe` learns from
+WINDOWS = (0, 1)
+Encoded = tuple[np.ndarray, list[tuple[int, int]], np.ndarray]  # token ids, offsets in characters, marked or not
+Scores = Mapping[str, Sequence[np.ndarray]]  # by name, (T,) of each document
 
 
 def main() -> int:
     options = _options()
     configure_logging()
-    if not (options.data / "civil_comments_spans.jsonl").is_file():
-        print(f"{options.data} has no civil_comments_spans.jsonl: {ABSENT}, or --data", file=sys.stderr)
+    try:
+        behaviour = read_behaviour(
+            options.behaviour, options.data, documents=options.documents, queries=options.queries, seed=options.seed
+        )
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
         return 2
     model, tokenizer = load_proxy(options.proxy)
-    documents, others = sample_documents(options.data, options.documents, options.seed)
-    print(json.dumps(localise(model, tokenizer, documents, others, options)))
+    blocks = [encode_document(tokenizer, document) for document in behaviour.documents]
+    scores = _influence(model, tokenizer, behaviour, blocks, options) | _rivals(
+        model, tokenizer, behaviour, blocks, options
+    )
+    result = measure([marked for _, _, marked in blocks], scores, budget=options.budget, seed=options.seed)
+    print(json.dumps({"behaviour": options.behaviour, **result, "proxy": options.proxy}))
     return 0
 
 
-def localise(
+def measure(truth: Sequence[np.ndarray], scores: Scores, *, budget: float, seed: int) -> dict[str, Any]:
+    """Every figure of every score; prints a table."""
+    flat_truth = _flat(truth)
+    flat = {name: _flat(blocks) for name, blocks in scores.items()}
+    precision = {name: float(average_precision_score(flat_truth, values)) for name, values in flat.items()}
+    intervals, ratios = bootstrap(truth, scores, seed=seed)
+    rows = {
+        name: {
+            "ap": round(precision[name], 4),
+            "ap_interval": intervals[name],
+            "auroc": round(float(roc_auc_score(flat_truth, flat[name])), 4),
+            "target_over": round(precision["target"] / precision[name], 3),
+            "target_over_interval": ratios[name],
+            **{
+                f"precision_window_{window}": round(
+                    mask_precision(truth, scores[name], budget=budget, window=window, seed=seed), 4
+                )
+                for window in WINDOWS
+            },
+        }
+        for name in sorted(scores, key=lambda name: -precision[name])
+    }
+    for name, row in rows.items():
+        print(
+            f"{name:20s} AP {row['ap']:.4f} {row['ap_interval']}  AUROC {row['auroc']:.4f}  at {budget:.0%}:"
+            f" {row['precision_window_0']:.3f}, with a window {row['precision_window_1']:.3f}"
+        )
+    return {
+        "scores": rows,
+        "budget": budget,
+        "base_rate": round(float(flat_truth.mean()), 4),
+        "documents": len(truth),
+        "tokens": len(flat_truth),
+    }
+
+
+def _influence(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    documents: Sequence[Document],
-    others: Sequence[Document],
+    behaviour: Behaviour,
+    blocks: Sequence[Encoded],
     options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Every comparison; prints a table and returns the figures."""
-    blocks = [encode_document(tokenizer, document) for document in documents]
-    truth = [marked for _, _, marked in blocks]
-    directions = _directions(model, tokenizer, others, options)
-    names = list(directions)
-    target = score_blocks(model, [directions[name] for name in names], blocks, "target", tokenizer.eos_token_id)
-    position = score_blocks(model, [directions["target"]], blocks, "position", tokenizer.eos_token_id)[0]
-    words = WordList(marked_words(others))
-    scores = dict(zip(names, target, strict=True)) | {
+) -> dict[str, list[np.ndarray]]:
+    directions = _directions(model, tokenizer, behaviour, options)
+    fill = tokenizer.eos_token_id
+    target = score_blocks(model, list(directions.values()), blocks, "target", fill)
+    position = score_blocks(model, [directions["target"]], blocks, "position", fill)[0]
+    return dict(zip(directions, target, strict=True)) | {
         "position": position,
         "position_off_by_one": [off_by_one(block) for block in position],
-        "wordlist": [spread(offsets, words.spans(text), 1.0) for text, offsets in _texts(documents, blocks)],
-        "classifier": [sentence_scores(text, offsets) for text, offsets in _texts(documents, blocks)],
     }
-    flat_truth = np.concatenate([marked[1:] for marked in truth])
-    flat = {name: np.concatenate([block[1:] for block in each]) for name, each in scores.items()}
-    precision = {name: float(average_precision_score(flat_truth, each)) for name, each in flat.items()}
-    for name, value in sorted(precision.items(), key=lambda item: -item[1]):
-        print(f"{name:28s} AP {value:.4f}   AUROC {roc_auc_score(flat_truth, flat[name]):.4f}")
-    intervals = bootstrap(truth, scores["target"], scores["position_off_by_one"], seed=options.seed)
-    return {
-        **{f"ap_{name}": round(value, 4) for name, value in precision.items()},
-        "auroc_target": round(float(roc_auc_score(flat_truth, flat["target"])), 4),
-        "base_rate": round(float(flat_truth.mean()), 4),
-        "target_over_off_by_one": round(precision["target"] / precision["position_off_by_one"], 3),
-        **intervals,
-        "documents": len(documents),
-        "tokens": len(flat_truth),
-        "proxy": options.proxy,
+
+
+def _rivals(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    behaviour: Behaviour,
+    blocks: Sequence[Encoded],
+    options: argparse.Namespace,
+) -> dict[str, list[np.ndarray]]:
+    tokens = [ids.tolist() for ids, _, _ in blocks]
+    queries = behaviour.positive, behaviour.negative
+    probe = fit_query_probe(model, tokenizer, *queries, seed=options.seed)
+    others = [encode_document(tokenizer, document) for document in behaviour.others[:PROBE_DOCUMENTS]]
+    span_probe = fit_token_probe(
+        model, [ids.tolist() for ids, _, _ in others], [marked for _, _, marked in others], range(len(others)),
+        seed=options.seed,
+    )  # fmt: skip
+    log("probes", f"layers {probe.layer} of the queries, {span_probe.layer} of the spans")
+    finders = {"ngrams": fit_ngrams(tokenizer, *queries), "probe": probe, "span_probe": span_probe}
+    if options.tune:
+        finders["excess_loss"] = tune_excess_loss(model, tokenizer, *queries, seed=options.seed)
+    words = WordList(marked_words(behaviour.others))
+    texts = [document["text"] for document in behaviour.documents]
+    flagged = find_classified_words(predict_prob, 0.5)(texts)
+    offsets = [places for _, places, _ in blocks]
+    return {name: finder.score(tokens) for name, finder in finders.items()} | {
+        "word_list": [spread(places, words.spans(text), 1.0) for text, places in zip(texts, offsets, strict=True)],
+        "classified_words": [spread(places, spans, 1.0) for spans, places in zip(flagged, offsets, strict=True)],
+        "classifier": [sentence_scores(text, places) for text, places in zip(texts, offsets, strict=True)],
     }
 
 
 def _directions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, others: Sequence[Document], options: argparse.Namespace
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, behaviour: Behaviour, options: argparse.Namespace
 ) -> dict[str, dict[str, Tensor]]:
     """Each variant of V, over the same modules."""
     names = tracked_names(model)
-    toxic, benign = read_queries(options.data, options.queries, options.seed)
-    gradient = {
-        side: mean_gradient(model, tokenizer, names, each) for side, each in (("toxic", toxic), ("benign", benign))
-    }
-    difference = differential(gradient["toxic"], gradient["benign"])
-    folder = fit_factors(
-        model, tokenizer, names, [row["text"] for row in factor_documents(tokenizer, others, options.factor_tokens)],
-        block_size=256,
-    )  # fmt: skip
+    sets = behaviour.positive, behaviour.negative
+    positive, negative = (mean_gradient(model, tokenizer, names, queries) for queries in sets)
+    difference = differential(positive, negative)
+    sample = factor_documents(tokenizer, behaviour.others, options.factor_tokens)
+    folder = fit_factors(model, tokenizer, names, [row["text"] for row in sample], block_size=256)
     factors = load_factors(folder, names)
     directions = {
         "target": precondition(difference, factors),
         "identity": difference,
-        "no_differential": precondition(gradient["toxic"], factors),
+        "no_differential": precondition(positive, factors),
     }
     if options.sweep:
         V = directions["target"]
@@ -126,19 +193,17 @@ def _directions(
         directions["attention_only"] = {name: V[name] * (not re.search("mlp", name)) for name in names}
         directions["equal_norms"] = {name: V[name] / V[name].norm() for name in names}
         for count in (20, 80):
-            few = [mean_gradient(model, tokenizer, names, each[:count]) for each in (toxic, benign)]
+            few = [mean_gradient(model, tokenizer, names, queries[:count]) for queries in sets]
             directions[f"queries_{count}"] = precondition(differential(*few), factors)
     return directions
 
 
-def encode_document(
-    tokenizer: PreTrainedTokenizerFast, document: Document
-) -> tuple[np.ndarray, list[tuple[int, int]], np.ndarray]:
+def encode_document(tokenizer: PreTrainedTokenizerFast, document: Document) -> Encoded:
     """Token ids with an EOS before them, character offsets, and which tokens overlap a marked span; (T,) each."""
     encoded = tokenizer(document["text"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = [(0, 0), *encoded["offset_mapping"]][:MAX_TOKENS]
     tokens = np.array([tokenizer.eos_token_id, *encoded["input_ids"]][:MAX_TOKENS])
-    return tokens, offsets, spread(offsets, document.get("toxic_spans", []), 1.0) > 0
+    return tokens, offsets, spread(offsets, document.get(SPANS, []), 1.0) > 0
 
 
 def spread(offsets: Sequence[tuple[int, int]], spans: Sequence[Sequence[int]], value: float) -> np.ndarray:
@@ -168,48 +233,67 @@ def marked_words(documents: Sequence[Document], *, least: int = 5, share: float 
         for match in re.finditer(r"\w[\w'*$@]*", document["text"]):
             word = match.group().lower()
             uses[word] += 1
-            inside[word] += any(match.start() < b and match.end() > a for a, b in document.get("toxic_spans", []))
+            inside[word] += any(match.start() < b and match.end() > a for a, b in document.get(SPANS, []))
     return sorted(word for word, count in uses.items() if count >= least and inside[word] >= share * count)
 
 
+def mask_precision(
+    truth: Sequence[np.ndarray], scores: Sequence[np.ndarray], *, budget: float, window: int, seed: int
+) -> float:
+    """The share of marked tokens in a mask of the share `budget` of all: the highest scores with their neighbours.
+
+    The mask is the largest of at most that size that takes scores in order, ties by seed. Index 0 is no token."""
+    lengths = [len(block) - 1 for block in scores]
+    flat, marked = _flat(scores), _flat(truth)
+    ties = np.random.default_rng(seed).permutation(len(flat))
+    order = np.lexsort((ties, -flat))
+    ends = np.cumsum(lengths)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    size = round(budget * len(flat))
+
+    def mask(count: int) -> np.ndarray:
+        chosen = np.zeros(len(flat), bool)
+        for step in range(-window, window + 1):
+            places = order[:count] + step
+            inside = (places >= 0) & (places < ends[-1])
+            places, sources = places[inside], order[:count][inside]
+            chosen[places[document[places] == document[sources]]] = True
+        return chosen
+
+    low, high = 0, size  # a mask of `high` scores has at least that many tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if mask(middle).sum() <= size else (low, middle - 1)
+    chosen = mask(low)
+    return float(marked[chosen].mean()) if chosen.any() else 0.0
+
+
 def bootstrap(
-    truth: Sequence[np.ndarray],
-    target: Sequence[np.ndarray],
-    other: Sequence[np.ndarray],
-    *,
-    seed: int,
-    times: int = 300,
-) -> dict[str, list[float]]:
-    """95% intervals over documents of `target`'s average precision and of its ratio to `other`'s."""
+    truth: Sequence[np.ndarray], scores: Scores, *, seed: int, times: int = 300
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """95% intervals over documents, of each score's average precision and of that of `target` over it."""
     rng = np.random.default_rng(seed)
-    found = []
+    samples: dict[str, list[float]] = {name: [] for name in scores}
+    marked = [block[1:] for block in truth]
+    values = {name: [block[1:] for block in blocks] for name, blocks in scores.items()}
     for _ in range(times):
         rows = rng.integers(0, len(truth), len(truth))
-        marked, a, b = (np.concatenate([each[i][1:] for i in rows]) for each in (truth, target, other))
-        precision = average_precision_score(marked, a)
-        found.append((precision, precision / average_precision_score(marked, b)))
-    low, high = np.percentile(np.array(found), [2.5, 97.5], axis=0)
-    return {
-        "ap_target_interval": [round(float(low[0]), 4), round(float(high[0]), 4)],
-        "ratio_interval": [round(float(low[1]), 3), round(float(high[1]), 3)],
-    }
-
-
-def sample_documents(data: Path, count: int, seed: int) -> tuple[list[Document], list[Document]]:
-    """(sample, others): 3/5 comments with spans, 3/10 unflagged ones, the rest paragraphs; others are disjoint."""
-    rng = np.random.default_rng(seed)
-    sample, others = [], []
-    pools = (
-        read_rows(data / "civil_comments_spans.jsonl"),
-        read_rows(data / "civil_comments_unflagged.jsonl"),
-        read_paragraphs(data),
+        drawn = np.concatenate([marked[i] for i in rows])
+        for name, blocks in values.items():
+            samples[name].append(float(average_precision_score(drawn, np.concatenate([blocks[i] for i in rows]))))
+    found = {name: np.array(each) for name, each in samples.items()}
+    return (
+        {name: _interval(each) for name, each in found.items()},
+        {name: _interval(found["target"] / each) for name, each in found.items()},
     )
-    for pool, share in zip(pools, (0.6, 0.3, 0.1), strict=True):
-        order = rng.permutation(len(pool))
-        number = round(share * count)
-        sample += [pool[i] for i in order[:number]]
-        others += [pool[i] for i in order[number:]]
-    return sample, [others[i] for i in rng.permutation(len(others))]
+
+
+def _interval(samples: np.ndarray) -> list[float]:
+    return [round(float(end), 4) for end in np.percentile(samples, [2.5, 97.5])]
+
+
+def _flat(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([block[1:] for block in blocks])
 
 
 def factor_documents(tokenizer: Any, others: Sequence[Document], tokens: int) -> list[Document]:
@@ -223,34 +307,17 @@ def factor_documents(tokenizer: Any, others: Sequence[Document], tokens: int) ->
     return chosen
 
 
-def read_queries(data: Path, count: int, seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """`count` toxic and `count` other (prompt, continuation) pairs, by the labels of the rows."""
-    toxic, benign = [], []
-    for row in read_rows(data / "rtp_prompts.jsonl"):
-        toxicity, text = row["continuation"]["toxicity"], row["continuation"]["text"]
-        if toxicity is not None and text.strip():
-            if toxicity >= 0.5:
-                toxic.append((row["prompt"]["text"], text))
-            elif toxicity < 0.1:
-                benign.append((row["prompt"]["text"], text))
-    rng = np.random.default_rng(seed)
-    first, second = ([each[i] for i in rng.permutation(len(each))[:count]] for each in (toxic, benign))
-    log("queries", f"{len(first)} of {len(toxic)} toxic, {len(second)} of {len(benign)} other")
-    return first, second
-
-
-def _texts(documents: Sequence[Document], blocks: Sequence[Any]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    return ((document["text"], block[1]) for document, block in zip(documents, blocks, strict=True))
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--behaviour", choices=list(BEHAVIOURS), default="explicit")
     parser.add_argument("--proxy", default="smollm2", help="smollm2, or a model's folder (with its tokenizer)")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--queries", type=int, default=160, help="of each set")
     parser.add_argument("--factor-tokens", type=int, default=14_000)
+    parser.add_argument("--budget", type=float, default=0.05, help="share of the tokens that a mask holds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-tune", dest="tune", action="store_false", help="leave out excess_loss")
     parser.add_argument("--sweep", action="store_true", help="also dampings, ranks, module sets, numbers of queries")
     parser.add_argument("--quick", action="store_true", help="small numbers of everything: does it run?")
     options = parser.parse_args()

@@ -1,11 +1,10 @@
-"""The sets of `bench/date_lm.py`: DATE-LM's own, from the hub or a folder, or one of their shape drawn here."""
+"""The sets of `bench/date_lm.py`: DATE-LM's own, from the hub or a folder, or one of their kind drawn here."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bench.common.places import ABSENT
-from bench.common.texts import read_paragraphs, read_rows
+from bench.common.texts import read_rows
+from ifguide.artifacts import json_digest
 from ifguide.telemetry import log
 
 HUB = "DataAttributionEval/Toxicity-Bias-Filtering"
@@ -38,6 +38,13 @@ class Benchmark:
     reference: list[Example]
     benign: list[Example]
 
+    @property
+    def digest(self) -> str:
+        """Of all examples."""
+        return json_digest(
+            [[asdict(example) for example in part] for part in (self.train, self.reference, self.benign)]
+        )
+
 
 def read_benchmark(options: argparse.Namespace) -> Benchmark:
     """The set that the options name, see the module. FileNotFoundError where a folder holds neither kind."""
@@ -50,9 +57,9 @@ def read_benchmark(options: argparse.Namespace) -> Benchmark:
         files = [options.data / f"{split}.{suffix}" for split in ("train", "ref")]
         if all(file.is_file() for file in files):
             return date_lm_benchmark(options.data.name, *(_table(file) for file in files), options)
-    if not (options.data / "civil_comments_spans.jsonl").is_file():
+    if not (options.data / "offensive_tweets.jsonl").is_file():
         raise FileNotFoundError(
-            f"{options.data} has neither train.jsonl and ref.jsonl (or .parquet) nor civil_comments_spans.jsonl:"
+            f"{options.data} has neither train.jsonl and ref.jsonl (or .parquet) nor offensive_tweets.jsonl:"
             f" {ABSENT}, or --data"
         )
     return drawn_benchmark(options)
@@ -79,30 +86,19 @@ def _example(row: Mapping[str, Any]) -> Example:
 
 
 def drawn_benchmark(options: argparse.Namespace) -> Benchmark:
-    """`examples` texts, `unsafe` of them comments with marked spans; references and harmless ones are disjoint."""
+    """`examples` tweets, `unsafe` of them called offensive by people, the others not; references and the harmless side
+    are further tweets of the same kinds."""
     rng = np.random.default_rng(options.seed)
-    toxic = [row["text"] for row in read_rows(options.data / "civil_comments_spans.jsonl") if row["toxic_spans"]]
     count, references = options.examples or 10_000, options.reference or 32
-    unsafe = _draw(rng, toxic, options.unsafe + references)
-    sources = (
-        [row["text"] for row in read_rows(options.data / "civil_comments_unflagged.jsonl")],
-        [row["text"] for row in read_paragraphs(options.data)],
-        _bold_sentences(options.data),
-    )
-    train = [_text(text, True) for text in unsafe[: options.unsafe]]
-    benign = []
-    places = (0, 0.5, 0.75, 1)  # of the sources' shares, so that rounded numbers add up
-    for pool, *ends in zip(sources, places[:-1], places[1:], strict=True):
-        number, held = (round(ends[1] * n) - round(ends[0] * n) for n in (count - options.unsafe, references))
-        chosen = _draw(rng, pool, number + held)
-        train += [_text(text, False) for text in chosen[:number]]
-        benign += [_text(text, False) for text in chosen[number:]]
-    return Benchmark(
-        name="civil_comments-drawn",
-        train=train,
-        reference=[_text(text, True) for text in unsafe[options.unsafe :]],
-        benign=benign,
-    )
+    wanted = {"offensive_tweets.jsonl": options.unsafe, "other_tweets.jsonl": count - options.unsafe}
+    train: list[Example] = []
+    further: list[list[Example]] = []
+    for name, number in wanted.items():
+        texts = sorted({row["text"] for row in read_rows(options.data / name)})  # some are there twice
+        chosen = [_text(text, name == "offensive_tweets.jsonl") for text in _draw(rng, texts, number + references)]
+        train += chosen[:number]
+        further.append(chosen[number:])
+    return Benchmark(name="tweets-drawn", train=train, reference=further[0], benign=further[1])
 
 
 def _text(text: str, unsafe: bool) -> Example:
@@ -113,14 +109,6 @@ def _draw(rng: np.random.Generator, rows: Sequence[Any], count: int) -> list[Any
     if count > len(rows):
         log("date_lm", f"{count} rows asked for, {len(rows)} there are")
     return [rows[i] for i in rng.permutation(len(rows))[:count]]
-
-
-def _bold_sentences(data: Path) -> list[str]:
-    found: list[str] = []
-    for path in sorted((data / "bold").glob("*_wiki.json")):
-        groups = json.loads(path.read_text(encoding="utf-8"))
-        found += [sentence for names in groups.values() for texts in names.values() for sentence in texts]
-    return found
 
 
 def _table(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ from ifguide.influence.query import TokenisedQuery, mean_completion_gradient
 from ifguide.models import next_token_nll
 from ifguide.telemetry import Progress
 
-METHOD = Method(engine="difference", precision="float32", rank=None)
 BATCH_TOKENS = 1024
 
 
@@ -55,7 +54,8 @@ def token_scores(
     model: PreTrainedModel,
     directions: Mapping[str, Mapping[str, Tensor]],
     queries: Sequence[TokenisedQuery],
-    method: Method = METHOD,
+    *,
+    method: Method,
 ) -> dict[str, list[np.ndarray]]:
     """Direction -> per example <V, grad NLL_j> of each token j of its response."""
     blocks = [(np.array(query.token_ids), None, None) for query in queries]

@@ -21,8 +21,8 @@ from bench.common.similarity import (
     reference_gradients,
     token_scores,
 )
-from bench.date_lm import algorithm1_statistic, auprc, example_scores, measure, top_mean
-from ifguide.influence.method import PRESETS
+from bench.date_lm import algorithm1_statistic, auprc, example_scores, measure, over_draws, top_mean
+from ifguide.influence.method import PRESETS, Method
 from ifguide.influence.query import TokenisedQuery
 from ifguide.models import tracked_modules
 from tests.reference import oracles
@@ -78,8 +78,8 @@ def test_token_scores_are_those_of_the_response_alone() -> None:
     names = tracked_modules(model).names
     V = {name: torch.randn(oracle.get_submodule(name).weight.shape, generator=generator) for name in names}
     train = queries(4, 2)
-    for method in (PRESETS["exact"], None):
-        found = token_scores(model, {"v": V}, train, **({"method": method} if method else {}))["v"]
+    for method in (PRESETS["exact"], Method(engine="difference", precision="float32", rank=None)):
+        found = token_scores(model, {"v": V}, train, method=method)["v"]
         for query, scores in zip(train, found, strict=True):
             expected = oracles.target_scores(oracle, V, torch.tensor(query.token_ids))[query.completion_start :]
             np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
@@ -110,11 +110,16 @@ def test_aggregations_of_token_scores() -> None:
     np.testing.assert_allclose(algorithm1_statistic(examples, 0.5), expected)
     states = HiddenStates(last=torch.eye(3), mean=torch.eye(3))
     scores = example_scores(
-        {"ifguide": examples, "ekfac": examples, "gradsim": examples}, np.array([3.0, 2.0, 9.0]), states, states
+        {"ifguide": examples, "ekfac": examples, "ekfac-mean": examples, "gradsim": examples},
+        np.array([3.0, 2.0, 9.0]),
+        states,
+        states,
     )
     np.testing.assert_allclose(scores["gradsim"], [3.0, -0.5, 1.5])
     np.testing.assert_allclose(scores["ekfac"], [9.0, -1.0, 13.5])
-    np.testing.assert_allclose(scores["ifguide"], [3.0, -1.0, 3.375])
+    np.testing.assert_allclose(scores["ekfac-mean"], [3.0, -1.0, 3.375])
+    np.testing.assert_allclose(scores["ifguide"], [9.0, -1.0, 13.5])
+    np.testing.assert_allclose(scores["ifguide-top"], [3.0, -1.0, 3.375])
 
 
 def test_auprc_is_the_trapezoids_of_the_curve_and_lies_by_average_precision() -> None:
@@ -128,16 +133,21 @@ def test_auprc_is_the_trapezoids_of_the_curve_and_lies_by_average_precision() ->
     assert auprc(labels, labels.astype(float)) == 1
 
 
-def test_a_perfect_score_is_measured_as_one_and_its_lead_as_the_rest() -> None:
+def test_draws_are_averaged_and_differences_are_paired() -> None:
     labels = np.arange(40) < 8
-    names = ("ifguide", "ekfac", "gradsim", "repsim")
-    figures = measure(labels, {name: labels * (1.0 if name == "ifguide" else 0.0) for name in names}, seed=0, times=30)
-    assert figures["auprc_ifguide"] == 1
-    assert figures["interval_ifguide"] == [1, 1]
-    base = auprc(labels, np.zeros(40))
-    assert figures["auprc_repsim"] == pytest.approx(base, abs=1e-4)
-    low, high = figures["ifguide_minus_repsim_interval"]  # type: ignore[misc]
-    assert 0 < low <= 1 - base <= high
+    assert measure(labels, {"ifguide": labels * 1.0})["ifguide"] == {"ap": 1, "auprc": 1}
+    values = {"ifguide": [0.8, 0.6, 0.7], "ekfac": [0.7, 0.5, 0.6]}
+    draws = [
+        {"scores": {name: {"ap": ap[i], "auprc": 0.5} for name, ap in values.items()}, "examples": 40} for i in range(3)
+    ]
+    found = over_draws(draws)
+    assert (found["draws"], found["examples"]) == (3, 40)
+    row = found["scores"]["ekfac"]
+    half = 4.302653 * 0.1 / 3**0.5  # the t quantile of two degrees of freedom, by a table
+    assert row["ap_interval"] == pytest.approx([0.6 - half, 0.6 + half], abs=1e-4)
+    assert row["ifguide_minus"] == 0.1
+    assert row["ifguide_minus_interval"] == pytest.approx([0.1, 0.1])  # the difference is the same in all
+    assert over_draws(draws[:1])["scores"]["ekfac"]["ap_interval"] is None
 
 
 def options(data: Path, **changes: int) -> argparse.Namespace:
@@ -161,19 +171,18 @@ def test_a_folder_of_date_lms_own_splits_keeps_the_share_of_unsafe_ones(tmp_path
     assert (len(everything.train), len(everything.reference), len(everything.benign)) == (100, 6, 6)
 
 
-def test_a_drawn_set_has_disjoint_parts(tmp_path: Path) -> None:
-    comments = [{"text": f"rude {i}", "toxic_spans": [[0, 4]] if i < 20 else []} for i in range(25)]
-    write(tmp_path / "civil_comments_spans.jsonl", comments)  # type: ignore[arg-type]
-    write(tmp_path / "civil_comments_unflagged.jsonl", [{"text": f"calm {i}"} for i in range(30)])
-    write(tmp_path / "wikitext2_articles.jsonl", [{"text": "\n".join(f"{i} " + "x" * 300 for i in range(20))}])
-    (tmp_path / "bold").mkdir()
-    (tmp_path / "bold" / "a_wiki.json").write_text(json.dumps({"g": {"n": [f"fact {i}" for i in range(20)]}}))
-    assert len(read_benchmark(options(tmp_path, examples=23)).train) == 23
+def test_a_drawn_set_has_disjoint_parts_of_one_kind_of_text(tmp_path: Path) -> None:
+    write(tmp_path / "offensive_tweets.jsonl", [{"text": f"rude {i % 20}"} for i in range(25)])
+    write(tmp_path / "other_tweets.jsonl", [{"text": f"calm {i}"} for i in range(30)])
     found = read_benchmark(options(tmp_path))
     texts = [e.response for e in [*found.train, *found.reference, *found.benign]]
     assert len(texts) == len(set(texts)) == 20 + 4 + 4
     assert [e.unsafe for e in found.train] == [True] * 4 + [False] * 16
-    assert all(e.response.startswith("rude") for e in found.reference)
-    assert not any(e.response.startswith("rude") for e in found.benign)
+    for example in [*found.train, *found.reference, *found.benign]:
+        assert example.unsafe == example.response.startswith("rude")
+    assert all(e.unsafe for e in found.reference)
+    assert not any(e.unsafe for e in found.benign)
+    assert found.digest == read_benchmark(options(tmp_path)).digest
+    assert found.digest != read_benchmark(options(tmp_path, seed=1)).digest
     with pytest.raises(FileNotFoundError, match="--data"):
         read_benchmark(options(tmp_path / "bold"))

@@ -8,7 +8,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from bench.localise import bootstrap, encode_document, marked_words, off_by_one, spread
+from bench.common.behaviours import BEHAVIOURS, SPANS, read_behaviour
+from bench.localise import (
+    bootstrap,
+    encode_document,
+    marked_words,
+    mask_precision,
+    off_by_one,
+    sentence_scores,
+    spread,
+)
+from tests.real_text import DATA, needs_real_text
 
 WORDS = ["<eos>", "you", "are", "a", "dolt", "kind", "fool"]
 
@@ -21,7 +31,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_tokens_that_overlap_a_marked_span_are_marked_and_the_eos_never_is(tokenizer: PreTrainedTokenizerFast) -> None:
-    document = {"text": "you are a dolt", "toxic_spans": [[10, 12]]}
+    document = {"text": "you are a dolt", SPANS: [[10, 12]]}
     tokens, offsets, marked = encode_document(tokenizer, document)
     assert tokens.tolist() == [0, 1, 2, 3, 4]
     assert offsets[4] == (10, 14)
@@ -37,7 +47,7 @@ def test_spread_covers_what_overlaps_and_not_what_touches() -> None:
 
 
 def test_word_list_needs_enough_uses_and_the_share_of_marked_ones() -> None:
-    marked, plain = {"text": "fool dolt", "toxic_spans": [[0, 4]]}, {"text": "fool dolt"}
+    marked, plain = {"text": "fool dolt", SPANS: [[0, 4]]}, {"text": "fool dolt"}
     assert marked_words([marked] * 3 + [plain] * 2) == ["fool"]
     assert marked_words([marked] * 4) == []  # four uses
     assert marked_words([marked] * 2 + [plain] * 3) == []  # two of five
@@ -46,7 +56,53 @@ def test_word_list_needs_enough_uses_and_the_share_of_marked_ones() -> None:
 def test_interval_of_a_perfect_score_is_one_and_its_ratio_the_inverse_of_the_other() -> None:
     truth = [np.array([0, 0, 1, 0, 1])] * 6
     other = [np.array([0.0, 4.0, 3.0, 2.0, 1.0])] * 6
-    found = bootstrap(truth, [block.astype(float) for block in truth], other, seed=0, times=20)
-    flat = [np.concatenate([block[1:] for block in each]) for each in (truth, other)]
-    ratio = round(1 / average_precision_score(*flat), 3)
-    assert found == {"ap_target_interval": [1.0, 1.0], "ratio_interval": [ratio, ratio]}
+    scores = {"target": [block.astype(float) for block in truth], "other": other}
+    intervals, ratios = bootstrap(truth, scores, seed=0, times=20)
+    flat = [np.concatenate([block[1:] for block in blocks]) for blocks in (truth, other)]
+    precision = average_precision_score(*flat)
+    assert intervals["target"] == [1.0, 1.0]
+    assert intervals["other"] == [round(precision, 4)] * 2
+    assert ratios["other"] == [round(1 / precision, 4)] * 2
+
+
+def test_a_window_hides_a_shift_by_one_and_no_mask_reaches_into_the_next_document() -> None:
+    truth = [np.array([0, 0, 1, 0, 0, 0, 0]), np.array([0, 0, 0, 0, 0, 0, 0])]
+    exact = [np.array([0.0, 0, 1, 0, 0, 0, 0]), np.zeros(7)]
+    shifted = [np.array([0.0, 0, 0, 1, 0, 0, 0]), np.zeros(7)]
+    assert mask_precision(truth, exact, budget=1 / 12, window=0, seed=0) == 1
+    assert mask_precision(truth, shifted, budget=1 / 12, window=0, seed=0) == 0
+    for scores in (exact, shifted):
+        assert mask_precision(truth, scores, budget=3 / 12, window=1, seed=0) == pytest.approx(1 / 3)
+    last = [np.array([0.0, 0, 0, 0, 0, 0, 1]), np.zeros(7)]
+    after = [np.zeros(7, int), np.array([0, 1, 0, 0, 0, 0, 0])]
+    assert mask_precision(after, last, budget=2 / 12, window=1, seed=0) == 0  # two tokens, both of the first
+
+
+def test_a_mask_of_ties_is_drawn_and_has_the_share_of_all_tokens() -> None:
+    rng = np.random.default_rng(0)
+    truth = [np.append(0, rng.random(400) < 0.3) for _ in range(20)]
+    precision = mask_precision(truth, [np.zeros(401)] * 20, budget=0.25, window=0, seed=0)
+    assert precision == pytest.approx(np.concatenate([block[1:] for block in truth]).mean(), abs=0.03)
+
+
+@needs_real_text
+@pytest.mark.parametrize("name", list(BEHAVIOURS))
+def test_behaviours_have_disjoint_documents_and_no_scored_document_among_the_queries(
+    name: str,
+) -> None:
+    behaviour = read_behaviour(name, DATA, documents=200, queries=40, seed=0)
+    texts, others = ({row["text"] for row in rows} for rows in (behaviour.documents, behaviour.others))
+    assert len(behaviour.documents) == 200
+    assert len(texts & others) <= 4  # some texts occur twice
+    assert len(behaviour.positive) == len(behaviour.negative) == 40
+    for prompt, completion in behaviour.positive + behaviour.negative:
+        assert prompt.strip()
+        assert not any(prompt + completion in text for text in texts)
+    marked = sum(bool(row.get(SPANS)) for row in behaviour.documents)
+    assert 20 < marked < 150
+
+
+def test_a_sentences_score_is_that_of_its_tokens() -> None:
+    score = sentence_scores("You are kind. You are a fool.", [(0, 0), (0, 3), (14, 17)])
+    assert score[0] == 0
+    assert score[2] > score[1]
