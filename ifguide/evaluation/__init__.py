@@ -6,7 +6,7 @@ human labels. These are pure given model outputs: no files, no Ray. Around them,
 of, `measuring` has its pieces done on a cluster by `worker`, and `figures` makes `metrics.json` of their files.
 """
 
-from ifguide.evaluation.bootstrap import Bootstrap, Figure, Replicates, Resampled
+from ifguide.evaluation.bootstrap import Bootstrap, Figure, Replicates, Resampled, benjamini_hochberg
 from ifguide.evaluation.classification import classifier_agreement
 from ifguide.evaluation.fluency import LastWordResult, PerplexityResult, last_word_accuracy, perplexity
 from ifguide.evaluation.generation import Sampling, sample_continuations, sample_tokens, token_lengths
@@ -22,6 +22,7 @@ __all__ = [
     "Resampled",
     "Sampling",
     "behaviour_statistics",
+    "benjamini_hochberg",
     "classifier_agreement",
     "last_word_accuracy",
     "perplexity",

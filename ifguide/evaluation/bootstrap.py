@@ -20,7 +20,7 @@ another training seed, is too narrow for fewer than about 20 items, and says not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -136,6 +136,21 @@ class Bootstrap:
         outside = (1 - self.confidence) / 2
         low, high = np.quantile(defined, [outside, 1 - outside])
         return float(low), float(high)
+
+
+def benjamini_hochberg(p_values: Iterable[float | None]) -> dict[float | None, float | None]:
+    """p value -> the corrected one of the family of all that are not None, None -> None.
+
+    Of the m p values in ascending order the i-th becomes min over j >= i of p_j m / j, at most 1. Calling significant
+    what is then at most 0.05 keeps the expected share of false ones among these at 0.05 (Benjamini and Hochberg, 1995;
+    for figures that depend on each other positively: Benjamini and Yekutieli, 2001)."""
+    ordered = sorted(p for p in p_values if p is not None)
+    corrected: dict[float | None, float | None] = {None: None}
+    least = 1.0
+    for place in range(len(ordered), 0, -1):
+        least = min(least, ordered[place - 1] * len(ordered) / place)
+        corrected[ordered[place - 1]] = least
+    return corrected
 
 
 def gap(groups: Mapping[str, Replicates]) -> Replicates:

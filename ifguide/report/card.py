@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ifguide.display import markdown_code, markdown_table, plain_markdown
+from ifguide.evaluation import benjamini_hochberg
 from ifguide.report.contents import ReportData
 from ifguide.report.figures import Figure, ModelRow
 from ifguide.report.text import interval, number, p_value, percent, relative
@@ -65,7 +66,8 @@ def card_fragment(data: ReportData) -> str:
         f" TP is the share of prompts with at least one continuation that scores {data.threshold:g} or more, EMT the"
         f" mean over prompts of the highest score; less is less {behaviour}."
         + (
-            f" p is of the paired difference from {plain_markdown(data.models[0].name)}."
+            f" p is of the paired difference from {plain_markdown(data.models[0].name)}, corrected for the figures of"
+            " the table (Benjamini-Hochberg)."
             if len(data.models) > 1
             else ""
         ),
@@ -91,22 +93,25 @@ def card_fragment(data: ReportData) -> str:
 
 
 def _figures_table(data: ReportData) -> str:
-    rows = []
+    named_figures = []
     for model in data.models:
         whole = model.whole
         named = [("EMT", whole.emt), ("TP", whole.tp)]
         for label in whole.classes[1:]:
             named += [(f"EMT, {label.name}", label.emt), (f"TP, {label.name}", label.tp)]
         named += [(name, figure) for name, figure in (*model.fluency.items(), *whole.text.items()) if figure]
-        rows += [
-            (
-                plain_markdown(model.name),
-                plain_markdown(name),
-                _with_interval(figure),
-                p_value(figure.difference.p_value) if figure.difference else "",
-            )
-            for name, figure in named
-        ]
+        named_figures += [(model.name, name, figure) for name, figure in named]
+    changes = [figure.difference for *_, figure in named_figures if figure.difference]
+    corrected = benjamini_hochberg(change.p_value for change in changes)
+    rows = [
+        (
+            plain_markdown(model),
+            plain_markdown(name),
+            _with_interval(figure),
+            p_value(corrected.get(figure.difference.p_value)) if figure.difference else "",
+        )
+        for model, name, figure in named_figures
+    ]
     return markdown_table(("model", "figure", "value", "p"), rows)
 
 

@@ -1,19 +1,21 @@
 """The tables and the picture of a comparison: toxicity against perplexity, one row and one point for each model.
 
 With several evaluators there is a second table, of what each of them says of each model, and a panel for each of them.
+p values are corrected for the figures of their table (`benjamini_hochberg`); the JSON has the plain ones beside them.
 The figures are those of `report/metrics.json` (`evaluation.figures`); intervals are of a bootstrap over prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 from ifguide.display import markdown_table, plain_markdown
+from ifguide.evaluation import benjamini_hochberg
 from ifguide.report.charts import RC, colours_of, evaluators_of, tradeoff
 from ifguide.report.figures import ClassFigures, Figure, ModelRow
 from ifguide.report.text import p_value
@@ -24,7 +26,8 @@ Interval = tuple[float | None, float | None, float | None]  # value, low, high
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
     """What one class of a classifier says of a model. Ratios are over the first model's on the same prompts, None for
-    that model itself; `p_value` is of the difference in EMT."""
+    that model itself; `p_value` is of the difference in EMT, `p_corrected` the same corrected for all models and
+    evaluators."""
 
     name: str
     emt: Interval
@@ -32,13 +35,15 @@ class Evaluator:
     emt_ratio: Interval | None
     tp_ratio: Interval | None
     p_value: float | None
+    p_corrected: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One model. `ratio` is its perplexity over the first model's, None where the two cannot be paired (their tokens
     differ); `benign_ratio` that of the benign perplexity, None too where no held-out document is flagged; `p_value` of
-    the difference in EMT to the first. `evaluators[0]` is the one of `emt` and `tp`.
+    the difference in EMT to the first, `p_corrected` the same corrected for the number of models. `evaluators[0]` is
+    the one of `emt` and `tp`.
 
     `fluency_of` names the model that a decoding method decodes: perplexity and last words are that one's."""
 
@@ -55,6 +60,7 @@ class Row:
     last_word_accuracy: float | None
     distinct_2: float | None
     p_value: float | None
+    p_corrected: float | None = None
     evaluators: tuple[Evaluator, ...] = ()
     fluency_of: str | None = None
 
@@ -62,7 +68,7 @@ class Row:
 def rows_of(models: Sequence[ModelRow]) -> list[Row]:
     """A row for each model, of all prompts of its first set."""
     base = models[0]
-    return [
+    rows = [
         Row(
             model=model.name,
             made_by=model.made.by,
@@ -81,6 +87,24 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
             fluency_of=model.made.decodes,
         )
         for model in models
+    ]
+    return _corrected(rows)
+
+
+def _corrected(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the p values of their two tables corrected, each for the figures of its own."""
+    of_models = benjamini_hochberg(row.p_value for row in rows)
+    of_both = benjamini_hochberg(evaluator.p_value for row in rows for evaluator in row.evaluators)
+
+    return [
+        replace(
+            row,
+            p_corrected=of_models[row.p_value],
+            evaluators=tuple(
+                replace(evaluator, p_corrected=of_both[evaluator.p_value]) for evaluator in row.evaluators
+            ),
+        )
+        for row in rows
     ]
 
 
@@ -111,7 +135,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "over the first",
         "last word",
         "distinct-2",
-        "p (EMT)",
+        "corrected p (EMT)",
     )
     cells = [
         (
@@ -127,7 +151,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             _starred(row, _text(row.benign_ratio, ".3f")),
             _starred(row, _text(row.last_word_accuracy, ".3f")),
             _text(row.distinct_2, ".3f"),
-            p_value(row.p_value),
+            p_value(row.p_corrected),
         )
         for row in rows
     ]
@@ -141,7 +165,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def _by_evaluator(rows: Sequence[Row]) -> str:
-    titles = ("evaluator", "model", "EMT", "over the first", "TP", "over the first", "p (EMT)")
+    titles = ("evaluator", "model", "EMT", "over the first", "TP", "over the first", "corrected p (EMT)")
     names = dict.fromkeys(evaluator.name for row in rows for evaluator in row.evaluators)
     cells = [
         (
@@ -151,7 +175,7 @@ def _by_evaluator(rows: Sequence[Row]) -> str:
             _with_interval(evaluator.emt_ratio, ".3f"),
             _with_interval(evaluator.tp, ".3f"),
             _with_interval(evaluator.tp_ratio, ".3f"),
-            p_value(evaluator.p_value),
+            p_value(evaluator.p_corrected),
         )
         for name in names
         for row in rows

@@ -31,6 +31,7 @@ from markupsafe import Markup, escape
 
 from ifguide.artifacts import write_text
 from ifguide.display import visible
+from ifguide.evaluation import benjamini_hochberg
 from ifguide.report.card import card_fragment, summary_line
 from ifguide.report.charts import PALETTE, charts_of, colours_of, domains_of, evaluators_of, group_names
 from ifguide.report.contents import RankedDocument, ReportData
@@ -39,6 +40,7 @@ from ifguide.report.text import duration, interval, number, p_value, percent, re
 
 TEMPLATES = Path(__file__).parent / "templates"
 LEVELS = 15  # of a token's colour
+SHOWN_TEXT = ("rep_4", "distinct_2")  # figures of the text in the first table
 OPACITY = {"w": ("warm", 0.8), "c": ("cool", 0.6)}  # class of a token -> colour of report.css, opacity at full score
 REPORT_FILES = ("index.html", "report.json", "model_card.md")
 
@@ -68,7 +70,9 @@ def render_report(data: ReportData) -> str:
         groups=group_names(data.models),
         evaluators=evaluators_of(data.models),
         text_figures=text_figures(data.models),
+        shown_text=SHOWN_TEXT,
         differences=list(differences(data.models)),
+        corrected=corrections(data.models),
         domains_of=domains_of,
         interval=interval,
         colours=colours,
@@ -135,6 +139,28 @@ def differences(models: Sequence[ModelRow]) -> Iterator[tuple[str, str, str, Dif
         for label, fluency in model.fluency.items():
             if fluency and fluency.difference:
                 yield model.name, "", label, fluency.difference
+
+
+def corrections(models: Sequence[ModelRow]) -> dict[str, dict[float | None, float | None]]:
+    """For each table of the page, p value -> that corrected for the figures of the table; gaps by prompt set."""
+    groups = [group for model in models for group in model.groups]
+    wholes = [model.whole for model in models]
+    fluency = [
+        figure for model in models for figure in (model.perplexity, model.benign_perplexity, model.last_word_accuracy)
+    ]
+    texts = [group.text.get(name) for group in wholes for name in SHOWN_TEXT]
+    tables: dict[str, list[Figure | None]] = {
+        "comparison": [*(figure for group in groups for figure in (group.emt, group.tp)), *fluency, *texts],
+        "evaluators": [f for group in wholes for label in group.compared for f in (label.emt, label.tp)],
+        "text": [f for model in models for own in model.sets for f in own.groups[0].text.values()],
+        "classes": [f for group in groups for label in group.classes for f in (label.emt, label.tp, label.mean)],
+    }
+    for name in dict.fromkeys(own.name for model in models for own in model.sets):
+        gaps = [gap for model in models for own in model.sets if own.name == name for gap in own.gaps]
+        tables[f"gaps of {name}"] = [f for gap in gaps for f in (gap.emt, gap.tp, gap.classes[0].mean)]
+    families = {table: [f.difference for f in figures if f and f.difference] for table, figures in tables.items()}
+    families["differences"] = [difference for *_, difference in differences(models)]
+    return {table: benjamini_hochberg(change.p_value for change in family) for table, family in families.items()}
 
 
 def _paired(group: Group) -> Iterator[tuple[str, Difference]]:

@@ -12,7 +12,7 @@ from ifguide.report.card import summary_line
 from ifguide.report.charts import colours_of, tradeoff
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.figures import Difference, Figure, Made, model_rows
-from ifguide.report.page import render_report
+from ifguide.report.page import corrections, render_report
 from tests.unit.report.sample_report import minimal_data
 
 
@@ -95,7 +95,7 @@ def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
     line = f"| b | given | 2.00% | clipped 0.5 | {half} | {half} | {both} |  | 0.750 | p = 0.250 |"
     assert as_markdown(rows).splitlines()[3] == line
     assert "evaluator" not in as_markdown(rows)  # of one there is nothing to compare
-    assert as_markdown([dataclasses.replace(rows[1], p_value=0.0002)]).splitlines()[2].endswith("| p &lt; 0.001 |")
+    assert as_markdown([dataclasses.replace(rows[1], p_corrected=0.0002)]).splitlines()[2].endswith("| p &lt; 0.001 |")
     draw(models, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert len(set(colours_of("abcdefghij").values())) == 10
@@ -127,6 +127,26 @@ def test_many_models_are_told_apart_in_a_legend():
     assert len(looks) == len(names)
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == names
     assert not tradeoff(models[:2], colours, ["toxicity"]).legends
+
+
+def test_p_values_are_corrected_for_the_figures_of_their_table():
+    found = metrics("own")
+    found["models"]["c"], found["paired"]["c"] = (copy.deepcopy(found[part]["b"]) for part in ("models", "paired"))
+    emt = found["paired"]["b"]["sets"]["prompts"]["groups"]["all"]["emt"]
+    emt["toxicity"] = {**emt["toxicity"], "p_value": 0.02}
+    models = model_rows(with_perplexities(found))
+    rows = rows_of(models)
+    assert [(row.p_value, row.p_corrected) for row in rows] == [(None, None), (0.02, 0.04), (0.25, 0.25)]
+    assert [each.p_corrected for row in rows for each in row.evaluators] == [None, None, 0.08, 0.25, 0.25, 0.25]
+    table, by_evaluator = (part.splitlines() for part in as_markdown(rows).split("By evaluator, all prompts:\n\n"))
+    assert table[3].endswith("| p = 0.040 |")
+    assert by_evaluator[3].endswith("| p = 0.080 |")
+    corrected = corrections(models)
+    # EMT, TP and distinct-2 of two models, and two perplexities of one; EMT and TP of two evaluators and models
+    sizes = {"comparison": 8, "evaluators": 8}
+    assert {name: round(corrected[name][0.02] / 0.02) for name in sizes} == sizes
+    assert corrected["classes"][0.02] == 0.25  # and not 18 times .02: it is no larger than that of a larger p
+    assert "p = 0.160" in render_report(minimal_data(models=models))
 
 
 def test_every_evaluator_has_figures_a_ratio_and_a_panel_of_its_own(tmp_path):

@@ -362,7 +362,7 @@ def test_the_model_card_fragment_is_markdown_with_intervals_and_fingerprints():
     text = card_fragment(full_data())
     assert text == card_fragment(full_data())
     assert text.startswith("## Evaluation: rudeness\n")
-    assert "| guided | EMT | 0.250 [0.230, 0.270] | p = 0.002 |" in text
+    assert "| guided | EMT | 0.250 [0.230, 0.270] | p = 0.003 |" in text  # 18 of 24 have p = .002
     assert "| gap in race | 0.180 [0.160, 0.200] | 0.075 [0.055, 0.095] | 0.147 [0.127, 0.167] |" in text
     assert "| classifier | detoxify:original |" in text
     assert "| scores | `91c07d52e6b43f8a` |" in text
