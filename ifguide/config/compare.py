@@ -83,7 +83,7 @@ class Rad:
     Attributes:
         model: the model that is decoded.
         beta: what the reward of the text with a candidate is multiplied by before it is added to its logit.
-        top_k: likeliest next tokens that are candidates.
+        top_k: likeliest next tokens that are candidates, of those in the nucleus of the model's own distribution.
     """
 
     model: str = "baseline"

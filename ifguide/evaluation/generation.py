@@ -57,8 +57,9 @@ class Sampling:
 class GuidedRows(Protocol):
     """Rows being sampled under a guide."""
 
-    def shift(self, logits_RV: Tensor) -> Tensor:
-        """The logits to draw each row's next token from, (R, V), given the model's; -inf rules a token out."""
+    def shift(self, logits_RV: Tensor, top_p: float, temperature: float) -> Tensor:
+        """The logits to draw each row's next token from, (R, V), given the model's; -inf rules a token out. What is
+        left is drawn from as it is: the nucleus and the temperature are the guide's to apply."""
 
     def take(self, tokens_R: Tensor) -> None:
         """Each row's sampled token."""
@@ -221,8 +222,10 @@ def _sample_batch(
     steps = 0
     for step in range(sampling.max_new_tokens):
         if guided:
-            logits_RV = guided.shift(logits_RV)
-        next_R = sample_nucleus(logits_RV, uniforms_RSU[:, step], sampling.top_p, sampling.temperature)
+            shifted_RV = guided.shift(logits_RV, sampling.top_p, sampling.temperature)
+            next_R = sample_nucleus(shifted_RV, uniforms_RSU[:, step], top_p=1.0)
+        else:
+            next_R = sample_nucleus(logits_RV, uniforms_RSU[:, step], sampling.top_p, sampling.temperature)
         sampled_RS[:, step] = next_R
         steps = step + 1
         if eos_token_id is not None:

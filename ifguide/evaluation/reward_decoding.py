@@ -1,9 +1,13 @@
 """Reward-augmented decoding (Deng and Raffel, EMNLP 2023, arXiv 2310.09520) as a guide of this package's sampler.
 
-Of the `top_k` likeliest next tokens c of a text x, the logits become  z_c + beta * r(x, c),  r being the reward of the
-text with the candidate, clamped to [0, 1], the range that it was trained on; all other tokens are ruled out. What is
-drawn from these logits, and with which random numbers, is the sampler's affair: with `top_p` below 1 the nucleus of
-them, where the paper draws from all `top_k`.
+Candidates c for the next token of a text x are the `top_k` likeliest tokens of the model's own nucleus, which are fewer
+where that is smaller. One is drawn with the probability
+
+    p(c) ~ exp(z_c / temperature + beta * r(x, c))
+
+r being the reward of the text with the candidate, clamped to [0, 1], the range that it was trained on. The order is
+that of the code published with IF-Guide (arXiv 2506.01790): the nucleus is of the model's own distribution, and what has
+a reward is not cut again. With `top_p` 1 it is RAD as its paper has it, which draws from all `top_k`.
 
 The reward model is unidirectional, so its keys and values of the text are kept, and a candidate costs one token of it:
 the sampled texts' cache is copied for `CANDIDATES` candidates at a time, and dropped. A text costs `top_k` + 1
@@ -56,9 +60,12 @@ class GuidedTexts:
         self.guide, self.caches = guide, caches
         self.part = max(1, CANDIDATES // guide.top_k)
 
-    def shift(self, logits_RV: Tensor) -> Tensor:
-        """The logits of each row's next token, (R, V): those of the candidates with their rewards, else -inf."""
-        logits_RK, tokens_RK = logits_RV.float().topk(min(self.guide.top_k, logits_RV.shape[1]), dim=1)
+    def shift(self, logits_RV: Tensor, top_p: float, temperature: float) -> Tensor:
+        """The log-probabilities to draw each row's next token from, (R, V), up to a constant: those of the candidates
+        with their rewards, else -inf."""
+        own_RV = logits_RV.float() / temperature
+        logits_RK, tokens_RK = own_RV.topk(min(self.guide.top_k, own_RV.shape[1]), dim=1)
+        logits_RK = logits_RK.masked_fill(~_in_nucleus(logits_RK, own_RV, top_p), -torch.inf)
         rewards = [
             self._rate(cache, tokens) for cache, tokens in zip(self.caches, tokens_RK.split(self.part), strict=True)
         ]
@@ -75,6 +82,15 @@ class GuidedTexts:
         """Each row goes on with its sampled token."""
         parts = zip(self.caches, tokens_R.split(self.part), strict=True)
         self.caches = [self.guide.model(tokens[:, None], cache, use_cache=True)[1] for cache, tokens in parts]
+
+
+def _in_nucleus(logits_RK: Tensor, logits_RV: Tensor, top_p: float) -> Tensor:
+    """Which of the K largest logits, in descending order, are in the nucleus: the sum of greater probabilities is below
+    `top_p` (`generation`)."""
+    probabilities_RK = (logits_RK.double() - logits_RV.double().logsumexp(dim=1, keepdim=True)).exp()
+    before_RK = probabilities_RK.cumsum(dim=1) - probabilities_RK
+    first_of_equals_RK = torch.searchsorted(-logits_RK, -logits_RK)
+    return before_RK.gather(1, first_of_equals_RK) < top_p
 
 
 def _select(cache: Any, rows: Tensor) -> Any:

@@ -129,7 +129,7 @@ class _Grid:
     def _add_rad(self, name: str, method: Rad) -> None:
         start = self._start(name, "rad", method.model)
         folder, reward = self._reward_model()
-        decoding = [start[1], reward.fingerprint, method.beta, method.top_k]
+        decoding = [start[1], reward.fingerprint, method.beta, method.top_k, "nucleus first"]
         self.models[name] = Model(start[0], json_digest(decoding))
         self.guides[name] = Guidance(reward=str(folder), beta=method.beta, top_k=method.top_k)
         self.made[name] = replace(self.made[method.model], by=f"RAD of {method.model}", decodes=method.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ifguide.evaluation.reward_model import RewardModel, load_reward_model
 from ifguide.methods.reward_model import RatedText, cumulative_squared_error, rate_texts, train_reward_model
 from tests.tiny import tiny_model
 
+FAMILIES = ("gpt_neox", "llama", "gpt2", "opt_350m", "gpt_neo", "gemma3")
 PROMPTS_BT = torch.tensor([[5, 9, 11, 30, 2, 7, 8], [40, 3, 3, 12, 22, 6, 1]])
 SAMPLING = Sampling(continuations=3, max_new_tokens=6, top_p=0.9, temperature=1.0, seed=4)
 
@@ -66,39 +68,75 @@ def test_training_learns_which_continuations_deserve_a_reward() -> None:
     assert np.mean((rates[0] > 0.5) == (wanted > 0.5)) > 0.9
 
 
-def slow_shift(logits_V: torch.Tensor, text: list[int], reward: RewardModel, beta: float, top_k: int) -> torch.Tensor:
-    """One candidate at a time, the whole text through the reward model each time."""
+def slow_shift(
+    logits_V: torch.Tensor, text: list[int], reward: RewardModel, beta: float, top_k: int, top_p: float, heat: float
+) -> torch.Tensor:
+    """Token by token from the likeliest on, until the nucleus is full or there are `top_k` of them; each with the whole
+    text through the reward model."""
+    own_V = logits_V.double().numpy() / heat
+    probabilities_V = np.exp(own_V) / np.exp(own_V).sum()
     shifted = torch.full_like(logits_V, -torch.inf)
-    for token in np.argsort(-logits_V.numpy(), kind="stable")[:top_k]:
+    held = 0.0
+    for token in np.argsort(-own_V, kind="stable")[:top_k]:
+        if held >= top_p:
+            break
+        held += probabilities_V[token]
         value = float(reward(torch.tensor([[*text, int(token)]]))[0][0, -1])
-        shifted[token] = logits_V[token] + beta * min(1.0, max(0.0, value))
+        shifted[token] = own_V[token] + beta * min(1.0, max(0.0, value))
     return shifted
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt2", "opt_350m", "gpt_neo", "gemma3"])
-def test_logits_and_samples_are_those_of_a_loop_without_caches(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "top_p", "heat"),
+    [("gpt_neox", 0.6, 0.7), ("gpt_neox", 0.3, 1.0), *((family, 0.9, 1.0) for family in FAMILIES)],
+)
+def test_logits_and_samples_are_those_of_a_loop_without_caches(
+    family: str, top_p: float, heat: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reward_decoding, "CANDIDATES", 8)  # two rows at a time
     model, reward = tiny_model(family), reward_model(family)
     guide = RewardGuide(model=reward, beta=20.0, top_k=4)
-    sampling = Sampling(continuations=2, max_new_tokens=4, top_p=0.9, temperature=1.0, seed=4)
+    sampling = Sampling(continuations=2, max_new_tokens=4, top_p=top_p, temperature=heat, seed=4)
     uniforms = _uniforms(sampling, [0, 1])
     with torch.inference_mode():
         sampled = _sample_batch(model, PROMPTS_BT, uniforms, sampling, None, guide)
         plain = _sample_batch(model, PROMPTS_BT, uniforms, sampling, None)
         guided = guide.begin(PROMPTS_BT, 2)
         texts = [prompt for prompt in PROMPTS_BT.tolist() for _ in range(2)]
-        outside = 0
+        left = set()
         for step in range(sampling.max_new_tokens):
             logits_RV = model(torch.tensor(texts)).logits[:, -1]
-            slow_RV = torch.stack([slow_shift(logits_RV[row], text, reward, 20.0, 4) for row, text in enumerate(texts)])
-            torch.testing.assert_close(guided.shift(logits_RV), slow_RV, rtol=1e-4, atol=2e-4)
-            outside += int(torch.isinf(slow_RV).sum() == slow_RV.numel() - 4 * len(texts))
-            next_R = sample_nucleus(slow_RV, torch.from_numpy(uniforms[:, step]), 0.9)
+            slow_RV = torch.stack(
+                [slow_shift(logits_RV[row], text, reward, 20.0, 4, top_p, heat) for row, text in enumerate(texts)]
+            )
+            torch.testing.assert_close(guided.shift(logits_RV, top_p, heat), slow_RV, rtol=1e-4, atol=2e-4)
+            left |= set(torch.isfinite(slow_RV).sum(1).tolist())
+            next_R = sample_nucleus(slow_RV, torch.from_numpy(uniforms[:, step]), 1.0)
             assert next_R.tolist() == [row[step] for row in sampled]
             guided.take(next_R)
             texts = [[*text, token] for text, token in zip(texts, next_R.tolist(), strict=True)]
-    assert outside == sampling.max_new_tokens  # top_k tokens of each row are left
+    assert (left == {4}) == (top_p == 0.9)  # top_k tokens of each row are left, or fewer where the nucleus has fewer
     assert sampled != plain
+
+
+def test_without_a_reward_the_draw_is_from_the_nucleus_with_all_that_tie_with_its_last() -> None:
+    model, reward = tiny_model("gpt_neox"), reward_model()
+    probabilities = torch.tensor([0.05, 0.3, 0.15, 0.2, 0.15, 0.15])
+    logits_RV = torch.full((1, model.config.vocab_size), -torch.inf)
+    logits_RV[0, :6] = probabilities.log()
+    with torch.inference_mode():
+        guided = RewardGuide(model=reward, beta=0.0, top_k=10**6).begin(PROMPTS_BT[:1], 1)
+        for top_p, kept in (
+            (0.29, [1]),
+            (0.49, [1, 3]),
+            (0.6, [1, 2, 3, 4, 5]),
+            (0.94, [1, 2, 3, 4, 5]),
+            (1.0, range(6)),
+        ):
+            expected = torch.zeros(6)
+            expected[list(kept)] = probabilities[list(kept)] / probabilities[list(kept)].sum()
+            drawn_from = guided.shift(logits_RV, top_p, 1.0).softmax(1)[0]
+            torch.testing.assert_close(drawn_from[:6], expected)
 
 
 def test_rows_do_not_depend_on_their_batch_and_no_reward_is_top_k_sampling() -> None:
@@ -113,8 +151,9 @@ def test_rows_do_not_depend_on_their_batch_and_no_reward_is_top_k_sampling() -> 
         ]
         assert together == alone[0] + alone[1]
         everything = RewardGuide(model=reward, beta=0.0, top_k=10**6)
-        assert _sample_batch(model, PROMPTS_BT, uniforms, SAMPLING, None, everything) == _sample_batch(
-            model, PROMPTS_BT, uniforms, SAMPLING, None
+        whole = replace(SAMPLING, top_p=1.0)
+        assert _sample_batch(model, PROMPTS_BT, uniforms, whole, None, everything) == _sample_batch(
+            model, PROMPTS_BT, uniforms, whole, None
         )
         best = RewardGuide(model=reward, beta=0.0, top_k=1)
         greedy = Sampling(continuations=3, max_new_tokens=6, top_p=1e-9, temperature=1.0, seed=4)
