@@ -6,8 +6,8 @@ where that is smaller. One is drawn with the probability
     p(c) ~ exp(z_c / temperature + beta * r(x, c))
 
 r being the reward of the text with the candidate, clamped to [0, 1], the range that it was trained on. The order is
-that of the code published with IF-Guide (arXiv 2506.01790): the nucleus is of the model's own distribution, and what has
-a reward is not cut again. With `top_p` 1 it is RAD as its paper has it, which draws from all `top_k`.
+that of the code published with IF-Guide (arXiv 2506.01790): the nucleus is of the model's own distribution, and what
+has a reward is not cut again. With `top_p` 1 it is RAD as its paper has it, which draws from all `top_k`.
 
 The reward model is unidirectional, so its keys and values of the text are kept, and a candidate costs one token of it:
 the sampled texts' cache is copied for `CANDIDATES` candidates at a time, and dropped. A text costs `top_k` + 1
