@@ -9,7 +9,8 @@ kinds.
 Compared, all with the same queries:
 
 - `target` (Eq. 8), `position` label-aligned, `position` one token off (as the paper's code applies it), `identity` (V
-  is the gradient, without EK-FAC), `no_differential` (V of the positive queries alone);
+  is the gradient, without EK-FAC), `no_differential` (V of the positive queries alone), `smoothed` (`target` regressed
+  on the proxy's hidden states, each document by the others: `ifguide.influence.smoothing`);
 - `ngrams` (log-odds of words and pairs of words between the queries), `probe` (logistic regression on the proxy's
   hidden states, of the queries' labels), `excess_loss` (of the proxy tuned on the negative queries over that tuned on
   the positive ones), `classified_words` (words that alt-profanity-check flags alone), `classifier` (its probability of
@@ -49,11 +50,13 @@ from bench.common.proxies import load_proxy
 from bench.common.scores import score_blocks
 from bench.common.texts import Document
 from ifguide.influence.query import load_factors, precondition
+from ifguide.influence.smoothing import FOLDS, FoldSums, cut, fit_smoother, smoothing_layers
 from ifguide.methods.excess_loss import tune_excess_loss
 from ifguide.methods.finders import sentence_spans
 from ifguide.methods.marks import find_classified_words
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_query_probe, fit_token_probe
+from ifguide.methods.reading import hidden_states
 from ifguide.telemetry import configure_logging, log
 from ifguide.words import WordList
 
@@ -132,6 +135,7 @@ def _influence(
     target = score_blocks(model, list(directions.values()), blocks, "target", fill)
     position = score_blocks(model, [directions["target"]], blocks, "position", fill)[0]
     return dict(zip(directions, target, strict=True)) | {
+        "smoothed": smoothed(model, [ids for ids, _, _ in blocks], target[0]),
         "position": position,
         "position_off_by_one": [off_by_one(block) for block in position],
     }
@@ -196,6 +200,20 @@ def _directions(
             few = [mean_gradient(model, tokenizer, names, queries[:count]) for queries in sets]
             directions[f"queries_{count}"] = precondition(differential(*few), factors)
     return directions
+
+
+def smoothed(model: PreTrainedModel, tokens: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The scores (T,) of each document smoothed by those of others; index 0, the EOS, is 0."""
+    states: list[np.ndarray] = [np.zeros(0)] * len(tokens)
+    for number, layers in hidden_states(model, [ids.tolist() for ids in tokens]):
+        chosen = [layers[i][1:].float().cpu().numpy() for i in smoothing_layers(len(layers) - 1)]
+        states[number] = np.concatenate(chosen, axis=1)
+    lengths = [len(block) for block in states]
+    features, folds = np.concatenate(states), np.repeat(np.arange(len(states)) % FOLDS, lengths)
+    smoother = fit_smoother(FoldSums.of(features, cut(_flat(scores)), folds, FOLDS))
+    log("smoothing", f"ridge {smoother.ridge:g} explains {smoother.explained[smoother.ridge]:.3f} of the variance")
+    ends = np.cumsum(lengths)[:-1]
+    return [np.append(0.0, block) for block in np.split(smoother.predict(features, folds), ends)]
 
 
 def encode_document(tokenizer: PreTrainedTokenizerFast, document: Document) -> Encoded:
