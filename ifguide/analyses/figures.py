@@ -3,7 +3,8 @@
 `collect` gives the content of `analyses/analyses.json`:
 
     {"models": {model: {"lens": {"tokens": [...], "layers": [F by depth]},
-                        "probes": {"texts": n, "layers": [{"accuracy": F, "auroc": F} by depth]},
+                        "probes": {"texts": n, "layers": [{"accuracy": F, "auroc": F} by depth],
+                                   "chosen": {"accuracy": F, "auroc": F, "depths": [depth by fold]}},
                         "gcg": {"exact": F, "flagged": F, "flagged_before": F, "loss": F, "first_loss": F,
                                 "attacks": [one mapping a target]}}},
      "paired": {model: {"against": first model, "lens": D at the last depth, "gcg/<figure>": D}}}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ifguide.analyses.probes import LEAST
 from ifguide.config import ConfigError, Evaluate
 from ifguide.config.analyse import Analyse
 from ifguide.influence.query_file import QueryRow
@@ -66,7 +67,7 @@ def probe_texts(options: Analyse, queries: Sequence[QueryRow], seed: int) -> lis
     """Texts of the probes with their labels, as many of one kind as of the other, drawn by seed.
 
     Raises:
-        ConfigError: fewer of a kind than folds.
+        ConfigError: fewer of a kind than folds, or than the choice of a layer needs.
     """
     if options.texts:
         labelled = [(row.text, row.label) for row in labelled_texts(options.texts, "analyse.texts") if row.text]
@@ -74,13 +75,14 @@ def probe_texts(options: Analyse, queries: Sequence[QueryRow], seed: int) -> lis
         labelled = [(row.completion, row.positive) for row in queries]
     positive, negative = ([text for text in labelled if text[1] == kind] for kind in (True, False))
     count = min(len(positive), len(negative), options.max_texts // 2)
-    if count < options.folds:
+    if count < (least := max(options.folds, LEAST)):
         source = "they are" if options.texts else "none are named, and the query's completions are"
         remedy = "" if options.texts else ", make the query with build_query.differential = true"
         raise ConfigError(
             f"analyse.texts: {source} {len(positive)} positive and {len(negative)} negative, of which the probes take"
-            f" {options.max_texts // 2} each at most (half of analyse.max_texts) and {options.folds} at least"
-            f" (analyse.folds); name texts of both kinds{remedy}, or leave probes out of analyse.methods"
+            f" {options.max_texts // 2} each at most (half of analyse.max_texts) and {least} at least"
+            f" (analyse.folds, and {LEAST} to choose a layer by); name texts of both kinds{remedy}, or leave probes"
+            " out of analyse.methods"
         )
     rng = np.random.default_rng(seed)
     return [texts[i] for texts in (positive, negative) for i in rng.permutation(len(texts))[:count]]

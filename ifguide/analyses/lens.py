@@ -3,7 +3,11 @@
     p_l = softmax(head(norm(h_l)))        h_l: the stream at depth l, norm and head: the model's last ones
 
 (nostalgebraist, "interpreting GPT: the logit lens", 2020). At the last depth that is the model's own prediction. The
-figure is the mass p_l gives to a set of tokens at a prompt's last position.
+figure is the mass p_l gives to a set of words after a prompt: of a word of tokens w_1 w_2 ... it is
+
+    p_l(w_1 | prompt) p_l(w_2 | prompt w_1) ...
+
+and not the mass of w_1 alone, a sub-word (`st`) that many other words begin with.
 
 The head runs as the model runs it, with its scales and soft caps: the stream of all depths takes the place of the last
 hidden states within one forward pass.
@@ -63,17 +67,41 @@ class LogitLens:
             finally:
                 handle.remove()
 
-    def mass(self, texts: Sequence[Sequence[int]], tokens: Iterable[int], *, batch_size: int) -> np.ndarray:
-        """(N, L + 1) float64: the probability of `tokens` together at each depth. ValueError where there are none."""
-        chosen = sorted(set(tokens))
+    def mass(self, texts: Sequence[Sequence[int]], words: Iterable[Sequence[int]], *, batch_size: int) -> np.ndarray:
+        """(N, L + 1) float64: the probability at each depth that a text goes on with one of `words`, each of one token
+        or more. A word that begins with the tokens of another is in that one's. ValueError where there are none.
+
+        Cost: a pass over the texts for each different beginning of words, one if all of them are single tokens.
+        """
+        chosen = _disjoint(words)
         if not chosen:
             raise ValueError("no tokens for the lens; list words in evaluate.word_list")
+        after: dict[tuple[int, ...], set[int]] = {}
+        for word in chosen:
+            for i, token in enumerate(word):
+                after.setdefault(word[:i], set()).add(token)
+        mass: dict[tuple[int, ...], np.ndarray] = {(): np.ones(1)}
+        for beginning in sorted(after, key=len):
+            tokens = sorted(after[beginning])
+            next_NLK = self._next([[*text, *beginning] for text in texts], tokens, batch_size)
+            for place, token in enumerate(tokens):
+                mass[(*beginning, token)] = mass[beginning] * next_NLK[..., place]
+        return np.sum([mass[word] for word in chosen], axis=0)
+
+    def _next(self, texts: Sequence[Sequence[int]], tokens: list[int], batch_size: int) -> np.ndarray:
+        """(N, L + 1, K) float64: the probability of each of K tokens after each text, at each depth."""
         parts = []
         for begin in range(0, len(texts), batch_size):
             logits_BLV = self.logits(texts[begin : begin + batch_size])
             logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
-            parts.append(logits_BLV.softmax(-1)[..., chosen].sum(-1).double().cpu().numpy())
+            parts.append(logits_BLV.softmax(-1)[..., tokens].double().cpu().numpy())
         return np.concatenate(parts)
+
+
+def _disjoint(words: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The words, sorted, without those that begin with another: what goes on with them goes on with that one."""
+    different = {tuple(word) for word in words if len(word)}
+    return sorted(word for word in different if not any(word[:i] in different for i in range(1, len(word))))
 
 
 def overrepresented_tokens(texts: Sequence[Sequence[int]], others: Sequence[Sequence[int]], count: int) -> list[int]:

@@ -10,11 +10,11 @@ Models = Mapping[str, Mapping[str, Any]]  # model -> analysis -> its figures
 
 
 def as_markdown(models: Models) -> str:
-    """One line a model: the lens at the last depth, the best probe, the attacks."""
+    """One line a model: the lens at the last depth, the probe of the depth chosen within each fold, the attacks."""
     titles = [
         "model",
         "lens, last depth",
-        "best probe: AUROC (depth)",
+        "probe, depth chosen in each fold: AUROC (depths)",
         "accuracy there",
         "attacks: exact",
         "flagged",
@@ -27,10 +27,11 @@ def as_markdown(models: Models) -> str:
         if "lens" in found:
             cells[1] = _with_interval(found["lens"]["layers"][-1], ".5f")
         if "probes" in found:
-            layers = found["probes"]["layers"]
-            best = max(range(len(layers)), key=lambda depth: layers[depth]["auroc"]["value"])
-            cells[2] = f"{_with_interval(layers[best]['auroc'], '.3f')} ({best})"
-            cells[3] = _with_interval(layers[best]["accuracy"], ".3f")
+            chosen = found["probes"]["chosen"]
+            cells[2] = (
+                f"{_with_interval(chosen['auroc'], '.3f')} ({', '.join(map(str, sorted(set(chosen['depths']))))})"
+            )
+            cells[3] = _with_interval(chosen["accuracy"], ".3f")
         if "gcg" in found:
             attacks = found["gcg"]
             for place, name in enumerate(("exact", "flagged", "flagged_before", "loss"), start=4):

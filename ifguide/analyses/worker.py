@@ -22,7 +22,7 @@ from ifguide.analyses.inputs import AnalysisTask
 from ifguide.config import ClassifierSource, ModelSource
 from ifguide.config.analyse import Analyse
 from ifguide.evaluation import Bootstrap
-from ifguide.evaluation.generation import decode
+from ifguide.evaluation.generation import decode, max_positions
 from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.influence.query_file import QueryRow
 from ifguide.models import load_model
@@ -32,8 +32,8 @@ from ifguide.toxicity import make_classifier
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisSettings:
-    """`models`: name -> source. `prompts` are the lens', `probed` the probes' texts with their labels. A lens of
-    `word_list` looks at the first tokens of its words. `classifier` judges `max_new_tokens` tokens after an attack."""
+    """`models`: name -> source. `prompts` are the lens', `probed` the probes' texts with their labels.
+    `word_list` has the lens' words. `classifier` judges `max_new_tokens` tokens after an attack."""
 
     options: Analyse
     models: dict[str, str]
@@ -72,33 +72,34 @@ class AnalyseModel:
         return self._attack(model, tokenizer, self.positive[task.number])
 
     def _lens(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        texts = [self._encode(tokenizer, prompt) for prompt in self.settings.prompts]
-        tokens = self._lens_tokens(tokenizer)
-        mass_NL = LogitLens(model).mass(texts, tokens, batch_size=self.options.batch_size)
-        words = [tokenizer.decode([token]) for token in tokens]
-        return {"tokens": words, "token_ids": tokens, "mass": mass_NL.tolist()}
+        words = self._lens_words(tokenizer)
+        room = max_positions(model) - max(map(len, words), default=1) + 1
+        texts = [self._encode(tokenizer, prompt)[-room:] for prompt in self.settings.prompts]
+        mass_NL = LogitLens(model).mass(texts, words, batch_size=self.options.batch_size)
+        return {"tokens": [tokenizer.decode(word) for word in words], "token_ids": words, "mass": mass_NL.tolist()}
 
-    def _lens_tokens(self, tokenizer: Any) -> list[int]:
+    def _lens_words(self, tokenizer: Any) -> list[list[int]]:
+        """The tokens of each word of the list, with and without a space before it; without a list, single tokens."""
         if self.settings.word_list:
             forms = [form for word in self.settings.word_list for form in (word, f" {word}")]
-            return sorted({self._encode(tokenizer, form)[0] for form in forms})
+            return sorted({tuple(form): form for form in (self._encode(tokenizer, text) for text in forms)}.values())
         positive, negative = (
             [self._encode(tokenizer, row.completion) for row in rows] for rows in (self.positive, self.negative)
         )
-        return overrepresented_tokens(positive, negative, self.options.lens_tokens)
+        return [[token] for token in overrepresented_tokens(positive, negative, self.options.lens_tokens)]
 
     def _probes(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         encoded = [self._encode(tokenizer, text)[: self.options.max_tokens] for text, _ in self.settings.probed]
         labels_N = np.array([label for _, label in self.settings.probed])
         features_LND = mean_residuals(model, encoded, batch_size=self.options.batch_size).numpy()
-        layers = probe_layers(
+        probes = probe_layers(
             features_LND,
             labels_N,
             folds=self.options.folds,
             seed=self.settings.seed,
             bootstrap=self.settings.bootstrap,
         )
-        return {"texts": len(encoded), "layers": layers}
+        return {"texts": len(encoded), **probes}
 
     def _attack(self, model: Any, tokenizer: Any, row: QueryRow) -> dict[str, Any]:
         gcg = self.options.gcg

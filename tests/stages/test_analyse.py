@@ -39,10 +39,11 @@ def test_the_analyses_of_a_finished_run(copied: Callable[..., Config], capsys: p
         assert [figure["n"] for figure in found["lens"]["layers"]] == [6] * 3
         assert all(0 < figure["low"] <= figure["value"] <= figure["high"] < 1 for figure in found["lens"]["layers"])
         assert len(found["probes"]["layers"]) == 3
+        assert len(found["probes"]["chosen"]["depths"]) == SMALL.folds
         assert found["gcg"]["exact"]["n"] == len(found["gcg"]["attacks"]) == 2
         assert all(each["loss"] <= each["first_loss"] for each in found["gcg"]["attacks"])
     words = content["models"]["baseline"]["lens"]["tokens"]
-    assert any("clown".startswith(token.strip()) for token in words)
+    assert sorted(words) == [" clown", " pig", "clown", "pig"]  # whole words, whatever the tokenizer cuts them into
     both = [content["models"][name]["lens"]["layers"][-1]["value"] for name in ("penalised", "baseline")]
     assert content["paired"]["penalised"]["lens"]["difference"] == pytest.approx(both[0] - both[1])
     for name in ("lens", "probes", "gcg"):

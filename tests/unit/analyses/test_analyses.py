@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -57,10 +58,33 @@ def test_the_lens_at_an_inner_depth_is_norm_and_head_of_the_block_by_hand() -> N
         hidden = model(torch.tensor([TEXTS[0]]), output_hidden_states=True, use_cache=False).hidden_states
         by_hand = [model.lm_head(model.model.norm(hidden[depth][0, -1])) for depth in (0, 1)]
     torch.testing.assert_close(LogitLens(model).logits(TEXTS[:1])[0, :2], torch.stack(by_hand), rtol=1e-10, atol=1e-10)
-    mass_NL = LogitLens(model).mass(TEXTS, [4, 7, 4], batch_size=2)
+    mass_NL = LogitLens(model).mass(TEXTS, [[4], [7], [4]], batch_size=2)
     np.testing.assert_allclose(mass_NL[0, :2], [float(z.softmax(-1)[[4, 7]].sum()) for z in by_hand], rtol=1e-6)
     with pytest.raises(ValueError, match="word_list"):
         LogitLens(model).mass(TEXTS, [], batch_size=2)
+
+
+def test_the_mass_of_a_word_is_the_product_along_its_tokens() -> None:
+    model = tiny_model("gpt_neox", dtype=torch.float64)
+    lens = LogitLens(model)
+
+    def by_hand(words: list[list[int]]) -> np.ndarray:
+        total = np.zeros((len(TEXTS), 3))
+        for row, text in enumerate(TEXTS):
+            for word in words:
+                along = np.ones(3)
+                for i, token in enumerate(word):
+                    along *= lens.logits([[*text, *word[:i]]])[0].softmax(-1)[:, token].numpy()
+                total[row] += along
+        return total
+
+    words = [[4, 7], [4, 9, 1], [4, 9, 2], [30]]
+    np.testing.assert_allclose(lens.mass(TEXTS, words, batch_size=2), by_hand(words), rtol=1e-9)
+    # what begins with [4, 9] or [30] is one event with it
+    within = [*words, [4, 9], [30, 5], [30], []]
+    np.testing.assert_allclose(lens.mass(TEXTS, within, batch_size=3), by_hand([[4, 7], [4, 9], [30]]), rtol=1e-9)
+    everything = [[token] for token in range(VOCABULARY) if token != 4] + [[4, token] for token in range(VOCABULARY)]
+    np.testing.assert_allclose(lens.mass(TEXTS, everything, batch_size=3), 1.0, rtol=1e-9)
 
 
 def test_a_model_without_a_last_norm_is_refused_by_name() -> None:
@@ -100,11 +124,49 @@ def test_probes_find_what_is_separable_and_nothing_in_noise() -> None:
     found = probe_layers(
         np.stack([noise_ND, separable_ND]), labels_N, folds=4, seed=0, bootstrap=Bootstrap(samples=100)
     )
+    assert found["chosen"] == {**found["layers"][1], "depths": [1, 1, 1, 1]}
+    found = found["layers"]
     assert found[1]["accuracy"]["value"] == found[1]["auroc"]["value"] == 1
     assert found[0]["auroc"]["value"] < 0.7
     assert found[0]["auroc"]["low"] < found[0]["auroc"]["value"] < found[0]["auroc"]["high"]
     with pytest.raises(ValueError, match=r"analyse\.folds"):
         probe_layers(noise_ND[None], np.arange(80) < 3, folds=4, seed=0, bootstrap=Bootstrap(samples=100))
+
+
+def test_of_layers_without_a_signal_the_chosen_one_is_no_better_than_chance() -> None:
+    """The best of 30 layers of noise is well above chance on the texts that it is picked on."""
+    chosen, best = [], []
+    for trial in range(4):
+        rng = np.random.default_rng(trial)
+        labels_N = np.arange(40) < 20
+        noise_LND = rng.normal(size=(30, 40, 3))
+        found = probe_layers(noise_LND, labels_N, folds=4, seed=trial, bootstrap=Bootstrap(samples=20))
+        best.append(max(layer["auroc"]["value"] for layer in found["layers"]))
+        chosen.append(found["chosen"]["auroc"]["value"])
+        assert len(found["chosen"]["depths"]) == 4
+    assert np.mean(best) > 0.65
+    assert abs(np.mean(chosen) - 0.5) < 0.1
+
+
+def test_the_layer_of_a_fold_is_chosen_without_its_texts() -> None:
+    """Of the texts of one fold every label is told by layer 0; of all others by layer 1."""
+    labels_N = np.arange(40) % 2 == 0
+    folds = StratifiedKFold(4, shuffle=True, random_state=0)
+    _, held_out = next(iter(folds.split(labels_N, labels_N)))
+    rng = np.random.default_rng(0)
+    told_LN = rng.normal(size=(2, 40)) + 6 * labels_N
+    told_LN[0, np.setdiff1d(np.arange(40), held_out)] = rng.normal(size=30)
+    found = probe_layers(told_LN[..., None], labels_N, folds=4, seed=0, bootstrap=Bootstrap(samples=20))
+    assert found["chosen"]["depths"][0] == 1
+
+
+def test_two_folds_of_few_texts_still_choose_and_fewer_are_refused() -> None:
+    features_LND = np.random.default_rng(0).normal(size=(2, 8, 3))
+    for folds in (2, 3, 4):
+        options = {"folds": folds, "seed": 0, "bootstrap": Bootstrap(samples=10)}
+        assert len(probe_layers(features_LND, np.arange(8) < 4, **options)["chosen"]["depths"]) == folds
+    with pytest.raises(ValueError, match=r"^3 texts of the rarer kind for 2 folds, which need 4"):
+        probe_layers(features_LND, np.arange(8) < 3, folds=2, seed=0, bootstrap=Bootstrap(samples=10))
 
 
 CONTEXT, SUFFIX, TARGET = [5, 9, 3], [7, 7, 7, 7], [12, 31]
@@ -216,9 +278,9 @@ def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path) -> None:
     assert len(set(drawn)) == 8
     assert set(drawn) < {(row.completion, row.positive) for row in rows}
     path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": f"t{i}", "toxic": i < 3}) + "\n" for i in range(6)))
+    path.write_text("".join(json.dumps({"text": f"t{i}", "toxic": i < 4}) + "\n" for i in range(8)))
     named = config_from_mapping({"analyse": {"folds": 2, "texts": [str(path)]}})
-    assert sorted(probe_texts(named.analyse, rows, 0)) == [(f"t{i}", i < 3) for i in range(6)]
+    assert sorted(probe_texts(named.analyse, rows, 0)) == [(f"t{i}", i < 4) for i in range(8)]
 
 
 @pytest.mark.parametrize(
