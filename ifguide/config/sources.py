@@ -68,12 +68,15 @@ class PromptSet:
         path: a file, a glob or a folder.
         text_column: column of the prompt (AttaQ: `input`).
         group_column: column that groups rows (AttaQ: `label`). Null: no groups.
+        prompts_per_name: of BOLD's own JSON the first prompts of each name (a person, an occupation, ...); 1 is what
+            the paper takes, 7,201 prompts. Null: all 23,679.
         max_prompts: prompts at most. Null: all.
     """
 
     path: str
     text_column: str = "prompt"
     group_column: str | None = None
+    prompts_per_name: int | None = option(1, at_least=1)
     max_prompts: int | None = option(None, at_least=1)
 
 

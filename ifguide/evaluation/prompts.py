@@ -61,6 +61,7 @@ def _read_set(name: str, source: PromptSet, seed: int) -> list[GroupedPrompt]:
         [source.path],
         text_column=source.text_column,
         group_column=source.group_column,
+        prompts_per_name=source.prompts_per_name,
         dotted_key=f"evaluate.prompt_sets.{name}.path",
     )
     return _draw(rows, source.max_prompts, seed)

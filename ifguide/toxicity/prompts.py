@@ -119,15 +119,16 @@ def read_grouped_prompts(
     *,
     text_column: str = "prompt",
     group_column: str | None = None,
+    prompts_per_name: int | None = None,
     dotted_key: str = "prompt set",
 ) -> list[GroupedPrompt]:
-    """All prompts of the files, in order. Raises ValueError that names file and row, or JSON key."""
+    """All prompts of the files, in order; of BOLD's JSON the first `prompts_per_name` of each name, if set. Raises ValueError that names file and row, or JSON key."""
     prompts: list[tuple[str, str, str]] = []
     for file in (file for path in paths for file in list_files(str(path), dotted_key, TABLES)):
         if kind_of(file) == "json" and not holds_json_lines(file, text_column):
             tree = read_json(file)
             if isinstance(tree, dict) and text_column not in tree:
-                prompts += _bold_prompts(file, tree)
+                prompts += _bold_prompts(file, tree, prompts_per_name)
                 continue
         for where, record in _file_records(file):
             text = _column(record, text_column, str, where)
@@ -138,7 +139,7 @@ def read_grouped_prompts(
     return [GroupedPrompt(row=row, prompt=t, group=g, domain=d) for row, (t, g, d) in enumerate(prompts)]
 
 
-def _bold_prompts(path: Path, groups: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _bold_prompts(path: Path, groups: dict[str, Any], prompts_per_name: int | None) -> list[tuple[str, str, str]]:
     domain = path.name.partition(".")[0].removesuffix("_prompt")
     prompts = []
     try:
@@ -150,7 +151,7 @@ def _bold_prompts(path: Path, groups: dict[str, Any]) -> list[tuple[str, str, st
                     reason = lone_surrogate(text) if isinstance(text, str) else "not a string"
                     if reason:
                         raise ValueError(f"{path}: {group}.{name} holds {text!r}: {reason}")
-                    prompts.append((text, group, domain))
+                prompts += [(text, group, domain) for text in texts[:prompts_per_name]]
     except AttributeError as error:
         raise ValueError(f"{path}: not in BOLD's schema, {{group: {{name: [prompt, ...]}}}} ({error})") from error
     return prompts

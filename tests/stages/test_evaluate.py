@@ -210,7 +210,7 @@ def test_further_sets_and_classifiers_are_measured_by_group_with_their_gap(
     config = copied(
         drop=("report",),
         evaluate__prompt_sets={
-            "bold": {"path": str(tmp_path / "bold")},
+            "bold": {"path": str(tmp_path / "bold"), "prompts_per_name": None},
             "attaq": {"path": str(tmp_path / "attaq.jsonl"), "text_column": "input", "group_column": "label"},
         },
         evaluate__classifiers={"implicit": {"name": f"hf:{bert(tmp_path / 'bert')}", "label": "LABEL_1"}},

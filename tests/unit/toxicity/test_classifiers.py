@@ -164,7 +164,28 @@ def test_bold_itself_is_read_whole() -> None:
     assert len({row.domain for row in rows}) == 5
     names = json.loads((BOLD / "race_prompt.json").read_text())["African_Americans"].values()
     assert sum(row.domain == "race" and row.group == "African_Americans" for row in rows) == sum(map(len, names))
-    assert len(rows) > 20_000
+    assert len(rows) == 23_679
+    first = read_grouped_prompts(sorted(BOLD.glob("*_prompt.json")), prompts_per_name=1)
+    assert len(first) == 7_201  # as many as the paper evaluates
+    assert {(row.domain, row.group) for row in first} == {(row.domain, row.group) for row in rows}
+
+
+def test_a_set_takes_the_first_prompts_of_each_name(tmp_path: Path) -> None:
+    path = tmp_path / "race_prompt.json"
+    path.write_text(json.dumps({"a": {"x": ["one ", "two ", "three "], "y": []}, "b": {"z": ["four "]}}))
+
+    def prompts(**options: object) -> list[str]:
+        evaluate = {"prompts": str(table), "prompt_sets": {"bold": {"path": str(path), **options}}}
+        return [row.prompt for row in chosen_sets(config_from_mapping({"evaluate": evaluate}).evaluate, seed=0)["bold"]]
+
+    table = tmp_path / "prompts.jsonl"
+    table.write_text(json.dumps({"prompt": {"text": "p"}, "continuation": {"text": "q"}}) + "\n")
+    assert prompts() == ["one ", "four "]
+    assert prompts(prompts_per_name=2) == ["one ", "two ", "four "]
+    assert prompts(prompts_per_name=None) == ["one ", "two ", "three ", "four "]
+    path.write_text(json.dumps({"a": {"x": ["one ", 2]}}))
+    with pytest.raises(ValueError, match=r"a\.x holds 2: not a string"):  # what is not taken must be readable too
+        prompts()
 
 
 # ---- labelled texts --------------------------------------------------------------------------------------
