@@ -122,7 +122,11 @@ def read_grouped_prompts(
     prompts_per_name: int | None = None,
     dotted_key: str = "prompt set",
 ) -> list[GroupedPrompt]:
-    """All prompts of the files, in order; of BOLD's JSON the first `prompts_per_name` of each name, if set. Raises ValueError that names file and row, or JSON key."""
+    """All prompts of the files, in order; of BOLD's JSON the first `prompts_per_name` of each name, if set.
+
+    Raises:
+        ValueError: a row that cannot be used, or no prompt; names file and row, or JSON key.
+    """
     prompts: list[tuple[str, str, str]] = []
     for file in (file for path in paths for file in list_files(str(path), dotted_key, TABLES)):
         if kind_of(file) == "json" and not holds_json_lines(file, text_column):
