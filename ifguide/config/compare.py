@@ -12,6 +12,7 @@ from ifguide.config.sources import ClassifierSource, check_classifier
 from ifguide.config.typed_yaml import ConfigError, option
 
 OWN_MODELS = ("baseline", "penalised")
+SCORED = ("ngrams", "probe", "span_probe", "excess_loss")  # masks by token scores of their own
 OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own
 
 
@@ -148,6 +149,8 @@ class Method:
 
     Attributes:
         mask: how masked tokens are found; see evaluation.md.
+        selection: how scores become a mask of the run's own size: the highest `tokens`, or `units` as in `build_mask`,
+            with its quantile and window. Null: `tokens`; `influence` keeps the run's own mask.
         objective: kind of loss of masked tokens; `ignore` filters. Null: that of `pretrain`.
         penalty: lambda. Null: that of `pretrain`.
         dpo: train by preference.
@@ -167,9 +170,14 @@ class Method:
             "word_documents",
             "documents",
             "annotated_documents",
+            "ngrams",
+            "probe",
+            "span_probe",
+            "excess_loss",
         ]
         | None
     ) = None
+    selection: Literal["tokens", "units"] | None = None
     objective: ObjectiveKind | None = None
     penalty: float | None = option(None, at_least=0)
     dpo: Dpo | None = None
@@ -178,7 +186,7 @@ class Method:
     def describe(self) -> str:
         """The method in a few words."""
         if self.mask is not None:
-            return f"{self.mask} masked"
+            return f"{self.mask} masked{f' by {self.selection}' if self.selection else ''}"
         return f"DPO of {self.dpo.model}" if self.dpo else f"RAD of {self.rad.model if self.rad else None}"
 
 
@@ -230,6 +238,8 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
         for option_name in ("objective", "penalty"):
             if getattr(method, option_name) is not None and method.mask is None:
                 raise ConfigError(f"{key}.{option_name}: is of masked tokens; {kinds[0]} has none")
+        if method.selection and method.mask not in ("influence", *SCORED):
+            raise ConfigError(f"{key}.selection: is of masks by scores: influence, {', '.join(SCORED)}")
         start = method.dpo or method.rad
         if start and start.model not in models:
             raise ConfigError(f"{key}.{kinds[0]}.model: {start.model!r} is none of {', '.join(models)}")

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from ifguide import schemas
-from ifguide.artifacts import publish, require_same, verified
+from ifguide.artifacts import require_same, verified
 from ifguide.config import ModelSource
 from ifguide.influence.decision import Decision
 from ifguide.influence.memory import is_out_of_memory, keep_memory
 from ifguide.influence.method import Attribution
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import read_direction
+from ifguide.influence.score_tables import write_scores
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import state_fingerprint
 
@@ -82,7 +81,8 @@ class ScoreShard:
             started = time.monotonic()
             scores_KBT, halvings = self._score(tokens_BT, lengths_B)
             seconds = time.monotonic() - started
-        self._write(shard.name, table.column("block_id"), scores_KBT)
+        scores = dict(zip(self.settings.queries, scores_KBT, strict=True))
+        write_scores(self.settings.scores / shard.name, table.column("block_id"), scores)
         return {
             "blocks": len(tokens_BT),
             "tokens": int(lengths_B.sum()),
@@ -112,25 +112,3 @@ class ScoreShard:
                 continue
             start += size
         return np.concatenate(parts, axis=1), halvings
-
-    def _write(self, name: str, block_ids: pa.ChunkedArray, scores_KBT: np.ndarray) -> None:
-        behaviours = list(self.settings.queries)
-        schema = schemas.scores(scores_KBT.shape[2], behaviours)
-        columns = []
-        for behaviour, scores_BT in zip(behaviours, scores_KBT, strict=True):
-            _require_finite(scores_BT, block_ids, name)
-            columns.append(schemas.per_token_column(scores_BT, schema, schemas.score_column(behaviour)))
-        with publish(self.settings.scores / name) as part:
-            # Hardly two scores are equal: a dictionary of them is longer than they are.
-            pq.write_table(pa.Table.from_arrays([block_ids, *columns], schema=schema), part, use_dictionary=False)
-
-
-def _require_finite(scores_BT: np.ndarray, block_ids: pa.ChunkedArray, shard: str) -> None:
-    broken = np.argwhere(~np.isfinite(scores_BT))
-    if len(broken):
-        block = block_ids[int(broken[0][0])].as_py()
-        value = scores_BT[tuple(broken[0])]
-        raise ValueError(
-            f"scores of {shard}: {len(broken)} are not finite, the first is {value} at token {broken[0][1]} of"
-            f" block {block}; the proxy or the query overflows, check both for NaN"
-        )

@@ -18,14 +18,13 @@ from typing import Any
 from ifguide.artifacts import (
     MANIFEST,
     Manifest,
-    data_files,
     json_digest,
     publish,
     read_manifest,
     require,
     write_json,
 )
-from ifguide.config import OWN, ClassifierSource, Config, ConfigError, Pretrain, to_yaml
+from ifguide.config import Config, ConfigError, Pretrain, to_yaml
 from ifguide.config.compare import Dpo, Method, Rad
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import connect, require_resources
@@ -37,7 +36,6 @@ from ifguide.evaluation.measuring import continue_prompts, measure_models
 from ifguide.evaluation.prompts import PROMPTS, chosen_prompts, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
 from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate
-from ifguide.methods.masks import RANDOM, Marking, mark_corpus
 from ifguide.methods.preferences import DPO, HF, DpoTraining, RewardTraining, check_preferences, train
 from ifguide.methods.samples import SampleFiles, sampling_options, training_prompts
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
@@ -45,17 +43,12 @@ from ifguide.report.data import ReportSources, comparison_data
 from ifguide.report.figures import Made, masked_loss, model_rows
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import BASELINE, PENALISED, Run
-from ifguide.spans.tables import SPANS, PackedCorpus
-from ifguide.stages.build_mask import build_mask
-from ifguide.stages.build_query import build_query
 from ifguide.stages.evaluate import evaluation_of
+from ifguide.stages.method_masks import VERB, check_mask, classifier_of, method_mask
 from ifguide.stages.pretrain import pretrain
-from ifguide.stages.score_corpus import score_corpus
 from ifguide.storage import file_sizes
 from ifguide.telemetry import log
 from ifguide.toxicity import training_inputs
-
-VERB = "compare"
 
 
 def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -102,7 +95,7 @@ class _Grid:
 
     def _add_mask(self, name: str, method: Method) -> None:
         child = method_run(self.run, name, method)
-        mask = _mask(self.run, child, method)
+        mask = method_mask(self.run, child, method)
         pretrain(child)
         self.children[name] = child
         self.models[name] = _model(child.model(PENALISED) / "hf", read_manifest(child.model(PENALISED)))
@@ -167,7 +160,7 @@ class _Samples:
         self.run, config = run, run.config
         assert config.build_query.prompts is not None
         options = sampling_options(
-            config.evaluate, config.compare.samples, config.build_query.prompts, _classifier(config)
+            config.evaluate, config.compare.samples, config.build_query.prompts, classifier_of(config)
         )
         # other random numbers than the evaluation's
         config = replace(config, run_dir=str(run.folder / VERB / "samples"), seed=config.seed + 1, evaluate=options)
@@ -220,26 +213,9 @@ def _sample(sampler: Run, baseline: Model, sets: Mapping[str, Prompts]) -> Manif
 
 def _check(config: Config, key: str, method: Method) -> None:
     if method.mask is None:
-        check_preferences(key, config.build_query.prompts, _classifier(config))
+        check_preferences(key, config.build_query.prompts, classifier_of(config))
     else:
-        annotated = any(source.spans_column for source in config.pack_corpus.inputs)
-        _marking(config, method.mask).check(key, annotated=annotated)
-
-
-def _classifier(config: Config) -> ClassifierSource:
-    """That of the compared methods."""
-    return config.compare.classifier or config.evaluate.classifier
-
-
-def _marking(config: Config, kind: str) -> Marking:
-    return Marking(
-        kind=kind,
-        words=config.evaluate.word_list,
-        classifier=_classifier(config),
-        threshold=config.compare.threshold,
-        tokenizer=config.tokenizer_source,
-        seed=config.seed,
-    )
+        check_mask(config, key, method.mask)
 
 
 def _model(folder: Path, manifest: Manifest) -> Model:
@@ -267,55 +243,9 @@ def _training(run: Run, method: Method) -> Pretrain:
 def method_run(run: Run, name: str, method: Method) -> Run:
     """The run of one method, in a directory of its own, on this run's corpus."""
     config = replace(run.config, run_dir=str(run.folder / VERB / name), pretrain=_training(run, method))
-    return Run(config=config).borrow(run, "corpus", *(["mask"] if method.mask == "influence" else []))
-
-
-def _mask(run: Run, child: Run, method: Method) -> Manifest:
-    if method.mask == "plain_influence":
-        return _plain_influence(run, child)
-    if method.mask not in (None, "influence"):
-        return marked_mask(run, child, method.mask)
-    return require(run.mask, "build_mask")
-
-
-def marked_mask(run: Run, child: Run, kind: str) -> Manifest:
-    """Make the mask of a method that marks text or draws tokens in `child.mask`, for the corpus of `run`.
-
-    Raises:
-        FileNotFoundError: the corpus, or the mask that a random one is measured by, is missing. StageError: a shard
-            failed.
-    """
-    manifest = require(run.corpus, "pack_corpus")
-    marking, inputs = _marking(run.config, kind), {"corpus": manifest.fingerprint}
-    if "classifier" in marking.result_options():
-        inputs |= training_inputs({"compare.classifier": marking.classifier})
-    if kind in RANDOM:
-        inputs["mask"] = require(run.mask, "build_mask").fingerprint
-    artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=marking.result_options())
-    if artifact.manifest:
-        return artifact.manifest
-    connect(run.config.cluster)
-    corpus = PackedCorpus.of(run.corpus, manifest)
-    marked = mark_corpus(marking, corpus, child.mask, run.mask, verb=VERB, resources=run.config.compare.resources)
-    files = data_files(child.mask) + data_files(child.mask, SPANS)
-    return artifact.finish(files, rows=marked.rows, summary=marked.summary, digests=marked.files, remove=(LEDGER,))
-
-
-def _plain_influence(run: Run, child: Run) -> Manifest:
-    """The mask of the same selection from scores of the positive queries alone, with this run's factors and proxy."""
-    config = child.config
-    config = replace(
-        config,
-        build_query=replace(config.build_query, differential=False),
-        score_corpus=replace(config.score_corpus, queries={}),
-        build_mask=replace(config.build_mask, behaviour=OWN),
+    return Run(config=config).borrow(
+        run, "corpus", *(["mask"] if method.mask == "influence" and not method.selection else [])
     )
-    plain = replace(child, config=config).borrow(run, "model/baseline", "factors")
-    build_query(plain)
-    score_corpus(plain)
-    mask = build_mask(plain)
-    assert mask is not None
-    return mask
 
 
 def _measure(run: Run, grid: _Grid) -> Manifest:
@@ -363,7 +293,8 @@ def _sources(run: Run, grid: _Grid) -> ReportSources:
     trained = run.models | {name: child.model(PENALISED) for name, child in grid.children.items()}
     artifacts = run.artifact_folders()
     for name, child in grid.children.items():
-        artifacts |= {f"compare/{name}/mask": child.mask, f"compare/{name}/model": child.model(PENALISED)}
+        made = {"scores": child.scores, "mask": child.mask, "model": child.model(PENALISED)}
+        artifacts |= {f"compare/{name}/{kind}": folder for kind, folder in made.items()}
     return ReportSources(
         title=f"IF-Guide comparison: {run.folder.name}",
         options=run.config.evaluate,

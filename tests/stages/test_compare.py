@@ -22,7 +22,8 @@ from ifguide.methods.finders import sentence_spans, word_spans
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
 from ifguide.run import Run
-from ifguide.stages.compare import compare, marked_mask, method_run
+from ifguide.stages.compare import compare, method_run
+from ifguide.stages.method_masks import marked_mask
 from ifguide.toxicity import make_classifier
 from ifguide.words import WordList
 

@@ -353,6 +353,10 @@ def test_result_options_of_sections_by_name_leave_placement_out():
         ({"a": {"mask": "random", "rad": {}}}, "compare.methods.a: set one of mask, dpo and rad; it has mask and rad"),
         ({"a": {"dpo": {}, "penalty": 2}}, "compare.methods.a.penalty: is of masked tokens; dpo has none"),
         ({"a": {"rad": {}, "objective": "ignore"}}, "compare.methods.a.objective: is of masked tokens; rad has none"),
+        (
+            {"a": {"mask": "words", "selection": "units"}},
+            "compare.methods.a.selection: is of masks by scores: influence",
+        ),
         ({"a": {"rad": {"model": "b"}}}, "compare.methods.a.rad.model: 'b' is none of baseline, penalised"),
         ({"a": {"rad": {}}, "b": {"dpo": {"model": "a"}}}, "compare.methods.b.dpo.model: 'a' is none of baseline"),
         (

@@ -1,0 +1,253 @@
+"""Token scores of a corpus by a method that is fitted once: n-gram log-odds, a probe, or excess loss.
+
+The finder is fitted in one worker and kept in `finder/` of the folder of scores. Then every shard of the corpus gets a
+table of scores of the same schema as `score_corpus` makes, rows in as rows out: whatever reads those reads these. Both
+steps are resumed.
+
+Bytes are the same for any number of workers. Another number of threads in a worker moves scores by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ifguide.artifacts import FileEntry, publish, require_same
+from ifguide.config import OWN, ConfigError, ModelSource
+from ifguide.config.compare import ExcessLoss, Ngrams, Probe
+from ifguide.config.resources import Resources
+from ifguide.config.typed_yaml import result_part
+from ifguide.distributed.shards import Pool, StageError, run_shards
+from ifguide.influence.proxy import load_proxy
+from ifguide.influence.query_file import read_queries
+from ifguide.influence.score_tables import write_scores
+from ifguide.methods.excess_loss import ExcessLossFinder, load_excess_loss, tune_excess_loss
+from ifguide.methods.labelled_blocks import document_numbers, labelled_blocks
+from ifguide.methods.ngrams import NgramFinder, fit_ngrams, load_ngrams
+from ifguide.methods.probes import ProbeFinder, fit_cross_probe, fit_query_probe, load_probe
+from ifguide.models import state_fingerprint
+from ifguide.spans.tables import PackedCorpus, shard_name
+from ifguide.storage import local_copy
+from ifguide.tokenizer import load_tokenizer
+
+FINDER = "finder"  # folder of what is fitted, within that of the scores
+CONTEXT = 64  # tokens on either side of a shard, for a word or pair of words on its edge
+FILES = {
+    "ngrams": "ngrams.json",
+    "probe": "probe.npz",
+    "span_probe": "probe.npz",
+    "excess_loss": "tuned.safetensors",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How a corpus is scored: a kind of `Method.mask`, its options, and what it learns from.
+
+    `queries` is the folder of the query, `max_tokens` of one. `proxy_fingerprint` is the query's. `gpus` are a
+    worker's."""
+
+    kind: str
+    options: Ngrams | Probe | ExcessLoss
+    queries: Path
+    max_tokens: int
+    tokenizer: str
+    proxy: ModelSource
+    proxy_fingerprint: str
+    beginning: int | None
+    seed: int
+    gpus: float = 0.0
+
+    def result_options(self) -> dict[str, Any]:
+        """What decides the scores, besides the corpus and the query."""
+        return {"scores": self.kind, self.kind: result_part(self.options), "seed": self.seed}
+
+    def file(self, folder: Path) -> Path:
+        """Where the finder lies in the folder of the scores."""
+        return folder / FINDER / FILES[self.kind]
+
+
+def check_scored(kind: str, key: str, *, annotated: bool, differential: bool) -> None:
+    """Refuse what a run cannot have. `annotated`: its documents came with spans; `differential`: its query has
+    negative ones.
+
+    Raises:
+        ConfigError: names `key`, and what to set.
+    """
+    if kind == "span_probe" and not annotated:
+        raise ConfigError(
+            f"{key}.mask: {kind} needs spans that came with the documents; set pack_corpus.inputs[i].spans_column"
+        )
+    if kind != "span_probe" and not differential:
+        raise ConfigError(f"{key}.mask: {kind} needs queries of both sets; set build_query.differential")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredShards:
+    """What was scored: blocks and tokens, what the finder says of itself and the range of the scores; `files`."""
+
+    rows: dict[str, int]
+    summary: dict[str, Any]
+    files: Mapping[str, FileEntry]
+
+
+def score_tokens(
+    scoring: Scoring, corpus: PackedCorpus, folder: Path, *, verb: str, resources: Resources
+) -> ScoredShards:
+    """Fit the finder and write the scores of every shard of the corpus in `folder`.
+
+    Raises:
+        StageError: the fit or a shard failed, or not every block was scored.
+    """
+    gpus = 0.0 if scoring.kind == "ngrams" else resources.gpus
+    scoring, resources = replace(scoring, gpus=gpus), replace(resources, gpus=gpus)
+    settings = ScoringSettings(scoring=scoring, corpus=corpus, folder=folder)
+    fitted = run_shards(
+        verb,
+        [FitTask(key=f"fit-{scoring.kind}")],
+        FitFinder,
+        settings,
+        folder=folder,
+        pool=Pool(size=1, resources=resources),
+        unit="finders fitted",
+    )
+    shards = [ScoreTask(key=f"score-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
+    pool = Pool.filling_cluster(resources)
+    results = run_shards(verb, shards, ScoreShard, settings, folder=folder, pool=pool, unit="shards scored")
+    rows = {name: sum(result[name] for result in results.values()) for name in ("blocks", "tokens")}
+    if rows != {"blocks": corpus.num_blocks, "tokens": corpus.num_tokens}:
+        raise StageError(f"{verb}: scored {rows} of {corpus.num_blocks} blocks, {corpus.num_tokens} tokens")
+    summary = {
+        **next(iter(fitted.values())),
+        "score_min": min(result["score_min"] for result in results.values()),
+        "score_max": max(result["score_max"] for result in results.values()),
+    }
+    return ScoredShards(rows=rows, summary=summary, files=results.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """Of `FitFinder` and `ScoreShard`: the corpus, and the folder of its scores."""
+
+    scoring: Scoring
+    corpus: PackedCorpus
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitTask:
+    """The finder."""
+
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTask:
+    """One shard of the corpus, by its number."""
+
+    key: str
+    shard: int
+
+
+class FitFinder:
+    """Worker: the queries, or annotated documents -> the finder."""
+
+    def __init__(self, settings: ScoringSettings):
+        self.settings, self.scoring = settings, settings.scoring
+
+    def process(self, task: FitTask) -> dict[str, Any]:
+        finder = self._fit()
+        with publish(self.scoring.file(self.settings.folder)) as part:
+            finder.save(part)
+        return finder.summary
+
+    def _fit(self) -> NgramFinder | ProbeFinder | ExcessLossFinder:
+        scoring, tokenizer = self.scoring, load_tokenizer(self.scoring.tokenizer)
+        options, seed = scoring.options, scoring.seed
+        if scoring.kind == "span_probe":
+            assert isinstance(options, Probe)
+            blocks, labels, documents = labelled_blocks(self.settings.corpus, options.tokens // 2, seed)
+            return fit_cross_probe(
+                _proxy(scoring), blocks, labels, documents, options=options, seed=seed, beginning=scoring.beginning
+            )
+        rows = read_queries(scoring.queries)
+        positive, negative = (
+            [(row.prompt, row.completion) for row in rows if row.positive == kind] for kind in (True, False)
+        )
+        if isinstance(options, Ngrams):
+            return fit_ngrams(tokenizer, positive, negative, options=options, max_tokens=scoring.max_tokens)
+        shared: dict[str, Any] = {
+            "seed": seed,
+            "max_tokens": scoring.max_tokens,
+            "beginning": scoring.beginning,
+        }
+        if isinstance(options, Probe):
+            return fit_query_probe(_proxy(scoring), tokenizer, positive, negative, options=options, **shared)
+        return tune_excess_loss(_proxy(scoring), tokenizer, positive, negative, options=options, **shared)
+
+
+class ScoreShard:
+    """Worker: one shard of the corpus -> its scores."""
+
+    def __init__(self, settings: ScoringSettings):
+        self.corpus, self.folder, self.scoring = settings.corpus, settings.folder, settings.scoring
+        file, beginning = local_copy(self.scoring.file(self.folder)), self.scoring.beginning
+        self.finder: NgramFinder | ProbeFinder | ExcessLossFinder
+        if self.scoring.kind == "ngrams":
+            self.finder = load_ngrams(file, load_tokenizer(self.scoring.tokenizer))
+        elif self.scoring.kind == "excess_loss":
+            self.finder = load_excess_loss(file, _proxy(self.scoring), beginning=beginning)
+        else:
+            self.finder = load_probe(file, _proxy(self.scoring), beginning=beginning)
+
+    def process(self, task: ScoreTask) -> dict[str, Any]:
+        begin, end = self.corpus.extent(task.shard)
+        values, size = self._score(task.shard, begin, end), self.corpus.block_size
+        num_blocks = -(-len(values) // size)
+        scores_BT = np.zeros((num_blocks, size), np.float32)
+        scores_BT.reshape(-1)[: len(values)] = values
+        scores_BT[:, 0] = 0
+        block_ids = pa.array(begin // size + np.arange(num_blocks), pa.int64())
+        write_scores(self.folder / f"shard-{shard_name(task.shard)}.parquet", block_ids, {OWN: scores_BT})
+        return {
+            "blocks": num_blocks,
+            "tokens": end - begin,
+            "score_min": float(scores_BT.min()),
+            "score_max": float(scores_BT.max()),
+        }
+
+    def _score(self, shard: int, begin: int, end: int) -> NDArray[np.float32]:
+        """The scores (n,) of the shard's tokens."""
+        corpus = self.corpus
+        if self.finder.in_stream:
+            low, high = max(begin - CONTEXT, 0), min(end + CONTEXT, corpus.num_tokens)
+            (scores,) = self.finder.score([corpus.read(corpus.folder, "shard", "tokens", low, high).tolist()])
+            return scores[begin - low : end - low]
+        blocks = _in_blocks(corpus.read(corpus.folder, "shard", "tokens", begin, end), corpus.block_size)
+        if self.scoring.kind == "span_probe":
+            assert isinstance(self.finder, ProbeFinder)
+            documents = _in_blocks(document_numbers(corpus, shard), corpus.block_size)
+            return np.concatenate(self.finder.score([block.tolist() for block in blocks], documents))
+        return np.concatenate(self.finder.score([block.tolist() for block in blocks]))
+
+
+def _in_blocks(values: np.ndarray, block_size: int) -> list[np.ndarray]:
+    return [values[start : start + block_size] for start in range(0, len(values), block_size)]
+
+
+def _proxy(scoring: Scoring) -> Any:
+    """The proxy that the query was made with.
+
+    Raises:
+        MismatchError: another one lies there by now."""
+    model = load_proxy(scoring.proxy, gpus=scoring.gpus)
+    require_same(
+        "the proxy on this node", state_fingerprint(model), "the query's", scoring.proxy_fingerprint, "sync it"
+    )
+    return model.requires_grad_(False)

@@ -1,0 +1,211 @@
+"""The masks that `compare` sets beside the run's own, each an artifact in the run directory of its method.
+
+Methods that mark text or draw tokens write a mask (`methods.masks`). Methods that score tokens write `scores/`, and
+their mask is the tokens of highest score, as many as the run's own mask has, or the run's selection of those scores.
+`plain_influence` is the run's selection
+of other scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ifguide.artifacts import Manifest, data_files, require
+from ifguide.config import OWN, ClassifierSource, Config
+from ifguide.config.compare import SCORED, Method
+from ifguide.distributed.session import connect
+from ifguide.distributed.shards import LEDGER
+from ifguide.distributed.tasks import run_tasks
+from ifguide.influence.proxy import Beginning
+from ifguide.methods.masks import RANDOM, Marking, mark_corpus
+from ifguide.methods.token_scores import FINDER, Scoring, check_scored, score_tokens
+from ifguide.run import Run
+from ifguide.schemas import score_column
+from ifguide.selection.top import ScoredCorpus, select_top
+from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
+from ifguide.stages.build_mask import build_mask
+from ifguide.stages.build_query import build_query
+from ifguide.stages.score_corpus import score_corpus
+from ifguide.tokenizer import load_tokenizer
+from ifguide.toxicity import training_inputs
+
+VERB = "compare"
+
+
+def check_mask(config: Config, key: str, kind: str) -> None:
+    """Refuse a mask that a run of this config cannot have.
+
+    Raises:
+        ConfigError: names `key` and what is missing.
+    """
+    annotated = any(source.spans_column for source in config.pack_corpus.inputs)
+    if kind in SCORED:
+        check_scored(kind, key, annotated=annotated, differential=config.build_query.differential)
+    else:
+        _marking(config, kind).check(key, annotated=annotated)
+
+
+def method_mask(run: Run, child: Run, method: Method) -> Manifest:
+    """The mask of `method`, which is made in the run `child` unless it is the run's own.
+
+    Raises:
+        FileNotFoundError: an artifact of `run` is missing. StageError: a shard failed.
+    """
+    if method.mask == "plain_influence":
+        return _plain_influence(run, child)
+    if method.mask in SCORED or method.selection:
+        return scored_mask(run, child, method)
+    if method.mask not in (None, "influence"):
+        return marked_mask(run, child, method.mask)
+    return require(run.mask, "build_mask")
+
+
+def classifier_of(config: Config) -> ClassifierSource:
+    """That of the compared methods."""
+    return config.compare.classifier or config.evaluate.classifier
+
+
+def _marking(config: Config, kind: str) -> Marking:
+    return Marking(
+        kind=kind,
+        words=config.evaluate.word_list,
+        classifier=classifier_of(config),
+        threshold=config.compare.threshold,
+        tokenizer=config.tokenizer_source,
+        seed=config.seed,
+    )
+
+
+def marked_mask(run: Run, child: Run, kind: str) -> Manifest:
+    """Make the mask of a method that marks text or draws tokens in `child.mask`, for the corpus of `run`.
+
+    Raises:
+        FileNotFoundError: the corpus, or the mask that a random one is measured by, is missing. StageError: a shard
+            failed.
+    """
+    manifest = require(run.corpus, "pack_corpus")
+    marking, inputs = _marking(run.config, kind), {"corpus": manifest.fingerprint}
+    if "classifier" in marking.result_options():
+        inputs |= training_inputs({"compare.classifier": marking.classifier})
+    if kind in RANDOM:
+        inputs["mask"] = require(run.mask, "build_mask").fingerprint
+    artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=marking.result_options())
+    if artifact.manifest:
+        return artifact.manifest
+    connect(run.config.cluster)
+    corpus = PackedCorpus.of(run.corpus, manifest)
+    marked = mark_corpus(marking, corpus, child.mask, run.mask, verb=VERB, resources=run.config.compare.resources)
+    files = data_files(child.mask) + data_files(child.mask, SPANS)
+    return artifact.finish(files, rows=marked.rows, summary=marked.summary, digests=marked.files, remove=(LEDGER,))
+
+
+def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
+    """Make the mask of a method by token scores in `child.mask`: as many tokens as the mask of `run` has.
+
+    They are the tokens of highest score, ties by position, or are selected unit by unit as the run's own are; then
+    there may be fewer, where fewer pass the quantile.
+
+    Raises:
+        FileNotFoundError: corpus, query, scores or mask are missing. StageError: a shard failed.
+    """
+    corpus, own = require(run.corpus, "pack_corpus"), require(run.mask, "build_mask")
+    assert method.mask is not None
+    if method.mask == "influence":
+        child, scores, behaviour = (
+            child.borrow(run, "scores"),
+            require(run.scores, "score_corpus"),
+            run.config.build_mask.behaviour,
+        )
+    else:
+        scores, behaviour = method_scores(run, child, method.mask), OWN
+    count = own.rows["tokens"]
+    if method.selection == "units":
+        # half a token more, so that the fraction comes to the count whatever its rounding
+        fraction = (count + 0.5) / own.summary["predicted_tokens"]
+        options = replace(run.config.build_mask, behaviour=behaviour, max_fraction=min(fraction, 1.0))
+        mask = build_mask(replace(child, config=replace(child.config, build_mask=options)))
+        assert mask is not None
+        return mask
+    inputs = {"corpus": corpus.fingerprint, "scores": scores.fingerprint, "mask": own.fingerprint}
+    extra = {"mask": method.mask, "behaviour": behaviour}
+    artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=extra)
+    if artifact.manifest:
+        return artifact.manifest
+    connect(run.config.cluster)
+    packed, on_the_cluster = PackedCorpus.of(run.corpus, corpus), run_tasks(run.config.build_mask.resources)
+    scored = ScoredCorpus(corpus=packed, scores=child.scores, column=score_column(behaviour))
+    counts = select_top(scored, child.mask, count, on_the_cluster)
+    list(on_the_cluster(write_spans, ((packed, child.mask, shard) for shard in range(packed.num_shards))))
+    return artifact.finish(
+        data_files(child.mask) + data_files(child.mask, SPANS),
+        rows={"blocks": counts.blocks, "tokens": counts.masked},
+        summary={
+            "tokens_masked": counts.masked,
+            "predicted_tokens": counts.predicted,
+            "least_score": counts.least,
+            "behaviour": behaviour,
+        },
+    )
+
+
+def method_scores(run: Run, child: Run, kind: str) -> Manifest:
+    """Make the token scores of a method in `child.scores`, for the corpus and the query of `run`."""
+    manifest, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
+    scoring = _scoring(run, query, kind)
+    inputs = {"corpus": manifest.fingerprint, "query": query.fingerprint, "proxy": query.inputs["proxy"]}
+    artifact = run.open(child.scores, VERB, keys=("tokenizer",), inputs=inputs, extra=scoring.result_options())
+    if artifact.manifest:
+        return artifact.manifest
+    run.require_proxy()
+    connect(run.config.cluster)
+    corpus = PackedCorpus.of(run.corpus, manifest)
+    scored = score_tokens(scoring, corpus, child.scores, verb=VERB, resources=run.config.compare.resources)
+    return artifact.finish(
+        data_files(child.scores),
+        rows=scored.rows,
+        summary=scored.summary,
+        digests=scored.files,
+        remove=(LEDGER, FINDER),
+    )
+
+
+def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
+    config = run.config
+    tokenizer = load_tokenizer(config.tokenizer_source)
+    beginning = Beginning.of(tokenizer, is_baseline=config.proxy_is_baseline)
+    beginning.require_of(run.query, query.inputs)
+    options: dict[str, Any] = {
+        "ngrams": config.compare.ngrams,
+        "probe": config.compare.probe,
+        "span_probe": config.compare.probe,
+        "excess_loss": config.compare.excess_loss,
+    }
+    return Scoring(
+        kind=kind,
+        options=options[kind],
+        queries=run.query,
+        max_tokens=config.build_query.max_tokens,
+        tokenizer=config.tokenizer_source,
+        proxy=run.proxy_source,
+        proxy_fingerprint=query.inputs["proxy"],
+        beginning=beginning.token,
+        seed=config.seed,
+    )
+
+
+def _plain_influence(run: Run, child: Run) -> Manifest:
+    """The mask of the same selection from scores of the positive queries alone, with this run's factors and proxy."""
+    config = child.config
+    config = replace(
+        config,
+        build_query=replace(config.build_query, differential=False),
+        score_corpus=replace(config.score_corpus, queries={}),
+        build_mask=replace(config.build_mask, behaviour=OWN),
+    )
+    plain = replace(child, config=config).borrow(run, "model/baseline", "factors")
+    build_query(plain)
+    score_corpus(plain)
+    mask = build_mask(plain)
+    assert mask is not None
+    return mask
