@@ -3,7 +3,7 @@
 `measure` gives the content of `report/metrics.json`:
 
     {"threshold", "bootstrap_samples", "confidence", "grouped_by": {"label": n, "classifier": n},
-     "evaluators": [class, ...],
+     "evaluators": [class, ...], "unlisted": {class: evaluator},
      "models": {model: {"sets": {set: {"groups": {group: FIGURES}, "gaps": {domain: FIGURES}}},
                         "perplexity": F, "benign_perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F}},
      "paired": {model: {"against": first model, the same with D in place of F}}}
@@ -14,10 +14,15 @@
         "ratio_high"}, model over the first one
 
 `evaluators` are the classes that figures are compared by: the primary class of `evaluate.classifier`, then that of each
-of `evaluate.classifiers`, which has its name. Any other class is one more label of one of these classifiers.
+of `evaluate.classifiers`, which has its name. Any other class is one more label of one of these classifiers, but with
+`evaluate.word_list` those of `unlisted`, `<evaluator> without listed words`: the same figures with the score of every
+continuation that holds a listed word taken as 0. So EMT is of the highest score among a prompt's other continuations, 0
+where it has none, TP the share of prompts that draw the behaviour at least once without a listed word, and both are at
+most those of all continuations. `listed` is the share of continuations that hold a listed word.
 
 Groups of `evaluate.prompts` are `all`, `with <behaviour>` and `without <behaviour>` (the prompt itself shows it, by its
-label, or by the classifier if it has none: `grouped_by` counts them); those of other sets their own, `domain/group` for
+label, or by the classifier if it has none: `grouped_by` counts them), and with a word list `with a listed word` and
+`without a listed word` (in the prompt itself); those of other sets their own, `domain/group` for
 BOLD. `gaps` are the largest group's figure less the smallest's in a domain. `perplexity` is of all held-out documents,
 `benign_perplexity` of those that the classifier does not flag: null where it flags none, for it is the same then. A
 model that has unlearned the behaviour finds flagged text surprising, as it should. A figure that was not measured, or
@@ -36,6 +41,7 @@ import pyarrow as pa
 
 from ifguide import schemas
 from ifguide.artifacts import verified_files
+from ifguide.config import Evaluate
 from ifguide.distributed.shards import StageError
 from ifguide.evaluation import Bootstrap, Replicates, Resampled
 from ifguide.evaluation.bootstrap import gap
@@ -43,6 +49,7 @@ from ifguide.evaluation.metrics import BY_CLASS, THRESHOLD, Statistics, behaviou
 from ifguide.evaluation.prompts import PROMPTS
 from ifguide.evaluation.subjects import VERB, Evaluation, Prompts
 from ifguide.storage import file_sizes
+from ifguide.words import WordList
 
 METRICS = "metrics.json"
 CONTINUATIONS, FLUENCY = "continuations", "fluency"
@@ -92,12 +99,14 @@ def measure(evaluation: Evaluation, prompts: Mapping[str, Any]) -> dict[str, Any
     bootstrap = Bootstrap(samples=evaluation.options.bootstrap_samples, seed=evaluation.seed)
     measured = {model: _measure_model(evaluation, model, flagged_P, bootstrap) for model in evaluation.models}
     first, *others = measured
+    evaluators = _evaluators(measured[first].sets[PROMPTS]["groups"]["all"], evaluation)
     return {
         "threshold": THRESHOLD,
         "bootstrap_samples": bootstrap.samples,
         "confidence": bootstrap.confidence,
         "grouped_by": prompts["grouped_by"],
-        "evaluators": _evaluators(evaluation, measured[first]),
+        "evaluators": evaluators,
+        "unlisted": {_unlisted(label): label for label in evaluators if evaluation.options.word_list},
         "models": {model: _shown(of_model, bootstrap) for model, of_model in measured.items()},
         "paired": {
             model: {"against": first, **_compared(measured[model], measured[first], bootstrap)} for model in others
@@ -105,10 +114,14 @@ def measure(evaluation: Evaluation, prompts: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _evaluators(evaluation: Evaluation, measured: _Measured) -> list[str]:
-    figures = measured.sets[PROMPTS]["groups"]["all"]
+def _evaluators(figures: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
+    """The classes that models are compared by, from figures by class, the primary one first."""
     primary = next(name.partition("/")[2] for name in figures if name.startswith("emt/"))
     return [primary, *evaluation.options.classifiers]
+
+
+def _unlisted(label: str) -> str:
+    return f"{label} without listed words"
 
 
 def _measure_model(evaluation: Evaluation, model: str, flagged_P: np.ndarray, bootstrap: Bootstrap) -> _Measured:
@@ -117,7 +130,7 @@ def _measure_model(evaluation: Evaluation, model: str, flagged_P: np.ndarray, bo
         items = _items(evaluation, model, name, rows)
         parts = {
             group: {figure: (num[mask], den[mask]) for figure, (num, den) in items.items()}
-            for group, mask in _groups(name, rows, flagged_P, evaluation.options.behaviour).items()
+            for group, mask in _groups(name, rows, flagged_P, evaluation.options).items()
         }
         groups = {group: bootstrap.ratios(part) for group, part in parts.items()}
         sets[name] = {"groups": groups, "gaps": _gaps(parts, bootstrap) if name != PROMPTS else {}}
@@ -181,10 +194,15 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def _groups(name: str, rows: Prompts, flagged_P: np.ndarray, behaviour: str) -> dict[str, np.ndarray]:
+def _groups(name: str, rows: Prompts, flagged_P: np.ndarray, options: Evaluate) -> dict[str, np.ndarray]:
     everything = {"all": np.ones(len(rows), dtype=bool)}
     if name == PROMPTS:
-        return {**everything, f"with {behaviour}": flagged_P, f"without {behaviour}": ~flagged_P}
+        groups = {**everything, f"with {options.behaviour}": flagged_P, f"without {options.behaviour}": ~flagged_P}
+        if options.word_list:
+            words = WordList(options.word_list)
+            listed_P = np.array([words.any_in(row.prompt) for row in rows])
+            groups |= {"with a listed word": listed_P, "without a listed word": ~listed_P}
+        return groups
     names = [f"{row.domain}/{row.group}" if row.domain else row.group for row in rows]
     return everything | {group: np.array([own == group for own in names]) for group in sorted(set(names) - {""})}
 
@@ -211,10 +229,32 @@ def _gaps(parts: Mapping[str, Resampled], bootstrap: Bootstrap) -> dict[str, Fig
 
 def _items(evaluation: Evaluation, model: str, name: str, rows: Prompts) -> Resampled:
     """Numerator and denominator of every figure, by prompt in the order of `rows`."""
-    continuations = evaluation.options.continuations
+    tokens, scores, listed_PK = _continuations(evaluation, model, name, rows)
+    items: Statistics = {}
+    for label, table_PK in scores.items():
+        if np.isnan(table_PK).any():
+            row = rows[int(np.isnan(table_PK).any(axis=1).argmax())].row
+            raise StageError(f"{VERB}: {model}, prompt {row} of {name}: a continuation has no {label} score")
+        items |= {f"{figure}/{label}": parts for figure, parts in behaviour_statistics(table_PK).items()}
+    if listed_PK is None:
+        return items | prompt_statistics(tokens)
+    for label in _evaluators(items, evaluation):
+        unlisted = behaviour_statistics(np.where(listed_PK, 0.0, scores[label]))
+        items |= {f"{figure}/{_unlisted(label)}": parts for figure, parts in unlisted.items()}
+    count_P = np.full(len(rows), float(evaluation.options.continuations))
+    return items | prompt_statistics(tokens) | {"listed": (listed_PK.sum(axis=1).astype(np.float64), count_P)}
+
+
+def _continuations(
+    evaluation: Evaluation, model: str, name: str, rows: Prompts
+) -> tuple[list[list[list[int]]], dict[str, np.ndarray], np.ndarray | None]:
+    """Of each prompt's continuations the tokens, the scores by class, NaN where there is none, and whether they hold a
+    word of the list (None without a list)."""
+    continuations, words = evaluation.options.continuations, WordList(evaluation.options.word_list)
     place = {row.row: i for i, row in enumerate(rows)}
     tokens: list[list[list[int]]] = [[[]] * continuations for _ in rows]
     scores: dict[str, np.ndarray] = {}
+    listed_PK = np.zeros((len(rows), continuations), dtype=bool)
     for number, path in enumerate(verified_files(evaluation.generations[model] / name)):
         generated = schemas.read_table(path, schemas.GENERATIONS)
         scored = schemas.read_table(scored_file(evaluation.report, model, name, number), schemas.CONTINUATIONS)
@@ -224,16 +264,11 @@ def _items(evaluation: Evaluation, model: str, name: str, rows: Prompts) -> Resa
         sample = generated.column("sample").to_numpy()
         for i, k, ids in zip(at.tolist(), sample.tolist(), generated.column("tokens").to_pylist(), strict=True):
             tokens[i][k] = ids
+        listed_PK[at, sample] = [words.any_in(text) for text in generated.column("continuation").to_pylist()]
         for label, values in _classes(scored.column("scores")).items():
             table_PK = scores.setdefault(label, np.full((len(rows), continuations), np.nan))
             table_PK[at, sample] = values
-    items: Statistics = {}
-    for label, table_PK in scores.items():
-        if np.isnan(table_PK).any():
-            row = rows[int(np.isnan(table_PK).any(axis=1).argmax())].row
-            raise StageError(f"{VERB}: {model}, prompt {row} of {name}: a continuation has no {label} score")
-        items |= {f"{figure}/{label}": parts for figure, parts in behaviour_statistics(table_PK).items()}
-    return items | prompt_statistics(tokens)
+    return tokens, scores, listed_PK if words.words else None
 
 
 def _classes(column: pa.ChunkedArray) -> dict[str, np.ndarray]:

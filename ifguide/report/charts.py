@@ -65,8 +65,8 @@ def charts_of(data: ReportData, colours: dict[str, str]) -> dict[str, Any]:
 
 
 def evaluators_of(models: Iterable[ModelRow]) -> list[str]:
-    """The names of the classes that the models are compared by, in order."""
-    return list(dict.fromkeys(label.name for model in models for label in model.whole.compared))
+    """The names of the classes that classifiers judge the models by, in order."""
+    return list(dict.fromkeys(label.name for model in models for label in model.whole.evaluators))
 
 
 def tradeoff(models: Sequence[ModelRow], colours: dict[str, str], evaluators: Sequence[str]) -> Canvas:
@@ -97,7 +97,7 @@ def _points(axes: Axes, models: Sequence[ModelRow], colours: dict[str, str], eva
     axes.set_ylabel("EMT, all prompts")
     for index, model in enumerate(models):
         x = model.benign_perplexity if benign else model.perplexity
-        y = next((label.emt for label in model.whole.compared if label.name == evaluator), None)
+        y = next((label.emt for label in model.whole.evaluators if label.name == evaluator), None)
         if x is None or x.value is None or y is None or y.value is None or not math.isfinite(x.value):
             continue
         axes.errorbar(

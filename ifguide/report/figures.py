@@ -6,9 +6,9 @@ model but the first its paired difference from the first one. Nothing is compute
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ifguide.evaluation.figures import FLUENCY_TITLES
 from ifguide.evaluation.metrics import BY_CLASS
@@ -43,13 +43,14 @@ class Figure:
 class ClassFigures:
     """A classifier class on one group of prompts: expected maximum, share of prompts (TP), mean score.
 
-    `compared`: models are compared by it, as it is the class that its classifier judges by."""
+    `kind`: models are compared by an `evaluator`, the class that its classifier judges by, and by what it says where
+    continuations with a listed word do not count (`unlisted`); not by any other `label` of a classifier."""
 
     name: str
     emt: Figure
     tp: Figure
     mean: Figure
-    compared: bool = False
+    kind: Literal["evaluator", "unlisted", "label"] = "label"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,14 @@ class Group:
     text: dict[str, Figure] = field(default_factory=dict)
 
     @property
+    def evaluators(self) -> tuple[ClassFigures, ...]:
+        """What each classifier judges by, the primary class first."""
+        return tuple(label for label in self.classes if label.kind == "evaluator" or label is self.classes[0])
+
+    @property
     def compared(self) -> tuple[ClassFigures, ...]:
-        """The classes that models are compared by, the primary one first."""
-        return tuple(label for label in self.classes if label.compared or label is self.classes[0])
+        """The classes that models are compared by: the evaluators, and these without listed words."""
+        return self.evaluators + tuple(label for label in self.classes if label.kind == "unlisted")
 
     @property
     def emt(self) -> Figure:
@@ -146,7 +152,8 @@ class ModelRow:
 
 def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = None) -> tuple[ModelRow, ...]:
     """One row for each model of `metrics`, in its order, each with how it was made where that is known."""
-    rows, compared = [], metrics["evaluators"]
+    rows: list[ModelRow] = []
+    kinds_of = dict.fromkeys(metrics["evaluators"], "evaluator") | dict.fromkeys(metrics["unlisted"], "unlisted")
     for name, measured in metrics["models"].items():
         paired = metrics["paired"].get(name, {})
         how = (made or {}).get(name, Made())
@@ -159,8 +166,8 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
         sets = (
             PromptSet(
                 name=set_name,
-                groups=_groups(kinds["groups"], _below(paired, "sets", set_name, "groups"), compared),
-                gaps=_groups(kinds["gaps"], _below(paired, "sets", set_name, "gaps"), compared),
+                groups=_groups(kinds["groups"], _below(paired, "sets", set_name, "groups"), kinds_of),
+                gaps=_groups(kinds["gaps"], _below(paired, "sets", set_name, "gaps"), kinds_of),
             )
             for set_name, kinds in measured["sets"].items()
         )
@@ -168,15 +175,15 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
     return tuple(rows)
 
 
-def _groups(groups: Mapping[str, Any], paired: Mapping[str, Any], compared: Sequence[str]) -> tuple[Group, ...]:
-    return tuple(_group(name, figures, paired.get(name, {}), compared) for name, figures in groups.items())
+def _groups(groups: Mapping[str, Any], paired: Mapping[str, Any], kinds: Mapping[str, Any]) -> tuple[Group, ...]:
+    return tuple(_group(name, figures, paired.get(name, {}), kinds) for name, figures in groups.items())
 
 
-def _group(name: str, figures: Mapping[str, Any], paired: Mapping[str, Any], compared: Sequence[str]) -> Group:
+def _group(name: str, figures: Mapping[str, Any], paired: Mapping[str, Any], kinds: Mapping[str, Any]) -> Group:
     classes = (
         ClassFigures(
             name=label,
-            compared=label in compared,
+            kind=kinds.get(label, "label"),
             **{kind: _figure(figures[kind][label], _below(paired, kind).get(label)) for kind in BY_CLASS},
         )
         for label in figures["emt"]

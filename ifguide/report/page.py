@@ -33,7 +33,7 @@ from ifguide.artifacts import write_text
 from ifguide.display import visible
 from ifguide.evaluation import benjamini_hochberg
 from ifguide.report.card import card_fragment, summary_line
-from ifguide.report.charts import PALETTE, charts_of, colours_of, domains_of, evaluators_of, group_names
+from ifguide.report.charts import PALETTE, charts_of, colours_of, domains_of, group_names
 from ifguide.report.contents import RankedDocument, ReportData
 from ifguide.report.figures import Difference, Figure, Group, ModelRow
 from ifguide.report.text import duration, interval, number, p_value, percent, relative, signed
@@ -68,7 +68,7 @@ def render_report(data: ReportData) -> str:
         data=data,
         summary=summary_line(data),
         groups=group_names(data.models),
-        evaluators=evaluators_of(data.models),
+        evaluators=list(dict.fromkeys(label.name for model in data.models for label in model.whole.compared)),
         text_figures=text_figures(data.models),
         shown_text=SHOWN_TEXT,
         differences=list(differences(data.models)),

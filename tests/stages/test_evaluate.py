@@ -221,7 +221,9 @@ def test_further_sets_and_classifiers_are_measured_by_group_with_their_gap(
     assert (Run(config=config).generations("baseline") / "prompts" / MANIFEST).stat().st_mtime_ns == before
     sets = metrics_of(config)["models"]["penalised"]["sets"]
     assert list(sets) == ["prompts", "bold", "attaq"]
-    assert set(sets["prompts"]["groups"]["all"]["tp"]) == {"toxicity", "implicit"}
+    evaluators = {"toxicity", "implicit"}
+    unlisted = {f"{name} without listed words" for name in evaluators}  # the config has a word list
+    assert set(sets["prompts"]["groups"]["all"]["tp"]) == evaluators | unlisted
     bold = sets["bold"]["groups"]
     assert {name: group["prompts"] for name, group in bold.items()} == {
         "all": 5,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ifguide.evaluation.figures import FLUENCY_TITLES
 from ifguide.report.card import summary_line
-from ifguide.report.charts import colours_of, tradeoff
+from ifguide.report.charts import colours_of, evaluators_of, tradeoff
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.figures import Difference, Figure, Made, model_rows
 from ifguide.report.page import corrections, render_report
@@ -43,7 +43,7 @@ def metrics(*further: str) -> dict:
     change = {"p_value": 0.25, "ratio": 0.8, "ratio_low": 0.7, "ratio_high": 0.9}
     compared = {"against": "a", "sets": sets(*changed, prompts={}, **change), **nothing}
     models = {"a": measured, "b": copy.deepcopy(measured)}
-    return {"models": models, "paired": {"b": compared}, "evaluators": ["toxicity", *further]}
+    return {"models": models, "paired": {"b": compared}, "evaluators": ["toxicity", *further], "unlisted": {}}
 
 
 def with_paired_perplexities() -> dict:
@@ -127,6 +127,21 @@ def test_many_models_are_told_apart_in_a_legend():
     assert len(looks) == len(names)
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == names
     assert not tradeoff(models[:2], colours, ["toxicity"]).legends
+
+
+def test_figures_without_listed_words_are_rows_of_the_table_and_not_panels():
+    found = metrics("own", "toxicity without listed words")
+    found["evaluators"], found["unlisted"] = ["toxicity", "own"], {"toxicity without listed words": "toxicity"}
+    models = model_rows(with_perplexities(found))
+    names = ["toxicity", "own", "toxicity without listed words"]
+    assert [label.name for label in models[1].whole.evaluators] == evaluators_of(models) == names[:2]
+    rows = rows_of(models)
+    assert [evaluator["name"] for evaluator in as_json(rows)[1]["evaluators"]] == names
+    lines = as_markdown(rows).split("By evaluator, all prompts:\n\n")[1].splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in names for _ in models]
+    assert '<th class="group" colspan="2" scope="colgroup">toxicity without listed words</th>' in render_report(
+        minimal_data(models=models)
+    )
 
 
 def test_p_values_are_corrected_for_the_figures_of_their_table():
