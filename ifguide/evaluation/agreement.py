@@ -46,7 +46,8 @@ def check_classifiers(options: Evaluate, seed: int) -> list[dict[str, Any]]:
             f"{name} {agreement[name]['value']:.3f} [{agreement[name]['low']:.3f}, {agreement[name]['high']:.3f}]"
             for name in ("accuracy", "average_precision", "auroc", "f1")
         )
-        log(VERB, f"{classifier.name} on {len(texts):,} labelled texts: {shown}")
+        named = f"{key} ({classifier.name})" if key else classifier.name
+        log(VERB, f"{named} on {len(texts):,} labelled texts: {shown}")
     return checked
 
 

@@ -49,13 +49,12 @@ class FittedClassifier:
         self._fit([text.text for text in texts], np.array([text.share for text in texts]))
 
     def _fit(self, texts: list[str], shares_N: np.ndarray) -> None:
-        from scipy.sparse import vstack
         from threadpoolctl import threadpool_limits
 
         weights = self._weights.fit_transform(texts)
-        labels = np.repeat([True, False], len(texts))
+        twice, labels = np.tile(np.arange(len(texts)), 2), np.repeat([True, False], len(texts))
         with threadpool_limits(1, user_api="blas"):  # sums of long vectors in the same order everywhere
-            self._regression.fit(vstack([weights, weights]), labels, np.concatenate([shares_N, 1 - shares_N]))
+            self._regression.fit(weights[twice], labels, np.concatenate([shares_N, 1 - shares_N]))
 
     def score(self, texts: Sequence[str]) -> Scores:
         if not len(texts):
