@@ -1,0 +1,374 @@
+"""Do token scores say what training does? The demo's model, trained again without the tokens that scores speak of.
+
+    python bench/causal.py [--run runs/demo] [--halves 40] [--seeds 5] [--stop-after-minutes M] [--quick]
+
+The behaviour is measured as the differential gradient has it: D = mean loss of the positive queries' completions minus
+that of the negative ones', each summed over its tokens, in nats. The less of the behaviour, the greater D.
+
+1. Linear datamodelling score (Park et al. 2023, TRAK, arXiv 2303.14186): trainings on random halves of the documents,
+   and the rank correlation of -D with the sum of the scores of the tokens in the half. All halves have the same initial
+   weights and the same order of blocks. Documents and not blocks: `target` and `position` have the same sum over a
+   block, and differ in how they part it among the documents in it.
+2. Trainings without (`ignore`) the share of all tokens that a score ranks highest. `qld` is the change of D from the
+   training of the same seed without a mask: positive says less of the behaviour. Beside each the same of random tokens
+   of the same types, and once of any random tokens. A seed decides initial weights, order and random tokens.
+
+Scores: `target` (the run's), `position`, `identity` (target without EK-FAC), `ngram` (log-odds of n-grams between the
+query sets) and `probe` (logistic regression on the proxy's hidden states with the query sets' labels). The proxy is the
+run's finished model. A retraining sees the corpus --epochs times in batches of --batch-blocks: less than the proxy did,
+to be affordable.
+
+Without --run the bench makes a run of its own, up to the scores. Running it again resumes: each finished retraining is
+kept. --stop-after-minutes begins no retraining after that time, and prints what there is (`complete` is false).
+Written to the folder: `causal.md`, `causal.json`. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.common.places import this_machine
+from bench.common.retraining import Retraining, Subject, margins, retrain_all
+from bench.common.token_sets import (
+    correlation_intervals,
+    document_halves,
+    mean_and_t_interval,
+    predictions,
+    rank_correlation,
+    token_count,
+    top_tokens,
+)
+from ifguide.artifacts import publish, require, write_json
+from ifguide.config import load_config
+from ifguide.demo.generate import SUMMARY, generate_demo
+from ifguide.display import markdown_table
+from ifguide.influence.proxy import Beginning, load_proxy
+from ifguide.influence.query import differential_weights, mean_completion_gradient, tokenise_query
+from ifguide.influence.query_file import QueryRow, read_direction, read_queries
+from ifguide.methods.ngrams import fit_ngrams
+from ifguide.methods.probes import fit_query_probe
+from ifguide.methods.random_masks import random_of_types, random_tokens
+from ifguide.pipeline import run_pipeline
+from ifguide.run import BASELINE, Run
+from ifguide.schemas import OWN_SCORES
+from ifguide.spans.tables import PackedCorpus, read_documents
+from ifguide.telemetry import configure_logging, log
+from ifguide.texts import score_tokens
+from ifguide.tokenizer import load_tokenizer
+from ifguide.training.blocks import TrainingBlocks, flatten_blocks
+from ifguide.training.settings import TrainingSettings
+
+Bools = NDArray[np.bool_]
+Scores = dict[str, NDArray[np.float32]]
+PLAIN, MATCHED, RANDOM = "plain", "matched", "random"
+QUICK = (  # of a run made here: the same at its smallest
+    "target.architecture.hidden_size=32",
+    "target.architecture.intermediate_size=64",
+    "target.architecture.num_hidden_layers=2",
+    "target.architecture.num_attention_heads=2",
+    "pack_corpus.block_size=64",
+    "pretrain.engine=torch",
+    "pretrain.workers=1",
+    "pretrain.epochs=1",
+    "fit_factors.sample_blocks=40",
+)
+QUICK_DATA = {"documents": 140, "vocab_size": 512, "queries": 40, "prompts": 20, "cloze": 10}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokens:
+    """The corpus by block: (N, T) each. `candidates_NT` have a prediction; `marked_NT` lie in the corpus' own spans."""
+
+    tokens_NT: NDArray[np.int64]
+    documents_NT: NDArray[np.int64]
+    candidates_NT: Bools
+    marked_NT: Bools | None
+
+
+def main() -> None:
+    options = _options()
+    configure_logging()
+    started = time.monotonic()
+    run = finished_run(options)
+    rows = read_queries(run.query)
+    subject, tokens = the_subject(run, rows, options)
+    scores = token_scores(run, rows, TrainingBlocks(subject.blocks), options.folder / "scores")
+    result = measure(subject, tokens, scores, np.array([row.positive for row in rows]), options, started)
+    write_json(options.folder / "causal.json", result)
+    with publish(options.folder / "causal.md") as part:
+        part.write_text(as_markdown(result), encoding="utf-8")
+    print(as_markdown(result))
+    print(json.dumps(result))
+
+
+def finished_run(options: argparse.Namespace) -> Run:
+    """The run that is measured, with proxy, factors, query and scores: the one that was named, or one made here."""
+    if options.run:
+        run = Run(config=load_config(options.run / "scores" / "config.yaml", [f"run_dir={options.run}"]))
+        require(run.scores, "score_corpus")
+        return run
+    folder = options.folder / "run"
+    overrides = [f"seed={options.seed}", f"run_dir={folder}", *(QUICK if options.quick else ())]
+    run = Run(config=load_config(options.config, overrides))
+    if not (folder / "data" / SUMMARY).exists():
+        generate_demo(folder / "data", seed=options.seed, **(QUICK_DATA if options.quick else {}))
+    run_pipeline(run.config, dry_run=False, until="score_corpus")
+    return run
+
+
+def the_subject(run: Run, rows: Sequence[QueryRow], options: argparse.Namespace) -> tuple[Subject, Tokens]:
+    """What the retrainings share, and the tokens that they can leave out."""
+    config, packed = run.config, PackedCorpus.of(run.corpus, require(run.corpus, "pack_corpus"))
+    flatten_blocks(run.corpus, None, options.folder / "blocks")
+    blocks = TrainingBlocks(options.folder / "blocks")
+    train = replace(
+        config.pretrain,
+        engine="torch",
+        epochs=options.epochs,
+        batch_blocks=options.batch_blocks,
+        micro_batch_blocks=options.batch_blocks,
+        objective=replace(config.pretrain.objective, kind="ignore"),
+    )
+    settings = TrainingSettings(
+        name=BASELINE,
+        folder=str(options.folder),
+        corpus=str(run.corpus),
+        mask=None,
+        tokenizer=config.tokenizer_source,
+        block_size=packed.block_size,
+        target=config.target,
+        train=train,
+        seed=config.seed,
+    )
+    tokenizer, longest = load_tokenizer(config.tokenizer_source), config.build_query.max_tokens
+    queries = [tokenise_query(tokenizer, row.prompt, row.completion, max_tokens=longest) for row in rows]
+    shards = [read_documents(packed, shard) for shard in range(packed.num_shards)]
+    starts = np.concatenate([shard.column("token_start").to_numpy() for shard in shards])
+    documents = np.searchsorted(starts, np.arange(packed.num_tokens), side="right") - 1
+    marked_NT = None
+    if config.pack_corpus.inputs[0].spans_column:
+        marked = packed.read(packed.folder, "shard", "annotated", 0, packed.num_tokens)
+        marked_NT = by_block(marked, blocks, False).astype(bool)
+    places_T = np.arange(packed.block_size)
+    tokens = Tokens(
+        tokens_NT=np.asarray(blocks.tokens, np.int64),
+        documents_NT=by_block(documents, blocks, -1),
+        candidates_NT=(places_T >= 1) & (places_T < blocks.lengths[:, None]),
+        marked_NT=marked_NT,
+    )
+    return Subject(settings=settings, blocks=options.folder / "blocks", queries=queries), tokens
+
+
+def by_block(values: NDArray[Any], blocks: TrainingBlocks, padding: Any) -> NDArray[Any]:
+    """(n,) values of the stream as (N, T), filled up with `padding`."""
+    missing = blocks.tokens.size - len(values)
+    return np.pad(values, (0, missing), constant_values=padding).reshape(blocks.tokens.shape)
+
+
+def token_scores(run: Run, rows: Sequence[QueryRow], blocks: TrainingBlocks, folder: Path) -> Scores:
+    """Each score of every token, (N, T) label aligned; what costs a pass is kept in `folder`."""
+    config, packed = run.config, PackedCorpus.of(run.corpus, require(run.corpus, "pack_corpus"))
+    own = packed.read(run.scores, "shard", OWN_SCORES, 0, packed.num_tokens)
+    scores: Scores = {"target": by_block(own, blocks, 0.0)}
+    if config.score_corpus.attribution != "target":
+        raise ValueError(f"{run.scores}: attribution is {config.score_corpus.attribution}; give a run with target")
+    path = folder / f"{require(run.scores, 'score_corpus').fingerprint[:16]}.npz"
+    if not path.exists():
+        log("causal", "scoring by position, identity, n-grams and probe")
+        with publish(path) as part, part.open("wb") as file:
+            np.savez(file, **other_scores(run, rows, blocks))
+    with np.load(path) as kept:
+        return scores | {name: kept[name] for name in kept.files}
+
+
+def other_scores(run: Run, rows: Sequence[QueryRow], blocks: TrainingBlocks) -> Scores:
+    """The scores that the run has not."""
+    config, tokenizer = run.config, load_tokenizer(run.config.tokenizer_source)
+    model = load_proxy(run.proxy_source, gpus=0).eval()
+    beginning = Beginning.of(tokenizer, is_baseline=config.proxy_is_baseline).token
+    pairs = [[(row.prompt, row.completion) for row in rows if row.positive is kind] for kind in (True, False)]
+    longest, direction = config.build_query.max_tokens, read_direction(run.query)
+    queries = [
+        tokenise_query(tokenizer, row.prompt, row.completion, max_tokens=longest, beginning=beginning) for row in rows
+    ]
+    weights = differential_weights([row.positive for row in rows])
+    gradient = mean_completion_gradient(
+        model, list(direction), queries, weights, batch_tokens=config.build_query.batch_tokens
+    )
+    of_blocks = (np.asarray(blocks.tokens), blocks.lengths)
+    scores = {
+        "position": score_tokens(model, direction, *of_blocks, attribution="position", beginning=beginning),
+        "identity": score_tokens(model, gradient, *of_blocks, beginning=beginning),
+    }
+    texts = [row[:length].tolist() for row, length in zip(*of_blocks, strict=True)]
+    ngrams = fit_ngrams(tokenizer, *pairs, max_tokens=longest)
+    probe = fit_query_probe(model, tokenizer, *pairs, seed=config.seed, max_tokens=longest, beginning=beginning)
+    for name, finder in (("ngram", ngrams), ("probe", probe)):
+        scores[name] = by_block(np.concatenate(finder.score(texts)), blocks, 0.0)
+    return scores
+
+
+def measure(
+    subject: Subject,
+    tokens: Tokens,
+    scores: Scores,
+    positive_Q: Bools,
+    options: argparse.Namespace,
+    started: float,
+) -> dict[str, Any]:
+    """Both tests, as far as there are retrainings."""
+    seed = subject.settings.seed
+    halves = document_halves(tokens.documents_NT, options.halves, seed)
+    retrainings = [
+        Retraining(name=f"half-{index:03d}", seed=seed, left_out_NT=left_out) for index, left_out in enumerate(halves)
+    ]
+    masks = {}
+    for each in range(seed, seed + options.seeds):
+        masks[each] = masks_of(scores, tokens, options.share, each)
+        retrainings += [
+            Retraining(name=f"seed{each}-{name}", seed=each, left_out_NT=masks[each][name]) for name in masks[each]
+        ]
+    losses = retrain_all(
+        subject,
+        retrainings,
+        options.folder / "retrainings",
+        workers=options.workers,
+        stop_after=60 * options.stop_after_minutes - (time.monotonic() - started),
+    )
+    behaviour = margins(losses, positive_Q)
+    return {
+        **datamodelling(scores, halves, behaviour, seed),
+        **effects(list(scores), masks, behaviour),
+        "marked": {
+            name: round(float(tokens.marked_NT[mask].mean()), 4) for name, mask in masks[seed].items() if mask.any()
+        }
+        if tokens.marked_NT is not None
+        else None,
+        "tokens_left_out": token_count(tokens.candidates_NT, options.share),
+        "retrainings": len(losses),
+        "complete": len(losses) == len(retrainings),
+        "epochs": options.epochs,
+        "batch_blocks": options.batch_blocks,
+        "machine": this_machine(),
+    }
+
+
+def masks_of(scores: Scores, tokens: Tokens, share: float, seed: int) -> dict[str, Bools]:
+    """Name -> tokens to leave out in trainings of a seed: none, the highest of each score, and random ones for each."""
+    candidates_NT = tokens.candidates_NT
+    count, candidates = token_count(candidates_NT, share), candidates_NT.reshape(-1)
+    masks = {PLAIN: np.zeros_like(candidates_NT)}
+    for number, name in enumerate(scores):
+        masks[name] = top_tokens(scores[name], candidates_NT, count, seed=0)
+        rng = np.random.default_rng([seed, number])
+        drawn = random_of_types(tokens.tokens_NT.reshape(-1), masks[name].reshape(-1), candidates, rng)
+        masks[f"{name}-{MATCHED}"] = drawn.reshape(candidates_NT.shape)
+    some = masks[next(iter(scores))].reshape(-1)
+    rng = np.random.default_rng([seed, len(scores)])
+    masks[RANDOM] = random_tokens(some, candidates, rng).reshape(candidates_NT.shape)
+    return masks
+
+
+def datamodelling(scores: Scores, halves: Sequence[Bools], behaviour: Mapping[str, float], seed: int) -> dict[str, Any]:
+    """Rank correlation of predicted and actual behaviour over the halves that were trained on."""
+    done = [index for index in range(len(halves)) if f"half-{index:03d}" in behaviour]
+    if len(done) < 3:
+        return {"halves": len(done)}
+    actual = np.array([behaviour[f"half-{index:03d}"] for index in done])
+    trained = [halves[index] for index in done]
+    predicted = {name: predictions(each, trained) for name, each in scores.items()}
+    predicted["tokens"] = predictions(np.ones_like(halves[0], float), trained)
+    intervals = correlation_intervals(predicted, actual, seed)
+    found: dict[str, Any] = {
+        f"lds_{name}": round(rank_correlation(each, actual), 4) for name, each in predicted.items()
+    }
+    found |= {f"lds_{name}_interval": interval for name, interval in intervals.items()}
+    return found | {"halves": len(done)}
+
+
+def effects(
+    names: Sequence[str], masks: Mapping[int, Mapping[str, Bools]], behaviour: Mapping[str, float]
+) -> dict[str, Any]:
+    """Change of D by leaving tokens out, over seeds; of type-matched random tokens, and what is above that."""
+
+    def changes(name: str) -> dict[int, float]:
+        return {
+            seed: behaviour[f"seed{seed}-{PLAIN}"] - behaviour[f"seed{seed}-{name}"]
+            for seed in masks
+            if {f"seed{seed}-{PLAIN}", f"seed{seed}-{name}"} <= behaviour.keys()
+        }
+
+    found: dict[str, Any] = {}
+    for name in (*names, RANDOM):
+        own, matched = changes(name), changes(f"{name}-{MATCHED}") if name != RANDOM else {}
+        above = {seed: own[seed] - matched[seed] for seed in own.keys() & matched.keys()}
+        for key, values in (("", own), (f"_{MATCHED}", matched), (f"_above_{MATCHED}", above)):
+            if values:
+                mean, interval = mean_and_t_interval(list(values.values()))
+                found |= {f"qld_{name}{key}": round(mean, 4), f"qld_{name}{key}_interval": interval}
+        if own:
+            found[f"qld_{name}_seeds"] = [round(own[seed], 4) for seed in sorted(own)]
+        if matched:
+            shared = [(masks[s][name] & masks[s][f"{name}-{MATCHED}"]).sum() / masks[s][name].sum() for s in masks]
+            found[f"matched_shared_{name}"] = round(float(np.mean(shared)), 4)
+    return found
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """A line for each score: LDS, the change of D, that of type-matched random tokens, and what is above it."""
+
+    def cell(key: str, form: str) -> str:
+        if key not in result:
+            return ""
+        interval = result.get(f"{key}_interval")
+        return f"{result[key]:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+
+    names = [key.removeprefix("qld_").removesuffix("_seeds") for key in result if key.endswith("_seeds")]
+    names += [key.removeprefix("lds_") for key in result if key.startswith("lds_") and isinstance(result[key], float)]
+    marked = result.get("marked") or {}
+    rows = [
+        (
+            name,
+            cell(f"lds_{name}", ".3f"),
+            cell(f"qld_{name}", "+.2f"),
+            cell(f"qld_{name}_{MATCHED}", "+.2f"),
+            cell(f"qld_{name}_above_{MATCHED}", "+.2f"),
+            f"{marked[name]:.3f}" if name in marked else "",
+        )
+        for name in dict.fromkeys(names)
+    ]
+    titles = ["score", "LDS", "change of D", "same types at random", "above that", "share in marked spans"]
+    return markdown_table(titles, rows)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a finished run directory, up to the scores; none: one is made")
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="of a run made here")
+    parser.add_argument("--folder", type=Path, default=Path("runs/causal"))
+    parser.add_argument("--seed", type=int, default=0, help="of a run made here")
+    parser.add_argument("--halves", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--batch-blocks", type=int, default=16)
+    parser.add_argument("--share", type=float, default=0.01, help="of all predicted tokens that a mask holds")
+    parser.add_argument("--workers", type=int, default=2, help="retrainings at a time, one thread each")
+    parser.add_argument("--stop-after-minutes", type=float, default=float("inf"))
+    parser.add_argument("--quick", action="store_true", help="small numbers of everything: does it run?")
+    options = parser.parse_args()
+    if options.quick:
+        options.halves, options.seeds, options.epochs = 4, 2, 0.5
+    return options
+
+
+if __name__ == "__main__":
+    main()
