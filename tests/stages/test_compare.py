@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,22 @@ import pytest
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
 from ifguide.config import Config, ConfigError
-from ifguide.config.compare import Compare, Dpo, Method, Rad, Reward, Samples
+from ifguide.config.compare import Compare, Dpo, ExcessLoss, Method, Probe, Rad, Reward, Samples
 from ifguide.config.resources import Resources
 from ifguide.corpus.tables import document_table
+from ifguide.influence.query_file import read_queries
+from ifguide.methods.excess_loss import tune_excess_loss
 from ifguide.methods.finders import sentence_spans, word_spans
+from ifguide.methods.labelled_blocks import labelled_blocks
+from ifguide.methods.ngrams import fit_ngrams
+from ifguide.methods.probes import fit_cross_probe
+from ifguide.models import load_model
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
 from ifguide.run import Run
+from ifguide.spans.tables import PackedCorpus
 from ifguide.stages.compare import compare, method_run
-from ifguide.stages.method_masks import marked_mask
+from ifguide.stages.method_masks import marked_mask, scored_mask
 from ifguide.toxicity import make_classifier
 from ifguide.words import WordList
 
@@ -138,6 +146,96 @@ def test_annotated_and_random_masks(marked: tuple[Run, dict[str, np.ndarray]]) -
         np.testing.assert_array_equal(drawn, wanted)
     assert not masks["random_types"][first].any()
     assert (masks["random_types"] != own).any()
+
+
+def by_sorting(scores: np.ndarray, block_size: int, count: int) -> np.ndarray:
+    """The `count` predicted tokens of highest score, ties by position."""
+    predicted = np.flatnonzero(np.arange(len(scores)) % block_size)
+    flags = np.zeros(len(scores), bool)
+    flags[predicted[np.argsort(-scores[predicted], kind="stable")[:count]]] = True
+    return flags
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+
+
+def test_rivals_mask_as_many_tokens_as_the_runs_own_mask_and_resume(copied: Callable[..., Config]) -> None:
+    config = with_methods(copied(), **{kind: Method(mask=kind) for kind in ("random_types", "ngrams", "probe")})
+    run = Run(config=config)
+    manifest = compare(run)
+    assert manifest is not None
+    assert list(manifest.summary) == ["baseline", "penalised", "random_types", "ngrams", "probe"]
+    size, own = config.pack_corpus.block_size, stream(run, "masked")
+    children = {name: method_run(run, name, method) for name, method in config.compare.methods.items()}
+    for name, child in children.items():
+        masked = stream(child, "masked")
+        assert masked.sum() == own.sum() == read_manifest(child.mask).summary["tokens_masked"], name
+        assert (masked != own).any()
+        if name != "random_types":
+            np.testing.assert_array_equal(masked, by_sorting(stream(child, "token_score"), size, int(own.sum())))
+    before = {name: (files_of(child.mask), files_of(child.scores)) for name, child in children.items()}
+    assert compare(run) == manifest
+    # Made again, from the start or from where the scores lie, they are the same bytes.
+    shutil.rmtree(children["ngrams"].mask)
+    for kind in ("scores", "mask"):
+        shutil.rmtree(children["probe"].folder / kind)
+    for name in ("ngrams", "probe"):
+        scored_mask(run, children[name], config.compare.methods[name])
+        assert (files_of(children[name].mask), files_of(children[name].scores)) == before[name]
+
+
+def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Callable[..., Config]) -> None:
+    methods = {kind: Method(mask=kind) for kind in ("ngrams", "excess_loss", "span_probe")}
+    comparison = Compare(methods=methods, excess_loss=ExcessLoss(epochs=1, learning_rate=1e-3), probe=Probe(tokens=400))
+    run = Run(config=replace(copied(), compare=comparison))
+    size, tokens = run.config.pack_corpus.block_size, stream(run, "tokens")
+    first, own = np.arange(len(tokens)) % size == 0, stream(run, "masked")
+    scores, tokenizer = {}, View(run.selection).tokenizer
+    for name, method in methods.items():
+        child = method_run(run, name, method)
+        manifest = scored_mask(run, child, method)
+        assert manifest.rows["tokens"] == own.sum()
+        scores[name] = stream(child, "token_score")
+        assert not scores[name][first].any()
+        assert not (child.scores / "finder").exists()
+        np.testing.assert_array_equal(stream(child, "masked"), by_sorting(scores[name], size, int(own.sum())))
+    rows = read_queries(run.query)
+    sets = [[(row.prompt, row.completion) for row in rows if row.positive == kind] for kind in (True, False)]
+    longest = run.config.build_query.max_tokens
+    (whole,) = fit_ngrams(tokenizer, *sets, max_tokens=longest).score([tokens.tolist()])
+    np.testing.assert_array_equal(scores["ngrams"][~first], whole[~first])
+    finder = tune_excess_loss(
+        load_model(run.proxy_source), tokenizer, *sets, options=comparison.excess_loss, max_tokens=longest,
+        seed=run.config.seed,
+    )  # fmt: skip
+    blocks = [tokens[begin : begin + size].tolist() for begin in range(0, len(tokens), size)]
+    np.testing.assert_allclose(scores["excess_loss"], np.concatenate(finder.score(blocks)), atol=1e-3)
+    # Documents from the table of the whole corpus, where shards look up their own.
+    sample = labelled_blocks(PackedCorpus.of(run.corpus, read_manifest(run.corpus)), 200, run.config.seed)
+    probe = fit_cross_probe(load_model(run.proxy_source), *sample, options=comparison.probe, seed=run.config.seed)
+    numbers = np.repeat(np.arange(len(table := document_table(run.corpus))), table.column("num_tokens").to_numpy())
+    of_blocks = [numbers[begin : begin + size] for begin in range(0, len(tokens), size)]
+    np.testing.assert_allclose(scores["span_probe"], np.concatenate(probe.score(blocks, of_blocks)), atol=1e-2)
+
+    # The same scores as Algorithm 1 selects, and the run's own scores by their rank alone.
+    for name, method in {
+        "by_units": Method(mask="ngrams", selection="units"),
+        "own_by_units": Method(mask="influence", selection="units"),
+        "own_by_tokens": Method(mask="influence", selection="tokens"),
+    }.items():
+        child = method_run(run, name, method)
+        if name == "by_units":
+            child = child.borrow(method_run(run, "ngrams", methods["ngrams"]), "scores")
+        scored_mask(run, child, method)
+        masked = stream(child, "masked")
+        if name == "own_by_units":
+            np.testing.assert_array_equal(masked, own)
+        elif name == "own_by_tokens":
+            np.testing.assert_array_equal(masked, by_sorting(stream(run, "token_score"), size, int(own.sum())))
+        else:
+            assert 0 < masked.sum() <= own.sum()
+            assert (masked != stream(method_run(run, "ngrams", methods["ngrams"]), "masked")).any()
 
 
 def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config]) -> None:
