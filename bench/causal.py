@@ -37,7 +37,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.common.places import this_machine
-from bench.common.retraining import Retraining, Subject, margins, retrain_all
+from bench.common.retraining import Retraining, Subject, margins, one_thread_each, retrain_all
+from bench.common.scores import METHOD
 from bench.common.token_sets import (
     correlation_intervals,
     document_halves,
@@ -70,6 +71,7 @@ from ifguide.training.settings import TrainingSettings
 Bools = NDArray[np.bool_]
 Scores = dict[str, NDArray[np.float32]]
 PLAIN, MATCHED, RANDOM = "plain", "matched", "random"
+OTHER_SCORES = ("position", "probe", "identity", "ngram")
 QUICK = (  # of a run made here: the same at its smallest
     "target.architecture.hidden_size=32",
     "target.architecture.intermediate_size=64",
@@ -101,7 +103,7 @@ def main() -> None:
     run = finished_run(options)
     rows = read_queries(run.query)
     subject, tokens = the_subject(run, rows, options)
-    scores = token_scores(run, rows, TrainingBlocks(subject.blocks), options.folder / "scores")
+    scores = token_scores(run, rows, subject.blocks, options.folder / "scores", options.workers)
     result = measure(subject, tokens, scores, np.array([row.positive for row in rows]), options, started)
     write_json(options.folder / "causal.json", result)
     with publish(options.folder / "causal.md") as part:
@@ -174,47 +176,59 @@ def by_block(values: NDArray[Any], blocks: TrainingBlocks, padding: Any) -> NDAr
     return np.pad(values, (0, missing), constant_values=padding).reshape(blocks.tokens.shape)
 
 
-def token_scores(run: Run, rows: Sequence[QueryRow], blocks: TrainingBlocks, folder: Path) -> Scores:
-    """Each score of every token, (N, T) label aligned; what costs a pass is kept in `folder`."""
-    config, packed = run.config, PackedCorpus.of(run.corpus, require(run.corpus, "pack_corpus"))
+def token_scores(run: Run, rows: Sequence[QueryRow], blocks_folder: Path, folder: Path, workers: int) -> Scores:
+    """Each score of every token, (N, T) label aligned; those that the run has not are kept in `folder`."""
+    packed, manifest = (
+        PackedCorpus.of(run.corpus, require(run.corpus, "pack_corpus")),
+        require(run.scores, "score_corpus"),
+    )
+    if run.config.score_corpus.attribution != "target":
+        raise ValueError(f"{run.scores}: attribution is {run.config.score_corpus.attribution}; give a run with target")
     own = packed.read(run.scores, "shard", OWN_SCORES, 0, packed.num_tokens)
-    scores: Scores = {"target": by_block(own, blocks, 0.0)}
-    if config.score_corpus.attribution != "target":
-        raise ValueError(f"{run.scores}: attribution is {config.score_corpus.attribution}; give a run with target")
-    path = folder / f"{require(run.scores, 'score_corpus').fingerprint[:16]}.npz"
-    if not path.exists():
-        log("causal", "scoring by position, identity, n-grams and probe")
-        with publish(path) as part, part.open("wb") as file:
-            np.savez(file, **other_scores(run, rows, blocks))
-    with np.load(path) as kept:
-        return scores | {name: kept[name] for name in kept.files}
+    scores: Scores = {"target": by_block(own, TrainingBlocks(blocks_folder), 0.0)}
+    paths = {name: folder / manifest.fingerprint[:16] / f"{name}.npy" for name in OTHER_SCORES}
+    missing = [name for name in OTHER_SCORES if not paths[name].exists()]
+    if missing:
+        log("causal", f"scoring by {', '.join(missing)}")
+        with one_thread_each(workers) as pool:
+            tasks = [pool.submit(score_into, name, run, rows, blocks_folder, paths[name]) for name in missing]
+            for name, task in zip(missing, tasks, strict=True):
+                task.result()
+                log("causal", f"scored by {name}")
+    return scores | {name: np.load(path) for name, path in paths.items()}
 
 
-def other_scores(run: Run, rows: Sequence[QueryRow], blocks: TrainingBlocks) -> Scores:
-    """The scores that the run has not."""
+def score_into(name: str, run: Run, rows: Sequence[QueryRow], blocks_folder: Path, path: Path) -> None:
+    """Write one of `OTHER_SCORES`."""
+    scores_NT = other_score(name, run, rows, TrainingBlocks(blocks_folder))
+    with publish(path) as part, part.open("wb") as file:
+        np.save(file, scores_NT)
+
+
+def other_score(name: str, run: Run, rows: Sequence[QueryRow], blocks: TrainingBlocks) -> NDArray[np.float32]:
+    """One of `OTHER_SCORES`, which the run has not."""
     config, tokenizer = run.config, load_tokenizer(run.config.tokenizer_source)
     model = load_proxy(run.proxy_source, gpus=0).eval()
     beginning = Beginning.of(tokenizer, is_baseline=config.proxy_is_baseline).token
     pairs = [[(row.prompt, row.completion) for row in rows if row.positive is kind] for kind in (True, False)]
     longest, direction = config.build_query.max_tokens, read_direction(run.query)
-    queries = [
-        tokenise_query(tokenizer, row.prompt, row.completion, max_tokens=longest, beginning=beginning) for row in rows
-    ]
-    weights = differential_weights([row.positive for row in rows])
-    gradient = mean_completion_gradient(
-        model, list(direction), queries, weights, batch_tokens=config.build_query.batch_tokens
-    )
     of_blocks = (np.asarray(blocks.tokens), blocks.lengths)
-    scores = {
-        "position": score_tokens(model, direction, *of_blocks, attribution="position", beginning=beginning),
-        "identity": score_tokens(model, gradient, *of_blocks, beginning=beginning),
-    }
+    if name == "position":
+        return score_tokens(model, direction, *of_blocks, attribution="position", beginning=beginning)
+    if name == "identity":
+        queries = [
+            tokenise_query(tokenizer, row.prompt, row.completion, max_tokens=longest, beginning=beginning)
+            for row in rows
+        ]
+        weights, at_once = differential_weights([row.positive for row in rows]), config.build_query.batch_tokens
+        gradient = mean_completion_gradient(model, list(direction), queries, weights, batch_tokens=at_once)
+        return score_tokens(model, gradient, *of_blocks, method=METHOD, beginning=beginning)
     texts = [row[:length].tolist() for row, length in zip(*of_blocks, strict=True)]
-    ngrams = fit_ngrams(tokenizer, *pairs, max_tokens=longest)
-    probe = fit_query_probe(model, tokenizer, *pairs, seed=config.seed, max_tokens=longest, beginning=beginning)
-    for name, finder in (("ngram", ngrams), ("probe", probe)):
-        scores[name] = by_block(np.concatenate(finder.score(texts)), blocks, 0.0)
-    return scores
+    if name == "ngram":
+        finder: Any = fit_ngrams(tokenizer, *pairs, max_tokens=longest)
+    else:
+        finder = fit_query_probe(model, tokenizer, *pairs, seed=config.seed, max_tokens=longest, beginning=beginning)
+    return by_block(np.concatenate(finder.score(texts)), blocks, 0.0)
 
 
 def measure(
@@ -231,12 +245,15 @@ def measure(
     retrainings = [
         Retraining(name=f"half-{index:03d}", seed=seed, left_out_NT=left_out) for index, left_out in enumerate(halves)
     ]
-    masks = {}
-    for each in range(seed, seed + options.seeds):
-        masks[each] = masks_of(scores, tokens, options.share, each)
-        retrainings += [
-            Retraining(name=f"seed{each}-{name}", seed=each, left_out_NT=masks[each][name]) for name in masks[each]
-        ]
+    seeds = range(seed, seed + options.seeds)
+    masks = {each: masks_of(scores, tokens, options.share, each) for each in seeds}
+    without = [
+        Retraining(name=f"seed{each}-{name}", seed=each, left_out_NT=left_out)
+        for each in seeds
+        for name, left_out in masks[each].items()
+    ]
+    first = len(masks[seed])  # one seed of the masks first: of few retrainings they say most
+    retrainings = without[:first] + retrainings + without[first:]
     losses = retrain_all(
         subject,
         retrainings,
@@ -267,14 +284,14 @@ def masks_of(scores: Scores, tokens: Tokens, share: float, seed: int) -> dict[st
     candidates_NT = tokens.candidates_NT
     count, candidates = token_count(candidates_NT, share), candidates_NT.reshape(-1)
     masks = {PLAIN: np.zeros_like(candidates_NT)}
+    masks |= {name: top_tokens(scores[name], candidates_NT, count, seed=0) for name in scores}
+    some = masks[next(iter(scores))].reshape(-1)
+    drawn = random_tokens(some, candidates, np.random.default_rng([seed, len(scores)]))
+    masks[RANDOM] = drawn.reshape(candidates_NT.shape)
     for number, name in enumerate(scores):
-        masks[name] = top_tokens(scores[name], candidates_NT, count, seed=0)
         rng = np.random.default_rng([seed, number])
         drawn = random_of_types(tokens.tokens_NT.reshape(-1), masks[name].reshape(-1), candidates, rng)
         masks[f"{name}-{MATCHED}"] = drawn.reshape(candidates_NT.shape)
-    some = masks[next(iter(scores))].reshape(-1)
-    rng = np.random.default_rng([seed, len(scores)])
-    masks[RANDOM] = random_tokens(some, candidates, rng).reshape(candidates_NT.shape)
     return masks
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel
 
 from ifguide.artifacts import json_digest, write_json
@@ -148,7 +149,7 @@ def retrain_all(
     progress = Progress("causal", sum(tokens.values()), "tokens", already=already, every_seconds=20)
     started = time.monotonic()
     if waiting:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        with one_thread_each(workers) as pool:
             running: dict[Future[None], str] = {}
             while running or (waiting and time.monotonic() - started < stop_after):
                 while waiting and len(running) < workers and time.monotonic() - started < stop_after:
@@ -160,8 +161,14 @@ def retrain_all(
     return {name: np.array(read_json(path)["losses"]) for name, path in paths.items() if path.exists()}
 
 
+def one_thread_each(workers: int) -> ProcessPoolExecutor:
+    """Processes that take turns: two threads of each would wait for one another's."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+
+
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    threadpool_limits(1)
 
 
 def _retrain_into(subject: Subject, retraining: Retraining, path: Path) -> None:
