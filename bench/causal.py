@@ -71,7 +71,7 @@ from ifguide.training.settings import TrainingSettings
 Bools = NDArray[np.bool_]
 Scores = dict[str, NDArray[np.float32]]
 PLAIN, MATCHED, RANDOM = "plain", "matched", "random"
-OTHER_SCORES = ("position", "probe", "identity", "ngram")
+OTHER_SCORES = ("position", "probe", "ngram", "identity")  # those that take longest first
 QUICK = (  # of a run made here: the same at its smallest
     "target.architecture.hidden_size=32",
     "target.architecture.intermediate_size=64",
@@ -262,9 +262,10 @@ def measure(
         stop_after=60 * options.stop_after_minutes - (time.monotonic() - started),
     )
     behaviour = margins(losses, positive_Q)
+    negative = {name: float(each[~positive_Q].mean()) for name, each in losses.items()}
     return {
         **datamodelling(scores, halves, behaviour, seed),
-        **effects(list(scores), masks, behaviour),
+        **effects(list(scores), masks, behaviour, negative),
         "marked": {
             name: round(float(tokens.marked_NT[mask].mean()), 4) for name, mask in masks[seed].items() if mask.any()
         }
@@ -283,11 +284,10 @@ def masks_of(scores: Scores, tokens: Tokens, share: float, seed: int) -> dict[st
     """Name -> tokens to leave out in trainings of a seed: none, the highest of each score, and random ones for each."""
     candidates_NT = tokens.candidates_NT
     count, candidates = token_count(candidates_NT, share), candidates_NT.reshape(-1)
-    masks = {PLAIN: np.zeros_like(candidates_NT)}
-    masks |= {name: top_tokens(scores[name], candidates_NT, count, seed=0) for name in scores}
-    some = masks[next(iter(scores))].reshape(-1)
+    own = {name: top_tokens(scores[name], candidates_NT, count, seed=0) for name in scores}
+    some = next(iter(own.values())).reshape(-1)
     drawn = random_tokens(some, candidates, np.random.default_rng([seed, len(scores)]))
-    masks[RANDOM] = drawn.reshape(candidates_NT.shape)
+    masks = {PLAIN: np.zeros_like(candidates_NT), RANDOM: drawn.reshape(candidates_NT.shape), **own}
     for number, name in enumerate(scores):
         rng = np.random.default_rng([seed, number])
         drawn = random_of_types(tokens.tokens_NT.reshape(-1), masks[name].reshape(-1), candidates, rng)
@@ -313,26 +313,32 @@ def datamodelling(scores: Scores, halves: Sequence[Bools], behaviour: Mapping[st
 
 
 def effects(
-    names: Sequence[str], masks: Mapping[int, Mapping[str, Bools]], behaviour: Mapping[str, float]
+    names: Sequence[str],
+    masks: Mapping[int, Mapping[str, Bools]],
+    behaviour: Mapping[str, float],
+    negative: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Change of D by leaving tokens out, over seeds; of type-matched random tokens, and what is above that."""
+    """Change of D by leaving tokens out, over seeds; of type-matched random tokens, and what is above that. And the
+    change of the `negative` queries' loss alone: what it costs where the behaviour is not asked for."""
 
-    def changes(name: str) -> dict[int, float]:
+    def changes(name: str, of: Mapping[str, float]) -> dict[int, float]:
         return {
-            seed: behaviour[f"seed{seed}-{PLAIN}"] - behaviour[f"seed{seed}-{name}"]
+            seed: of[f"seed{seed}-{name}"] - of[f"seed{seed}-{PLAIN}"]
             for seed in masks
-            if {f"seed{seed}-{PLAIN}", f"seed{seed}-{name}"} <= behaviour.keys()
+            if {f"seed{seed}-{PLAIN}", f"seed{seed}-{name}"} <= of.keys()
         }
 
+    D = {name: -value for name, value in behaviour.items()}
     found: dict[str, Any] = {}
     for name in (*names, RANDOM):
-        own, matched = changes(name), changes(f"{name}-{MATCHED}") if name != RANDOM else {}
+        own, matched = changes(name, D), changes(f"{name}-{MATCHED}", D) if name != RANDOM else {}
         above = {seed: own[seed] - matched[seed] for seed in own.keys() & matched.keys()}
         for key, values in (("", own), (f"_{MATCHED}", matched), (f"_above_{MATCHED}", above)):
             if values:
                 mean, interval = mean_and_t_interval(list(values.values()))
                 found |= {f"qld_{name}{key}": round(mean, 4), f"qld_{name}{key}_interval": interval}
         if own:
+            found[f"negative_{name}"] = round(float(np.mean([*changes(name, negative).values()])), 4)
             found[f"qld_{name}_seeds"] = [round(own[seed], 4) for seed in sorted(own)]
         if matched:
             shared = [(masks[s][name] & masks[s][f"{name}-{MATCHED}"]).sum() / masks[s][name].sum() for s in masks]
@@ -359,11 +365,20 @@ def as_markdown(result: Mapping[str, Any]) -> str:
             cell(f"qld_{name}", "+.2f"),
             cell(f"qld_{name}_{MATCHED}", "+.2f"),
             cell(f"qld_{name}_above_{MATCHED}", "+.2f"),
+            cell(f"negative_{name}", "+.2f"),
             f"{marked[name]:.3f}" if name in marked else "",
         )
         for name in dict.fromkeys(names)
     ]
-    titles = ["score", "LDS", "change of D", "same types at random", "above that", "share in marked spans"]
+    titles = [
+        "score",
+        "LDS",
+        "change of D",
+        "same types at random",
+        "above that",
+        "loss of negative ones",
+        "share in marked spans",
+    ]
     return markdown_table(titles, rows)
 
 
