@@ -5,6 +5,9 @@
 The behaviour is measured as the differential gradient has it: D = mean loss of the positive queries' completions minus
 that of the negative ones', each summed over its tokens, in nats. The less of the behaviour, the greater D.
 
+It is taken twice: of the queries that the scores were made of, and of others, which no score has seen (`unseen`): the
+run's evaluation prompts with their own continuations.
+
 1. Linear datamodelling score (Park et al. 2023, TRAK, arXiv 2303.14186): trainings on random halves of the documents,
    and the rank correlation of -D with the sum of the scores of the tokens in the half. All halves have the same initial
    weights and the same order of blocks. Documents and not blocks: `target` and `position` have the same sum over a
@@ -36,22 +39,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.common.causal_figures import MATCHED, PLAIN, RANDOM, UNSEEN, Scores, as_markdown, datamodelling, effects
 from bench.common.places import this_machine
 from bench.common.retraining import Retraining, Subject, margins, one_thread_each, retrain_all
 from bench.common.scores import METHOD
-from bench.common.token_sets import (
-    correlation_intervals,
-    document_halves,
-    mean_and_t_interval,
-    predictions,
-    rank_correlation,
-    token_count,
-    top_tokens,
-)
+from bench.common.texts import read_rows
+from bench.common.token_sets import document_halves, token_count, top_tokens
 from ifguide.artifacts import publish, require, write_json
 from ifguide.config import load_config
 from ifguide.demo.generate import SUMMARY, generate_demo
-from ifguide.display import markdown_table
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query import differential_weights, mean_completion_gradient, tokenise_query
 from ifguide.influence.query_file import QueryRow, read_direction, read_queries
@@ -69,8 +65,6 @@ from ifguide.training.blocks import TrainingBlocks, flatten_blocks
 from ifguide.training.settings import TrainingSettings
 
 Bools = NDArray[np.bool_]
-Scores = dict[str, NDArray[np.float32]]
-PLAIN, MATCHED, RANDOM = "plain", "matched", "random"
 OTHER_SCORES = ("position", "probe", "ngram", "identity")  # those that take longest first
 QUICK = (  # of a run made here: the same at its smallest
     "target.architecture.hidden_size=32",
@@ -102,9 +96,11 @@ def main() -> None:
     started = time.monotonic()
     run = finished_run(options)
     rows = read_queries(run.query)
-    subject, tokens = the_subject(run, rows, options)
+    unseen = unseen_queries(run)
+    subject, tokens = the_subject(run, [*rows, *unseen], options)
     scores = token_scores(run, rows, subject.blocks, options.folder / "scores", options.workers)
-    result = measure(subject, tokens, scores, np.array([row.positive for row in rows]), options, started)
+    kinds = {"seen": np.array([row.positive for row in rows]), UNSEEN: np.array([row.positive for row in unseen])}
+    result = measure(subject, tokens, scores, kinds, options, started)
     write_json(options.folder / "causal.json", result)
     with publish(options.folder / "causal.md") as part:
         part.write_text(as_markdown(result), encoding="utf-8")
@@ -125,6 +121,19 @@ def finished_run(options: argparse.Namespace) -> Run:
         generate_demo(folder / "data", seed=options.seed, **(QUICK_DATA if options.quick else {}))
     run_pipeline(run.config, dry_run=False, until="score_corpus")
     return run
+
+
+def unseen_queries(run: Run) -> list[QueryRow]:
+    """The run's evaluation prompts with their own continuations, of both kinds as `build_query` tells them apart."""
+    query, evaluate = run.config.build_query, run.config.evaluate
+    assert evaluate.prompts is not None, "a run of the demo has evaluate.prompts"
+    found = []
+    for number, row in enumerate(read_rows(Path(evaluate.prompts.path))):
+        toxicity, texts = row["continuation"]["toxicity"], (row["prompt"]["text"], row["continuation"]["text"])
+        positive = toxicity >= query.positive_threshold
+        if positive or toxicity < query.negative_threshold:
+            found.append(QueryRow(row=number, positive=positive, score=toxicity, prompt=texts[0], completion=texts[1]))
+    return found
 
 
 def the_subject(run: Run, rows: Sequence[QueryRow], options: argparse.Namespace) -> tuple[Subject, Tokens]:
@@ -235,11 +244,13 @@ def measure(
     subject: Subject,
     tokens: Tokens,
     scores: Scores,
-    positive_Q: Bools,
+    kinds: Mapping[str, Bools],
     options: argparse.Namespace,
     started: float,
 ) -> dict[str, Any]:
-    """Both tests, as far as there are retrainings."""
+    """Both tests, as far as there are retrainings.
+
+    kinds: which of the subject's queries are positive, by part, in order; UNSEEN's figures stand in their own dict."""
     seed = subject.settings.seed
     halves = document_halves(tokens.documents_NT, options.halves, seed)
     retrainings = [
@@ -261,11 +272,17 @@ def measure(
         workers=options.workers,
         stop_after=60 * options.stop_after_minutes - (time.monotonic() - started),
     )
-    behaviour = margins(losses, positive_Q)
-    negative = {name: float(each[~positive_Q].mean()) for name, each in losses.items()}
+    figures, begin = {}, 0
+    for part, positive_Q in kinds.items():
+        own = {name: each[begin : begin + len(positive_Q)] for name, each in losses.items()}
+        negative = {name: float(each[~positive_Q].mean()) for name, each in own.items()}
+        behaviour = margins(own, positive_Q)
+        figures[part] = datamodelling(scores, halves, behaviour, seed)
+        figures[part] |= effects(list(scores), masks, behaviour, negative)
+        begin += len(positive_Q)
     return {
-        **datamodelling(scores, halves, behaviour, seed),
-        **effects(list(scores), masks, behaviour, negative),
+        **figures["seen"],
+        UNSEEN: figures[UNSEEN],
         "marked": {
             name: round(float(tokens.marked_NT[mask].mean()), 4) for name, mask in masks[seed].items() if mask.any()
         }
@@ -293,93 +310,6 @@ def masks_of(scores: Scores, tokens: Tokens, share: float, seed: int) -> dict[st
         drawn = random_of_types(tokens.tokens_NT.reshape(-1), masks[name].reshape(-1), candidates, rng)
         masks[f"{name}-{MATCHED}"] = drawn.reshape(candidates_NT.shape)
     return masks
-
-
-def datamodelling(scores: Scores, halves: Sequence[Bools], behaviour: Mapping[str, float], seed: int) -> dict[str, Any]:
-    """Rank correlation of predicted and actual behaviour over the halves that were trained on."""
-    done = [index for index in range(len(halves)) if f"half-{index:03d}" in behaviour]
-    if len(done) < 3:
-        return {"halves": len(done)}
-    actual = np.array([behaviour[f"half-{index:03d}"] for index in done])
-    trained = [halves[index] for index in done]
-    predicted = {name: predictions(each, trained) for name, each in scores.items()}
-    predicted["tokens"] = predictions(np.ones_like(halves[0], float), trained)
-    intervals = correlation_intervals(predicted, actual, seed)
-    found: dict[str, Any] = {
-        f"lds_{name}": round(rank_correlation(each, actual), 4) for name, each in predicted.items()
-    }
-    found |= {f"lds_{name}_interval": interval for name, interval in intervals.items()}
-    return found | {"halves": len(done)}
-
-
-def effects(
-    names: Sequence[str],
-    masks: Mapping[int, Mapping[str, Bools]],
-    behaviour: Mapping[str, float],
-    negative: Mapping[str, float],
-) -> dict[str, Any]:
-    """Change of D by leaving tokens out, over seeds; of type-matched random tokens, and what is above that. And the
-    change of the `negative` queries' loss alone: what it costs where the behaviour is not asked for."""
-
-    def changes(name: str, of: Mapping[str, float]) -> dict[int, float]:
-        return {
-            seed: of[f"seed{seed}-{name}"] - of[f"seed{seed}-{PLAIN}"]
-            for seed in masks
-            if {f"seed{seed}-{PLAIN}", f"seed{seed}-{name}"} <= of.keys()
-        }
-
-    D = {name: -value for name, value in behaviour.items()}
-    found: dict[str, Any] = {}
-    for name in (*names, RANDOM):
-        own, matched = changes(name, D), changes(f"{name}-{MATCHED}", D) if name != RANDOM else {}
-        above = {seed: own[seed] - matched[seed] for seed in own.keys() & matched.keys()}
-        for key, values in (("", own), (f"_{MATCHED}", matched), (f"_above_{MATCHED}", above)):
-            if values:
-                mean, interval = mean_and_t_interval(list(values.values()))
-                found |= {f"qld_{name}{key}": round(mean, 4), f"qld_{name}{key}_interval": interval}
-        if own:
-            found[f"negative_{name}"] = round(float(np.mean([*changes(name, negative).values()])), 4)
-            found[f"qld_{name}_seeds"] = [round(own[seed], 4) for seed in sorted(own)]
-        if matched:
-            shared = [(masks[s][name] & masks[s][f"{name}-{MATCHED}"]).sum() / masks[s][name].sum() for s in masks]
-            found[f"matched_shared_{name}"] = round(float(np.mean(shared)), 4)
-    return found
-
-
-def as_markdown(result: Mapping[str, Any]) -> str:
-    """A line for each score: LDS, the change of D, that of type-matched random tokens, and what is above it."""
-
-    def cell(key: str, form: str) -> str:
-        if key not in result:
-            return ""
-        interval = result.get(f"{key}_interval")
-        return f"{result[key]:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
-
-    names = [key.removeprefix("qld_").removesuffix("_seeds") for key in result if key.endswith("_seeds")]
-    names += [key.removeprefix("lds_") for key in result if key.startswith("lds_") and isinstance(result[key], float)]
-    marked = result.get("marked") or {}
-    rows = [
-        (
-            name,
-            cell(f"lds_{name}", ".3f"),
-            cell(f"qld_{name}", "+.2f"),
-            cell(f"qld_{name}_{MATCHED}", "+.2f"),
-            cell(f"qld_{name}_above_{MATCHED}", "+.2f"),
-            cell(f"negative_{name}", "+.2f"),
-            f"{marked[name]:.3f}" if name in marked else "",
-        )
-        for name in dict.fromkeys(names)
-    ]
-    titles = [
-        "score",
-        "LDS",
-        "change of D",
-        "same types at random",
-        "above that",
-        "loss of negative ones",
-        "share in marked spans",
-    ]
-    return markdown_table(titles, rows)
 
 
 def _options() -> argparse.Namespace:

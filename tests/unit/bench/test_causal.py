@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench import causal
-from bench.causal import MATCHED, PLAIN, RANDOM, Tokens, as_markdown, masks_of, measure
+from bench.causal import Tokens, masks_of, measure, unseen_queries
 from bench.common import retraining
+from bench.common.causal_figures import MATCHED, PLAIN, RANDOM, UNSEEN, as_markdown
 from bench.common.retraining import Retraining, Subject, learning_blocks, query_losses, retrain, retrain_all
 from bench.common.token_sets import (
     correlation_intervals,
@@ -26,6 +27,7 @@ from bench.common.token_sets import (
     token_count,
     top_tokens,
 )
+from ifguide.config.sources import Prompts
 from ifguide.influence.query import TokenisedQuery
 from ifguide.run import Run
 from ifguide.tokenizer import load_tokenizer
@@ -287,7 +289,9 @@ def test_a_word_that_the_queries_ask_for_is_found_by_both_tests_and_random_score
         epochs=1,
         batch_blocks=16,
     )
-    result = measure(subject, tokens, scores, POSITIVE, options, causal.time.monotonic())
+    kinds = {"seen": POSITIVE[::2], UNSEEN: POSITIVE[::2]}
+    subject = replace(subject, queries=[*subject.queries[::2], *subject.queries[1::2]])
+    result = measure(subject, tokens, scores, kinds, options, causal.time.monotonic())
     assert result["complete"]
     assert result["retrainings"] == len(list((tmp_path / "retrainings").iterdir())) == 8 + 2 * 6
     assert result["halves"] == 8
@@ -297,6 +301,27 @@ def test_a_word_that_the_queries_ask_for_is_found_by_both_tests_and_random_score
     assert result["matched_shared_oracle"] == 1  # the oracle has every `clown`: its match is the same mask
     assert result["qld_oracle_above_matched"] == 0
     assert result["lds_oracle"] > result["lds_noise"]
+    assert result[UNSEEN]["qld_oracle"] > 5 * abs(result[UNSEEN]["qld_random"])
+    assert result[UNSEEN]["qld_oracle"] != result["qld_oracle"]
     lines = as_markdown(result).splitlines()
+    assert lines[8:10] == ["Queries that no score has seen:", ""]
+    assert len(lines) == 16
+    lines = lines[:6]
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| oracle", "| noise", "| random", "| tokens"]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_unseen_queries_are_the_evaluation_prompts_that_are_plainly_of_one_kind(run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": {"text": f"p{value}"}, "continuation": {"text": f" c{value}", "toxicity": value}}
+        for value in (0.5, 0.49, 0.2, 0.9, 0.1)
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = replace(
+        run.config,
+        evaluate=replace(run.config.evaluate, prompts=Prompts(path=str(path))),
+        build_query=replace(run.config.build_query, positive_threshold=0.5, negative_threshold=0.2),
+    )
+    found = [(row.row, row.positive, row.prompt, row.completion) for row in unseen_queries(Run(config=config))]
+    assert found == [(0, True, "p0.5", " c0.5"), (3, True, "p0.9", " c0.9"), (4, False, "p0.1", " c0.1")]
