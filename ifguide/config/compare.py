@@ -12,7 +12,7 @@ from ifguide.config.sources import ClassifierSource, check_classifier
 from ifguide.config.typed_yaml import ConfigError, option
 
 OWN_MODELS = ("baseline", "penalised")
-SCORED = ("ngrams", "probe", "span_probe", "excess_loss")  # masks by token scores of their own
+SCORED = ("ngrams", "probe", "span_probe", "excess_loss", "smoothed")  # masks by token scores of their own
 OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own
 
 
@@ -142,6 +142,21 @@ class ExcessLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Smoothing:
+    """A ridge regression of the run's own scores on the proxy's hidden states, for `mask: smoothed`.
+
+    Attributes:
+        tokens: to fit on, at most.
+        folds: of documents; a token is smoothed by the other folds alone.
+        ridges: that are tried, times the number of tokens.
+    """
+
+    tokens: int = option(500_000, at_least=2)
+    folds: int = option(5, at_least=2)
+    ridges: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A method that `compare` sets beside the run's own models. It has one of `mask`, `dpo` and `rad`.
 
@@ -174,6 +189,7 @@ class Method:
             "probe",
             "span_probe",
             "excess_loss",
+            "smoothed",
         ]
         | None
     ) = None
@@ -201,6 +217,7 @@ class Compare:
         ngrams: of masks by log-odds.
         probe: of masks by a probe.
         excess_loss: of masks by excess loss.
+        smoothing: of masks by smoothed scores.
         classifier: scores what methods learn from. Null: that of `evaluate`.
         threshold: a text counts as flagged from this score on.
         resources: of a task that classifies or trains by preference.
@@ -212,6 +229,7 @@ class Compare:
     ngrams: Ngrams = Ngrams()
     probe: Probe = Probe()
     excess_loss: ExcessLoss = ExcessLoss()
+    smoothing: Smoothing = Smoothing()
     classifier: ClassifierSource | None = None
     threshold: float = option(0.5, at_least=0, at_most=1)
     resources: Resources = CPU_RESOURCES
@@ -228,6 +246,8 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
     models = list(OWN_MODELS)
     if not compare.probe.strengths:
         raise ConfigError("compare.probe.strengths: name one at least")
+    if not compare.smoothing.ridges:
+        raise ConfigError("compare.smoothing.ridges: name one at least")
     for name, method in compare.methods.items():
         key = f"compare.methods.{name}"
         if name in (*OWN_MODELS, *OWN_FOLDERS, *evaluated):

@@ -1,4 +1,4 @@
-"""The real text of `configs/civil_comments.yaml` and the benchmarks: from its public origins, or from a folder.
+"""The real text of `configs/real_text.yaml` and the benchmarks: from its public origins, or from a folder.
 
 `sources.yaml` is the table of origins, digests and licences. `table` reads it, `originals` gets the originals,
 `convert` turns them into the files that are read, and `fetch` does it all for `ifguide fetch-data`.

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # times the number of tokens
-FOLDS = 5
 CUT = 0.001  # share of the scores on either side that are taken for less far out than they are
 SMALL_SPREAD = 1e-6  # a feature that varies less is a constant
 

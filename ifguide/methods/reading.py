@@ -27,8 +27,8 @@ def tokenised(tokenizer: Any, pairs: Pairs, *, max_tokens: int, beginning: int |
 def hidden_states(
     model: PreTrainedModel, blocks: Blocks, *, beginning: int | None = None
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """For each block, by its number, the states (T, D) of each layer: the embedding, then what each block of the model
-    gives, the last one normed as the LM head reads it. Entry t has read the tokens up to t.
+    """For each block, by its number and in order of length, the states (T, D) of each layer: the embedding, then what
+    each block of the model gives, the last one normed as the LM head reads it. Entry t has read the tokens up to t.
 
     `beginning`: a BOS that is read before each block and has no entry."""
     for numbers, tokens_BT, lengths_B in _batches(model, blocks, beginning, STATE_TOKENS):
@@ -52,15 +52,15 @@ def token_losses(model: PreTrainedModel, blocks: Blocks, *, beginning: int | Non
 def _batches(
     model: PreTrainedModel, blocks: Blocks, beginning: int | None, batch_tokens: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Numbers, ids (B, T) padded on the right and lengths (B,) of neighbouring blocks of `batch_tokens` or one."""
+    """Numbers, ids (B, T) padded on the right and lengths (B,) of blocks of like length: `batch_tokens`, or one."""
     first = [] if beginning is None else [beginning]
     batch: list[int] = []
-    for number, block in enumerate(blocks):
-        longest = max(len(blocks[i]) for i in [*batch, number]) + len(first)
+    for number in sorted(range(len(blocks)), key=lambda i: len(blocks[i])):  # stable: blocks of one length in order
+        longest = len(blocks[number]) + len(first)
         if batch and longest * (len(batch) + 1) > batch_tokens:
             yield _batch(model, [[*first, *blocks[i]] for i in batch], batch)
             batch = []
-        if len(block):
+        if len(blocks[number]):
             batch.append(number)
     if batch:
         yield _batch(model, [[*first, *blocks[i]] for i in batch], batch)

@@ -154,6 +154,8 @@ def method_scores(run: Run, child: Run, kind: str) -> Manifest:
     manifest, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
     scoring = _scoring(run, query, kind)
     inputs = {"corpus": manifest.fingerprint, "query": query.fingerprint, "proxy": query.inputs["proxy"]}
+    if kind == "smoothed":
+        inputs["scores"] = require(run.scores, "score_corpus").fingerprint
     artifact = run.open(child.scores, VERB, keys=("tokenizer",), inputs=inputs, extra=scoring.result_options())
     if artifact.manifest:
         return artifact.manifest
@@ -180,6 +182,7 @@ def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
         "probe": config.compare.probe,
         "span_probe": config.compare.probe,
         "excess_loss": config.compare.excess_loss,
+        "smoothed": config.compare.smoothing,
     }
     return Scoring(
         kind=kind,
@@ -190,6 +193,8 @@ def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
         proxy=run.proxy_source,
         proxy_fingerprint=query.inputs["proxy"],
         beginning=beginning.token,
+        scores=run.scores,
+        column=score_column(config.build_mask.behaviour),
         seed=config.seed,
     )
 

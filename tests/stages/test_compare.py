@@ -25,6 +25,7 @@ from ifguide.methods.finders import sentence_spans, word_spans
 from ifguide.methods.labelled_blocks import labelled_blocks
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_cross_probe
+from ifguide.methods.smoothed import fit_smoothed
 from ifguide.models import load_model
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
@@ -161,13 +162,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_rivals_mask_as_many_tokens_as_the_runs_own_mask_and_resume(copied: Callable[..., Config]) -> None:
-    config = with_methods(copied(), **{kind: Method(mask=kind) for kind in ("random_types", "ngrams", "probe")})
+    methods = {kind: Method(mask=kind) for kind in ("random_types", "ngrams", "probe")}
+    config = with_methods(copied(), **methods, ngrams_ignored=Method(mask="ngrams", objective="ignore"))
     run = Run(config=config)
     manifest = compare(run)
     assert manifest is not None
-    assert list(manifest.summary) == ["baseline", "penalised", "random_types", "ngrams", "probe"]
+    assert list(manifest.summary) == ["baseline", "penalised", "random_types", "ngrams", "probe", "ngrams_ignored"]
+    # another loss on the same mask: it is made once
+    assert sorted(path.name for path in (run.folder / "compare" / "ngrams_ignored").iterdir()) == ["model"]
     size, own = config.pack_corpus.block_size, stream(run, "masked")
-    children = {name: method_run(run, name, method) for name, method in config.compare.methods.items()}
+    children = {name: method_run(run, name, method) for name, method in methods.items()}
     for name, child in children.items():
         masked = stream(child, "masked")
         assert masked.sum() == own.sum() == read_manifest(child.mask).summary["tokens_masked"], name
@@ -186,7 +190,7 @@ def test_rivals_mask_as_many_tokens_as_the_runs_own_mask_and_resume(copied: Call
 
 
 def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Callable[..., Config]) -> None:
-    methods = {kind: Method(mask=kind) for kind in ("ngrams", "excess_loss", "span_probe")}
+    methods = {kind: Method(mask=kind) for kind in ("ngrams", "excess_loss", "span_probe", "smoothed")}
     comparison = Compare(methods=methods, excess_loss=ExcessLoss(epochs=1, learning_rate=1e-3), probe=Probe(tokens=400))
     run = Run(config=replace(copied(), compare=comparison))
     size, tokens = run.config.pack_corpus.block_size, stream(run, "tokens")
@@ -217,6 +221,10 @@ def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Ca
     numbers = np.repeat(np.arange(len(table := document_table(run.corpus))), table.column("num_tokens").to_numpy())
     of_blocks = [numbers[begin : begin + size] for begin in range(0, len(tokens), size)]
     np.testing.assert_allclose(scores["span_probe"], np.concatenate(probe.score(blocks, of_blocks)), atol=1e-2)
+    exact = stream(run, "token_score")
+    exact_blocks = [exact[begin : begin + size] for begin in range(0, len(exact), size)]
+    smoothed = fit_smoothed(load_model(run.proxy_source), blocks, exact_blocks, of_blocks).score(blocks, of_blocks)
+    np.testing.assert_allclose(scores["smoothed"], np.concatenate(smoothed), atol=1e-2 * scores["smoothed"].std())
 
     # The same scores as Algorithm 1 selects, and the run's own scores by their rank alone.
     for name, method in {

@@ -1,52 +1,86 @@
-"""The table and the picture over seeds."""
+"""The sweep over mask sources and what is read off it, on made-up comparisons."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench.common.fronts import Point
 from bench.common.over_seeds import cell, mean_and_range
-from bench.real_text import as_markdown, draw, over_seeds
+from bench.real_text import CONFIGS, as_markdown, draw, figures_at, model_name, others_of, points_of, sources_of, swept
+from ifguide.config import load_config
+from ifguide.config.compare import Method
+
+SOURCES = {"influence": Method(mask="influence"), "word_list": Method(mask="words")}
+PENALTIES = [0.0, 1.0]
 
 
-def row(model: str, emt: float, perplexity: float | None, first: float = 100.0) -> dict[str, object]:
-    return {
-        "model": model,
-        "masked_share": None if model == "baseline" else 0.02,
-        "emt": [emt, emt - 0.1, emt + 0.1],
-        "tp": [emt / 2, 0.0, 1.0],
-        "perplexity": None if perplexity is None else [perplexity, 0.0, 1000.0],
-        "ratio": None if perplexity is None else perplexity / first,
-        "benign_ratio": None if perplexity is None else (perplexity / first) ** 0.5,
-        "distinct_2": 0.5,
-    }
+def row(model: str, perplexity: float | None, *emts: float) -> dict[str, Any]:
+    """A line of comparison.json: a model with an EMT, and half of it as TP, by each of the evaluators."""
+    evaluators = [
+        {"name": name, "emt": [emt, None, None], "tp": [emt / 2, None, None]}
+        for name, emt in zip(("words", "held_out"), emts, strict=True)
+    ]
+    first = {"emt": evaluators[0]["emt"], "tp": evaluators[0]["tp"]}
+    return {"model": model, "benign_ratio": perplexity, "ratio": perplexity, "evaluators": evaluators, **first}
 
 
-SEEDS = [
-    [row("baseline", 0.8, 100.0), row("penalised", 0.4, 105.0), row("rad", 0.2, None)],
-    [row("baseline", 0.6, 120.0, 120.0), row("penalised", 0.45, 120.0, 120.0), row("rad", 0.3, None)],
-]
+def comparison(base: float) -> list[dict[str, Any]]:
+    """The baseline, two sources at two penalties, and a method on no front; `base`: the baseline's EMT."""
+    return [
+        row("baseline", None, base, base),
+        row("influence_000", 1.01, 0.8 * base, 0.9 * base),
+        row("influence_100", 1.05, 0.4 * base, 0.5 * base),
+        row("word_list_000", 1.00, 0.7 * base, 0.9 * base),
+        row("word_list_100", 1.02, 0.6 * base, 0.9 * base),
+        row("rad", None, 0.2 * base, 0.6 * base),
+    ]
 
 
-def test_ratios_are_to_the_baseline_of_the_same_seed() -> None:
-    figures = over_seeds(SEEDS)
-    assert [seed["emt_ratio"] for seed in figures["penalised"]] == pytest.approx([0.5, 0.75])
-    assert [seed["perplexity_ratio"] for seed in figures["penalised"]] == pytest.approx([1.05, 1.0])
-    assert [seed["benign_ratio"] for seed in figures["penalised"]] == pytest.approx([1.05**0.5, 1.0])
-    assert "perplexity" not in figures["rad"][0]
-    assert "masked_share" not in figures["baseline"][0]
+SEEDS = [comparison(0.8), comparison(0.6)]
 
 
-def test_the_table_has_means_and_ranges_and_the_picture_is_drawn(tmp_path: Path) -> None:
-    figures = over_seeds(SEEDS)
-    losses = {"baseline": None, "penalised": "clipped 0.5", "rad": None}
-    lines = as_markdown(figures, losses).splitlines()
-    assert lines[3].startswith("| penalised | clipped 0.5 | 2.00% | 0.425 [0.400, 0.450] | 0.625 [0.500, 0.750] |")
-    assert lines[4].split(" | ")[-4:] == ["", "", "", "0.500 |"]
-    assert len({line.count("|") for line in lines}) == 1
-    draw(figures, tmp_path / "seeds.png")
-    assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")
+def test_points_are_over_the_baseline_of_their_seed_and_evaluator() -> None:
+    points = points_of(SEEDS, SOURCES, PENALTIES)
+    assert list(points) == ["words", "held_out"]
+    for seed in range(2):
+        assert points["held_out"]["emt"]["influence"][seed][0] == pytest.approx(Point(1.01, 0.9))
+        assert points["words"]["tp"]["word_list"][seed][1] == pytest.approx(Point(1.02, 0.6))
+
+
+def test_figures_are_at_equal_perplexity_and_over_the_word_lists() -> None:
+    figures = figures_at(SEEDS, SOURCES, PENALTIES, 1.05)
+    assert figures["influence"]["emt_ratio"] == pytest.approx([0.4, 0.4, 0.4], abs=1e-4)
+    assert figures["word_list"]["emt_ratio"] == pytest.approx([0.6, 0.6, 0.6], abs=1e-4)
+    assert figures["influence"]["emt_ratio_over_word_list"][0] == pytest.approx(0.4 / 0.6, abs=1e-4)
+    assert figures["influence"]["emt_ratio_independent"][0] == pytest.approx(0.5, abs=1e-4)
+    assert figures["word_list"]["beyond"] == 2
+    assert 0.4 < figures_at(SEEDS, SOURCES, PENALTIES, 1.03)["influence"]["emt_ratio"][0] < 0.8
+
+
+def test_the_tables_and_the_picture_have_every_model(tmp_path: Path) -> None:
+    others = others_of(SEEDS, SOURCES, PENALTIES)
+    assert list(others) == ["rad"]
+    assert others["rad"]["EMT"].value == pytest.approx(0.2)
+    assert others["rad"]["benign perplexity"].value == 1
+    text = as_markdown(figures_at(SEEDS, SOURCES, PENALTIES, 1.05), others)
+    assert "| influence | 0.400 [0.400, 0.400] |" in text
+    assert "| rad | 0.200 [0.200, 0.200] |" in text
+    draw(points_of(SEEDS, SOURCES, PENALTIES), tmp_path / "fronts.png", at=1.03)
+    assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("behaviour", list(CONFIGS))
+def test_the_shipped_configs_have_rivals_with_the_same_loss(behaviour: str) -> None:
+    config = load_config(CONFIGS[behaviour])
+    sources = sources_of(config)
+    assert {"influence", "word_list", "ngrams", "probe", "excess_loss", "smoothed", "random_types"} <= sources.keys()
+    methods = swept(config, sources, [0, 0.5])
+    assert methods[model_name("probe", 0.5)].penalty == 0.5
+    assert methods[model_name("probe", 0)].objective == "ignore"
+    assert len(methods) == 2 * len(sources) + len(config.compare.methods) - (len(sources) - 1)
 
 
 def test_a_cell_is_one_value_where_all_seeds_share_it() -> None:

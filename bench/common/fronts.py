@@ -1,0 +1,74 @@
+"""What a mask source gives for its price: the least toxicity at a perplexity, over a sweep of penalties.
+
+A point is a model over the baseline of its seed: the ratio of benign perplexities, and that of a figure of toxicity.
+The front of a source is the least toxicity among its models up to a perplexity, linear in logarithms between two of
+them. It begins at the baseline, which is (1, 1).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Point(NamedTuple):
+    """A model over its baseline."""
+
+    perplexity: float
+    toxicity: float
+
+
+class Reached(NamedTuple):
+    """The front at a perplexity; `inside`: a model of the sweep lies beyond it, so that it is not a bound."""
+
+    toxicity: float
+    inside: bool
+
+
+def at_perplexity(points: Sequence[Point], ratio: float) -> Reached:
+    """The least toxicity at a ratio of perplexities of at most `ratio`, between the models of a sweep or at one."""
+    assert ratio >= 1, ratio
+    front = [Point(1.0, 1.0)]
+    for point in sorted(points):
+        if point.perplexity <= front[-1].perplexity:  # better in both than what came before, or of no use
+            front[-1] = Point(front[-1].perplexity, min(front[-1].toxicity, point.toxicity))
+        elif point.toxicity < front[-1].toxicity:
+            front.append(point)
+    best = front[0].toxicity
+    for left, right in itertools.pairwise(front):
+        if right.perplexity <= ratio:
+            best = right.toxicity
+            continue
+        share = np.log(ratio / left.perplexity) / np.log(right.perplexity / left.perplexity)
+        return Reached(float(left.toxicity * (right.toxicity / left.toxicity) ** share), True)
+    return Reached(best, any(point.perplexity > ratio for point in points))
+
+
+class Interval(NamedTuple):
+    """A geometric mean over seeds with its 95% interval by Student's t on logarithms; None of a single seed."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def over_seeds(ratios: Sequence[float]) -> Interval:
+    """Of the same ratio for every seed."""
+    logs = np.log(np.array(ratios))
+    mean = float(logs.mean())
+    if len(logs) < 2:
+        return Interval(float(np.exp(mean)), None, None)
+    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    return Interval(*(float(value) for value in np.exp([mean, mean - half, mean + half])))
+
+
+def compare_sources(by_source: Mapping[str, Sequence[float]], against: str) -> dict[str, Interval]:
+    """Every source over `against`, paired by seed."""
+    return {
+        name: over_seeds([own / other for own, other in zip(values, by_source[against], strict=True)])
+        for name, values in by_source.items()
+    }
