@@ -66,6 +66,7 @@ PROBE_DOCUMENTS = 800  # whose marked tokens `span_probe` learns from
 WINDOWS = (0, 1)
 Encoded = tuple[np.ndarray, list[tuple[int, int]], np.ndarray]  # token ids, offsets in characters, marked or not
 Scores = Mapping[str, Sequence[np.ndarray]]  # by name, (T,) of each document
+Proxy = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 
 
 def main() -> int:
@@ -78,11 +79,9 @@ def main() -> int:
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    model, tokenizer = load_proxy(options.proxy)
-    blocks = [encode_document(tokenizer, document) for document in behaviour.documents]
-    scores = _influence(model, tokenizer, behaviour, blocks, options) | _rivals(
-        model, tokenizer, behaviour, blocks, options
-    )
+    proxy = load_proxy(options.proxy)
+    blocks = [encode_document(proxy[1], document) for document in behaviour.documents]
+    scores = _influence(proxy, behaviour, blocks, options) | _rivals(proxy, behaviour, blocks, options)
     result = measure([marked for _, _, marked in blocks], scores, budget=options.budget, seed=options.seed)
     print(json.dumps({"behaviour": options.behaviour, **result, "proxy": options.proxy}))
     return 0
@@ -125,12 +124,9 @@ def measure(truth: Sequence[np.ndarray], scores: Scores, *, budget: float, seed:
 
 
 def _influence(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    behaviour: Behaviour,
-    blocks: Sequence[Encoded],
-    options: argparse.Namespace,
+    proxy: Proxy, behaviour: Behaviour, blocks: Sequence[Encoded], options: argparse.Namespace
 ) -> dict[str, list[np.ndarray]]:
+    model, tokenizer = proxy
     directions = _directions(model, tokenizer, behaviour, options)
     tokens, fill = [ids.tolist() for ids, _, _ in blocks], tokenizer.eos_token_id
     target = score_blocks(model, list(directions.values()), blocks, "target", fill)
@@ -143,12 +139,9 @@ def _influence(
 
 
 def _rivals(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    behaviour: Behaviour,
-    blocks: Sequence[Encoded],
-    options: argparse.Namespace,
+    proxy: Proxy, behaviour: Behaviour, blocks: Sequence[Encoded], options: argparse.Namespace
 ) -> dict[str, list[np.ndarray]]:
+    model, tokenizer = proxy
     tokens = [ids.tolist() for ids, _, _ in blocks]
     queries = behaviour.positive, behaviour.negative
     probe = fit_query_probe(model, tokenizer, *queries, options=PROBE, seed=options.seed)
@@ -316,18 +309,18 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--behaviour", choices=list(BEHAVIOURS), default="explicit")
     parser.add_argument("--proxy", default="smollm2", help="smollm2, or a model's folder (with its tokenizer)")
+    parser.add_argument("--no-tune", dest="tune", action="store_false", help="leave out excess_loss")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--queries", type=int, default=160, help="of each set")
     parser.add_argument("--factor-tokens", type=int, default=14_000)
     parser.add_argument("--budget", type=float, default=0.05, help="share of the tokens that a mask holds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-tune", dest="tune", action="store_false", help="leave out excess_loss")
     parser.add_argument("--sweep", action="store_true", help="also dampings, ranks, module sets, numbers of queries")
     parser.add_argument("--quick", action="store_true", help="small numbers of everything: does it run?")
     options = parser.parse_args()
     if options.quick:
-        options.documents, options.queries, options.factor_tokens = 60, 8, 1000
+        vars(options).update(documents=60, queries=8, factor_tokens=1000)
     return options
 
 

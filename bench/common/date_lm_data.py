@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,8 +20,7 @@ HUB = "DataAttributionEval/Toxicity-Bias-Filtering"
 MAX_CHARACTERS = 2000  # of a text before it is tokenised and cut
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
+class Example(NamedTuple):
     """A training or reference example; `prompt` may be empty. Its loss is the response's."""
 
     prompt: str
@@ -42,7 +41,7 @@ class Benchmark:
     def digest(self) -> str:
         """Of all examples."""
         return json_digest(
-            [[asdict(example) for example in part] for part in (self.train, self.reference, self.benign)]
+            [[example._asdict() for example in part] for part in (self.train, self.reference, self.benign)]
         )
 
 

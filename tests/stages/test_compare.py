@@ -23,6 +23,7 @@ from ifguide.influence.query_file import read_queries
 from ifguide.methods.excess_loss import tune_excess_loss
 from ifguide.methods.finders import sentence_spans, word_spans
 from ifguide.methods.labelled_blocks import labelled_blocks
+from ifguide.methods.masks import ANNOTATED, CLASSIFIED, RANDOM, WORDS
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_cross_probe
 from ifguide.methods.smoothed import fit_smoothed
@@ -36,17 +37,7 @@ from ifguide.stages.method_masks import marked_mask, scored_mask
 from ifguide.toxicity import make_classifier
 from ifguide.words import WordList
 
-KINDS = (
-    "random",
-    "random_types",
-    "annotated",
-    "words",
-    "classified_words",
-    "sentences",
-    "word_documents",
-    "documents",
-    "annotated_documents",
-)
+KINDS = (*RANDOM, *ANNOTATED, *WORDS, *CLASSIFIED)
 
 
 def with_methods(config: Config, **methods: Method) -> Config:

@@ -33,16 +33,9 @@ from ifguide.run import Run
 from ifguide.tokenizer import load_tokenizer
 from ifguide.training.blocks import TrainingBlocks, flatten_blocks
 from ifguide.training.loop import EXPORT, TrainingLoop
+from tests.stages.conftest import ARCHITECTURE
 from tests.stages.packed import BLOCK_SIZE, BLOCKS, packed_run, settings_of
 
-ARCHITECTURE = {
-    "model_type": "gpt_neox",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-}
 OPTIONS = {"engine": "torch", "epochs": 1, "objective": {"kind": "ignore"}, "learning_rate": 0.003}
 
 
