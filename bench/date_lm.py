@@ -49,12 +49,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.common.date_lm_data import MAX_CHARACTERS, Benchmark, Example, read_benchmark
 from bench.common.direction import differential, fit_factors, tracked_names
+from bench.common.over_seeds import t_interval
 from bench.common.places import CACHE, DATA, this_machine
 from bench.common.proxies import load_proxy
 from bench.common.scores import METHOD
@@ -232,9 +232,9 @@ def over_draws(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = {
         name: {
             "ap": _mean(ap[name]),
-            "ap_interval": t_interval(ap[name]),
+            "ap_interval": _interval(ap[name]),
             "ifguide_minus": _mean(ap["ifguide"] - ap[name]),
-            "ifguide_minus_interval": t_interval(ap["ifguide"] - ap[name]),
+            "ifguide_minus_interval": _interval(ap["ifguide"] - ap[name]),
             "auprc": _mean(np.array([draw["scores"][name]["auprc"] for draw in draws])),
             "of_draws": [round(float(value), 4) for value in ap[name]],
         }
@@ -249,12 +249,9 @@ def _mean(values: np.ndarray) -> float:
     return round(float(values.mean()), 4)
 
 
-def t_interval(values: np.ndarray) -> list[float] | None:
-    """The 95% interval of the mean of draws, by Student's t; None of a single one."""
-    if len(values) < 2:
-        return None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return [round(float(values.mean()) - half, 4), round(float(values.mean()) + half, 4)]
+def _interval(values: np.ndarray) -> list[float] | None:
+    ends = t_interval(values.tolist())
+    return ends and [round(end, 4) for end in ends]
 
 
 # ---- the model -------------------------------------------------------------------------------------------

@@ -8,12 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.common.token_sets import (
-    correlation_intervals,
-    mean_and_t_interval,
-    predictions,
-    rank_correlation,
-)
+from bench.common.over_seeds import t_interval
+from bench.common.token_sets import correlation_intervals, predictions, rank_correlation
 from ifguide.display import markdown_table
 
 Bools = NDArray[np.bool_]
@@ -62,8 +58,10 @@ def effects(
         above = {seed: own[seed] - matched[seed] for seed in own.keys() & matched.keys()}
         for key, values in (("", own), (f"_{MATCHED}", matched), (f"_above_{MATCHED}", above)):
             if values:
-                mean, interval = mean_and_t_interval(list(values.values()))
-                found |= {f"qld_{name}{key}": round(mean, 4), f"qld_{name}{key}_interval": interval}
+                of_seeds = list(values.values())
+                ends = t_interval(of_seeds)
+                found[f"qld_{name}{key}"] = round(float(np.mean(of_seeds)), 4)
+                found[f"qld_{name}{key}_interval"] = ends and [round(end, 4) for end in ends]
         if own:
             found[f"negative_{name}"] = round(float(np.mean([*changes(name, negative).values()])), 4)
             found[f"qld_{name}_seeds"] = [round(own[seed], 4) for seed in sorted(own)]

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+
+from bench.common.over_seeds import t_interval
 
 
 class Point(NamedTuple):
@@ -59,11 +60,8 @@ class Interval(NamedTuple):
 def over_seeds(ratios: Sequence[float]) -> Interval:
     """Of the same ratio for every seed."""
     logs = np.log(np.array(ratios))
-    mean = float(logs.mean())
-    if len(logs) < 2:
-        return Interval(float(np.exp(mean)), None, None)
-    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
-    return Interval(*(float(value) for value in np.exp([mean, mean - half, mean + half])))
+    mean, ends = float(np.exp(logs.mean())), t_interval(logs.tolist())
+    return Interval(mean, *map(float, np.exp(ends))) if ends else Interval(mean, None, None)
 
 
 def compare_sources(by_source: Mapping[str, Sequence[float]], against: str) -> dict[str, Interval]:

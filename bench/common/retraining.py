@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel
 
+from bench.common.similarity import length_batches, padded
 from ifguide.artifacts import json_digest, write_json
 from ifguide.artifacts.manifest import read_json
 from ifguide.config import to_mapping
@@ -113,23 +114,11 @@ def learning_blocks(blocks: TrainingBlocks, left_out_NT: Bools) -> Bools:
 def query_losses(model: PreTrainedModel, queries: Sequence[TokenisedQuery]) -> list[float]:
     """The NLL of each query's completion, summed over its tokens, in nats."""
     losses = np.zeros(len(queries))
-    for rows in _like_lengths(queries):
-        lengths_B = torch.tensor([len(queries[i].token_ids) for i in rows])
-        tokens_BT = torch.zeros(len(rows), int(lengths_B.max()), dtype=torch.long)
-        for row, i in enumerate(rows):
-            tokens_BT[row, : len(queries[i].token_ids)] = torch.tensor(queries[i].token_ids)
+    for rows in length_batches(queries, BATCH_TOKENS):
+        tokens_BT, lengths_B, completion_BT = padded([queries[i] for i in rows])
         nll_BT = next_token_nll(model(tokens_BT, use_cache=False).logits, tokens_BT, lengths_B).double()
-        for row, i in enumerate(rows):
-            losses[i] = float(nll_BT[row, queries[i].completion_start :].sum())
+        losses[rows] = (nll_BT * completion_BT).sum(1).numpy()
     return losses.tolist()
-
-
-def _like_lengths(queries: Sequence[TokenisedQuery]) -> Iterator[list[int]]:
-    order = sorted(range(len(queries)), key=lambda i: -len(queries[i].token_ids))
-    while order:
-        count = max(1, BATCH_TOKENS // len(queries[order[0]].token_ids))
-        yield order[:count]
-        order = order[count:]
 
 
 def retrain_all(

@@ -129,11 +129,11 @@ def mean_cosine(rows_ND: Tensor, references_RD: Tensor) -> np.ndarray:
     return (F.normalize(rows_ND, dim=1) @ F.normalize(references_RD, dim=1).mean(0)).numpy()
 
 
-def length_batches(queries: Sequence[TokenisedQuery]) -> list[list[int]]:
-    """Examples of like length together, at most `BATCH_TOKENS` padded tokens (or one example)."""
+def length_batches(queries: Sequence[TokenisedQuery], batch_tokens: int = BATCH_TOKENS) -> list[list[int]]:
+    """Examples of like length together, at most `batch_tokens` padded tokens (or one example)."""
     batches: list[list[int]] = [[]]
     for i in sorted(range(len(queries)), key=lambda i: len(queries[i].token_ids)):
-        if batches[-1] and len(queries[i].token_ids) * (len(batches[-1]) + 1) > BATCH_TOKENS:
+        if batches[-1] and len(queries[i].token_ids) * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])
         batches[-1].append(i)
     return batches

@@ -65,12 +65,3 @@ def correlation_intervals(predicted: dict[str, Floats], actual: Floats, seed: in
     return {
         name: [round(float(value), 4) for value in np.percentile(each, [2.5, 97.5])] for name, each in found.items()
     }
-
-
-def mean_and_t_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
-    """The mean and its 95% t interval; None of one value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-    return mean, [round(mean - half, 4), round(mean + half, 4)]

@@ -22,7 +22,7 @@ SHORTEST_ARTICLE = 200  # characters: a formula's line that looks like a title h
 KEPT_ASIDE = 5  # one forum post in five
 OFFENSIVE = {"OFF": True, "NOT": False}  # OLID's subtask A
 TARGETED = {"TIN": True, "UNT": False, "NULL": None}  # subtask B
-QUERY_PARTS, PROMPT_PARTS = range(4), range(4, 5)  # of ten, of the forum's posts; the others are documents
+QUERY_PARTS, PROMPT_PARTS, DOCUMENT_PARTS = range(4), range(4, 5), range(5, 10)  # tenths of the forum's posts
 PROMPT_SHARE = 3  # a third of a sentence's words is its prompt
 HATEFUL = {"hate": True, "noHate": False}  # the forum's labels; "relation" and "idk/skip" are left out
 
@@ -48,8 +48,7 @@ def copy(originals: Files) -> bytes:
 
 def json_lines(originals: Files) -> bytes:
     """JSON lines, written as here: no escapes, spaces after commas and colons."""
-    (content,) = originals.values()
-    return _lines(json.loads(line) for line in _text(content).split("\n") if line)
+    return _lines(_rows(originals))
 
 
 def toxic_spans(originals: Files) -> bytes:
@@ -111,7 +110,7 @@ def forum(originals: Files) -> bytes:
 def forum_posts(originals: Files) -> bytes:
     """Of the forum's sentences the posts that are documents, a sentence a line; `hateful_spans`: the hateful ones."""
     documents = []
-    for post, sentences in _posts(originals, lambda part: part not in (*QUERY_PARTS, *PROMPT_PARTS)):
+    for post, sentences in _posts(originals, DOCUMENT_PARTS):
         starts = list(itertools.accumulate((len(row["text"]) + 1 for row in sentences), initial=0))
         spans = [
             [start, start + len(row["text"])] for start, row in zip(starts, sentences, strict=False) if row["hateful"]
@@ -124,12 +123,12 @@ def forum_posts(originals: Files) -> bytes:
 def forum_queries(originals: Files) -> bytes:
     """Sentences of posts that are no documents, as RealToxicityPrompts has them: the first words of a sentence are its
     prompt. Those of fewer than four words are left out. The label is that of the whole sentence."""
-    return _prompt_table(originals, lambda part: part in QUERY_PARTS)
+    return _prompt_table(originals, QUERY_PARTS)
 
 
 def forum_prompts(originals: Files) -> bytes:
     """As `forum_queries`, of posts that are neither documents nor queries."""
-    return _prompt_table(originals, lambda part: part in PROMPT_PARTS)
+    return _prompt_table(originals, PROMPT_PARTS)
 
 
 def offensive_tweets(originals: Files) -> bytes:
@@ -215,27 +214,23 @@ CONVERTERS: Mapping[str, Callable[[Files], bytes]] = {
 
 
 def _tweets(originals: Files, *, offensive: bool) -> bytes:
-    (content,) = originals.values()
-    rows = (json.loads(line) for line in _text(content).split("\n") if line)
     return _lines(
         {"id": row["id"], "text": row["text"], "offensive_spans": [[0, len(row["text"])]] if offensive else []}
-        for row in rows
+        for row in _rows(originals)
         if row["offensive"] == offensive
     )
 
 
-def _posts(originals: Files, wanted: Callable[[int], bool]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Posts with their sentences, in order, of the tenths that are `wanted`: by the SHA-256 of a post's id."""
-    (content,) = originals.values()
-    rows = (json.loads(line) for line in _text(content).split("\n") if line)
-    for post, sentences in itertools.groupby(rows, key=lambda row: row["post"]):
-        if wanted(_number(post) // KEPT_ASIDE % 10):
+def _posts(originals: Files, parts: range) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Posts with their sentences, in order, of the tenths `parts`: by the SHA-256 of a post's id."""
+    for post, sentences in itertools.groupby(_rows(originals), key=lambda row: row["post"]):
+        if _number(post) // KEPT_ASIDE % 10 in parts:
             yield str(post), list(sentences)
 
 
-def _prompt_table(originals: Files, wanted: Callable[[int], bool]) -> bytes:
+def _prompt_table(originals: Files, parts: range) -> bytes:
     rows = []
-    for _, sentences in _posts(originals, wanted):
+    for _, sentences in _posts(originals, parts):
         for sentence in sentences:
             words = list(re.finditer(r"\S+", sentence["text"]))
             if len(words) > PROMPT_SHARE:
@@ -244,6 +239,12 @@ def _prompt_table(originals: Files, wanted: Callable[[int], bool]) -> bytes:
                 prompt, continuation = sentence["text"][:end], sentence["text"][end:]
                 rows.append({"prompt": {"text": prompt}, "continuation": {"text": continuation, **label}})
     return _lines(rows)
+
+
+def _rows(originals: Files) -> Iterator[dict[str, Any]]:
+    """The objects of the one original, which is JSON lines."""
+    (content,) = originals.values()
+    return (json.loads(line) for line in _text(content).split("\n") if line)
 
 
 def _number(post: str) -> int:

@@ -64,10 +64,8 @@ def _make(folder: Path, output: Output, originals: Originals, source: Path | Non
                 f"{different(place, output.result.sha256, digest)}; move it away and run `{COMMAND}` again"
             )
         return "there already"
-    if output.of and not (folder / output.of).is_file():
-        raise FileNotFoundError(f"{output.of}, of which it is made, is not there")
     if output.of:
-        content, how = _checked(output, {output.of: (folder / output.of).read_bytes()}), f"of {output.of}"
+        content, how = _derive(output, folder / output.of)
     else:
         content, how = _converted(output, source) or _convert(output, originals)
     with publish(place) as part:
@@ -93,6 +91,12 @@ def _convert(output: Output, originals: Originals) -> tuple[bytes, str]:
     content = _checked(output, files)
     size = sum(map(len, files.values())) / 1e6
     return content, f"of {output.origin.name} ({len(files):,} original file{'s' * (len(files) > 1)}, {size:,.2f} MB)"
+
+
+def _derive(output: Output, file: Path) -> tuple[bytes, str]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{output.of}, of which it is made, is not there")
+    return _checked(output, {file.name: file.read_bytes()}), f"of {output.of}"
 
 
 def _checked(output: Output, files: Mapping[str, bytes]) -> bytes:

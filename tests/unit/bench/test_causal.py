@@ -21,7 +21,6 @@ from bench.common.retraining import Retraining, Subject, learning_blocks, query_
 from bench.common.token_sets import (
     correlation_intervals,
     document_halves,
-    mean_and_t_interval,
     predictions,
     rank_correlation,
     token_count,
@@ -132,14 +131,6 @@ def test_the_highest_scores_are_taken_ties_by_chance_and_no_token_without_a_pred
     assert len({each.tobytes() for each in draws}) > 20
     assert token_count(candidates_NT, 0.5) == 14
     assert token_count(candidates_NT, 0.001) == 1
-
-
-def test_the_t_interval_by_hand() -> None:
-    mean, interval = mean_and_t_interval([1.0, 2.0, 3.0])
-    half = 4.302653 * 1 / 3**0.5  # the .975 quantile of t with two degrees of freedom
-    assert mean == 2
-    assert interval == pytest.approx([2 - half, 2 + half], abs=1e-4)
-    assert mean_and_t_interval([1.0]) == (1.0, None)
 
 
 def test_a_retraining_is_the_training_of_the_pipeline(

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from bench.common.fronts import Point
-from bench.common.over_seeds import cell, mean_and_range
 from bench.real_text import CONFIGS, as_markdown, draw, figures_at, model_name, others_of, points_of, sources_of, swept
 from ifguide.config import load_config
 from ifguide.config.compare import Method
@@ -81,13 +80,3 @@ def test_the_shipped_configs_have_rivals_with_the_same_loss(behaviour: str) -> N
     assert methods[model_name("probe", 0.5)].penalty == 0.5
     assert methods[model_name("probe", 0)].objective == "ignore"
     assert len(methods) == 2 * len(sources) + len(config.compare.methods) - (len(sources) - 1)
-
-
-def test_a_cell_is_one_value_where_all_seeds_share_it() -> None:
-    assert cell([], ".2f") == ""
-    assert cell([0.501, 0.502], ".2f") == "0.50"
-    assert cell([1.0, 2.0], ".1f") == "1.5 [1.0, 2.0]"
-
-
-def test_error_bars_reach_from_the_mean_to_the_extremes() -> None:
-    assert mean_and_range([1.0, 2.0, 6.0]) == (3.0, 2.0, 3.0)
