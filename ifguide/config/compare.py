@@ -13,6 +13,7 @@ from ifguide.config.typed_yaml import ConfigError, option
 
 OWN_MODELS = ("baseline", "penalised")
 SCORED = ("ngrams", "probe", "span_probe", "excess_loss", "smoothed")  # masks by token scores of their own
+SELECTING = ("quantile", "window", "max_fraction")  # a method's own, in place of `build_mask`'s
 OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own
 
 
@@ -166,6 +167,9 @@ class Method:
         mask: how masked tokens are found; see evaluation.md.
         selection: how scores become a mask of the run's own size: the highest `tokens`, or `units` as in `build_mask`,
             with its quantile and window. Null: `tokens`; `influence` keeps the run's own mask.
+        quantile: of `units`. Null: that of `build_mask`.
+        window: of `units`. Null: that of `build_mask`.
+        max_fraction: of `units`. Null: as many tokens as the run's own mask has.
         objective: kind of loss of masked tokens; `ignore` filters. Null: that of `pretrain`.
         penalty: lambda. Null: that of `pretrain`.
         dpo: train by preference.
@@ -194,15 +198,24 @@ class Method:
         | None
     ) = None
     selection: Literal["tokens", "units"] | None = None
+    quantile: float | None = option(None, above=0, at_most=1)
+    window: int | None = option(None, at_least=0)
+    max_fraction: float | None = option(None, above=0, at_most=1)
     objective: ObjectiveKind | None = None
     penalty: float | None = option(None, at_least=0)
     dpo: Dpo | None = None
     rad: Rad | None = None
 
+    def mask_options(self) -> tuple[str | float | None, ...]:
+        """All that decides the mask: methods that share them have one mask, and differ in their loss."""
+        return self.mask, self.selection, *(getattr(self, name) for name in SELECTING)
+
     def describe(self) -> str:
         """The method in a few words."""
         if self.mask is not None:
-            return f"{self.mask} masked{f' by {self.selection}' if self.selection else ''}"
+            own = [f"{name} {getattr(self, name):g}" for name in SELECTING if getattr(self, name) is not None]
+            by = f" by {self.selection}" if self.selection else ""
+            return f"{self.mask} masked{by}" + (f" ({', '.join(own)})" if own else "")
         return f"DPO of {self.dpo.model}" if self.dpo else f"RAD of {self.rad.model if self.rad else None}"
 
 
@@ -260,6 +273,9 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
                 raise ConfigError(f"{key}.{option_name}: is of masked tokens; {kinds[0]} has none")
         if method.selection and method.mask not in ("influence", *SCORED):
             raise ConfigError(f"{key}.selection: is of masks by scores: influence, {', '.join(SCORED)}")
+        for option_name in SELECTING:
+            if getattr(method, option_name) is not None and method.selection != "units":
+                raise ConfigError(f"{key}.{option_name}: is of `selection: units`")
         start = method.dpo or method.rad
         if start and start.model not in models:
             raise ConfigError(f"{key}.{kinds[0]}.model: {start.model!r} is none of {', '.join(models)}")

@@ -82,7 +82,7 @@ class _Grid:
         self.made = {name: _own(run, name) for name in (BASELINE, PENALISED) if name in self.models}
         self.guides: dict[str, Guidance] = {}
         self.children: dict[str, Run] = {}
-        self.masks: dict[tuple[str | None, str | None], Run] = {}  # what made a mask first, by kind and selection
+        self.masks: dict[tuple[str | float | None, ...], Run] = {}  # what made a mask first
         self.samples: _Samples | None = None
 
     def add(self, name: str, method: Method) -> None:
@@ -95,7 +95,7 @@ class _Grid:
             self._add_mask(name, method)
 
     def _add_mask(self, name: str, method: Method) -> None:
-        child, kind = method_run(self.run, name, method), (method.mask, method.selection)
+        child, kind = method_run(self.run, name, method), method.mask_options()
         if kind in self.masks:  # another loss on the same mask
             child = child.borrow(self.masks[kind], "scores", "mask")
         mask = method_mask(self.run, child, method)

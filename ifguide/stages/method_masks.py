@@ -13,7 +13,7 @@ from typing import Any
 
 from ifguide.artifacts import Manifest, data_files, require
 from ifguide.config import OWN, ClassifierSource, Config
-from ifguide.config.compare import SCORED, Method
+from ifguide.config.compare import SCORED, SELECTING, Method
 from ifguide.distributed.session import connect
 from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_tasks
@@ -122,8 +122,9 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
     count = own.rows["tokens"]
     if method.selection == "units":
         # half a token more, so that the fraction comes to the count whatever its rounding
-        fraction = (count + 0.5) / own.summary["predicted_tokens"]
-        options = replace(run.config.build_mask, behaviour=behaviour, max_fraction=min(fraction, 1.0))
+        fraction = min((count + 0.5) / own.summary["predicted_tokens"], 1.0)
+        changed = {name: getattr(method, name) for name in SELECTING if getattr(method, name) is not None}
+        options = replace(run.config.build_mask, **{"behaviour": behaviour, "max_fraction": fraction, **changed})
         mask = build_mask(replace(child, config=replace(child.config, build_mask=options)))
         assert mask is not None
         return mask

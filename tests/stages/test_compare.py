@@ -32,6 +32,7 @@ from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
 from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus
+from ifguide.stages.build_mask import build_mask
 from ifguide.stages.compare import compare, method_run
 from ifguide.stages.method_masks import marked_mask, scored_mask
 from ifguide.toxicity import make_classifier
@@ -235,6 +236,15 @@ def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Ca
         else:
             assert 0 < masked.sum() <= own.sum()
             assert (masked != stream(method_run(run, "ngrams", methods["ngrams"]), "masked")).any()
+
+    # A selection of the method's own is `build_mask` with these options.
+    method = Method(mask="influence", selection="units", quantile=0.9, window=2, max_fraction=0.05)
+    scored_mask(run, selected := method_run(run, "selected", method), method)
+    options = replace(run.config.build_mask, quantile=0.9, window=2, max_fraction=0.05)
+    same = Run(config=replace(run.config, run_dir=str(run.folder / "same"), build_mask=options))
+    build_mask(same := same.borrow(run, "corpus", "scores"))
+    np.testing.assert_array_equal(stream(selected, "masked"), stream(same, "masked"))
+    assert stream(selected, "masked").sum() != own.sum()
 
 
 def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config]) -> None:

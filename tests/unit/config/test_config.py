@@ -357,6 +357,7 @@ def test_result_options_of_sections_by_name_leave_placement_out():
             {"a": {"mask": "words", "selection": "units"}},
             "compare.methods.a.selection: is of masks by scores: influence",
         ),
+        ({"a": {"mask": "influence", "window": 0}}, "compare.methods.a.window: is of `selection: units`"),
         ({"a": {"rad": {"model": "b"}}}, "compare.methods.a.rad.model: 'b' is none of baseline, penalised"),
         ({"a": {"rad": {}}, "b": {"dpo": {"model": "a"}}}, "compare.methods.b.dpo.model: 'a' is none of baseline"),
         (
