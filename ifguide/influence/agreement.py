@@ -5,6 +5,7 @@ exact one on tokens of the corpus itself. Selection uses the upper end of the sc
 correlations. Cost: a sort of the tokens compared.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,17 @@ def compare(scores: Tensor, exact: Tensor, predicted: Tensor) -> Agreement:
         top=len(top_a & top_b) / count,
         tokens=len(a),
     )
+
+
+def mean_rank(scorings: Sequence[Tensor]) -> Tensor:
+    """(N,) from 0 to 1: the mean of each token's ranks in several scorings (N,) of the same tokens, which may be of two
+    queries, attributions, checkpoints or proxies that share a tokenizer. Scales do not matter; ties share a rank.
+
+    Raises ValueError when the scorings differ in length."""
+    if len({len(scores) for scores in scorings}) != 1:
+        raise ValueError(f"scorings of {[len(scores) for scores in scorings]} tokens; all must be of the same tokens")
+    ranks = torch.stack([_ranks(scores.double()) for scores in scorings]).mean(dim=0)
+    return ranks / max(1, len(ranks) - 1)
 
 
 def _pearson(a: Tensor, b: Tensor) -> float:

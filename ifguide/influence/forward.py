@@ -39,36 +39,46 @@ class ForwardEngine:
         return torch.stack([self._score_one(directions, tokens_BT) for directions in self.directions])
 
     def _score_one(self, directions: Mapping[str, Direction], tokens_BT: Tensor) -> Tensor:
-        forwards = {self.model.get_submodule(name): self._forward(name, one) for name, one in directions.items()}
-        implementation = None if self.model.config._attn_implementation == "eager" else "sdpa"
-        with (
-            forward_ad.dual_level(),
-            sdpa_kernel(SDPBackend.MATH),
-            attention(self.model, implementation),
-            replaced_forwards(forwards),
-        ):
-            hidden = self.model.base_model(tokens_BT, use_cache=False).last_hidden_state
-            hidden_BTD, tangent_BTD = forward_ad.unpack_dual(hidden)
+        hidden_BTD, tangent_BTD = hidden_tangents(self.model, directions, tokens_BT)
         scores = self.head.tangents(
             hidden_BTD[:, :-1].flatten(0, 1), tangent_BTD[None, :, :-1].flatten(1, 2), tokens_BT[:, 1:].flatten()
         )
         return F.pad(scores.view(len(tokens_BT), -1), (1, 0))
 
-    def _forward(self, name: str, direction: Direction) -> Callable[[Tensor], Tensor]:
-        module = linear_module(self.model, name)
-        weight, bias = module.weight, module.bias
 
-        def forward(dual: Tensor) -> Tensor:
-            a, a_tangent = forward_ad.unpack_dual(dual)
-            if direction.weight is not None:
-                change = F.linear(a, direction.weight, direction.bias)
-            else:
-                assert direction.left is not None
-                assert direction.right is not None
-                change = F.linear(F.linear(a, direction.right), direction.left, direction.bias)
-            # Before the first tracked module nothing depends on V: no tangent, no product.
-            if a_tangent is not None:
-                change = change + F.linear(a_tangent, weight)
-            return forward_ad.make_dual(F.linear(a, weight, bias), change)
+@torch.no_grad()
+def hidden_tangents(
+    model: PreTrainedModel, directions: Mapping[str, Direction], tokens_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The final hidden states (B, T, D), and their derivatives along one direction of the model's device and dtype."""
+    forwards = {model.get_submodule(name): _dual_forward(model, name, one) for name, one in directions.items()}
+    implementation = None if model.config._attn_implementation == "eager" else "sdpa"
+    with (
+        forward_ad.dual_level(),
+        sdpa_kernel(SDPBackend.MATH),
+        attention(model, implementation),
+        replaced_forwards(forwards),
+    ):
+        hidden = model.base_model(tokens_BT, use_cache=False).last_hidden_state
+        hidden_BTD, tangent_BTD = forward_ad.unpack_dual(hidden)
+    return hidden_BTD, tangent_BTD
 
-        return forward
+
+def _dual_forward(model: PreTrainedModel, name: str, direction: Direction) -> Callable[[Tensor], Tensor]:
+    module = linear_module(model, name)
+    weight, bias = module.weight, module.bias
+
+    def forward(dual: Tensor) -> Tensor:
+        a, a_tangent = forward_ad.unpack_dual(dual)
+        if direction.weight is not None:
+            change = F.linear(a, direction.weight, direction.bias)
+        else:
+            assert direction.left is not None
+            assert direction.right is not None
+            change = F.linear(F.linear(a, direction.right), direction.left, direction.bias)
+        # Before the first tracked module nothing depends on V: no tangent, no product.
+        if a_tangent is not None:
+            change = change + F.linear(a_tangent, weight)
+        return forward_ad.make_dual(F.linear(a, weight, bias), change)
+
+    return forward

@@ -3,7 +3,8 @@
 With z = f(W h) the logits of a position and x its label, NLL = logsumexp(z) - z_x, and
 
 - the tangent of the NLL along h' is  s = sum_v softmax(z)_v z'_v - z'_x,  z' = f'(W h) * W h';
-- the gradient of the NLL by h is  W^T [f'(W h) * (softmax(z) - onehot(x))].
+- the gradient of the NLL by h is  W^T [f'(W h) * (softmax(z) - onehot(x))];
+- its Gauss-Newton product with h' is  W^T [f'(W h) * p * (z' - sum_v p_v z'_v)],  p = softmax(z).
 
 f is that of `ifguide.lm_head`. Positions are taken in chunks of `CHUNK_VALUES` logits.
 
@@ -69,11 +70,7 @@ class HeadDerivatives:
             logits_NV, slope_NV = self._logits(hidden_ND[rows])
             labels = labels_N[rows, None]
             for k, tangent_ND in enumerate(tangents_KND[:, rows]):
-                change_NV = self.project(tangent_ND.to(self.dtype))
-                if self.head.scale != 1.0:
-                    change_NV = change_NV * self.head.scale
-                if slope_NV is not None:
-                    change_NV = change_NV * slope_NV
+                change_NV = self._change(tangent_ND, slope_NV)
                 observed_N = change_NV.gather(1, labels).squeeze(1)
                 scores_KN[k, rows] = self.kernels.expected_change(logits_NV, change_NV) - observed_N
         return scores_KN
@@ -90,6 +87,28 @@ class HeadDerivatives:
                 error_NV *= slope_NV
             gradient_ND[rows] = (error_NV.to(self.dtype) @ self.weight).to(gradient_ND.dtype)
         return gradient_ND
+
+    def curvature(self, hidden_ND: Tensor, tangent_ND: Tensor, weight_N: Tensor) -> Tensor:
+        """(N, D): of each position weight_n J^T (diag p - p p^T) J h', where J is the derivative of its logits by its
+        hidden state and h' the tangent of that. It does not depend on the label."""
+        product_ND = torch.empty_like(hidden_ND)
+        for rows in self._chunks(len(hidden_ND)):
+            logits_NV, slope_NV = self._logits(hidden_ND[rows])
+            p_NV = logits_NV.to(torch.promote_types(self.dtype, torch.float32)).softmax(dim=-1)
+            change_NV = self._change(tangent_ND[rows], slope_NV)
+            change_NV = p_NV * (change_NV - (p_NV * change_NV).sum(dim=-1, keepdim=True))
+            change_NV *= weight_N[rows, None] * self.head.scale
+            if slope_NV is not None:
+                change_NV *= slope_NV
+            product_ND[rows] = (change_NV.to(self.dtype) @ self.weight).to(product_ND.dtype)
+        return product_ND
+
+    def _change(self, tangent_ND: Tensor, slope_NV: Tensor | None) -> Tensor:
+        """z' (N, V): how logits move with a tangent of the hidden states."""
+        change_NV = self.project(tangent_ND.to(self.dtype))
+        if self.head.scale != 1.0:
+            change_NV = change_NV * self.head.scale
+        return change_NV if slope_NV is None else change_NV * slope_NV
 
     def _chunks(self, count: int) -> Iterator[slice]:
         values = CHUNK_VALUES.get(self._linear.weight.device.type, CHUNK_VALUES["cpu"])

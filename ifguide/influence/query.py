@@ -57,6 +57,20 @@ class ModuleFactors:
     Q_S: Tensor
     lambda_mean: Tensor
 
+    def in_float64(self, device: torch.device) -> ModuleFactors:
+        """The same factors, as they are computed with."""
+        tensors = (tensor.to(device, torch.float64) for tensor in (self.Q_A, self.Q_S, self.lambda_mean))
+        return ModuleFactors(**dict(zip(("Q_A", "Q_S", "lambda_mean"), tensors, strict=True)))
+
+    def damping(self, damping: float | None, damping_scale: float) -> Tensor | float:
+        """`damping`, or `damping_scale` * mean(Lambda) if None."""
+        return damping_scale * self.lambda_mean.mean() if damping is None else damping
+
+    def solve(self, gradient: Tensor, damping: Tensor | float) -> Tensor:
+        """(EK-FAC + damping)^-1 gradient, of one dtype with the factors."""
+        rotated = self.Q_S.T @ gradient @ self.Q_A
+        return self.Q_S @ (rotated / (self.lambda_mean + damping)) @ self.Q_A.T
+
 
 def tokenise_query(
     tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str, *, max_tokens: int, beginning: int | None = None
@@ -122,16 +136,49 @@ def mean_completion_gradient(
     modules = {name: _linear(model, name) for name in names}
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     totals = [torch.zeros_like(parameter) for parameter in parameters]
-    with _only_trainable(model, parameters):
+    with only_trainable(model, parameters):
         for indices in _length_batches(queries, batch_tokens):
             loss = _weighted_loss(model, [queries[i] for i in indices], [weights[i] for i in indices])
             for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
                 total += gradient
-    remaining = iter(totals)
-    return {
-        name: next(remaining) if module.bias is None else torch.cat([next(remaining), next(remaining)[:, None]], dim=1)
-        for name, module in modules.items()
-    }
+    return by_module(modules, totals)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupGradient:
+    """The sum over the `queries` queries of one set (`positive` or not) in one group of the gradients of their
+    completions' summed NLL, per module."""
+
+    group: int
+    positive: bool
+    queries: int
+    gradient: dict[str, Tensor]
+
+
+def group_gradients(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    queries: Sequence[TokenisedQuery],
+    positive: Sequence[bool],
+    *,
+    groups: int,
+    batch_tokens: int,
+) -> Iterator[GroupGradient]:
+    """The gradients of `groups` disjoint groups of each set, one at a time: query r of its set is in group r % groups.
+
+    Means of groups are independent of each other, so what differs between them is noise of the choice of queries. A set
+    without queries has no groups. Cost: that of `mean_completion_gradient` of all queries.
+
+    Raises ValueError when a set has fewer queries than groups.
+    """
+    for kind in (True, False):
+        members = [query for query, own in zip(queries, positive, strict=True) if own == kind]
+        if 0 < len(members) < groups:
+            raise ValueError(f"{len(members)} queries of a set cannot be dealt to {groups} groups")
+        for group in range(groups if members else 0):
+            part = members[group::groups]
+            gradient = mean_completion_gradient(model, names, part, [1.0] * len(part), batch_tokens=batch_tokens)
+            yield GroupGradient(group=group, positive=kind, queries=len(part), gradient=gradient)
 
 
 def build_direction(
@@ -166,8 +213,17 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def by_module(modules: Mapping[str, nn.Linear], of_parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """(d_out, d_in [+ 1]) per module, of tensors like its parameters: those of the modules, one after the other."""
+    remaining = iter(of_parameters)
+    return {
+        name: next(remaining) if module.bias is None else torch.cat([next(remaining), next(remaining)[:, None]], dim=1)
+        for name, module in modules.items()
+    }
+
+
 @contextmanager
-def _only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Gradients for `parameters` alone; every other parameter's weight gradient would be computed for nothing."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -252,18 +308,14 @@ def precondition(
         raise ValueError(f"gradient and factors differ in modules {different[:3]}; both must be of one proxy")
     directions = {}
     for name, module_gradient in gradient.items():
-        Q_A, Q_S, lambda_mean = (
-            tensor.to(module_gradient.device, torch.float64)
-            for tensor in (factors[name].Q_A, factors[name].Q_S, factors[name].lambda_mean)
-        )
-        if lambda_mean.shape != module_gradient.shape:
+        module = factors[name].in_float64(module_gradient.device)
+        if module.lambda_mean.shape != module_gradient.shape:
             raise ValueError(
-                f"{name}: the factors are of shape {tuple(lambda_mean.shape)}, the gradient of "
+                f"{name}: the factors are of shape {tuple(module.lambda_mean.shape)}, the gradient of "
                 f"{tuple(module_gradient.shape)}; both must be of one proxy"
             )
-        damped = lambda_mean + (damping_scale * lambda_mean.mean() if damping is None else damping)
-        if not bool((damped > 0).all()):
+        damped = module.damping(damping, damping_scale)
+        if not bool((module.lambda_mean + damped > 0).all()):
             raise ValueError(f"{name}: Lambda + damping has zeros; raise damping, or fit factors on more blocks")
-        rotated = Q_S.T @ module_gradient.double() @ Q_A
-        directions[name] = (Q_S @ (rotated / damped) @ Q_A.T).float()
+        directions[name] = module.solve(module_gradient.double(), damped).float()
     return directions

@@ -111,3 +111,23 @@ def kronecker_solve(gradient: Tensor, Q_A: Tensor, Q_S: Tensor, lambda_mean: Ten
     hessian = basis @ torch.diag(lambda_mean.double().flatten()) @ basis.T
     hessian = hessian + damping * torch.eye(len(hessian), dtype=torch.float64)
     return torch.linalg.solve(hessian, gradient.double().flatten()).reshape(gradient.shape)
+
+
+def gauss_newton(model: nn.Module, names: Sequence[str], blocks_NT: Tensor, lengths_N: Tensor) -> Tensor:
+    """The dense H (P, P) = 1/N sum over sequences of sum over predicted tokens of J^T (diag p - p p^T) J, one row of J
+    at a time. Modules lie one after the other, each [weight | bias] by rows."""
+    total: Tensor | float = 0.0
+    for tokens_T, length in zip(blocks_NT, lengths_N.tolist(), strict=True):
+        for j in range(1, length):
+            logits_V = model(tokens_T[None, :j], use_cache=False).logits[0, -1]
+            rows = [flat(module_gradients(model, names, logit)) for logit in logits_V]
+            jacobian_VP = torch.stack(rows)
+            p_V = logits_V.softmax(dim=-1).detach()
+            total = total + jacobian_VP.T @ (torch.diag(p_V) - torch.outer(p_V, p_V)) @ jacobian_VP
+    assert isinstance(total, Tensor)
+    return total / len(blocks_NT)
+
+
+def flat(vector: Mapping[str, Tensor]) -> Tensor:
+    """(P,): the modules' tensors by rows, one after the other."""
+    return torch.cat([tensor.flatten() for tensor in vector.values()])

@@ -1,0 +1,100 @@
+"""How far scores depend on which queries were drawn: the agreement of scores by either half of the queries.
+
+The queries of each set are dealt to two halves. Each half has a direction V of its own, with the same factors, and the
+same tokens are scored along both. What differs is noise: of the choice of queries, not of the model or the factors.
+With r the rank correlation of the two scorings, that of scores by all queries with what endlessly many would give is
+estimated by the Spearman-Brown formula,
+
+    reliability = f r / (1 + (f - 1) r),    f = (noise variance of a half) / (that of all queries).
+
+The differential gradient is a difference of two means, so its noise variance goes with 1 / positive + 1 / negative
+queries, if a query of either set is as noisy. f is 2 where the halves are halves of all queries, and more where they
+are of a sample. 1 says that more queries change nothing; at 0.5 half of the variance of the scores' ranks is noise.
+
+The directions are EK-FAC's: refinement is linear in the gradient, and not repeated for the halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ifguide.influence.agreement import compare
+from ifguide.influence.method import PRESETS
+from ifguide.influence.query import ModuleFactors, TokenisedQuery, group_gradients, precondition
+from ifguide.influence.scorer import TokenScorer
+from ifguide.models import predicted_positions
+
+HALVES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """`spearman` of the scores of `tokens` tokens by two halves of `positive` + `negative` queries; `reliability` of
+    the scores by all queries, from 0 to 1."""
+
+    reliability: float
+    spearman: float
+    positive: int
+    negative: int
+    tokens: int
+
+
+def measure_reliability(
+    model: PreTrainedModel,
+    queries: Sequence[TokenisedQuery],
+    positive: Sequence[bool],
+    factors: Mapping[str, ModuleFactors],
+    tokens_NT: Tensor,
+    lengths_N: Tensor,
+    *,
+    of: tuple[int, int],
+    batch_tokens: int = 4096,
+    damping: float | None = None,
+    damping_scale: float = 0.1,
+    beginning: int | None = None,
+) -> Reliability:
+    """Of scores of the blocks' tokens by all `of` (positive, negative) queries, judged by halves of `queries`: of all,
+    or of a sample. The other options are those of `build_direction` and `score_tokens`.
+
+    Raises ValueError when a set has a single query.
+    """
+    halves: list[dict[str, Tensor]] = [{} for _ in range(HALVES)]
+    counts = {True: [0] * HALVES, False: [0] * HALVES}
+    for part in group_gradients(model, list(factors), queries, positive, groups=HALVES, batch_tokens=batch_tokens):
+        counts[part.positive][part.group] = part.queries
+        weight = (1 if part.positive else -1) / part.queries
+        total = halves[part.group]
+        for name, gradient in part.gradient.items():
+            total[name] = total[name].add_(gradient, alpha=weight) if name in total else gradient.mul_(weight)
+    directions = [precondition(half, factors, damping=damping, damping_scale=damping_scale) for half in halves]
+    scorer = TokenScorer(model, directions, attribution="target", method=PRESETS["exact"], beginning=beginning)
+    batches = zip(tokens_NT.split(1), lengths_N.split(1), strict=True)
+    scores_KNT = torch.cat([scorer.score(tokens, lengths).cpu() for tokens, lengths in batches], dim=1)
+    predicted_NT = predicted_positions(tokens_NT, lengths_N)
+    spearman = compare(scores_KNT[0], scores_KNT[1], predicted_NT).spearman
+    noise = sum(_noise(counts[True][half], counts[False][half]) for half in range(HALVES)) / HALVES
+    return Reliability(
+        reliability=spearman_brown(spearman, noise / _noise(*of)),
+        spearman=spearman,
+        positive=sum(counts[True]),
+        negative=sum(counts[False]),
+        tokens=int(predicted_NT.sum()),
+    )
+
+
+def spearman_brown(correlation: float, factor: float) -> float:
+    """The reliability of a measurement whose noise variance is 1 / `factor` of that of each of two that correlate so;
+    0 where they do not."""
+    if correlation <= 0:
+        return 0.0
+    return factor * correlation / (1 + (factor - 1) * correlation)
+
+
+def _noise(positive: int, negative: int) -> float:
+    """Noise variance of a difference of means of so many queries, in that of one query; of one mean alone."""
+    return 1 / positive + (1 / negative if negative else 0)

@@ -1,0 +1,105 @@
+"""How far scores depend on which queries were drawn, and scorings as one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ifguide.influence.agreement import mean_rank
+from ifguide.influence.query import (
+    ModuleFactors,
+    TokenisedQuery,
+    differential_weights,
+    group_gradients,
+    mean_completion_gradient,
+)
+from ifguide.influence.reliability import Reliability, measure_reliability, spearman_brown
+from ifguide.models import tracked_modules
+from tests.tiny import as_tensors, random_blocks, tiny_model
+
+POSITIVE = [True, True, False, True, False, False, False, True, True]
+
+
+def queries(*, seed: int = 0, spread: int = 40) -> list[TokenisedQuery]:
+    """One for each of `POSITIVE`: completions of few tokens that differ between the sets, or of any (`spread` 40)."""
+    rng = np.random.default_rng(seed)
+    return [
+        TokenisedQuery(
+            token_ids=(5, *(int(t) for t in (3 if kind else 30) + rng.integers(0, spread, 3))), completion_start=1
+        )
+        for kind in POSITIVE
+    ]
+
+
+def test_groups_of_a_set_add_up_to_it() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    names, asked = list(tracked_modules(model).names), queries(spread=15)
+    parts = list(group_gradients(model, names, asked, POSITIVE, groups=2, batch_tokens=64))
+    assert [(part.positive, part.group, part.queries) for part in parts] == [
+        (True, 0, 3), (True, 1, 2), (False, 0, 2), (False, 1, 2),
+    ]  # fmt: skip
+    whole = mean_completion_gradient(model, names, asked, differential_weights(POSITIVE), batch_tokens=64)
+    for name in names:
+        added = sum(part.gradient[name] * (1 / 5 if part.positive else -1 / 4) for part in parts)
+        torch.testing.assert_close(added, whole[name], rtol=1e-9, atol=1e-12)
+    first = mean_completion_gradient(model, names, [asked[0], asked[3], asked[8]], [1.0] * 3, batch_tokens=64)
+    torch.testing.assert_close(parts[0].gradient, first, rtol=1e-9, atol=1e-12)
+
+
+def test_a_set_smaller_than_the_groups_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="4 queries of a set cannot be dealt to 5 groups"):
+        list(
+            group_gradients(
+                model, list(tracked_modules(model).names), queries(spread=15), POSITIVE, groups=5, batch_tokens=64
+            )
+        )
+
+
+def test_queries_that_agree_are_more_reliable_than_those_that_do_not() -> None:
+    model = tiny_model("llama")
+    names = tracked_modules(model).names[:6]
+    factors = {}
+    for name in names:
+        d_out, d_in = model.get_submodule(name).weight.shape
+        factors[name] = ModuleFactors(Q_A=torch.eye(d_in), Q_S=torch.eye(d_out), lambda_mean=torch.ones(d_out, d_in))
+    blocks = as_tensors(*random_blocks(4, 10))
+
+    def measured(asked: list[TokenisedQuery], positive: list[bool], of: tuple[int, int]) -> Reliability:
+        return measure_reliability(model, asked, positive, factors, *blocks, of=of)
+
+    same = measured(queries(spread=1), POSITIVE, (5, 4))
+    assert same.spearman == pytest.approx(1.0)
+    assert same.reliability == pytest.approx(1.0)
+    assert (same.positive, same.negative) == (5, 4)
+    assert same.tokens == int((blocks[1] - 1).sum())
+    other = measured(queries(spread=15), POSITIVE, (5, 4))
+    assert 0 < other.spearman < 0.99
+    noise = (1 / 3 + 1 / 2 + 1 / 2 + 1 / 2) / 2
+    assert other.reliability == pytest.approx(spearman_brown(other.spearman, noise / (1 / 5 + 1 / 4)))
+    assert other.spearman < other.reliability < measured(queries(spread=15), POSITIVE, (500, 400)).reliability
+    plain = measured(queries(spread=15)[:2], [True, True], (2, 0))
+    assert plain.negative == 0
+    assert plain.reliability == pytest.approx(spearman_brown(plain.spearman, 2))
+
+
+def test_spearman_brown_is_the_reliability_of_the_whole() -> None:
+    assert spearman_brown(0.5, 2) == pytest.approx(2 / 3)
+    assert spearman_brown(1.0, 7) == 1.0
+    assert spearman_brown(-0.2, 2) == 0.0
+    rng = np.random.default_rng(0)  # a truth, and four measurements of it
+    truth, noise = rng.normal(size=200_000), 2 * rng.normal(size=(4, 200_000))
+    halves = [truth + noise[:2].mean(axis=0), truth + noise[2:].mean(axis=0)]
+    whole, again = truth + noise.mean(axis=0), truth + 2 * rng.normal(size=(4, 200_000)).mean(axis=0)
+    found = spearman_brown(float(np.corrcoef(*halves)[0, 1]), 2)
+    assert found == pytest.approx(float(np.corrcoef(whole, again)[0, 1]), abs=0.01)
+
+
+def test_mean_ranks_do_not_depend_on_scales() -> None:
+    a = torch.tensor([0.1, 0.4, 0.2, 0.4])
+    b = torch.tensor([10.0, -5.0, 700.0, 0.0])
+    assert mean_rank([a, b]).tolist() == pytest.approx([1 / 3, 2.5 / 6, 4 / 6, 3.5 / 6])
+    torch.testing.assert_close(mean_rank([1000 * a, b.exp().clamp(max=1e30)]), mean_rank([a, b]))
+    with pytest.raises(ValueError, match=r"scorings of \[4, 3\] tokens"):
+        mean_rank([a, b[:3]])
