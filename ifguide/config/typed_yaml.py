@@ -32,18 +32,23 @@ def option(
     above: float | None = None,
     increasing: bool = False,
     affects_result: bool = True,
+    off: Any = dataclasses.MISSING,
 ) -> Any:
     """A config field with inclusive bounds (`at_least`, `at_most`) or an exclusive one (`above`), of a number or of
-    each number of a tuple; `increasing` wants a tuple's numbers in strictly ascending order."""
+    each number of a tuple; `increasing` wants a tuple's numbers in strictly ascending order.
+
+    off: at this value results are as they were before the option came, so it does not count among what made them: what
+    was made earlier still fits."""
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "increasing": increasing}
-    return field(default=default, metadata={**bounds, "affects_result": affects_result})
+    return field(default=default, metadata={**bounds, "affects_result": affects_result, "off": off})
 
 
 def result_part(value: Any) -> Any:
     """The options of a dataclass (or list or dict of them) that change results, as nested dicts and lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("affects_result", True)]
-        return {name: result_part(getattr(value, name)) for name in kept}
+        kept = [f for f in dataclasses.fields(value) if f.metadata.get("affects_result", True)]
+        on = [f.name for f in kept if f.metadata.get("off", dataclasses.MISSING) != getattr(value, f.name)]
+        return {name: result_part(getattr(value, name)) for name in on}
     if isinstance(value, tuple | list):
         return [result_part(item) for item in value]
     if isinstance(value, dict):
