@@ -77,7 +77,7 @@ def documents_table(documents: Sequence[tuple[int, int, int]], block_size: int) 
 def rules_of(folder: Path, **changes: Any) -> Rules:
     """Rules that select everything by document, with small limits, into `folder`."""
     options = {
-        "quantile": 0.0, "window": 1, "max_fraction": 1.0, "unit": "document", "column": "token_score",
+        "quantile": 0.0, "window": 1, "max_fraction": 1.0, "unit": "document", "prior": None, "column": "token_score",
         "outlier_mass_ratio": 10.0, "outlier_bigram_share": 0.0, "exclude_repeated": False,
         "ranking": folder / "ranking", "mask": folder / "mask",
     }  # fmt: skip

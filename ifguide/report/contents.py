@@ -112,13 +112,15 @@ class ArtifactRow:
 class Behaviour:
     """What the scores of one behaviour say: their distribution, its highest-ranked documents, its odd blocks.
 
-    `trained`: the mask that a model was trained with is of this behaviour."""
+    `trained`: the mask that a model was trained with is of this behaviour. `dominant`: a warning of the one document
+    that takes much of it."""
 
     name: str
     trained: bool = True
     histogram: ScoreHistogram | None = None
     documents: tuple[RankedDocument, ...] = ()
     outliers: Outliers | None = None
+    dominant: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

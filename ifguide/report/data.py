@@ -15,6 +15,7 @@ from ifguide.report.figures import Figure, ModelRow, model_rows
 from ifguide.report.view import View, score_histogram
 from ifguide.selection.distributed import RunTasks
 from ifguide.selection.folders import SelectionFolders
+from ifguide.selection.outliers import dominant_line
 from ifguide.telemetry import read_metrics
 
 MAX_OUTLIERS = 20
@@ -138,6 +139,7 @@ def _behaviour(selected: Selected, view: View, top_documents: int, run_tasks: Ru
         histogram=_histogram(view, run_tasks),
         documents=tuple(_documents(view, top_documents)),
         outliers=_outliers(view),
+        dominant=dominant_line(view.summary, view.options),
     )
 
 

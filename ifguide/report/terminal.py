@@ -11,7 +11,7 @@ from ifguide.config import OWN
 from ifguide.display import visible
 from ifguide.report.view import ShownDocument, View, selected
 from ifguide.selection.folders import SelectionFolders
-from ifguide.selection.outliers import outlier_line
+from ifguide.selection.outliers import dominant_line, outlier_line
 
 RED, DIM, BOLD, RESET = "\x1b[1;31m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
@@ -36,6 +36,8 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int) ->
         f" {summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked"
     )
     yield outlier_line(summary, manifest.options["build_mask"])
+    if dominant := dominant_line(summary, manifest.options["build_mask"]):
+        yield f"{RED}{dominant}{RESET}"
     for document in View(folders).top_documents(documents):
         yield ""
         masked = int(document.masked.sum())

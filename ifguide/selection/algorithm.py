@@ -5,6 +5,10 @@ A unit (document or block) has s tokens above tau, with sum of scores f, both mi
 Units are ranked by 2sf / (s + f), descending, ties by id. In that order every token above tau is masked with
 its `window` neighbours, until `floor(max_fraction * predicted tokens)` are; the last unit is cut in position order.
 
+Both s and f grow with a unit's length, so that a very long document ranks first whatever it says. With a `prior` of m
+tokens s and f are divided by n + m, n the unit's predicted tokens: rates, as if each unit had m more tokens below tau.
+A unit without a token above tau still has both 0.
+
 What lets the sequential loop be done in parts, bit for bit:
 - an order statistic needs counts only (`ifguide.selection.quantiles`), and so does the place where the budget ends;
 - f is defined as a sum of pieces (unit within block) in block order, each summed token by token: whoever adds the
@@ -149,6 +153,18 @@ class Layout:
             return positions // self.block_size
         return self.documents.first_id + self.documents.rows(positions)
 
+    def predicted_tokens(self, units: Ints) -> Ints:
+        """(K,) how many tokens with a prediction the units have, by id."""
+        documents = self.documents
+        if self.unit == "block":
+            begins = units * self.block_size
+            ends = np.minimum(begins + self.block_size, documents.span[1])
+        else:
+            begins = documents.token_start[units - documents.first_id]
+            ends = begins + documents.num_tokens[units - documents.first_id]
+        first_tokens = -(-ends // self.block_size) - -(-begins // self.block_size)
+        return ends - begins - first_tokens
+
     def masked(self, positions: Ints, window: int) -> Ints:
         """`positions` (those above tau) and `window` neighbours each within document and block, ascending.
 
@@ -209,11 +225,11 @@ class Extremes:
     sum: tuple[float, float] = (math.inf, -math.inf)
 
     @classmethod
-    def of(cls, count: Ints, sums: Floats) -> Extremes:
+    def of(cls, s: Ints | Floats, f: Floats) -> Extremes:
         """Those of arrays (K,), one entry a unit."""
-        if not len(count):
+        if not len(s):
             return cls()
-        return cls(count=(float(count.min()), float(count.max())), sum=(float(sums.min()), float(sums.max())))
+        return cls(count=(float(s.min()), float(s.max())), sum=(float(f.min()), float(f.max())))
 
     def join(self, other: Extremes) -> Extremes:
         """Those of both sets of units."""
@@ -227,12 +243,19 @@ class Extremes:
 NO_TOKENS = Extremes(count=(0.0, 0.0), sum=(0.0, 0.0))  # of units without a token above tau
 
 
-def rank_scores(count: Ints, sums: Floats, extremes: Extremes) -> Floats:
+def divisors(layout: Layout, units: Ints, prior: int | None) -> Floats:
+    """(K,) what s and f of the units are divided by: 1, or with a prior their predicted tokens and the prior's."""
+    if prior is None:
+        return np.ones(len(units))
+    return np.maximum(layout.predicted_tokens(units) + prior, 1).astype(np.float64)
+
+
+def rank_scores(s: Ints | Floats, f: Floats, extremes: Extremes) -> Floats:
     """2sf / (s + f) of units (K,), s and f min-max normalised by the extremes over all units; never below 0.
 
     Where all units are equal in s or in f, that is 0, and so is the score of a unit that is least in both.
     """
-    s, f = _min_max(count.astype(np.float64), extremes.count), _min_max(sums, extremes.sum)
+    s, f = _min_max(s.astype(np.float64), extremes.count), _min_max(f, extremes.sum)
     total = s + f
     return np.divide(2 * s * f, total, out=np.zeros_like(total), where=total > 0)
 

@@ -42,7 +42,8 @@ RunTasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[An
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What was selected. `outliers`: number of listed `blocks`, of `high_mass` and `repeated` among them."""
+    """What was selected. `outliers`: number of listed `blocks`, of `high_mass` and `repeated` among them.
+    `largest_unit`: id (-1: there is none) and masked tokens of the unit with the most of these."""
 
     tau: float
     median_mass: float
@@ -53,6 +54,7 @@ class Selection:
     ranked_units: int
     units_masked: int
     tokens_masked: int
+    largest_unit: tuple[int, int]
     score_range: tuple[float, float]
     outliers: dict[str, int]
     excluded_blocks: int
@@ -102,6 +104,7 @@ def select(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> Se
         ranked_units=sum(units),
         units_masked=ranked.units_masked,
         tokens_masked=tokens,
+        largest_unit=ranked.largest,
         score_range=(min(x.score_range[0] for x in scans.values()), max(x.score_range[1] for x in scans.values())),
         outliers={name: sum(counts[name] for counts in outliers) for name in outliers[0]},
         excluded_blocks=sum(x.repeated for x in scans.values()) if rules.exclude_repeated else 0,
@@ -156,11 +159,13 @@ def place_shards(files: Sequence[ShardFiles], extents: Sequence[Extent]) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class _Ranked:
-    """`masked`: tokens that all units would mask; `cut`: score, id and left tokens of the unit that is cut."""
+    """`masked`: tokens that all units would mask; `cut`: score, id and left tokens of the unit that is cut; `largest`:
+    id and masked tokens of the unit with the most of these."""
 
     masked: int
     units_masked: int
     cut: tuple[Any, int] | None
+    largest: tuple[int, int]
 
 
 def _rank(
@@ -186,12 +191,14 @@ def _rank(
 
     files = range(max(1, -(-int(ranks[-1]) // rules.file_units)))  # one without rows where no unit is ranked
     written = list(run_tasks(write_ranking, ((rules, i, len(groups), part(i), budget) for i in files)))
+    most, _, unit_id = max(x.largest for x in written)
     cuts = [x.cut for x in written if x.cut is not None]
     assert len(cuts) == (masked[-1] > budget), (cuts, masked[-1], budget)
     return _Ranked(
         masked=int(masked[-1]),
         units_masked=sum(x.units_masked for x in written),
         cut=cuts[0] if cuts else None,
+        largest=(unit_id, most),
     )
 
 

@@ -7,6 +7,7 @@ the same bytes.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ifguide import schemas
@@ -16,7 +17,7 @@ from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.shards import StageError
 from ifguide.selection.distributed import RunTasks, Selection, select
 from ifguide.selection.folders import SelectionFolders
-from ifguide.selection.outliers import outlier_line
+from ifguide.selection.outliers import dominant_line, outlier_line
 from ifguide.selection.passes import Rules, ShardFiles, require_behaviour
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
 from ifguide.telemetry import log
@@ -73,6 +74,8 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
         f" {selected.tokens_masked:,} tokens masked ({share:.2%} of the corpus); `ifguide inspect` shows them",
     )
     log(VERB, outlier_line(summary, mask.plan["options"][VERB]))
+    if dominant := dominant_line(summary, mask.plan["options"][VERB]):
+        log(VERB, dominant, level=logging.WARNING)
     return mask.manifest
 
 
@@ -104,6 +107,8 @@ def _summary(selected: Selection, options: BuildMask) -> dict[str, Any]:
         "token_budget": selected.budget,
         "units_above_tau": selected.ranked_units,
         "units_masked": selected.units_masked,
+        "largest_unit": selected.largest_unit[0],
+        "largest_unit_tokens": selected.largest_unit[1],
         "unit": options.unit,
         "behaviour": options.behaviour,
         "score_min": selected.score_range[0],
@@ -121,6 +126,7 @@ def _rules(options: BuildMask, folders: SelectionFolders) -> Rules:
         window=options.window,
         max_fraction=options.max_fraction,
         unit=options.unit,
+        prior=options.rate_prior if options.rank_by == "rate" else None,
         column=schemas.score_column(options.behaviour),
         outlier_mass_ratio=options.outlier_mass_ratio,
         outlier_bigram_share=options.outlier_bigram_share,

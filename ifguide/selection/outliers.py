@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from ifguide import schemas
 from ifguide.selection.algorithm import ScoreShard
 
+DOMINANT_SHARE = 0.2  # of a mask
+
 
 def block_mass(shard: ScoreShard) -> NDArray[np.float32]:
     """(B,) sums of |score| over the predicted tokens; a sum beyond float32 is its largest finite value."""
@@ -71,4 +73,21 @@ def outlier_line(summary: Mapping[str, Any], options: Mapping[str, Any]) -> str:
         f"outliers: {summary['high_mass_blocks']:,} blocks of over {options['outlier_mass_ratio']:g} times the median"
         f" score mass, {summary['repeated_blocks']:,} of repeated tokens{excluded};"
         " ranking/outliers-*.parquet list them"
+    )
+
+
+def dominant_line(summary: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """A warning of the unit that takes more than `DOMINANT_SHARE` of a mask, from its manifest's summary and options;
+    empty where none does, and for a mask whose manifest does not name the largest."""
+    tokens = summary.get("largest_unit_tokens", 0)
+    share = tokens / max(summary["tokens_masked"], 1)
+    if not tokens or share <= DOMINANT_SHARE:
+        return ""
+    advice = (
+        "`build_mask.rank_by: rate` ranks by what a unit holds per token"
+        if options.get("rank_by", "sum") == "sum"
+        else ""
+    )
+    return f"{summary['unit']} {summary['largest_unit']} takes {share:.0%} of the mask: look at it" + (
+        f"; {advice}" if advice else ""
     )

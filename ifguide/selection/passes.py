@@ -41,6 +41,7 @@ from ifguide.selection.algorithm import (
     Unit,
     UnitTotals,
     check_lengths,
+    divisors,
     rank_scores,
 )
 from ifguide.selection.outliers import block_mass, distinct_bigram_share, find_outliers
@@ -55,17 +56,28 @@ BLOCKS = pa.schema(
     [("block_id", pa.int64()), ("length", pa.int64()), ("mass", pa.float32()), ("bigram_share", pa.float64())]
 )
 CANDIDATES = pa.schema([("position", pa.int64()), ("score", pa.float32())])  # a row group for each chunk
-UNITS = pa.schema([("unit_id", pa.int64()), ("count", pa.int64()), ("sum", pa.float64()), ("masked", pa.int64())])
+UNITS = pa.schema(
+    [
+        ("unit_id", pa.int64()),
+        ("count", pa.int64()),
+        ("sum", pa.float64()),
+        ("masked", pa.int64()),
+        ("divisor", pa.float64()),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What is selected, as in the config's `build_mask`, from the scores in `column`, and where the tables go."""
+    """What is selected, as in the config's `build_mask`, from the scores in `column`, and where the tables go.
+
+    `prior`: of rates (`ifguide.selection.algorithm`); None ranks by sums."""
 
     quantile: float
     window: int
     max_fraction: float
     unit: Unit
+    prior: int | None
     column: str
     outlier_mass_ratio: float
     outlier_bigram_share: float
@@ -260,9 +272,17 @@ def unit_statistics(rules: Rules, shard: Shard, tau: float, median_mass: float) 
     for positions, scores in _tokens_of_units(rules, shard, tau):
         totals.add(positions, scores, layout, rules.window)
     rows = np.flatnonzero(totals.count)
-    count, sums = totals.count[rows], totals.sum[rows]
-    _write(rules.table("units", shard.name), UNITS, [totals.first_id + rows, count, sums, totals.masked[rows]])
-    return Statistics(shard.name, len(rows), Extremes.of(count, sums), _write_outliers(rules, shard, median_mass))
+    ids, count, sums = totals.first_id + rows, totals.count[rows], totals.sum[rows]
+    divisor = divisors(layout, ids, rules.prior)
+    _write(rules.table("units", shard.name), UNITS, [ids, count, sums, totals.masked[rows], divisor])
+    extremes = Extremes.of(count / divisor, sums / divisor)
+    return Statistics(shard.name, len(rows), extremes, _write_outliers(rules, shard, median_mass))
+
+
+def rank_units(units: pa.Table, extremes: Extremes) -> Floats:
+    """(K,) rank scores of the rows of a table of `UNITS`."""
+    count, sums, divisor = (units.column(name).to_numpy() for name in ("count", "sum", "divisor"))
+    return rank_scores(count / divisor, sums / divisor, extremes)
 
 
 def _write_outliers(rules: Rules, shard: Shard, median_mass: float) -> dict[str, int]:
@@ -323,8 +343,8 @@ def _units_in(rules: Rules, shard: Shard, extremes: Extremes, cutoff: Cutoff) ->
         carried = schemas.read_table(rules.table("units", shard.carried.owner), UNITS)
         row = int(np.searchsorted(carried.column("unit_id").to_numpy(), shard.carried.doc_id))
         table = pa.concat_tables([carried.slice(row, 1), table])  # the owner's last unit, if it is one at all
-    unit_ids, count, sums, _ = (column.to_numpy() for column in table.columns)
-    return unit_ids, cutoff.whole(unit_ids, rank_scores(count, sums, extremes))
+    unit_ids = table.column("unit_id").to_numpy()
+    return unit_ids, cutoff.whole(unit_ids, rank_units(table, extremes))
 
 
 def _layout(rules: Rules, shard: Shard) -> Layout:

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import publish
-from ifguide.selection.algorithm import Extremes, Floats, Ints, rank_scores
-from ifguide.selection.passes import UNITS, Rules
+from ifguide.selection.algorithm import Extremes, Floats, Ints
+from ifguide.selection.passes import UNITS, Rules, rank_units
 from ifguide.storage import readable
 
 GROUP_UNITS = 1 << 14  # what is read of a run at least
@@ -47,7 +47,7 @@ def sort_run(rules: Rules, number: int, names: Sequence[str], extremes: Extremes
     """Write run `number` from the units of consecutive shards; returns rank score and id of its samples."""
     units = pa.concat_tables([schemas.read_table(rules.table("units", name), UNITS) for name in names])
     units = units.combine_chunks()
-    score = rank_scores(units.column("count").to_numpy(), units.column("sum").to_numpy(), extremes)
+    score = rank_units(units, extremes)
     order = np.argsort(-score, kind="stable")  # ids ascend already
     run = units.take(pa.array(order)).add_column(0, RUN.field(0), pa.array(score[order]))
     with publish(rules.table("run", f"{number:05d}")) as part:
@@ -83,10 +83,12 @@ class Part(NamedTuple):
 
 class Written(NamedTuple):
     """What `write_ranking` returns. `cut`: score and id of the unit at which the budget ends, if it is in the file,
-    and how many of its tokens are masked still."""
+    and how many of its tokens are masked still. `largest`: of the unit with the most masked tokens, the first of
+    those that tie, these, its negative rank and its id."""
 
     units_masked: int
     cut: tuple[Splitter, int] | None
+    largest: tuple[int, int, int]
 
 
 def write_ranking(rules: Rules, number: int, runs: int, part: Part, budget: int) -> Written:
@@ -110,7 +112,11 @@ def write_ranking(rules: Rules, number: int, runs: int, part: Part, budget: int)
         if before[row] <= budget:
             score = units.column("rank_score")[row].as_py()
             cut = Splitter(score, int(ids[row])), int(taken[row])
-    return Written(int(np.count_nonzero(taken[rows])), cut)
+    largest = (0, 0, -1)
+    if len(ranks):
+        row = int(np.argmax(taken[rows]))
+        largest = (int(taken[rows][row]), -(part.rank + rows.start + row), int(ids[rows][row]))
+    return Written(int(np.count_nonzero(taken[rows])), cut, largest)
 
 
 def _read_part(rules: Rules, runs: int, part: Part) -> pa.Table:

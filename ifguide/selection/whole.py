@@ -5,6 +5,8 @@ It selects what `ifguide.selection.distributed.select` does. Cost: a sort of the
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,7 @@ from ifguide.selection.algorithm import (
     ScoreShard,
     Unit,
     UnitTotals,
+    divisors,
     rank_scores,
     token_budget,
 )
@@ -31,13 +34,16 @@ def select_tokens(
     window: int = 1,
     max_fraction: float = 0.02,
     unit: Unit = "document",
+    rank_by: Literal["sum", "rate"] = "sum",
+    rate_prior: int = 100,
 ) -> Bools:
     """The (N, T) token mask of Algorithm 1 (IF-Guide, arXiv 2506.01790), label aligned as the scores are.
 
     scores_NT: higher is masked first; entry j of a block speaks of predicting token j, so index 0 and padding count for
     nothing. lengths_N: real tokens of each block; only the last may have fewer than T. documents: in stream order. At
     most floor(max_fraction * predicted tokens) are masked: those above the `quantile` of all scores with `window`
-    neighbours on each side, unit by unit.
+    neighbours on each side, unit by unit. rank_by, rate_prior: units by what they hold, or by what they hold per token
+    (`ifguide.selection.algorithm`).
 
     Raises:
         ValueError: a score is NaN or infinite, or lengths or documents do not cover the blocks.
@@ -56,7 +62,11 @@ def select_tokens(
     positions, layout = positions[above], Layout(documents=documents, block_size=block_size, unit=unit)
     totals = UnitTotals(0, num_blocks if unit == "block" else len(documents.token_start))
     totals.add(positions, scores[above].astype(np.float64), layout, window)
-    rank_score = rank_scores(totals.count, totals.sum, Extremes.of(totals.count, totals.sum))
+    divisor = divisors(
+        layout, totals.first_id + np.arange(len(totals.count)), rate_prior if rank_by == "rate" else None
+    )
+    s, f = totals.count / divisor, totals.sum / divisor
+    rank_score = rank_scores(s, f, Extremes.of(s, f))
     order = np.argsort(-rank_score, kind="stable")  # ties by id
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))

@@ -2,7 +2,8 @@
 
 One pass over everything, one token at a time, nothing merged. `blocks[b]` are the scores of the real tokens of
 block b (no padding), `documents` the half-open stream intervals of the documents in order. The tokens of `excluded`
-blocks score minus infinity once tau is known.
+blocks score minus infinity once tau is known. With a `prior` a unit's count and sum are divided by its predicted tokens
+and the prior.
 """
 
 import math
@@ -20,6 +21,7 @@ def select(
     window: int,
     max_fraction: float,
     unit: str,
+    prior: int | None = None,
     excluded: Collection[int] = (),
 ) -> tuple[float, list[float], set[tuple[int, int]]]:
     """tau, the rank score of every unit by id, and the masked (block, index) pairs."""
@@ -54,6 +56,12 @@ def select(
             total += piece
         sums.append(total)
 
+    if prior is not None:
+        sizes = [0] * num_units
+        for b, i in predicted:
+            sizes[unit_of(b, i)] += 1
+        counts = [count / max(size + prior, 1) for count, size in zip(counts, sizes, strict=True)]
+        sums = [total / max(size + prior, 1) for total, size in zip(sums, sizes, strict=True)]
     s, f = normalise(counts), normalise(sums)
     rank_score = [2 * x * y / (x + y) if x + y > 0 else 0.0 for x, y in zip(s, f, strict=True)]
     order = sorted(range(num_units), key=lambda number: (-rank_score[number], number))

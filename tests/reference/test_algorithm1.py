@@ -24,7 +24,7 @@ def assert_equal_to_loop(
     selection: Selection, rules: Rules, scores: np.ndarray, lengths: np.ndarray, documents, excluded=()
 ) -> None:
     blocks = [row[:length].astype(np.float64).tolist() for row, length in zip(scores, lengths, strict=True)]
-    options = {name: getattr(rules, name) for name in ("quantile", "window", "max_fraction", "unit")}
+    options = {name: getattr(rules, name) for name in ("quantile", "window", "max_fraction", "unit", "prior")}
     tau, rank_score, masked = algorithm1.select(blocks, documents, scores.shape[1], excluded=excluded, **options)
     assert selection.tau == tau
     masks = read_masks(rules)
@@ -39,6 +39,8 @@ def assert_equal_to_loop(
     assert all(rank_score[unit] == 0 for unit in set(range(len(rank_score))) - set(ids))
     taken = {unit: count for unit, count in zip(ids, ranking["tokens_masked"], strict=True) if count}
     assert taken == tokens_of_units(masks, documents, rules.unit)
+    largest = max(ids, key=lambda unit: taken.get(unit, 0), default=-1)  # of those that tie the first in the ranking
+    assert selection.largest_unit == (largest if taken else ids[0] if ids else -1, taken.get(largest, 0))
     assert selection.units_masked == len(taken)
 
 
@@ -82,9 +84,10 @@ def corpora(draw):
     window=st.integers(0, 2),
     max_fraction=st.floats(0, 1),
     unit=st.sampled_from(["document", "block"]),
+    prior=st.sampled_from([None, 0, 1, 7]),
     seed=st.integers(0, 9),
 )
-def test_any_sharding_equals_the_literal_loop(corpus, quantile, window, max_fraction, unit, seed) -> None:
+def test_any_sharding_equals_the_literal_loop(corpus, quantile, window, max_fraction, unit, prior, seed) -> None:
     scores, lengths, documents, cuts, excluded = corpus
     # The one pair of a block of two tokens is distinct, whatever it is.
     excluded = {block for block in excluded if lengths[block] > 2}
@@ -92,7 +95,7 @@ def test_any_sharding_equals_the_literal_loop(corpus, quantile, window, max_frac
     tokens[list(excluded)] = 1
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         rules = rules_of(
-            Path(folder), quantile=quantile, window=window, max_fraction=max_fraction, unit=unit,
+            Path(folder), quantile=quantile, window=window, max_fraction=max_fraction, unit=unit, prior=prior,
             outlier_bigram_share=0.6, exclude_repeated=True,
         )  # fmt: skip
         files = write_shards(Path(folder), scores, lengths, documents, cuts, tokens)
@@ -108,15 +111,17 @@ def test_any_sharding_equals_the_literal_loop(corpus, quantile, window, max_frac
     window=st.integers(0, 2),
     max_fraction=st.floats(0, 1),
     unit=st.sampled_from(["document", "block"]),
+    prior=st.sampled_from([None, 0, 5]),
 )
-def test_selection_in_one_process_equals_the_literal_loop(corpus, quantile, window, max_fraction, unit) -> None:
+def test_selection_in_one_process_equals_the_literal_loop(corpus, quantile, window, max_fraction, unit, prior) -> None:
     scores, lengths, spans, _, _ = corpus
     begins, ends = np.array(spans).T
     documents = Documents(token_start=begins, num_tokens=ends - begins)
     options = {"quantile": quantile, "window": window, "max_fraction": max_fraction, "unit": unit}
     blocks = [row[:length].astype(np.float64).tolist() for row, length in zip(scores, lengths, strict=True)]
-    _, _, masked = algorithm1.select(blocks, spans, scores.shape[1], **options)
-    found = select_tokens(scores, lengths, documents, **options)
+    _, _, masked = algorithm1.select(blocks, spans, scores.shape[1], prior=prior, **options)
+    ranked = {} if prior is None else {"rank_by": "rate", "rate_prior": prior}
+    found = select_tokens(scores, lengths, documents, **options, **ranked)
     assert set(map(tuple, np.argwhere(found).tolist())) == masked
 
 

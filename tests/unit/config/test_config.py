@@ -338,6 +338,16 @@ def test_evaluations_that_cannot_be_are_refused(evaluate, message):
         config_from_mapping({"evaluate": evaluate})
 
 
+def test_an_option_that_came_later_counts_only_where_it_is_on():
+    def options(**build_mask):
+        return result_options(config_from_mapping({"build_mask": build_mask}), ["build_mask"])["build_mask"]
+
+    assert not {"rank_by", "rate_prior"} & options().keys()
+    assert options(rank_by="rate") == options() | {"rank_by": "rate"}
+    assert options(rank_by="sum", rate_prior=100) == options()
+    assert options(rank_by="rate", rate_prior=5) == options() | {"rank_by": "rate", "rate_prior": 5}
+
+
 def test_result_options_of_sections_by_name_leave_placement_out():
     tree = {"classifiers": {"implicit": {"name": "hf:x", "batch_size": 7}}, "report": "again"}
     options = result_options(config_from_mapping({"evaluate": tree}), ["evaluate"])["evaluate"]

@@ -196,6 +196,7 @@ def data_of(text: str) -> ReportData:
                     ),
                 ),
                 outliers=Outliers(high_mass=1, repeated=1, mass_ratio=2.0, excluded=False, rows=(outlier,)),
+                dominant=text,
             ),
         ),
         provenance=(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 from ifguide.selection.algorithm import (
@@ -176,6 +177,29 @@ def test_the_cut_unit_spends_what_is_left_in_early_shards_first(tmp_path: Path) 
         taken = read_ranking(rules).column("tokens_masked").to_pylist()
         assert taken == [min(budget, 1), min(max(budget - 1, 0), 7)]
         assert selection.units_masked == min(budget, 2)
+
+
+def test_a_long_document_of_ordinary_tokens_ranks_first_by_sum_and_not_by_rate(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(100, 64)).astype(np.float32)
+    scores[:, 0] = 0
+    # 80 blocks of one document, then 38 of half a block, then one of two tokens, of which one scores high, and one of
+    # which a third do.
+    documents = [(0, 5120), *((begin, begin + 32) for begin in range(5120, 6400, 32))]
+    documents[-2:] = [(6336, 6338), (6338, 6400)]
+    scores.ravel()[[6337, *range(6338, 6400, 3)]] = 4.0
+    files = write_shards(tmp_path, scores, np.full(100, 64), documents, range(0, 100, 7))
+    taken = {}
+    for name, prior in (("sum", None), ("rate", 50), ("bare rate", 0)):
+        rules = rules_of(tmp_path / name, quantile=0.95, max_fraction=0.004, window=0, prior=prior)
+        selection = select(rules, files, in_any_order())
+        assert selection.budget == selection.tokens_masked == 25
+        taken[name] = read_ranking(rules).filter(pc.field("tokens_masked") > 0).select(["unit_id", "tokens_masked"])
+        assert selection.largest_unit[1] == max(taken[name].column("tokens_masked").to_pylist())
+    assert taken["sum"].column("unit_id").to_pylist() == [0]
+    assert taken["rate"].column("unit_id").to_pylist()[0] == len(documents) - 1
+    assert 0 not in taken["rate"].column("unit_id").to_pylist()
+    assert taken["bare rate"].column("unit_id").to_pylist()[0] == len(documents) - 2  # two tokens win without a prior
 
 
 def test_excluding_a_block_moves_neither_tau_nor_budget_and_frees_its_place(tmp_path: Path) -> None:

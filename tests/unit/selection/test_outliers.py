@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from ifguide import schemas
 from ifguide.config import BuildMask
 from ifguide.selection.algorithm import ScoreShard
-from ifguide.selection.outliers import block_mass, distinct_bigram_share, find_outliers
+from ifguide.selection.outliers import block_mass, distinct_bigram_share, dominant_line, find_outliers
 from ifguide.selection.quantiles import high_histogram, low_histogram, quantile_buckets, quantile_from_histograms
 from ifguide.tokenizer import load_tokenizer
 from tests.real_text import DATA, needs_real_text
@@ -77,6 +77,17 @@ def test_only_outliers_are_listed_each_for_its_reason() -> None:
     assert not any(exactly_ten.column("high_mass").to_pylist())
     of_nothing = find_outliers(7 + np.arange(5), mass, share, median_mass=0.0, **limits)
     assert of_nothing.column("mass_over_median").to_pylist() == [np.inf, np.inf, np.inf, np.inf, 0.0]
+
+
+def test_a_unit_that_takes_much_of_the_mask_is_named() -> None:
+    summary = {"unit": "document", "tokens_masked": 100, "largest_unit": 17, "largest_unit_tokens": 63}
+    options = {"rank_by": "sum"}
+    line = dominant_line(summary, options)
+    assert "document 17 takes 63% of the mask" in line
+    assert "rank_by: rate" in line
+    assert "rank_by" not in dominant_line(summary, {"rank_by": "rate"})
+    assert not dominant_line({**summary, "largest_unit_tokens": 20}, options)
+    assert not dominant_line({**summary, "tokens_masked": 0, "largest_unit_tokens": 0}, options)
 
 
 @needs_real_text
