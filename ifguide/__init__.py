@@ -17,6 +17,7 @@ _PUBLIC = {
     "fit_factors": "ifguide.influence.factors",
     "linearise": "ifguide.models",
     "load_factors": "ifguide.influence.query",
+    "objective": "ifguide.training.signed_loss",
     "pack_texts": "ifguide.texts",
     "score_tokens": "ifguide.texts",
     "select_tokens": "ifguide.selection.whole",

@@ -1,9 +1,9 @@
 """The command line: `ifguide <verb> --config F [--set a.b=c ...] [--dry-run] [--address A]`, the same flags everywhere.
 
 `ifguide run` does every verb in order; running again resumes. `plan` says beforehand what that takes. `show`, `status`
-and `inspect` read a run directory, `export-scores` and `import-mask` exchange scores and masks with kronfluence and
-the paper's code, `demo` makes its own data and runs the whole pipeline on them, `fetch-data` gets the real text of
-`configs/real_text.yaml`. The scripts in `jobs/` call `main` too.
+and `inspect` read a run directory, `export-mask` takes its mask to other trainers, `export-scores` and `import-mask`
+exchange scores and masks with kronfluence and the paper's code, `demo` makes its own data and runs the whole pipeline
+on them, `fetch-data` gets the real text of `configs/real_text.yaml`. The scripts in `jobs/` call `main` too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from ifguide import extras, interrupts
@@ -71,6 +72,7 @@ def _interrupted(command: str, error: BaseException) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ifguide", description="Influence-function-guided detoxification of LMs")
+    parser.add_argument("--version", action="version", version=f"ifguide {version('ifguide')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     verbs = {verb: commands.add_parser(verb, help=VERB_HELP[verb]) for verb in VERBS}
     for verb in VERBS:
@@ -105,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--max-gigabytes", type=float, default=8.0, help="refuse more than this (default 8)")
     export.set_defaults(function=_export_scores)
+    masks = commands.add_parser("export-mask", help="a run's mask as other trainers read it")
+    masks.add_argument("run_dir", type=location, help="or its folder target, of a target with another tokenizer")
+    masks.add_argument("out", type=location, help="the folder to make")
+    masks.add_argument(
+        "--format", required=True, choices=("spans", "npy", "hf", "paper"), help="docs/other-trainers.md"
+    )
+    masks.add_argument("--penalty", type=float, default=1.0, help="hf: minus the weight of a masked token (default 1)")
+    masks.set_defaults(function=_export_mask)
     imported = commands.add_parser("import-mask", help="a mask saved by the paper's code becomes the run's mask")
     _add_config_flags(imported, _import_mask)
     imported.add_argument("mask", type=Path, help="a .pt file: one bool tensor (blocks, tokens)")
@@ -115,8 +125,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", metavar="FILE", help="the blocks that the mask was built on: a table of token ids, or a .pt tensor"
     )
     imported.add_argument("--tokens-column", default="input_ids", help="the table's column (default input_ids)")
+    keys = commands.add_parser("config", help="the keys of a config: type, default, bounds, meaning")
+    keys.add_argument("key", nargs="?", metavar="SECTION[.KEY]", help="default: the sections")
+    keys.add_argument("--schema", action="store_true", help="JSON Schema of the config, or of a section: for editors")
+    keys.set_defaults(function=_config)
     demo = commands.add_parser("demo", help="make the embedded corpus and run everything on it")
-    demo.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
+    demo.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="default: the packaged one")
     demo.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
     demo.add_argument("--dry-run", action="store_true")
     demo.add_argument("--data-only", action="store_true", help="make the corpus and the prompts, and run nothing")
@@ -137,7 +151,7 @@ VERB_HELP = {
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, function: Callable[[argparse.Namespace], int]) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, or the name of a packaged one")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
     parser.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
     parser.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local one)")
@@ -145,9 +159,11 @@ def _add_config_flags(parser: argparse.ArgumentParser, function: Callable[[argpa
 
 
 def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, or the name of a packaged one")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
-    parser.add_argument("--corpus-tokens", type=float, help="default: of the packed corpus, if there is one, else 1e9")
+    parser.add_argument(
+        "--corpus-tokens", type=float, help="default: of the packed corpus, else from the inputs' bytes"
+    )
     parser.add_argument("--gpu", help="type (h100, a100, ...) or cpu; default h100, cpu if no stage asks for GPUs")
     parser.add_argument("--gpus", type=int, help="workers of every stage (default: the config's)")
     parser.add_argument("--price-per-hour", type=float, help="of one GPU, in any currency")
@@ -220,6 +236,20 @@ def _compare(options: argparse.Namespace) -> int:
         made = compare(run, dry_run=options.dry_run)
     if made:
         print((run.folder / "compare" / "report" / "comparison.md").read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    from ifguide.config.reference import find_key, terminal_lines
+    from ifguide.config.schema import json_schema
+
+    if not options.schema:
+        print("\n".join(terminal_lines(options.key)))
+        return 0
+    section, key = find_key(options.key) if options.key else (Config, None)
+    if key is not None:
+        raise ValueError(f"--schema: {options.key} is no section; name one, or none for the whole config")
+    print(json.dumps(json_schema(section), indent=1))
     return 0
 
 
@@ -313,6 +343,15 @@ def _export_scores(options: argparse.Namespace) -> int:
     names = {"name": options.name, "behaviour": options.behaviour}
     folder = export_scores(options.run_dir, options.out, max_gigabytes=options.max_gigabytes, **names)
     log(options.command, f"{folder}: kronfluence's Analyzer loads it as pairwise scores {options.name!r}")
+    return 0
+
+
+def _export_mask(options: argparse.Namespace) -> int:
+    from ifguide.mask_export import export_mask
+
+    manifest = export_mask(options.run_dir, options.out, kind=options.format, penalty=options.penalty)
+    rows = ", ".join(f"{count:,} {unit}" for unit, count in manifest.rows.items())
+    log(options.command, f"{options.out}: {rows}; docs/other-trainers.md shows how to train with it")
     return 0
 
 

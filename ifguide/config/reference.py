@@ -1,4 +1,5 @@
-"""The config reference, made from the dataclasses: `python -m ifguide.config.reference > docs/config.md`.
+"""The config reference, made from the dataclasses: `python -m ifguide.config.reference > docs/config.md`, and on a
+terminal `ifguide config`.
 
 A key's meaning is its line under `Attributes:` in the docstring of its class. A key without one is an error here, so
 that the reference is whole.
@@ -11,12 +12,14 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from ifguide.config.sections import VERBS, Config
+from ifguide.config.typed_yaml import ConfigError, unknown_key, unknown_section
 
 HEAD = """# Config reference
 
@@ -29,7 +32,13 @@ and values out of bounds are errors that name the key. `ifguide run --config F -
 Keys marked `*` do not change results. A finished artifact stays valid when they change.
 """
 SECTIONS = ("cluster", *VERBS, "compare", "analyse")
+LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")
 ATTRIBUTE = re.compile(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
+
+
+@dataclasses.dataclass
+class Leaf:
+    """What a key without keys of its own holds."""
 
 
 def reference() -> str:
@@ -38,8 +47,7 @@ def reference() -> str:
     Raises:
         ValueError: a key that its class' docstring does not describe, or a description of no key.
     """
-    hints = typing.get_type_hints(Config)
-    sections = {name: next(_dataclasses_in(hints[name])) for name in SECTIONS}
+    sections = _sections()
     shared = sorted(set(_nested(Config)) - set(sections.values()), key=lambda cls: cls.__name__)
     parts = [HEAD, _section("Top level", Config, skipped=SECTIONS)]
     parts += [_section(f"`{name}`", cls, prefix=f"{name}.") for name, cls in sections.items()]
@@ -72,6 +80,71 @@ def _section(title: str, cls: type, *, prefix: str = "", skipped: tuple[str, ...
             cells = (key, _type(hints[f.name]), _default(f), _bounds(f), meanings[f.name].replace("|", "\\|"))
             rows.append("| " + " | ".join(cells) + " |")
     return "\n".join([f"{'#' * level} {title}", "", text, "", *rows, ""])
+
+
+def terminal_lines(dotted: str | None = None) -> Iterator[str]:
+    """The sections of a config; or a section's keys; or a key, and those within it.
+
+    Raises:
+        ConfigError: there is no such key; names the nearest.
+    """
+    if dotted is None:
+        yield from _key_lines(Config, "", skipped=SECTIONS)
+        for name, cls in _sections().items():
+            text, _ = described(cls)
+            yield f"{name:16} {text.split(chr(10))[0]}"
+        yield "\n`ifguide config SECTION` lists a section's keys. Keys marked * do not change results."
+        return
+    cls, field = find_key(dotted)
+    if field is None:
+        text, _ = described(cls)
+        yield f"{text}\n"
+        yield from _key_lines(cls, f"{dotted}.")
+        return
+    prefix = dotted.removesuffix(field.name)
+    yield from _key_lines(cls, prefix, skipped=tuple(f.name for f in dataclasses.fields(cls) if f is not field))
+    for inner in _dataclasses_in(typing.get_type_hints(cls)[field.name]):
+        text, _ = described(inner)
+        yield f"\n{inner.__name__}: {text}\n"
+        yield from _key_lines(inner, f"{dotted}.")
+
+
+def find_key(dotted: str) -> tuple[type, dataclasses.Field | None]:
+    """The class of a section, or the class and the field of a key within one.
+
+    Raises:
+        ConfigError: there is no such key; names the nearest.
+    """
+    cls: type = Config
+    field: dataclasses.Field | None = None
+    names = dotted.split(".")
+    for place, name in enumerate(names):
+        if field is not None:
+            cls = next(_dataclasses_in(typing.get_type_hints(cls)[field.name]), Leaf)
+        fields, so_far = {f.name: f for f in dataclasses.fields(cls)}, ".".join(names[: place + 1])
+        if name not in fields:
+            within = dict.fromkeys(names[place + 1 : place + 2])
+            cut = unknown_section(so_far, name, within, typing.get_type_hints(cls))
+            raise ConfigError(cut or unknown_key(so_far, name, fields, getattr(cls, "RENAMED", {})))
+        field = fields[name]
+    return (_sections()[dotted], None) if dotted in SECTIONS else (cls, field)
+
+
+def _sections() -> dict[str, type]:
+    hints = typing.get_type_hints(Config)
+    return {name: next(_dataclasses_in(hints[name])) for name in SECTIONS}
+
+
+def _key_lines(cls: type, prefix: str, skipped: tuple[str, ...] = ()) -> Iterator[str]:
+    _, meanings = described(cls, SECTIONS if cls is Config else ())
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if f.name not in skipped:
+            mark = "" if f.metadata.get("affects_result", True) else " *"
+            facts = (_type(hints[f.name]), f"default {_default(f)}", _bounds(f))
+            line = f"{prefix}{f.name}{mark}: {'; '.join(fact for fact in facts if fact)}"
+            yield LINK.sub(r"\1", line).replace("`", "")
+            yield textwrap.fill(meanings[f.name], 100, initial_indent="    ", subsequent_indent="    ")
 
 
 def _dataclasses_in(hint: Any) -> Iterator[type]:

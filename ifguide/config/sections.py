@@ -24,6 +24,7 @@ from ifguide.config.analyse import Analyse
 from ifguide.config.compare import Compare, check_compare
 from ifguide.config.evaluate import Evaluate, check_evaluate
 from ifguide.config.names import check_names
+from ifguide.config.packaged import find_config
 from ifguide.config.pretrain import Pretrain, check_pretrain
 from ifguide.config.resources import CPU_RESOURCES, RESOURCES, Resources, moved
 from ifguide.config.secrets import redact, redacted_key
@@ -291,8 +292,8 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file and apply `a.b=c` overrides. A file that `extends` another, named relative to it, has that one's
-    keys where it sets none of its own.
+    """Read a YAML file, or the packaged one of that name, and apply `a.b=c` overrides. A file that `extends` another,
+    named relative to it or packaged, has that one's keys where it sets none of its own.
 
     Raises:
         ConfigError: unknown key, bad type or value; names the dotted key.
@@ -310,8 +311,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def _read_tree(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"config file {path} does not exist")
+    path = find_config(path)
     try:
         tree = read_yaml(path.read_text(encoding="utf-8")) or {}
     except UnicodeDecodeError as error:
@@ -325,7 +325,8 @@ def _read_tree(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str) or path.resolve() in extending:
         raise ConfigError(f"extends: {path} extends {base!r}; name one other file, which does not extend this one")
-    return _merged(_read_tree(path.parent / base, (*extending, path.resolve())), tree)
+    beside = path.parent / base
+    return _merged(_read_tree(beside if beside.is_file() else Path(base), (*extending, path.resolve())), tree)
 
 
 def _merged(base: Any, over: Any) -> Any:

@@ -167,7 +167,10 @@ def build(cls: type, tree: Any, where: str, default: Any = None) -> Any:
     for key, raw in tree.items():
         dotted = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            raise ConfigError(_unknown_key(dotted, str(key), fields, getattr(cls, "RENAMED", {})))
+            renamed = getattr(cls, "RENAMED", {})
+            raise ConfigError(
+                unknown_section(dotted, str(key), raw, hints) or unknown_key(dotted, str(key), fields, renamed)
+            )
         values[key] = _convert(hints[key], raw, dotted, fields[key].default)
         _check_bounds(fields[key], values[key], dotted)
     if isinstance(default, cls):
@@ -182,10 +185,25 @@ def build(cls: type, tree: Any, where: str, default: Any = None) -> Any:
     return cls(**values)
 
 
-def _unknown_key(dotted: str, key: str, valid: Iterable[str], renamed: Mapping[str, str]) -> str:
+def unknown_section(dotted: str, key: str, raw: Any, hints: Mapping[str, Any]) -> str | None:
+    """What is said of a section whose name is cut short, if one that begins so has the first of its keys."""
+    inner = str(next(iter(raw), "")) if isinstance(raw, Mapping) else ""
+    for name, hint in hints.items():
+        if (
+            name.startswith(key)
+            and dataclasses.is_dataclass(hint)
+            and inner in [f.name for f in dataclasses.fields(hint)]
+        ):
+            return f"{dotted}.{inner}: unknown key; did you mean {dotted.removesuffix(key)}{name}.{inner}?"
+    return None
+
+
+def unknown_key(dotted: str, key: str, valid: Iterable[str], renamed: Mapping[str, str]) -> str:
+    """What is said of a key that there is not, in place of one of `valid`."""
     if key in renamed:
         return f"{dotted}: is now called {dotted.removesuffix(key)}{renamed[key]}"
-    nearest = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    begun = [name for name in valid if name.startswith(key)] if key else []
+    nearest = begun or difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     if nearest:
         parent = dotted.rpartition(".")[0]
         return f"{dotted}: unknown key; did you mean {f'{parent}.' if parent else ''}{nearest[0]}?"

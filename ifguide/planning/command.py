@@ -13,6 +13,7 @@ from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import Config, ConfigError, load_config
 from ifguide.hardware import Hardware, hardware
 from ifguide.influence.method import chosen_method
+from ifguide.planning.corpus_size import input_size
 from ifguide.planning.estimate import estimate, scoring_rates
 from ifguide.planning.job import Job, StageEstimate
 from ifguide.planning.measurements import sources
@@ -77,7 +78,7 @@ def plan(
 
 
 def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | None = None) -> Job:
-    """The config with its shapes and machines. Without `corpus_tokens`: of the packed corpus, else 1e9."""
+    """The config with its shapes and machines. Without `corpus_tokens`: those of `planned_tokens`."""
     on_gpu = any(getattr(config, verb).resources.gpus for verb in WORKERS)
     machine = hardware(gpu) if gpu else planned_hardware(config) if on_gpu else hardware("cpu")
     notes: list[str] = []
@@ -97,12 +98,19 @@ def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | N
 
 
 def planned_tokens(config: Config, corpora: Sequence[str] = ("corpus",)) -> tuple[float, list[str]]:
-    """Tokens of the first of these folders that is packed, else `DEFAULT_TOKENS`; and a note that says which."""
+    """Tokens of the first of these folders that is packed, else an estimate from the inputs' bytes, else
+    `DEFAULT_TOKENS`; and a note that says which."""
     for name in corpora:
         corpus = location(config.run_dir) / name
         if (corpus / MANIFEST).exists():
             return float(read_manifest(corpus).rows["tokens"]), [f"corpus size: of {corpus}"]
-    return DEFAULT_TOKENS, ["corpus size: assumed; pack it, or say `ifguide plan --corpus-tokens`"]
+    better = "pack it, or say `ifguide plan --corpus-tokens`"
+    size = input_size(config.pack_corpus.inputs, apart=location(config.run_dir))
+    if size is None:
+        return DEFAULT_TOKENS, [f"corpus size: assumed; {better}"]
+    rows = ", rows that `rows` leaves out too" if any(source.rows for source in config.pack_corpus.inputs) else ""
+    found = f"{size.bytes:,} bytes in {size.files:,} file{'' if size.files == 1 else 's'}{rows}"
+    return max(1.0, size.tokens), [f"corpus size: estimated from {found}; {better}"]
 
 
 def planned_hardware(config: Config) -> Hardware:

@@ -2,6 +2,9 @@
 
 It is the loss of `ifguide.training.lm_loss`, value and gradient, up to rounding. That one takes the LM head's input and
 never holds all logits: use its `LanguageModelLoss` where they do not fit. Cost: as the ordinary loss.
+
+Trainers of other libraries carry no mask to the loss, but all carry labels. So a mask can travel in them: the label of
+a masked token x is -101 - x. An ordinary cross-entropy refuses such labels, so that no mask is lost unseen.
 """
 
 from __future__ import annotations
@@ -16,6 +19,39 @@ from torch.autograd.function import once_differentiable
 from ifguide.config.pretrain import ObjectiveKind
 from ifguide.models import IGNORE
 from ifguide.training.objective import Objective
+
+MASKED_ZERO = IGNORE - 1  # the label of a masked token 0
+
+
+def objective(
+    outputs: Any,
+    labels_BT: Tensor,
+    num_items_in_batch: int | Tensor | None = None,
+    *,
+    kind: ObjectiveKind = "clipped",
+    penalty: float = 0.5,
+    floor_probability: float = 1e-3,
+) -> Tensor:
+    """`signed_loss` with the mask in the labels: a trainer's own loss function, as transformers' `compute_loss_func`.
+
+    outputs: of a causal LM, with `logits`; or the logits themselves.
+    labels_BT: int64, not shifted, as `ifguide export-mask --format hf` writes them: a token's id, -101 minus its id
+        where it is masked, -100 where no loss is wanted.
+    num_items_in_batch: N, the labels of the whole step that are not -100; None counts this batch's.
+
+    Raises:
+        ValueError: as `signed_loss`.
+    """
+    masked_BT = labels_BT <= MASKED_ZERO
+    return signed_loss(
+        getattr(outputs, "logits", outputs),
+        torch.where(masked_BT, MASKED_ZERO - labels_BT, labels_BT),
+        masked_BT,
+        kind=kind,
+        penalty=penalty,
+        floor_probability=floor_probability,
+        token_count=num_items_in_batch,
+    )
 
 
 def signed_loss(

@@ -73,6 +73,10 @@ def test_every_verb_has_its_section():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("score.preset=exact", "score.preset: unknown key; did you mean score_corpus.preset?"),
+        ("build.quantile=0.5", "build.quantile: unknown key; did you mean build_mask.quantile?"),
+        ("build.damping=0.5", "build.damping: unknown key; did you mean build_query.damping?"),
+        ("pretrain.check=0.5", "pretrain.check: unknown key; did you mean pretrain.checkpoint_steps?"),
         ("pretrian.epochs=2", "pretrian: unknown key; did you mean pretrain?"),
         ("pretrain.epoch=2", "pretrain.epoch: unknown key; did you mean pretrain.epochs?"),
         ("evaluate.classifier.nam=x", "evaluate.classifier.nam: unknown key; did you mean evaluate.classifier.name?"),

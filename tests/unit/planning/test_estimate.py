@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ifguide.artifacts import MANIFEST, Manifest
 from ifguide.cli import main
-from ifguide.config import VERBS, Prompts, load_config
+from ifguide.config import VERBS, Input, Prompts, load_config
 from ifguide.config.resources import WorkerResources
 from ifguide.hardware import hardware
 from ifguide.influence.method import PRESETS, Method
 from ifguide.planning import flops
 from ifguide.planning.command import DEFAULT_TOKENS, make_job, plan, planned_tokens, worker_settings
+from ifguide.planning.corpus_size import BYTES_PER_TOKEN, input_size
 from ifguide.planning.estimate import estimate
 from ifguide.planning.job import ASSUMED_ROWS, rows
 from ifguide.planning.measurements import MOST, _tables, efficiency, rates, sources, throughputs
@@ -220,3 +224,30 @@ def test_rank_and_precision_of_the_config_decide_the_flop() -> None:
     method = Method(engine="difference", precision="bfloat16", rank=8)
     stage = {item.stage: item for item in estimate(job)}["score_corpus"]
     assert stage.flop == 1e9 * flops.scoring(job.proxy, 2048, attribution="target", method=method)
+
+
+def test_a_corpus_that_is_not_packed_is_planned_from_the_bytes_of_its_inputs(tmp_path: Path) -> None:
+    text = "The weather in the city was cold. " * 200
+    rows = [{"text": text, "note": "n" * 1000, "ids": list(range(1000))} for _ in range(50)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.txt").write_text(text * 50)
+    varied = [{**row, "text": f"{i} {text}"} for i, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(varied), tmp_path / "a.parquet", use_dictionary=False)
+    expected = 50 * len(text) / BYTES_PER_TOKEN
+    for name in ("a.jsonl", "a.txt", "a.parquet"):
+        config = load_config(PYTHIA, [f"run_dir={tmp_path}/run", f"pack_corpus.inputs=[{tmp_path}/{name}]"])
+        tokens, (note,) = planned_tokens(config)
+        assert tokens == pytest.approx(expected, rel=0.01), name
+        assert note.startswith(f"corpus size: estimated from {(tmp_path / name).stat().st_size:,} bytes in 1 file;")
+    assert input_size([Input(path=f"{tmp_path}/a.jsonl.gz")]).tokens > 1000
+    assert input_size([Input(path=f"{tmp_path}/a.jsonl", tokens_column="ids")]).tokens == pytest.approx(50_000)
+    files = [Input(path=f"{tmp_path}/a.*", rows=(0, 5))]
+    assert input_size(files).files == 4
+    config = load_config(PYTHIA, [f"run_dir={tmp_path}/run"])
+    config = replace(config, pack_corpus=replace(config.pack_corpus, inputs=tuple(files)))
+    assert "in 4 files, rows that `rows` leaves out too" in planned_tokens(config)[1][0]
+    missing = [f"run_dir={tmp_path}/run", f"pack_corpus.inputs=[{tmp_path}/none.jsonl]"]
+    assert planned_tokens(load_config(PYTHIA, missing))[0] == DEFAULT_TOKENS
+    assert input_size([]) is None
