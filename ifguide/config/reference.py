@@ -29,6 +29,10 @@ A config is one YAML file with a section for each verb. `--set section.key=value
 syntax. `extends: other.yaml` takes every key from another file that this one does not set. Unknown keys, wrong types
 and values out of bounds are errors that name the key. `ifguide run --config F --dry-run` checks a file.
 
+`ifguide config` prints these keys on a terminal, `ifguide config score_corpus.preset` one of them, and `ifguide config
+--schema` a JSON Schema, from which editors complete and check a YAML file. `--config` also takes the name of a packaged
+config (`demo`, `tiny`, ...), and so does `extends`.
+
 Keys marked `*` do not change results. A finished artifact stays valid when they change.
 """
 SECTIONS = ("cluster", *VERBS, "compare", "analyse")

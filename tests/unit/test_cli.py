@@ -9,6 +9,7 @@ import pytest
 from ifguide import cli
 from ifguide.cli import main
 from ifguide.config import VERBS
+from ifguide.config.packaged import packaged_configs
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -28,7 +29,9 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_missing_config_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--config", "nowhere.yaml"]) == 1
-    assert capsys.readouterr().err == "ifguide run: config file nowhere.yaml does not exist\n"
+    packaged = ", ".join(packaged_configs())
+    line = f"ifguide run: config file nowhere.yaml does not exist; packaged are {packaged}\n"
+    assert capsys.readouterr().err == line
 
 
 def test_what_an_object_store_refuses_is_one_line(

@@ -410,3 +410,16 @@ def test_a_further_behaviour_has_a_name_of_its_own(name: str) -> None:
         ConfigError, match=rf"^score_corpus.queries: '{re.escape(name)}' names a column of scores and a folder.* 'own'"
     ):
         config_from_mapping({"score_corpus": {"queries": {name: "other/query"}}})
+
+
+def test_a_packaged_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = load_config(Path(__file__).parents[3] / "configs" / "tiny.yaml")
+    for name in ("tiny", "tiny.yaml", "configs/tiny.yaml"):
+        assert load_config(name) == wanted
+    assert load_config(write(tmp_path, "extends: tiny.yaml\nseed: 7")) == dataclasses.replace(wanted, seed=7)
+    (tmp_path / "tiny.yaml").write_text("seed: 3")
+    assert load_config("tiny.yaml") == Config(seed=3), "a file of that path comes first"
+    for name in ("huge", "elsewhere/tiny.yaml", "../configs/tiny.yaml"):
+        with pytest.raises(FileNotFoundError, match=r"does not exist; packaged are demo, finetune, "):
+            load_config(name)
