@@ -59,7 +59,7 @@ def fit_spread(histogram: Ints, nulls: int) -> Spread:
     """
     rows = np.flatnonzero(histogram[ZERO_BUCKET:]) + ZERO_BUCKET
     counts = histogram[rows].astype(np.float64)
-    edges = from_order_preserving_uint32(rows.astype(np.uint32) << 16).astype(np.float64)
+    edges = from_order_preserving_uint32(rows.astype(np.uint32) << np.uint32(16)).astype(np.float64)
     values = edges * (1 + 2.0**-8)  # the middle of a bucket
     if not len(rows) or not values.any():
         raise ValueError("all null scores are 0: build the query again, with `build_query.nulls`")
