@@ -21,7 +21,7 @@ from ifguide import extras, interrupts
 from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest
 from ifguide.config import OWN, VERBS, Config, Input, load_config, redact, to_yaml
 from ifguide.datasets import FOLDER, advice
-from ifguide.pipeline import run_pipeline, stage
+from ifguide.pipeline import pipeline_steps, run_pipeline, stage
 from ifguide.storage import location
 from ifguide.telemetry import configure_logging, log
 
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     masks.add_argument("--penalty", type=float, default=1.0, help="hf: minus the weight of a masked token (default 1)")
     masks.set_defaults(function=_export_mask)
     imported = commands.add_parser("import-mask", help="a mask saved by the paper's code becomes the run's mask")
-    _add_config_flags(imported, _import_mask)
+    _add_config_flags(imported, _import_mask, preflight=False)
     imported.add_argument("mask", type=Path, help="a .pt file: one bool tensor (blocks, tokens)")
     imported.add_argument(
         "--shift", type=int, default=0, help="tokens to move it right: 0 acts as in the paper's code (default)"
@@ -150,11 +150,15 @@ VERB_HELP = {
 }
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, function: Callable[[argparse.Namespace], int]) -> None:
+def _add_config_flags(
+    parser: argparse.ArgumentParser, function: Callable[[argparse.Namespace], int], *, preflight: bool = True
+) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file, or the name of a packaged one")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
     parser.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
     parser.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local one)")
+    if preflight:
+        parser.add_argument("--no-preflight", action="store_true", help="do not look first at what would fail later")
     parser.set_defaults(function=function)
 
 
@@ -183,6 +187,21 @@ def _load(options: argparse.Namespace) -> Config:
     return load_config(options.config, [*options.overrides, *address])
 
 
+def _load_checked(options: argparse.Namespace, *verbs: str) -> Config:
+    """The config, after a preflight of what `verbs` use: of those that `run` does for it, if none is named."""
+    config = _load(options)
+    if options.no_preflight:
+        return config
+    from ifguide.preflight import preflight
+
+    if options.command in ("run", "compare"):
+        steps = pipeline_steps(config, until=getattr(options, "until", None))
+        verbs = (*dict.fromkeys(verb for verb, _ in steps), *verbs)
+    for finding in preflight(config, verbs, elsewhere=options.dry_run):
+        log("preflight", f"not checked: {finding}")
+    return config
+
+
 def _holding(options: argparse.Namespace, config: Config) -> contextlib.AbstractContextManager[None]:
     """The run directory, while this command works in it."""
     return contextlib.nullcontext() if options.dry_run else hold(location(config.run_dir), options.command)
@@ -191,7 +210,7 @@ def _holding(options: argparse.Namespace, config: Config) -> contextlib.Abstract
 def _run_verb(options: argparse.Namespace) -> int:
     from ifguide.run import Run
 
-    config = _load(options)
+    config = _load_checked(options, options.command)
     with _holding(options, config):
         stage(options.command)(Run(config=config), dry_run=options.dry_run)
     return 0
@@ -202,14 +221,14 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _run_verb(options)
     from ifguide.evaluation.agreement import check_classifiers
 
-    config = _load(options)
+    config = _load_checked(options, "check_classifier")
     for agreement in check_classifiers(config.evaluate, config.seed):
         print(json.dumps(agreement))
     return 0
 
 
 def _run_all(options: argparse.Namespace) -> int:
-    run_pipeline(_load(options), dry_run=options.dry_run, until=options.until)
+    run_pipeline(_load_checked(options), dry_run=options.dry_run, until=options.until)
     return 0
 
 
@@ -217,7 +236,7 @@ def _analyse(options: argparse.Namespace) -> int:
     from ifguide.run import Run
     from ifguide.stages.analyse import analyse
 
-    run = Run(config=_load(options))
+    run = Run(config=_load_checked(options, "analyse"))
     with _holding(options, run.config):
         made = analyse(run, dry_run=options.dry_run)
     if made:
@@ -229,7 +248,7 @@ def _compare(options: argparse.Namespace) -> int:
     from ifguide.run import Run
     from ifguide.stages.compare import compare
 
-    config = _load(options)
+    config = _load_checked(options, "compare")
     run = Run(config=config)
     with _holding(options, config):
         run_pipeline(config, dry_run=options.dry_run)

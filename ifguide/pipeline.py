@@ -15,6 +15,20 @@ from ifguide.telemetry import log
 
 def run_pipeline(config: Config, *, dry_run: bool, until: str | None = None) -> None:
     """Every verb in order, up to `until`. The baseline is trained when it is wanted or serves as the proxy."""
+    run, steps = Run(config=config), pipeline_steps(config, until=until)
+    with contextlib.nullcontext() if dry_run else hold(run.folder, "run"):
+        for verb, step in steps:
+            stage(verb)(step, dry_run=dry_run)
+    if not dry_run and until in (None, VERBS[-1]):
+        log("run", f"done: open {run.report / 'index.html'}")
+
+
+def pipeline_steps(config: Config, *, until: str | None = None) -> list[tuple[str, Run]]:
+    """The verbs that a config runs, in order, each with the run that it is given.
+
+    Raises:
+        ValueError: `until` is none of them.
+    """
     run = Run(config=config)
     steps: list[tuple[str, Run]] = [("pack_corpus", run)]
     if config.baseline:
@@ -28,11 +42,7 @@ def run_pipeline(config: Config, *, dry_run: bool, until: str | None = None) -> 
         if not places:
             raise ValueError(f"--until {until}: this config does not run it")
         steps = steps[: places[-1] + 1]
-    with contextlib.nullcontext() if dry_run else hold(run.folder, "run"):
-        for verb, step in steps:
-            stage(verb)(step, dry_run=dry_run)
-    if not dry_run and until in (None, VERBS[-1]):
-        log("run", f"done: open {run.report / 'index.html'}")
+    return steps
 
 
 def stage(verb: str) -> Callable[..., Any]:

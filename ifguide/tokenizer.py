@@ -80,6 +80,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         tokenizer.save_pretrained(part)
 
 
+def names_path(source: str) -> bool:
+    """Whether a source can only be a path: a hub id has the form owner/name."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(".gguf")
+
+
 def locate(
     source: str, revision: str | None, trust_remote_code: bool, *, weights: bool = False
 ) -> tuple[str, dict[str, Any]]:
@@ -98,8 +103,7 @@ def locate(
         source = str(local_copy(source))
     path = Path(source).expanduser()
     is_gguf = path.suffix == ".gguf"
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or is_gguf
-    if looks_local and not path.exists():
+    if names_path(source) and not path.exists():
         raise FileNotFoundError(f"{source}: no such file or folder; a hub id has the form owner/name")
     if is_gguf:
         return str(path.parent), options | {"gguf_file": path.name}

@@ -105,16 +105,17 @@ def count_rows(chunk: Chunk, source: Input) -> int:
         return sum(metadata.row_group(i).num_rows for i in range(chunk.start, chunk.stop))
     if chunk.kind == "text":
         return 1
-    return sum(1 for _ in _rows(chunk, source))
+    return sum(1 for _ in raw_rows(chunk, source))
 
 
 def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[RawDocument]:
     """The rows of a chunk, numbered from `first_row`, each a text or a reason; none is left out."""
-    for row, content in enumerate(_rows(chunk, source), start=first_row):
-        yield _check_row(row, content, source)
+    for row, content in enumerate(raw_rows(chunk, source), start=first_row):
+        yield check_row(row, content, source)
 
 
-def _rows(chunk: Chunk, source: Input) -> Iterator[Any]:
+def raw_rows(chunk: Chunk, source: Input) -> Iterator[Any]:
+    """The rows of a chunk as they are: objects, or the reason why a row is none."""
     path, columns = location(chunk.path), [source.column, *([source.spans_column] if source.spans_column else [])]
     if chunk.kind == "jsonl":
         return map(decode_json_line, _read_lines(chunk))
@@ -203,7 +204,8 @@ def _hub_shard(chunk: Chunk, source: Input) -> Iterator[Any]:
     yield from _open_hub(source).shard(num_shards=chunk.stop, index=chunk.start)
 
 
-def _check_row(row: int, content: Any, source: Input) -> RawDocument:
+def check_row(row: int, content: Any, source: Input) -> RawDocument:
+    """A row as a document, or as a bad row."""
     if isinstance(content, str):
         return RawDocument(row=row, reason=content)
     if not isinstance(content, dict):

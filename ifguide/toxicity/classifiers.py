@@ -166,6 +166,23 @@ class LabelClassifier:
         )
 
 
+def require_known(
+    spec: str, *, checkpoint: str | None, huggingface_config: str | None, label: str | None, head: Head | None
+) -> None:
+    """Raises ValueError for an unknown name, which names the nearest, and for an option that the classifier lacks."""
+    kind, _, rest = spec.partition(":")
+    if spec not in CLASSIFIERS and not (f"{kind}:" in PREFIXES and rest):
+        nearest = difflib.get_close_matches(spec, CLASSIFIERS, n=1, cutoff=0)[0]
+        kinds = ", ".join((*CLASSIFIERS, "hf:SOURCE", "words:FILE"))
+        raise ValueError(f"unknown classifier {spec!r}: did you mean {nearest!r}? ({kinds})")
+    if kind != "detoxify" and (checkpoint is not None or huggingface_config is not None):
+        raise ValueError(f"classifier {spec!r} has no checkpoint: remove it, or choose a detoxify classifier")
+    if label is not None and kind not in ("hf", "labels", "fitted"):
+        raise ValueError(f"classifier {spec!r} has no `label` to choose: remove it, or choose an hf classifier")
+    if head is not None and kind != "hf":
+        raise ValueError(f"classifier {spec!r} has no `head` to choose: remove it, or choose an hf classifier")
+
+
 def load_classifier(
     spec: str,
     *,
@@ -181,16 +198,7 @@ def load_classifier(
     """The classifier of that name. Raises ValueError for an unknown name, an option it does not have, or bad rows of
     `training`, which names `dotted_key`."""
     kind, _, rest = spec.partition(":")
-    if spec not in CLASSIFIERS and not (f"{kind}:" in PREFIXES and rest):
-        nearest = difflib.get_close_matches(spec, CLASSIFIERS, n=1, cutoff=0)[0]
-        kinds = ", ".join((*CLASSIFIERS, "hf:SOURCE", "words:FILE"))
-        raise ValueError(f"unknown classifier {spec!r}: did you mean {nearest!r}? ({kinds})")
-    if kind != "detoxify" and (checkpoint is not None or huggingface_config is not None):
-        raise ValueError(f"classifier {spec!r} has no checkpoint: remove it, or choose a detoxify classifier")
-    if label is not None and kind not in ("hf", "labels", "fitted"):
-        raise ValueError(f"classifier {spec!r} has no `label` to choose: remove it, or choose an hf classifier")
-    if head is not None and kind != "hf":
-        raise ValueError(f"classifier {spec!r} has no `head` to choose: remove it, or choose an hf classifier")
+    require_known(spec, checkpoint=checkpoint, huggingface_config=huggingface_config, label=label, head=head)
     if kind == "detoxify":
         return DetoxifyClassifier(
             rest, checkpoint=checkpoint, huggingface_config=huggingface_config, device=device, batch_size=batch_size

@@ -12,6 +12,7 @@ has at most some 100,000 rows. A row that cannot be used is an error that names 
 for labelled texts whose label is null, which are counted in the log.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -38,17 +39,17 @@ class PromptRow:
     continuation_scores: dict[str, float]
 
 
-def _records(path: str | Path, dotted_key: str) -> Iterator[tuple[int, str, Any]]:
-    """The rows of all files, numbered over them; where each is, and what it holds."""
+def _records(path: str | Path, dotted_key: str, first: int | None = None) -> Iterator[tuple[int, str, Any]]:
+    """The rows of all files, numbered over them; where each is, and what it holds. `first`: of each file so many."""
     row = 0
     for file in list_files(str(path), dotted_key, TABLES):
-        for where, record in _file_records(file):
+        for where, record in _file_records(file, first):
             yield row, where, record
             row += 1
 
 
-def _file_records(file: Path) -> Iterator[tuple[str, Any]]:
-    for row, record in enumerate(table_rows(file)):
+def _file_records(file: Path, first: int | None = None) -> Iterator[tuple[str, Any]]:
+    for row, record in enumerate(itertools.islice(table_rows(file), first)):
         where = f"{file}, row {row}"
         if isinstance(record, str):
             raise ValueError(f"{where}: {record}")
@@ -71,10 +72,10 @@ def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str,
     return value["text"], scores
 
 
-def read_prompts(path: str | Path, dotted_key: str = "prompt table") -> list[PromptRow]:
-    """All rows of a prompt table. Raises ValueError that names file and row."""
+def read_prompts(path: str | Path, dotted_key: str = "prompt table", first: int | None = None) -> list[PromptRow]:
+    """All rows of a prompt table, or the `first` of each file. Raises ValueError that names file and row."""
     rows = []
-    for row, where, record in _records(path, dotted_key):
+    for row, where, record in _records(path, dotted_key, first):
         prompt, prompt_scores = _text_and_scores(record, "prompt", where)
         continuation, continuation_scores = _text_and_scores(record, "continuation", where)
         rows.append(
@@ -200,16 +201,18 @@ def read_labelled(
     rows: tuple[int, int] | None = None,
     threshold: float = 0.5,
     dotted_key: str = "labelled texts",
+    first: int | None = None,
 ) -> list[LabelledText]:
-    """The rows in [start, stop), or all. A label is a bool, or a number in [0, 1] that counts from `threshold` (the
-    annotators' share). Rows whose label is null or NaN are left out, and counted in the log.
+    """The rows in [start, stop), or all; with `first`, so many of each file are all. A label is a bool, or a number in
+    [0, 1] that counts from `threshold` (the annotators' share). Rows whose label is null or NaN are left out, and
+    counted in the log.
 
     Other columns beside the label's that hold numbers in [0, 1] are scores.
 
     Raises:
         ConfigError: `rows` outside of the table. ValueError: a row that cannot be used; names file and row.
     """
-    records = list(_records(path, f"{dotted_key}.path"))
+    records = list(_records(path, f"{dotted_key}.path", first))
     if not records:
         raise ValueError(f"{path}: the table of labelled texts is empty")
     start, stop = rows or (0, len(records))

@@ -92,6 +92,22 @@ def _lower(label: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", label).lower()
 
 
+def outputs_of(config: Any, name: str, *, label: str | None, head: Head | None) -> tuple[list[str], str, Head]:
+    """The labels of a model by its config, the one that counts, and how outputs become scores.
+
+    Raises:
+        ValueError: the config does not tell, or has not, what is wanted; says which option to set.
+    """
+    labels = [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{name} has two labels of one name, {', '.join(labels)}: mend id2label in its config")
+    primary = _primary_label(labels, label, name)
+    head = head or head_of(config, labels, name)
+    if head == "softmax" and len(labels) == 1:
+        raise ValueError(f"{name} has one label, of which the softmax is 1: set `head` to sigmoid or regression")
+    return labels, primary, head
+
+
 class SequenceClassifier:
     """Any sequence classifier of transformers. `label` names the label that is the primary class.
 
@@ -125,17 +141,7 @@ class SequenceClassifier:
             raise ValueError(f"{self.name} cannot be used as its config.json says: {error}") from error
         self._model = torch.nn.Module.to(model, device).eval()  # transformers' own wrapper of it has no types
         config = self._model.config
-        labels = [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
-        if len(set(labels)) < len(labels):
-            raise ValueError(
-                f"{self.name} has two labels of one name, {', '.join(labels)}: mend id2label in its config"
-            )
-        primary = _primary_label(labels, label, self.name)
-        self._head = head or head_of(config, labels, self.name)
-        if self._head == "softmax" and len(labels) == 1:
-            raise ValueError(
-                f"{self.name} has one label, of which the softmax is 1: set `head` to sigmoid or regression"
-            )
+        labels, primary, self._head = outputs_of(config, self.name, label=label, head=head)
         kept = [primary] if self._head == "softmax" else sorted(labels, key=lambda name: name != primary)
         self.classes = tuple(kept)
         self._columns = [labels.index(name) for name in kept]

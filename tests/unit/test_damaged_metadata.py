@@ -76,8 +76,8 @@ VERBS = {
     "inspect": ["inspect", "RUN"],
     "pretrain": ["pretrain", "--config", "CONFIG"],
     "baseline": ["pretrain", "--config", "CONFIG", "--set", "pretrain.use_mask=false"],
-    "fit_factors": ["fit_factors", "--config", "CONFIG"],
-    "score_corpus": ["score_corpus", "--config", "CONFIG"],
+    "fit_factors": ["fit_factors", "--config", "CONFIG", "--no-preflight"],
+    "score_corpus": ["score_corpus", "--config", "CONFIG", "--no-preflight"],
     "build_mask": ["build_mask", "--config", "CONFIG"],
     "export-scores": ["export-scores", "RUN", "RUN/out"],
 }

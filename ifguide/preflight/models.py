@@ -1,0 +1,149 @@
+"""Whether models, tokenizers and classifiers are there, by names, files and configs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ifguide.config import ClassifierSource, ModelSource
+from ifguide.preflight.findings import Findings
+from ifguide.preflight.hub import Hub
+from ifguide.storage import is_remote, location
+from ifguide.tokenizer import names_path
+
+# What a folder must have, one of each.
+CONFIG = (("config.json",),)
+MODEL = (*CONFIG, ("*.safetensors", "*.bin", "*.gguf"))
+TOKENIZER = (("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "*.gguf"),)
+
+
+class ModelChecks:
+    """Checks of one preflight; `made_in` is the run directory, where a model may yet be made."""
+
+    def __init__(self, findings: Findings, made_in: Path):
+        self.findings, self.made_in, self.hub = findings, made_in, Hub()
+
+    def model(self, key: str, model: ModelSource, *, weights: bool = True) -> None:
+        """A causal language model, of a source or of an architecture; without `weights`, its config alone."""
+        if model.architecture is not None:
+            self.architecture(f"{key}.architecture", model.architecture)
+        elif model.source is not None:
+            self.source(f"{key}.source", model.source, MODEL if weights else CONFIG, model.revision)
+
+    def source(self, key: str, source: str, files: Sequence[Sequence[str]], revision: str | None = None) -> Path | None:
+        """A hub id, a .gguf file, or a folder that has one of each of the `files`; returns the folder if it is one."""
+        with self.findings.caught(key, source):
+            place = location(source)
+            if place.is_dir():
+                for patterns in files:
+                    if not any(True for pattern in patterns for _ in place.glob(pattern)):
+                        what = f"the folder has no {' or '.join(patterns)}"
+                        self.findings.fault(key, source, f"{what}; name a folder made by save_pretrained")
+                return place
+            if place.is_file() and place.suffix == ".gguf":
+                return None
+            if place.exists():
+                self.findings.fault(key, source, "a file that is no .gguf; name a folder made by save_pretrained")
+            elif not is_remote(place) and place.is_relative_to(self.made_in):
+                self.findings.leave(key, source, "not there yet; a step of this run must make it first")
+            elif names_path(source) or is_remote(place):
+                self.findings.fault(key, source, "no such file or folder; a hub id has the form owner/name")
+            elif (reason := self.hub.unchecked(source, revision)) is not None:
+                self.findings.leave(key, source, f"there is no such folder, and {reason}")
+        return None
+
+    def architecture(self, key: str, fields: dict[str, Any]) -> None:
+        """Fields of a config of transformers: a known `model_type`, no field that it would ignore, and values that go
+        together."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        kind = fields.get("model_type")
+        if kind is None or kind not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING.keys()), n=1, cutoff=0.5)
+            advice = f"; did you mean {near[0]}?" if near else "; name llama, gpt_neox, gpt2, ..."
+            what = "not set" if kind is None else "no model that transformers knows"
+            self.findings.fault(f"{key}.model_type", kind, what + advice)
+            return
+        config_class = CONFIG_MAPPING[kind]
+        try:
+            config = config_class(**{name: value for name, value in fields.items() if name != "model_type"})
+        except Exception as error:  # transformers has its own for a wrong type, and what comes of that may be any
+            self.findings.fault(key, fields, f"transformers refuses it: {' '.join(str(error).split())}; mend the field")
+            return
+        known = {*config_class().to_dict(), *config_class.attribute_map, "model_type"}
+        known |= {field.name for field in dataclasses.fields(config_class)}
+        kept = config.to_dict()  # what the class does not know stays as it is; older names it turns into others
+        for name in fields:
+            if name in kept and name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                advice = f"did you mean {near[0]}?" if near else "remove it"
+                self.findings.fault(f"{key}.{name}", fields[name], f"unknown field of {kind}; {advice}")
+
+    def classifier(self, key: str, source: ClassifierSource, *, of_new_text: bool) -> None:
+        """A classifier by its name, its options and its files; `of_new_text`: it must score what models write."""
+        from ifguide.toxicity.classifiers import require_known, training_inputs
+        from ifguide.words import read_word_list
+
+        kind, _, rest = source.name.partition(":")
+        with self.findings.caught(f"{key}.name", source.name):
+            options = {name: getattr(source, name) for name in ("checkpoint", "huggingface_config", "label", "head")}
+            require_known(source.name, **options)
+            if kind == "words":
+                read_word_list(rest)
+            elif kind == "hf":
+                self._sequence_classifier(key, source, rest)
+            elif kind == "detoxify":
+                self._package(f"{key}.name", source.name, "detoxify")
+                self._checkpoint(key, source)
+            elif kind == "alt-profanity-check":
+                self._package(f"{key}.name", source.name, "profanity_check")
+            elif kind == "labels" and of_new_text:
+                self.findings.fault(
+                    f"{key}.name", source.name, "labels cannot score new text; choose another classifier"
+                )
+        if kind == "fitted":
+            with self.findings.caught(f"{key}.training", [texts.path for texts in source.training]):
+                self._package(f"{key}.name", source.name, "sklearn")
+                training_inputs({key: source})
+
+    def _package(self, key: str, value: str, package: str) -> None:
+        require_package(self.findings, key, value, package)
+
+    def _checkpoint(self, key: str, source: ClassifierSource) -> None:
+        for name in ("checkpoint", "huggingface_config"):
+            value = getattr(source, name)
+            if value is not None:
+                with self.findings.caught(f"{key}.{name}", value):
+                    if not location(value).exists():
+                        self.findings.fault(f"{key}.{name}", value, "does not exist: check the path")
+        if source.checkpoint is None:
+            self.findings.leave(
+                f"{key}.name", source.name, "its weights come from the network, if this machine has not kept them"
+            )
+
+    def _sequence_classifier(self, key: str, source: ClassifierSource, name: str) -> None:
+        from ifguide.toxicity.sequence_classifier import outputs_of
+
+        folder = self.source(f"{key}.name", name, MODEL)
+        if folder is None or is_remote(folder) or not (folder / "config.json").is_file():
+            return
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # of a damaged file nearly any
+            self.findings.fault(f"{key}.name", source.name, f"its config.json cannot be read ({error}); restore it")
+            return
+        with self.findings.caught(f"{key}.label", source.label):
+            outputs_of(config, source.name, label=source.label, head=source.head)
+
+
+def require_package(findings: Findings, key: str, value: str, package: str) -> None:
+    """A fault of the key, if a package is not installed here."""
+    with findings.caught(key, value):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(package, name=package)

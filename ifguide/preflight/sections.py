@@ -1,0 +1,281 @@
+"""Which keys each verb uses, and the check of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ifguide.artifacts import MANIFEST
+from ifguide.config import OWN, VERBS, Config, Evaluate
+from ifguide.config.resources import WorkerResources
+from ifguide.preflight.findings import Finding, Findings, PreflightError
+from ifguide.preflight.models import MODEL, TOKENIZER, ModelChecks, require_package
+from ifguide.preflight.tables import TableChecks
+from ifguide.run import BASELINE, PENALISED, Run
+from ifguide.storage import is_remote, location
+
+Check = Callable[[], object]
+CHECK_CLASSIFIER = "check_classifier"  # `evaluate --check-classifier`
+
+
+def preflight(config: Config, verbs: Iterable[str] = VERBS, *, elsewhere: bool = False) -> tuple[Finding, ...]:
+    """Check what `verbs` use; returns what could not be checked.
+
+    `elsewhere`: the run itself may be on another machine, so what this one has too little of is no fault.
+
+    Raises:
+        PreflightError: it would fail; lists every fault.
+    """
+    findings = Findings()
+    sections = _Sections(config, findings, elsewhere=elsewhere)
+    checks: dict[str, Check] = {"run_dir": sections.run_dir}  # by key: what two verbs use is checked once
+    for verb in verbs:
+        checks |= sections.of(verb)
+    for check in checks.values():
+        check()
+    if findings.faults:
+        raise PreflightError(findings.faults, findings.unchecked)
+    return tuple(findings.unchecked)
+
+
+class _Sections:
+    """The checks of one config."""
+
+    def __init__(self, config: Config, findings: Findings, *, elsewhere: bool):
+        self.config, self.findings, self.elsewhere = config, findings, elsewhere
+        self.run = Run(config=config)
+        self.models = ModelChecks(findings, made_in=self.run.folder)
+        self.tables = TableChecks(findings, self.models.hub, apart=self.run.folder)
+
+    def of(self, verb: str) -> dict[str, Check]:
+        """The checks of a verb by the key that each is of."""
+        checks: Mapping[str, Check] = getattr(self, f"_{verb}")()
+        return {**checks, **self._resources(verb)}
+
+    def run_dir(self) -> None:
+        """That the run directory can be made and written."""
+        key, value, place = "run_dir", self.config.run_dir, location(self.config.run_dir)
+        with self.findings.caught(key, value):
+            if is_remote(place):
+                place.exists()  # no credentials, no such bucket
+                return
+            there = next(folder for folder in (place, *place.parents) if folder.exists())
+            if not there.is_dir():
+                self.findings.fault(key, value, f"{there} is a file; name a folder")
+            elif not os.access(there, os.W_OK | os.X_OK):
+                self.findings.fault(
+                    key, value, f"{there} cannot be written to; name another folder, or change its mode"
+                )
+
+    def _pack_corpus(self) -> dict[str, Check]:
+        pack, train = self.config.pack_corpus, self.config.pretrain
+        checks: dict[str, Check] = {}
+        if not pack.inputs:
+            checks["pack_corpus.inputs"] = self._missing(
+                "pack_corpus.inputs", "at least one file, folder or hf:// dataset"
+            )
+        for index, source in enumerate(pack.inputs):
+            key = f"pack_corpus.inputs[{index}]"
+            checks[key] = partial(self.tables.documents, key, source, bad_rows=pack.max_bad_rows)
+        if train.tokenizer is not None:
+            checks["pretrain.tokenizer"] = self._tokenizer("pretrain.tokenizer", train.tokenizer)
+        return checks | self._corpus_tokenizer()
+
+    def _corpus_tokenizer(self) -> dict[str, Check]:
+        """The corpus' tokenizer, by the key that names it; none of a corpus that trains its own."""
+        config = self.config
+        if config.pack_corpus.train_tokenizer is not None:
+            return {}
+        named = {
+            "tokenizer": config.tokenizer,
+            "proxy.source": config.proxy.source,
+            "target.source": config.target.source,
+        }
+        for key, source in named.items():
+            if source is not None:
+                return {f"{key} as tokenizer": self._tokenizer(key, source)}
+        return {
+            "tokenizer": self._missing("tokenizer", "a hub id or a local folder (no proxy or target source gives one)")
+        }
+
+    def _model(self, key: str, source: str) -> Check:
+        return partial(self.models.source, key, source, MODEL)
+
+    def _tokenizer(self, key: str, source: str) -> Check:
+        return partial(self.models.source, key, source, TOKENIZER)
+
+    def _proxy(self) -> dict[str, Check]:
+        checks = self._corpus_tokenizer()
+        if not self.config.proxy_is_baseline:
+            checks["proxy"] = partial(self.models.model, "proxy", self.config.proxy)
+        return checks
+
+    def _pretrain(self) -> dict[str, Check]:
+        train, target = self.config.pretrain, self.config.target
+        checks: dict[str, Check] = {"pretrain.engine": self._packages}
+        if train.init_from is not None:
+            checks["pretrain.init_from"] = self._model("pretrain.init_from", train.init_from)
+        elif target.source is None and target.architecture is None:
+            checks["target"] = self._missing("target", "target.architecture, target.source or pretrain.init_from")
+        else:
+            checks["target"] = partial(self.models.model, "target", target, weights=False)
+        if train.tokenizer is not None:
+            checks["pretrain.tokenizer"] = self._tokenizer("pretrain.tokenizer", train.tokenizer)
+        return checks
+
+    def _packages(self) -> None:
+        train = self.config.pretrain
+        if train.engine == "deepspeed":
+            require_package(self.findings, "pretrain.engine", train.engine, "deepspeed")
+        if train.wandb is not None:
+            require_package(self.findings, "pretrain.wandb.project", train.wandb.project, "wandb")
+
+    def _fit_factors(self) -> dict[str, Check]:
+        return self._proxy()
+
+    def _build_query(self) -> dict[str, Check]:
+        query = self.config.build_query
+        checks = self._proxy() | {
+            "build_query.classifier": partial(
+                self.models.classifier, "build_query.classifier", query.classifier, of_new_text=False
+            )
+        }
+        checks |= self._prompts("build_query.prompts", query.prompts)
+        if query.factors is not None:
+            checks["build_query.factors"] = partial(self._folder, "build_query.factors", query.factors)
+        return checks
+
+    def _score_corpus(self) -> dict[str, Check]:
+        checks = self._proxy()
+        for name, folder in self.config.score_corpus.queries.items():
+            key = f"score_corpus.queries.{name}"
+            checks[key] = partial(self._folder, key, folder, MANIFEST)
+        return checks
+
+    def _folder(self, key: str, value: str, file: str | None = None) -> None:
+        """A folder that another run or program made, with a file in it."""
+        with self.findings.caught(key, value):
+            place = location(value)
+            if not place.is_dir():
+                self.findings.fault(key, value, "no such folder; check the path")
+            elif file is not None and not (place / file).exists():
+                self.findings.fault(key, value, f"the folder has no {file}; name the query/ folder of a finished run")
+
+    def _build_mask(self) -> dict[str, Check]:
+        return {"build_mask.behaviour": self._behaviour}
+
+    def _behaviour(self) -> None:
+        name, scored = self.config.build_mask.behaviour, (OWN, *self.config.score_corpus.queries)
+        if name not in scored:
+            self.findings.fault("build_mask.behaviour", name, f"not scored; choose one of {', '.join(scored)}")
+
+    def _evaluate(self) -> dict[str, Check]:
+        options = self.config.evaluate
+        checks = self._prompts("evaluate.prompts", options.prompts) | self._classifiers(options)
+        for name, prompts in options.prompt_sets.items():
+            key = f"evaluate.prompt_sets.{name}"
+            checks[key] = partial(self.tables.prompt_set, key, prompts)
+        texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(options.heldout)}
+        for key, source in (texts | ({"evaluate.cloze": options.cloze} if options.cloze else {})).items():
+            checks[key] = partial(self.tables.documents, key, source)
+        for name, model in options.models.items():
+            checks[f"evaluate.models.{name}"] = self._model(f"evaluate.models.{name}", model)
+        return checks
+
+    def _classifiers(self, options: Evaluate, *, of_new_text: bool = True) -> dict[str, Check]:
+        named = {"evaluate.classifier": options.classifier}
+        named |= {f"evaluate.classifiers.{name}": source for name, source in options.classifiers.items()}
+        return {
+            key: partial(self.models.classifier, key, source, of_new_text=of_new_text) for key, source in named.items()
+        }
+
+    def _check_classifier(self) -> dict[str, Check]:
+        options = self.config.evaluate
+        checks = self._classifiers(options, of_new_text=False)
+        if not options.check_data:
+            checks["evaluate.check_data"] = self._missing("evaluate.check_data", "files of texts with labels")
+        for index, texts in enumerate(options.check_data):
+            key = f"evaluate.check_data[{index}]"
+            checks[key] = partial(self.tables.labelled, key, texts)
+        return checks
+
+    def _compare(self) -> dict[str, Check]:
+        compare = self.config.compare
+        checks: dict[str, Check] = {}
+        if not compare.methods:
+            checks["compare.methods"] = self._missing("compare.methods", "some, as in configs/demo.yaml")
+        if compare.classifier is not None:
+            checks["compare.classifier"] = partial(
+                self.models.classifier, "compare.classifier", compare.classifier, of_new_text=True
+            )
+        if compare.reward.source is not None:
+            checks["compare.reward.source"] = self._model("compare.reward.source", compare.reward.source)
+        for name, method in compare.methods.items():
+            if method.dpo:
+                key = f"compare.methods.{name}.dpo"
+                checks[key] = partial(require_package, self.findings, key, method.dpo.model, "trl")
+        return checks
+
+    def _analyse(self) -> dict[str, Check]:
+        options, evaluated = self.config.analyse, self.config.evaluate
+        checks: dict[str, Check] = {}
+        for index, texts in enumerate(options.texts):
+            key = f"analyse.texts[{index}]"
+            checks[key] = partial(self.tables.labelled, key, texts)
+        if "lens" in options.methods:
+            checks |= self._prompts("evaluate.prompts", evaluated.prompts)
+        if "gcg" in options.methods:
+            checks |= self._classifiers(evaluated)
+        return checks
+
+    def _prompts(self, key: str, prompts: Any) -> dict[str, Check]:
+        if prompts is None:
+            return {key: self._missing(key, "a JSONL or Parquet file in RealToxicityPrompts' schema")}
+        return {key: partial(self.tables.prompts, key, prompts)}
+
+    def _missing(self, key: str, what: str) -> Check:
+        return partial(self.findings.fault, key, None, f"name {what}")
+
+    def _resources(self, verb: str) -> dict[str, Check]:
+        section = getattr(self.config, verb, None)
+        in_driver = verb == "pretrain" and self.config.pretrain.engine == "torch"
+        if section is None or in_driver or not hasattr(section, "resources") or (self._made(verb) / MANIFEST).exists():
+            return {}
+        count = (section.min_workers or section.workers) if verb == "pretrain" else 1
+        key = f"{verb}.resources"
+        return {key: partial(self._fits, key, section.resources, count)}
+
+    def _made(self, verb: str) -> Path:
+        """The artifact of a verb: a finished one needs no resources."""
+        run = self.run
+        folders = {"pack_corpus": run.corpus, "fit_factors": run.factors, "build_query": run.query}
+        folders |= {"score_corpus": run.scores, "build_mask": run.mask, "evaluate": run.report, "analyse": run.analyses}
+        folders["pretrain"] = run.model(PENALISED if self.config.pretrain.use_mask else BASELINE)
+        return folders.get(verb, run.folder / verb)
+
+    def _fits(self, key: str, resources: WorkerResources, count: int) -> None:
+        """That this machine is large enough, if Ray will run on it alone; a cluster says it when it is joined."""
+        cluster = self.config.cluster
+        if cluster.address or os.environ.get("RAY_ADDRESS"):
+            address = cluster.address or os.environ["RAY_ADDRESS"]
+            self.findings.leave("cluster.address", address, "each stage asks for its resources when it begins")
+            return
+        say = self.findings.leave if self.elsewhere else self.findings.fault
+        cpus, gpus = cluster.num_cpus or os.cpu_count() or 1, _gpus() if resources.gpus else 0
+        for name, wanted, there in (("cpus", resources.cpus, cpus), ("gpus", resources.gpus, gpus)):
+            if wanted * count > there + 1e-6:
+                processes = f"{count} process{'es' * (count > 1)} of {wanted:g}"
+                say(
+                    f"{key}.{name}",
+                    wanted,
+                    f"{processes} asked for, this machine has {there}; lower it, or join a cluster",
+                )
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,199 @@
+"""Whether files are there and hold what the config says: every name, the first rows, and the rows that it counts on.
+
+Documents: the first rows of up to OPENED_FILES files. Prompts and labelled texts: whole tables, by the functions that
+read them later, or the first rows where they are large. Rows are counted, and compressed files read to their ends, as
+far as READ_BYTES go.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ifguide.config import ConfigError, Input, LabelledTexts, Prompts, PromptSet
+from ifguide.corpus.reading import HUB_PREFIX, Chunk, check_row, count_rows, list_chunks, raw_rows
+from ifguide.preflight.findings import Findings
+from ifguide.preflight.hub import Hub
+from ifguide.records.files import DOCUMENTS, TABLES, is_compressed, list_files, open_bytes
+
+FIRST_ROWS = 20
+OPENED_FILES = 200
+AT_ONCE = 8
+READ_BYTES = 2**26  # a fifth of a second
+INFLATION = 6  # of compressed bytes to plain ones, about
+ONE_CHUNK = 2**62
+
+
+class TableChecks:
+    """Checks of one preflight; nothing below the run's own directory `apart` is a document."""
+
+    def __init__(self, findings: Findings, hub: Hub, apart: Path):
+        self.findings, self.hub, self.apart = findings, hub, apart
+
+    def documents(self, key: str, source: Input, *, bad_rows: int = 0) -> None:
+        """Documents, of which `bad_rows` may be unusable."""
+        if source.path.startswith(HUB_PREFIX):
+            self._hub_dataset(key, source)
+            return
+        kinds = DOCUMENTS if source.tokens_column is None else TABLES
+        with self.findings.caught(f"{key}.path", source.path):
+            files = list_files(source.path, f"{key}.path", kinds, apart=self.apart)
+            opened = _spread(files, OPENED_FILES)
+            if len(opened) < len(files):
+                self.findings.leave(f"{key}.path", source.path, f"{len(opened)} of {len(files)} files were opened")
+            strict = source.rows is None and not bad_rows
+            with ThreadPoolExecutor(AT_ONCE) as threads:
+                found = list(threads.map(lambda file: _first_documents(file, source, strict=strict), opened))
+            faults = [fault for fault, _ in found if fault]
+            self._faults_of_files(key, source, faults)
+            if not faults:
+                self._rows(key, source, files, empty=len(opened) == len(files) and not any(rows for _, rows in found))
+
+    def _hub_dataset(self, key: str, source: Input) -> None:
+        name = source.path.removeprefix(HUB_PREFIX).partition(":")[0]
+        with self.findings.caught(f"{key}.path", source.path):
+            if (reason := self.hub.unchecked(name, source.revision, "dataset")) is not None:
+                self.findings.leave(f"{key}.path", source.path, reason)
+
+    def _faults_of_files(self, key: str, source: Input, found: Iterable[tuple[str, str]]) -> None:
+        """One fault for each reason: the first place, and how many files have it."""
+        places: dict[str, list[str]] = {}
+        for where, reason in found:
+            places.setdefault(reason, []).append(where)
+        for reason, files in places.items():
+            more = f" (and in {len(files) - 1} more files)" if len(files) > 1 else ""
+            self.findings.fault(f"{key}.path", source.path, f"{files[0]}{more}: {reason}")
+
+    def _rows(self, key: str, source: Input, files: Sequence[Path], *, empty: bool) -> None:
+        """That there are rows, and those that are asked for; and that compressed files are whole."""
+        if empty:
+            self.findings.fault(f"{key}.path", source.path, "holds no rows; name files that do")
+            return
+        left, counted = READ_BYTES, 0
+        stop = source.rows[1] if source.rows else 0
+        for file in files:
+            parquet = file.suffix.lower() == ".parquet"
+            cost = 0 if parquet else file.stat().st_size * (INFLATION if is_compressed(file) else 1)
+            if counted < stop:
+                left -= cost
+                if left < 0:
+                    self.findings.leave(f"{key}.rows", source.rows, "the files are too large to count their rows here")
+                    return
+                counted += sum(count_rows(chunk, source) for chunk in _chunks(file, source))
+            elif is_compressed(file) and cost <= left:
+                left -= cost
+                _read_to_end(file)
+        if counted < stop:
+            self.findings.fault(
+                f"{key}.rows", source.rows, f"ends at {stop}, but {source.path} has {counted} rows; lower it"
+            )
+
+    def prompts(self, key: str, prompts: Prompts) -> None:
+        """A prompt table."""
+        from ifguide.toxicity.prompts import read_prompt_rows, read_prompts
+
+        self._table(
+            key,
+            prompts,
+            lambda: read_prompt_rows(prompts, key),
+            lambda: read_prompts(prompts.path, f"{key}.path", FIRST_ROWS),
+        )
+
+    def prompt_set(self, key: str, prompts: PromptSet) -> None:
+        """A set of prompts in groups, which is small."""
+        from ifguide.toxicity.prompts import read_grouped_prompts
+
+        def read() -> None:
+            read_grouped_prompts(
+                [prompts.path],
+                text_column=prompts.text_column,
+                group_column=prompts.group_column,
+                prompts_per_name=prompts.prompts_per_name,
+                dotted_key=f"{key}.path",
+            )
+
+        self._table(key, prompts, read, None)
+
+    def labelled(self, key: str, texts: LabelledTexts) -> None:
+        """Texts with labels."""
+        from ifguide.toxicity.prompts import read_labelled
+
+        def read(first: int | None) -> None:
+            read_labelled(
+                texts.path,
+                text_column=texts.text_column,
+                label_column=texts.label_column,
+                rows=None if first else texts.rows,
+                dotted_key=key,
+                first=first,
+            )
+
+        self._table(key, texts, lambda: read(None), lambda: read(FIRST_ROWS))
+
+    def _table(self, key: str, table: Any, read: Callable[[], object], read_first: Callable[[], object] | None) -> None:
+        with self.findings.caught(f"{key}.path", table.path):
+            try:
+                files = list_files(table.path, f"{key}.path", TABLES)
+                size = sum(file.stat().st_size * (INFLATION if is_compressed(file) else 1) for file in files)
+                if size <= READ_BYTES:
+                    read()
+                    return
+                what = "too large to read here" if read_first is None else "only the first rows were read"
+                self.findings.leave(f"{key}.path", table.path, what)
+                if read_first is not None:
+                    read_first()
+            except ConfigError as error:
+                if not str(error).startswith(f"{key}.rows: "):
+                    raise
+                self.findings.fault(f"{key}.rows", table.rows, str(error))
+
+
+def _first_documents(file: Path, source: Input, *, strict: bool) -> tuple[tuple[str, str] | None, int]:
+    """What is wrong with the first rows of a file, and where, and how many rows were read. Unless `strict`, they are
+    wrong only if all are."""
+    first, bad, rows = None, 0, 0
+    try:
+        for chunk in _chunks(file, source)[:1]:
+            for row, content in enumerate(itertools.islice(raw_rows(chunk, source), FIRST_ROWS)):
+                rows += 1
+                if reason := check_row(row, content, source).reason:
+                    bad += 1
+                    first = first or (f"{file} row {row}", f"{reason}; {_advice(content, source)}")
+    except (ValueError, OSError) as error:
+        return (str(file), str(error).removeprefix(f"{file}: ").removeprefix(f"{file} ")), rows
+    return first if strict or bad == rows else None, rows
+
+
+def _advice(content: Any, source: Input) -> str:
+    """What to do about a row that cannot be used."""
+    if not isinstance(content, dict) or source.column in content:
+        return "mend the row, or allow for it with pack_corpus.max_bad_rows"
+    near = difflib.get_close_matches(source.column, list(content), n=1, cutoff=0.5)
+    has = f"it has {', '.join(content) or 'none'}"
+    key = "text_column" if source.tokens_column is None else "tokens_column"
+    return f"{has}; set {key}{f': {near[0]}' if near else ' to the one of the documents'}"
+
+
+def _chunks(file: Path, source: Input) -> list[Chunk]:
+    return list_chunks(replace(source, path=str(file)), 0, chunk_bytes=ONE_CHUNK, dotted_key="path")
+
+
+def _read_to_end(file: Path) -> None:
+    try:
+        with open_bytes(file) as stream:
+            while stream.read(2**20):
+                pass
+    except OSError as error:
+        raise ValueError(f"{file}: damaged or cut off ({error}); fetch it again") from error
+
+
+def _spread(files: Sequence[Path], count: int) -> list[Path]:
+    """At most `count` of the files, the first and the last among them."""
+    if len(files) <= count:
+        return list(files)
+    return [files[place * (len(files) - 1) // (count - 1)] for place in range(count)]

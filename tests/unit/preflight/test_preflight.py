@@ -1,0 +1,317 @@
+"""ifguide.preflight: what would fail later is named at once, with key, value and what to do."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from ifguide.cli import main
+from ifguide.config import config_from_mapping
+from ifguide.preflight import PreflightError, hub, preflight
+from tests.stages.conftest import small_config
+
+ROW = {"prompt": {"text": "You are a"}, "continuation": {"text": " pig.", "toxicity": 0.9}}
+
+
+def lines(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def refusal(kind: type[Exception]) -> Exception:
+    """An error of the hub's client, without the answer that it is made of."""
+    return kind.__new__(kind)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    """A config without faults, as YAML holds it, and its files."""
+    data = tmp_path / "data"
+    (data / "tokenizer").mkdir(parents=True)
+    (data / "tokenizer" / "tokenizer.json").write_text("{}")
+    lines(data / "corpus.jsonl", *({"text": f"document {i}", "toxic_spans": []} for i in range(30)))
+    for name in ("heldout", "cloze"):
+        lines(data / f"{name}.jsonl", {"text": "The pig sat in the barn."})
+    for name in ("queries", "prompts"):
+        lines(data / f"{name}.jsonl", *[ROW] * 3)
+    return small_config(data, tmp_path / "run") | {"analyse": {"resources": {"gpus": 0}}}
+
+
+@pytest.fixture
+def faults(tree: dict[str, Any]) -> Callable[..., list[str]]:
+    """The faults of the config with some keys changed, each as text."""
+
+    def of(*verbs: str, **changes: Any) -> list[str]:
+        for dotted, value in changes.items():
+            *sections, key = dotted.split("__")
+            section = tree
+            for name in sections:
+                section = section.setdefault(name, {})
+            section[key] = value
+        try:
+            preflight(config_from_mapping(tree), verbs or ("pack_corpus", "pretrain", "build_query", "evaluate"))
+        except PreflightError as error:
+            return [str(fault) for fault in error.faults]
+        return []
+
+    return of
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names that the hub was asked for; a name says what comes of it."""
+    names: list[str] = []
+    answers = {
+        "no/such": refusal(RepositoryNotFoundError),
+        "no/access": refusal(GatedRepoError),
+        "no/revision": refusal(RevisionNotFoundError),
+        "not/reached": OSError("no network"),
+    }
+
+    def ask(name: str, revision: str | None, kind: str) -> Exception | None:
+        names.append(name)
+        return answers.get(name)
+
+    monkeypatch.setattr(hub, "_ask", ask)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    return names
+
+
+def test_a_config_without_faults_passes_and_nothing_is_written(tree, tmp_path, faults) -> None:
+    assert faults() == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_faults_are_named_in_one_go_and_nothing_is_started(tree, tmp_path, capsys) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    planted = {
+        "build_query.classifier": "detoxif:orig",
+        "build_query.prompts": "nowhere.jsonl",
+        "evaluate.cloze": "none.jsonl",
+        "pack_corpus.inputs": [{"path": str(tmp_path / "data" / "corpus.jsonl"), "text_column": "txt"}],
+        "evaluate.heldout": [{"path": str(tmp_path / "data" / "heldout.jsonl"), "rows": [0, 9]}],
+        "target.architecture.hidden_sizes": 3,
+    }
+    sets = [part for key, value in planted.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    for arguments in (["run", "--dry-run"], ["run"]):
+        assert main([*arguments, "--config", str(tmp_path / "c.yaml"), *sets]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert said[0].startswith("ifguide run: 6 faults, and nothing was started")
+        for expected in (
+            "build_query.classifier.name = detoxif:orig: unknown classifier 'detoxif:orig': did you mean 'detoxify:",
+            "build_query.prompts.path = nowhere.jsonl: nowhere.jsonl does not exist: check the path",
+            "evaluate.cloze.path = none.jsonl: none.jsonl does not exist: check the path",
+            "column 'txt' is missing; it has text, toxic_spans; set text_column: text",
+            "evaluate.heldout[0].rows = [0, 9]: ends at 9, but ",
+            "target.architecture.hidden_sizes = 3: unknown field of gpt_neox; did you mean hidden_size?",
+        ):
+            assert [line for line in said if expected in line], expected
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_preflight_skips_it(tree, tmp_path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    command = ["pack_corpus", "--config", str(tmp_path / "c.yaml"), "--dry-run", "--set", "tokenizer=./nowhere"]
+    assert [main(command), main([*command, "--no-preflight"])] == [1, 0]
+
+
+def test_a_verb_checks_only_what_it_uses(faults) -> None:
+    changes = {"build_query__prompts": "nowhere.jsonl", "evaluate__cloze": "none.jsonl"}
+    assert faults("pack_corpus", **changes) == []
+    assert len(faults("build_query")) == 1
+    assert len(faults("build_query", "evaluate")) == 2
+
+
+@pytest.mark.parametrize(
+    ("verb", "key", "value", "expected"),
+    [
+        ("pack_corpus", "pack_corpus__inputs", [], "pack_corpus.inputs = null: name at least one file"),
+        ("build_query", "build_query__prompts", None, "build_query.prompts = null: name a JSONL or Parquet file"),
+        ("evaluate", "evaluate__prompts", None, "evaluate.prompts = null: name a JSONL or Parquet file"),
+        ("evaluate", "evaluate__classifier", "labels", "labels cannot score new text; choose another"),
+        ("evaluate", "evaluate__classifiers", {"b": "word:x"}, "evaluate.classifiers.b.name = word:x: unknown"),
+        ("evaluate", "evaluate__classifier", "words:nowhere.txt", "'nowhere.txt' does not exist: check the path"),
+        ("evaluate", "evaluate__models", {"m": "./nowhere"}, "evaluate.models.m = ./nowhere: no such file or folder"),
+        ("evaluate", "evaluate__prompt_sets", {"s": "none.json"}, "evaluate.prompt_sets.s.path = none.json: none.json"),
+        ("build_query", "build_query__factors", "nowhere", "build_query.factors = nowhere: no such folder; check"),
+        ("build_query", "proxy", "./nowhere", "proxy.source = ./nowhere: no such file or folder; a hub id has"),
+        ("build_query", "tokenizer", "./nowhere", "tokenizer = ./nowhere: no such file or folder; a hub id has"),
+        ("score_corpus", "score_corpus__queries", {"q": "nowhere"}, "score_corpus.queries.q = nowhere: no such folder"),
+        ("build_mask", "build_mask__behaviour", "rude", "build_mask.behaviour = rude: not scored; choose one of own"),
+        ("pretrain", "pretrain__init_from", "./nowhere", "pretrain.init_from = ./nowhere: no such file or folder"),
+        ("pretrain", "target", {}, "target = null: name target.architecture, target.source or pretrain.init_from"),
+        ("compare", "compare__methods", {}, "compare.methods = null: name some, as in configs/demo.yaml"),
+        ("analyse", "analyse__texts", ["none.jsonl"], "analyse.texts[0].path = none.jsonl: none.jsonl does not exist"),
+        ("check_classifier", "evaluate__check_data", ["none.jsonl"], "evaluate.check_data[0].path = none.jsonl: none"),
+    ],
+)
+def test_each_fault_has_key_value_and_what_to_do(faults, verb, key, value, expected) -> None:
+    (found,) = faults(verb, **{key: value})
+    assert expected in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"hidden_sizes": 3},
+            "target.architecture.hidden_sizes = 3: unknown field of gpt_neox; did you mean hidden_size?",
+        ),
+        (
+            {"model_type": "gpt_neo_x"},
+            "target.architecture.model_type = gpt_neo_x: no model that transformers knows; did",
+        ),
+        ({"hidden_size": "wide"}, "transformers refuses it: Validation error for field 'hidden_size'"),
+        ({"rotary_pct": 0.5, "torch_dtype": "float32", "rotary_emb_base": 500}, None),
+    ],
+)
+def test_fields_of_an_architecture_are_known_and_older_names_are_too(tree, faults, changes, expected) -> None:
+    found = faults("pretrain", target={"architecture": tree["target"]["architecture"] | changes})
+    assert [expected in fault for fault in found] == [True] * (expected is not None), found
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("no/such", "the hub has no such model, and no such folder is here; check the name"),
+        ("no/access", "ask for access on its page, and set HF_TOKEN"),
+        ("no/revision", "the hub has no revision None of it; check `revision`"),
+    ],
+)
+def test_what_the_hub_has_not_is_a_fault(faults, asked, name, expected) -> None:
+    found = faults("build_query", proxy=name)
+    assert [expected in fault for fault in found] == [True]
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_what_it_was_asked_named(tree, asked, monkeypatch) -> None:
+    tree |= {"proxy": "not/reached", "tokenizer": "some/tokenizer"}
+    unchecked = preflight(config_from_mapping(tree), ["build_query"])
+    assert asked == ["some/tokenizer", "not/reached"]
+    assert [str(finding) for finding in unchecked] == [
+        "proxy.source = not/reached: there is no such folder, and the hub did not answer (OSError: no network)"
+    ]
+    tree["tokenizer"] = "not/reached"
+    assert len(preflight(config_from_mapping(tree), ["build_query"])) == 2
+    assert len(asked) == 3
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    assert len(preflight(config_from_mapping(tree), ["build_query"])) == 2
+    assert len(asked) == 3
+
+
+def test_a_model_s_folder_has_config_and_weights(tmp_path, faults) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    found = faults("build_query", proxy=str(model))
+    assert [text.partition("the folder has no ")[2][:13] for text in found] == ["config.json; ", "*.safetensors"]
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"")
+    assert faults("build_query") == []
+    assert faults("build_query", proxy=str(tmp_path / "run" / "made" / "later")) == []
+
+
+def test_a_run_directory_that_cannot_be_is_a_fault(tmp_path, faults) -> None:
+    (tmp_path / "file").write_text("")
+    (found,) = faults(run_dir=str(tmp_path / "file" / "run"))
+    assert found.endswith(f"{tmp_path / 'file'} is a file; name a folder")
+
+
+def test_a_machine_that_is_too_small_is_a_fault_unless_the_run_is_elsewhere(tree, faults, monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (found,) = faults("build_query", build_query__resources={"cpus": 3, "gpus": 0})
+    assert found.startswith("build_query.resources.cpus = 3.0: 1 process of 3 asked for, this machine has 2; lower it")
+    (unchecked,) = preflight(config_from_mapping(tree), ["build_query"], elsewhere=True)
+    assert unchecked.key == "build_query.resources.cpus"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    (unchecked,) = preflight(config_from_mapping(tree), ["build_query"])
+    assert unchecked.key == "cluster.address"
+
+
+# ---- kinds of bad files ----------------------------------------------------------------------------------
+
+
+def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
+    """Kinds of bad files: the path of an input, and what is said of it."""
+    whole = gzip.compress(json.dumps({"text": "word " * 4000}).encode() + b"\n")
+    (folder / "cut.jsonl.gz").write_bytes(whole[:-12])
+    (folder / "noise.jsonl.gz").write_bytes(b"no gzip")
+    (folder / "empty.jsonl.zst").write_bytes(b"")
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "broken.parquet").write_bytes(b"PAR1")
+    (folder / "utf16.jsonl").write_bytes('{"text": "x"}\n'.encode("utf-16"))
+    lines(folder / "number.jsonl", {"text": "fine"}, {"text": 3})
+    lines(folder / "null.jsonl", {"text": "fine"}, {"text": None})
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), mixed / "a.parquet")
+    pq.write_table(pa.table({"body": ["b"]}), mixed / "b.parquet")
+    other = folder / "other"
+    other.mkdir()
+    lines(other / "a.jsonl", {"text": "a"})
+    (other / "b.xyz").write_bytes(b"")
+    return {
+        "cut.jsonl.gz": ("cut.jsonl.gz", "damaged or cut off"),
+        "noise.jsonl.gz": ("noise.jsonl.gz", "damaged or cut off"),
+        "empty.jsonl.zst": ("empty.jsonl.zst", "damaged or cut off (it is empty)"),
+        "empty.jsonl": ("empty.jsonl", "holds no rows; name files that do"),
+        "broken.parquet": ("broken.parquet", "cannot be read as Parquet"),
+        "utf16.jsonl": ("utf16.jsonl row 0", "not UTF-8"),
+        "number.jsonl": ("number.jsonl row 1", "column 'text' is a int, not a string; mend the row, or allow for it"),
+        "null.jsonl": ("null.jsonl row 1", "column 'text' is missing; mend the row, or allow for it"),
+        "mixed": ("mixed/b.parquet", "has no column 'text'; it has body"),
+        "other": ("other/b.xyz", "Convert them, move them away, or name the files by a pattern"),
+    }
+
+
+@pytest.mark.parametrize("where", ["pack_corpus__inputs", "evaluate__heldout"])
+def test_bad_documents_are_one_line_with_file_row_and_what_to_do(tmp_path, faults, where) -> None:
+    for name, (place, reason) in bad_files(tmp_path).items():
+        (found,) = faults(where.partition("__")[0], **{where: [str(tmp_path / name)]})
+        assert found.startswith(f"{where.replace('__', '.')}[0].path = {tmp_path / name}: "), found
+        assert place in found, (name, found)
+        assert reason in found, (name, found)
+        assert "\n" not in found
+
+
+@pytest.mark.parametrize("where", ["build_query__prompts", "evaluate__prompts"])
+def test_bad_prompt_tables_are_one_line_with_file_and_row(tmp_path, faults, where) -> None:
+    verb, key = where.partition("__")[0], where.replace("__", ".")
+    flat = lines(tmp_path / "flat.jsonl", ROW, {"text": "x"})
+    (found,) = faults(verb, **{where: flat})
+    assert found == f"{key}.path = {flat}: {flat}, row 1: needs prompt.text, a string, as in RealToxicityPrompts"
+    whole = lines(tmp_path / "whole.jsonl", *[ROW] * 4)
+    (found,) = faults(verb, **{where: {"path": whole, "rows": [2, 5]}})
+    assert found.startswith(f"{key}.rows = [2, 5]: [2, 5) is not within the 4 rows of ")
+    assert faults(verb, **{where: {"path": whole, "rows": [2, 4]}}) == []
+
+
+def test_bad_rows_that_are_allowed_are_no_fault_unless_all_are_bad(tmp_path, faults) -> None:
+    some = lines(tmp_path / "some.jsonl", {"body": "x"}, {"text": "fine"})
+    none = lines(tmp_path / "none.jsonl", {"body": "x"}, {"body": "y"})
+    assert faults("pack_corpus", pack_corpus__inputs=[some], pack_corpus__max_bad_rows=1) == []
+    assert len(faults("pack_corpus", pack_corpus__inputs=[none])) == 1
+    assert len(faults("pack_corpus", pack_corpus__inputs=[some], pack_corpus__max_bad_rows=0)) == 1
+
+
+def test_one_fault_of_many_files_is_one_line_with_their_number(tmp_path, faults) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(12):
+        lines(folder / f"{i:02}.jsonl", *[{"body": "x"}] * 3)
+    (found,) = faults("pack_corpus", pack_corpus__inputs=[str(folder)])
+    assert f"{folder / '00.jsonl'} row 0 (and in 11 more files): column 'text' is missing; it has body; set" in found
+
+
+def test_a_fitted_classifier_s_texts_are_read(tmp_path, faults) -> None:
+    texts = lines(tmp_path / "texts.jsonl", {"text": "a", "toxic": 1}, {"text": "b", "toxic": 1})
+    (found,) = faults("evaluate", evaluate__classifier={"name": "fitted", "training": [texts]})
+    assert found.startswith("evaluate.classifier.training = [")
+    assert "2 of 2 texts with a label" in found
