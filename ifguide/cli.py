@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ifguide import extras, interrupts
-from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest
+from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest, write_text
 from ifguide.config import OWN, VERBS, Config, Input, load_config, redact, to_yaml
 from ifguide.datasets import FOLDER, advice
 from ifguide.pipeline import pipeline_steps, run_pipeline, stage
@@ -125,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", metavar="FILE", help="the blocks that the mask was built on: a table of token ids, or a .pt tensor"
     )
     imported.add_argument("--tokens-column", default="input_ids", help="the table's column (default input_ids)")
+    init = commands.add_parser("init", help="write a first config of the documents that are found")
+    init.add_argument("--data", action="append", default=[], metavar="GLOB", help="files, a folder or a pattern")
+    init.add_argument(
+        "--from", dest="base", metavar="NAME", help="extend a packaged config; `ifguide config` lists them"
+    )
+    init.add_argument("--out", type=Path, default=Path("ifguide.yaml"), help="the file to write (default ifguide.yaml)")
+    init.set_defaults(function=_init)
     keys = commands.add_parser("config", help="the keys of a config: type, default, bounds, meaning")
     keys.add_argument("key", nargs="?", metavar="SECTION[.KEY]", help="default: the sections")
     keys.add_argument("--schema", action="store_true", help="JSON Schema of the config, or of a section: for editors")
@@ -255,6 +262,18 @@ def _compare(options: argparse.Namespace) -> int:
         made = compare(run, dry_run=options.dry_run)
     if made:
         print((run.folder / "compare" / "report" / "comparison.md").read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from ifguide.draft import draft_config
+
+    if options.out.exists():
+        raise FileExistsError(f"{options.out} exists; name another file by --out, or remove it")
+    text, lines = draft_config(options.data, base=options.base, run_dir=f"runs/{options.out.stem}")
+    write_text(options.out, text)
+    load_config(options.out)
+    print(*lines, f"wrote {options.out}; next: ifguide run --config {options.out} --dry-run", sep="\n")
     return 0
 
 

@@ -18,6 +18,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from ifguide.config.packaged import packaged_configs
 from ifguide.config.sections import VERBS, Config
 from ifguide.config.typed_yaml import ConfigError, unknown_key, unknown_section
 
@@ -97,7 +98,8 @@ def terminal_lines(dotted: str | None = None) -> Iterator[str]:
         for name, cls in _sections().items():
             text, _ = described(cls)
             yield f"{name:16} {text.split(chr(10))[0]}"
-        yield "\n`ifguide config SECTION` lists a section's keys. Keys marked * do not change results."
+        yield f"\nPackaged configs: {', '.join(packaged_configs())}."
+        yield "`ifguide config SECTION` lists a section's keys. Keys marked * do not change results."
         return
     cls, field = find_key(dotted)
     if field is None:

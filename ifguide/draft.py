@@ -1,0 +1,224 @@
+"""A first config from what lies in a folder: `ifguide init`.
+
+It reads the first row of each file, chooses the column of the documents by its name or by its longest text, estimates
+the tokens from bytes, and writes a commented config: with `--from` one that extends a packaged one, else one that
+trains its own tokenizer and a small model, and downloads nothing. What shows the behaviour cannot be guessed: where
+no table of prompts is found, the config says what to name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ifguide.config import Input
+from ifguide.config.packaged import find_config
+from ifguide.planning.corpus_size import InputSize, input_size
+from ifguide.records.files import KINDS, is_compressed, kind_of, list_files
+from ifguide.records.rows import table_rows
+
+TEXT_COLUMNS = ("text", "content", "document", "body", "article", "raw_content", "markdown")
+SIZES = (  # up to so many tokens: width, layers, heads, vocabulary of the target
+    (5e6, 128, 4, 4, 4096),
+    (1e8, 256, 6, 4, 16_384),
+    (float("inf"), 512, 8, 8, 32_768),
+)
+PROMPT_COLUMNS = {"prompt", "continuation"}  # of RealToxicityPrompts' schema
+
+HEAD = """# Made by `ifguide init`. `ifguide config SECTION` explains its keys; an editor completes them from what
+# `ifguide config --schema` prints.
+"""
+MODELS = """# A model for about {tokens:,.0f} tokens; `ifguide init --from NAME` extends the packaged config of another.
+target:
+  architecture:  # fields of a Hugging Face config; or `source:` and a hub id
+    model_type: gpt_neox
+    hidden_size: {width}
+    intermediate_size: {inner}
+    num_hidden_layers: {layers}
+    num_attention_heads: {heads}
+    max_position_embeddings: 512
+# No `proxy`: the plain model of this run scores the corpus. A published one: `proxy: EleutherAI/pythia-160m`, and then
+# also `tokenizer: EleutherAI/pythia-160m` in place of train_tokenizer.
+"""
+PACKING = """  train_tokenizer: {vocabulary}  # its size; or name a tokenizer at the top, `tokenizer: ...`
+  block_size: 512
+"""
+TRAINING = """pretrain:
+  batch_blocks: 32
+  micro_batch_blocks: 8
+  learning_rate: 1.0e-3
+  dtype: float32  # bfloat16 on a GPU
+  resources: {gpus: 0}  # of one worker; `gpus: 1` where there are GPUs, here and below
+fit_factors:
+  sample_blocks: 2000
+  resources: {gpus: 0}
+"""
+SCORING = """score_corpus:
+  resources: {gpus: 0}
+build_mask:
+  max_fraction: 0.02  # share of the corpus that is masked at most
+"""
+CLASSIFIER = """  classifier: alt-profanity-check  # needs no download; `ifguide config evaluate.classifier` has others
+"""
+NO_PROMPTS = f"""build_query:
+  # What shows the behaviour, and what does not, as texts with prompts. This must be named before a run:
+  # prompts: queries.jsonl
+{CLASSIFIER}  resources: {{gpus: 0}}
+"""
+
+
+Looked = tuple[Path, tuple[str, ...], str | None]  # a file, its columns, and which has the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Files with the same columns: documents of `text_column` (empty: whole files), or prompts (None)."""
+
+    path: str
+    files: int
+    columns: tuple[str, ...]
+    text_column: str | None
+
+    @property
+    def input(self) -> Input:
+        return Input(path=self.path, text_column=self.text_column or Input.text_column)
+
+
+def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tuple[str, list[str]]:
+    """The text of a config of these documents, and lines that say what was found: one for each input and table.
+
+    data: files, folders or patterns; none: the folder `data`, else the files beside.
+
+    Raises:
+        FileNotFoundError: nothing is there, or no such packaged config. ValueError: a file that is not read, or holds
+            no text; names it.
+    """
+    if base is not None:
+        base = f"{base.removesuffix('.yaml')}.yaml"
+        find_config(Path(base))
+    found = [each for pattern in data or _usual_places() for each in _look(pattern)]
+    documents = [each for each in found if each.text_column is not None]
+    prompts = [each for each in found if each.text_column is None]
+    if not documents:
+        raise ValueError(
+            f"--data: no documents among {', '.join(each.path for each in found)}; name a table with texts"
+        )
+    sizes = [input_size([each.input]) for each in documents]
+    tokens = sum(size.tokens for size in sizes if size is not None)
+    lines = [_described(each, size) for each, size in zip(documents, sizes, strict=True)]
+    lines += [f"{each.path}: prompts ({', '.join(each.columns)})" for each in prompts]
+    inputs = "".join(_input(each, line) for each, line in zip(documents, lines, strict=False))
+    parts = [
+        HEAD,
+        f"extends: {_quoted(base)}\n" if base else "",
+        f"run_dir: {run_dir}  # every artifact; running again resumes\n",
+    ]
+    if base:
+        query = f"build_query:\n  prompts: {_quoted(prompts[0].path)}\n" if prompts else ""
+        parts += [f"pack_corpus:\n  inputs:\n{inputs}", query]
+    else:
+        width, layers, heads, vocabulary = next(shape[1:] for shape in SIZES if tokens <= shape[0])
+        shape = {"width": width, "inner": 4 * width, "layers": layers, "heads": heads}
+        parts += [MODELS.format(tokens=tokens, **shape)]
+        parts += [
+            f"pack_corpus:\n  inputs:\n{inputs}",
+            PACKING.format(vocabulary=vocabulary),
+            TRAINING,
+            _query(prompts),
+            SCORING,
+        ]
+        parts += [_evaluation(prompts)]
+    return "".join(parts), lines
+
+
+def _usual_places() -> list[str]:
+    if Path("data").is_dir():
+        return ["data"]
+    patterns = sorted({f"*{_suffix(path)}" for path in Path().iterdir() if path.is_file() and kind_of(path)})
+    if not patterns:
+        kinds = ", ".join(KINDS)
+        raise FileNotFoundError(
+            f"no folder `data` and no {kinds} file here; name yours by --data, a folder or a pattern"
+        )
+    return patterns
+
+
+def _look(pattern: str) -> list[Found]:
+    """The files of a pattern as one input where their texts are in one column, else those of each folder and kind."""
+    looked = [(path, *_columns(path)) for path in list_files(pattern, "--data")]
+    groups: dict[str, list[Looked]] = {}
+    for each in looked:
+        alike = len({text for _, _, text in looked}) == 1
+        groups.setdefault(pattern if alike else f"{each[0].parent}/*{_suffix(each[0])}", []).append(each)
+    found = []
+    for name, files in groups.items():
+        one = len(files) == 1 and len(groups) > 1
+        if one or len({text for _, _, text in files}) > 1:
+            found += [_found(str(each[0]), [each]) for each in files]
+        else:
+            found.append(_found(name, files))
+    return found
+
+
+def _found(path: str, files: Sequence[Looked]) -> Found:
+    columns = tuple(dict.fromkeys(name for _, names, _ in files for name in names))
+    return Found(path=path, files=len(files), columns=columns, text_column=files[0][2])
+
+
+def _suffix(path: Path) -> str:
+    return "".join(path.suffixes[-2:] if is_compressed(path) else path.suffixes[-1:])
+
+
+def _columns(path: Path) -> tuple[tuple[str, ...], str | None]:
+    """The columns of a file by its first row, and which has its documents."""
+    if kind_of(path) == "text":
+        return (), ""
+    row = next(iter(table_rows(path, "text")), None)
+    if isinstance(row, list) and row and isinstance(row[0], str):  # one document a string
+        return (), ""
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}: {row if isinstance(row, str) else 'its first row is no object'}; mend or remove it")
+    if row.keys() >= PROMPT_COLUMNS:
+        return tuple(row), None
+    texts = {name: value for name, value in row.items() if isinstance(value, str)}
+    named = [name for name in TEXT_COLUMNS if name in texts]
+    if not texts:
+        raise ValueError(
+            f"{path}: none of its columns ({', '.join(row)}) holds a text; convert it, or name other files"
+        )
+    return tuple(row), named[0] if named else max(texts, key=lambda name: len(texts[name]))
+
+
+def _described(found: Found, size: InputSize | None) -> str:
+    column = f"; the text is in `{found.text_column}` of {', '.join(found.columns)}" if found.columns else ""
+    assert size is not None  # the files are there
+    files = f"{size.files:,} file{'' if size.files == 1 else 's'}"
+    return f"{found.path}: {files}, {size.bytes / 1e6:,.3g} MB, about {size.tokens:,.0f} tokens{column}"
+
+
+def _input(found: Found, line: str) -> str:
+    column = f"      text_column: {_quoted(found.text_column)}\n" if found.text_column else ""
+    return f"    # {line.removeprefix(f'{found.path}: ')}\n    - path: {_quoted(found.path)}\n{column}"
+
+
+def _query(prompts: Sequence[Found]) -> str:
+    """The section of what shows the behaviour."""
+    if not prompts:
+        return NO_PROMPTS
+    return f"build_query:\n  prompts: {_quoted(prompts[0].path)}\n{CLASSIFIER}  resources: {{gpus: 0}}\n"
+
+
+def _evaluation(prompts: Sequence[Found]) -> str:
+    name = _quoted(prompts[-1].path) if prompts else "prompts.jsonl"
+    begin = "" if prompts else "# "
+    return f"""evaluate:
+  {begin}prompts: {name}  # best others than those of build_query
+{CLASSIFIER}  resources: {{gpus: 0}}
+"""
+
+
+def _quoted(text: str) -> str:
+    """A YAML scalar: JSON's strings are YAML's."""
+    return json.dumps(text, ensure_ascii=False)

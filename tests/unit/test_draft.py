@@ -1,0 +1,121 @@
+"""A first config is of the files that are there, says what they hold, and loads."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ifguide.cli import main
+from ifguide.config import Config, load_config
+
+TEXT = "The weather in the city was cold, and the river ran high. " * 20
+PROMPTS = {"prompt": {"text": "You are a"}, "continuation": {"text": " pig.", "toxicity": 0.9}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(path: Path, *rows: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def drafted(*flags: str) -> tuple[Config, str]:
+    assert main(["init", *flags]) == 0
+    return load_config("ifguide.yaml"), Path("ifguide.yaml").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_like_files_is_one_input(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines(folder / "data" / "a.jsonl", *[{"id": i, "body": f"{i} {TEXT}"} for i in range(300)])
+    lines(folder / "data" / "more" / "b.jsonl.gz", *[{"body": TEXT, "note": "n"} for _ in range(300)])
+    config, text = drafted()
+    (source,) = config.pack_corpus.inputs
+    assert (source.path, source.text_column) == ("data", "body")
+    size = sum(path.stat().st_size for path in (folder / "data").rglob("*.*")) / 1e6
+    assert re.search(rf"# 2 files, {size:.3g} MB, about [\d,]+ tokens; the text is in `body` of id, body, note", text)
+    out = capsys.readouterr().out
+    assert out.startswith("data: 2 files, ")
+    assert out.endswith("wrote ifguide.yaml; next: ifguide run --config ifguide.yaml --dry-run\n")
+    assert config.run_dir == "runs/ifguide"
+    assert "  # prompts: queries.jsonl" in text
+
+
+def test_unlike_files_and_prompts_are_told_apart(folder: Path) -> None:
+    for name in ("a", "b"):
+        lines(folder / "data" / "web" / f"{name}.jsonl", {"text": TEXT})
+    pq.write_table(pa.table({"title": ["t"], "article_text": [TEXT]}), folder / "data" / "news.parquet")
+    (folder / "data" / "plain.txt").write_text(TEXT)
+    lines(folder / "data" / "queries.jsonl", PROMPTS)
+    config, _ = drafted("--data", "data")
+    assert {(source.path, source.text_column) for source in config.pack_corpus.inputs} == {
+        ("data/web/*.jsonl", "text"),
+        ("data/news.parquet", "article_text"),
+        ("data/plain.txt", "text"),
+    }
+    assert config.build_query.prompts is not None
+    assert config.evaluate.prompts is not None
+    assert config.build_query.prompts.path == config.evaluate.prompts.path == "data/queries.jsonl"
+
+
+def test_files_beside_are_found_where_there_is_no_folder(folder: Path) -> None:
+    lines(folder / "mine.jsonl", {"text": TEXT})
+    (folder / "notes.md").write_text("not read")
+    assert [source.path for source in drafted()[0].pack_corpus.inputs] == ["*.jsonl"]
+
+
+def test_a_packaged_config_is_extended(folder: Path) -> None:
+    lines(folder / "it's: mine.jsonl", {"text": TEXT})
+    config, text = drafted("--from", "pythia160m_owt")
+    wanted = load_config("pythia160m_owt")
+    assert 'extends: "pythia160m_owt.yaml"' in text
+    assert config.proxy == wanted.proxy
+    assert config.pretrain == wanted.pretrain
+    assert [source.path for source in config.pack_corpus.inputs] == ["*.jsonl"]
+    assert drafted_again("--data", "it's: mine.jsonl").pack_corpus.inputs[0].path == "it's: mine.jsonl"
+
+
+def drafted_again(*flags: str) -> Config:
+    assert main(["init", "--out", "other.yaml", *flags]) == 0
+    return load_config("other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        (None, [], "no folder `data` and no .jsonl, "),
+        (None, ["--data", "nothing"], "--data: nothing does not exist"),
+        ([{"text": TEXT}], ["--from", "huge"], "config file huge.yaml does not exist; packaged are demo, "),
+        ([{"n": 3}], [], r"mine.jsonl: none of its columns (n) holds a text; "),
+        ([[1]], [], "mine.jsonl: its first row is no object; mend or remove it"),
+        ([PROMPTS], [], "--data: no documents among *.jsonl; name a table with texts"),
+        ([], [], "mine.jsonl: its first row is no object"),
+    ],
+)
+def test_what_cannot_be_drafted_is_said_and_nothing_is_written(
+    rows: list[object] | None, flags: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if rows is not None:
+        lines(folder / "mine.jsonl", *rows)
+    assert main(["init", *flags]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not (folder / "ifguide.yaml").exists()
+
+
+def test_a_file_that_is_there_stays(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines(folder / "mine.jsonl", {"text": TEXT})
+    (folder / "ifguide.yaml").write_text("seed: 3\n")
+    assert main(["init"]) == 1
+    assert "ifguide.yaml exists; name another file by --out" in capsys.readouterr().err
+    assert (folder / "ifguide.yaml").read_text() == "seed: 3\n"
