@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ifguide import extras, interrupts
@@ -72,7 +72,7 @@ def _interrupted(command: str, error: BaseException) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ifguide", description="Influence-function-guided detoxification of LMs")
-    parser.add_argument("--version", action="version", version=f"ifguide {version('ifguide')}")
+    parser.add_argument("--version", action="version", version=f"ifguide {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     verbs = {verb: commands.add_parser(verb, help=VERB_HELP[verb]) for verb in VERBS}
     for verb in VERBS:
@@ -144,6 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(function=_demo)
     _add_fetch_flags(commands.add_parser("fetch-data", help="the real text of configs/real_text.yaml"))
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("ifguide")
+    except PackageNotFoundError:  # a checkout on the path
+        return "not installed"
 
 
 VERB_HELP = {

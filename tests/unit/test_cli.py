@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,17 @@ def test_demo_dry_run_shows_the_resolved_config(capsys: pytest.CaptureFixture[st
     config = JOBS.parent / "configs" / "demo.yaml"
     assert main(["demo", "--config", str(config), "--set", "run_dir=elsewhere", "--dry-run"]) == 0
     assert "elsewhere/data/corpus.jsonl" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown() -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["--version"])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    assert shown() == f"ifguide {version('ifguide')}\n"
+    monkeypatch.setattr(cli, "version", lambda name: version(f"no-{name}"))
+    assert shown() == "ifguide not installed\n"

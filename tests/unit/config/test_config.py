@@ -21,6 +21,7 @@ from ifguide.config import (
     to_mapping,
     to_yaml,
 )
+from ifguide.config.packaged import packaged_configs
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name not in ("run_dir", "cluster")]
@@ -413,6 +414,7 @@ def test_a_further_behaviour_has_a_name_of_its_own(name: str) -> None:
 
 
 def test_a_packaged_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    assert packaged_configs() == [path.stem for path in CONFIGS]
     monkeypatch.chdir(tmp_path)
     wanted = load_config(Path(__file__).parents[3] / "configs" / "tiny.yaml")
     for name in ("tiny", "tiny.yaml", "configs/tiny.yaml"):
