@@ -11,7 +11,8 @@ them, which stands for it; its tokens stand for characters); position p is entry
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,11 +135,13 @@ def offsets(block_size: int) -> pa.Schema:
 OFFSETS_ENCODING = {"stops.list.element": "DELTA_BINARY_PACKED"}  # differences of neighbours: half a byte a token
 
 
-def scores(block_size: int, behaviours: Sequence[str] = (OWN,)) -> pa.Schema:
-    """Token scores, key `block_id`: one column for each behaviour, that of the run's own query first.
+def scores(block_size: int, behaviours: Sequence[str] = (OWN,), nulls: Mapping[str, int] = {}) -> pa.Schema:
+    """Token scores, key `block_id`: one column for each behaviour, that of the run's own query first; then those of the
+    `nulls` that each has.
 
     A positive score: training on the token makes the behaviour likelier."""
     columns = [score_column(behaviour) for behaviour in behaviours]
+    columns += [null_column(behaviour, number) for behaviour in nulls for number in range(nulls[behaviour])]
     fields = [pa.field(name, _per_token(pa.float32(), block_size), nullable=False) for name in columns]
     return pa.schema([pa.field("block_id", pa.int64(), nullable=False), *fields])
 
@@ -152,6 +155,17 @@ def scored_behaviours(schema: pa.Schema) -> tuple[str, ...]:
     """The behaviours that a table of scores holds, in its order: `OWN` first."""
     columns = [name for name in schema.names if name == OWN_SCORES or name.startswith(f"{OWN_SCORES}.")]
     return tuple(OWN if name == OWN_SCORES else name.removeprefix(f"{OWN_SCORES}.") for name in columns)
+
+
+def null_column(behaviour: str, number: int) -> str:
+    """The column of `scores` along the behaviour's null direction `number`."""
+    return f"null_score.{behaviour}.{number}"
+
+
+def null_columns(schema: pa.Schema, behaviour: str) -> tuple[str, ...]:
+    """The columns of a behaviour's nulls that a table of scores holds, in order."""
+    numbers = itertools.takewhile(lambda number: null_column(behaviour, number) in schema.names, itertools.count())
+    return tuple(null_column(behaviour, number) for number in numbers)
 
 
 def mask(block_size: int) -> pa.Schema:

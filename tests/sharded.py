@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 
 from ifguide import schemas
 from ifguide.artifacts import data_files
+from ifguide.config import OWN
 from ifguide.corpus.packing import pack, tokenise
 from ifguide.corpus.reading import RawDocument
 from ifguide.selection.distributed import RunTasks
+from ifguide.selection.measures import Measure
 from ifguide.selection.passes import Rules, ShardFiles
 from ifguide.spans.tables import PackedCorpus, shard_name
 
@@ -31,6 +33,7 @@ def write_shards(
     documents: Sequence[tuple[int, int]],
     cuts: Iterable[int] = (),
     tokens_NT: np.ndarray | None = None,
+    nulls_KNT: Sequence[np.ndarray] = (),
 ) -> list[ShardFiles]:
     """Shards cut before the blocks `cuts`; `documents` are half-open intervals of the stream."""
     num_blocks, block_size = scores_NT.shape
@@ -46,8 +49,10 @@ def write_shards(
         tokens = schemas.per_token_column(tokens_NT[rows], schema, "tokens")
         columns = [block_ids, pa.array(lengths[rows], pa.int32()), tokens]
         pq.write_table(pa.Table.from_arrays(columns, schema=schema), shard.corpus)
-        schema = schemas.scores(block_size)
+        schema = schemas.scores(block_size, nulls={OWN: len(nulls_KNT)})
         columns = [block_ids, schemas.per_token_column(scores_NT[rows], schema, "token_score")]
+        for number, nulls_NT in enumerate(nulls_KNT):
+            columns.append(schemas.per_token_column(nulls_NT[rows], schema, schemas.null_column(OWN, number)))
         pq.write_table(pa.Table.from_arrays(columns, schema=schema), shard.scores)
         inside = range(begin * block_size, end * block_size)
         own = [(doc_id, *span) for doc_id, span in enumerate(documents) if span[0] in inside]
@@ -77,7 +82,8 @@ def documents_table(documents: Sequence[tuple[int, int, int]], block_size: int) 
 def rules_of(folder: Path, **changes: Any) -> Rules:
     """Rules that select everything by document, with small limits, into `folder`."""
     options = {
-        "quantile": 0.0, "window": 1, "max_fraction": 1.0, "unit": "document", "prior": None, "column": "token_score",
+        "quantile": 0.0, "window": 1, "max_fraction": 1.0, "unit": "document", "prior": None,
+        "measure": Measure(column="token_score"), "fdr": None,
         "outlier_mass_ratio": 10.0, "outlier_bigram_share": 0.0, "exclude_repeated": False,
         "ranking": folder / "ranking", "mask": folder / "mask",
     }  # fmt: skip

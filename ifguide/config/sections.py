@@ -147,6 +147,8 @@ class BuildQuery:
         factors: folder of factors that kronfluence fitted elsewhere. Null: the run's own.
         damping: absolute damping. Null: `damping_scale` times the mean eigenvalue of each module.
         damping_scale: see `damping`; 0.1 is kronfluence's own choice.
+        nulls: null directions, of halves of the queries, that tokens are scored along too, for `build_mask.standardise`
+            and `fdr`. Each costs most of a further behaviour's scores.
         resources: of one task.
     """
 
@@ -163,6 +165,7 @@ class BuildQuery:
     factors: str | None = option(None, affects_result=False)  # their digest is among the artifact's inputs
     damping: float | None = option(None, at_least=0)
     damping_scale: float = option(0.1, at_least=0)
+    nulls: int = option(0, at_least=0, off=0)
     resources: Resources = RESOURCES
 
     RENAMED: ClassVar[dict[str, str]] = moved("task") | {
@@ -218,6 +221,9 @@ class BuildMask:
     Attributes:
         behaviour: what to select by: `own`, the run's own query, or a name of `score_corpus.queries`.
         quantile: tau is this quantile of all token scores.
+        standardise: divide each score by the spread of its nulls first (`build_query.nulls`).
+        fdr: tau is where this share of the tokens above it would be there by chance, in place of the quantile;
+            standardises. Null: the quantile.
         window: neighbours on each side that are masked with a token above tau.
         max_fraction: masked share of the corpus' predicted tokens at most.
         unit: what is ranked: documents (the paper) or blocks (the paper's code).
@@ -232,6 +238,8 @@ class BuildMask:
 
     behaviour: str = OWN
     quantile: float = option(0.99, above=0, at_most=1)
+    standardise: bool = option(False, off=False)
+    fdr: float | None = option(None, above=0, at_most=1, off=None)
     window: int = option(1, at_least=0)
     max_fraction: float = option(0.02, above=0, at_most=1)
     unit: Literal["document", "block"] = "document"

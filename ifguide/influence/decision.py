@@ -7,6 +7,7 @@ as well: a fast path that went wrong stops here instead of filling a corpus with
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from ifguide.influence.memory import available_bytes, estimate_memory
 from ifguide.influence.method import PRESETS, Method, chosen_method
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.proxy import Beginning, load_proxy
-from ifguide.influence.query_file import read_direction
+from ifguide.influence.query_file import read_direction, read_nulls
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
 
@@ -143,7 +144,7 @@ def decide(
     torch.set_num_threads(max(1, int(config.resources.cpus)))
     model = load_proxy(proxy, gpus=config.resources.gpus)
     method = _method_here(config, model.device)
-    loaded = [read_direction(folder) for folder in queries]
+    loaded = [*map(read_direction, queries), *itertools.chain.from_iterable(map(read_nulls, queries))]
     tokens_BT, lengths_B = _first_blocks(verified(corpus, first_shard), max(config.check_blocks, 1))
     block_size = tokens_BT.shape[1] + beginning.length
     scorer = TokenScorer(model, loaded, attribution=config.attribution, method=method, beginning=beginning.token)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ifguide.artifacts import verified, write_text
+from ifguide.artifacts import publish, verified, write_text
 from ifguide.storage import local_copy
 
 DIRECTION, QUERIES = "direction.safetensors", "queries.jsonl"
+NULLS = "nulls.safetensors"  # null directions (`ifguide.influence.nulls`), where there are any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +58,25 @@ def read_direction(folder: Path) -> dict[str, Tensor]:
         FileNotFoundError: the artifact is missing or unfinished. ValueError: the file has changed since; names it.
     """
     return load_file(local_copy(verified(folder, DIRECTION)))
+
+
+def write_nulls(folder: Path, nulls: Sequence[Mapping[str, Tensor]]) -> None:
+    """Publish the null directions beside V, each float32 per tracked module."""
+    tensors = {f"{number}.{name}": tensor for number, null in enumerate(nulls) for name, tensor in null.items()}
+    with publish(folder / NULLS) as path:
+        save_file({name: tensor.float().cpu().contiguous() for name, tensor in sorted(tensors.items())}, path)
+
+
+def read_nulls(folder: Path) -> list[dict[str, Tensor]]:
+    """The null directions of the query artifact in `folder`, in order; none where it was built without.
+
+    Raises:
+        FileNotFoundError: the artifact is missing or unfinished. ValueError: the file has changed since; names it.
+    """
+    if not (folder / NULLS).exists():
+        return []
+    nulls: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(local_copy(verified(folder, NULLS))).items():
+        number, module = name.split(".", 1)
+        nulls.setdefault(int(number), {})[module] = tensor
+    return [nulls[number] for number in range(len(nulls))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +13,26 @@ from ifguide import schemas
 from ifguide.artifacts import publish
 
 
-def write_scores(path: Path, block_ids: pa.Array | pa.ChunkedArray, scores: Mapping[str, np.ndarray]) -> None:
-    """Publish `schemas.scores` of float32 (B, T) by behaviour, the run's own first.
+def write_scores(
+    path: Path,
+    block_ids: pa.Array | pa.ChunkedArray,
+    scores: Mapping[str, np.ndarray],
+    nulls: Mapping[str, Sequence[np.ndarray]] = {},
+) -> None:
+    """Publish `schemas.scores` of float32 (B, T) by behaviour, the run's own first, and of the nulls of each.
 
     Raises:
         ValueError: a score is not finite; names shard, token and block.
     """
     block_size = next(iter(scores.values())).shape[1]
-    schema = schemas.scores(block_size, list(scores))
+    schema = schemas.scores(block_size, list(scores), {behaviour: len(of) for behaviour, of in nulls.items()})
+    named = [(schemas.score_column(behaviour), scores_BT) for behaviour, scores_BT in scores.items()]
+    for behaviour, of_behaviour in nulls.items():
+        named += [(schemas.null_column(behaviour, k), nulls_BT) for k, nulls_BT in enumerate(of_behaviour)]
     columns = []
-    for behaviour, scores_BT in scores.items():
+    for name, scores_BT in named:
         _require_finite(scores_BT, block_ids, path.name)
-        columns.append(schemas.per_token_column(scores_BT, schema, schemas.score_column(behaviour)))
+        columns.append(schemas.per_token_column(scores_BT, schema, name))
     with publish(path) as part:
         # Hardly two scores are equal: a dictionary of them is longer than they are.
         pq.write_table(pa.Table.from_arrays([block_ids, *columns], schema=schema), part, use_dictionary=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -20,7 +21,7 @@ from ifguide.influence.decision import Decision
 from ifguide.influence.memory import is_out_of_memory, keep_memory
 from ifguide.influence.method import Attribution
 from ifguide.influence.proxy import Beginning, load_proxy
-from ifguide.influence.query_file import read_direction
+from ifguide.influence.query_file import read_direction, read_nulls
 from ifguide.influence.score_tables import write_scores
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import state_fingerprint
@@ -64,9 +65,11 @@ class ScoreShard:
         model = load_proxy(settings.proxy, gpus=settings.gpus)
         fingerprint = state_fingerprint(model)
         require_same("the proxy on this node", fingerprint, "the driver's", settings.proxy_fingerprint, "sync it")
+        nulls = {behaviour: read_nulls(folder) for behaviour, folder in settings.queries.items()}
+        self.nulls = {behaviour: len(of_behaviour) for behaviour, of_behaviour in nulls.items() if of_behaviour}
         self.scorer = TokenScorer(
             model,
-            [read_direction(folder) for folder in settings.queries.values()],
+            [*map(read_direction, settings.queries.values()), *itertools.chain.from_iterable(nulls.values())],
             attribution=settings.attribution,
             method=decision.method,
             steps=decision.steps,
@@ -81,13 +84,15 @@ class ScoreShard:
             started = time.monotonic()
             scores_KBT, halvings = self._score(tokens_BT, lengths_B)
             seconds = time.monotonic() - started
-        scores = dict(zip(self.settings.queries, scores_KBT, strict=True))
-        write_scores(self.settings.scores / shard.name, table.column("block_id"), scores)
+        columns = iter(scores_KBT)
+        scores = {behaviour: next(columns) for behaviour in self.settings.queries}
+        nulls = {behaviour: [next(columns) for _ in range(number)] for behaviour, number in self.nulls.items()}
+        write_scores(self.settings.scores / shard.name, table.column("block_id"), scores, nulls)
         return {
             "blocks": len(tokens_BT),
             "tokens": int(lengths_B.sum()),
-            "score_min": float(scores_KBT.min()),
-            "score_max": float(scores_KBT.max()),
+            "score_min": min(float(scores_BT.min()) for scores_BT in scores.values()),
+            "score_max": max(float(scores_BT.max()) for scores_BT in scores.values()),
             "seconds": seconds,
             "halvings": halvings,
         }

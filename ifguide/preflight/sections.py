@@ -165,7 +165,15 @@ class _Sections:
                 self.findings.fault(key, value, f"the folder has no {file}; name the query/ folder of a finished run")
 
     def _build_mask(self) -> dict[str, Check]:
-        return {"build_mask.behaviour": self._behaviour}
+        return {"build_mask.behaviour": self._behaviour, "build_query.nulls": self._nulls}
+
+    def _nulls(self) -> None:
+        options, number = self.config.build_mask, self.config.build_query.nulls
+        if (options.standardise or options.fdr is not None) and options.behaviour == OWN and not number:
+            key = "standardise" if options.fdr is None else "fdr"
+            self.findings.fault(
+                "build_query.nulls", number, f"build_mask.{key} wants null directions: set it to 4, say"
+            )
 
     def _behaviour(self) -> None:
         name, scored = self.config.build_mask.behaviour, (OWN, *self.config.score_corpus.queries)

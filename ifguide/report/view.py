@@ -5,7 +5,7 @@ Reads only the shards it needs; statistics over the whole corpus are tasks, one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from ifguide.config import OWN
 from ifguide.corpus.tables import TOKENIZER, corpus_block_size
 from ifguide.evaluation.metrics import Agreement, token_agreement
 from ifguide.selection.distributed import RunTasks
+from ifguide.selection.fdr import Spread
 from ifguide.selection.folders import SelectionFolders
+from ifguide.selection.measures import Measure
 from ifguide.spans.tables import PackedCorpus
 from ifguide.storage import readable
 from ifguide.tokenizer import load_tokenizer
@@ -55,7 +57,7 @@ class View:
         self.summary = selected(manifest, self.mask)
         self.options = manifest.options.get("build_mask", {})
         self.ranked = manifest.verb == "build_mask"  # an imported mask has neither ranking nor tau
-        self.score_column = schemas.score_column(self.summary.get("behaviour", OWN))
+        self.measure = measured_by(self.summary, self.scores)
         self.tokenizer = load_tokenizer(str(self.corpus / TOKENIZER))
         self.annotated = bool(made.summary["annotated"])
         self.block_size = corpus_block_size(self.corpus)
@@ -130,7 +132,7 @@ class View:
         for path, begin, end in zip(self.files, self.first_blocks, bounds, strict=True):
             if begin > last_block or end <= first_block:
                 continue
-            for name, array in _shard_columns(path, self.scores, self.score_column, self.mask).items():
+            for name, array in _shard_columns(path, self.scores, self.measure, self.mask).items():
                 parts.setdefault(name, []).append(array[max(first_block - begin, 0) : last_block + 1 - begin])
         offset = start - first_block * self.block_size
         flat = {name: np.concatenate(arrays).reshape(-1) for name, arrays in parts.items()}
@@ -139,7 +141,7 @@ class View:
     def map_shards(self, run_tasks: RunTasks, function: Any, *arguments: Any) -> Iterator[Any]:
         """`function(columns, predicted, *arguments)` for every shard, in any order: its (B, T) columns as `read` names
         them, and which of its tokens are predicted."""
-        places = (self.scores, self.score_column, self.mask)
+        places = (self.scores, self.measure, self.mask)
         return run_tasks(_on_columns, ((function, path, *places, *arguments) for path in self.files))
 
 
@@ -156,6 +158,16 @@ def selected(manifest: Manifest, mask: Path) -> dict[str, Any]:
             " run `ifguide build_mask` again"
         )
     return summary
+
+
+def measured_by(summary: Mapping[str, Any], scores: Path) -> Measure:
+    """What the mask with this summary of its manifest ranks the tokens of `scores` by."""
+    behaviour = summary.get("behaviour", OWN)
+    column = schemas.score_column(behaviour)
+    if "null_spread" not in summary:
+        return Measure(column=column)
+    nulls = schemas.null_columns(schemas.read_schema(next(verified_files(scores))), behaviour)
+    return Measure(column=column, nulls=nulls, spread=Spread(**summary["null_spread"]))
 
 
 def token_texts(tokenizer: Any, tokens: np.ndarray, window: slice) -> list[str]:
@@ -201,28 +213,24 @@ def _agreement(columns: dict[str, np.ndarray], predicted: np.ndarray) -> Agreeme
     return token_agreement(columns["masked"], columns["annotated"])
 
 
-def _on_columns(function: Any, path: Path, scores: Path, score_column: str, mask: Path, *arguments: Any) -> Any:
+def _on_columns(function: Any, path: Path, scores: Path, measure: Measure, mask: Path, *arguments: Any) -> Any:
     lengths = schemas.read_table(sound(path.parent, path.name), columns=["length"]).column("length").to_numpy()
-    columns = _shard_columns(path, scores, score_column, mask)
+    columns = _shard_columns(path, scores, measure, mask)
     index = np.arange(columns["tokens"].shape[1])
     return function(columns, (index >= 1) & (index < lengths[:, None]), *arguments)
 
 
-def _shard_columns(path: Path, scores: Path, score_column: str, mask: Path) -> dict[str, np.ndarray]:
+def _shard_columns(path: Path, scores: Path, measure: Measure, mask: Path) -> dict[str, np.ndarray]:
     """The (B, T) columns of one shard; scores and mask are zero where there are none yet."""
     table = schemas.read_table(sound(path.parent, path.name))
     tokens = schemas.per_token_array(table, "tokens")
     columns = {"tokens": tokens}
-    for name, column, folder, kind in (
-        ("token_score", score_column, scores, np.float32),
-        ("masked", "masked", mask, np.bool_),
-    ):
-        other = folder / path.name
-        columns[name] = (
-            schemas.per_token_array(schemas.read_table(sound(folder, path.name), columns=[column]), column)
-            if other.exists()
-            else np.zeros(tokens.shape, kind)
-        )
+    columns["token_score"], columns["masked"] = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, bool)
+    if (scores / path.name).exists():
+        of_scores = schemas.read_table(sound(scores, path.name), columns=measure.columns)
+        columns["token_score"] = measure.of([schemas.per_token_array(of_scores, name) for name in measure.columns])[0]
+    if (mask / path.name).exists():
+        columns["masked"] = schemas.per_token_array(schemas.read_table(sound(mask, path.name)), "masked")
     has_annotations = "annotated" in table.column_names
     columns["annotated"] = (
         schemas.per_token_array(table, "annotated") if has_annotations else np.zeros_like(tokens, bool)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ifguide.selection.algorithm import NO_TOKENS, NOTHING_CUT, Cutoff, Extremes, Ints, token_budget
+from ifguide.selection.fdr import Discoveries, Spread, discoveries, fit_spread
 from ifguide.selection.passes import (
     Carried,
     Extent,
@@ -31,6 +32,7 @@ from ifguide.selection.passes import (
     find_end,
     keep_candidates,
     scan,
+    scan_nulls,
     unit_statistics,
 )
 from ifguide.selection.quantiles import BUCKETS, quantile_buckets, quantile_from_histograms
@@ -43,7 +45,8 @@ RunTasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[An
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """What was selected. `outliers`: number of listed `blocks`, of `high_mass` and `repeated` among them.
-    `largest_unit`: id (-1: there is none) and masked tokens of the unit with the most of these."""
+    `largest_unit`: id (-1: there is none) and masked tokens of the unit with the most of these. `spread`: of z-scores;
+    `found`: by a false-discovery rate."""
 
     tau: float
     median_mass: float
@@ -58,6 +61,8 @@ class Selection:
     score_range: tuple[float, float]
     outliers: dict[str, int]
     excluded_blocks: int
+    spread: Spread | None
+    found: Discoveries | None
 
 
 def select(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> Selection:
@@ -67,16 +72,21 @@ def select(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> Se
         ValueError: a score is NaN or infinite (names the block); scores and corpus hold other blocks; blocks or
             documents do not cover one stream, once; a shard was rewritten between two passes.
     """
+    rules = _with_spread(rules, files, run_tasks)
     wanted = {"score": rules.quantile, "mass": 0.5}
     scans, high = _scan(rules, files, run_tasks)
     shards = place_shards(files, [scans[item.name].extent for item in files])
+    found = discoveries(high["score"], high["null"], len(rules.measure.nulls), rules.fdr) if rules.fdr else None
     buckets = {name: quantile_buckets(high[name], wanted[name]) for name in wanted}
+    if found:
+        buckets["score"] = (found.bucket,)
     low = {name: {bucket: np.zeros(BUCKETS, np.int64) for bucket in buckets[name]} for name in wanted}
     for histograms in run_tasks(keep_candidates, ((rules, item, buckets) for item in files)):
         for name, of_bucket in low.items():
             for bucket, total in of_bucket.items():
                 total += histograms[name][bucket]
-    tau, median_mass = (quantile_from_histograms(high[name], low[name], wanted[name]) for name in wanted)
+    median_mass = quantile_from_histograms(high["mass"], low["mass"], wanted["mass"])
+    tau = found.threshold if found else quantile_from_histograms(high["score"], low["score"], wanted["score"])
     predicted, num_blocks = int(high["score"].sum()), int(high["mass"].sum())
     num_units = num_blocks if rules.unit == "block" else sum(shard.extent.num_documents for shard in shards)
 
@@ -108,16 +118,29 @@ def select(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> Se
         score_range=(min(x.score_range[0] for x in scans.values()), max(x.score_range[1] for x in scans.values())),
         outliers={name: sum(counts[name] for counts in outliers) for name in outliers[0]},
         excluded_blocks=sum(x.repeated for x in scans.values()) if rules.exclude_repeated else 0,
+        spread=rules.measure.spread,
+        found=found,
     )
+
+
+def _with_spread(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> Rules:
+    """The rules with the spread of the measure's nulls, where it has any."""
+    if not rules.measure.nulls:
+        assert not rules.fdr, "a false-discovery rate wants nulls"
+        return rules
+    total = np.zeros(BUCKETS, np.int64)
+    for histogram in run_tasks(scan_nulls, ((rules, item) for item in files)):
+        total += histogram
+    return replace(rules, measure=replace(rules.measure, spread=fit_spread(total, len(rules.measure.nulls))))
 
 
 def _scan(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> tuple[dict[str, Scan], dict[str, Ints]]:
     """The scans by name, their histograms taken out, and the sums of the histograms."""
-    high = {name: np.zeros(BUCKETS, np.int64) for name in ("score", "mass")}
+    high: dict[str, Ints] = {}
     scans = {}
     for of_shard in run_tasks(scan, ((rules, item) for item in files)):
-        for name, total in high.items():
-            total += of_shard.high[name]
+        for name, counts in of_shard.high.items():
+            high[name] = high[name] + counts if name in high else counts
         scans[of_shard.name] = of_shard._replace(high={})
     return scans, high
 

@@ -16,6 +16,9 @@ The threshold is the least t, among the 65,536 edges of `quantiles.high_histogra
 
     N p(t) / #{z_0 >= t} <= rate,     p(t) = (1 + #{pooled nulls >= t}) / (1 + N K)
 
+Tokens are not independent of each other: all are scored along one V, and the pool holds K draws of it. So the rate is
+that of many queries drawn anew, on average; one mask may have more or less, the more so the fewer tokens it takes.
+
 Edges are 2^-7 apart at most, relatively, so that it takes a little less than Benjamini and Hochberg's at the values
 themselves, and never more. Counts add up: the threshold is the same for any sharding.
 """
@@ -33,6 +36,7 @@ from ifguide.selection.quantiles import BUCKETS, Ints, from_order_preserving_uin
 Floats = NDArray[np.float64]
 ZERO_BUCKET = 1 << 15  # of 0.0 and the least positive numbers
 FAR = 1e5  # variances that are this many times off the median count as that: those of dead tokens are 0
+LARGEST, LARGEST_BUCKET = float(np.finfo(np.float32).max), 0xFF7F  # above every z-score
 MOST_WEIGHT = 1e6  # all tokens have one spread
 
 
@@ -122,8 +126,8 @@ def standardise(scores_N: NDArray[np.floating], nulls_KN: NDArray[np.floating], 
 
 @dataclass(frozen=True, kw_only=True)
 class Discoveries:
-    """The tokens with z_0 > `threshold` are `count`, of which chance gives the share `rate`; inf where no threshold
-    has the wanted rate. `bucket`: of the least of them."""
+    """The tokens with z_0 > `threshold` are `count`, of which chance gives the share `rate`; the largest float32 where
+    no threshold has the wanted rate. `bucket`: of the least of them."""
 
     threshold: float
     bucket: int
@@ -140,7 +144,7 @@ def discoveries(own: Ints, nulls: Ints, num_nulls: int, wanted: float) -> Discov
     rates = np.divide(chance, above, out=np.full(BUCKETS, np.inf), where=above > 0)
     rows = np.flatnonzero(rates[ZERO_BUCKET + 1 :] <= wanted)
     if not len(rows):
-        return Discoveries(threshold=float("inf"), bucket=BUCKETS - 1, count=0, rate=0.0)
+        return Discoveries(threshold=LARGEST, bucket=LARGEST_BUCKET, count=0, rate=0.0)
     bucket = ZERO_BUCKET + 1 + int(rows[0])
     below = float(np.nextafter(least_of(bucket), np.float32(-np.inf)))
     return Discoveries(threshold=below, bucket=bucket, count=int(above[bucket]), rate=float(rates[bucket]))

@@ -8,15 +8,27 @@ the same bytes.
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ifguide import schemas
-from ifguide.artifacts import Artifact, Manifest, data_files, open_artifact, remove_tree, require, require_same
-from ifguide.config import BuildMask
+from ifguide.artifacts import (
+    Artifact,
+    Manifest,
+    data_files,
+    open_artifact,
+    remove_tree,
+    require,
+    require_same,
+    verified_files,
+)
+from ifguide.config import BuildMask, ConfigError
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.shards import StageError
 from ifguide.selection.distributed import RunTasks, Selection, select
 from ifguide.selection.folders import SelectionFolders
+from ifguide.selection.measures import Measure
 from ifguide.selection.outliers import dominant_line, outlier_line
 from ifguide.selection.passes import Rules, ShardFiles, require_behaviour
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
@@ -73,6 +85,9 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
         f"tau {selected.tau:.6g}; {selected.units_masked:,} of {selected.num_units:,} {options.unit}s touched,"
         f" {selected.tokens_masked:,} tokens masked ({share:.2%} of the corpus); `ifguide inspect` shows them",
     )
+    if selected.found:
+        chance = f"{selected.found.rate:.3g} of them by chance (build_mask.fdr: {options.fdr:g})"
+        log(VERB, f"{selected.found.count:,} tokens have z-scores above tau, {chance}")
     log(VERB, outlier_line(summary, mask.plan["options"][VERB]))
     if dominant := dominant_line(summary, mask.plan["options"][VERB]):
         log(VERB, dominant, level=logging.WARNING)
@@ -117,6 +132,8 @@ def _summary(selected: Selection, options: BuildMask) -> dict[str, Any]:
         "high_mass_blocks": selected.outliers["high_mass"],
         "repeated_blocks": selected.outliers["repeated"],
         "excluded_blocks": selected.excluded_blocks,
+        **({"null_spread": asdict(selected.spread)} if selected.spread else {}),
+        **({"discoveries": asdict(selected.found)} if selected.found else {}),
     }
 
 
@@ -127,13 +144,33 @@ def _rules(options: BuildMask, folders: SelectionFolders) -> Rules:
         max_fraction=options.max_fraction,
         unit=options.unit,
         prior=options.rate_prior if options.rank_by == "rate" else None,
-        column=schemas.score_column(options.behaviour),
+        measure=measure_of(options, folders.scores),
+        fdr=options.fdr,
         outlier_mass_ratio=options.outlier_mass_ratio,
         outlier_bigram_share=options.outlier_bigram_share,
         exclude_repeated=options.exclude_repeated,
         ranking=folders.ranking,
         mask=folders.mask,
     )
+
+
+def measure_of(options: BuildMask, scores: Path) -> Measure:
+    """What the options rank tokens by; the spread of z-scores is not known yet.
+
+    Raises:
+        ConfigError: z-scores are wanted, and the folder of scores holds no nulls.
+    """
+    column = schemas.score_column(options.behaviour)
+    if not options.standardise and options.fdr is None:
+        return Measure(column=column)
+    nulls = schemas.null_columns(schemas.read_schema(next(verified_files(scores))), options.behaviour)
+    if not nulls:
+        key = "standardise" if options.fdr is None else "fdr"
+        raise ConfigError(
+            f"build_mask.{key}: {scores} has no null scores of {options.behaviour!r}; set build_query.nulls (4, say),"
+            " build the query and score the corpus again"
+        )
+    return Measure(column=column, nulls=nulls)
 
 
 def _shard_files(folders: SelectionFolders, scored: Manifest) -> list[ShardFiles]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ifguide import schemas
 from ifguide.artifacts import publish, sound, verified_files, verify_digest
@@ -44,6 +45,8 @@ from ifguide.selection.algorithm import (
     divisors,
     rank_scores,
 )
+from ifguide.selection.fdr import null_variance
+from ifguide.selection.measures import Measure
 from ifguide.selection.outliers import block_mass, distinct_bigram_share, find_outliers
 from ifguide.selection.quantiles import BUCKETS, high_histogram, least_of, low_histogram
 from ifguide.storage import readable
@@ -69,16 +72,18 @@ UNITS = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What is selected, as in the config's `build_mask`, from the scores in `column`, and where the tables go.
+    """What is selected, as in the config's `build_mask`, by which measure, and where the tables go.
 
-    `prior`: of rates (`ifguide.selection.algorithm`); None ranks by sums."""
+    `prior`: of rates (`ifguide.selection.algorithm`); None ranks by sums. `fdr`: tau has this false-discovery rate, in
+    place of `quantile`; it wants a measure with nulls."""
 
     quantile: float
     window: int
     max_fraction: float
     unit: Unit
     prior: int | None
-    column: str
+    measure: Measure
+    fdr: float | None
     outlier_mass_ratio: float
     outlier_bigram_share: float
     exclude_repeated: bool
@@ -162,8 +167,21 @@ def require_behaviour(behaviour: str, scores: Path) -> None:
         )
 
 
+def scan_nulls(rules: Rules, files: ShardFiles) -> Ints:
+    """Before the first pass, of a measure with nulls: the histogram of the tokens' null variances."""
+    head = schemas.read_table(files.corpus, columns=["block_id", "length"])
+    lengths, total = head.column("length").to_numpy(), np.zeros(BUCKETS, np.int64)
+    row = 0
+    for nulls_KBT in _arrays(rules, files.scores, rules.measure.nulls):
+        index = np.arange(nulls_KBT[0].shape[1])
+        valid = (index >= 1) & (index < lengths[row : row + len(nulls_KBT[0]), None])
+        total += high_histogram(null_variance(np.stack([array[valid] for array in nulls_KBT])))
+        row += len(nulls_KBT[0])
+    return total
+
+
 class Scan(NamedTuple):
-    """What `scan` returns; `high` holds histograms of `score` and `mass`."""
+    """What `scan` returns; `high` holds histograms of `score` and `mass`, and with `Rules.fdr` of the `null`s."""
 
     name: str
     extent: Extent
@@ -189,16 +207,18 @@ def scan(rules: Rules, files: ShardFiles) -> Scan:
         raise ValueError(f"{files.scores} holds other blocks than {files.corpus}")
     block_size = pq.read_schema(readable(files.corpus)).field("tokens").type.list_size
     check_lengths(int(block_ids[0]), lengths, block_size)
-    high = {name: np.zeros(BUCKETS, np.int64) for name in ("score", "mass")}
+    high = {name: np.zeros(BUCKETS, np.int64) for name in ("score", "mass", *(["null"] if rules.fdr else []))}
     low, most = np.inf, -np.inf
     masses, shares = [], []
     chunks = _score_chunks(rules, files.scores, int(block_ids[0]), lengths)
-    for shard, tokens in zip(chunks, _chunks(rules, files.corpus, "tokens"), strict=True):
+    for (shard, nulls_KBT), tokens in zip(chunks, _chunks(rules, files.corpus, "tokens"), strict=True):
         masses.append(block_mass(shard))
         shares.append(distinct_bigram_share(tokens, shard.lengths))
         predicted = shard.predicted
         high["score"] += high_histogram(predicted)
         high["mass"] += high_histogram(masses[-1])
+        if rules.fdr:
+            high["null"] += high_histogram(nulls_KBT[:, shard.valid].reshape(-1))
         low, most = min(low, predicted.min(initial=np.inf)), max(most, predicted.max(initial=-np.inf))
     mass, share = np.concatenate(masses), np.concatenate(shares)
     _write(rules.table("blocks", files.name), BLOCKS, [block_ids, lengths, mass, share])
@@ -240,7 +260,7 @@ def keep_candidates(
     first_block, least = blocks.column("block_id")[0].as_py(), float(least_of(min(buckets["score"])))
     path = rules.table("candidates", files.name)
     with publish(path) as part, pq.ParquetWriter(part, CANDIDATES) as writer:
-        for shard in _score_chunks(rules, files.scores, first_block, lengths):
+        for shard, _ in _score_chunks(rules, files.scores, first_block, lengths):
             positions, scores = shard.tokens_from(least)
             for bucket, total in low.items():
                 total += low_histogram(scores, bucket)
@@ -392,11 +412,21 @@ def _chunks(rules: Rules, path: Path, column: str) -> Iterator[np.ndarray]:
         yield schemas.per_token_array(table, column)
 
 
-def _score_chunks(rules: Rules, path: Path, first_block: int, lengths: Ints) -> Iterator[ScoreShard]:
+def _arrays(rules: Rules, path: Path, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Some per-token columns of a shard, (b, T) of each at a time."""
+    return zip(*(_chunks(rules, path, column) for column in columns), strict=True)
+
+
+def _score_chunks(
+    rules: Rules, path: Path, first_block: int, lengths: Ints
+) -> Iterator[tuple[ScoreShard, NDArray[np.float32]]]:
+    """What tokens are ranked by, and the same of their nulls (K, b, T), a few blocks at a time."""
     row = 0
-    for scores in _chunks(rules, path, rules.column):
-        yield ScoreShard(first_block=first_block + row, scores=scores, lengths=lengths[row : row + len(scores)])
-        row += len(scores)
+    for arrays in _arrays(rules, path, rules.measure.columns):
+        measured = rules.measure.of(arrays)
+        of_chunk = lengths[row : row + len(arrays[0])]
+        yield ScoreShard(first_block=first_block + row, scores=measured[0], lengths=of_chunk), measured[1:]
+        row += len(arrays[0])
 
 
 def _write(path: Path, schema: pa.Schema, columns: Sequence[Any]) -> None:

@@ -14,8 +14,9 @@ from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.distributed.tasks import run_task
+from ifguide.influence.null_worker import build_nulls
 from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
-from ifguide.influence.query_file import DIRECTION, QUERIES, QueryRow, write_queries
+from ifguide.influence.query_file import DIRECTION, NULLS, QUERIES, QueryRow, write_queries
 from ifguide.influence.query_worker import (
     PARTIAL,
     FactorsFolder,
@@ -93,8 +94,12 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     used = sum(result["queries"] for result in results.values())
     assert used == summary["positive"] + summary["negative"], (used, summary)
     norms = run_task(precondition_parts, run.query, factors, parts, config, resources=config.resources)
+    files = [run.query / DIRECTION, run.query / QUERIES]
+    if config.nulls:
+        summary["null_norm"] = run_task(build_nulls, settings, factors, run.config.seed, resources=config.resources)
+        files.append(run.query / NULLS)
     manifest = artifact.finish(
-        [run.query / DIRECTION, run.query / QUERIES],
+        files,
         rows={"queries": used, "modules": len(norms)},
         summary={**summary, "direction_norm": norms},
         remove=(LEDGER, PARTIAL),

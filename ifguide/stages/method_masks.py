@@ -124,6 +124,10 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
         # half a token more, so that the fraction comes to the count whatever its rounding
         fraction = min((count + 0.5) / own.summary["predicted_tokens"], 1.0)
         changed = {name: getattr(method, name) for name in SELECTING if getattr(method, name) is not None}
+        if method.mask != "influence":  # only scores along V have nulls
+            changed |= {"standardise": False, "fdr": None}
+        elif method.quantile is not None:
+            changed["fdr"] = None
         options = replace(run.config.build_mask, **{"behaviour": behaviour, "max_fraction": fraction, **changed})
         mask = build_mask(replace(child, config=replace(child.config, build_mask=options)))
         assert mask is not None

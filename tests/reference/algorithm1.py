@@ -3,7 +3,7 @@
 One pass over everything, one token at a time, nothing merged. `blocks[b]` are the scores of the real tokens of
 block b (no padding), `documents` the half-open stream intervals of the documents in order. The tokens of `excluded`
 blocks score minus infinity once tau is known. With a `prior` a unit's count and sum are divided by its predicted tokens
-and the prior.
+and the prior. A `tau` that is given replaces the quantile.
 """
 
 import math
@@ -22,6 +22,7 @@ def select(
     max_fraction: float,
     unit: str,
     prior: int | None = None,
+    tau: float | None = None,
     excluded: Collection[int] = (),
 ) -> tuple[float, list[float], set[tuple[int, int]]]:
     """tau, the rank score of every unit by id, and the masked (block, index) pairs."""
@@ -31,7 +32,8 @@ def select(
             document_of[position] = number
 
     predicted = [(b, i) for b, block in enumerate(blocks) for i in range(1, len(block))]
-    tau = float(np.quantile(np.array([blocks[b][i] for b, i in predicted], dtype=np.float64), quantile))
+    if tau is None:
+        tau = float(np.quantile(np.array([blocks[b][i] for b, i in predicted], dtype=np.float64), quantile))
 
     blocks = [[-math.inf] * len(block) if b in excluded else block for b, block in enumerate(blocks)]
 

@@ -10,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifguide.artifacts import data_files
+from ifguide.config import OWN
+from ifguide.schemas import null_column
 from ifguide.selection.algorithm import Documents
 from ifguide.selection.distributed import Selection, select
+from ifguide.selection.fdr import discoveries, fit_spread, null_variance, standardise
+from ifguide.selection.measures import Measure
 from ifguide.selection.passes import Rules
+from ifguide.selection.quantiles import high_histogram
 from ifguide.selection.whole import select_tokens
 from tests.reference import algorithm1
 from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards
@@ -21,11 +26,13 @@ MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where publishing a
 
 
 def assert_equal_to_loop(
-    selection: Selection, rules: Rules, scores: np.ndarray, lengths: np.ndarray, documents, excluded=()
+    selection: Selection, rules: Rules, scores: np.ndarray, lengths: np.ndarray, documents, excluded=(), tau=None
 ) -> None:
     blocks = [row[:length].astype(np.float64).tolist() for row, length in zip(scores, lengths, strict=True)]
     options = {name: getattr(rules, name) for name in ("quantile", "window", "max_fraction", "unit", "prior")}
-    tau, rank_score, masked = algorithm1.select(blocks, documents, scores.shape[1], excluded=excluded, **options)
+    tau, rank_score, masked = algorithm1.select(
+        blocks, documents, scores.shape[1], excluded=excluded, tau=tau, **options
+    )
     assert selection.tau == tau
     masks = read_masks(rules)
     assert set(map(tuple, np.argwhere(masks).tolist())) == masked
@@ -123,6 +130,36 @@ def test_selection_in_one_process_equals_the_literal_loop(corpus, quantile, wind
     ranked = {} if prior is None else {"rank_by": "rate", "rate_prior": prior}
     found = select_tokens(scores, lengths, documents, **options, **ranked)
     assert set(map(tuple, np.argwhere(found).tolist())) == masked
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    corpus=corpora(),
+    fdr=st.sampled_from([None, 0.05, 0.3, 0.9]),
+    nulls=st.integers(1, 3),
+    unit=st.sampled_from(["document", "block"]),
+    seed=st.integers(0, 99),
+)
+def test_z_scores_of_any_sharding_equal_the_literal_loop_on_those_of_the_whole(corpus, fdr, nulls, unit, seed) -> None:
+    scores, lengths, documents, cuts, _ = corpus
+    valid = (np.arange(scores.shape[1]) >= 1) & (np.arange(scores.shape[1]) < lengths[:, None])
+    nulls_KNT = np.random.default_rng(seed).normal(size=(nulls, *scores.shape)).astype(np.float32)
+    nulls_KNT[:, ~valid] = np.where(np.isnan(scores[~valid]), np.nan, 0)  # padding must never be read
+    spread = fit_spread(high_histogram(null_variance(nulls_KNT[:, valid])), nulls)
+    z_KN = standardise(scores[valid], nulls_KNT[:, valid], spread)
+    z_NT = np.full_like(scores, np.nan)
+    z_NT[valid], z_NT[:, 0] = z_KN[0], 0
+    tau = None
+    if fdr:
+        tau = discoveries(high_histogram(z_KN[0]), high_histogram(z_KN[1:].reshape(-1)), nulls, fdr).threshold
+    measure = Measure(column="token_score", nulls=tuple(null_column(OWN, number) for number in range(nulls)))
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        rules = rules_of(Path(folder), quantile=0.7, unit=unit, measure=measure, fdr=fdr)
+        files = write_shards(Path(folder), scores, lengths, documents, cuts, nulls_KNT=nulls_KNT)
+        selection = select(rules, files, in_any_order(seed))
+        assert_equal_to_loop(selection, rules, z_NT, lengths, documents, tau=tau)
+        assert selection.spread == spread
+        assert (selection.found is None) == (fdr is None)
 
 
 def heavy_tailed() -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:

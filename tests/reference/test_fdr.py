@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from scipy import special
 
 from ifguide.influence.nulls import groups_for, half_signs, half_weights, null_gradients
-from ifguide.influence.query import GroupGradient
+from ifguide.influence.query import GroupGradient, TokenisedQuery, mean_completion_gradient
+from ifguide.influence.scorer import TokenScorer
+from ifguide.models import tracked_modules
 from ifguide.selection.fdr import (
     Spread,
     digamma,
@@ -21,6 +23,7 @@ from ifguide.selection.fdr import (
     trigamma,
 )
 from ifguide.selection.quantiles import high_histogram
+from tests.tiny import VOCABULARY, tiny_model
 
 LEVELS = (0.001, 0.01, 0.1)
 
@@ -160,7 +163,7 @@ def test_leverage_alone_is_no_discovery() -> None:
 def test_nothing_is_found_where_no_score_is_above_its_nulls() -> None:
     z = np.full((3, 50), -1.0, np.float32)
     found = found_by(z, 0.5)
-    assert (found.count, found.threshold) == (0, math.inf)
+    assert (found.count, found.threshold) == (0, float(np.finfo(np.float32).max))
 
 
 @pytest.mark.parametrize("weight", [3.0, 20.0])
@@ -207,3 +210,35 @@ def test_null_gradients_are_half_the_difference_of_halves() -> None:
         assert np.abs(expected).max() < 2  # the means of 5 and -9 are gone
     with pytest.raises(ValueError, match="too few for halves"):
         half_weights(signs, [1, 0, 0, 0])
+
+
+def test_queries_whose_labels_say_nothing_have_the_nominal_rate_with_a_model() -> None:
+    """Directions of shuffled queries and their nulls, with tokens scored by a model.
+
+    A model of width 16 has twenty directions that tokens differ in, so that a whole shuffle is high or low. Where the
+    pool of few nulls ends, at 0.001, one in two draws too many is beyond it; from 0.05 on that is nothing."""
+    rng = np.random.default_rng(0)
+    model = tiny_model("llama")
+    names = tracked_modules(model).names
+    tokens_BT = torch.from_numpy(rng.integers(3, VOCABULARY, (48, 32)))
+    lengths_B = torch.full((48,), 32)
+    queries = [
+        TokenisedQuery(token_ids=tuple(rng.integers(3, VOCABULARY, 12).tolist()), completion_start=4) for _ in range(64)
+    ]
+    singles = [mean_completion_gradient(model, names, [query], [1.0], batch_tokens=64) for query in queries]
+    # Scores are linear in the direction: those along each query's own gradient give those of any labels.
+    scores_QBT = TokenScorer(model, singles, attribution="target").score(tokens_BT, lengths_B)
+    scores_QN = scores_QBT[:, :, 1:].flatten(1).numpy()
+    realised: dict[float, list[float]] = {level: [] for level in (0.05, 0.1, 0.2)}
+    for shuffle in range(200):
+        order = rng.permutation(64)
+        positive, negative = scores_QN[order[:32]], scores_QN[order[32:]]
+        signs = half_signs(4, shuffle)
+        weights = half_weights(signs, [4] * 8)
+        upper, lower = (np.stack([part[group::8].sum(axis=0) for group in range(8)]) for part in (positive, negative))
+        z = z_of(positive.mean(axis=0) - negative.mean(axis=0), weights @ upper - weights @ lower)
+        pooled = z[1:].ravel()
+        for level, shares in realised.items():
+            shares.append(float(np.mean(z[0] > np.quantile(pooled, 1 - level))))
+    for level, shares in realised.items():
+        assert np.mean(shares) == pytest.approx(level, rel=0.2), level

@@ -147,6 +147,12 @@ def test_a_verb_checks_only_what_it_uses(faults) -> None:
         ("build_query", "tokenizer", "./nowhere", "tokenizer = ./nowhere: no such file or folder; a hub id has"),
         ("score_corpus", "score_corpus__queries", {"q": "nowhere"}, "score_corpus.queries.q = nowhere: no such folder"),
         ("build_mask", "build_mask__behaviour", "rude", "build_mask.behaviour = rude: not scored; choose one of own"),
+        (
+            "build_mask",
+            "build_mask__fdr",
+            0.1,
+            "build_query.nulls = 0: build_mask.fdr wants null directions: set it to 4",
+        ),
         ("pretrain", "pretrain__init_from", "./nowhere", "pretrain.init_from = ./nowhere: no such file or folder"),
         ("pretrain", "target", {}, "target = null: name target.architecture, target.source or pretrain.init_from"),
         ("compare", "compare__methods", {}, "compare.methods = null: name some, as in configs/demo.yaml"),

@@ -1,0 +1,33 @@
+"""What a selection ranks tokens by: a column of the scores, or z-scores of it against its nulls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ifguide.selection.fdr import Spread, standardise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """`column` of a table of scores as it is; with a `spread`, its z-scores against the columns `nulls`."""
+
+    column: str
+    nulls: tuple[str, ...] = ()
+    spread: Spread | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that `of` wants, in order."""
+        return (self.column, *self.nulls)
+
+    def of(self, arrays_BT: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """(1, B, T) the scores, or (1 + K, B, T) z-scores of them and of their nulls."""
+        if self.spread is None:
+            return arrays_BT[0][None]
+        shape = arrays_BT[0].shape
+        flat = [array.reshape(-1) for array in arrays_BT]
+        return standardise(flat[0], np.stack(flat[1:]), self.spread).reshape(-1, *shape)
