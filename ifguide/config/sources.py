@@ -12,12 +12,12 @@ from ifguide.config.typed_yaml import ConfigError, option
 class Input:
     """Documents. A bare string stands for `path`.
 
-    `.jsonl`, `.ndjson`, `.parquet`, `.arrow` and `.json` of rows give one document per row, `.txt` one per file,
-    `.json` of lists of strings one per string. `ifguide.records.files` says what of a folder is taken.
+    `.jsonl`, `.ndjson`, `.csv`, `.tsv`, `.parquet`, `.arrow` and `.json` of rows give one document per row, `.txt` one
+    per file, `.json` of lists of strings one per string. `ifguide.records.files` says what of a folder is taken.
 
     Attributes:
         path: a file, a glob, a folder, or `hf://name[:split]`.
-        text_column: column of the text.
+        text_column: column of the text; `a.b` is `b` within the column `a`.
         tokens_column: column of token ids of the corpus' tokenizer, in place of text. Each row is a document of these
             tokens; nothing is added to them.
         spans_column: column of [[start, end), ...] character spans to carry along as token annotations.

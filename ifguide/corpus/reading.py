@@ -1,8 +1,8 @@
 """Inputs to documents, in chunks that a task can read alone.
 
-A chunk is a byte range of a JSON-lines file, row groups of a Parquet file, a whole text, JSON, Arrow or compressed
-file, or a shard of a hub dataset. Rows keep their number in their file, so that chunk size changes nothing in the
-result. Blank lines are no rows. Nothing is deduplicated or filtered.
+A chunk is a byte range of a JSON-lines file, row groups of a Parquet file, a whole text, JSON, CSV, Arrow or compressed
+file, or a shard of a hub dataset. Compressed files are read as streams. Rows keep their number in their file, so that
+chunk size changes nothing in the result. Blank lines are no rows. Nothing is deduplicated or filtered.
 
 With `tokens_column` a document is a row's token ids, as they are.
 
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import codecs
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ifguide.config import Input
+from ifguide.records.delimited import cell_rows
 from ifguide.records.files import DOCUMENTS, TABLES, Kind, holds_json_lines, is_compressed, kind_of, list_files
 from ifguide.records.rows import (
     arrow_rows,
@@ -34,6 +36,8 @@ from ifguide.records.rows import (
     read_json,
     read_lines,
     read_whole,
+    require_names,
+    value_at,
 )
 from ifguide.storage import location
 
@@ -123,6 +127,8 @@ def raw_rows(chunk: Chunk, source: Input) -> Iterator[Any]:
         return parquet_rows(path, columns, range(chunk.start, chunk.stop))
     if chunk.kind == "arrow":
         return arrow_rows(path, columns)
+    if chunk.kind == "csv":
+        return _csv_rows(path, columns, source)
     if chunk.kind == "hub":
         return _hub_shard(chunk, source)
     if chunk.kind == "json":
@@ -158,6 +164,24 @@ def _decode_text(content: bytes, column: str) -> Any:
         return {column: content.removeprefix(codecs.BOM_UTF8).decode("utf-8")}
     except UnicodeDecodeError as error:
         return f"not UTF-8 ({error.reason} at byte {error.start})"
+
+
+def _csv_rows(path: Path, columns: Sequence[str], source: Input) -> Iterator[Any]:
+    """The rows of a separated table; spans and token ids are lists as JSON writes them."""
+    for row in cell_rows(path):
+        if isinstance(row, dict):
+            require_names(path, list(row), columns)
+            lists = {name: _listing(row[name]) for name in (source.spans_column, source.tokens_column) if name}
+            yield {**row, **lists}
+        else:
+            yield row
+
+
+def _listing(cell: str) -> Any:
+    try:
+        return json.loads(cell) if cell else None
+    except (ValueError, RecursionError):
+        return cell
 
 
 def _json_rows(path: Path, source: Input) -> Iterator[Any]:
@@ -211,23 +235,23 @@ def check_row(row: int, content: Any, source: Input) -> RawDocument:
     if not isinstance(content, dict):
         return RawDocument(row=row, reason=f"a {type(content).__name__}, not an object")
     if source.tokens_column is not None:
-        return _check_tokens(row, content.get(source.tokens_column), source.tokens_column)
-    text = content.get(source.text_column)
+        return _check_tokens(row, value_at(content, source.tokens_column), source.tokens_column)
+    text = value_at(content, source.text_column)
     if not isinstance(text, str):
         what = "missing" if text is None else f"a {type(text).__name__}, not a string"
         return RawDocument(row=row, reason=f"column {source.text_column!r} is {what}")
     if reason := lone_surrogate(text):
         return RawDocument(row=row, reason=reason)
     if source.spans_column is None:
-        return RawDocument(row=row, text=text)
-    spans = content.get(source.spans_column) or ()
+        return RawDocument(row=row, text=str(text))
+    spans = value_at(content, source.spans_column) or ()
     try:
         pairs = tuple((int(start), int(stop)) for start, stop in spans)
     except (TypeError, ValueError, OverflowError):
         return RawDocument(row=row, reason=f"column {source.spans_column!r} is not a list of [start, end) pairs")
     if any(not 0 <= start <= stop <= len(text) for start, stop in pairs):
         return RawDocument(row=row, reason=f"column {source.spans_column!r} has a span outside the text")
-    return RawDocument(row=row, text=text, spans=pairs)
+    return RawDocument(row=row, text=str(text), spans=pairs)
 
 
 def _check_tokens(row: int, value: Any, column: str) -> RawDocument:

@@ -20,6 +20,7 @@ from ifguide.corpus.reading import HUB_PREFIX, Chunk, check_row, count_rows, lis
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
 from ifguide.records.files import DOCUMENTS, TABLES, is_compressed, list_files, open_bytes
+from ifguide.records.rows import column_names
 
 FIRST_ROWS = 20
 OPENED_FILES = 200
@@ -57,6 +58,8 @@ class TableChecks:
     def _hub_dataset(self, key: str, source: Input) -> None:
         name = source.path.removeprefix(HUB_PREFIX).partition(":")[0]
         with self.findings.caught(f"{key}.path", source.path):
+            if Path(name).exists():  # the library reads folders too
+                return
             if (reason := self.hub.unchecked(name, source.revision, "dataset")) is not None:
                 self.findings.leave(f"{key}.path", source.path, reason)
 
@@ -171,10 +174,11 @@ def _first_documents(file: Path, source: Input, *, strict: bool) -> tuple[tuple[
 
 def _advice(content: Any, source: Input) -> str:
     """What to do about a row that cannot be used."""
-    if not isinstance(content, dict) or source.column in content:
+    names = column_names(content) if isinstance(content, dict) else []
+    if not isinstance(content, dict) or source.column in names:
         return "mend the row, or allow for it with pack_corpus.max_bad_rows"
-    near = difflib.get_close_matches(source.column, list(content), n=1, cutoff=0.5)
-    has = f"it has {', '.join(content) or 'none'}"
+    near = difflib.get_close_matches(source.column, names, n=1, cutoff=0.5)
+    has = f"it has {', '.join(names) or 'none'}"
     key = "text_column" if source.tokens_column is None else "tokens_column"
     return f"{has}; set {key}{f': {near[0]}' if near else ' to the one of the documents'}"
 

@@ -1,8 +1,8 @@
 """Which files an input names, and of what kind each is.
 
-What is taken: `.jsonl`, `.ndjson`, `.json`, `.parquet`, `.arrow` and `.txt`, in any case of letters, and all but
-Parquet and Arrow also compressed (`.gz`, `.zst`, `.bz2`). A `.json` file may hold JSON lines. Prompts and labelled
-texts are tables: of them `.txt` is not read.
+What is taken: `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow` and `.txt`, in any case of letters,
+and all but Parquet and Arrow also compressed (`.gz`, `.zst`, `.bz2`). A `.json` file may hold JSON lines. Prompts and
+labelled texts are tables: of them `.txt` is not read.
 
 Of a folder, everything below it is taken, through links too, but for the run's own directory. Never taken are hidden
 files and folders and those whose names begin with `_`, what describes a data set (README, LICENSE, NOTICE,
@@ -27,13 +27,14 @@ import pyarrow as pa
 
 from ifguide.storage import is_remote, location, matching
 
-Kind = Literal["jsonl", "parquet", "arrow", "text", "json"]
+Kind = Literal["jsonl", "parquet", "arrow", "text", "json", "csv"]
 
 KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text",
+    ".csv": "csv", ".tsv": "csv",
 }  # fmt: skip
-DOCUMENTS: tuple[Kind, ...] = ("jsonl", "json", "parquet", "arrow", "text")
-TABLES: tuple[Kind, ...] = ("jsonl", "json", "parquet", "arrow")
+DOCUMENTS: tuple[Kind, ...] = ("jsonl", "json", "parquet", "arrow", "text", "csv")
+TABLES: tuple[Kind, ...] = ("jsonl", "json", "parquet", "arrow", "csv")
 COLUMNAR: tuple[Kind, ...] = ("parquet", "arrow")  # compressed within
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json")

@@ -1,4 +1,6 @@
-"""The rows of files: lines of JSON, JSON values, and batches of Parquet and Arrow tables.
+"""The rows of files: lines of JSON, JSON values, separated tables, and batches of Parquet and Arrow tables.
+
+A column may be of nested rows: `a.b` is `b` of the column `a`, unless a column has that very name.
 
 What cannot be a row is not left out: it comes as a `str`, the reason, where a row would be an object.
 """
@@ -6,15 +8,17 @@ What cannot be a row is not left out: it comes as a `str`, the reason, where a r
 from __future__ import annotations
 
 import codecs
+import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ifguide.records.delimited import cell_rows
 from ifguide.records.files import holds_json_lines, kind_of, open_bytes
 from ifguide.storage import readable
 
@@ -101,7 +105,7 @@ def parquet_rows(path: Path, columns: Sequence[str] | None, row_groups: Sequence
     file = open_parquet(path)
     _require_columns(path, file.schema_arrow, columns)
     groups = list(range(file.num_row_groups)) if row_groups is None else list(row_groups)
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(columns) if columns else None):
         yield from _rows(batch)
 
 
@@ -114,7 +118,7 @@ def arrow_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
     try:
         for batch in _arrow_batches(path):
             _require_columns(path, batch.schema, columns)
-            yield from _rows(batch.select(list(columns)) if columns else batch)
+            yield from _rows(batch.select(_outermost(batch.schema, columns)) if columns else batch)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as Arrow: {error}") from error
 
@@ -126,6 +130,8 @@ def table_rows(path: Path, column: str = "") -> Iterator[Any]:
         yield from parquet_rows(path, None)
     elif kind == "arrow":
         yield from arrow_rows(path, None)
+    elif kind == "csv":
+        yield from cell_rows(path)
     elif kind == "json" and not holds_json_lines(path, column):
         tree = read_json(path)
         yield from tree if isinstance(tree, list) else [tree]
@@ -148,10 +154,48 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
             yield from pa.ipc.open_stream(file)
 
 
-def _require_columns(path: Path, schema: pa.Schema, columns: Sequence[str] | None) -> None:
-    missing = [column for column in columns or () if column not in schema.names]
+def value_at(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column of a row, which may be nested; None where it has none."""
+    if column in row or "." not in column:
+        return row.get(column)
+    outer, _, inner = column.partition(".")
+    within = row.get(outer)
+    return value_at(within, inner) if isinstance(within, Mapping) else None
+
+
+def column_names(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row as `value_at` takes them, nested ones by what they hold."""
+    return [
+        name
+        for outer, value in row.items()
+        for name in ([f"{outer}.{inner}" for inner in column_names(value)] if isinstance(value, Mapping) else [outer])
+    ]
+
+
+def require_names(path: Path, names: Collection[str], columns: Sequence[str] | None) -> None:
+    """Raises ValueError where a table of these column names lacks one of `columns`."""
+    missing = [column for column in columns or () if column not in names]
     if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(schema.names)}")
+        near = difflib.get_close_matches(missing[0], names, n=1)
+        advice = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(names)}{advice}")
+
+
+def _require_columns(path: Path, schema: pa.Schema, columns: Sequence[str] | None) -> None:
+    require_names(path, [*schema.names, *(name for field in schema for name in _nested(field))], columns)
+
+
+def _nested(field: pa.Field) -> Iterator[str]:
+    """The dotted names within a column of rows."""
+    if pa.types.is_struct(field.type):
+        for inner in field.type:
+            yield f"{field.name}.{inner.name}"
+            yield from (f"{field.name}.{name}" for name in _nested(inner))
+
+
+def _outermost(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
+    """The columns, or those that they lie in, each once."""
+    return list(dict.fromkeys(name if name in schema.names else name.partition(".")[0] for name in columns))
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[Any]:

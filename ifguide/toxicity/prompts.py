@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.config import ConfigError, LabelledTexts, Prompts
+from ifguide.records.delimited import Cell
 from ifguide.records.files import TABLES, holds_json_lines, kind_of, list_files
 from ifguide.records.rows import lone_surrogate, read_json, table_rows
 
@@ -60,10 +61,12 @@ def _file_records(file: Path, first: int | None = None) -> Iterator[tuple[str, A
 
 def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str, float]]:
     value = record.get(part) if isinstance(record, dict) else None
+    if value is None and isinstance(record, dict):  # a table without nested rows has columns `prompt.text`
+        value = {k.removeprefix(f"{part}."): v for k, v in record.items() if k.startswith(f"{part}.")}
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError(f"{where}: needs {part}.text, a string, as in RealToxicityPrompts")
     scores = {}
-    for name, score in value.items():
+    for name, score in ((name, _plain(score)) for name, score in value.items()):
         if name == "text" or _is_missing(score):
             continue
         if not _is_score(score):
@@ -90,6 +93,11 @@ def read_prompts(path: str | Path, dotted_key: str = "prompt table", first: int 
     if not rows:
         raise ValueError(f"{path}: the prompt table is empty")
     return rows
+
+
+def _plain(value: Any) -> Any:
+    """A value as its table's type; a separated table has texts alone."""
+    return value.value if isinstance(value, Cell) else value
 
 
 def _is_missing(value: Any) -> bool:
@@ -221,12 +229,13 @@ def read_labelled(
     texts = []
     for _, where, record in records[start:stop]:
         holder, name = _holder(record, label_column, where)
-        if isinstance(holder, dict) and name in holder and _is_missing(holder[name]):
+        if isinstance(holder, dict) and name in holder and _is_missing(_plain(holder[name])):
             continue
-        label = _column(holder, name, object, where)
+        label = _plain(_column(holder, name, object, where))
         if not isinstance(label, bool) and not _is_score(label):
             raise ValueError(f"{where}: {label_column} is {label!r}, neither a bool nor a number in [0, 1]")
-        scores = {k: float(v) for k, v in holder.items() if k != name and not _is_missing(v) and _is_score(v)}
+        numbers = {k: _plain(v) for k, v in holder.items() if k not in (name, text_column)}
+        scores = {k: float(v) for k, v in numbers.items() if not _is_missing(v) and _is_score(v)}
         text = _column(*_holder(record, text_column, where), str, where)
         texts.append(LabelledText(text=text, label=label >= threshold, share=float(label), scores=scores))
     if unlabelled := stop - start - len(texts):

@@ -237,8 +237,8 @@ def test_folder_and_glob_give_their_files_sorted_and_a_literal_name_wins(tmp_pat
 
 
 def test_unknown_suffix_and_missing_files_name_the_config_key(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
-    for path, kind in (("a.csv", ValueError), ("none.jsonl", FileNotFoundError), (".", ValueError)):
+    (tmp_path / "a.xlsx").write_text("x")
+    for path, kind in (("a.xlsx", ValueError), ("none.jsonl", FileNotFoundError), (".", ValueError)):
         with pytest.raises(kind, match=r"^pack_corpus\.inputs\[3\]\.path: "):
             list_chunks(Input(path=str(tmp_path / path)), 3, chunk_bytes=1, dotted_key="pack_corpus.inputs[3].path")
 
@@ -280,3 +280,60 @@ def test_a_configuration_of_a_hub_dataset_is_named_and_a_missing_one_said(tmp_pa
 def test_chunks_are_cut_at_bytes(tmp_path):
     chunk = list_chunks(write_jsonl(tmp_path / "a.jsonl", TEXTS), 2, chunk_bytes=9, dotted_key="k")[1]
     assert (chunk.input_index, chunk.start, chunk.stop) == (2, 9, 18)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_a_column_of_nested_rows_is_named_with_dots(tmp_path, kind):
+    rows = [{"id": i, "doc": {"body": {"text": text}, "spans": [[0, 0]]}} for i, text in enumerate(TEXTS)]
+    path = tmp_path / f"a.{kind}"
+    write_rows(path, rows)
+    found = read(Input(path=str(path), text_column="doc.body.text", spans_column="doc.spans"))
+    assert [(document.text, document.spans) for document in found] == [(text, ((0, 0),)) for text in TEXTS]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_a_column_whose_own_name_has_dots_comes_first(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    write_rows(path, [{"a": {"b": "within"}, "a.b": text} for text in TEXTS])
+    assert [document.text for document in read(Input(path=str(path), text_column="a.b"))] == TEXTS
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=2)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(TEXTS, pa.large_string()),
+        pa.array(TEXTS).dictionary_encode(),
+        pa.array(TEXTS, pa.large_string()).dictionary_encode(),
+        pa.array(TEXTS, pa.string_view()),
+    ],
+    ids=lambda column: str(column.type)[:30],
+)
+def test_texts_may_be_of_any_type_of_string(tmp_path, kind, column):
+    path, table = tmp_path / f"a.{kind}", pa.table({"id": range(len(TEXTS)), "text": column})
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=2)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    assert [document.text for document in read(Input(path=str(path)), chunk_bytes=1)] == TEXTS
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_nested_column_that_is_not_there_is_named_with_those_that_are(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    write_rows(path, [{"doc": {"body": "x"}}])
+    with pytest.raises(ValueError, match=r"has no column 'doc.text'; it has doc, doc.body"):
+        read(Input(path=str(path), text_column="doc.text"))

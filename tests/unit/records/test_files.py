@@ -50,7 +50,7 @@ def test_what_describes_a_data_set_or_is_hidden_is_never_a_document(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "other", ["b.csv", "a/data-00000-of-00001.arrows", "README.jsonl.xz", "noname", "c.parquet.gz"]
+    "other", ["b.xlsx", "a/data-00000-of-00001.arrows", "README.jsonl.xz", "noname", "c.parquet.gz"]
 )
 def test_a_folder_with_any_other_file_is_refused_and_the_file_named(tmp_path: Path, other: str) -> None:
     write(tmp_path / "a.jsonl")
