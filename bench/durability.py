@@ -192,9 +192,8 @@ def _recognition(config: Config, path: Path, tokenizer: PreTrainedTokenizerFast)
     chosen = np.random.default_rng(config.seed).permutation(len(texts))[:RECOGNISED]
     encoded = [(tokenizer(texts[i].text, add_special_tokens=False)["input_ids"][:MAX_TOKENS], i) for i in chosen]
     encoded = [(ids, i) for ids, i in encoded if ids]
-    states_LND = mean_residuals(
-        load_model(ModelSource(source=str(path))), [ids for ids, _ in encoded], batch_size=32
-    ).numpy()
+    model = load_model(ModelSource(source=str(path)))
+    states_LND = mean_residuals(model, [ids for ids, _ in encoded], batch_size=32).numpy()
     labels_N = np.array([texts[i].label for _, i in encoded])
     bootstrap = Bootstrap(samples=config.evaluate.bootstrap_samples, seed=config.seed)
     figure = probe_layers(states_LND, labels_N, folds=FOLDS, seed=config.seed, bootstrap=bootstrap)["chosen"]["auroc"]

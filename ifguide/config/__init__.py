@@ -25,7 +25,7 @@ from ifguide.config.sections import (
     to_mapping,
     to_yaml,
 )
-from ifguide.config.sources import ClassifierSource, Input, LabelledTexts, Prompts, PromptSet
+from ifguide.config.sources import ClassifierSource, Completions, Input, LabelledTexts, Pairs, Prompts, PromptSet
 from ifguide.config.typed_yaml import ConfigError
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "BuildQuery",
     "ClassifierSource",
     "Cluster",
+    "Completions",
     "Config",
     "ConfigError",
     "Evaluate",
@@ -43,6 +44,7 @@ __all__ = [
     "LabelledTexts",
     "ModelSource",
     "PackCorpus",
+    "Pairs",
     "Pretrain",
     "PromptSet",
     "Prompts",

@@ -28,7 +28,15 @@ from ifguide.config.packaged import find_config
 from ifguide.config.pretrain import Pretrain, check_pretrain
 from ifguide.config.resources import CPU_RESOURCES, RESOURCES, Resources, moved
 from ifguide.config.secrets import redact, redacted_key
-from ifguide.config.sources import ClassifierSource, Input, Prompts, check_classifier
+from ifguide.config.sources import (
+    ClassifierSource,
+    Completions,
+    Input,
+    Pairs,
+    Prompts,
+    check_classifier,
+    check_queries,
+)
 from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, read_yaml, result_part, substitute
 from ifguide.storage import location
 
@@ -134,8 +142,11 @@ class BuildQuery:
     """The direction V = (EK-FAC + damping)^-1 [mean positive - mean negative completion gradient].
 
     Attributes:
-        prompts: prompts with completions.
-        classifier: scores the completions.
+        prompts: prompts with completions, which `classifier` parts into two sets.
+        pairs: in place of `prompts`: rows with a completion of either set.
+        positive: in place of `prompts`: the queries that show the behaviour.
+        negative: those that do not.
+        classifier: scores the completions of `prompts`.
         positive_threshold: a completion with at least this score shows the behaviour.
         negative_threshold: a completion with at most this score does not.
         max_positive: positive queries at most.
@@ -153,6 +164,9 @@ class BuildQuery:
     """
 
     prompts: Prompts | None = None
+    pairs: Pairs | None = option(None, off=None)  # noqa: RUF009
+    positive: Completions | None = option(None, off=None)  # noqa: RUF009
+    negative: Completions | None = option(None, off=None)  # noqa: RUF009
     classifier: ClassifierSource = ClassifierSource()  # noqa: RUF009  # frozen
     positive_threshold: float = option(0.5, at_least=0, at_most=1)
     negative_threshold: float = option(0.1, at_least=0, at_most=1)
@@ -390,7 +404,9 @@ def _check_across(config: Config) -> None:
     for index, source in enumerate(config.pack_corpus.inputs):
         if source.tokens_column is not None:
             _check_tokens(config, source, f"pack_corpus.inputs[{index}].tokens_column")
-    check_classifier(config.build_query.classifier, "build_query.classifier")
+    query = config.build_query
+    check_classifier(query.classifier, "build_query.classifier")
+    check_queries(query.prompts, query.pairs, query.positive, query.negative)
     check_evaluate(config.evaluate)
     check_names("compare.methods", config.compare.methods, of="a folder")
     check_compare(config.compare, config.evaluate.models)

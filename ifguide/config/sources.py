@@ -48,7 +48,9 @@ def check_text(source: Input, dotted_key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompt rows in RealToxicityPrompts' schema: JSONL, JSON, Parquet or Arrow. A bare string stands for `path`.
+    """Prompts, with a continuation or without: JSONL, JSON, Parquet or Arrow. A bare string stands for `path`.
+
+    `prompt` and `continuation` are texts, or objects with a `text` and scores, as in RealToxicityPrompts.
 
     Attributes:
         path: a file, a glob or a folder.
@@ -57,6 +59,55 @@ class Prompts:
 
     path: str
     rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """The queries of one set: rows with a prompt and a completion, or with a `text` alone. A bare string stands for
+    `path`.
+
+    Attributes:
+        path: a file, a glob or a folder: JSONL, JSON, Parquet or Arrow.
+        prompt_column: column of the prompt. Null: `prompt`, or no prompt in rows of a `text`.
+        completion_column: column of the completion. Null: `completion`, else `text`.
+        rows: keep rows start <= row < stop.
+    """
+
+    path: str
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Queries of both sets: rows with a prompt and two completions. A bare string stands for `path`.
+
+    Attributes:
+        path: a file, a glob or a folder: JSONL, JSON, Parquet or Arrow.
+        prompt_column: column of the prompt.
+        positive_column: column of the completion that shows the behaviour.
+        negative_column: column of the one that does not.
+        rows: keep rows start <= row < stop.
+    """
+
+    path: str
+    prompt_column: str = "prompt"
+    positive_column: str = "rejected"
+    negative_column: str = "chosen"
+    rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
+
+
+def check_queries(
+    prompts: Prompts | None, pairs: Pairs | None, positive: Completions | None, negative: Completions | None
+) -> None:
+    """Raises ConfigError where the queries come from several places, or one set has no table."""
+    given = {"prompts": prompts, "pairs": pairs, "positive": positive or negative}
+    named = [name for name, source in given.items() if source is not None]
+    if len(named) > 1:
+        raise ConfigError(f"build_query: {' and '.join(named)} are set; the queries come from one of them")
+    if negative is not None and positive is None:
+        raise ConfigError("build_query.positive: required beside build_query.negative, and not set")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ It does not know of networks, queues for machines or failures (`bench.common.sim
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from ifguide.influence.memory import USABLE, estimate_memory
 from ifguide.influence.method import chosen_method
@@ -103,7 +104,10 @@ def _fit_factors(job: Job) -> StageEstimate:
 
 def _build_query(job: Job) -> StageEstimate:
     config, proxy = job.config.build_query, job.proxy
-    candidates = rows(job, config.prompts, "build_query.prompts")
+    named = {"pairs": config.pairs, "positive": config.positive, "negative": config.negative}
+    given: list[tuple[str, Any]] = [(name, source) for name, source in named.items() if source]
+    given = given or [("prompts", config.prompts)]
+    candidates = sum(rows(job, source, f"build_query.{name}") * (1 + (name == "pairs")) for name, source in given)
     queries = min(candidates, config.max_positive + config.max_negative)
     flop = queries * QUERY_TOKENS * flops.query_gradient(proxy, QUERY_TOKENS) + flops.preconditioning(proxy)
     weights = 4.0 * sum(out * inner for out, inner in proxy.linears)
@@ -117,7 +121,8 @@ def _build_query(job: Job) -> StageEstimate:
         memory=4.0 * proxy.parameters + 2 * weights + activations,
         storage=weights,
         notes=(
-            f"{queries:,} queries of {QUERY_TOKENS} tokens assumed; classifying {candidates:,} rows is not counted",
+            f"{queries:,} queries of {QUERY_TOKENS} tokens assumed"
+            + (f"; classifying {candidates:,} rows is not counted" if given[0][0] == "prompts" else ""),
         ),
     )
 

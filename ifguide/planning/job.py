@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ifguide.config import Config, Prompts
+from ifguide.config import Completions, Config, Pairs, Prompts
 from ifguide.config.resources import WorkerResources
 from ifguide.hardware import Hardware
 from ifguide.planning.measurements import SPREAD, efficiency, rates
@@ -192,8 +192,8 @@ def by_core(
     )
 
 
-def rows(job: Job, prompts: Prompts | None, key: str) -> int:
-    """How many rows a table of prompts has; assumed, with a note to the job, where it cannot be known."""
+def rows(job: Job, prompts: Prompts | Completions | Pairs | None, key: str) -> int:
+    """How many rows a table of prompts or queries has; assumed, with a note to the job, where it cannot be known."""
     if prompts is None:
         job.notes.append(f"{key} is not set: {ASSUMED_ROWS:,} rows are assumed")
         return ASSUMED_ROWS

@@ -138,12 +138,14 @@ class _Sections:
 
     def _build_query(self) -> dict[str, Check]:
         query = self.config.build_query
-        checks = self._proxy() | {
-            "build_query.classifier": partial(
+        tables = {"pairs": query.pairs, "positive": query.positive, "negative": query.negative}
+        given = {f"build_query.{name}": source for name, source in tables.items() if source is not None}
+        checks = self._proxy() | {key: partial(self.tables.queries, key, source) for key, source in given.items()}
+        if not given:
+            checks["build_query.classifier"] = partial(
                 self.models.classifier, "build_query.classifier", query.classifier, of_new_text=False
             )
-        }
-        checks |= self._prompts("build_query.prompts", query.prompts)
+            checks |= self._prompts("build_query.prompts", query.prompts)
         if query.factors is not None:
             checks["build_query.factors"] = partial(self._folder, "build_query.factors", query.factors)
         return checks
@@ -241,7 +243,7 @@ class _Sections:
 
     def _prompts(self, key: str, prompts: Any) -> dict[str, Check]:
         if prompts is None:
-            return {key: self._missing(key, "a JSONL or Parquet file in RealToxicityPrompts' schema")}
+            return {key: self._missing(key, "a JSONL or Parquet file of prompts")}
         return {key: partial(self.tables.prompts, key, prompts)}
 
     def _missing(self, key: str, what: str) -> Check:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ifguide.config import ConfigError, Input, LabelledTexts, Prompts, PromptSet
+from ifguide.config import Completions, ConfigError, Input, LabelledTexts, Pairs, Prompts, PromptSet
 from ifguide.corpus.reading import HUB_PREFIX, Chunk, check_row, count_rows, list_chunks, raw_rows
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
@@ -106,6 +106,15 @@ class TableChecks:
             lambda: read_prompt_rows(prompts, key),
             lambda: read_prompts(prompts.path, f"{key}.path", FIRST_ROWS),
         )
+
+    def queries(self, key: str, source: Completions | Pairs) -> None:
+        """A table of queries."""
+        from ifguide.toxicity.prompts import read_completions, read_pairs
+
+        def read() -> object:
+            return read_pairs(source, key) if isinstance(source, Pairs) else read_completions(source, key)
+
+        self._table(key, source, read, None)
 
     def prompt_set(self, key: str, prompts: PromptSet) -> None:
         """A set of prompts in groups, which is small."""

@@ -43,17 +43,20 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
             factors that do not fit the proxy.
     """
     config = run.config.build_query
-    if config.prompts is None:
-        raise ConfigError("build_query.prompts: name a JSONL or Parquet file in RealToxicityPrompts' schema")
+    sources = [source for source in (config.prompts, config.pairs, config.positive, config.negative) if source]
+    if not sources:
+        raise ConfigError("build_query: name `prompts` for a classifier, `pairs`, or `positive` and `negative` tables")
     if dry_run:
-        log(
-            VERB,
-            f"would take up to {config.max_positive:,} + {config.max_negative:,} queries from {config.prompts.path},"
-            f" classified by {config.classifier.name}",
-        )
+        paths = " and ".join(source.path for source in sources)
+        by = f", classified by {config.classifier.name}" if config.prompts else ""
+        log(VERB, f"would take up to {config.max_positive:,} + {config.max_negative:,} queries from {paths}{by}")
         return None
-    read_prompt_rows(config.prompts, "build_query.prompts")
-    training = training_inputs({"build_query.classifier": config.classifier})
+    if config.prompts is None:
+        choose_queries(config, run.config.seed)
+        training = {}
+    else:
+        read_prompt_rows(config.prompts, "build_query.prompts")
+        training = training_inputs({"build_query.classifier": config.classifier})
     if config.factors is None:
         require(run.factors, "fit_factors")
     run.require_proxy()
@@ -145,5 +148,6 @@ def _select(run: Run) -> dict[str, Any]:
     counts = {name: getattr(sets, name) for name in ("positive_rows", "negative_rows", "undecided", "unusable")}
     positive = len(sets.positive)
     summary = {"rows": sum(counts.values()), "positive": positive, "negative": len(queries) - positive, **counts}
-    log(VERB, f"classified with {config.classifier.name}: {summary}")
+    by = "tables of either set" if config.prompts is None else f"classified with {config.classifier.name}"
+    log(VERB, f"{by}: {summary}")
     return summary

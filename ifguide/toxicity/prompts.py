@@ -2,6 +2,8 @@
 
 - A prompt table has RealToxicityPrompts' own schema, one row {"prompt": {"text", score: value, ...}, "continuation":
   {"text", score: value, ...}}; the scores are those of Perspective there, and of anything else elsewhere.
+  Plain strings stand for objects with a text alone, and a plain prompt needs no continuation.
+- Completions of a query set are rows {prompt, completion} or {text}; pairs are rows {prompt, chosen, rejected}.
 - Prompts in groups are rows with a text column and, if there are groups, a group column (AttaQ: `input`, `label`), or
   BOLD's own JSON, {group: {name: [prompt, ...]}}, one file for each domain.
 - Labelled texts are rows with a text column and a label column, and perhaps scores. A dotted name is a column of nested
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ifguide.config import ConfigError, LabelledTexts, Prompts
+from ifguide.config import Completions, ConfigError, LabelledTexts, Pairs, Prompts
 from ifguide.records.delimited import Cell
 from ifguide.records.files import TABLES, holds_json_lines, kind_of, list_files
 from ifguide.records.rows import lone_surrogate, read_json, table_rows
@@ -63,8 +65,10 @@ def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str,
     value = record.get(part) if isinstance(record, dict) else None
     if value is None and isinstance(record, dict):  # a table without nested rows has columns `prompt.text`
         value = {k.removeprefix(f"{part}."): v for k, v in record.items() if k.startswith(f"{part}.")}
+    if isinstance(value, str):
+        return str(value), {}
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise ValueError(f"{where}: needs {part}.text, a string, as in RealToxicityPrompts")
+        raise ValueError(f"{where}: needs {part}.text, a string, as in RealToxicityPrompts, or a string as {part}")
     scores = {}
     for name, score in ((name, _plain(score)) for name, score in value.items()):
         if name == "text" or _is_missing(score):
@@ -76,11 +80,15 @@ def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str,
 
 
 def read_prompts(path: str | Path, dotted_key: str = "prompt table", first: int | None = None) -> list[PromptRow]:
-    """All rows of a prompt table, or the `first` of each file. Raises ValueError that names file and row."""
+    """All rows of a prompt table, or the `first` of each file. A row whose prompt is a plain string need have no
+    continuation, which is empty then.
+
+    Raises ValueError that names file and row."""
     rows = []
     for row, where, record in _records(path, dotted_key, first):
         prompt, prompt_scores = _text_and_scores(record, "prompt", where)
-        continuation, continuation_scores = _text_and_scores(record, "continuation", where)
+        alone = isinstance(record.get("prompt"), str) and "continuation" not in record
+        continuation, continuation_scores = ("", {}) if alone else _text_and_scores(record, "continuation", where)
         rows.append(
             PromptRow(
                 row=row,
@@ -106,6 +114,56 @@ def _is_missing(value: Any) -> bool:
 
 def _is_score(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= 1
+
+
+# ---- completions of either set ---------------------------------------------------------------------------
+
+
+def read_completions(source: Completions, dotted_key: str) -> list[PromptRow]:
+    """The configured rows of a table of one query set, without scores.
+
+    Raises:
+        FileNotFoundError, ConfigError: no such file, `rows` outside of it. ValueError: a bad row; names file and row.
+    """
+    return [_completion(source, row, where, record) for row, where, record in _chosen_records(source, dotted_key)]
+
+
+def _completion(source: Completions, row: int, where: str, record: Any) -> PromptRow:
+    has = record.keys() if isinstance(record, dict) else ()
+    alone = source.completion_column is None and "completion" not in has and "text" in has
+    completion_column = source.completion_column or ("text" if alone else "completion")
+    without = source.prompt_column is None and completion_column == "text" and "prompt" not in has
+    prompt = "" if without else _text(record, source.prompt_column or "prompt", where)
+    return _plain_row(row, prompt, _text(record, completion_column, where))
+
+
+def read_pairs(source: Pairs, dotted_key: str) -> tuple[list[PromptRow], list[PromptRow]]:
+    """The configured rows as those with the positive completion, and those with the negative one. Raises as
+    `read_completions`."""
+    positive, negative = [], []
+    for row, where, record in _chosen_records(source, dotted_key):
+        prompt = _text(record, source.prompt_column, where)
+        positive.append(_plain_row(row, prompt, _text(record, source.positive_column, where)))
+        negative.append(_plain_row(row, prompt, _text(record, source.negative_column, where)))
+    return positive, negative
+
+
+def _plain_row(row: int, prompt: str, completion: str) -> PromptRow:
+    return PromptRow(row=row, prompt=prompt, continuation=completion, prompt_scores={}, continuation_scores={})
+
+
+def _text(record: Any, column: str, where: str) -> str:
+    return str(_column(*_holder(record, column, where), str, where))
+
+
+def _chosen_records(source: Completions | Pairs, dotted_key: str) -> list[tuple[int, str, Any]]:
+    records = list(_records(source.path, f"{dotted_key}.path"))
+    if not records:
+        raise ValueError(f"{source.path}: the table of queries is empty")
+    start, stop = source.rows or (0, len(records))
+    if stop > len(records):
+        raise ConfigError(f"{dotted_key}.rows: [{start}, {stop}) is not within the {len(records)} of {source.path}")
+    return records[start:stop]
 
 
 # ---- prompts in groups -----------------------------------------------------------------------------------

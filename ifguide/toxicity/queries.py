@@ -1,9 +1,10 @@
-"""The two query sets that make toxicity the behaviour to find.
+"""The two query sets that say what behaviour to find.
 
 IF-Guide (arXiv 2506.01790) describes a behaviour by two sets of queries (prompt, completion): the direction V is the
 mean gradient over the positive set, which shows the behaviour, minus the mean over the negative set, which does not. A
 classifier scores the continuations of a prompt table; at or above one threshold a row is a positive query, at or below
 the other a negative one, and of each at most a set number is taken. Rows between the thresholds are in neither set.
+Where no classifier knows the behaviour, the sets come as tables: one for each, or pairs of completions.
 
 It does not tokenise, and it does not judge the classifier: its errors are the query sets' errors.
 """
@@ -18,7 +19,7 @@ import numpy as np
 
 from ifguide.config import BuildQuery
 from ifguide.toxicity.classifiers import Classifier, LabelClassifier, make_classifier
-from ifguide.toxicity.prompts import PromptRow, read_prompt_rows
+from ifguide.toxicity.prompts import PromptRow, read_completions, read_pairs, read_prompt_rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,9 @@ def _choose(indices: list[int], rows: Sequence[PromptRow], maximum: int, seed: i
 
 
 def choose_queries(options: BuildQuery, seed: int) -> QuerySets:
-    """The query sets of the configured prompts, by the configured classifier; as `select_queries`."""
-    assert options.prompts is not None
+    """The query sets that the config names: of prompts, by the classifier, as `select_queries`; or of plain tables."""
+    if options.prompts is None:
+        return _given_queries(options, seed)
     rows = read_prompt_rows(options.prompts, "build_query.prompts")
     return select_queries(
         rows,
@@ -75,6 +77,39 @@ def choose_queries(options: BuildQuery, seed: int) -> QuerySets:
         max_positive=options.max_positive,
         max_negative=options.max_negative,
         seed=seed,
+    )
+
+
+def _given_queries(options: BuildQuery, seed: int) -> QuerySets:
+    """The sets of tables that are of one set each, or of pairs. Rows with an empty completion are `unusable`."""
+    if options.pairs is not None:
+        tables = dict(zip(("positive", "negative"), read_pairs(options.pairs, "build_query.pairs"), strict=True))
+    else:
+        given = {"positive": options.positive, "negative": options.negative}
+        tables = {
+            name: [] if source is None else read_completions(source, f"build_query.{name}")
+            for name, source in given.items()
+        }
+    usable = {name: [i for i, row in enumerate(rows) if row.continuation.strip()] for name, rows in tables.items()}
+    unusable = sum(len(rows) - len(usable[name]) for name, rows in tables.items())
+    if unusable:
+        logger.warning("%d completions are empty and no queries", unusable)
+    for name, rows in usable.items():
+        if not rows and (name == "positive" or options.differential):
+            raise ValueError(f"build_query.{name}: no table gives a completion for this set")
+    chosen = {
+        name: [tables[name][i] for i in _choose(usable[name], tables[name], maximum, seed)]
+        for name, maximum in (("positive", options.max_positive), ("negative", options.max_negative))
+    }
+    return QuerySets(
+        positive=chosen["positive"],
+        negative=chosen["negative"],
+        positive_scores=[1.0] * len(chosen["positive"]),
+        negative_scores=[0.0] * len(chosen["negative"]),
+        positive_rows=len(usable["positive"]),
+        negative_rows=len(usable["negative"]),
+        undecided=0,
+        unusable=unusable,
     )
 
 

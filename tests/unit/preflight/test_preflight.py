@@ -131,6 +131,16 @@ def test_a_verb_checks_only_what_it_uses(faults) -> None:
     assert len(faults("build_query", "evaluate")) == 2
 
 
+def test_tables_of_queries_are_read_in_the_place_of_prompts_and_their_classifier(faults, tmp_path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c"}\n')
+    changes = {"build_query__prompts": None, "build_query__classifier": "detoxif:orig"}
+    (found,) = faults("build_query", build_query__pairs=str(tmp_path / "pairs.jsonl"), **changes)
+    assert "row 0: has no column 'rejected', only prompt, chosen" in found
+    changes |= {"build_query__pairs": None}
+    (found,) = faults("build_query", build_query__positive="none.jsonl", **changes)
+    assert "build_query.positive.path = none.jsonl: none.jsonl does not exist" in found
+
+
 @pytest.mark.parametrize(
     ("verb", "key", "value", "expected"),
     [
@@ -292,7 +302,10 @@ def test_bad_prompt_tables_are_one_line_with_file_and_row(tmp_path, faults, wher
     verb, key = where.partition("__")[0], where.replace("__", ".")
     flat = lines(tmp_path / "flat.jsonl", ROW, {"text": "x"})
     (found,) = faults(verb, **{where: flat})
-    assert found == f"{key}.path = {flat}: {flat}, row 1: needs prompt.text, a string, as in RealToxicityPrompts"
+    assert (
+        found
+        == f"{key}.path = {flat}: {flat}, row 1: needs prompt.text, a string, as in RealToxicityPrompts, or a string as prompt"
+    )
     whole = lines(tmp_path / "whole.jsonl", *[ROW] * 4)
     (found,) = faults(verb, **{where: {"path": whole, "rows": [2, 5]}})
     assert found.startswith(f"{key}.rows = [2, 5]: [2, 5) is not within the 4 rows of ")

@@ -121,16 +121,16 @@ def test_bold_s_files_are_read_with_a_mark_and_compressed_and_refused_in_latin_1
 def test_a_table_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"^build_query\.prompts\.path: .*gone\.jsonl does not exist"):
         read_prompt_rows(Prompts(path=str(tmp_path / "gone.jsonl")), "build_query.prompts")
-    (tmp_path / "a.csv").touch()
-    with pytest.raises(ValueError, match=r"^build_query\.prompts\.path: not read are .*a\.csv"):
-        read_prompt_rows(Prompts(path=str(tmp_path / "a.csv")), "build_query.prompts")
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ValueError, match=r"^build_query\.prompts\.path: not read are .*a\.txt"):
+        read_prompt_rows(Prompts(path=str(tmp_path / "a.txt")), "build_query.prompts")
     (tmp_path / "p.jsonl").write_bytes(lines("a"))
     options: dict[str, Any] = {"prompts": str(tmp_path / "p.jsonl")}
-    sets = {"more": PromptSet(path=str(tmp_path / "a.csv"))}
+    sets = {"more": PromptSet(path=str(tmp_path / "a.txt"))}
     evaluate = config_from_mapping({"evaluate": {**options, "prompt_sets": {"more": vars(sets["more"])}}}).evaluate
-    with pytest.raises(ValueError, match=r"^evaluate\.prompt_sets\.more\.path: not read are .*a\.csv"):
+    with pytest.raises(ValueError, match=r"^evaluate\.prompt_sets\.more\.path: not read are .*a\.txt"):
         chosen_sets(evaluate, 0)
-    data = vars(LabelledTexts(path=str(tmp_path / "a.csv")))
+    data = vars(LabelledTexts(path=str(tmp_path / "a.txt")))
     evaluate = config_from_mapping({"evaluate": {"check_data": [data], "classifier": "alt-profanity-check"}}).evaluate
-    with pytest.raises(ValueError, match=r"^evaluate\.check_data\[0\]\.path: not read are .*a\.csv"):
+    with pytest.raises(ValueError, match=r"^evaluate\.check_data\[0\]\.path: not read are .*a\.txt"):
         check_classifiers(evaluate, 0)

@@ -1,0 +1,107 @@
+"""Query sets that come as tables: one for each set, or pairs of completions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ifguide.config import BuildQuery, Completions, ConfigError, Pairs, config_from_mapping
+from ifguide.config.typed_yaml import result_part
+from ifguide.toxicity import choose_queries
+from ifguide.toxicity.prompts import PromptRow, read_completions, read_pairs, read_prompts
+
+
+def write(path: Path, *records: Any) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def row(number: int, prompt: str, completion: str) -> PromptRow:
+    return PromptRow(row=number, prompt=prompt, continuation=completion, prompt_scores={}, continuation_scores={})
+
+
+def test_a_set_is_rows_of_prompt_and_completion_or_of_a_text(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl", {"prompt": "p", "completion": " c"}, {"text": "t"}, {"prompt": "q", "text": " u"}
+    )
+    expected = [row(0, "p", " c"), row(1, "", "t"), row(2, "q", " u")]
+    assert read_completions(Completions(path=path), "k") == expected
+    assert read_completions(Completions(path=path, rows=(1, 3)), "k") == expected[1:]
+    pq.write_table(pa.table({"ask": ["p"], "answer": [{"en": " c"}]}), tmp_path / "a.parquet")
+    named = Completions(path=str(tmp_path / "a.parquet"), prompt_column="ask", completion_column="answer.en")
+    assert read_completions(named, "k") == [row(0, "p", " c")]
+
+
+def test_pairs_give_a_row_to_each_set(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "p", "chosen": " good", "rejected": " bad"})
+    assert read_pairs(Pairs(path=path), "k") == ([row(0, "p", " bad")], [row(0, "p", " good")])
+    other = Pairs(path=path, positive_column="chosen", negative_column="rejected")
+    assert read_pairs(other, "k") == ([row(0, "p", " good")], [row(0, "p", " bad")])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "p"}, r"row 1: has no column 'completion', only prompt"),
+        ({"completion": "c"}, r"row 1: has no column 'prompt', only completion"),
+        ({"prompt": "p", "completion": [{"role": "user"}]}, r"row 1: completion is .* not a str"),
+        ("p", r"row 1: a str, not an object"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, record: Any, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "completion": " c"}, record)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_completions(Completions(path=path), "build_query.positive")
+    assert path in str(caught.value)
+
+
+def test_rows_outside_of_the_table_and_an_empty_table_are_errors(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "t"})
+    with pytest.raises(ConfigError, match=r"build_query\.negative\.rows: \[0, 2\) is not within the 1 of"):
+        read_completions(Completions(path=path, rows=(0, 2)), "build_query.negative")
+    with pytest.raises(ValueError, match=r"b\.jsonl: the table of queries is empty"):
+        read_completions(Completions(path=write(tmp_path / "b.jsonl")), "k")
+
+
+def test_sets_are_drawn_by_seed_and_every_completion_is_counted(tmp_path: Path) -> None:
+    positive = write(tmp_path / "a.jsonl", *({"text": f"a{i}"} for i in range(30)), {"text": " "})
+    negative = write(tmp_path / "b.jsonl", *({"text": f"b{i}"} for i in range(5)))
+    options = BuildQuery(positive=Completions(path=positive), negative=Completions(path=negative), max_positive=10)
+    sets = choose_queries(options, 0)
+    assert (len(sets.positive), len(sets.negative)) == (10, 5)
+    assert (sets.positive_scores, sets.negative_scores) == ([1.0] * 10, [0.0] * 5)
+    assert (sets.positive_rows, sets.negative_rows, sets.undecided, sets.unusable) == (30, 5, 0, 1)
+    assert [each.row for each in sets.positive] == sorted(each.row for each in sets.positive)
+    assert sets.positive == choose_queries(options, 0).positive != choose_queries(options, 1).positive
+
+
+def test_a_set_without_completions_is_an_error_unless_it_is_not_used(tmp_path: Path) -> None:
+    path = Completions(path=write(tmp_path / "a.jsonl", {"text": "t"}))
+    with pytest.raises(ValueError, match=r"build_query\.negative: no table gives a completion"):
+        choose_queries(BuildQuery(positive=path), 0)
+    assert choose_queries(BuildQuery(positive=path, differential=False), 0).negative == []
+
+
+def test_queries_come_from_one_place() -> None:
+    with pytest.raises(ConfigError, match="build_query: prompts and pairs are set"):
+        config_from_mapping({"build_query": {"prompts": "a.jsonl", "pairs": "b.jsonl"}})
+    with pytest.raises(ConfigError, match=r"build_query\.positive: required beside build_query\.negative"):
+        config_from_mapping({"build_query": {"negative": "b.jsonl"}})
+
+
+def test_what_was_made_of_prompts_before_there_were_tables_still_fits() -> None:
+    assert not {"pairs", "positive", "negative"} & result_part(BuildQuery()).keys()
+    assert result_part(BuildQuery(pairs=Pairs(path="a")))["pairs"]["path"] == "a"
+
+
+def test_prompts_may_be_plain_strings(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": "q", "continuation": " c"})
+    assert read_prompts(path) == [row(0, "p", ""), row(1, "q", " c")]
+    path = write(tmp_path / "b.jsonl", {"prompt": "p", "continuation": None})
+    with pytest.raises(ValueError, match=r"row 0: needs continuation\.text"):
+        read_prompts(path)
