@@ -41,6 +41,11 @@ def test_a_missing_package_ends_a_command_in_one_line(tmp_path: Path) -> None:
         f"evaluate: {{check_data: ['{tmp_path}/texts.jsonl'], classifier: alt-profanity-check}}"
     )
     arguments = ["evaluate", "--check-classifier", "--config", str(tmp_path / "config.yaml")]
-    done = run_without(["profanity_check"], f"from ifguide.cli import main; sys.exit(main({arguments!r}))")
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("ifguide evaluate: the package profanity_check is needed")
+    for more, start in (
+        ([], "  evaluate.classifier.name = alt-profanity-check: "),
+        (["--no-preflight"], "ifguide evaluate: "),
+    ):
+        command = f"from ifguide.cli import main; sys.exit(main({[*arguments, *more]!r}))"
+        done = run_without(["profanity_check"], command)
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith(f"{start}the package profanity_check is needed")
