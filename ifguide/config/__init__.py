@@ -7,6 +7,7 @@
 from ifguide.config.evaluate import Evaluate
 from ifguide.config.names import check_names
 from ifguide.config.pretrain import Pretrain
+from ifguide.config.score_corpus import ScoreCorpus
 from ifguide.config.secrets import redact
 from ifguide.config.sections import (
     OWN,
@@ -18,7 +19,6 @@ from ifguide.config.sections import (
     FitFactors,
     ModelSource,
     PackCorpus,
-    ScoreCorpus,
     config_from_mapping,
     load_config,
     result_options,
