@@ -63,8 +63,9 @@ build_mask:
 CLASSIFIER = """  classifier: alt-profanity-check  # needs no download; `ifguide config evaluate.classifier` has others
 """
 NO_PROMPTS = f"""build_query:
-  # What shows the behaviour, and what does not, as texts with prompts. This must be named before a run:
-  # prompts: queries.jsonl
+  # What shows the behaviour, and what does not. One of these must be named before a run:
+  # pairs: pairs.jsonl  # rows {{"prompt", "chosen", "rejected"}}: rejected ones show it
+  # prompts: queries.jsonl  # rows {{"prompt", "continuation"}}, which the classifier parts
 {CLASSIFIER}  resources: {{gpus: 0}}
 """
 

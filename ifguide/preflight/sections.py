@@ -145,7 +145,8 @@ class _Sections:
             checks["build_query.classifier"] = partial(
                 self.models.classifier, "build_query.classifier", query.classifier, of_new_text=False
             )
-            checks |= self._prompts("build_query.prompts", query.prompts)
+            others = " for the classifier; or set build_query.pairs, or positive and negative"
+            checks |= self._prompts("build_query.prompts", query.prompts, others)
         if query.factors is not None:
             checks["build_query.factors"] = partial(self._folder, "build_query.factors", query.factors)
         return checks
@@ -241,9 +242,9 @@ class _Sections:
             checks |= self._classifiers(evaluated)
         return checks
 
-    def _prompts(self, key: str, prompts: Any) -> dict[str, Check]:
+    def _prompts(self, key: str, prompts: Any, others: str = "") -> dict[str, Check]:
         if prompts is None:
-            return {key: self._missing(key, "a JSONL or Parquet file of prompts")}
+            return {key: self._missing(key, f"a JSONL or Parquet file of prompts{others}")}
         return {key: partial(self.tables.prompts, key, prompts)}
 
     def _missing(self, key: str, what: str) -> Check:
