@@ -21,6 +21,7 @@ from ifguide.config import Input
 from ifguide.interchange import import_mask, read_mask
 from ifguide.mask_export import FORMATS, export_mask
 from ifguide.spans.mapping import mask_of_spans, spans_of_mask, token_edges
+from ifguide.storage import upload_folder
 from ifguide.training.blocks import TrainingBlocks, flatten_blocks
 from tests.exported import finish, make_run
 from tests.tokenizers import TEXTS, tokenizers
@@ -113,6 +114,19 @@ def test_spans_make_the_mask_of_any_tokenizer(name: str, run_dir: Path, tmp_path
 def stops_of(text: str, name: str) -> np.ndarray:
     offsets = tokenizers()[name](text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return np.array([*np.maximum.accumulate([stop for _, stop in offsets] or [0])[: len(offsets)], len(text) + 1])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_run_in_an_object_store_is_exported_to_local_files(
+    kind: str, run_dir: Path, tmp_path: Path, store: Path
+) -> None:
+    upload_folder(run_dir, store / "run")
+    here, there = (
+        export_mask(place, tmp_path / place.parent.name / kind, kind=kind) for place in (run_dir, store / "run")
+    )
+    assert there.fingerprint == here.fingerprint
+    with pytest.raises(ValueError, match="export to a local folder, and copy that"):
+        export_mask(store / "run", store / "out", kind=kind)
 
 
 def other_corpus(run_dir: Path) -> None:
