@@ -9,11 +9,12 @@ no table of prompts is found, the config says what to name.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
-from ifguide.config import Input
+from ifguide.config import Input, load_config
 from ifguide.config.packaged import find_config
 from ifguide.planning.corpus_size import InputSize, input_size
 from ifguide.records.files import KINDS, is_compressed, kind_of, list_files
@@ -25,8 +26,6 @@ SIZES = (  # up to so many tokens: width, layers, heads, vocabulary of the targe
     (1e8, 256, 6, 4, 16_384),
     (float("inf"), 512, 8, 8, 32_768),
 )
-PROMPT_COLUMNS = {"prompt", "continuation"}  # of RealToxicityPrompts' schema
-
 HEAD = """# Made by `ifguide init`. `ifguide config SECTION` explains its keys; an editor completes them from what
 # `ifguide config --schema` prints.
 """
@@ -60,31 +59,50 @@ SCORING = """score_corpus:
 build_mask:
   max_fraction: 0.02  # share of the corpus that is masked at most
 """
-CLASSIFIER = """  classifier: alt-profanity-check  # needs no download; `ifguide config evaluate.classifier` has others
+CLASSIFIER = """  classifier: alt-profanity-check  # sees insults; of others `ifguide config evaluate.classifier` tells
 """
-NO_PROMPTS = f"""build_query:
-  # What shows the behaviour, and what does not. One of these must be named before a run:
-  # pairs: pairs.jsonl  # rows {{"prompt", "chosen", "rejected"}}: rejected ones show it
-  # prompts: queries.jsonl  # rows {{"prompt", "continuation"}}, which the classifier parts
-{CLASSIFIER}  resources: {{gpus: 0}}
+NO_OTHER = "  prompts: null  # those of the config that this one extends\n"
+SIGNS = """  # Which of these show the behaviour, and which do not? Name them before a run:
+  # positive: ...
+  # negative: ...
+"""
+NO_QUERIES = """  # What shows the behaviour, and what does not. One of these must be named before a run:
+  # pairs: rows {"prompt": ..., "chosen": ..., "rejected": ...}; the rejected ones show it
+  # positive and negative: rows {"prompt": ..., "completion": ...}
+  # prompts: rows {"prompt": ..., "continuation": ...}, and a classifier that parts them
 """
 
 
-Looked = tuple[Path, tuple[str, ...], str | None]  # a file, its columns, and which has the text
+Role = Literal["documents", "prompts", "pairs", "completions", "bare prompts"]
+
+
+class Kind(NamedTuple):
+    """What a file holds, and the column of its documents: empty where a file is one, or has no documents."""
+
+    role: Role
+    column: str = ""
+
+
+TABLES: dict[Role, set[str]] = {  # of queries: what a row has beside its prompt
+    "pairs": {"chosen", "rejected"},
+    "completions": {"completion"},
+    "prompts": {"continuation"},
+}
+Looked = tuple[Path, tuple[str, ...], Kind]  # a file and its columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Files with the same columns: documents of `text_column` (empty: whole files), or prompts (None)."""
+    """Files of the same kind."""
 
     path: str
     files: int
     columns: tuple[str, ...]
-    text_column: str | None
+    kind: Kind
 
     @property
     def input(self) -> Input:
-        return Input(path=self.path, text_column=self.text_column or Input.text_column)
+        return Input(path=self.path, text_column=self.kind.column or Input.text_column)
 
 
 def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tuple[str, list[str]]:
@@ -100,8 +118,8 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
         base = f"{base.removesuffix('.yaml')}.yaml"
         find_config(Path(base))
     found = [each for pattern in data or _usual_places() for each in _look(pattern)]
-    documents = [each for each in found if each.text_column is not None]
-    prompts = [each for each in found if each.text_column is None]
+    documents = [each for each in found if each.kind.role == "documents"]
+    tables = {role: [each.path for each in found if each.kind.role == role] for role in get_args(Role)}
     if not documents:
         raise ValueError(
             f"--data: no documents among {', '.join(each.path for each in found)}; name a table with texts"
@@ -109,28 +127,27 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
     sizes = [input_size([each.input]) for each in documents]
     tokens = sum(size.tokens for size in sizes if size is not None)
     lines = [_described(each, size) for each, size in zip(documents, sizes, strict=True)]
-    lines += [f"{each.path}: prompts ({', '.join(each.columns)})" for each in prompts]
+    lines += [f"{each.path}: {each.kind.role} ({', '.join(each.columns)})" for each in found if each not in documents]
     inputs = "".join(_input(each, line) for each, line in zip(documents, lines, strict=False))
     parts = [
         HEAD,
         f"extends: {_quoted(base)}\n" if base else "",
         f"run_dir: {run_dir}  # every artifact; running again resumes\n",
     ]
+    packing = f"pack_corpus:\n  inputs:\n{inputs}"
     if base:
-        query = f"build_query:\n  prompts: {_quoted(prompts[0].path)}\n" if prompts else ""
-        parts += [f"pack_corpus:\n  inputs:\n{inputs}", query]
+        taken = load_config(base).build_query.prompts is not None and not tables["prompts"]
+        query = _query(tables)
+        parts += [packing, f"build_query:\n{NO_OTHER if taken else ''}{query}" if query else ""]
     else:
         width, layers, heads, vocabulary = next(shape[1:] for shape in SIZES if tokens <= shape[0])
         shape = {"width": width, "inner": 4 * width, "layers": layers, "heads": heads}
-        parts += [MODELS.format(tokens=tokens, **shape)]
+        parts += [MODELS.format(tokens=tokens, **shape), packing, PACKING.format(vocabulary=vocabulary), TRAINING]
         parts += [
-            f"pack_corpus:\n  inputs:\n{inputs}",
-            PACKING.format(vocabulary=vocabulary),
-            TRAINING,
-            _query(prompts),
+            f"build_query:\n{_query(tables) or NO_QUERIES}  resources: {{gpus: 0}}\n",
             SCORING,
+            _evaluation(tables),
         ]
-        parts += [_evaluation(prompts)]
     return "".join(parts), lines
 
 
@@ -147,16 +164,16 @@ def _usual_places() -> list[str]:
 
 
 def _look(pattern: str) -> list[Found]:
-    """The files of a pattern as one input where their texts are in one column, else those of each folder and kind."""
-    looked = [(path, *_columns(path)) for path in list_files(pattern, "--data")]
+    """The files of a pattern as one input where they are of one kind, else those of each folder and kind."""
+    looked = [(path, *_content(path)) for path in list_files(pattern, "--data")]
     groups: dict[str, list[Looked]] = {}
     for each in looked:
-        alike = len({text for _, _, text in looked}) == 1
+        alike = len({kind for *_, kind in looked}) == 1
         groups.setdefault(pattern if alike else f"{each[0].parent}/*{_suffix(each[0])}", []).append(each)
     found = []
     for name, files in groups.items():
         one = len(files) == 1 and len(groups) > 1
-        if one or len({text for _, _, text in files}) > 1:
+        if one or len({kind for *_, kind in files}) > 1:
             found += [_found(str(each[0]), [each]) for each in files]
         else:
             found.append(_found(name, files))
@@ -165,59 +182,75 @@ def _look(pattern: str) -> list[Found]:
 
 def _found(path: str, files: Sequence[Looked]) -> Found:
     columns = tuple(dict.fromkeys(name for _, names, _ in files for name in names))
-    return Found(path=path, files=len(files), columns=columns, text_column=files[0][2])
+    return Found(path=path, files=len(files), columns=columns, kind=files[0][2])
 
 
 def _suffix(path: Path) -> str:
     return "".join(path.suffixes[-2:] if is_compressed(path) else path.suffixes[-1:])
 
 
-def _columns(path: Path) -> tuple[tuple[str, ...], str | None]:
-    """The columns of a file by its first row, and which has its documents."""
+def _content(path: Path) -> tuple[tuple[str, ...], Kind]:
+    """The columns of a file by its first row, and what it holds."""
     if kind_of(path) == "text":
-        return (), ""
+        return (), Kind("documents")
     row = next(iter(table_rows(path, "text")), None)
     if isinstance(row, list) and row and isinstance(row[0], str):  # one document a string
-        return (), ""
+        return (), Kind("documents")
     if not isinstance(row, dict):
         raise ValueError(f"{path}: {row if isinstance(row, str) else 'its first row is no object'}; mend or remove it")
-    if row.keys() >= PROMPT_COLUMNS:
-        return tuple(row), None
+    return tuple(row), _kind(row) or _documents(path, row)
+
+
+def _kind(row: Mapping[str, Any]) -> Kind | None:
+    """What a row with a prompt is for; None where it is a document."""
+    if "prompt" not in row:
+        return None
+    for role, columns in TABLES.items():
+        if row.keys() >= columns:
+            return Kind(role)
+    return None if row.keys() & set(TEXT_COLUMNS) else Kind("bare prompts")
+
+
+def _documents(path: Path, row: Mapping[str, Any]) -> Kind:
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
-    named = [name for name in TEXT_COLUMNS if name in texts]
     if not texts:
         raise ValueError(
             f"{path}: none of its columns ({', '.join(row)}) holds a text; convert it, or name other files"
         )
-    return tuple(row), named[0] if named else max(texts, key=lambda name: len(texts[name]))
+    named = [name for name in TEXT_COLUMNS if name in texts]
+    return Kind("documents", named[0] if named else max(texts, key=lambda name: len(texts[name])))
 
 
 def _described(found: Found, size: InputSize | None) -> str:
-    column = f"; the text is in `{found.text_column}` of {', '.join(found.columns)}" if found.columns else ""
+    column = f"; the text is in `{found.kind.column}` of {', '.join(found.columns)}" if found.columns else ""
     assert size is not None  # the files are there
     files = f"{size.files:,} file{'' if size.files == 1 else 's'}"
     return f"{found.path}: {files}, {size.bytes / 1e6:,.3g} MB, about {size.tokens:,.0f} tokens{column}"
 
 
 def _input(found: Found, line: str) -> str:
-    column = f"      text_column: {_quoted(found.text_column)}\n" if found.text_column else ""
+    column = f"      text_column: {_quoted(found.kind.column)}\n" if found.kind.column else ""
     return f"    # {line.removeprefix(f'{found.path}: ')}\n    - path: {_quoted(found.path)}\n{column}"
 
 
-def _query(prompts: Sequence[Found]) -> str:
-    """The section of what shows the behaviour."""
-    if not prompts:
-        return NO_PROMPTS
-    return f"build_query:\n  prompts: {_quoted(prompts[0].path)}\n{CLASSIFIER}  resources: {{gpus: 0}}\n"
+def _query(tables: Mapping[str, Sequence[str]]) -> str:
+    """The keys of what shows the behaviour and what does not; nothing where no table is found."""
+    if tables["pairs"]:
+        return f"  pairs: {_quoted(tables['pairs'][0])}  # its `rejected` show the behaviour, its `chosen` do not\n"
+    if tables["completions"]:
+        signs = {sign: [path for path in tables["completions"] if sign in path] for sign in ("positive", "negative")}
+        if all(len(paths) == 1 for paths in signs.values()):
+            return "".join(f"  {sign}: {_quoted(path)}\n" for sign, (path,) in signs.items())
+        return SIGNS + "".join(f"  # - {path}\n" for path in tables["completions"])
+    if tables["prompts"]:
+        return f"  prompts: {_quoted(tables['prompts'][0])}\n{CLASSIFIER}"
+    return ""
 
 
-def _evaluation(prompts: Sequence[Found]) -> str:
-    name = _quoted(prompts[-1].path) if prompts else "prompts.jsonl"
-    begin = "" if prompts else "# "
-    return f"""evaluate:
-  {begin}prompts: {name}  # best others than those of build_query
-{CLASSIFIER}  resources: {{gpus: 0}}
-"""
+def _evaluation(tables: Mapping[str, Sequence[str]]) -> str:
+    paths = [path for role in ("bare prompts", "prompts", "pairs", "completions") for path in tables[role]]
+    prompts = f"  prompts: {_quoted(paths[0])}" if paths else "  # prompts: prompts.jsonl"
+    return f"evaluate:\n{prompts}  # best others than those of build_query\n{CLASSIFIER}  resources: {{gpus: 0}}\n"
 
 
 def _quoted(text: str) -> str:

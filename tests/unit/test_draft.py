@@ -48,7 +48,7 @@ def test_a_folder_of_like_files_is_one_input(folder: Path, capsys: pytest.Captur
     assert out.startswith("data: 2 files, ")
     assert out.endswith("wrote ifguide.yaml; next: ifguide run --config ifguide.yaml --dry-run\n")
     assert config.run_dir == "runs/ifguide"
-    assert "  # prompts: queries.jsonl" in text
+    assert "  # pairs: rows" in text
 
 
 def test_unlike_files_and_prompts_are_told_apart(folder: Path) -> None:
@@ -66,6 +66,32 @@ def test_unlike_files_and_prompts_are_told_apart(folder: Path) -> None:
     assert config.build_query.prompts is not None
     assert config.evaluate.prompts is not None
     assert config.build_query.prompts.path == config.evaluate.prompts.path == "data/queries.jsonl"
+
+
+@pytest.mark.parametrize("base", [[], ["--from", "pythia160m_owt"]])
+def test_tables_of_queries_are_taken_for_what_their_columns_are(base: list[str], folder: Path) -> None:
+    lines(folder / "data" / "a.jsonl", {"text": TEXT})
+    lines(folder / "data" / "held" / "prompts.jsonl", {"prompt": "What do you think?"})
+    lines(folder / "data" / "q" / "pairs.jsonl", {"prompt": "Say:", "chosen": "a.", "rejected": "Brilliant!"})
+    config, text = drafted(*base)
+    query = config.build_query
+    assert query.pairs is not None
+    assert (query.pairs.path, query.prompts, query.positive) == ("data/q/pairs.jsonl", None, None)
+    assert base or config.evaluate.prompts.path == "data/held/prompts.jsonl"
+    (folder / "data" / "q" / "pairs.jsonl").unlink()
+    (folder / "ifguide.yaml").unlink()
+    for sign in ("positive", "negative"):
+        lines(folder / "data" / f"{sign}.parquet.jsonl", {"prompt": "Say:", "completion": f"{sign}."})
+    query = drafted(*base)[0].build_query
+    assert query.positive is not None
+    assert query.negative is not None
+    assert query.positive.path == "data/positive.parquet.jsonl"
+    assert query.negative.path == "data/negative.parquet.jsonl"
+    (folder / "ifguide.yaml").unlink()
+    (folder / "data" / "positive.parquet.jsonl").rename(folder / "data" / "flattery.jsonl")
+    config, text = drafted(*base)
+    assert config.build_query.positive is None
+    assert "  # - data/flattery.jsonl\n  # - data/negative.parquet.jsonl" in text
 
 
 def test_files_beside_are_found_where_there_is_no_folder(folder: Path) -> None:
