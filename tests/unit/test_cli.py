@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ifguide import cli
+from ifguide import cli, commands
 from ifguide.cli import main
 from ifguide.config import VERBS
 from ifguide.config.packaged import packaged_configs
@@ -43,7 +43,7 @@ def test_what_an_object_store_refuses_is_one_line(
     def load(path: Path, overrides: list[str]) -> None:
         raise refused("Unable to locate credentials")
 
-    monkeypatch.setattr(cli, "load_config", load)
+    monkeypatch.setattr(commands, "load_config", load)
     assert main(["run", "--config", "configs/tiny.yaml"]) == 1
     assert capsys.readouterr().err == "ifguide run: Unable to locate credentials\n"
 
