@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,7 @@ from ifguide.storage import location
 from ifguide.telemetry import configure_logging
 
 USER_ERRORS = (ValueError, OSError)  # the latter of files: not there, not writable, no space left
+PRINTING = ("show", "status", "inspect", "plan", "config")  # commands that do nothing else
 STORE_ERRORS = "botocore."  # modules of what s3fs raises besides: no credentials, no connection
 
 
@@ -32,10 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         with interrupts.handled():
-            return options.function(options)
+            code: int = options.function(options)
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt as error:
         return _interrupted(options.command, error)
     except USER_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and options.command in PRINTING:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads on, as behind `| head`
+            return 0
         print(f"ifguide {options.command}: {redact(str(error))}{advice(str(error))}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -71,3 +74,12 @@ def test_the_version_is_that_of_the_package(
     assert shown() == f"ifguide {version('ifguide')}\n"
     monkeypatch.setattr(cli, "version", lambda name: version(f"no-{name}"))
     assert shown() == "ifguide not installed\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "ifguide.cli", "config", "build_query"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
