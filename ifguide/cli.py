@@ -96,6 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(function=commands.show)
     status = subparsers.add_parser("status", help="how far each stage of a run is, at any time, from its files alone")
     status.add_argument("run_dir", type=location)
+    status.add_argument("--json", action="store_true", help="one JSON object")
+    status.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=5.0,
+        metavar="SECONDS",
+        help="again every so often, while it is worked on",
+    )
     status.set_defaults(function=commands.status)
     _add_plan_flags(subparsers.add_parser("plan", help="hours, cost, storage and memory of every stage, beforehand"))
     inspect = subparsers.add_parser("inspect", help="the top documents of a run, masked tokens in red")

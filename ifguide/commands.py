@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import json
 import logging
+import sys
+import time
 
 from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest, write_text
 from ifguide.config import Config, Input, load_config, to_yaml
@@ -178,13 +180,18 @@ def show(options: argparse.Namespace) -> int:
 
 
 def status(options: argparse.Namespace) -> int:
-    """Print how far a run is."""
+    """Print how far a run is; with --watch again and again, until it is left or done."""
     from ifguide.run import FOLDERS
     from ifguide.status import run_status
 
-    for line in run_status(options.run_dir, FOLDERS):
-        print(line)
-    return 0
+    while True:
+        found = run_status(options.run_dir, FOLDERS)
+        lines = [found.as_json()] if options.json else found.lines()
+        clear = "\x1b[H\x1b[2J" if options.watch and sys.stdout.isatty() else ""
+        print(clear + "\n".join(lines), flush=True)
+        if not options.watch or found.holder is None or found.holder_has_ended:
+            return 0
+        time.sleep(options.watch)
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -2,62 +2,142 @@
 
 A folder with a manifest is complete, one with a plan is in progress, any other is not begun. Of a stage that works on
 shards the ledger says how many are done, which are being retried, and which were given up and why; the last line of
-its progress file gives total, rate and ETA. Nothing is asked of Ray, so a run whose driver died looks like one that is
-slow: the line says how old its news are.
+its progress file gives total, rate and ETA. Of a training the last line of its metrics gives step, loss, rate and ETA.
+Nothing is asked of Ray, so a run whose driver died looks like one that is slow: the line says how old its news are.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from ifguide.artifacts import MANIFEST, PLAN, has_ended, read_holder, read_manifest
 from ifguide.distributed.ledger import LEDGER, read_attempts, unfinished_attempts
-from ifguide.telemetry import format_seconds, last_progress, progress_text
+from ifguide.telemetry import METRICS, format_seconds, last_progress, progress_text
 
 SHOWN_FAILURES = 20
+# where there are artifacts that not every run has
+FURTHER = ("target/*", "compare/*", "compare/*/*", "compare/*/*/*", "analyses")
+State = Literal["complete", "in progress", "not begun"]
 
 
-def run_status(run_dir: Path, artifacts: Iterable[str]) -> list[str]:
-    """Who works in a run directory, one line per artifact by its folder's name, and one more per shard that failed.
+@dataclass(frozen=True, kw_only=True)
+class StageStatus:
+    """One artifact. `text` is for people; `progress` is what its last line of progress or of metrics says, with
+    `seconds_ago`, and the rows of a complete one; `failures` are shards that were given up, with their reasons."""
+
+    name: str
+    state: State
+    text: str = ""
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+
+    def lines(self, width: int) -> list[str]:
+        """One line, and one for each failure; `width` of the name's column."""
+        failures = [f"{'':{width}}   failed {failure}" for failure in self.failures[:SHOWN_FAILURES]]
+        return [f"{self.name:{width}} {self.state:12} {self.text}".rstrip(), *failures]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """Who works in a run directory, and each artifact: those that every run has, then others that were begun."""
+
+    holder: str | None
+    holder_has_ended: bool
+    stages: tuple[StageStatus, ...]
+
+    def lines(self) -> list[str]:
+        """What `ifguide status` prints."""
+        said = f"left by {self.holder}, which has ended" if self.holder_has_ended else f"in use by {self.holder}"
+        width = max(len(stage.name) for stage in self.stages)
+        return [*([said] if self.holder else []), *(line for stage in self.stages for line in stage.lines(width))]
+
+    def as_json(self) -> str:
+        """All of it, as one JSON object."""
+        return json.dumps(asdict(self))
+
+
+def run_status(run_dir: Path, artifacts: Iterable[str]) -> RunStatus:
+    """The status of the artifacts by their folders' names, and of others that are found.
 
     Raises:
         FileNotFoundError: there is no such directory.
     """
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} does not exist; `ifguide run` makes it")
-    holder = read_holder(run_dir)
-    lines = []
-    if holder:
-        lines.append(f"left by {holder}, which has ended" if has_ended(holder) else f"in use by {holder}")
-    for name in artifacts:
-        text, *failures = _folder_status(run_dir / name)
-        lines += [f"{name:16} {text}", *(f"{'':16}   {failure}" for failure in failures)]
-    return lines
+    holder, named = read_holder(run_dir), list(artifacts)
+    found = {
+        folder.relative_to(run_dir).as_posix()
+        for pattern in FURTHER
+        for folder in run_dir.glob(pattern)
+        if (folder / PLAN).exists() or (folder / MANIFEST).exists()
+    }
+    return RunStatus(
+        holder=str(holder) if holder else None,
+        holder_has_ended=bool(holder and has_ended(holder)),
+        stages=tuple(_folder_status(name, run_dir / name) for name in [*named, *sorted(found - {*named})]),
+    )
 
 
-def _folder_status(folder: Path) -> list[str]:
+def _folder_status(name: str, folder: Path) -> StageStatus:
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         rows = ", ".join(f"{count:,} {unit}" for unit, count in manifest.rows.items())
-        return [f"complete     {rows} ({format_seconds(manifest.seconds)})"]
+        text = f"{rows} ({format_seconds(manifest.seconds)})"
+        return StageStatus(name=name, state="complete", text=text, progress=manifest.rows)
     if not (folder / PLAN).exists():
-        return ["not begun"]
+        return StageStatus(name=name, state="not begun")
+    if (row := _last_metrics(folder)) is not None:
+        return StageStatus(name=name, state="in progress", text=_training_text(row), progress=row)
     values = last_progress(folder)
     if values is None:
-        return [f"in progress  begun {_age((folder / PLAN).stat().st_mtime)}"]
+        begun = _seconds_since((folder / PLAN).stat().st_mtime)
+        text = f"begun {format_seconds(begun)} ago"
+        return StageStatus(name=name, state="in progress", text=text, progress={"seconds_ago": begun})
+    return _shards_status(name, folder, values)
+
+
+def _shards_status(name: str, folder: Path, values: dict[str, Any]) -> StageStatus:
     ledger = folder / LEDGER
     attempts = {path.stem: read_attempts(path) for path in unfinished_attempts(ledger)}
     failed = {key: content["reason"] for key, content in attempts.items() if content["given_up"]}
     retried = sum(content["attempts"] > 1 for key, content in attempts.items() if key not in failed)
-    values = {**values, "failed": len(failed)}
     newest = max([values["time"], *(path.stat().st_mtime for path in ledger.glob("*.json"))])
-    text = f"in progress  {progress_text(values)}; last news {_age(newest)}"
+    values = {**values, "failed": len(failed), "seconds_ago": _seconds_since(newest)}
+    text = f"{progress_text(values)}; last news {format_seconds(values['seconds_ago'])} ago"
     if retried:
         text += f"; {retried} shards are being tried again"
-    return [text, *(f"failed {key}: {reason}" for key, reason in sorted(failed.items())[:SHOWN_FAILURES])]
+    failures = tuple(f"{key}: {reason}" for key, reason in sorted(failed.items()))
+    return StageStatus(name=name, state="in progress", text=text, progress=values, failures=failures)
 
 
-def _age(then: float) -> str:
-    return f"{format_seconds(max(0.0, time.time() - then))} ago"
+def _last_metrics(folder: Path) -> dict[str, Any] | None:
+    """The last whole line of a training's metrics; one that was cut short or damaged is passed over."""
+    path = folder / METRICS
+    if not path.exists():
+        return None
+    for line in reversed(path.read_bytes().splitlines()):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            row = {**json.loads(line), "seconds_ago": _seconds_since(path.stat().st_mtime)}
+            _training_text(row)
+            return row
+    return None
+
+
+def _training_text(row: Mapping[str, Any]) -> str:
+    """The line of a row of metrics, as `training.loop` and `training.meter` write them."""
+    step, steps = row["step"], row["steps"]
+    eta = "" if row.get("eta_seconds") is None else f", ETA {format_seconds(row['eta_seconds'])}"
+    return (
+        f"step {step:,}/{steps:,} ({step / steps:.0%}), loss {row['loss']:.4f},"
+        f" {row['tokens_per_second']:,.0f} tokens/s{eta}; last news {format_seconds(row['seconds_ago'])} ago"
+    )
+
+
+def _seconds_since(then: float) -> float:
+    return max(0.0, time.time() - then)

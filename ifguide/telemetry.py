@@ -21,6 +21,7 @@ from ifguide.storage import is_remote
 
 ROOT = "ifguide"
 PROGRESS = "progress.jsonl"
+METRICS = "metrics.jsonl"  # of a training
 REMOTE_SECONDS = 60.0
 
 

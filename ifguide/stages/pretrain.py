@@ -31,11 +31,11 @@ from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.shapes import initial_model, require_positions
 from ifguide.spans.filling import mask_other_tokens
 from ifguide.storage import is_remote, location
-from ifguide.telemetry import configure_logging, cut_torn_line, log
+from ifguide.telemetry import METRICS, configure_logging, cut_torn_line, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import first_whole, last_checkpoint, published_checkpoints
-from ifguide.training.folder import METRICS, STOP
+from ifguide.training.folder import STOP
 from ifguide.training.loop import EXPORT, SUMMARY, VERB, TrainingLoop, TrainingStopped
 from ifguide.training.meter import training_line
 from ifguide.training.model import architecture

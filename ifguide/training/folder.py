@@ -30,6 +30,7 @@ from ifguide.storage import (
     upload_folder,
     work_folder,
 )
+from ifguide.telemetry import METRICS
 from ifguide.training.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -41,7 +42,7 @@ from ifguide.training.checkpoints import (
     remove_others,
 )
 
-METRICS, TENSORBOARD, WANDB = "metrics.jsonl", "tensorboard", "wandb.json"
+TENSORBOARD, WANDB = "tensorboard", "wandb.json"
 DIGESTS = "digests-"  # files of each rank, gathered before a checkpoint is published
 WRITER_FAILED = ("inline_container", "PytorchStreamWriter")  # of what torch.save raises on a full disk
 STOP = "stop"  # in the model's folder: the driver asks its ranks to save and end

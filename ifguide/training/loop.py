@@ -19,7 +19,7 @@ import torch
 from ifguide.artifacts import write_sealed
 from ifguide.config import ConfigError, to_mapping
 from ifguide.storage import location
-from ifguide.telemetry import MetricsLog, log
+from ifguide.telemetry import METRICS, MetricsLog, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.training.blocks import BLOCKS, TrainingBlocks, flatten_blocks
 from ifguide.training.checkpoints import (
@@ -33,7 +33,7 @@ from ifguide.training.checkpoints import (
     published_checkpoints,
 )
 from ifguide.training.engines import DeepSpeedEngine, Engine, TorchEngine
-from ifguide.training.folder import METRICS, TrainingFolder
+from ifguide.training.folder import TrainingFolder
 from ifguide.training.losses import LossSums, LossTotals, MicroBatch
 from ifguide.training.meter import Meter, meter_of
 from ifguide.training.model import build_model, write_model

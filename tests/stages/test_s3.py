@@ -24,9 +24,8 @@ from ifguide.distributed.ledger import LEDGER
 from ifguide.run import Run
 from ifguide.stages.analyse import analyse
 from ifguide.storage import location, subfolders, upload_folder
-from ifguide.telemetry import read_metrics
+from ifguide.telemetry import METRICS, read_metrics
 from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint
-from ifguide.training.folder import METRICS
 from tests.s3_server import CREDENTIALS, s3_server
 from tests.stages.conftest import ARCHITECTURE, small_config
 from tests.stages.packed import packed_run, settings_of

@@ -20,9 +20,8 @@ from ifguide.config import Config, to_mapping
 from ifguide.run import Run
 from ifguide.stages.pretrain import pretrain
 from ifguide.stages.score_corpus import score_corpus
-from ifguide.telemetry import read_metrics
+from ifguide.telemetry import METRICS, read_metrics
 from ifguide.training.checkpoints import last_checkpoint
-from ifguide.training.folder import METRICS
 from tests.stages.conftest import ARCHITECTURE, own_environment
 from tests.stages.packed import packed_run
 

@@ -21,12 +21,11 @@ from ifguide.distributed.shards import StageError
 from ifguide.models import load_model
 from ifguide.run import PENALISED, Run
 from ifguide.stages.pretrain import _reason, pretrain
-from ifguide.telemetry import read_metrics
+from ifguide.telemetry import METRICS, read_metrics
 from ifguide.training import loop as training_loop
 from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint, part_folder, published_checkpoints
 from ifguide.training.engines import TorchEngine
-from ifguide.training.folder import METRICS
 from ifguide.training.loop import SUMMARY, TrainingLoop
 from tests.stages.conftest import ARCHITECTURE
 from tests.stages.packed import packed_run, settings_of

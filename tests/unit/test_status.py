@@ -1,19 +1,22 @@
 """ifguide.status: how far a run is, from files alone, also when its driver is gone in the middle of a line."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from ifguide.artifacts import open_artifact
+from ifguide.artifacts import hold, open_artifact
+from ifguide.cli import main
 from ifguide.distributed.ledger import LEDGER, Attempts
 from ifguide.run import FOLDERS, Run
 from ifguide.status import run_status
-from ifguide.telemetry import PROGRESS, Progress, ProgressFile
+from ifguide.telemetry import METRICS, PROGRESS, Progress, ProgressFile
 
 
 def begin(folder: Path):
@@ -21,7 +24,7 @@ def begin(folder: Path):
 
 
 def line_of(run_dir: Path, name: str) -> str:
-    return next(line for line in run_status(run_dir, FOLDERS) if line.startswith(name))
+    return next(line for line in run_status(run_dir, FOLDERS).lines() if line.startswith(name))
 
 
 def test_the_folders_are_those_of_a_run(tmp_path):
@@ -56,7 +59,7 @@ def test_failed_shards_are_named_with_their_reason_and_retried_ones_counted(tmp_
     again.begin()
     assert "1 failed" in line_of(tmp_path, "scores")
     assert "1 shards are being tried again" in line_of(tmp_path, "scores")
-    assert any(line.strip() == "failed shard-1: no space left" for line in run_status(tmp_path, FOLDERS))
+    assert any(line.strip() == "failed shard-1: no space left" for line in run_status(tmp_path, FOLDERS).lines())
 
 
 def test_a_progress_line_cut_short_is_passed_over_and_old_news_are_called_old(tmp_path):
@@ -64,6 +67,52 @@ def test_a_progress_line_cut_short_is_passed_over_and_old_news_are_called_old(tm
     values = {"verb": "v", "unit": "shards", "done": 1, "total": 4, "per_second": 1.0, "eta_seconds": 3.0}
     (folder / PROGRESS).write_text(json.dumps({"time": time.time() - 7300, **values}) + '\n{"time": 17')
     assert "1/4 shards (25%), 1 shards/s, ETA 3s; last news 2h01m ago" in line_of(tmp_path, "scores")
+
+
+def test_a_training_says_step_loss_rate_and_eta(tmp_path):
+    folder = begin(tmp_path / "model" / "penalised").folder
+    row = {"step": 40, "loss": 6.5, "tokens_per_second": 3604.2, "mfu": None, "steps": 200, "eta_seconds": 75.0}
+    (folder / METRICS).write_text(json.dumps({**row, "step": 20}) + "\n" + json.dumps(row) + '\n{"step": 6')
+    expected = "in progress  step 40/200 (20%), loss 6.5000, 3,604 tokens/s, ETA 1m15s; last news 0s ago"
+    assert line_of(tmp_path, "model/penalised").split(maxsplit=1)[1] == expected
+    (folder / METRICS).write_text('{"step"')
+    assert "in progress  begun 0s ago" in line_of(tmp_path, "model/penalised")
+
+
+def test_a_comparison_and_further_artifacts_are_shown_once_they_are_begun(tmp_path):
+    names = [stage.name for stage in run_status(tmp_path, FOLDERS).stages]
+    assert names == [*FOLDERS]
+    begin(tmp_path / "compare" / "random" / "model" / "penalised")
+    begin(tmp_path / "compare" / "random" / "mask").finish([], rows={"blocks": 2}, summary={})
+    begin(tmp_path / "target" / "corpus")
+    names = [stage.name for stage in run_status(tmp_path, FOLDERS).stages]
+    assert names == [*FOLDERS, "compare/random/mask", "compare/random/model/penalised", "target/corpus"]
+
+
+def test_json_says_what_the_lines_say(tmp_path, capsys):
+    begin(tmp_path / "corpus").finish([], rows={"blocks": 3}, summary={})
+    progress = Progress("score_corpus", 1000, "tokens", sinks=(ProgressFile(begin(tmp_path / "scores").folder),))
+    progress.done = 400
+    progress.publish()
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    stages = {stage["name"]: stage for stage in said["stages"]}
+    assert (said["holder"], said["holder_has_ended"]) == (None, False)
+    assert (stages["corpus"]["state"], stages["corpus"]["progress"]) == ("complete", {"blocks": 3})
+    assert stages["scores"]["progress"]["done"] == 400
+    assert stages["scores"]["progress"]["seconds_ago"] < 60
+    assert stages["mask"] == {"name": "mask", "state": "not begun", "text": "", "progress": {}, "failures": []}
+
+
+def test_it_is_watched_for_as_long_as_somebody_works(tmp_path, capsys):
+    begin(tmp_path / "corpus").finish([], rows={"blocks": 3}, summary={})
+    held = contextlib.ExitStack()
+    held.enter_context(hold(tmp_path, "run"))
+    threading.Timer(0.5, held.close).start()
+    assert main(["status", str(tmp_path), "--watch", "0.1"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("in use by `ifguide run`") >= 2
+    assert said.count("complete     3 blocks") == said.count("in use by") + 1
 
 
 def test_a_directory_that_is_not_there_is_said(tmp_path):
