@@ -14,6 +14,7 @@ from ifguide.config.sources import (
     Prompts,
     PromptSet,
     check_classifier,
+    check_input,
     check_text,
 )
 from ifguide.config.typed_yaml import ConfigError, option
@@ -87,6 +88,7 @@ def check_evaluate(evaluate: Evaluate) -> None:
         check_classifier(classifier, f"evaluate.classifiers.{name}")
     texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(evaluate.heldout)}
     for key, source in (texts | ({"evaluate.cloze": evaluate.cloze} if evaluate.cloze else {})).items():
+        check_input(source, key)
         check_text(source, key)
     check_names("evaluate.report", [evaluate.report], of="a folder")
     if "prompts" in evaluate.prompt_sets:

@@ -36,6 +36,7 @@ from ifguide.config.sources import (
     Pairs,
     Prompts,
     check_classifier,
+    check_input,
     check_queries,
 )
 from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, read_yaml, result_part, substitute
@@ -365,6 +366,7 @@ def _check_across(config: Config) -> None:
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
     for index, source in enumerate(config.pack_corpus.inputs):
+        check_input(source, f"pack_corpus.inputs[{index}]")
         if source.tokens_column is not None:
             _check_tokens(config, source, f"pack_corpus.inputs[{index}].tokens_column")
     query = config.build_query

@@ -7,6 +7,8 @@ from typing import Literal
 
 from ifguide.config.typed_yaml import ConfigError, option
 
+HUB_PREFIX = "hf://"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
@@ -16,13 +18,15 @@ class Input:
     per file, `.json` of lists of strings one per string. `ifguide.records.files` says what of a folder is taken.
 
     Attributes:
-        path: a file, a glob, a folder, or `hf://name[:split]`.
+        path: a file, a glob, a folder, or `hf://name`.
         text_column: column of the text; `a.b` is `b` within the column `a`.
         tokens_column: column of token ids of the corpus' tokenizer, in place of text. Each row is a document of these
             tokens; nothing is added to them.
         spans_column: column of [[start, end), ...] character spans to carry along as token annotations.
-        rows: keep rows start <= row < stop, counted over the whole input.
+        rows: keep rows start <= row < stop, counted over the whole input; or the path of a `.npy` or text file of the
+            numbers of those to keep, from 0 and in any order.
         subset: the configuration of a hub dataset that has several.
+        split: of a hub dataset; `hf://name:split` says the same. Null: `train`.
         revision: a hub dataset's commit or tag.
     """
 
@@ -30,14 +34,26 @@ class Input:
     text_column: str = "text"
     tokens_column: str | None = None
     spans_column: str | None = None
-    rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
+    rows: tuple[int, int] | str | None = option(None, at_least=0, increasing=True)
     subset: str | None = None
+    split: str | None = option(None, off=None)
     revision: str | None = None
 
     @property
     def column(self) -> str:
         """The column of what a document holds."""
         return self.text_column if self.tokens_column is None else self.tokens_column
+
+
+def check_input(source: Input, dotted_key: str) -> None:
+    """Raises ConfigError where options of the hub's datasets are given to files, or one is given twice."""
+    if source.path.startswith(HUB_PREFIX):
+        if source.split is not None and ":" in source.path.removeprefix(HUB_PREFIX):
+            raise ConfigError(f"{dotted_key}.split: {source.path} names a split too; leave one of them out")
+        return
+    for name in ("subset", "split", "revision"):
+        if getattr(source, name) is not None:
+            raise ConfigError(f"{dotted_key}.{name}: is of hf:// datasets, and {source.path} is none; remove it")
 
 
 def check_text(source: Input, dotted_key: str) -> None:

@@ -215,7 +215,8 @@ def _convert(hint: Any, raw: Any, dotted: str, default: Any = None) -> Any:
     if origin in (types.UnionType, typing.Union):
         if raw is None:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), raw, dotted)
+        kinds = [a for a in arguments if a is not type(None)]
+        return _convert(str if str in kinds and isinstance(raw, str) else kinds[0], raw, dotted)
     if dataclasses.is_dataclass(hint):
         # a bare string stands for the first field: `inputs: [a.jsonl]`, `proxy: EleutherAI/pythia-160m`
         if isinstance(raw, str):

@@ -10,6 +10,7 @@ from typing import Any
 from ifguide.config import ConfigError, Input, PackCorpus
 from ifguide.corpus.inputs import InputFile
 from ifguide.corpus.reading import HUB_PREFIX, Chunk, list_chunks
+from ifguide.records.choice import RowChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +67,9 @@ def placed_chunks(
         placed.append(replace(item, first_input_row=rows_of_input[index]))
         rows_of_input[index] += counted.get(item.key, {"rows": 0})["rows"]
     for index, source in enumerate(inputs):
-        if source.rows and source.rows[1] > rows_of_input[index]:
+        if (wanted := RowChoice.of(source.rows).wanted) > rows_of_input[index]:
             raise ConfigError(
-                f"pack_corpus.inputs[{index}].rows: ends at {source.rows[1]}, but {source.path} has"
-                f" {rows_of_input[index]} rows"
+                f"pack_corpus.inputs[{index}].rows: ends at {wanted}, but {source.path} has {rows_of_input[index]} rows"
             )
     return placed
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import file_entry, read_sealed, write_sealed
-from ifguide.config import redact
+from ifguide.config import Input, redact
+from ifguide.corpus.reading import HUB_PREFIX, hub_name
 from ifguide.storage import location, stamp
 
 INPUTS = "inputs.json"
+COMMITS = "hub.json"  # of hub datasets
+HUB_SECONDS = 10.0
 RunTasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]  # a function on many arguments
 
 
@@ -79,6 +82,47 @@ def unchanged(path: str, file: InputFile | None) -> Iterator[None]:
         yield
     finally:
         _check(path, file)  # first: what went wrong within may come of it
+
+
+def hub_commits(corpus: Path, inputs: Iterable[Input]) -> dict[str, str]:
+    """The commit of each dataset of the hub, by `name@revision`: that which this corpus was begun with, else the one
+    that the hub tells now; none where it tells none."""
+    try:
+        commits: dict[str, str] = read_sealed(corpus / COMMITS)["commits"]
+    except (FileNotFoundError, KeyError, ValueError):
+        commits = {}
+    on_hub = {_at_revision(source): source for source in inputs if source.path.startswith(HUB_PREFIX)}
+    told = {key: _told_commit(source) for key, source in on_hub.items() if key not in commits}
+    return commits | {key: commit for key, commit in told.items() if commit}
+
+
+def at_commits(inputs: Iterable[Input], commits: Mapping[str, str]) -> tuple[Input, ...]:
+    """The inputs, with the commit for the revision of each hub dataset whose commit is known."""
+    return tuple(
+        replace(source, revision=commits.get(_at_revision(source), source.revision))
+        if source.path.startswith(HUB_PREFIX)
+        else source
+        for source in inputs
+    )
+
+
+def write_commits(corpus: Path, commits: Mapping[str, str]) -> None:
+    """Record the commits, so that a run that goes on reads the same ones."""
+    if commits:
+        write_sealed(corpus / COMMITS, {"commits": dict(commits)})
+
+
+def _at_revision(source: Input) -> str:
+    return f"{hub_name(source)[0]}@{source.revision or 'main'}"
+
+
+def _told_commit(source: Input) -> str | None:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(hub_name(source)[0], revision=source.revision, timeout=HUB_SECONDS).sha
+    except Exception:  # of the client's many kinds; reading the dataset says what is wrong, if anything is
+        return None
 
 
 def _check(path: str, file: InputFile | None) -> None:

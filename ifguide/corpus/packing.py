@@ -18,6 +18,7 @@ import pyarrow as pa
 from ifguide.config import Input, redact
 from ifguide.corpus.pieces import PIECE_CHARS, Tokens, encode, encode_long
 from ifguide.corpus.reading import Chunk, RawDocument, read_documents
+from ifguide.records.choice import RowChoice
 from ifguide.spans.mapping import token_stops
 
 TOKENISE_BATCH = 256  # documents per tokeniser call: enough for its batching, little memory
@@ -90,13 +91,13 @@ def token_table(
     (how often the text names a special token), the bad rows with their reasons, and how
     many rows were read. Rows count from the chunk's first; `first_input_row` is that one's, for `source.rows`.
     """
-    start, stop = source.rows or (0, np.iinfo(np.int64).max)
+    choice = RowChoice.of(source.rows)
     good: list[RawDocument] = []
     bad: list[dict[str, Any]] = []
     read = 0
     for document in read_documents(chunk, source, first_row=0):
         read += 1
-        if not start <= first_input_row + document.row < stop:
+        if first_input_row + document.row not in choice:
             continue
         reason = document.reason or _unknown_token(document, tokenizer)
         if reason is None:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ifguide.config import Input
+from ifguide.config.sources import HUB_PREFIX
 from ifguide.records.delimited import cell_rows
 from ifguide.records.files import DOCUMENTS, TABLES, Kind, holds_json_lines, is_compressed, kind_of, list_files
 from ifguide.records.rows import (
@@ -40,8 +41,6 @@ from ifguide.records.rows import (
     value_at,
 )
 from ifguide.storage import location
-
-HUB_PREFIX = "hf://"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,12 +212,18 @@ def _listed(tree: Any) -> Iterator[Any]:
         yield None
 
 
+def hub_name(source: Input) -> tuple[str, str]:
+    """The name of a hub dataset, and its split."""
+    name, _, split = source.path.removeprefix(HUB_PREFIX).partition(":")
+    return name, source.split or split or "train"
+
+
 def _open_hub(source: Input) -> Any:
     from datasets import load_dataset
 
-    name, _, split = source.path.removeprefix(HUB_PREFIX).partition(":")
+    name, split = hub_name(source)
     try:
-        return load_dataset(name, source.subset, split=split or "train", revision=source.revision, streaming=True)
+        return load_dataset(name, source.subset, split=split, revision=source.revision, streaming=True)
     except Exception as error:  # the library raises many kinds; all mean the same to the user
         advice = "; name one of them as `subset` of the input" if "onfig name is missing" in str(error) else ""
         raise FileNotFoundError(f"{source.path} cannot be opened ({type(error).__name__}: {error}){advice}") from error

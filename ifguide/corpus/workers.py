@@ -22,6 +22,7 @@ from ifguide.corpus.inputs import unchanged
 from ifguide.corpus.packing import merge_order, pack, running_total, token_table
 from ifguide.corpus.reading import count_rows, read_documents
 from ifguide.corpus.stream import TOKENS, PackSettings, StreamShard
+from ifguide.records.choice import RowChoice
 from ifguide.storage import location, readable
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -199,13 +200,13 @@ def train_on_chunks(chunks: Sequence[KeyedChunk], inputs: Sequence[Input], vocab
     def texts() -> Iterator[str]:
         for shard in chunks:
             source = inputs[shard.chunk.input_index]
-            start, stop = source.rows or (0, np.iinfo(np.int64).max)
+            choice = RowChoice.of(source.rows)
             left = share
             with unchanged(shard.chunk.path, shard.file):
                 for document in read_documents(shard.chunk, source, first_row=shard.first_input_row):
-                    if left <= 0 or document.row >= stop:
+                    if left <= 0 or document.row >= choice.stop:
                         break
-                    if document.reason is None and document.row >= start:
+                    if document.reason is None and document.row in choice:
                         left -= len(document.text)
                         yield document.text
 

@@ -120,5 +120,6 @@ def _input_digest(source: Input, dotted_key: str) -> str:
     """Of an input's files in order; a hub dataset is told by its name."""
     if source.path.startswith(HUB_PREFIX):
         return json_digest(source.path)
-    chunks = list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path")
-    return json_digest([file_digest(local_copy(chunk.path)) for chunk in chunks])
+    paths = [chunk.path for chunk in list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path")]
+    paths += [source.rows] if isinstance(source.rows, str) else []
+    return json_digest([file_digest(local_copy(path)) for path in paths])

@@ -10,6 +10,7 @@ import numpy as np
 from ifguide.config import Input
 from ifguide.corpus.packing import pack, tokenise
 from ifguide.corpus.reading import list_chunks, read_documents
+from ifguide.records.choice import RowChoice
 from ifguide.tokenizer import beginning_token
 
 
@@ -20,13 +21,13 @@ def read_rows(source: Input, dotted_key: str) -> list[Any]:
         ValueError: a bad row, naming file and row; none is left out.
     """
     documents: list[Any] = []
-    start, stop = source.rows or (0, np.iinfo(np.int64).max)
+    choice = RowChoice.of(source.rows)
     counted = 0
     for chunk in list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path"):
         for document in read_documents(chunk, source, first_row=0):
-            if counted >= stop:  # a hub dataset would go on for all its rows
+            if counted >= choice.stop:  # a hub dataset would go on for all its rows
                 return documents
-            if start <= counted < stop:
+            if counted in choice:
                 if document.reason:
                     raise ValueError(f"{dotted_key}: {chunk.name} row {document.row}: {document.reason}")
                 documents.append(document)

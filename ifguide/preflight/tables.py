@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.config import Completions, ConfigError, Input, LabelledTexts, Pairs, Prompts, PromptSet
-from ifguide.corpus.reading import HUB_PREFIX, Chunk, check_row, count_rows, list_chunks, raw_rows
+from ifguide.corpus.reading import HUB_PREFIX, Chunk, check_row, count_rows, hub_name, list_chunks, raw_rows
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
+from ifguide.records.choice import RowChoice
 from ifguide.records.files import DOCUMENTS, TABLES, is_compressed, list_files, open_bytes
 from ifguide.records.rows import column_names
 
@@ -56,7 +57,7 @@ class TableChecks:
                 self._rows(key, source, files, empty=len(opened) == len(files) and not any(rows for _, rows in found))
 
     def _hub_dataset(self, key: str, source: Input) -> None:
-        name = source.path.removeprefix(HUB_PREFIX).partition(":")[0]
+        name, _ = hub_name(source)
         with self.findings.caught(f"{key}.path", source.path):
             if Path(name).exists():  # the library reads folders too
                 return
@@ -77,12 +78,18 @@ class TableChecks:
         if empty:
             self.findings.fault(f"{key}.path", source.path, "holds no rows; name files that do")
             return
+        wanted = None
+        with self.findings.caught(f"{key}.rows", source.rows):
+            wanted = RowChoice.of(source.rows).wanted
+        if wanted is not None:
+            self._count(key, source, files, wanted)
+
+    def _count(self, key: str, source: Input, files: Sequence[Path], wanted: int) -> None:
         left, counted = READ_BYTES, 0
-        stop = source.rows[1] if source.rows else 0
         for file in files:
             parquet = file.suffix.lower() == ".parquet"
             cost = 0 if parquet else file.stat().st_size * (INFLATION if is_compressed(file) else 1)
-            if counted < stop:
+            if counted < wanted:
                 left -= cost
                 if left < 0:
                     self.findings.leave(f"{key}.rows", source.rows, "the files are too large to count their rows here")
@@ -91,9 +98,9 @@ class TableChecks:
             elif is_compressed(file) and cost <= left:
                 left -= cost
                 _read_to_end(file)
-        if counted < stop:
+        if counted < wanted:
             self.findings.fault(
-                f"{key}.rows", source.rows, f"ends at {stop}, but {source.path} has {counted} rows; lower it"
+                f"{key}.rows", source.rows, f"ends at {wanted}, but {source.path} has {counted} rows; lower it"
             )
 
     def prompts(self, key: str, prompts: Prompts) -> None:

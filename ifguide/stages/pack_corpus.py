@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ifguide.config import Config, ConfigError
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
 from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, number_rows, placed_chunks, plan_chunks
-from ifguide.corpus.inputs import InputFile, input_files, write_inputs
+from ifguide.corpus.inputs import InputFile, at_commits, hub_commits, input_files, write_commits, write_inputs
 from ifguide.corpus.reading import Chunk
 from ifguide.corpus.stream import TOKENS, StreamPlan
 from ifguide.corpus.tables import TOKENIZER, require_same_documents
@@ -58,6 +59,8 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
 def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
     """`own`: the run's directory, which is no input though it may lie in one."""
     config, source = run.config.pack_corpus, run.config.tokenizer_source
+    commits = {} if dry_run else hub_commits(run.corpus, config.inputs)
+    config = replace(config, inputs=at_commits(config.inputs, commits))
     chunks = plan_chunks(config, open_hub=not dry_run, apart=own)
     if dry_run:
         paths = {chunk.path for chunk in chunks}
@@ -78,12 +81,13 @@ def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
         },
     )
     write_inputs(run.corpus, files)
+    write_commits(run.corpus, commits)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
     connect(run.config.cluster)
     pool = Pool.filling_cluster(config.resources)
-    tokenised = _tokenise(run.corpus, run.config, keyed_chunks(chunks, files), pool)
+    tokenised = _tokenise(run.corpus, replace(run.config, pack_corpus=config), keyed_chunks(chunks, files), pool)
     _check_bad_rows(run.corpus, tokenised, config.max_bad_rows)
     tokenizer = load_tokenizer(source)
     plan = StreamPlan(run.corpus, config, chunks, tokenised, tokenizer)
@@ -109,6 +113,7 @@ def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
         "annotated": plan.annotate,
         "bad_rows": sum(result["bad_rows"] for result in tokenised.values()),
         "special_texts": sum(result["special_texts"] for result in tokenised.values()),
+        **({"commits": commits} if commits else {}),
     }
     if summary["special_texts"]:
         what = f"as {config.special_tokens} (pack_corpus.special_tokens)"
@@ -130,7 +135,9 @@ def _input_files(run: Run, chunks: Sequence[Chunk]) -> dict[str, InputFile]:
         connect(run.config.cluster)
         return run_tasks(ONE_CPU)(function, calls)
 
-    return input_files(run.corpus, {chunk.path for chunk in chunks if chunk.kind != "hub"}, on_cluster)
+    paths = {chunk.path for chunk in chunks if chunk.kind != "hub"}
+    paths |= {source.rows for source in run.config.pack_corpus.inputs if isinstance(source.rows, str)}
+    return input_files(run.corpus, paths, on_cluster)
 
 
 def _tokenise(corpus: Path, config: Config, keyed: Sequence[KeyedChunk], pool: Pool) -> dict[str, dict[str, Any]]:

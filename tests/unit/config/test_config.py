@@ -261,7 +261,7 @@ def test_section_mapping_is_plain_json():
     mapping = to_mapping(Input(path="a", rows=(1, 2)))
     assert mapping == {
         "path": "a", "text_column": "text", "tokens_column": None, "spans_column": None, "rows": [1, 2], "subset": None,
-        "revision": None,
+        "split": None, "revision": None,
     }  # fmt: skip
 
 

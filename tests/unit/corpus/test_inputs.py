@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from ifguide.corpus.inputs import INPUTS, InputFile, digest_input, input_files, unchanged, write_inputs
+from ifguide.config import ConfigError, Input, config_from_mapping
+from ifguide.corpus.inputs import (
+    INPUTS,
+    InputFile,
+    at_commits,
+    digest_input,
+    hub_commits,
+    input_files,
+    unchanged,
+    write_commits,
+    write_inputs,
+)
 from ifguide.storage import location
 
 
@@ -83,3 +94,39 @@ def test_a_file_that_is_gone_is_said_and_a_hub_dataset_has_no_stamp(tmp_path):
         pass
     with unchanged("hf://some/dataset", None):
         pass
+
+
+def test_a_hub_dataset_stays_at_the_commit_that_its_corpus_was_begun_with(tmp_path, monkeypatch):
+    class Told:
+        sha = "c0ffee"
+
+    def dataset_info(self: object, name: str, *, revision: str | None, timeout: float) -> Told:
+        if name == "not/reached":
+            raise OSError("no network")
+        return Told()
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    inputs = [Input(path="hf://a/b", split="train"), Input(path="hf://a/b:test", revision="v1"), Input(path="a.jsonl")]
+    inputs.append(Input(path="hf://not/reached", revision="v2"))
+    commits = hub_commits(tmp_path, inputs)
+    assert commits == {"a/b@main": "c0ffee", "a/b@v1": "c0ffee"}
+    write_commits(tmp_path, commits)
+    Told.sha = "later"
+    assert hub_commits(tmp_path, [*inputs, Input(path="hf://c/d")]) == {**commits, "c/d@main": "later"}
+    assert [source.revision for source in at_commits(inputs, commits)] == ["c0ffee", "c0ffee", None, "v2"]
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ({"path": "hf://a/b:train", "split": "test"}, "split"),
+        ({"path": "a.jsonl", "split": "test"}, "split"),
+        ({"path": "a.jsonl", "subset": "en"}, "subset"),
+        ({"path": "a.jsonl", "revision": "v1"}, "revision"),
+    ],
+)
+def test_what_is_of_hub_datasets_is_refused_of_files(source, key):
+    for where in ("pack_corpus.inputs", "evaluate.heldout"):
+        section, name = where.split(".")
+        with pytest.raises(ConfigError, match=rf"{section}\.{name}\[0\]\.{key}: "):
+            config_from_mapping({section: {name: [source]}})

@@ -254,8 +254,8 @@ def test_hub_dataset_is_read_by_its_shards(tmp_path, monkeypatch):
     data.mkdir()
     for i in range(2):
         write_jsonl(data / f"train-{i}.jsonl", [f"{i} {text}" for text in TEXTS])
-    for path in (f"hf://{data}", f"hf://{data}:train"):
-        source = Input(path=path)
+    for path, split in ((f"hf://{data}", None), (f"hf://{data}:train", None), (f"hf://{data}", "train")):
+        source = Input(path=path, split=split)
         chunks = list_chunks(source, 0, chunk_bytes=1, dotted_key="k")
         assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 2), (1, 2)]
         assert [document.text for document in read(source)] == [f"{i} {text}" for i in range(2) for text in TEXTS]

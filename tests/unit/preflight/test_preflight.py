@@ -332,3 +332,25 @@ def test_a_fitted_classifier_s_texts_are_read(tmp_path, faults) -> None:
     (found,) = faults("evaluate", evaluate__classifier={"name": "fitted", "training": [texts]})
     assert found.startswith("evaluate.classifier.training = [")
     assert "2 of 2 texts with a label" in found
+
+
+def test_lists_of_rows_are_read_and_must_fit(tmp_path, faults) -> None:
+    rows = tmp_path / "rows.txt"
+    corpus = {"path": str(tmp_path / "data" / "corpus.jsonl"), "rows": str(rows)}
+    (found,) = faults("pack_corpus", pack_corpus__inputs=[corpus])
+    assert found == (
+        f"pack_corpus.inputs[0].rows = {rows}: {rows} does not exist: name a .npy or text file of row numbers, or"
+        " [start, stop]"
+    )
+    rows.write_text("3\n30\n")
+    (found,) = faults("pack_corpus")
+    assert found.startswith(f"pack_corpus.inputs[0].rows = {rows}: ends at 31, but {corpus['path']} has 30 rows")
+    rows.write_text("3\n29\n")
+    assert faults("pack_corpus") == []
+
+
+def test_a_hub_dataset_is_looked_for_by_its_name(tree, tmp_path, faults, asked) -> None:
+    found = faults("pack_corpus", pack_corpus__inputs=["hf://no/such:train", f"hf://{tmp_path / 'data'}"])
+    assert asked == ["no/such"]
+    assert len(found) == 1
+    assert "the hub has no such dataset" in found[0]
