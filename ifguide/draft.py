@@ -55,6 +55,7 @@ fit_factors:
   resources: {gpus: 0}
 """
 SCORING = """score_corpus:
+  precision: float32  # bfloat16 on a GPU
   resources: {gpus: 0}
 build_mask:
   max_fraction: 0.02  # share of the corpus that is masked at most
