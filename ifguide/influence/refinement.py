@@ -164,7 +164,7 @@ def _step(
     if not (math.isfinite(rz) and math.isfinite(pAp) and pAp > 0):
         raise ValueError(
             f"refinement, step {len(state.steps) + 1}: curvature {pAp:.6g} along a search direction; it must be finite"
-            " and above 0. Raise build_query.damping_scale, or set build_query.refine_steps to 0"
+            " and above 0; raise `damping_scale`"
         )
     alpha = rz / pAp
     state.product = rz
