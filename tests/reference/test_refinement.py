@@ -202,5 +202,5 @@ def test_a_refinement_that_goes_on_is_that_in_one_go() -> None:
 
 def test_directions_without_curvature_are_refused() -> None:
     factors, gradient = factors_of("llama"), random_vector("llama", seed=2)
-    with pytest.raises(ValueError, match=r"step 1: curvature.*refine_steps"):
+    with pytest.raises(ValueError, match=r"step 1: curvature.*damping_scale"):
         list(refine(gradient, factors, lambda v: {name: -1e6 * tensor for name, tensor in v.items()}, steps=2))
