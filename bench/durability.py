@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from ifguide.analyses.probes import probe_layers
 from ifguide.analyses.residuals import mean_residuals
 from ifguide.artifacts import json_digest, publish, read_manifest, require, write_json
 from ifguide.artifacts.manifest import read_json
-from ifguide.config import Config, ModelSource, load_config
+from ifguide.config import Config, Evaluate, ModelSource, load_config
 from ifguide.display import markdown_table
 from ifguide.evaluation import Bootstrap, behaviour_statistics, sample_continuations
 from ifguide.evaluation.prompts import chosen_prompts
@@ -58,14 +59,19 @@ def main() -> None:
     configure_logging()
     run = Run(config=load_config(Path(options.run) / "mask" / "config.yaml", [f"run_dir={options.run}"]))
     folder, models = run.folder / VERB, _models(run, options.models)
-    classifiers = _classifiers(run.config)
+    judges = Judges(
+        evaluate=run.config.evaluate,
+        prompts=[row.prompt for row in chosen_prompts(run.config.evaluate, run.config.seed)][: options.prompts],
+        continuations=options.continuations,
+        classifiers=_classifiers(run.config),
+    )
     results = {}
     for name, path in models.items():
         shared = [options.tokens, options.seeds, options.prompts, options.continuations, options.learning_rate]
         digest = json_digest([name, read_manifest(path.parent).fingerprint, shared])[:16]
         kept = folder / "models" / f"{name}-{digest}.json"
         if not kept.exists():
-            write_json(kept, _measure(run, path, classifiers, options))
+            write_json(kept, _measure(run, path, judges, options))
         results[name] = read_json(kept)
         log(VERB, f"{name}: {json.dumps(results[name]['emt'])}")
     for figures in results.values():
@@ -100,21 +106,19 @@ def _classifiers(config: Config) -> dict[str, Classifier]:
     return {name: make_classifier(source, gpus=0, dotted_key=f"evaluate, {name}") for name, source in sources.items()}
 
 
-def _measure(
-    run: Run, path: Path, classifiers: Mapping[str, Classifier], options: argparse.Namespace
-) -> dict[str, Any]:
+def _measure(run: Run, path: Path, judges: Judges, options: argparse.Namespace) -> dict[str, Any]:
     """Of one model: evaluator -> its EMT at each count, over seeds; and how well it tells labelled texts apart."""
     tokenizer = load_tokenizer(str(path))
-    emt: dict[str, list[list[float]]] = {name: [] for name in classifiers}
+    emt: dict[str, list[list[float]]] = {name: [] for name in judges.classifiers}
     for seed in range(options.seeds):
         model = load_model(ModelSource(source=str(path)))
         teaching = _teaching(run, tokenizer, seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
         seen = 0
-        curves: dict[str, list[float]] = {name: [] for name in classifiers}
+        curves: dict[str, list[float]] = {name: [] for name in judges.classifiers}
         for count in options.counts:
             seen = teach(model, optimizer, teaching, seen, count)
-            for name, value in _toxicity(run.config, model, tokenizer, classifiers, options, seed).items():
+            for name, value in judges.toxicity(model, tokenizer, seed).items():
                 curves[name].append(value)
         for name, curve in curves.items():
             emt[name].append(curve)
@@ -153,35 +157,35 @@ def teach(
     return seen
 
 
-def _toxicity(
-    config: Config,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    classifiers: Mapping[str, Classifier],
-    options: argparse.Namespace,
-    seed: int,
-) -> dict[str, float]:
-    """Evaluator -> EMT of the model's continuations of some evaluated prompts."""
-    evaluate = config.evaluate
-    prompts = [row.prompt for row in chosen_prompts(evaluate, config.seed)][: options.prompts]
-    texts = sample_continuations(
-        model,
-        tokenizer,
-        prompts,
-        continuations=options.continuations,
-        max_new_tokens=evaluate.max_new_tokens,
-        top_p=evaluate.top_p,
-        temperature=evaluate.temperature,
-        seed=seed,
-        batch_size=evaluate.batch_size,
-    )
-    flat = [text for row in texts for text in row]
-    result = {}
-    for name, classifier in classifiers.items():
-        scores_PK = classifier.score(flat)[classifier.classes[0]].reshape(len(prompts), -1)
-        top_P, ones_P = behaviour_statistics(scores_PK)["emt"]
-        result[name] = float(top_P.sum() / ones_P.sum())
-    return result
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """What models are asked and who scores their answers."""
+
+    evaluate: Evaluate
+    prompts: Sequence[str]
+    continuations: int
+    classifiers: Mapping[str, Classifier]
+
+    def toxicity(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> dict[str, float]:
+        """Evaluator -> EMT of the model's continuations."""
+        texts = sample_continuations(
+            model,
+            tokenizer,
+            self.prompts,
+            continuations=self.continuations,
+            max_new_tokens=self.evaluate.max_new_tokens,
+            top_p=self.evaluate.top_p,
+            temperature=self.evaluate.temperature,
+            seed=seed,
+            batch_size=self.evaluate.batch_size,
+        )
+        flat = [text for row in texts for text in row]
+        result = {}
+        for name, classifier in self.classifiers.items():
+            scores_PK = classifier.score(flat)[classifier.classes[0]].reshape(len(self.prompts), -1)
+            top_P, ones_P = behaviour_statistics(scores_PK)["emt"]
+            result[name] = float(top_P.sum() / ones_P.sum())
+        return result
 
 
 def _recognition(config: Config, path: Path, tokenizer: PreTrainedTokenizerFast) -> list[float] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -92,8 +91,7 @@ TABLES: dict[Role, set[str]] = {  # of queries: what a row has beside its prompt
 Looked = tuple[Path, tuple[str, ...], Kind]  # a file and its columns
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
+class Found(NamedTuple):
     """Files of the same kind."""
 
     path: str
