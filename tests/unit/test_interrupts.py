@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -65,13 +64,22 @@ def run(script: str, *signals: signal.Signals) -> tuple[int, str, str, float, in
     return process.returncode, output, errors, time.monotonic() - started, child
 
 
-def is_running(pid: int) -> bool:
+def is_running(pid: int, *, moment: float = 1.0) -> bool:
+    """Whether it still is after a `moment`: SIGKILL is sent before the parent ends, and takes effect soon after."""
+    end = time.monotonic() + moment
+    while _is_there(pid):
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _is_there(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        with open(f"/proc/{pid}/stat") as status:
+            return status.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    with open(f"/proc/{pid}/stat") as status:
-        return status.read().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
