@@ -19,12 +19,11 @@ from pathlib import Path
 from ifguide import commands, extras, interrupts
 from ifguide.config import OWN, VERBS, redact
 from ifguide.datasets import FOLDER, advice
-from ifguide.storage import location
+from ifguide.storage import is_store_error, location
 from ifguide.telemetry import configure_logging
 
 USER_ERRORS = (ValueError, OSError)  # the latter of files: not there, not writable, no space left
 PRINTING = ("show", "status", "inspect", "plan", "config")  # commands that do nothing else
-STORE_ERRORS = "botocore."  # modules of what s3fs raises besides: no credentials, no connection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if interrupts.requested():  # it ended something that fails now
             return _interrupted(options.command, error)
 
-        if not isinstance(error, StageError) and not type(error).__module__.startswith(STORE_ERRORS):
+        if not isinstance(error, StageError) and not is_store_error(error):
             raise
         print(f"ifguide {options.command}: {redact(str(error))}", file=sys.stderr)
         return 1
@@ -178,11 +177,15 @@ VERB_HELP = {
 }
 
 
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, or the name of a packaged one")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
+
+
 def _add_config_flags(
     parser: argparse.ArgumentParser, function: Callable[[argparse.Namespace], int], *, preflight: bool = True
 ) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, or the name of a packaged one")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
+    _add_config(parser)
     parser.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
     parser.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local one)")
     if preflight:
@@ -191,8 +194,7 @@ def _add_config_flags(
 
 
 def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, or the name of a packaged one")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="override a key")
+    _add_config(parser)
     parser.add_argument(
         "--corpus-tokens", type=float, help="default: of the packed corpus, else from the inputs' bytes"
     )

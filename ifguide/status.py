@@ -8,7 +8,6 @@ Nothing is asked of Ray, so a run whose driver died looks like one that is slow:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from ifguide.artifacts import MANIFEST, PLAN, has_ended, read_holder, read_manifest
 from ifguide.distributed.ledger import LEDGER, read_attempts, unfinished_attempts
-from ifguide.telemetry import METRICS, format_seconds, last_progress, progress_text
+from ifguide.telemetry import METRICS, format_seconds, last_line, last_progress, progress_text
 
 SHOWN_FAILURES = 20
 # where there are artifacts that not every run has
@@ -92,8 +91,8 @@ def _folder_status(name: str, folder: Path) -> StageStatus:
         return StageStatus(name=name, state="complete", text=text, progress=manifest.rows)
     if not (folder / PLAN).exists():
         return StageStatus(name=name, state="not begun")
-    if (row := _last_metrics(folder)) is not None:
-        return StageStatus(name=name, state="in progress", text=_training_text(row), progress=row)
+    if (training := _training_status(name, folder)) is not None:
+        return training
     values = last_progress(folder)
     if values is None:
         begun = _seconds_since((folder / PLAN).stat().st_mtime)
@@ -116,17 +115,15 @@ def _shards_status(name: str, folder: Path, values: dict[str, Any]) -> StageStat
     return StageStatus(name=name, state="in progress", text=text, progress=values, failures=failures)
 
 
-def _last_metrics(folder: Path) -> dict[str, Any] | None:
-    """The last whole line of a training's metrics; one that was cut short or damaged is passed over."""
+def _training_status(name: str, folder: Path) -> StageStatus | None:
+    """By the last line of its metrics; None where there is none."""
     path = folder / METRICS
-    if not path.exists():
+    row = last_line(path, _training_text)
+    if row is None:
         return None
-    for line in reversed(path.read_bytes().splitlines()):
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            row = {**json.loads(line), "seconds_ago": _seconds_since(path.stat().st_mtime)}
-            _training_text(row)
-            return row
-    return None
+    row["seconds_ago"] = _seconds_since(path.stat().st_mtime)
+    text = f"{_training_text(row)}; last news {format_seconds(row['seconds_ago'])} ago"
+    return StageStatus(name=name, state="in progress", text=text, progress=row)
 
 
 def _training_text(row: Mapping[str, Any]) -> str:
@@ -135,7 +132,7 @@ def _training_text(row: Mapping[str, Any]) -> str:
     eta = "" if row.get("eta_seconds") is None else f", ETA {format_seconds(row['eta_seconds'])}"
     return (
         f"step {step:,}/{steps:,} ({step / steps:.0%}), loss {row['loss']:.4f},"
-        f" {row['tokens_per_second']:,.0f} tokens/s{eta}; last news {format_seconds(row['seconds_ago'])} ago"
+        f" {row['tokens_per_second']:,.0f} tokens/s{eta}"
     )
 
 

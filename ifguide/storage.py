@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any, cast
 
 S3 = ("s3", "s3a")
+STORE_ERRORS = "botocore."  # modules of what s3fs raises besides OSError: no credentials, no connection
 AT_ONCE = 4  # files moved side by side: s3fs holds up to half a GB of each large one
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether an object store's own client raised it: no OSError, and no fault of the program."""
+    return type(error).__module__.startswith(STORE_ERRORS)
 
 
 def location(path: str | Path) -> Path:

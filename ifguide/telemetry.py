@@ -151,18 +151,21 @@ class ProgressFile:
             raise OSError(error.errno, f"writing failed: {error.strerror or error}", str(self.path)) from error
 
 
-def last_progress(folder: Path) -> dict[str, Any] | None:
-    """The last whole line of a folder's progress file; one that was cut short or damaged is passed over."""
-    path = folder / PROGRESS
+def last_line(path: Path, use: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
+    """The last line of JSON that `use` can use; one that was cut short or damaged is passed over."""
     if not path.exists():
         return None
     for line in reversed(path.read_bytes().splitlines()):
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             values: dict[str, Any] = json.loads(line)
-            progress_text(values)
-            float(values["time"])
+            use(values)
             return values
     return None
+
+
+def last_progress(folder: Path) -> dict[str, Any] | None:
+    """The last whole line of a folder's progress file."""
+    return last_line(folder / PROGRESS, lambda values: (progress_text(values), float(values["time"])))
 
 
 def _rate(per_second: float, unit: str) -> str:

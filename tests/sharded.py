@@ -19,7 +19,7 @@ from ifguide.corpus.packing import pack, tokenise
 from ifguide.corpus.reading import RawDocument
 from ifguide.selection.distributed import RunTasks
 from ifguide.selection.measures import Measure
-from ifguide.selection.passes import Rules, ShardFiles
+from ifguide.selection.shards import Rules, ShardFiles
 from ifguide.spans.tables import PackedCorpus, shard_name
 
 # Small enough that a few tokens make several chunks, runs, splitters and files.

@@ -28,8 +28,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.common.scores import score_blocks
 from ifguide.artifacts import publish
-from ifguide.influence.nulls import half_signs, null_gradients
-from ifguide.influence.query import ModuleFactors, TokenisedQuery, group_gradients, precondition
 from ifguide.methods.smoothed import fit_smoothed
 from ifguide.selection.algorithm import Documents
 from ifguide.selection.fdr import fit_spread, null_variance, standardise
@@ -100,25 +98,6 @@ def _texts(number: int, length: int, rng: np.random.Generator) -> dict[str, list
         "code": ["\n\n".join(functions[i] for i in rng.permutation(len(functions))[:12]) for _ in range(number)],
         "language": [" ".join(rng.permutation(SENTENCES)) * (1 + length // 200) for _ in range(number)],
     }
-
-
-def null_directions(
-    model: PreTrainedModel,
-    factors: Mapping[str, ModuleFactors],
-    sets: tuple[Sequence[TokenisedQuery], Sequence[TokenisedQuery]],
-    *,
-    count: int,
-    seed: int,
-    batch_tokens: int = 1024,
-) -> list[dict[str, Tensor]]:
-    """Null directions of the queries of both sets, preconditioned with the factors as V is."""
-    signs_KG = half_signs(count, seed)
-    queries, positive = [*sets[0], *sets[1]], [True] * len(sets[0]) + [False] * len(sets[1])
-    groups = group_gradients(
-        model, list(factors), queries, positive, groups=signs_KG.shape[1], batch_tokens=batch_tokens
-    )
-    gradients = null_gradients(groups, signs_KG, {True: len(sets[0]), False: len(sets[1])})
-    return [precondition(gradient, factors) for gradient in gradients]
 
 
 def kept_scores(

@@ -40,6 +40,11 @@ class Input:
     revision: str | None = None
 
     @property
+    def on_hub(self) -> bool:
+        """Whether it is a dataset of the hub."""
+        return self.path.startswith(HUB_PREFIX)
+
+    @property
     def column(self) -> str:
         """The column of what a document holds."""
         return self.text_column if self.tokens_column is None else self.tokens_column
@@ -47,7 +52,7 @@ class Input:
 
 def check_input(source: Input, dotted_key: str) -> None:
     """Raises ConfigError where options of the hub's datasets are given to files, or one is given twice."""
-    if source.path.startswith(HUB_PREFIX):
+    if source.on_hub:
         if source.split is not None and ":" in source.path.removeprefix(HUB_PREFIX):
             raise ConfigError(f"{dotted_key}.split: {source.path} names a split too; leave one of them out")
         return

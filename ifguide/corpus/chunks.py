@@ -9,7 +9,7 @@ from typing import Any
 
 from ifguide.config import ConfigError, Input, PackCorpus
 from ifguide.corpus.inputs import InputFile
-from ifguide.corpus.reading import HUB_PREFIX, Chunk, list_chunks
+from ifguide.corpus.reading import Chunk, list_chunks
 from ifguide.records.choice import RowChoice
 
 
@@ -37,7 +37,7 @@ def plan_chunks(config: PackCorpus, *, open_hub: bool, apart: Path | None = None
     chunk_bytes = max(1, int(config.chunk_megabytes * 2**20))
     chunks: list[Chunk] = []
     for index, source in enumerate(config.inputs):
-        if source.path.startswith(HUB_PREFIX) and not open_hub:
+        if source.on_hub and not open_hub:
             chunks.append(Chunk(input_index=index, kind="hub", path=source.path, stop=1))
             continue
         key = f"pack_corpus.inputs[{index}].path"

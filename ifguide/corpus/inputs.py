@@ -16,7 +16,7 @@ from typing import Any
 
 from ifguide.artifacts import file_entry, read_sealed, write_sealed
 from ifguide.config import Input, redact
-from ifguide.corpus.reading import HUB_PREFIX, hub_name
+from ifguide.corpus.reading import hub_name
 from ifguide.storage import location, stamp
 
 INPUTS = "inputs.json"
@@ -91,7 +91,7 @@ def hub_commits(corpus: Path, inputs: Iterable[Input]) -> dict[str, str]:
         commits: dict[str, str] = read_sealed(corpus / COMMITS)["commits"]
     except (FileNotFoundError, KeyError, ValueError):
         commits = {}
-    on_hub = {_at_revision(source): source for source in inputs if source.path.startswith(HUB_PREFIX)}
+    on_hub = {_at_revision(source): source for source in inputs if source.on_hub}
     told = {key: _told_commit(source) for key, source in on_hub.items() if key not in commits}
     return commits | {key: commit for key, commit in told.items() if commit}
 
@@ -99,9 +99,7 @@ def hub_commits(corpus: Path, inputs: Iterable[Input]) -> dict[str, str]:
 def at_commits(inputs: Iterable[Input], commits: Mapping[str, str]) -> tuple[Input, ...]:
     """The inputs, with the commit for the revision of each hub dataset whose commit is known."""
     return tuple(
-        replace(source, revision=commits.get(_at_revision(source), source.revision))
-        if source.path.startswith(HUB_PREFIX)
-        else source
+        replace(source, revision=commits.get(_at_revision(source), source.revision)) if source.on_hub else source
         for source in inputs
     )
 

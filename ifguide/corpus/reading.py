@@ -85,7 +85,7 @@ def list_chunks(
         FileNotFoundError: nothing matches the path; names the config key.
         ValueError: a file of a kind that is not read.
     """
-    if source.path.startswith(HUB_PREFIX):
+    if source.on_hub:
         count = _open_hub(source).num_shards
         return [Chunk(input_index=input_index, kind="hub", path=source.path, start=i, stop=count) for i in range(count)]
     chunks = []

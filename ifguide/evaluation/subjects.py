@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 
 from ifguide.artifacts import MANIFEST, file_digest, json_digest, read_manifest
 from ifguide.config import ConfigError, Evaluate, Input
-from ifguide.corpus.reading import HUB_PREFIX, list_chunks
+from ifguide.corpus.reading import list_chunks
 from ifguide.evaluation.reward_decoding import Guidance
 from ifguide.storage import file_sizes, local_copy
 from ifguide.telemetry import log
@@ -118,7 +118,7 @@ def measured_inputs(models: Mapping[str, Model], sets: Mapping[str, Prompts], op
 
 def _input_digest(source: Input, dotted_key: str) -> str:
     """Of an input's files in order; a hub dataset is told by its name."""
-    if source.path.startswith(HUB_PREFIX):
+    if source.on_hub:
         return json_digest(source.path)
     paths = [chunk.path for chunk in list_chunks(source, 0, chunk_bytes=2**62, dotted_key=f"{dotted_key}.path")]
     paths += [source.rows] if isinstance(source.rows, str) else []

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ifguide.influence.nulls import half_signs, null_gradients
+from ifguide.influence.nulls import groups_for, null_directions
 from ifguide.influence.proxy import load_proxy
-from ifguide.influence.query import group_gradients, load_factors, precondition, tokenise_query
 from ifguide.influence.query_file import read_queries, write_nulls
 from ifguide.influence.query_worker import FactorsFolder, QuerySettings
-from ifguide.storage import local_copy
 from ifguide.tokenizer import load_tokenizer
 
 
@@ -25,25 +23,21 @@ def build_nulls(settings: QuerySettings, factors: FactorsFolder, seed: int) -> d
     """
     options = settings.options
     model = load_proxy(settings.proxy, gpus=options.resources.gpus)
-    tokenizer, beginning = load_tokenizer(settings.tokenizer), settings.beginning.token
     rows = read_queries(settings.folder)
-    queries = [
-        tokenise_query(tokenizer, row.prompt, row.completion, max_tokens=options.max_tokens, beginning=beginning)
-        for row in rows
-    ]
+    queries = settings.tokenise(load_tokenizer(settings.tokenizer), rows)
     positive = [row.positive for row in rows]
-    signs_KG = half_signs(options.nulls, seed)
-    _require_halves(positive, signs_KG.shape[1])
-    groups = group_gradients(
-        model, settings.module_names, queries, positive, groups=signs_KG.shape[1], batch_tokens=options.batch_tokens
+    _require_halves(positive, groups_for(options.nulls))
+    nulls = null_directions(
+        model,
+        queries,
+        positive,
+        factors.load(settings.module_names),
+        count=options.nulls,
+        seed=seed,
+        batch_tokens=options.batch_tokens,
+        damping=options.damping,
+        damping_scale=options.damping_scale,
     )
-    gradients = null_gradients(groups, signs_KG, {True: sum(positive), False: len(positive) - sum(positive)})
-    loaded = load_factors(local_copy(factors.folder), [factors.names[name] for name in settings.module_names])
-    of_modules = {name: loaded[factors.names[name]] for name in settings.module_names}
-    nulls = [
-        precondition(gradient, of_modules, damping=options.damping, damping_scale=options.damping_scale)
-        for gradient in gradients
-    ]
     write_nulls(settings.folder, nulls)
     return {str(number): _norm(null) for number, null in enumerate(nulls)}
 

@@ -23,8 +23,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ifguide.influence.query import GroupGradient
+from ifguide.influence.query import (
+    GroupGradient,
+    ModuleFactors,
+    TokenisedQuery,
+    add_gradient,
+    group_gradients,
+    precondition,
+)
 
 Floats = NDArray[np.float64]
 
@@ -82,6 +90,29 @@ def null_gradients(
     totals: list[dict[str, Tensor]] = [{} for _ in signs_KG]
     for of_group in groups:
         for total, weight in zip(totals, weights[of_group.positive][:, of_group.group].tolist(), strict=True):
-            for name, tensor in of_group.gradient.items():
-                total[name] = total[name].add_(tensor, alpha=weight) if name in total else tensor * weight
+            add_gradient(total, of_group.gradient, weight)
     return totals
+
+
+def null_directions(
+    model: PreTrainedModel,
+    queries: Sequence[TokenisedQuery],
+    positive: Sequence[bool],
+    factors: Mapping[str, ModuleFactors],
+    *,
+    count: int,
+    seed: int,
+    batch_tokens: int,
+    damping: float | None = None,
+    damping_scale: float = 0.1,
+) -> list[dict[str, Tensor]]:
+    """`count` null directions of the queries, preconditioned as V is; the options are those of `build_direction`.
+
+    Raises ValueError when there are too few queries of a set to halve them.
+    """
+    signs_KG = half_signs(count, seed)
+    groups = group_gradients(
+        model, list(factors), queries, positive, groups=signs_KG.shape[1], batch_tokens=batch_tokens
+    )
+    gradients = null_gradients(groups, signs_KG, {True: sum(positive), False: len(positive) - sum(positive)})
+    return [precondition(gradient, factors, damping=damping, damping_scale=damping_scale) for gradient in gradients]

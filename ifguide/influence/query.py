@@ -213,6 +213,12 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def add_gradient(total: dict[str, Tensor], gradient: Mapping[str, Tensor], weight: float) -> None:
+    """total += weight * gradient, per module; an empty total is 0."""
+    for name, tensor in gradient.items():
+        total[name] = total[name].add_(tensor, alpha=weight) if name in total else tensor * weight
+
+
 def by_module(modules: Mapping[str, nn.Linear], of_parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """(d_out, d_in [+ 1]) per module, of tensors like its parameters: those of the modules, one after the other."""
     remaining = iter(of_parameters)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from ifguide.artifacts import MANIFEST, publish, verified_files
 from ifguide.config import BuildQuery, ModelSource
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query import (
+    ModuleFactors,
+    TokenisedQuery,
     differential_weights,
     load_factors,
     mean_completion_gradient,
     precondition,
     tokenise_query,
 )
-from ifguide.influence.query_file import DIRECTION, read_queries
+from ifguide.influence.query_file import DIRECTION, QueryRow, read_queries
 from ifguide.storage import local_copy
 from ifguide.tokenizer import load_tokenizer
 
@@ -37,6 +40,14 @@ class QuerySettings:
     module_names: Sequence[str]
     beginning: Beginning
     options: BuildQuery
+
+    def tokenise(self, tokenizer: PreTrainedTokenizerFast, rows: Sequence[QueryRow]) -> list[TokenisedQuery]:
+        """The queries as the proxy reads them."""
+        beginning, longest = self.beginning.token, self.options.max_tokens
+        return [
+            tokenise_query(tokenizer, row.prompt, row.completion, max_tokens=longest, beginning=beginning)
+            for row in rows
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +71,12 @@ class FactorsFolder:
     fingerprint: str
     names: Mapping[str, str]
 
+    def load(self, modules: Iterable[str]) -> dict[str, ModuleFactors]:
+        """The factors of modules of the proxy."""
+        names = {module: self.names[module] for module in modules}
+        loaded = load_factors(local_copy(self.folder), list(names.values()))
+        return {module: loaded[name] for module, name in names.items()}
+
 
 class SumGradients:
     """Worker: the weighted gradient sum of one part of the queries."""
@@ -74,11 +91,7 @@ class SumGradients:
         rows = read_queries(self.settings.folder)
         weights = differential_weights([row.positive for row in rows])
         mine = slice(part.partition, None, options.partitions)
-        beginning, longest = self.settings.beginning.token, options.max_tokens
-        queries = [
-            tokenise_query(self.tokenizer, row.prompt, row.completion, max_tokens=longest, beginning=beginning)
-            for row in rows[mine]
-        ]
+        queries = self.settings.tokenise(self.tokenizer, rows[mine])
         gradient = mean_completion_gradient(
             self.model, self.settings.module_names, queries, weights[mine], batch_tokens=options.batch_tokens
         )
@@ -101,13 +114,7 @@ def precondition_parts(
             total[name] = total[name] + tensor if name in total else tensor
     if (factors.folder / MANIFEST).exists():  # else the digests of its files are its fingerprint
         list(verified_files(factors.folder, "*.safetensors"))
-    loaded = load_factors(local_copy(factors.folder), [factors.names[name] for name in total])
-    direction = precondition(
-        total,
-        {name: loaded[factors.names[name]] for name in total},
-        damping=options.damping,
-        damping_scale=options.damping_scale,
-    )
+    direction = precondition(total, factors.load(total), damping=options.damping, damping_scale=options.damping_scale)
     with publish(folder / DIRECTION) as path:
         save_file({name: tensor.contiguous() for name, tensor in sorted(direction.items())}, path)
     return {name: float(tensor.norm()) for name, tensor in direction.items()}

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ifguide.influence.agreement import compare
 from ifguide.influence.method import PRESETS
-from ifguide.influence.query import ModuleFactors, TokenisedQuery, group_gradients, precondition
+from ifguide.influence.query import ModuleFactors, TokenisedQuery, add_gradient, group_gradients, precondition
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
 
@@ -67,10 +67,7 @@ def measure_reliability(
     counts = {True: [0] * HALVES, False: [0] * HALVES}
     for part in group_gradients(model, list(factors), queries, positive, groups=HALVES, batch_tokens=batch_tokens):
         counts[part.positive][part.group] = part.queries
-        weight = (1 if part.positive else -1) / part.queries
-        total = halves[part.group]
-        for name, gradient in part.gradient.items():
-            total[name] = total[name].add_(gradient, alpha=weight) if name in total else gradient.mul_(weight)
+        add_gradient(halves[part.group], part.gradient, (1 if part.positive else -1) / part.queries)
     directions = [precondition(half, factors, damping=damping, damping_scale=damping_scale) for half in halves]
     scorer = TokenScorer(model, directions, attribution="target", method=PRESETS["exact"], beginning=beginning)
     batches = zip(tokens_NT.split(1), lengths_N.split(1), strict=True)

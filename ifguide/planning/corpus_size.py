@@ -35,7 +35,7 @@ def input_size(inputs: Sequence[Input], *, apart: Path | None = None) -> InputSi
     """The size of all inputs but files below `apart`, the run's own; None where one is of the hub, or not there yet."""
     files, size, tokens = 0, 0, 0.0
     for i, source in enumerate(inputs):
-        if source.path.startswith("hf://"):
+        if source.on_hub:
             return None
         try:
             paths = list_files(source.path, f"pack_corpus.inputs[{i}].path", apart=apart)

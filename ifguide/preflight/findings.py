@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from ifguide import extras
 from ifguide.config import ConfigError
+from ifguide.storage import is_store_error
 
-STORE_ERRORS = "botocore."  # modules of what s3fs raises besides OSError: no credentials, no connection
 SHOWN = 120  # characters of a value
 
 
@@ -69,6 +69,6 @@ class Findings:
         except (ValueError, OSError) as error:
             self.fault(key, value, str(error))
         except Exception as error:
-            if not type(error).__module__.startswith(STORE_ERRORS):
+            if not is_store_error(error):
                 raise
             self.fault(key, value, str(error))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.config import Completions, ConfigError, Input, LabelledTexts, Pairs, Prompts, PromptSet
-from ifguide.corpus.reading import HUB_PREFIX, Chunk, check_row, count_rows, hub_name, list_chunks, raw_rows
+from ifguide.corpus.reading import Chunk, check_row, count_rows, hub_name, list_chunks, raw_rows
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
 from ifguide.records.choice import RowChoice
@@ -39,7 +39,7 @@ class TableChecks:
 
     def documents(self, key: str, source: Input, *, bad_rows: int = 0) -> None:
         """Documents, of which `bad_rows` may be unusable."""
-        if source.path.startswith(HUB_PREFIX):
+        if source.on_hub:
             self._hub_dataset(key, source)
             return
         kinds = DOCUMENTS if source.tokens_column is None else TABLES
@@ -88,7 +88,7 @@ class TableChecks:
         left, counted = READ_BYTES, 0
         for file in files:
             parquet = file.suffix.lower() == ".parquet"
-            cost = 0 if parquet else file.stat().st_size * (INFLATION if is_compressed(file) else 1)
+            cost = 0 if parquet else _plain_bytes(file)
             if counted < wanted:
                 left -= cost
                 if left < 0:
@@ -158,8 +158,7 @@ class TableChecks:
         with self.findings.caught(f"{key}.path", table.path):
             try:
                 files = list_files(table.path, f"{key}.path", TABLES)
-                size = sum(file.stat().st_size * (INFLATION if is_compressed(file) else 1) for file in files)
-                if size <= READ_BYTES:
+                if sum(map(_plain_bytes, files)) <= READ_BYTES:
                     read()
                     return
                 what = "too large to read here" if read_first is None else "only the first rows were read"
@@ -170,6 +169,11 @@ class TableChecks:
                 if not str(error).startswith(f"{key}.rows: "):
                     raise
                 self.findings.fault(f"{key}.rows", table.rows, str(error))
+
+
+def _plain_bytes(file: Path) -> int:
+    """What reading it to its end takes, about."""
+    return file.stat().st_size * (INFLATION if is_compressed(file) else 1)
 
 
 def _first_documents(file: Path, source: Input, *, strict: bool) -> tuple[tuple[str, str] | None, int]:

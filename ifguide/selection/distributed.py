@@ -21,22 +21,10 @@ import numpy as np
 
 from ifguide.selection.algorithm import NO_TOKENS, NOTHING_CUT, Cutoff, Extremes, Ints, token_budget
 from ifguide.selection.fdr import Discoveries, Spread, discoveries, fit_spread
-from ifguide.selection.passes import (
-    Carried,
-    Extent,
-    Rules,
-    Scan,
-    Shard,
-    ShardFiles,
-    fill,
-    find_end,
-    keep_candidates,
-    scan,
-    scan_nulls,
-    unit_statistics,
-)
+from ifguide.selection.passes import Scan, fill, find_end, keep_candidates, scan, scan_nulls, unit_statistics
 from ifguide.selection.quantiles import BUCKETS, quantile_buckets, quantile_from_histograms
 from ifguide.selection.ranking import Part, count_run, sort_run, splitters, write_ranking
+from ifguide.selection.shards import Carried, Extent, Rules, Shard, ShardFiles
 
 # Calls the function once with each tuple of arguments, anywhere; results in any order.
 RunTasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]

@@ -30,7 +30,7 @@ from ifguide.selection.distributed import RunTasks, Selection, select
 from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.measures import Measure
 from ifguide.selection.outliers import dominant_line, outlier_line
-from ifguide.selection.passes import Rules, ShardFiles, require_behaviour
+from ifguide.selection.shards import Rules, ShardFiles
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
 from ifguide.telemetry import log
 
@@ -152,6 +152,19 @@ def _rules(options: BuildMask, folders: SelectionFolders) -> Rules:
         ranking=folders.ranking,
         mask=folders.mask,
     )
+
+
+def require_behaviour(behaviour: str, scores: Path) -> None:
+    """Refuse a `build_mask.behaviour` that the folder of scores does not hold.
+
+    Raises:
+        ConfigError: names the behaviours that it does hold.
+    """
+    behaviours = schemas.scored_behaviours(schemas.read_schema(next(verified_files(scores))))
+    if behaviour not in behaviours:
+        raise ConfigError(
+            f"build_mask.behaviour: {behaviour!r} is not in {scores}, which holds {', '.join(behaviours)}"
+        )
 
 
 def measure_of(options: BuildMask, scores: Path) -> Measure:

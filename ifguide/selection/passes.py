@@ -18,7 +18,6 @@ for a candidate. Memory: a chunk of `CHUNK_TOKENS` tokens, the tokens above tau 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ifguide import schemas
-from ifguide.artifacts import publish, sound, verified_files, verify_digest
-from ifguide.config import ConfigError
+from ifguide.artifacts import publish, sound, verify_digest
 from ifguide.selection.algorithm import (
     Bools,
     Cutoff,
@@ -39,21 +37,16 @@ from ifguide.selection.algorithm import (
     Ints,
     Layout,
     ScoreShard,
-    Unit,
     UnitTotals,
     check_lengths,
     divisors,
     rank_scores,
 )
 from ifguide.selection.fdr import null_variance
-from ifguide.selection.measures import Measure
 from ifguide.selection.outliers import block_mass, distinct_bigram_share, find_outliers
 from ifguide.selection.quantiles import BUCKETS, high_histogram, least_of, low_histogram
+from ifguide.selection.shards import Extent, Rules, Shard, ShardFiles
 from ifguide.storage import readable
-
-CHUNK_TOKENS = 1 << 18  # a chunk and its temporary arrays stay in a core's cache
-RUN_UNITS = FILE_UNITS = 1 << 17
-SAMPLE_UNITS = 1 << 10
 
 BLOCKS = pa.schema(
     [("block_id", pa.int64()), ("length", pa.int64()), ("mass", pa.float32()), ("bigram_share", pa.float64())]
@@ -68,103 +61,6 @@ UNITS = pa.schema(
         ("divisor", pa.float64()),
     ]
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What is selected, as in the config's `build_mask`, by which measure, and where the tables go.
-
-    `prior`: of rates (`ifguide.selection.algorithm`); None ranks by sums. `fdr`: tau has this false-discovery rate, in
-    place of `quantile`; it wants a measure with nulls."""
-
-    quantile: float
-    window: int
-    max_fraction: float
-    unit: Unit
-    prior: int | None
-    measure: Measure
-    fdr: float | None
-    outlier_mass_ratio: float
-    outlier_bigram_share: float
-    exclude_repeated: bool
-    ranking: Path
-    mask: Path
-    chunk_tokens: int = CHUNK_TOKENS
-    run_units: int = RUN_UNITS  # these three: see `ifguide.selection.ranking`
-    sample_units: int = SAMPLE_UNITS
-    file_units: int = FILE_UNITS
-
-    @property
-    def scratch(self) -> Path:
-        """Tables between the passes."""
-        return self.mask / "scratch"
-
-    def table(self, kind: str, name: str) -> Path:
-        """A scratch table of a shard."""
-        return self.scratch / f"{kind}-{name}.parquet"
-
-
-class ShardFiles(NamedTuple):
-    """One shard of corpus and scores; `documents` are those that begin in it. The first pass checks the digest of
-    the scores, where one is given."""
-
-    name: str
-    corpus: Path
-    documents: Path
-    scores: Path
-    scores_sha256: str | None = None
-
-
-class Extent(NamedTuple):
-    """Where a shard lies: blocks, stream positions [begin, end), and its documents, the last of which may end
-    beyond it. Without documents these are 0."""
-
-    block_size: int
-    first_block: int
-    num_blocks: int
-    begin: int
-    end: int
-    first_document: int
-    num_documents: int
-    documents_begin: int
-    last_begin: int
-    documents_end: int
-
-
-class Carried(NamedTuple):
-    """The document that a shard begins within, and the shard that owns it."""
-
-    doc_id: int
-    begin: int
-    end: int
-    owner: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """A shard after the scan. `following` names the shards into which its last document goes on."""
-
-    files: ShardFiles
-    extent: Extent
-    carried: Carried | None
-    following: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.files.name
-
-
-def require_behaviour(behaviour: str, scores: Path) -> None:
-    """Refuse a `build_mask.behaviour` that the folder of scores does not hold.
-
-    Raises:
-        ConfigError: names the behaviours that it does hold.
-    """
-    behaviours = schemas.scored_behaviours(schemas.read_schema(next(verified_files(scores))))
-    if behaviour not in behaviours:
-        raise ConfigError(
-            f"build_mask.behaviour: {behaviour!r} is not in {scores}, which holds {', '.join(behaviours)}"
-        )
 
 
 def scan_nulls(rules: Rules, files: ShardFiles) -> Ints:

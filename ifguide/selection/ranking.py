@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from ifguide import schemas
 from ifguide.artifacts import publish
 from ifguide.selection.algorithm import Extremes, Floats, Ints
-from ifguide.selection.passes import UNITS, Rules, rank_units
+from ifguide.selection.passes import UNITS, rank_units
+from ifguide.selection.shards import Rules
 from ifguide.storage import readable
 
 GROUP_UNITS = 1 << 14  # what is read of a run at least

@@ -51,6 +51,16 @@ def _records(path: str | Path, dotted_key: str, first: int | None = None) -> Ite
             row += 1
 
 
+def _within(
+    records: list[tuple[int, str, Any]], rows: tuple[int, int] | None, path: str | Path, dotted_key: str
+) -> list[tuple[int, str, Any]]:
+    """Those of `rows`, or all. Raises ConfigError for rows outside of the table."""
+    start, stop = rows or (0, len(records))
+    if stop > len(records):
+        raise ConfigError(f"{dotted_key}.rows: [{start}, {stop}) is not within the {len(records)} of {path}")
+    return records[start:stop]
+
+
 def _file_records(file: Path, first: int | None = None) -> Iterator[tuple[str, Any]]:
     for row, record in enumerate(itertools.islice(table_rows(file), first)):
         where = f"{file}, row {row}"
@@ -160,10 +170,7 @@ def _chosen_records(source: Completions | Pairs, dotted_key: str) -> list[tuple[
     records = list(_records(source.path, f"{dotted_key}.path"))
     if not records:
         raise ValueError(f"{source.path}: the table of queries is empty")
-    start, stop = source.rows or (0, len(records))
-    if stop > len(records):
-        raise ConfigError(f"{dotted_key}.rows: [{start}, {stop}) is not within the {len(records)} of {source.path}")
-    return records[start:stop]
+    return _within(records, source.rows, source.path, dotted_key)
 
 
 # ---- prompts in groups -----------------------------------------------------------------------------------
@@ -281,11 +288,8 @@ def read_labelled(
     records = list(_records(path, f"{dotted_key}.path", first))
     if not records:
         raise ValueError(f"{path}: the table of labelled texts is empty")
-    start, stop = rows or (0, len(records))
-    if stop > len(records):
-        raise ConfigError(f"{dotted_key}.rows: [{start}, {stop}) is not within the {len(records)} of {path}")
-    texts = []
-    for _, where, record in records[start:stop]:
+    chosen, texts = _within(records, rows, path, dotted_key), []
+    for _, where, record in chosen:
         holder, name = _holder(record, label_column, where)
         if isinstance(holder, dict) and name in holder and _is_missing(_plain(holder[name])):
             continue
@@ -296,8 +300,8 @@ def read_labelled(
         scores = {k: float(v) for k, v in numbers.items() if not _is_missing(v) and _is_score(v)}
         text = _column(*_holder(record, text_column, where), str, where)
         texts.append(LabelledText(text=text, label=label >= threshold, share=float(label), scores=scores))
-    if unlabelled := stop - start - len(texts):
-        logger.warning("%s: %d of %d rows have no label (null) and are left out", path, unlabelled, stop - start)
+    if unlabelled := len(chosen) - len(texts):
+        logger.warning("%s: %d of %d rows have no label (null) and are left out", path, unlabelled, len(chosen))
     return texts
 
 

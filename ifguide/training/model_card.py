@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from ifguide.artifacts import MANIFEST, Manifest, read_manifest, write_text
+from ifguide.config.sources import HUB_PREFIX
 from ifguide.display import markdown_table
 from ifguide.training.settings import TrainingSettings
 
 CARD = "README.md"
-HUB_PREFIX = "hf://"
 
 
 def write_model_card(

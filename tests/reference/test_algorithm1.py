@@ -16,8 +16,8 @@ from ifguide.selection.algorithm import Documents
 from ifguide.selection.distributed import Selection, select
 from ifguide.selection.fdr import discoveries, fit_spread, null_variance, standardise
 from ifguide.selection.measures import Measure
-from ifguide.selection.passes import Rules
 from ifguide.selection.quantiles import high_histogram
+from ifguide.selection.shards import Rules
 from ifguide.selection.whole import select_tokens
 from tests.reference import algorithm1
 from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards

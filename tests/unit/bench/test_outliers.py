@@ -10,13 +10,13 @@ from bench.common.outliers import (
     algorithm_1,
     lay_among,
     leverage,
-    null_directions,
     outlier_figures,
     shares_of,
     shuffled_rate,
     top,
     z_scores,
 )
+from ifguide.influence.nulls import null_directions
 from ifguide.influence.query import ModuleFactors, TokenisedQuery, mean_completion_gradient
 from ifguide.models import tracked_modules
 from ifguide.tokenizer import load_tokenizer
@@ -88,7 +88,7 @@ def test_null_directions_lie_in_the_span_of_the_queries_with_weights_that_cancel
         d_out, d_in = model.get_submodule(name).weight.shape
         factors[name] = ModuleFactors(Q_A=torch.eye(d_in), Q_S=torch.eye(d_out), lambda_mean=torch.ones(d_out, d_in))
     query = TokenisedQuery(token_ids=tuple(rng.integers(3, VOCABULARY, 8).tolist()), completion_start=3)
-    alike = null_directions(model, factors, ([query] * 9, [query] * 8), count=2, seed=0)
+    alike = null_directions(model, [query] * 17, [True] * 9 + [False] * 8, factors, count=2, seed=0, batch_tokens=1024)
     scale = mean_completion_gradient(model, names, [query], [1.0], batch_tokens=64)
     for null in alike:  # queries that are all the same have no noise
         assert all(float(null[name].norm()) < 1e-5 * float(scale[name].norm()) for name in names)

@@ -17,14 +17,12 @@ from ifguide.config import (
     ModelSource,
     config_from_mapping,
     load_config,
-    result_options,
     to_mapping,
     to_yaml,
 )
 from ifguide.config.packaged import packaged_configs
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
-SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name not in ("run_dir", "cluster")]
 FILE_NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]*", fullmatch=True)
 WORDS = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1)
 
@@ -218,45 +216,6 @@ def test_run_dir_is_put_into_every_string_after_the_overrides(tmp_path):
     assert (config.evaluate.models["m"], config.tokenizer) == ("b/m", "b/t")
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "run_dir=elsewhere",
-        "cluster.num_cpus=3",
-        "pack_corpus.resources.cpus=2",
-        "pretrain.resources.gpus=0",
-        "pretrain.log_steps=1",
-        "pretrain.max_failures=0",
-        "build_query.classifier.batch_size=2",
-        "pretrain.workers=2",
-        "score_corpus.max_actors=7",
-        "score_corpus.resources.memory=1000",
-        "evaluate.resources.attempts=1",
-    ],
-)
-def test_placement_leaves_the_result_options_as_they_are(tmp_path, override):
-    changed = load_config(write(tmp_path, ""), [override])
-    assert changed != Config()
-    assert result_options(changed, SECTIONS) == result_options(Config(), SECTIONS)
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=1",
-        "pack_corpus.inputs=[a.txt]",
-        "pretrain.zero_stage=2",
-        "build_query.classifier.name=labels",
-        "score_corpus.micro_batch_blocks=4",
-        "evaluate.models={a: b}",
-    ],
-)
-def test_an_option_that_changes_results_changes_the_result_options_of_its_section_only(tmp_path, override):
-    changed = result_options(load_config(write(tmp_path, ""), [override]), SECTIONS)
-    plain = result_options(Config(), SECTIONS)
-    assert [name for name in SECTIONS if changed[name] != plain[name]] == [re.split(r"[.=]", override)[0]]
-
-
 def test_section_mapping_is_plain_json():
     mapping = to_mapping(Input(path="a", rows=(1, 2)))
     assert mapping == {
@@ -341,24 +300,6 @@ def test_token_ids_do_not_go_with_what_needs_text(source, others, message):
 def test_evaluations_that_cannot_be_are_refused(evaluate, message):
     with pytest.raises(ConfigError, match=message):
         config_from_mapping({"evaluate": evaluate})
-
-
-def test_an_option_that_came_later_counts_only_where_it_is_on():
-    def options(**build_mask):
-        return result_options(config_from_mapping({"build_mask": build_mask}), ["build_mask"])["build_mask"]
-
-    assert not {"rank_by", "rate_prior"} & options().keys()
-    assert options(rank_by="rate") == options() | {"rank_by": "rate"}
-    assert options(rank_by="sum", rate_prior=100) == options()
-    assert options(rank_by="rate", rate_prior=5) == options() | {"rank_by": "rate", "rate_prior": 5}
-
-
-def test_result_options_of_sections_by_name_leave_placement_out():
-    tree = {"classifiers": {"implicit": {"name": "hf:x", "batch_size": 7}}, "report": "again"}
-    options = result_options(config_from_mapping({"evaluate": tree}), ["evaluate"])["evaluate"]
-    assert "report" not in options
-    assert options["classifiers"]["implicit"]["name"] == "hf:x"
-    assert "batch_size" not in options["classifiers"]["implicit"]
 
 
 @pytest.mark.parametrize(

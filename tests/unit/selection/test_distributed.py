@@ -19,8 +19,8 @@ from ifguide.selection.algorithm import (
     token_budget,
 )
 from ifguide.selection.distributed import place_shards, select
-from ifguide.selection.passes import Extent, ShardFiles
 from ifguide.selection.ranking import Splitter
+from ifguide.selection.shards import Extent, ShardFiles
 from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards
 
 
