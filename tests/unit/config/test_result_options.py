@@ -2,12 +2,19 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from ifguide.config import Config, config_from_mapping, load_config, result_options
 
 SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name not in ("run_dir", "cluster")]
+
+
+def overridden(folder: Path, override: str) -> Config:
+    """The defaults, but for one key."""
+    (folder / "config.yaml").write_text("")
+    return load_config(folder / "config.yaml", [override])
 
 
 @pytest.mark.parametrize(
@@ -27,8 +34,7 @@ SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name not in ("run_di
     ],
 )
 def test_placement_leaves_the_result_options_as_they_are(tmp_path, override):
-    (path := tmp_path / "config.yaml").write_text("")
-    changed = load_config(path, [override])
+    changed = overridden(tmp_path, override)
     assert changed != Config()
     assert result_options(changed, SECTIONS) == result_options(Config(), SECTIONS)
 
@@ -45,8 +51,7 @@ def test_placement_leaves_the_result_options_as_they_are(tmp_path, override):
     ],
 )
 def test_an_option_that_changes_results_changes_the_result_options_of_its_section_only(tmp_path, override):
-    (path := tmp_path / "config.yaml").write_text("")
-    changed = result_options(load_config(path, [override]), SECTIONS)
+    changed = result_options(overridden(tmp_path, override), SECTIONS)
     plain = result_options(Config(), SECTIONS)
     assert [name for name in SECTIONS if changed[name] != plain[name]] == [re.split(r"[.=]", override)[0]]
 
