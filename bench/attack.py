@@ -198,7 +198,9 @@ class Attack:
                 lines = terminal_view(run.selection, documents=10, context=60)
                 (self.run_dir / "inspect.txt").write_text("\n".join(lines), encoding="utf-8")
             elif reader.verb == "status":
-                (self.run_dir / "status.txt").write_text("\n".join(run_status(self.run_dir, FOLDERS)), encoding="utf-8")
+                (self.run_dir / "status.txt").write_text(
+                    "\n".join(run_status(self.run_dir, FOLDERS).lines()), encoding="utf-8"
+                )
             elif reader.verb == "export-scores":
                 exported = self.run_dir / "exported"
                 made = export_scores(self.run_dir, exported, name="n", behaviour=OWN, max_gigabytes=1)

@@ -121,8 +121,8 @@ def test_a_shard_that_kills_its_actor_each_time_is_given_up_alone(cluster: None,
     # those beside it paid at most the one attempt that it was not alone in
     assert all(work.count(key) <= 2 for key in KEYS if key != "s3")
     assert sorted(path.stem for path in (folder / LEDGER).glob("*.json")) == [key for key in KEYS if key != "s3"]
-    scores = next(i for i, line in enumerate(run_status(tmp_path, FOLDERS)) if line.startswith("scores"))
-    told = run_status(tmp_path, FOLDERS)[scores : scores + 2]
+    scores = next(i for i, line in enumerate(run_status(tmp_path, FOLDERS).lines()) if line.startswith("scores"))
+    told = run_status(tmp_path, FOLDERS).lines()[scores : scores + 2]
     assert "in progress  7/8 shards (88%)" in told[0]
     assert "1 failed" in told[0]
     assert "failed s3: gave up after 3 attempts: its process died" in told[1]
