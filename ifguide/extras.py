@@ -4,7 +4,6 @@ from __future__ import annotations
 
 EXTRAS = {
     "deepspeed": "train",
-    "tensorboard": "train",
     "detoxify": "evaluate",
     "profanity_check": "evaluate",
     "sklearn": "evaluate",

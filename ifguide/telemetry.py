@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ifguide.config import redact
-from ifguide.storage import is_remote
+from ifguide.gauges import GAUGES
+from ifguide.storage import is_remote, upload_folder, work_folder
 
 ROOT = "ifguide"
 PROGRESS = "progress.jsonl"
 METRICS = "metrics.jsonl"  # of a training
+TENSORBOARD = "tensorboard"  # folder of its event files
 REMOTE_SECONDS = 60.0
 
 
@@ -57,7 +60,8 @@ class Progress:
     """A throttled progress line: done / total, share, rate and ETA of this run's own work.
 
     `already` counts work found finished from an earlier run; the rate leaves it out. Each line's values also go to the
-    `sinks`: `verb`, `unit`, `done`, `total`, `per_second`, `eta_seconds` (None where unknown) and the caller's counts.
+    `sinks`: `verb`, `unit`, and by the names of `GAUGES` `done`, `total`, `per_second`, `eta_seconds` (None where
+    unknown) and the caller's counts.
     """
 
     def __init__(
@@ -75,7 +79,18 @@ class Progress:
         self.every_seconds, self.sinks = every_seconds, tuple(sinks)
         self.started = self.last_shown = time.monotonic()
         if already:
-            log(verb, f"resuming: {already:,.0f} of {total:,.0f} {unit} already done")
+            self._say_already()
+
+    def begin(self, total: float, *, already: float = 0) -> None:
+        """Begin anew, where the work is known only once it begins."""
+        self.total, self.done, self.already = total, already, already
+        self.started = self.last_shown = time.monotonic()
+        if already:
+            self._say_already()
+        self.publish()
+
+    def _say_already(self) -> None:
+        log(self.verb, f"resuming: {self.already:,.0f} of {self.total:,.0f} {self.unit} already done")
 
     def advance(self, amount: float, **counts: Any) -> None:
         """Add finished work; shows a line when due, and always at the end."""
@@ -110,13 +125,14 @@ class Progress:
 
 
 def progress_text(values: Mapping[str, Any]) -> str:
-    """The progress line of values as a sink gets them: `shards_done`, `shards_total`, `per_second_per_actor`,
+    """The progress line of values as a sink gets them: `shards_done`, `shards_total`, `per_second_per_actor`, `loss`,
     `retries` and `failed` are shown where they are known."""
     unit, done, total = values["unit"], values["done"], values["total"]
     shards, per_actor = values.get("shards_total"), values.get("per_second_per_actor")
     parts = [
         f"{values['shards_done']:,}/{shards:,} shards" if shards is not None and unit != "shards" else "",
         f"{done:,.0f}/{total:,.0f} {unit} ({done / total if total else 1.0:.0%})",
+        f"loss {values['loss']:.4f}" if values.get("loss") is not None else "",
         _rate(values["per_second"], unit),
         f"{_rate(per_actor, unit)} per actor" if per_actor else "",
         f"ETA {format_seconds(float('inf') if values['eta_seconds'] is None else values['eta_seconds'])}",
@@ -148,7 +164,60 @@ class ProgressFile:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            raise OSError(error.errno, f"writing failed: {error.strerror or error}", str(self.path)) from error
+            raise writing_failed(error, self.path) from error
+
+
+class TensorBoard:
+    """An event file in `folder`/tensorboard; also a sink of `Progress`, of what `GAUGES` names, against the work done.
+
+    Each step is on disk when `write` returns, and what the disk refuses is raised there; tensorboard's own writer works
+    in a thread. It is appended to: that of a remote folder is written on this machine, and uploaded by `close`.
+    """
+
+    def __init__(self, folder: Path):
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.folder = folder
+        self.local = work_folder(TENSORBOARD, folder) if is_remote(folder) else folder / TENSORBOARD
+        self.local.mkdir(parents=True, exist_ok=True)
+        now = time.time_ns()
+        # ordered by time, as readers take a folder's files
+        self.path = self.local / f"events.out.tfevents.{now // 10**9}.{now % 10**9:09}.{os.getpid()}"
+        self.file = self.path.open("xb", buffering=0)
+        self.records = RecordWriter(self.file)
+        self._append(file_version="brain.Event:2")
+
+    def __call__(self, values: Mapping[str, Any]) -> None:
+        self.write(int(values["done"]), {gauge.name: values.get(gauge.name) for gauge in GAUGES})
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Plot the values of one step; those that are None are left out.
+
+        Raises:
+            OSError: they could not be written; names the file.
+        """
+        known = [{"tag": name, "simple_value": value} for name, value in values.items() if value is not None]
+        self._append(step=step, summary={"value": known})
+
+    def _append(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        try:
+            self.records.write(Event(wall_time=time.time(), **event).SerializeToString())
+        except OSError as error:
+            raise writing_failed(error, self.path) from error
+
+    def close(self) -> None:
+        """End the file; upload it where the folder is remote."""
+        self.file.close()
+        if is_remote(self.folder):
+            upload_folder(self.local, self.folder / TENSORBOARD)
+            shutil.rmtree(self.local)
+
+
+def writing_failed(error: OSError, path: Path) -> OSError:
+    """The error of a write, with the file's name, which the system's own leaves out."""
+    return OSError(error.errno, f"writing failed: {error.strerror or error}", str(path))
 
 
 def last_line(path: Path, use: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
@@ -195,28 +264,24 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, wandb: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_line(path)
         self.file = path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(path.parent / "tensorboard"))
+        self.tensorboard = TensorBoard(path.parent)
         self.wandb = None if wandb is None else _wandb_run(path.parent, wandb, config or {})
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append the values of one step; `None` values stay in the JSONL and are not plotted."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        numbers = {name: value for name, value in values.items() if value is not None}
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
+        self.tensorboard.write(step, values)
         if self.wandb is not None:
-            self.wandb.log(numbers, step=step)
+            self.wandb.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     def close(self) -> None:
         """Flush and close all sinks."""
         self.file.close()
-        self.writer.close()
+        self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 

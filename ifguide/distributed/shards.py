@@ -31,12 +31,12 @@ import ray
 from ifguide.artifacts import FileEntry, damaged_files
 from ifguide.config.resources import WorkerResources
 from ifguide.distributed.ledger import LEDGER, Entry, Failure, finished_entries, forget, unfinished_attempts
-from ifguide.distributed.metrics import RayMetrics
+from ifguide.distributed.metrics import stage_progress
 from ifguide.distributed.pool import Pool, work_off
 from ifguide.distributed.tasks import run_tasks
 from ifguide.distributed.worker import Shard, Worker, WorkerSource
 from ifguide.storage import make_folder
-from ifguide.telemetry import Progress, ProgressFile, log
+from ifguide.telemetry import Progress, log
 
 __all__ = ["LEDGER", "Pool", "ShardResults", "StageError", "Worker", "run_shards"]
 
@@ -88,10 +88,8 @@ def run_shards(
             resources=pool.resources,
             in_flight=pool.in_flight,
         )
-        with contextlib.closing(RayMetrics(verb)) as metrics:
-            already = sum(weights[key] for key in done)
-            sinks = (ProgressFile(folder), metrics)
-            progress = Progress(verb, sum(weights.values()), unit, already=already, sinks=sinks)
+        already = sum(weights[key] for key in done)
+        with stage_progress(verb, folder, sum(weights.values()), unit, already=already) as progress:
             progress.publish(**tally.counts())
             _run_rounds(verb, todo, source, pool, tally, progress)
     if tally.failures:

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from ifguide.config import ModelSource
 from ifguide.config.compare import Dpo
 from ifguide.methods.pairs import Pair
 from ifguide.models import load_model
+from ifguide.telemetry import Progress
 
 
 def dpo_trainer(
@@ -79,12 +80,28 @@ def dpo_trainer(
     )
 
 
-def train_dpo(trainer: Any, folder: Path) -> dict[str, float]:
-    """Train to the end, from the last complete checkpoint in `folder` if there is one.
+class _Shown(TrainerCallback):
+    """Gives the Trainer's steps to `progress`."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.progress.begin(state.max_steps, already=state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "rewards/margins" in logs:  # not what it logs at the end
+            self.progress.advance(state.global_step - self.progress.done, loss=float(logs["loss"]))
+
+
+def train_dpo(trainer: Any, folder: Path, progress: Progress | None = None) -> dict[str, float]:
+    """Train to the end, from the last complete checkpoint in `folder` if there is one; `progress` gets every step.
 
     Gives the steps, and of the last tenth of them the mean `loss`, `accuracy` (pairs whose chosen continuation has the
     larger d) and `margin` (beta times the difference of the two d)."""
     checkpoint = last_complete(folder)
+    if progress is not None:
+        trainer.add_callback(_Shown(progress))
     with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints what it logs
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     rows = [row for row in trainer.state.log_history if "rewards/margins" in row]

@@ -18,15 +18,17 @@ from ifguide.artifacts import publish_folder, remove_tree
 from ifguide.config import ClassifierSource, ConfigError, ModelSource, Prompts
 from ifguide.config.compare import Dpo, Reward
 from ifguide.config.resources import WorkerResources
+from ifguide.distributed.metrics import stage_progress
 from ifguide.methods.dpo import dpo_trainer, train_dpo
 from ifguide.methods.pairs import make_pairs, rate_continuations
-from ifguide.methods.reward_model import RatedText, RewardModel, rate_texts, train_reward_model
+from ifguide.methods.reward_model import RatedText, RewardModel, rate_texts, reward_steps, train_reward_model
 from ifguide.methods.samples import SampleFiles, read_samples
 from ifguide.models import load_model
 from ifguide.storage import is_remote, work_folder
 from ifguide.telemetry import configure_logging
 from ifguide.tokenizer import load_tokenizer
 
+VERB = "compare"
 DPO, HF, SCRATCH = "dpo", "hf", "checkpoints"
 HELDOUT = 10  # one prompt in so many says how good the reward model is
 
@@ -72,7 +74,10 @@ class RewardTraining:
         trunk = load_model(ModelSource(source=source), device=device)
         train, heldout, left_out = self._texts(tokenizer, trunk)
         model = RewardModel(trunk).to(device)
-        losses = train_reward_model(model, train, self.options, seed=self.seed)
+        with stage_progress(VERB, self.folder, reward_steps(train, self.options), "steps") as progress:
+            losses = train_reward_model(
+                model, train, self.options, seed=self.seed, show=lambda loss: progress.advance(1, loss=loss)
+            )
         _publish(self.folder, model.save, tokenizer)
         rewards = np.array([text.reward for text in heldout])
         rates = rate_texts(model, heldout, batch_size=self.options.batch_size) if heldout else rewards
@@ -147,7 +152,8 @@ class DpoTraining:
         trainer = dpo_trainer(
             model, reference, tokenizer, pairs, self.options, folder=scratch, seed=self.seed, use_cpu=device == "cpu"
         )
-        trained = train_dpo(trainer, scratch)
+        with stage_progress(VERB, self.folder, 0, "steps") as progress:
+            trained = train_dpo(trainer, scratch, progress)
         _publish(self.folder, _with_weights(model, self.start).save_pretrained, load_tokenizer(self.start))
         remove_tree(scratch)
         return {"pairs": len(pairs), "prompts": len(prompts), "prompts_left_out": left_out, **trained}

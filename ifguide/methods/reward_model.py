@@ -10,7 +10,7 @@ tokens that count are those of a continuation, with its prompt before them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,9 +44,21 @@ class RatedText:
             raise ValueError(f"a rated text needs tokens and a reward in [0, 1]: {self}")
 
 
-def train_reward_model(model: RewardModel, texts: Sequence[RatedText], options: Reward, *, seed: int) -> list[float]:
-    """Train in place with AdamW and a rate that falls linearly to 0; the mean loss of each epoch. ValueError: no texts,
-    or a loss that is not finite."""
+def reward_steps(texts: Sequence[RatedText], options: Reward) -> int:
+    """The steps of `train_reward_model`."""
+    return options.epochs * -(-len(texts) // options.batch_size)
+
+
+def train_reward_model(
+    model: RewardModel,
+    texts: Sequence[RatedText],
+    options: Reward,
+    *,
+    seed: int,
+    show: Callable[[float], None] = lambda loss: None,
+) -> list[float]:
+    """Train in place with AdamW and a rate that falls linearly to 0; the mean loss of each epoch. `show` gets the loss
+    of every step. ValueError: no texts, or a loss that is not finite."""
     if not texts:
         raise ValueError("a reward model needs texts to learn from")
     device = model.weight.device
@@ -57,7 +69,7 @@ def train_reward_model(model: RewardModel, texts: Sequence[RatedText], options: 
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
-    steps = options.epochs * -(-len(texts) // options.batch_size)
+    steps = reward_steps(texts, options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     losses = []
     model.train()
@@ -66,14 +78,16 @@ def train_reward_model(model: RewardModel, texts: Sequence[RatedText], options: 
         for epoch in range(options.epochs):
             order = np.random.default_rng([seed, epoch]).permutation(len(texts))
             total = 0.0
-            for _, batch in _batches([texts[i] for i in order], options.batch_size, device):
+            for rows, batch in _batches([texts[i] for i in order], options.batch_size, device):
                 loss_B = cumulative_squared_error(model(batch["tokens"])[0], *(batch[key] for key in FIELDS))
                 optimizer.zero_grad(set_to_none=True)
                 loss_B.mean().backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
-                total += float(loss_B.detach().double().sum())
+                summed = float(loss_B.detach().double().sum())
+                total += summed
+                show(summed / rows)
             if not np.isfinite(total):
                 raise ValueError("the reward model's loss is not finite; lower compare.reward.learning_rate")
             losses.append(total / len(texts))

@@ -19,6 +19,7 @@ from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_tasks
 from ifguide.influence.proxy import Beginning
 from ifguide.methods.masks import RANDOM, Marking, mark_corpus
+from ifguide.methods.preferences import VERB
 from ifguide.methods.token_scores import FINDER, Scoring, check_scored, score_tokens
 from ifguide.run import Run
 from ifguide.schemas import score_column
@@ -29,8 +30,6 @@ from ifguide.stages.build_query import build_query
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import training_inputs
-
-VERB = "compare"
 
 
 def check_mask(config: Config, key: str, kind: str) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ifguide import interrupts
 from ifguide.artifacts import Manifest, file_entry, read_sealed, remove_tree, require, require_same
 from ifguide.config import Cluster, redact, to_mapping, to_yaml
 from ifguide.corpus.tables import require_same_documents
+from ifguide.distributed.metrics import Sink, ray_metrics
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import StageError
 from ifguide.models import check_vocabulary
@@ -167,7 +169,13 @@ def _train(settings: TrainingSettings, cluster: Cluster) -> dict[str, Any]:
     checkpoint = next(checkpoints, None) if is_remote(folder) else first_whole(checkpoints)
     if checkpoint:
         log(VERB, f"{name}: resuming from step {checkpoint.step}, saved by {checkpoint.world_size} workers")
-    with interrupts.deferring(), _ShownMetrics(folder / METRICS, name):
+    if settings.train.engine != "torch":
+        connect(cluster)
+    with (
+        interrupts.deferring(),
+        ray_metrics(VERB, folder) as gauges,
+        _ShownMetrics(folder / METRICS, name, gauges),
+    ):
         if settings.train.engine == "torch":
             threads = torch.get_num_threads()
             try:
@@ -179,7 +187,6 @@ def _train(settings: TrainingSettings, cluster: Cluster) -> dict[str, Any]:
             finally:
                 torch.set_num_threads(threads)
         else:
-            connect(cluster)
             _train_on_ray(settings, cluster)
     summary = read_sealed(folder / SUMMARY)
     if "stopped_early" in summary:
@@ -320,13 +327,14 @@ def run_rank(settings: TrainingSettings, *, rank: int, local_rank: int, world_si
 
 
 class _ShownMetrics:
-    """Shows what rank 0 appends to its metrics file as progress lines of the driver, while training runs.
+    """Shows what rank 0 appends to its metrics file as progress lines of the driver, while training runs, and gives it
+    to the sinks.
 
     Workers' own output stays in Ray's logs: theirs would come with a prefix, late, and among that of others.
     """
 
-    def __init__(self, path: Path, name: str):
-        self.path, self.name = path, name
+    def __init__(self, path: Path, name: str, sinks: Sequence[Sink]):
+        self.path, self.name, self.sinks = path, name, sinks
         self.seconds = 10.0 if is_remote(path) else 1.0
         if not is_remote(path):  # a remote one is uploaded whole
             cut_torn_line(path)
@@ -355,4 +363,7 @@ class _ShownMetrics:
         complete = new[: new.rfind(b"\n") + 1]
         self.offset += len(complete)
         for line in complete.splitlines():
-            log(VERB, training_line(self.name, json.loads(line)))
+            row = json.loads(line)
+            log(VERB, training_line(self.name, row))
+            for sink in self.sinks:
+                sink({**row, "unit": "steps", "done": row["step"], "total": row["steps"]})

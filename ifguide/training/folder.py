@@ -30,7 +30,7 @@ from ifguide.storage import (
     upload_folder,
     work_folder,
 )
-from ifguide.telemetry import METRICS
+from ifguide.telemetry import METRICS, TENSORBOARD
 from ifguide.training.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -42,7 +42,7 @@ from ifguide.training.checkpoints import (
     remove_others,
 )
 
-TENSORBOARD, WANDB = "tensorboard", "wandb.json"
+WANDB = "wandb.json"
 DIGESTS = "digests-"  # files of each rank, gathered before a checkpoint is published
 WRITER_FAILED = ("inline_container", "PytorchStreamWriter")  # of what torch.save raises on a full disk
 STOP = "stop"  # in the model's folder: the driver asks its ranks to save and end

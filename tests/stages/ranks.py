@@ -24,7 +24,7 @@ from ifguide.training.settings import TrainingSettings
 PRELOADED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "ifguide.stages.pretrain",
-    "torch.utils.tensorboard",
+    "tensorboard.summary.writer.record_writer",
     "transformers.integrations.deepspeed",
     "transformers.models.gpt_neox.modeling_gpt_neox",
 ]

@@ -19,12 +19,16 @@ from typing import Any
 import pytest
 import ray
 import torch
+from prometheus_client.parser import text_string_to_metric_families
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ifguide.artifacts import PLAN, file_entry, publish, write_json
 from ifguide.config.resources import Resources
 from ifguide.distributed import memory
 from ifguide.distributed.ledger import LEDGER
+from ifguide.distributed.metrics import RayMetrics
 from ifguide.distributed.shards import Pool, ShardResults, StageError, run_shards
+from ifguide.gauges import GAUGES, PREFIX, TAGS
 from ifguide.run import FOLDERS
 from ifguide.status import run_status
 from ifguide.telemetry import PROGRESS, ProgressFile
@@ -250,16 +254,50 @@ def test_a_driver_that_fails_leaves_no_actor_behind(
     assert caught.tb  # whose frames are still alive here
 
 
-def test_ray_exports_the_progress_as_metrics(cluster: None, tmp_path: Path) -> None:
-    run(tmp_path, ["a", "b"], seconds=1.0)
+def exported(until: str) -> str:
+    """What Prometheus reads of this node, once it matches."""
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    pattern = re.compile(r'ray_ifguide_shards_done\{.*stage="toy".*\} 2\.0')
-    deadline, text = time.monotonic() + 25, ""
-    while not pattern.search(text) and time.monotonic() < deadline:
+    deadline, text = time.monotonic() + 40, ""
+    while not re.search(until, text) and time.monotonic() < deadline:
         time.sleep(0.5)
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
             text = response.read().decode()
-    assert pattern.search(text), sorted(set(re.findall(r"ray_ifguide\w*", text)))
-    for name in ("per_second_per_actor", "eta_seconds", "retries", "failed"):
-        assert f"ray_ifguide_{name}" in text
+    assert re.search(until, text), sorted(set(re.findall(r"ray_ifguide\w*", text)))
+    return text
+
+
+def test_ray_exports_the_progress_as_metrics(cluster: None, tmp_path: Path) -> None:
+    run(tmp_path, ["a", "b"], seconds=1.0)
+    text = exported(rf'ray_ifguide_shards_done\{{.*artifact="{tmp_path}".*\}} 2\.0')
+    line = next(line for line in text.splitlines() if line.startswith("ray_ifguide_per_second_per_actor{"))
+    assert 'stage="toy"' in line
+    assert 'unit="shards"' in line
+
+
+def test_the_names_that_ray_exports_are_those_of_the_table(cluster: None, tmp_path: Path) -> None:
+    values = {gauge.name: i + 0.5 for i, gauge in enumerate(GAUGES)}
+    with contextlib.closing(RayMetrics("pretrain", tmp_path)) as metrics:
+        metrics({**values, "unit": "steps", "verb": "pretrain", "time": 1.0})
+        last = GAUGES[-1]
+        text = exported(rf'ray_ifguide_{last.name}\{{.*artifact="{tmp_path}".*\}} {values[last.name]}')
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    of_ours = {name for name in families if name.startswith(f"ray_{PREFIX}")}
+    assert of_ours == {f"ray_{PREFIX}{gauge.name}" for gauge in GAUGES}
+    for gauge in GAUGES:
+        family = families[f"ray_{PREFIX}{gauge.name}"]
+        (sample,) = (x for x in family.samples if x.labels.get("artifact") == str(tmp_path))
+        assert (family.type, sample.value) == ("gauge", values[gauge.name])
+        assert family.documentation == f"{gauge.help} ({gauge.unit})"
+        assert {tag: sample.labels[tag] for tag in TAGS} == {
+            "stage": "pretrain",
+            "artifact": str(tmp_path),
+            "unit": "steps",
+        }
+
+
+def test_shards_are_plotted_against_the_work_done(cluster: None, tmp_path: Path) -> None:
+    run(tmp_path, ["a", "b"])
+    plotted = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"done", "total", "per_second", "shards_done", "failed"} <= set(plotted.Tags()["scalars"])
+    assert (plotted.Scalars("done")[-1].step, plotted.Scalars("done")[-1].value) == (2, 2.0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ifguide.artifacts import MANIFEST, PLAN, file_digest, read_manifest, read_sealed, write_json
 from ifguide.config import ModelSource, config_from_mapping, to_mapping
+from ifguide.distributed.metrics import Sink
 from ifguide.distributed.shards import StageError
+from ifguide.gauges import GAUGES
 from ifguide.models import load_model
 from ifguide.run import PENALISED, Run
+from ifguide.stages import pretrain as pretrain_stage
 from ifguide.stages.pretrain import _reason, pretrain
 from ifguide.telemetry import METRICS, read_metrics
 from ifguide.training import loop as training_loop
@@ -128,6 +132,22 @@ def test_a_training_that_diverges_stops_early_with_advice_and_stays_stopped(
     write_json(folder / PLAN, {"verb": "pretrain", "options": manifest.options, "inputs": manifest.inputs})
     again = pretrain(diverging)
     assert (digest(folder), again.rows, again.summary) == (weights, manifest.rows, manifest.summary)
+
+
+def test_every_figure_of_a_training_has_a_gauge(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+
+    @contextlib.contextmanager
+    def sinks(verb: str, folder: Path) -> Iterator[tuple[Sink, ...]]:
+        yield (shown.append,)
+
+    monkeypatch.setattr(pretrain_stage, "ray_metrics", sinks)
+    pretrain_stage._train(settings_of(run, tmp_path / "shown"), run.config.cluster)
+    rows = read_metrics(tmp_path / "shown" / METRICS)
+    assert [values["done"] for values in shown] == [row["step"] for row in rows]
+    assert {values["total"] for values in shown} == {STEPS}
+    assert rows[-1].keys() - {"step", "steps"} <= {gauge.name for gauge in GAUGES}
+    assert {name: shown[-1][name] for name in rows[-1]} == rows[-1]
 
 
 def test_with_dropout_a_resumed_training_is_the_uninterrupted_one(train: Callable[..., Path]) -> None:

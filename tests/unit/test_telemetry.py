@@ -7,9 +7,10 @@ import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ifguide import telemetry
-from ifguide.telemetry import MetricsLog, Progress, configure_logging, format_seconds, read_metrics
+from ifguide.telemetry import MetricsLog, Progress, TensorBoard, configure_logging, format_seconds, read_metrics
 
 
 @pytest.fixture
@@ -65,6 +66,56 @@ def test_lines_are_throttled_but_the_end_is_always_shown(shown, clock):
 
 def test_no_work_at_all_is_complete():
     assert "0/0 shards (100%)" in Progress("v", 0, "shards").line(1.0)
+
+
+def test_work_that_is_known_only_when_it_begins_is_begun_then(shown, clock):
+    seen = []
+    progress = Progress("v", 0, "steps", sinks=(seen.append,))
+    clock[0] += 50
+    progress.begin(20, already=12)
+    clock[0] += 4
+    progress.advance(4, loss=0.5)
+    clock[0] += 4
+    progress.advance(4, loss=0.25)
+    assert shown == [
+        "v: resuming: 12 of 20 steps already done",
+        "v: 20/20 steps (100%), loss 0.2500, 1 steps/s, ETA 0s",
+    ]
+    assert [(values["done"], values["total"], values.get("loss")) for values in seen] == [
+        (12, 20, None),
+        (20, 20, 0.25),
+    ]
+
+
+def test_progress_is_plotted_by_the_names_of_the_table_against_the_work_done(tmp_path):
+    sink = TensorBoard(tmp_path)
+    progress = Progress("v", 8, "steps", sinks=(sink,))
+    for _ in range(2):
+        progress.done += 4
+        progress.publish(loss=0.5, other=1.0)
+    sink.close()
+    plotted = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(plotted.Tags()["scalars"]) == {"done", "total", "per_second", "eta_seconds", "loss"}
+    assert [(event.step, event.value) for event in plotted.Scalars("done")] == [(4, 4.0), (8, 8.0)]
+
+
+def test_a_plot_that_the_disk_refuses_is_an_error_that_names_the_file(tmp_path):
+    sink = TensorBoard(tmp_path)
+    with open("/dev/full", "wb", buffering=0) as full:
+        sink.records = RecordWriter(full)
+        with pytest.raises(OSError, match=r"writing failed: No space left on device: '.*events\.out"):
+            sink.write(1, {"loss": 1.0})
+    sink.close()
+
+
+def test_what_is_plotted_for_a_remote_folder_is_uploaded(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("IFGUIDE_CACHE", str(tmp_path))
+    sink = TensorBoard(store)
+    sink({"done": 2, "total": 4})
+    sink.close()
+    (events,) = (store / "tensorboard").iterdir()
+    assert events.stat().st_size > 0
+    assert not list(tmp_path.rglob("events.*"))
 
 
 def test_logging_is_set_up_once_and_lines_carry_the_verb(monkeypatch):

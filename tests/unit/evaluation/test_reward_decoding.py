@@ -14,7 +14,13 @@ from ifguide.evaluation import reward_decoding
 from ifguide.evaluation.generation import Sampling, _sample_batch, _uniforms, sample_nucleus
 from ifguide.evaluation.reward_decoding import RewardGuide
 from ifguide.evaluation.reward_model import RewardModel, load_reward_model
-from ifguide.methods.reward_model import RatedText, cumulative_squared_error, rate_texts, train_reward_model
+from ifguide.methods.reward_model import (
+    RatedText,
+    cumulative_squared_error,
+    rate_texts,
+    reward_steps,
+    train_reward_model,
+)
 from tests.tiny import tiny_model
 
 FAMILIES = ("gpt_neox", "llama", "gpt2", "opt_350m", "gpt_neo", "gemma3")
@@ -60,8 +66,12 @@ def test_training_learns_which_continuations_deserve_a_reward() -> None:
         texts.append(RatedText(prompt=prompt, continuation=tuple(tokens.tolist()), reward=float(not bad)))
     trained = [RewardModel(tiny_model("gpt_neox")) for _ in range(2)]
     for model in trained:
-        losses = train_reward_model(model, texts[:120], Reward(epochs=6, learning_rate=1e-2, batch_size=16), seed=0)
+        options, shown = Reward(epochs=6, learning_rate=1e-2, batch_size=16), []
+        losses = train_reward_model(model, texts[:120], options, seed=0, show=shown.append)
     assert losses[-1] < 0.5 * losses[0]
+    assert len(shown) == reward_steps(texts[:120], options) == 48
+    last = shown[-8:]  # seven batches of 16 and one of 8
+    assert (16 * sum(last[:7]) + 8 * last[7]) / 120 == pytest.approx(losses[-1])
     rates = [rate_texts(model, texts[120:], batch_size=size) for model, size in zip(trained, (40, 7), strict=True)]
     np.testing.assert_allclose(rates[0], rates[1], atol=1e-5)
     wanted = np.array([text.reward for text in texts[120:]])

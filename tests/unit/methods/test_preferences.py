@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ifguide.config.compare import Dpo
 from ifguide.methods.dpo import dpo_trainer, last_complete, train_dpo
 from ifguide.methods.pairs import Pair, ScoredPrompt, make_pairs, rate_continuations
+from ifguide.telemetry import Progress
 from tests.tiny import VOCABULARY, tiny_model
 
 EOS = 2
@@ -96,6 +98,26 @@ def test_the_loss_and_its_gradient_are_those_of_the_paper(
             (slope * sign * sum(log_p[j, text[0, j + 1]] for j in places)).backward()
     own = model.get_output_embeddings().weight.grad
     torch.testing.assert_close(own.double(), head.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_every_step_is_shown(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    options = Dpo(micro_batch_size=2, batch_size=2, epochs=3, learning_rate=1e-3, checkpoint_steps=4)
+    shown: list[dict[str, Any]] = []
+    progress = Progress("compare", 0, "steps", every_seconds=0, sinks=(shown.append,))
+    trainer = dpo_trainer(
+        tiny_model("gpt_neox"),
+        tiny_model("gpt_neox"),
+        tokenizer,
+        PAIRS[:2] * 2,
+        options,
+        folder=tmp_path,
+        seed=0,
+        use_cpu=True,
+    )
+    summary = train_dpo(trainer, tmp_path, progress)
+    assert [values["done"] for values in shown] == [0, 1, 2, 3, 4, 5, 6]
+    assert {values["total"] for values in shown} == {6}
+    assert shown[-1]["loss"] == pytest.approx(summary["loss"])
 
 
 def test_training_prefers_the_chosen_and_resumes_to_the_same_weights(
