@@ -2,7 +2,7 @@
 
 The first signal raises `Interrupted` in the main thread, wherever that waits or computes. A training saves first: while
 it is `deferring`, the signal only makes `requested` true, and the training ends by itself. A second signal, or the end
-of `SECONDS`, kills this process with all that it has started.
+of `grace_seconds`, kills this process with all that it has started.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ifguide.config import ConfigError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEPT = "what was finished is kept"
 SECONDS = 8.5  # to save and to end in; who sent SIGTERM often kills after ten
+GRACE = "IFGUIDE_GRACE_SECONDS"
+LEAST = 5.0  # or Ray could not end in it
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,9 +40,30 @@ class _State:
     handled = False
 
 
+def grace_seconds() -> float:
+    """The time to save and to end in: `IFGUIDE_GRACE_SECONDS`, for checkpoints that take longer, where who sends the
+    signal waits for longer; by default `SECONDS`.
+
+    Raises:
+        ConfigError: it is no number, or too small.
+    """
+    text = os.environ.get(GRACE)
+    if text is None:
+        return SECONDS
+    with contextlib.suppress(ValueError):
+        if LEAST <= float(text) < float("inf"):
+            return float(text)
+    raise ConfigError(f"{GRACE} = {text}: give a number of seconds from {LEAST:g} on, or unset it")
+
+
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Handle both signals as this module says; for entry points. In another thread than the main one, nothing."""
+    """Handle both signals as this module says; for entry points. In another thread than the main one, nothing.
+
+    Raises:
+        ConfigError: of `grace_seconds`.
+    """
+    grace_seconds()  # said now, not when a signal comes
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,7 +123,7 @@ def _on_signal(number: int, frame: object) -> None:
 
 
 def _end_late(code: int) -> None:
-    time.sleep(SECONDS)
+    time.sleep(grace_seconds())
     os.write(2, b"ended before all was saved; the same command goes on from what is there\n")
     _end(code)
 

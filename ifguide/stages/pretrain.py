@@ -47,7 +47,7 @@ from ifguide.training.settings import TrainingSettings
 
 SAME_AGAIN = (ValueError, FloatingPointError)  # what a training started again would end with, too
 RAY_TRAIN = "ray_train"  # Ray Train's own folder of a model in training
-SAVE_SECONDS = 5.5  # that ranks have to save when a signal has come: then Ray must end, too
+END_SECONDS = 3.0  # of the time that a signal leaves: for Ray to end in, when the ranks have saved
 FAILURE = "failure.txt"  # its message, for the driver and for the workers that are started again
 
 
@@ -250,7 +250,7 @@ def _fit(trainer: Any, folder: Path) -> None:
     """`trainer.fit()`, in a thread of its own: in this one Ray Train would take Ctrl-C for itself.
 
     Raises:
-        Interrupted: a signal has come. The ranks had `SAVE_SECONDS` to save the step they were at.
+        Interrupted: a signal has come. The ranks had time to save the step they were at.
     """
     errors: list[BaseException] = []
 
@@ -266,7 +266,7 @@ def _fit(trainer: Any, folder: Path) -> None:
         thread.join(0.2)
     if interrupts.requested():
         (folder / STOP).write_text("")
-        thread.join(SAVE_SECONDS)
+        thread.join(interrupts.grace_seconds() - END_SECONDS)
         raise interrupts.interruption(_kept(folder))
     if errors:
         raise errors[0]

@@ -9,6 +9,9 @@ import time
 
 import pytest
 
+from ifguide.config import ConfigError
+from ifguide.interrupts import handled
+
 HEAD = """
 import subprocess, sys, time
 from ifguide import interrupts
@@ -116,3 +119,17 @@ def test_a_second_signal_waits_for_nothing() -> None:
     assert (found, output) == (130, "")
     assert seconds < 2
     assert not is_running(child)
+
+
+def test_the_time_to_save_in_can_be_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IFGUIDE_GRACE_SECONDS", "6")
+    found, _, _, seconds, _ = run(HANGS, signal.SIGTERM)
+    assert found == 143
+    assert 5.5 < seconds < 9
+
+
+@pytest.mark.parametrize("text", ["soon", "", "nan", "inf", "-1", "4.9"])
+def test_a_time_to_save_in_that_is_none_is_said_at_the_start(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IFGUIDE_GRACE_SECONDS", text)
+    with pytest.raises(ConfigError, match=r"IFGUIDE_GRACE_SECONDS = .*: give a number of seconds from 5 on"), handled():
+        pass
