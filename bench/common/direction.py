@@ -98,19 +98,9 @@ def fit_factors(
     seed: int = 0,
 ) -> Path:
     """The folder of EK-FAC factors of `documents`; fitted where the cache has none, resumed by partition."""
-    tokens = encode(tokenizer, documents)
-    total = sum(map(len, tokens))
-    blocks_NT, lengths_N = pack(
-        tokens, skip=0, num_tokens=total, block_size=block_size, fill=int(tokenizer.eos_token_id)
-    )
-    sample = FactorSample(
-        blocks_NT=blocks_NT,
-        lengths_N=lengths_N,
-        num_partitions=min(len(blocks_NT), -(-total // PARTITION_TOKENS)),
-        batch_size=max(1, BATCH_TOKENS // block_size),
-        seed=seed,
-    )
-    folder = cache_dir / _digest("factors", state_fingerprint(model), list(names), sample.identity())
+    sample = factor_sample(tokenizer, documents, block_size=block_size, seed=seed)
+    total = int(sample.lengths_N.sum())
+    folder = cache_dir / digest("factors", state_fingerprint(model), list(names), sample.identity())
     done, work = folder / "factors", folder / "work"
     if done.is_dir():
         log("factors", f"{total:,} tokens, {len(names)} modules: kept in {folder.name}")
@@ -130,6 +120,24 @@ def fit_factors(
     return done
 
 
+def factor_sample(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], *, block_size: int, seed: int = 0
+) -> FactorSample:
+    """The documents as the blocks that factors are fitted on."""
+    tokens = encode(tokenizer, documents)
+    total = sum(map(len, tokens))
+    blocks_NT, lengths_N = pack(
+        tokens, skip=0, num_tokens=total, block_size=block_size, fill=int(tokenizer.eos_token_id)
+    )
+    return FactorSample(
+        blocks_NT=blocks_NT,
+        lengths_N=lengths_N,
+        num_partitions=min(len(blocks_NT), -(-total // PARTITION_TOKENS)),
+        batch_size=max(1, BATCH_TOKENS // block_size),
+        seed=seed,
+    )
+
+
 def mean_gradient(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -141,7 +149,7 @@ def mean_gradient(
     """The mean over `queries` of grad of the completion's summed NLL, per module; from the cache if it is there."""
     tokenised = [tokenise_query(tokenizer, *query, max_tokens=MAX_QUERY_TOKENS) for query in queries]
     identity = [[query.token_ids, query.completion_start] for query in tokenised]
-    path = cache_dir / _digest("gradient", state_fingerprint(model), list(names), identity) / "gradient.safetensors"
+    path = cache_dir / digest("gradient", state_fingerprint(model), list(names), identity) / "gradient.safetensors"
     if path.is_file():
         kept = load_file(path)
         return {name: kept[name] for name in names}
@@ -169,5 +177,5 @@ def low_rank(direction: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return truncated
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

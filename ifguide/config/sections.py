@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from ifguide.config.analyse import Analyse
+from ifguide.config.build_query import BuildQuery, check_build_query
 from ifguide.config.compare import Compare, check_compare
 from ifguide.config.evaluate import Evaluate, check_evaluate
 from ifguide.config.names import check_names
@@ -29,16 +30,7 @@ from ifguide.config.pretrain import Pretrain, check_pretrain
 from ifguide.config.resources import CPU_RESOURCES, RESOURCES, Resources, moved
 from ifguide.config.score_corpus import ScoreCorpus
 from ifguide.config.secrets import redact, redacted_key
-from ifguide.config.sources import (
-    ClassifierSource,
-    Completions,
-    Input,
-    Pairs,
-    Prompts,
-    check_classifier,
-    check_input,
-    check_queries,
-)
+from ifguide.config.sources import Input, check_input
 from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, read_yaml, result_part, substitute
 from ifguide.storage import location
 
@@ -140,59 +132,6 @@ class FitFactors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildQuery:
-    """The direction V = (EK-FAC + damping)^-1 [mean positive - mean negative completion gradient].
-
-    Attributes:
-        prompts: prompts with completions, which `classifier` parts into two sets.
-        pairs: in place of `prompts`: rows with a completion of either set.
-        positive: in place of `prompts`: the queries that show the behaviour.
-        negative: those that do not.
-        classifier: scores the completions of `prompts`.
-        positive_threshold: a completion with at least this score shows the behaviour.
-        negative_threshold: a completion with at most this score does not.
-        max_positive: positive queries at most.
-        max_negative: negative queries at most.
-        differential: subtract the negative mean. False is plain influence, which also finds what is merely common.
-        max_tokens: tokens of prompt and completion together; longer queries are cut.
-        batch_tokens: tokens of one backward pass.
-        partitions: tasks that share the queries.
-        factors: folder of factors that kronfluence fitted elsewhere. Null: the run's own.
-        damping: absolute damping. Null: `damping_scale` times the mean eigenvalue of each module.
-        damping_scale: see `damping`; 0.1 is kronfluence's own choice.
-        nulls: null directions, of halves of the queries, that tokens are scored along too, for `build_mask.standardise`
-            and `fdr`. Each costs most of a further behaviour's scores.
-        resources: of one task.
-    """
-
-    prompts: Prompts | None = None
-    pairs: Pairs | None = option(None, off=None)  # noqa: RUF009
-    positive: Completions | None = option(None, off=None)  # noqa: RUF009
-    negative: Completions | None = option(None, off=None)  # noqa: RUF009
-    classifier: ClassifierSource = ClassifierSource()  # noqa: RUF009  # frozen
-    positive_threshold: float = option(0.5, at_least=0, at_most=1)
-    negative_threshold: float = option(0.1, at_least=0, at_most=1)
-    max_positive: int = option(10_000, at_least=1)
-    max_negative: int = option(10_000, at_least=1)
-    differential: bool = True
-    max_tokens: int = option(512, at_least=2)
-    batch_tokens: int = option(4096, at_least=1)
-    partitions: int = option(1, at_least=1)
-    factors: str | None = option(None, affects_result=False)  # their digest is among the artifact's inputs
-    damping: float | None = option(None, at_least=0)
-    damping_scale: float = option(0.1, at_least=0)
-    nulls: int = option(0, at_least=0, off=0)
-    resources: Resources = RESOURCES
-
-    RENAMED: ClassVar[dict[str, str]] = moved("task") | {
-        "toxic_threshold": "positive_threshold",
-        "nontoxic_threshold": "negative_threshold",
-        "max_toxic": "max_positive",
-        "max_nontoxic": "max_negative",
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
 class BuildMask:
     """Algorithm 1: rank documents, then mask tokens.
 
@@ -254,7 +193,7 @@ class Config:
     pack_corpus: PackCorpus = PackCorpus()
     pretrain: Pretrain = Pretrain()  # noqa: RUF009  # frozen
     fit_factors: FitFactors = FitFactors()
-    build_query: BuildQuery = BuildQuery()
+    build_query: BuildQuery = BuildQuery()  # noqa: RUF009  # frozen
     score_corpus: ScoreCorpus = ScoreCorpus()  # noqa: RUF009  # frozen
     build_mask: BuildMask = BuildMask()
     evaluate: Evaluate = Evaluate()  # noqa: RUF009  # frozen
@@ -346,11 +285,6 @@ def result_options(config: Config, keys: Iterable[str]) -> dict[str, Any]:
 
 def _check_across(config: Config) -> None:
     check_pretrain(config.pretrain)
-    if config.build_query.negative_threshold >= config.build_query.positive_threshold:
-        raise ConfigError(
-            f"build_query.negative_threshold: {config.build_query.negative_threshold} is not below"
-            f" build_query.positive_threshold = {config.build_query.positive_threshold}: a query would be in both sets"
-        )
     scoring = config.score_corpus
     if scoring.min_actors > scoring.max_actors:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
@@ -369,9 +303,7 @@ def _check_across(config: Config) -> None:
         check_input(source, f"pack_corpus.inputs[{index}]")
         if source.tokens_column is not None:
             _check_tokens(config, source, f"pack_corpus.inputs[{index}].tokens_column")
-    query = config.build_query
-    check_classifier(query.classifier, "build_query.classifier")
-    check_queries(query.prompts, query.pairs, query.positive, query.negative)
+    check_build_query(config.build_query)
     check_evaluate(config.evaluate)
     check_names("compare.methods", config.compare.methods, of="a folder")
     check_compare(config.compare, config.evaluate.models)

@@ -1,4 +1,5 @@
-"""The work of `build_query` on workers: gradient sums of a part of the queries, and V from all of them."""
+"""The work of `build_query` on workers: gradient sums of a part of the queries, V from all of them, refined or not, and
+how much it depends on which queries were drawn."""
 
 from __future__ import annotations
 
@@ -7,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from ifguide import schemas
 from ifguide.artifacts import MANIFEST, publish, verified_files
 from ifguide.config import BuildQuery, ModelSource
+from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query import (
     ModuleFactors,
@@ -24,6 +29,8 @@ from ifguide.influence.query import (
     tokenise_query,
 )
 from ifguide.influence.query_file import DIRECTION, QueryRow, read_queries
+from ifguide.influence.refinement import GaussNewton, Refinement, refine
+from ifguide.influence.reliability import Reliability, measure_reliability
 from ifguide.storage import local_copy
 from ifguide.tokenizer import load_tokenizer
 
@@ -72,7 +79,9 @@ class FactorsFolder:
     names: Mapping[str, str]
 
     def load(self, modules: Iterable[str]) -> dict[str, ModuleFactors]:
-        """The factors of modules of the proxy."""
+        """The factors of modules of the proxy. ValueError names a file that has changed since they were fitted."""
+        if (self.folder / MANIFEST).exists():  # else the digests of its files are its fingerprint
+            list(verified_files(self.folder, "*.safetensors"))
         names = {module: self.names[module] for module in modules}
         loaded = load_factors(local_copy(self.folder), list(names.values()))
         return {module: loaded[name] for module, name in names.items()}
@@ -108,13 +117,85 @@ def precondition_parts(
     Raises:
         ValueError: a file of the factors has changed since they were fitted; names it.
     """
-    total: dict[str, torch.Tensor] = {}
+    total = _added(folder, parts)
+    direction = precondition(total, factors.load(total), damping=options.damping, damping_scale=options.damping_scale)
+    return _publish_direction(folder, direction)
+
+
+def refine_parts(
+    settings: QuerySettings, factors: FactorsFolder, parts: Sequence[QueryPart], blocks: Path, state: Path
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """`build_query.refine_steps` steps of `refinement.refine` on the sampled `blocks` in place of `precondition_parts`.
+    Returns the norm of V per module, and what the steps did.
+
+    After each step its state is published as `state`: a task that is begun again goes on from there.
+    """
+    options = settings.options
+    model = load_proxy(settings.proxy, gpus=options.resources.gpus)
+    gradient = {name: tensor.to(model.device) for name, tensor in _added(settings.folder, parts).items()}
+    sample = schemas.read_table(blocks)
+    batches = FactorSample(
+        blocks_NT=schemas.per_token_array(sample, "tokens"),
+        lengths_N=sample.column("length").to_numpy(),
+        num_partitions=1,
+        batch_size=1,
+        seed=0,
+        beginning=settings.beginning.token,
+    ).loader(0)
+    product = GaussNewton(model, list(gradient), [(batch["input_ids"], batch["lengths"]) for batch in batches])
+    refinement = Refinement.load(local_copy(state), model.device) if state.exists() else Refinement.begin(gradient)
+    for _ in refine(
+        gradient,
+        factors.load(gradient),
+        product,
+        steps=options.refine_steps,
+        damping=options.damping,
+        damping_scale=options.damping_scale,
+        begun=refinement,
+    ):
+        with publish(state) as path:
+            refinement.save(path)
+    direction = {name: tensor.float().cpu() for name, tensor in refinement.direction.items()}
+    return _publish_direction(settings.folder, direction), refinement.summary()
+
+
+def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path, seed: int) -> Reliability | None:
+    """The reliability of scores by the queries, on the sampled `blocks`; None where a set has a single query.
+
+    Of each set `build_query.reliability_queries` are judged, drawn by seed, or all where they are fewer."""
+    options, rows = settings.options, read_queries(settings.folder)
+    rng = np.random.default_rng(seed)
+    sets = [[row for row in rows if row.positive == kind] for kind in (True, False)]
+    if any(len(own) == 1 for own in sets):
+        return None
+    drawn = [own[i] for own in sets for i in np.sort(rng.permutation(len(own))[: options.reliability_queries])]
+    sample = schemas.read_table(blocks)
+    return measure_reliability(
+        load_proxy(settings.proxy, gpus=options.resources.gpus),
+        settings.tokenise(load_tokenizer(settings.tokenizer), drawn),
+        [row.positive for row in drawn],
+        factors.load(settings.module_names),
+        torch.from_numpy(schemas.per_token_array(sample, "tokens").astype(np.int64)),
+        torch.from_numpy(sample.column("length").to_numpy().astype(np.int64)),
+        of=(len(sets[0]), len(sets[1])),
+        batch_tokens=options.batch_tokens,
+        damping=options.damping,
+        damping_scale=options.damping_scale,
+        beginning=settings.beginning.token,
+    )
+
+
+def _added(folder: Path, parts: Sequence[QueryPart]) -> dict[str, Tensor]:
+    """The differential gradient: the parts' sums added in order."""
+    total: dict[str, Tensor] = {}
     for part in parts:
         for name, tensor in load_file(local_copy(folder / part.file)).items():
             total[name] = total[name] + tensor if name in total else tensor
-    if (factors.folder / MANIFEST).exists():  # else the digests of its files are its fingerprint
-        list(verified_files(factors.folder, "*.safetensors"))
-    direction = precondition(total, factors.load(total), damping=options.damping, damping_scale=options.damping_scale)
+    return total
+
+
+def _publish_direction(folder: Path, direction: Mapping[str, Tensor]) -> dict[str, float]:
+    """Publish V; returns its norm per module."""
     with publish(folder / DIRECTION) as path:
         save_file({name: tensor.contiguous() for name, tensor in sorted(direction.items())}, path)
     return {name: float(tensor.norm()) for name, tensor in direction.items()}

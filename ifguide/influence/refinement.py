@@ -17,8 +17,8 @@ blocks, and D is that of `query.precondition`. Where EK-FAC is exact on the samp
 The first direction is EK-FAC's V: one step scales it and changes no ranking. Refinement is done once for a query, and
 scoring costs what it did.
 
-Cost of a step: a forward-mode pass, a forward and a backward pass over the sample (about 10N FLOP a token for N tracked
-parameters), and one EK-FAC solve in float64. Memory: five vectors of the size of V. No label is read, and no matrix of
+Cost of a step: a forward-mode pass, a forward and a backward pass over the sample (about 12N FLOP a token for N tracked
+parameters), and one EK-FAC solve in float64. Memory: seven vectors of the size of V. No label is read, and no matrix of
 the size (tokens, vocabulary) is held.
 """
 
@@ -158,7 +158,7 @@ def _step(
     if state.search:
         state.search = {name: z[name].add_(p, alpha=rz / state.product) for name, p in state.search.items()}
     else:
-        state.search, state.first = z, z
+        state.search, state.first = z, {name: own.clone() for name, own in z.items()}  # saved apart
     Ap = {name: Hp.add_(state.search[name], alpha=dampings[name]) for name, Hp in product(state.search).items()}
     pAp = _dot(state.search, Ap)
     if not (math.isfinite(rz) and math.isfinite(pAp) and pAp > 0):

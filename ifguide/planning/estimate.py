@@ -109,17 +109,26 @@ def _build_query(job: Job) -> StageEstimate:
     given = given or [("prompts", config.prompts)]
     candidates = sum(rows(job, source, f"build_query.{name}") * (1 + (name == "pairs")) for name, source in given)
     queries = min(candidates, config.max_positive + config.max_negative)
-    flop = queries * QUERY_TOKENS * flops.query_gradient(proxy, QUERY_TOKENS) + flops.preconditioning(proxy)
+    judged = min(queries, 2 * config.reliability_queries)
+    passes = queries * (2 if config.nulls else 1) + judged
+    solves = 1 + config.nulls + (2 if judged else 0) + config.refine_steps
+    refined = min(job.tokens, (config.refine_blocks or job.config.fit_factors.sample_blocks) * job.block)
+    flop = (
+        passes * QUERY_TOKENS * flops.query_gradient(proxy, QUERY_TOKENS)
+        + solves * flops.preconditioning(proxy)
+        + config.refine_steps * refined * flops.gauss_newton(proxy, job.block)
+    )
     weights = 4.0 * sum(out * inner for out, inner in proxy.linears)
     activations = 4.0 * config.batch_tokens * (3 * proxy.vocabulary + 16 * proxy.layers * proxy.hidden)
+    held = 8 if config.refine_steps else 2 + config.nulls
     return computed(
         job,
         "build_query",
         Pass("train", flop, "float32", proxy.tracked),
         workers=config.partitions,
         resources=config.resources,
-        memory=4.0 * proxy.parameters + 2 * weights + activations,
-        storage=weights,
+        memory=4.0 * proxy.parameters + held * weights + activations,
+        storage=(1 + config.nulls) * weights,
         notes=(
             f"{queries:,} queries of {QUERY_TOKENS} tokens assumed"
             + (f"; classifying {candidates:,} rows is not counted" if given[0][0] == "prompts" else ""),

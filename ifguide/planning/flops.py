@@ -43,6 +43,12 @@ def preconditioning(shape: ModelShape) -> float:
     return sum(4.0 * out * inner * (out + inner) for out, inner in shape.linears)
 
 
+def gauss_newton(shape: ModelShape, block_size: int) -> float:
+    """A product of the Gauss-Newton matrix with a direction: hidden states with their tangents, the head's curvature, a
+    forward pass and its backward pass with weight gradients, FLOP per token."""
+    return 12.0 * shape.tracked + 6.0 * shape.head + 6.0 * shape.attention_flop(block_size)
+
+
 def scoring(
     shape: ModelShape, block_size: int, *, attribution: Attribution, method: Method, behaviours: int = 1
 ) -> float:

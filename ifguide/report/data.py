@@ -109,6 +109,7 @@ def _of_any_page(sources: ReportSources, metrics: Mapping[str, Any]) -> dict[str
         **{f"model {name}": source for name, source in options.models.items()},
         "intervals": f"{100 * metrics['confidence']:g}%, {metrics['bootstrap_samples']:,} bootstrap samples",
         "seed": str(sources.seed),
+        "reliability of the queries": _reliability(sources.artifacts.get("query")),
     }
     return {
         "title": sources.title,
@@ -122,6 +123,14 @@ def _of_any_page(sources: ReportSources, metrics: Mapping[str, Any]) -> dict[str
         "curves": _curves(sources.trained),
         "provenance": _provenance(sources.artifacts),
     }
+
+
+def _reliability(query: Path | None) -> str:
+    """How far scores by all queries agree with those by endlessly many; empty where it was not measured."""
+    if query is None or not (query / MANIFEST).exists():
+        return ""
+    found = read_manifest(query).summary.get("reliability")
+    return "" if found is None else f"{found:.2f} of 1"
 
 
 def _classifier_text(source: ClassifierSource) -> str:

@@ -1,19 +1,23 @@
 """`build_query`: two sets of prompts with completions -> the preconditioned direction V per tracked module.
 
 Rows are classified in one task; gradients are summed over a fixed number of partitions, each a task, so that
-the result does not depend on the number of workers; the sum is preconditioned with the EK-FAC factors.
+the result does not depend on the number of workers; the sum is preconditioned with the EK-FAC factors, and refined
+where the config says so. How far scores depend on which queries were drawn is measured on a few blocks of the corpus.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, Manifest, file_digest, require, require_same
+from ifguide.artifacts import MANIFEST, Manifest, file_digest, read_manifest, require, require_same
 from ifguide.config import ConfigError
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.distributed.tasks import run_task
+from ifguide.influence.factor_worker import draw_sample
 from ifguide.influence.null_worker import build_nulls
 from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
 from ifguide.influence.query_file import DIRECTION, NULLS, QUERIES, QueryRow, write_queries
@@ -23,16 +27,20 @@ from ifguide.influence.query_worker import (
     QueryPart,
     QuerySettings,
     SumGradients,
+    judge_queries,
     precondition_parts,
+    refine_parts,
 )
 from ifguide.interchange import check_proxy_factors
 from ifguide.run import Run
+from ifguide.spans.tables import PackedCorpus
 from ifguide.storage import location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import choose_queries, read_prompt_rows, training_inputs
 
 VERB = "build_query"
+RELIABILITY_TOKENS = 4096  # of the corpus, that both halves score: the correlation is then known to 0.02
 
 
 def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -67,6 +75,8 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     log(VERB, str(proxy))
     factors = _require_factors(run, proxy, beginning)
     inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs(), **training}
+    if config.refine_steps:
+        inputs["corpus"] = require(run.corpus, "pack_corpus").fingerprint
     artifact = run.open(run.query, VERB, keys=("build_query", "tokenizer", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary}")
@@ -96,19 +106,65 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     )
     used = sum(result["queries"] for result in results.values())
     assert used == summary["positive"] + summary["negative"], (used, summary)
-    norms = run_task(precondition_parts, run.query, factors, parts, config, resources=config.resources)
+    norms, refinement = _direction(run, settings, factors, parts, queries)
     files = [run.query / DIRECTION, run.query / QUERIES]
     if config.nulls:
         summary["null_norm"] = run_task(build_nulls, settings, factors, run.config.seed, resources=config.resources)
         files.append(run.query / NULLS)
+    summary |= _reliability(run, settings, factors)
     manifest = artifact.finish(
         files,
         rows={"queries": used, "modules": len(norms)},
-        summary={**summary, "direction_norm": norms},
+        summary={**summary, **refinement, "direction_norm": norms},
         remove=(LEDGER, PARTIAL),
     )
     log(VERB, f"{summary['positive']} positive and {summary['negative']} negative queries -> {run.query / DIRECTION}")
     return manifest
+
+
+def _direction(
+    run: Run, settings: QuerySettings, factors: FactorsFolder, parts: list[QueryPart], queries: str
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Publish V; returns its norm per module, and what refinement did, for the manifest."""
+    config = settings.options
+    if not config.refine_steps:
+        return run_task(precondition_parts, run.query, factors, parts, config, resources=config.resources), {}
+    blocks = _corpus_blocks(run, config.refine_blocks or run.config.fit_factors.sample_blocks)
+    state = run.query / PARTIAL / f"refinement-{queries}.safetensors"
+    norms, steps = run_task(refine_parts, settings, factors, parts, blocks, state, resources=config.resources)
+    log(VERB, f"refined in {len(steps['residual'])} steps to a residual of {steps['residual'][-1]:.3g}")
+    return norms, {"refinement": steps}
+
+
+def _reliability(run: Run, settings: QuerySettings, factors: FactorsFolder) -> dict[str, Any]:
+    """How far scores depend on which queries were drawn, for the manifest; empty where it is not measured."""
+    config = settings.options
+    if not config.reliability_queries:
+        return {}
+    if not (run.corpus / MANIFEST).exists():
+        log(VERB, f"no corpus in {run.corpus}: the reliability of the queries is not measured")
+        return {}
+    blocks = _corpus_blocks(run, -(-RELIABILITY_TOKENS // run.config.pack_corpus.block_size))
+    found = run_task(judge_queries, settings, factors, blocks, run.config.seed, resources=config.resources)
+    if found is None:
+        log(VERB, "a set of a single query has no halves: the reliability of the queries is not measured")
+        return {}
+    log(
+        VERB,
+        f"reliability of scores by these queries {found.reliability:.2f}; by halves of {found.positive:,} +"
+        f" {found.negative:,} of them, scores of {found.tokens:,} tokens correlate with {found.spearman:.2f}",
+    )
+    return {"reliability": round(found.reliability, 4), "reliability_measured": asdict(found)}
+
+
+def _corpus_blocks(run: Run, count: int) -> Path:
+    """A table of `count` blocks of the corpus, or all of a smaller one, drawn by seed as those of the factors are."""
+    corpus = read_manifest(run.corpus)
+    blocks = min(count, corpus.rows["blocks"])
+    path: Path = run.query / PARTIAL / f"blocks-{blocks}.parquet"
+    arguments = PackedCorpus.of(run.corpus, corpus), corpus.rows["blocks"], blocks, run.config.seed, path
+    run_task(draw_sample, *arguments, resources=ONE_CPU)
+    return path
 
 
 def _require_factors(run: Run, proxy: ProxyFacts, beginning: Beginning) -> FactorsFolder:

@@ -135,6 +135,10 @@ def test_every_verb_has_its_section():
             "pretrain.offload_nvme: takes only parameters",
         ),
         ("build_query.negative_threshold=0.5", "build_query.negative_threshold: 0.5 is not below"),
+        (
+            "build_query={refine_steps: 2, nulls: 3}",
+            "build_query.refine_steps: 2 beside build_query.nulls = 3; nulls are of the direction before it is refined",
+        ),
         ("baseline=false", "baseline: false leaves no proxy"),
         ("proxy={source: a, architecture: {}}", "proxy: set either source or architecture, not both"),
         ("target={source: a, architecture: {}}", "target: set either source or architecture, not both"),

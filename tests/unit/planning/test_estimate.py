@@ -125,6 +125,20 @@ def test_scoring_and_training_grow_with_the_corpus_and_the_fitted_sample_does_no
     assert more["fit_factors"].flop == once["fit_factors"].flop
 
 
+def test_what_a_query_is_asked_for_besides_is_planned() -> None:
+    def query(**options: int) -> float:
+        config = load_config(PYTHIA, ["build_query.reliability_queries=0"])
+        config = replace(config, build_query=replace(config.build_query, **options))
+        return next(
+            stage.flop for stage in estimate(make_job(config, corpus_tokens=1e9)) if stage.stage == "build_query"
+        )
+
+    plain, refined = query(), [query(refine_steps=steps, refine_blocks=100) for steps in (1, 3)]
+    assert refined[1] - plain == pytest.approx(3 * (refined[0] - plain))
+    assert query(nulls=4) > 1.9 * plain
+    assert 1 < query(reliability_queries=256) / plain < 1.2
+
+
 def test_workers_are_set_by_keys_that_the_run_takes_too() -> None:
     config = load_config(PYTHIA)
     settings = worker_settings(config, 4)

@@ -56,3 +56,22 @@ def test_scoring_is_counted_as_torch_counts_it(method: Method, behaviours: int) 
     )
     without_attention = flops.scoring(shape, 0, attribution="target", method=method, behaviours=behaviours)
     assert products == pytest.approx(2 * TOKENS * without_attention, rel=0.12)  # the first layer has no tangent
+
+
+def test_a_gauss_newton_product_is_counted_as_torch_counts_it() -> None:
+    from ifguide.influence.refinement import GaussNewton
+
+    shape, model = shape_of_fields("tiny", "test", ARCHITECTURES["gpt_neox"]), tiny_model("gpt_neox")
+    names = list(shape.module_names)
+    tokens = torch.from_numpy(random_blocks(2, TOKENS, ragged=False)[0]).long()
+    product = GaussNewton(model, names, [(tokens, torch.full((2,), TOKENS))])
+    vector = {name: torch.ones(out, inner) for name, (out, inner) in zip(names, shape.linears, strict=True)}
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        product(vector)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(
+        count
+        for op, count in counts.items()
+        if any(name in str(op) for name in ("mm", "linear")) and "bmm" not in str(op)
+    )
+    assert products == pytest.approx(2 * TOKENS * flops.gauss_newton(shape, 0), rel=0.15)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from ifguide.artifacts import open_artifact
 from ifguide.config import config_from_mapping, to_yaml
 from ifguide.report.data import ReportSources, comparison_data
 from ifguide.report.page import write_report
@@ -45,3 +48,17 @@ def test_the_credentials_of_a_config_are_in_no_file_of_a_report(tmp_path: Path) 
     files = [path for path in tmp_path.iterdir() if path.is_file()]
     assert len(files) == 3
     assert not any(SECRET in path.read_text(encoding="utf-8") for path in files)
+
+
+@pytest.mark.parametrize(("summary", "shown"), [({"reliability": 0.618}, "0.62 of 1"), ({}, None)])
+def test_the_reliability_of_the_queries_is_shown_where_it_was_measured(
+    tmp_path: Path, summary: dict[str, float], shown: str | None
+) -> None:
+    query = open_artifact(tmp_path / "query", verb="build_query", options={}, inputs={}, config_yaml="")
+    query.finish([], rows={"queries": 4}, summary=summary)
+    config = config_from_mapping({"evaluate": {"prompts": "prompts.jsonl"}})
+    sources = ReportSources(
+        title="t", options=config.evaluate, seed=0, config_yaml="", artifacts={"query": tmp_path / "query"}, trained={}
+    )
+    data = comparison_data(sources, METRICS, (row("only", 0.5),))
+    assert dict(data.settings).get("reliability of the queries") == shown

@@ -1,0 +1,92 @@
+"""The `build_query` section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ifguide.config.resources import RESOURCES, Resources, moved
+from ifguide.config.sources import (
+    ClassifierSource,
+    Completions,
+    Pairs,
+    Prompts,
+    check_classifier,
+    check_queries,
+)
+from ifguide.config.typed_yaml import ConfigError, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildQuery:
+    """The direction V = (EK-FAC + damping)^-1 [mean positive - mean negative completion gradient].
+
+    Attributes:
+        prompts: prompts with completions, which `classifier` parts into two sets.
+        pairs: in place of `prompts`: rows with a completion of either set.
+        positive: in place of `prompts`: the queries that show the behaviour.
+        negative: those that do not.
+        classifier: scores the completions of `prompts`.
+        positive_threshold: a completion with at least this score shows the behaviour.
+        negative_threshold: a completion with at most this score does not.
+        max_positive: positive queries at most.
+        max_negative: negative queries at most.
+        differential: subtract the negative mean. False is plain influence, which also finds what is merely common.
+        max_tokens: tokens of prompt and completion together; longer queries are cut.
+        batch_tokens: tokens of one backward pass.
+        partitions: tasks that share the queries.
+        factors: folder of factors that kronfluence fitted elsewhere. Null: the run's own.
+        damping: absolute damping. Null: `damping_scale` times the mean eigenvalue of each module.
+        damping_scale: see `damping`; 0.1 is kronfluence's own choice.
+        nulls: null directions, of halves of the queries, that tokens are scored along too, for `build_mask.standardise`
+            and `fdr`. Each costs most of a further behaviour's scores.
+        refine_steps: conjugate gradient steps on the Gauss-Newton product, from EK-FAC's V. 0: V is EK-FAC's.
+        refine_blocks: corpus blocks of that product, drawn by seed. Null: those that the factors were fitted on.
+        reliability_queries: queries of each set, at most, whose halves are compared. 0: no reliability is measured.
+        resources: of one task.
+    """
+
+    prompts: Prompts | None = None
+    pairs: Pairs | None = option(None, off=None)  # noqa: RUF009
+    positive: Completions | None = option(None, off=None)  # noqa: RUF009
+    negative: Completions | None = option(None, off=None)  # noqa: RUF009
+    classifier: ClassifierSource = ClassifierSource()  # noqa: RUF009  # frozen
+    positive_threshold: float = option(0.5, at_least=0, at_most=1)
+    negative_threshold: float = option(0.1, at_least=0, at_most=1)
+    max_positive: int = option(10_000, at_least=1)
+    max_negative: int = option(10_000, at_least=1)
+    differential: bool = True
+    max_tokens: int = option(512, at_least=2)
+    batch_tokens: int = option(4096, at_least=1)
+    partitions: int = option(1, at_least=1)
+    factors: str | None = option(None, affects_result=False)  # their digest is among the artifact's inputs
+    damping: float | None = option(None, at_least=0)
+    damping_scale: float = option(0.1, at_least=0)
+    nulls: int = option(0, at_least=0, off=0)
+    refine_steps: int = option(0, at_least=0, off=0)
+    refine_blocks: int | None = option(None, at_least=1, off=None)
+    reliability_queries: int = option(256, at_least=0, affects_result=False)  # a figure in the manifest alone
+    resources: Resources = RESOURCES
+
+    RENAMED: ClassVar[dict[str, str]] = moved("task") | {
+        "toxic_threshold": "positive_threshold",
+        "nontoxic_threshold": "negative_threshold",
+        "max_toxic": "max_positive",
+        "max_nontoxic": "max_negative",
+    }
+
+
+def check_build_query(config: BuildQuery) -> None:
+    """Raises ConfigError where options exclude each other."""
+    if config.negative_threshold >= config.positive_threshold:
+        raise ConfigError(
+            f"build_query.negative_threshold: {config.negative_threshold} is not below"
+            f" build_query.positive_threshold = {config.positive_threshold}: a query would be in both sets"
+        )
+    check_classifier(config.classifier, "build_query.classifier")
+    check_queries(config.prompts, config.pairs, config.positive, config.negative)
+    if config.refine_steps and config.nulls:
+        raise ConfigError(
+            f"build_query.refine_steps: {config.refine_steps} beside build_query.nulls = {config.nulls}; nulls are of"
+            " the direction before it is refined, and say nothing of scores along the refined one; set one to 0"
+        )

@@ -1,0 +1,87 @@
+"""`build_query`: V refined on blocks of the corpus, and what the manifest says of the queries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.chaos import prepare
+from ifguide.artifacts import read_manifest
+from ifguide.config import config_from_mapping, load_config, to_mapping
+from ifguide.distributed.tasks import run_task
+from ifguide.influence.query_file import DIRECTION
+from ifguide.pipeline import stage
+from ifguide.run import Run
+from ifguide.stages import build_query
+from ifguide.stages.build_query import PARTIAL
+
+
+@pytest.fixture(scope="module")
+def fitted(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A packed corpus, a proxy, its factors, and prompts with labels."""
+
+    def run_verb(run_dir: Path, verb: str) -> None:
+        stage(verb)(Run(config=load_config(run_dir / "config.yaml")))
+
+    run_dir = prepare(tmp_path_factory.mktemp("query") / "run", run_verb, 100)
+    rows = [
+        {
+            "prompt": {"text": f"Number {i} said that"},
+            "continuation": {"text": " you are a clown." if i % 3 else " the river ran.", "toxicity": float(i % 3 > 0)},
+        }
+        for i in range(16)
+    ]
+    (run_dir / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    no_gpu = {"resources": {"gpus": 0}}
+    tree = {
+        **to_mapping(load_config(run_dir / "config.yaml")),
+        "fit_factors": {"sample_blocks": 8, **no_gpu},
+        "build_query": {"prompts": str(run_dir / "prompts.jsonl"), "classifier": "labels", **no_gpu},
+    }
+    run = Run(config=config_from_mapping(tree))
+    stage("fit_factors")(run)
+    shutil.rmtree(run.query)
+    return run
+
+
+def of(fitted: Run, **options: Any) -> Run:
+    """The run without a query, with other options."""
+    shutil.rmtree(fitted.query, ignore_errors=True)
+    return Run(config=replace(fitted.config, build_query=replace(fitted.config.build_query, **options)))
+
+
+def test_a_refined_query_is_resumed_and_recorded(fitted: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = stage("build_query")(of(fitted))
+    direction = (fitted.query / DIRECTION).read_bytes()
+    assert 0 <= plain.summary["reliability"] <= 1
+    judged = plain.summary["reliability_measured"]
+    assert (judged["positive"], judged["negative"]) == (10, 6)
+    assert "refinement" not in plain.summary
+    assert plain.options["build_query"].keys().isdisjoint({"refine_steps", "refine_blocks", "reliability_queries"})
+    assert "corpus" not in plain.inputs
+
+    run = of(fitted, refine_steps=2)
+
+    def interrupted(function: Any, *arguments: Any, **options: Any) -> Any:
+        if function is build_query.judge_queries:
+            raise ZeroDivisionError
+        return run_task(function, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_query, "run_task", interrupted)
+        with pytest.raises(ZeroDivisionError):
+            stage("build_query")(run)
+    assert len(list((run.query / PARTIAL).glob("refinement-*.safetensors"))) == 1
+    manifest = stage("build_query")(run)
+    assert not (run.query / PARTIAL).exists()
+    refined = (run.query / DIRECTION).read_bytes()
+    assert refined != direction
+    steps = manifest.summary["refinement"]
+    assert {len(values) for values in steps.values()} == {2}
+    assert steps["cosine"][0] == pytest.approx(1.0)
+    assert manifest.inputs["corpus"] == read_manifest(run.corpus).fingerprint

@@ -1,0 +1,116 @@
+"""The work of `build_query` in this process: V refined and resumed, and the reliability of its queries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ifguide import schemas
+from ifguide.config import BuildQuery, ModelSource
+from ifguide.config.resources import Resources
+from ifguide.influence.factor_sample import FactorSample
+from ifguide.influence.factors import EkfacFit
+from ifguide.influence.proxy import Beginning, load_proxy
+from ifguide.influence.query_file import DIRECTION, QueryRow, write_queries
+from ifguide.influence.query_worker import (
+    FactorsFolder,
+    QueryPart,
+    QuerySettings,
+    SumGradients,
+    judge_queries,
+    precondition_parts,
+    refine_parts,
+)
+from ifguide.influence.refinement import Refinement
+from ifguide.models import tracked_modules
+from tests.tiny import ARCHITECTURES, random_blocks
+from tests.tokenizers import byte_level
+
+BLOCK = 12
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuerySettings, FactorsFolder, list[QueryPart], Path]:
+    """Queries whose gradients are summed, factors, and a table of blocks."""
+    root = tmp_path_factory.mktemp("query")
+    byte_level().save_pretrained(root / "tokenizer")
+    proxy = ModelSource(architecture={**ARCHITECTURES["llama"], "vocab_size": 257})
+    model = load_proxy(proxy, gpus=0)
+    names = tracked_modules(model).names
+    blocks_NT, lengths_N = random_blocks(6, BLOCK)
+    sample = FactorSample(blocks_NT=blocks_NT, lengths_N=lengths_N, num_partitions=1, batch_size=2, seed=0)
+    EkfacFit(model=model, sample=sample, module_names=names, workdir=root / "work").run(root / "factors")
+    table: list[Any] = [pa.array(range(6)), pa.array(lengths_N), schemas.per_token_column(
+        blocks_NT, schemas.blocks(BLOCK, annotated=False), "tokens"
+    )]  # fmt: skip
+    pq.write_table(pa.Table.from_arrays(table, ["block_id", "length", "tokens"]), root / "blocks.parquet")
+    folder = root / "query"
+    folder.mkdir()
+    rows = [
+        QueryRow(
+            row=i, positive=i % 2 == 0, score=0.5, prompt="You", completion=f" {'clown' if i % 2 else 'river'} {i}"
+        )
+        for i in range(9)
+    ]
+    write_queries(folder, rows)
+    settings = QuerySettings(
+        folder=folder,
+        proxy=proxy,
+        tokenizer=str(root / "tokenizer"),
+        module_names=names,
+        beginning=Beginning(None),
+        options=BuildQuery(partitions=2, max_tokens=16, resources=Resources(gpus=0)),
+    )
+    parts = [QueryPart(key=f"part-{i}", partition=i) for i in range(2)]
+    worker = SumGradients(settings)
+    assert sum(worker.process(part)["queries"] for part in parts) == len(rows)
+    factors = FactorsFolder(folder=root / "factors", fingerprint="", names={name: name for name in names})
+    return settings, factors, parts, root / "blocks.parquet"
+
+
+def test_a_refinement_that_was_interrupted_goes_on_to_the_same_bytes(prepared: Any, tmp_path: Path) -> None:
+    settings, factors, parts, blocks = prepared
+
+    def refined(steps: int, state: Path) -> tuple[bytes, dict[str, list[float]]]:
+        options = replace(settings.options, refine_steps=steps)
+        norms, done = refine_parts(replace(settings, options=options), factors, parts, blocks, state)
+        assert set(norms) == set(settings.module_names)
+        return (settings.folder / DIRECTION).read_bytes(), done
+
+    precondition_parts(settings.folder, factors, parts, settings.options)
+    plain = (settings.folder / DIRECTION).read_bytes()
+    whole, done = refined(4, tmp_path / "whole.safetensors")
+    refined(2, tmp_path / "parts.safetensors")
+    assert len(Refinement.load(tmp_path / "parts.safetensors", torch.device("cpu")).steps) == 2
+    resumed, again = refined(4, tmp_path / "parts.safetensors")
+    assert resumed == whole != plain
+    assert again == done
+    assert [len(values) for values in done.values()] == [4] * 4
+    assert done["residual"][-1] < done["residual"][0]
+
+
+def test_the_reliability_of_queries_is_that_of_their_halves(prepared: Any) -> None:
+    settings, factors, _, blocks = prepared
+    found = judge_queries(settings, factors, blocks, 0)
+    assert found is not None
+    assert (found.positive, found.negative) == (5, 4)
+    lengths = pq.read_table(blocks).column("length").to_numpy()
+    assert found.tokens == int(np.sum(lengths - 1))
+    assert 0 <= found.spearman <= found.reliability <= 1
+    few = judge_queries(replace(settings, options=replace(settings.options, reliability_queries=2)), factors, blocks, 0)
+    assert few is not None
+    assert (few.positive, few.negative) == (2, 2)
+
+
+def test_a_set_of_a_single_query_has_no_reliability(prepared: Any, tmp_path: Path) -> None:
+    settings, factors, _, blocks = prepared
+    rows = [QueryRow(row=i, positive=i > 0, score=0.5, prompt="You", completion=" clown") for i in range(4)]
+    write_queries(tmp_path, rows)
+    assert judge_queries(replace(settings, folder=tmp_path), factors, blocks, 0) is None
