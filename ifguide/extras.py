@@ -14,6 +14,8 @@ EXTRAS = {
     "upath": "s3",
     "s3fs": "s3",
     "wandb": "wandb",
+    "shtab": "completion",
+    "peft": "lora",
 }
 
 

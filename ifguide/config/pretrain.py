@@ -42,6 +42,21 @@ class MaskedLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters, trained in place of the weights of `init_from` and merged into them at the end.
+
+    Attributes:
+        rank: of each adapter.
+        alpha: an adapter weighs this over its rank.
+        targets: linear maps of the blocks that get one, by the last part of their names (`q_proj`). Empty: all.
+    """
+
+    rank: int = option(16, at_least=1)
+    alpha: float = option(32.0, above=0)
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pretrain:
     """Train the target with the signed loss.
 
@@ -52,6 +67,7 @@ class Pretrain:
         objective: what masked tokens carry.
         penalty: lambda, which multiplies it. The paper has kind `penalty` and 1.
         init_from: a published model to go on from. Null: random weights.
+        lora: train adapters of `init_from` instead of all its weights, for models that do not fit otherwise.
         epochs: passes over the corpus.
         batch_blocks: blocks of a step, over all workers; a multiple of `workers` times `micro_batch_blocks`.
         micro_batch_blocks: blocks of one forward pass of a worker.
@@ -88,6 +104,7 @@ class Pretrain:
     objective: MaskedLoss = MaskedLoss()
     penalty: float = option(0.5, at_least=0)
     init_from: str | None = None
+    lora: Lora | None = option(None, off=None)  # noqa: RUF009  # frozen, as its metadata are
     epochs: float = option(4.0, above=0)
     batch_blocks: int = option(512, at_least=1)
     micro_batch_blocks: int = option(8, at_least=1)
@@ -129,6 +146,8 @@ def check_pretrain(train: Pretrain) -> None:
     """Raises ConfigError, naming the key, for options that do not go together."""
     if train.tokenizer is not None and train.train_tokenizer is not None:
         raise ConfigError("pretrain.train_tokenizer: pretrain.tokenizer is named too; unset one of them")
+    if train.lora is not None and train.init_from is None:
+        raise ConfigError("pretrain.lora: adapters need weights to begin with; name a model by pretrain.init_from")
     per_step = train.workers * train.micro_batch_blocks
     if train.batch_blocks % per_step:
         raise ConfigError(

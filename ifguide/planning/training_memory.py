@@ -7,7 +7,7 @@ With P parameters of w bytes (2 in bfloat16) on N workers, ZeRO stage z splits o
 gradients (z >= 2) and the weights (z = 3). DeepSpeed also holds what it sends (`buffers`). Activations are what
 autograd keeps of one micro-batch: they are counted, not estimated from a formula, by running the blocks on torch's meta
 device and adding up the tensors that are saved, with attention as a flash kernel keeps it. With checkpointing: each
-block's input, and all of one block.
+block's input, and all of one block. Of adapters (`pretrain.lora`) gradients, states and buffers are theirs alone.
 
 Cost: a tenth of a second per model and no memory. The allocator's fragments are in none of the parts: see USABLE.
 """
@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from ifguide.config import Pretrain
 from ifguide.models import transformer_blocks
 from ifguide.shapes import ModelShape
+from ifguide.training.adapters import adapter_parameters
 from ifguide.training.lm_loss import CHUNK_VALUES
 
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own, NCCL's, and what lies between allocations
@@ -60,26 +61,28 @@ class Activations:
 def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> TrainingMemory:
     """The parts for a config and a target, blocks of `block_size` tokens."""
     parameters, width = float(shape.parameters), 2 if config.dtype == "bfloat16" else 4
+    trained = float(adapter_parameters(shape.skeleton, config.lora)) if config.lora else parameters
     workers, stage = config.workers, config.zero_stage
-    states = (8 if width == 4 and stage == 0 else 12) * parameters / (workers if stage >= 1 else 1)
+    states = (8 if width == 4 and stage == 0 else 12) * trained / (workers if stage >= 1 else 1)
     kept = count_activations(shape, block_size, config.dtype)
     per_block = kept.checkpointed if config.activation_checkpointing else kept.whole
     tokens = config.micro_batch_blocks * block_size
     return TrainingMemory(
         weights=width * parameters / (workers if stage >= 3 else 1),
-        gradients=width * parameters / (workers if stage >= 2 else 1),
+        gradients=width * trained / (workers if stage >= 2 else 1),
         optimizer=0.0 if config.offload_optimizer else states,
-        buffers=_buffers(config, parameters, width),
+        buffers=_buffers(config, trained, width),
         activations=float(config.micro_batch_blocks * per_block),
-        head=_head(tokens, shape, width),
+        head=_head(tokens, shape, width, trained=config.lora is None),
     )
 
 
-def _head(tokens: int, shape: ModelShape, width: int) -> float:
+def _head(tokens: int, shape: ModelShape, width: int, *, trained: bool) -> float:
     """What `ifguide.training.lm_loss` takes: a chunk's logits twice in float32, its gradient of the head's weights in
     float32 (and once more in the weights' own precision where that is another), and that of the hidden states."""
+    weights = (4 if width == 4 else 4 + width) * shape.head if trained else 0
     logits = min(CHUNK_VALUES["cuda"], tokens * shape.vocabulary)
-    return float(8 * logits + (4 if width == 4 else 4 + width) * shape.head + width * tokens * shape.hidden)
+    return float(8 * logits + weights + width * tokens * shape.hidden)
 
 
 def _buffers(config: Pretrain, parameters: float, width: int) -> float:

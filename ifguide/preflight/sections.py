@@ -130,6 +130,8 @@ class _Sections:
         train = self.config.pretrain
         if train.engine == "deepspeed":
             require_package(self.findings, "pretrain.engine", train.engine, "deepspeed")
+        if train.lora is not None:
+            require_package(self.findings, "pretrain.lora", str(train.init_from), "peft")
         if train.wandb is not None:
             require_package(self.findings, "pretrain.wandb.project", train.wandb.project, "wandb")
 

@@ -30,11 +30,12 @@ from ifguide.distributed.shards import StageError
 from ifguide.models import check_vocabulary
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.run import BASELINE, PENALISED, Run
-from ifguide.shapes import initial_model, require_positions
+from ifguide.shapes import initial_model, require_positions, shape_of_fields
 from ifguide.spans.filling import mask_other_tokens
 from ifguide.storage import is_remote, location
 from ifguide.telemetry import METRICS, configure_logging, cut_torn_line, log
 from ifguide.tokenizer import load_tokenizer
+from ifguide.training.adapters import adapted_modules
 from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import first_whole, last_checkpoint, published_checkpoints
 from ifguide.training.folder import STOP
@@ -161,6 +162,8 @@ def _require_trainable(settings: TrainingSettings, corpus: Manifest) -> None:
     fields, name = architecture(target, tokenizer, block_size), target.source or "target.architecture"
     check_vocabulary(fields["vocab_size"], tokenizer, model_name=name, tokenizer_name=settings.tokenizer)
     require_positions(name, fields, block_size)
+    if train.lora is not None:
+        adapted_modules(shape_of_fields(name, "its config", fields, traced=False).skeleton, train.lora)
 
 
 def _train(settings: TrainingSettings, cluster: Cluster) -> dict[str, Any]:

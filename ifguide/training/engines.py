@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ifguide.artifacts import remove_tree
 from ifguide.config import Pretrain
+from ifguide.training.adapters import load_trained, trained_state
 from ifguide.training.checkpoints import STATE, UNIVERSAL, Checkpoint
 from ifguide.training.lm_loss import LanguageModelLoss
 from ifguide.training.losses import Loss, MicroBatch
@@ -54,7 +55,7 @@ class Engine(Protocol):
         """Write this rank's files under `folder`."""
 
     def weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """The LM's weights in a checkpoint by their own names, in full precision; on one rank alone."""
+        """The LM's trained weights in a checkpoint by their own names, in full precision; on one rank alone."""
 
 
 def build_optimizer(module: LanguageModelLoss, config: Pretrain) -> torch.optim.AdamW:
@@ -74,7 +75,7 @@ class TorchEngine:
         self.optimizer = build_optimizer(self.module, config)
         if checkpoint is not None:
             state = torch.load(checkpoint.state / "torch.pt", map_location=self.device, weights_only=True)
-            self.module.model.load_state_dict(state["model"])
+            load_trained(self.module.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
 
     def loss(self, batch: MicroBatch) -> Loss:
@@ -96,7 +97,7 @@ class TorchEngine:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"model": self.module.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"model": trained_state(self.module.model), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / "torch.pt")
 
     def weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ class DeepSpeedEngine:
             self.module.check()
         self.engine.train()
         if source is not None:
-            path, _ = self.engine.load_checkpoint(str(source), tag=STATE)
+            path, _ = self.engine.load_checkpoint(str(source), tag=STATE, load_module_strict=not config.lora)
             if path is None:
                 raise ValueError(f"{source} cannot be loaded; delete it to go on from the checkpoint before it")
         if universal and config.zero_stage == 3:
@@ -168,7 +169,9 @@ class DeepSpeedEngine:
         return None if norm is None else float(norm)
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder.parent), tag=folder.name)
+        self.engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, exclude_frozen_parameters=self.config.lora is not None
+        )
 
     def weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -178,7 +181,9 @@ class DeepSpeedEngine:
             content = torch.load(path, map_location="cpu", weights_only=False)
             state = content["module"] | self._masters(content["optimizer"].get("fp32_groups", []))
         else:
-            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=STATE)
+            state = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.folder), tag=STATE, exclude_frozen_parameters=self.config.lora is not None
+            )
         return {name.removeprefix(PREFIX): value for name, value in state.items()}
 
     def _masters(self, values: list[list[Tensor]]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from ifguide.training.engines import DeepSpeedEngine, Engine, TorchEngine
 from ifguide.training.folder import TrainingFolder
 from ifguide.training.losses import LossSums, LossTotals, MicroBatch
 from ifguide.training.meter import Meter, meter_of
-from ifguide.training.model import build_model, write_model
+from ifguide.training.model import build_model, trained_model, write_model
 from ifguide.training.schedule import (
     PADDING,
     BenignRise,
@@ -290,7 +290,8 @@ class TrainingLoop:
         """Write the HF folder in float32, from the engine's own full-precision weights."""
         part = self.place.local / f"{EXPORT}.part"
         try:
-            write_model(self.engine.module.model, self.engine.weights(checkpoint), self.tokenizer, part)
+            model = trained_model(self.settings, self.engine.module.model, self.engine.weights(checkpoint))
         except ValueError as error:
             raise ValueError(f"{checkpoint.folder}: {error}") from error
+        write_model(model, self.tokenizer, part)
         self.place.publish_folder(part, EXPORT)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ifguide.artifacts import MANIFEST, Manifest, read_manifest, write_text
+from ifguide.config import to_mapping
 from ifguide.config.sources import HUB_PREFIX
 from ifguide.display import markdown_table
 from ifguide.training.settings import TrainingSettings
@@ -114,6 +115,7 @@ def _settings(settings: TrainingSettings) -> dict[str, Any]:
     train = settings.train
     return {
         "initial_weights": train.init_from or "random",
+        **({"lora": to_mapping(train.lora)} if train.lora else {}),
         "epochs": train.epochs,
         "tokens_per_step": train.batch_blocks * settings.block_size,
         "learning_rate": train.learning_rate,
