@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ifguide.config.names import check_names
 from ifguide.config.resources import RESOURCES, Resources, moved
@@ -47,6 +47,7 @@ class Evaluate:
         word_list: words of the word-list finders and of the lens.
         top_documents: documents that the page shows.
         batch_size: texts that a model takes at once.
+        dtype: of the models' weights and products. Probabilities are float32 either way.
         actors: actors that sample and measure.
         resources: of one actor.
     """
@@ -73,6 +74,7 @@ class Evaluate:
     word_list: tuple[str, ...] = ()
     top_documents: int = option(10, at_least=0)
     batch_size: int = option(64, at_least=1)
+    dtype: Literal["float32", "bfloat16"] = option("float32", off="float32")
     actors: int = option(1, at_least=1, affects_result=False)
     resources: Resources = RESOURCES
 

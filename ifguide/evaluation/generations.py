@@ -28,6 +28,7 @@ from ifguide.artifacts import (
     require,
 )
 from ifguide.config import Evaluate
+from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.shards import StageError
 from ifguide.evaluation.generation import Guide, Sampling, decode, sample_tokens, token_lengths
 from ifguide.evaluation.prompts import PROMPTS
@@ -35,7 +36,7 @@ from ifguide.evaluation.subjects import VERB, Evaluation, Prompts
 from ifguide.storage import readable
 from ifguide.tokenizer import load_tokenizer
 
-OPTIONS = ("continuations", "max_new_tokens", "top_p", "temperature", "prompts_per_shard", "batch_size")
+OPTIONS = ("continuations", "max_new_tokens", "top_p", "temperature", "prompts_per_shard", "batch_size", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def _open(evaluation: Evaluation, model: str, name: str) -> Artifact:
     artifact = open_artifact(
         folder,
         verb=VERB,
-        options={"seed": evaluation.seed, VERB: {option: getattr(evaluation.options, option) for option in OPTIONS}},
+        options={"seed": evaluation.seed, VERB: sampled_options(evaluation.options)},
         inputs={
             f"model/{model}": evaluation.models[model].fingerprint,
             "prompts": prompts_digest(evaluation.sets[name]),
@@ -83,6 +84,12 @@ def _open(evaluation: Evaluation, model: str, name: str) -> Artifact:
     if artifact.manifest:
         require(folder, VERB)
     return artifact
+
+
+def sampled_options(options: Evaluate) -> dict[str, Any]:
+    """What decides the text of the continuations."""
+    known = result_part(options)
+    return {name: known[name] for name in OPTIONS if name in known}
 
 
 def has_generations(evaluation: Evaluation, model: str) -> bool:

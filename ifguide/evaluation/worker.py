@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from ifguide import schemas
 from ifguide.artifacts import publish, verify_digest
@@ -96,7 +97,8 @@ class EvaluateModel:
         if self.loaded is None or self.loaded[0] != name:
             self.loaded = None  # frees the old model before the new one is read
             source = self.settings.sources[name]
-            model = load_model(ModelSource(source=source), device=self._device)
+            dtype = getattr(torch, self.options.dtype)
+            model = load_model(ModelSource(source=source), dtype=dtype, device=self._device)
             self.loaded = (name, model, load_tokenizer(source))
         return self.loaded[1], self.loaded[2]
 

@@ -31,7 +31,7 @@ from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_task
 from ifguide.evaluation.figures import METRICS, measured_files
-from ifguide.evaluation.generations import OPTIONS, has_generations, prompts_digest
+from ifguide.evaluation.generations import has_generations, prompts_digest, sampled_options
 from ifguide.evaluation.measuring import continue_prompts, measure_models
 from ifguide.evaluation.prompts import PROMPTS, chosen_prompts, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
@@ -202,7 +202,7 @@ class _Samples:
 
 def _sample(sampler: Run, baseline: Model, sets: Mapping[str, Prompts]) -> Manifest:
     evaluate = sampler.config.evaluate
-    options = {name: getattr(evaluate, name) for name in OPTIONS} | {"classifier": result_part(evaluate.classifier)}
+    options = sampled_options(evaluate) | {"classifier": result_part(evaluate.classifier)}
     inputs = {f"model/{BASELINE}": baseline[1], "prompts": prompts_digest(sets[PROMPTS])}
     inputs |= training_inputs({"compare.classifier": evaluate.classifier})
     artifact = sampler.open(sampler.report, VERB, keys=("seed",), inputs=inputs, extra={"samples": options})
