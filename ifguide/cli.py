@@ -1,9 +1,10 @@
 """The command line: `ifguide <verb> --config F [--set a.b=c ...] [--dry-run] [--address A]`, the same flags everywhere.
 
 `ifguide run` does every verb in order; running again resumes. `plan` says beforehand what that takes. `show`, `status`
-and `inspect` read a run directory, `export-mask` takes its mask to other trainers, `export-scores` and `import-mask`
-exchange scores and masks with kronfluence and the paper's code, `demo` makes its own data and runs the whole pipeline
-on them, `fetch-data` gets the real text of `configs/real_text.yaml`. The scripts in `jobs/` call `main` too.
+and `inspect` read a run directory, `export-mask` takes its mask to other trainers, `push` its model to the hub,
+`export-scores` and `import-mask` exchange scores and masks with kronfluence and the paper's code, `demo` makes its own
+data and runs the whole pipeline on them, `fetch-data` gets the real text of `configs/real_text.yaml`. `cache` and
+`completion` look after this machine and its shell. The scripts in `jobs/` call `main` too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ifguide.storage import is_store_error, location
 from ifguide.telemetry import configure_logging
 
 USER_ERRORS = (ValueError, OSError)  # the latter of files: not there, not writable, no space left
-PRINTING = ("show", "status", "inspect", "plan", "config")  # commands that do nothing else
+PRINTING = ("show", "status", "inspect", "plan", "config", "completion")  # commands that do nothing else
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,6 +130,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     masks.add_argument("--penalty", type=float, default=1.0, help="hf: minus the weight of a masked token (default 1)")
     masks.set_defaults(function=commands.export_mask)
+    pushed = subparsers.add_parser("push", help="a trained model to the Hugging Face hub, its figures on its card")
+    pushed.add_argument("run_dir", type=location)
+    pushed.add_argument("repository", metavar="OWNER/NAME")
+    pushed.add_argument("--model", choices=("penalised", "baseline"), default="penalised", help="default: penalised")
+    pushed.add_argument("--report", default="report", help="folder of its figures in the run (default report)")
+    pushed.add_argument("--public", action="store_true", help="for everybody to see; else the repository is private")
+    pushed.add_argument("--dry-run", action="store_true", help="say what would be sent, offline")
+    pushed.set_defaults(function=commands.push)
     imported = subparsers.add_parser("import-mask", help="a mask saved by the paper's code becomes the run's mask")
     _add_config_flags(imported, commands.import_mask, preflight=False)
     imported.add_argument("mask", type=Path, help="a .pt file: one bool tensor (blocks, tokens)")
@@ -156,6 +166,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data-only", action="store_true", help="make the corpus and the prompts, and run nothing")
     demo.set_defaults(function=commands.demo)
     _add_fetch_flags(subparsers.add_parser("fetch-data", help="the real text of configs/real_text.yaml"))
+    cache = subparsers.add_parser("cache", help="this machine's copies of remote files: what each takes")
+    cache.add_argument("action", nargs="?", choices=("clear",), help="remove all of them; no run may be using them")
+    cache.add_argument("--dry-run", action="store_true", help="say what `clear` would remove")
+    cache.set_defaults(function=commands.cache)
+    completion = subparsers.add_parser("completion", help="what a shell completes commands and flags from")
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(function=lambda options: commands.completion(options, _parser()))
     return parser
 
 

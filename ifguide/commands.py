@@ -11,11 +11,13 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
-from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest, write_text
+from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest, remove_tree, write_text
 from ifguide.config import Config, Input, load_config, to_yaml
 from ifguide.pipeline import pipeline_steps, run_pipeline, stage
-from ifguide.storage import location
+from ifguide.storage import file_sizes, location, machine_folder, subfolders
 from ifguide.telemetry import log
 
 
@@ -157,6 +159,41 @@ def fetch_data(options: argparse.Namespace) -> int:
     return 0
 
 
+def cache(options: argparse.Namespace) -> int:
+    """Print what this machine has copied, or remove it."""
+    folder = machine_folder()
+    sizes = {path: sum(file_sizes(path).values()) for path in subfolders(folder)}
+    removing = options.action == "clear"
+    done = "" if not removing else "would remove " if options.dry_run else "removed "
+    for path, size in sizes.items():
+        of = ", ".join(sorted(inner.name for inner in path.iterdir()))
+        if removing and not options.dry_run:
+            remove_tree(path)
+        print(f"{done}{path}: {of} ({size / 1e6:,.1f} MB)")
+    print(f"{folder}: {len(sizes)} in all, {sum(sizes.values()) / 1e6:,.1f} MB")
+    return 0
+
+
+def completion(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Print a shell's completions of the parser's commands and flags, and of files and folders they name."""
+    import shtab
+
+    for action in _actions(parser):
+        if action.type in (Path, location):
+            action.complete = shtab.DIRECTORY if action.type is location else shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, options.shell))
+    return 0
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """A parser's arguments, and those of its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _actions(command)
+
+
 def show(options: argparse.Namespace) -> int:
     """Print what the artifacts of a run hold."""
     folders = sorted({path.parent for name in (MANIFEST, PLAN) for path in options.run_dir.rglob(name)})
@@ -240,6 +277,18 @@ def export_mask(options: argparse.Namespace) -> int:
     manifest = export_mask(options.run_dir, options.out, kind=options.format, penalty=options.penalty)
     rows = ", ".join(f"{count:,} {unit}" for unit, count in manifest.rows.items())
     log(options.command, f"{options.out}: {rows}; docs/other-trainers.md shows how to train with it")
+    return 0
+
+
+def push(options: argparse.Namespace) -> int:
+    """Send a model to the hub, or print what would be sent."""
+    from ifguide.push import planned_upload, send
+
+    upload = planned_upload(options.run_dir, options.repository, model=options.model, report=options.report)
+    if options.dry_run:
+        print("\n".join(upload.lines()))
+        return 0
+    log(options.command, f"{send(upload, private=not options.public)}: {len(upload.files) + 1} files")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -83,3 +84,43 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_copies_of_remote_files_are_listed_and_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "cache" / "0a1b" / "corpus.jsonl"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(bytes(1_500_000))
+    monkeypatch.setenv("IFGUIDE_CACHE", str(tmp_path / "cache"))
+    entry, total = f"{copy.parent}: corpus.jsonl (1.5 MB)\n", f"{tmp_path / 'cache'}: 1 in all, 1.5 MB\n"
+    for words, shown in (([], entry), (["clear", "--dry-run"], f"would remove {entry}")):
+        assert main(["cache", *words]) == 0
+        assert capsys.readouterr().out == shown + total
+        assert copy.exists()
+    assert main(["cache", "clear"]) == 0
+    assert capsys.readouterr().out == f"removed {entry}" + total
+    assert not any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_flags_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "mine.yaml").write_text("seed: 0\n")
+
+    def completed(*words: str) -> list[str]:
+        ask = f"COMP_WORDS=({' '.join(words)} ''); COMP_CWORD={len(words)}"
+        lines = (f"source {script}", ask, "_shtab_ifguide", 'printf "%s\\n" "${COMPREPLY[@]}"')
+        command = ["bash", "--norc", "-c", "; ".join(lines)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+
+    assert {*VERBS, "run", "status", "cache"} <= set(completed("ifguide"))
+    assert "clear" in completed("ifguide", "cache")
+    assert "mine.yaml" in completed("ifguide", "run", "--config")
+
+
+def test_a_section_cut_short_is_found_by_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", "tiny", "--set", "score.precision=float32"]) == 1
+    assert "score.precision: unknown key; did you mean score_corpus.precision?" in capsys.readouterr().err
