@@ -1,4 +1,4 @@
-"""The first day of somebody with their own data: `python bench/first_day.py`, a few minutes on two cores.
+"""The first day of somebody with their own data: `python bench/first_day.py`, five to eight minutes on two cores.
 
 In an empty folder, with the program installed from its wheel: documents in three kinds of compressed files, `init` on
 them, a dry run with six planted faults that must all be named at once, a run to the report with a behaviour that is not
