@@ -10,6 +10,7 @@ EXTRAS = {
     "threadpoolctl": "evaluate",
     "jinja2": "evaluate",
     "matplotlib": "evaluate",
+    "hatesonar": "hatesonar",
     "trl": "compare",
     "upath": "s3",
     "s3fs": "s3",

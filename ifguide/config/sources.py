@@ -174,8 +174,9 @@ class ClassifierSource:
     """A text classifier. A bare string stands for `name`.
 
     `name` is one of `detoxify:original|unbiased|multilingual|original-small|unbiased-small`, `hf:SOURCE` (any sequence
-    classifier, by hub id or local folder), `alt-profanity-check`, `words:FILE` (one word or phrase a line), `fitted` (a
-    linear classifier that is trained on `training` when it is loaded), or `labels` (scores already in the rows).
+    classifier, by hub id or local folder), `alt-profanity-check` and `hatesonar` (both offline), `words:FILE` (one word
+    or phrase a line), `fitted` (a linear classifier that is trained on `training` when it is loaded), or `labels`
+    (scores already in the rows).
 
     Attributes:
         name: the kind, and what it is loaded from.

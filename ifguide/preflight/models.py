@@ -101,6 +101,8 @@ class ModelChecks:
                 self._checkpoint(key, source)
             elif kind == "alt-profanity-check":
                 self._package(f"{key}.name", source.name, "profanity_check")
+            elif kind == "hatesonar":
+                self._package(f"{key}.name", source.name, "hatesonar")
             elif kind == "labels" and of_new_text:
                 self.findings.fault(
                     f"{key}.name", source.name, "labels cannot score new text; choose another classifier"

@@ -5,6 +5,7 @@
 - `hf:SOURCE`: any sequence classifier of transformers, by hub id or local folder (ToxiGen-RoBERTa for implicit
   toxicity); see `toxicity.sequence_classifier`.
 - `alt-profanity-check`: a linear model over word counts, offline, about 6 microseconds per text.
+- `hatesonar`: a linear model of tweets, offline, about 1 ms per text; see `toxicity.sonar`.
 - `words:FILE`: 1 where a text holds a word or phrase of the list, one per line, as whole words ignoring case; else 0.
 - `fitted`: a linear model that is trained on texts with labels when it is loaded, in seconds; see `toxicity.fitted`.
 - `labels`: the scores that rows carry already (Perspective's in RealToxicityPrompts); it cannot score new text.
@@ -27,10 +28,11 @@ from ifguide.storage import local_copy
 from ifguide.toxicity.fitted import FittedClassifier, require_both_kinds
 from ifguide.toxicity.prompts import labelled_texts
 from ifguide.toxicity.sequence_classifier import Head, Scores, SequenceClassifier, by_length, longest_input
+from ifguide.toxicity.sonar import SonarClassifier
 from ifguide.words import read_word_list
 
 DETOXIFY = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
-CLASSIFIERS = (*(f"detoxify:{variant}" for variant in DETOXIFY), "alt-profanity-check", "fitted", "labels")
+CLASSIFIERS = (*(f"detoxify:{variant}" for variant in DETOXIFY), "alt-profanity-check", "hatesonar", "fitted", "labels")
 PREFIXES = ("hf:", "words:")
 
 
@@ -210,6 +212,8 @@ def load_classifier(
     if kind == "fitted":
         key = f"{dotted_key}.training"
         return FittedClassifier(labelled_texts(training, key), label=label, dotted_key=key)
+    if kind == "hatesonar":
+        return SonarClassifier()
     return ProfanityClassifier() if kind == "alt-profanity-check" else LabelClassifier(label)
 
 
