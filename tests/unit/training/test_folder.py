@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,35 @@ def test_a_checkpoint_holds_what_every_machine_wrote_and_is_fetched_whole(
         "step-00000004/state/rank0",
         "step-00000004/state/rank1",
     }
+
+
+def test_all_ranks_of_a_machine_list_the_files_before_any_leaves_its_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow rank would else see files of another come and go."""
+    listed: list[list[str]] = []
+
+    def slowly(folder: Path) -> dict[str, int]:
+        time.sleep(0.2 * THREAD.rank)
+        listed.append(sorted(file_sizes(folder)))
+        return file_sizes(folder)
+
+    monkeypatch.setattr(training_folder, "file_sizes", slowly)
+    barrier = threading.Barrier(2, timeout=20)
+
+    def rank(number: int) -> None:
+        THREAD.rank = number
+        options = {"rank": number, "local_rank": number, "world_size": 2}
+        save(TrainingFolder(tmp_path, **options, barrier=lambda: barrier.wait() and None), number, 4)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert listed[:2] == [["state/rank0", "state/rank1"]] * 2
+    (found,) = published_checkpoints(tmp_path)
+    assert sorted(found.files) == listed[0]
 
 
 def test_what_was_uploaded_and_never_described_is_passed_over_and_replaced(
