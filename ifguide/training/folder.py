@@ -147,7 +147,7 @@ class TrainingFolder:
 
     def _digest(self, part: Path) -> None:
         """Leave the digests of this rank's share of the files in `part`: of all, where each machine has its own."""
-        names = list(file_sizes(part))
+        names = [name for name in file_sizes(part) if not name.startswith(DIGESTS)]
         self.barrier()  # else a rank would list what another is leaving, and look for it when it has its last name
         if self.remote:
             names = names if self.leads else []
