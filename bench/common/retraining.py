@@ -83,10 +83,12 @@ def retrain(subject: Subject, blocks: TrainingBlocks, retraining: Retraining) ->
     train, left_out_NT = subject.settings.train, retraining.left_out_NT
     settings = replace(subject.settings, seed=retraining.seed)
     torch.manual_seed(settings.seed)
-    engine = TorchEngine(train, partial(build_model, settings, load_tokenizer(settings.tokenizer)), None)
     schedule = Schedule(
         num_blocks=len(blocks.lengths), batch_blocks=train.batch_blocks, epochs=train.epochs, seed=settings.seed
     )
+    tokens = schedule.total_blocks * settings.block_size
+    build = partial(build_model, settings, load_tokenizer(settings.tokenizer), tokens=tokens)
+    engine = TorchEngine(train, build, None)
     learns_N = learning_blocks(blocks, left_out_NT)
     for step in range(schedule.steps):
         batch = schedule.batch(step)

@@ -57,6 +57,27 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Acceleration:
+    """What makes a training faster. Those that change the order of sums change last bits, so they count among what a
+    model was made from; bench/LOG.md has what each gives.
+
+    Attributes:
+        compiled_layers: compile what lies between the products of a layer; not with `zero_stage` 3. Null: in trainings
+            long enough to earn the compilation's time.
+        compiled_loss: softmax, loss, mask and gradient of logits as one compiled kernel. Null: as above.
+        fused_optimizer: AdamW as one kernel, which clips as well.
+        prefetched_batches: a thread makes the next step's batches while a step is computed.
+        background_checkpoints: of engine `torch`, written by a thread from a copy in the CPU's memory.
+    """
+
+    compiled_layers: bool | None = option(None, off=False)
+    compiled_loss: bool | None = option(None, off=False)
+    fused_optimizer: bool = option(True, off=False)
+    prefetched_batches: bool = option(True, affects_result=False)
+    background_checkpoints: bool = option(True, affects_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pretrain:
     """Train the target with the signed loss.
 
@@ -80,6 +101,7 @@ class Pretrain:
         max_benign_rise: stop when the smoothed benign loss is this many nats over its lowest. Null: never.
         heldout_blocks: blocks that are not trained on, but evaluated at each checkpoint.
         export: which checkpoint becomes the model: the last, or the best on `heldout_blocks`.
+        document_attention: documents of a block do not see each other; each is trained on as if it were alone.
         dtype: of weights and products.
         engine: `deepspeed`, or `torch` on one device in the driver's process.
         zero_stage: of DeepSpeed: what workers share out among them.
@@ -87,6 +109,7 @@ class Pretrain:
         offload_parameters: keep the parameters there (ZeRO-3).
         offload_nvme: folder on a disk for the offloaded parameters (ZeRO-3).
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
+        acceleration: what makes a step faster.
         workers: processes that train.
         min_workers: start with as many workers as there are, from this many on, and follow the cluster.
         resources: of one worker.
@@ -117,6 +140,7 @@ class Pretrain:
     max_benign_rise: float | None = option(1.0, above=0)
     heldout_blocks: int = option(0, at_least=0)
     export: Literal["last", "best"] = "last"
+    document_attention: bool = option(False, off=False)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = option(1, at_least=0, at_most=3)
@@ -124,6 +148,7 @@ class Pretrain:
     offload_parameters: bool = option(False, affects_result=False)
     offload_nvme: str | None = option(None, affects_result=False)
     activation_checkpointing: bool = option(False, affects_result=False)
+    acceleration: Acceleration = Acceleration()
     workers: int = option(1, at_least=1, affects_result=False)
     min_workers: int | None = option(None, at_least=1, affects_result=False)
     resources: WorkerResources = option(WorkerResources(), affects_result=False)  # noqa: RUF009  # frozen
@@ -140,6 +165,11 @@ class Pretrain:
     def has_own_tokenizer(self) -> bool:
         """True when the target is given another tokenizer than the corpus'."""
         return self.tokenizer is not None or self.train_tokenizer is not None
+
+    @property
+    def parts_parameters(self) -> bool:
+        """True when a worker holds a part of each weight."""
+        return self.engine == "deepspeed" and self.zero_stage == 3
 
 
 def check_pretrain(train: Pretrain) -> None:
@@ -166,6 +196,8 @@ def check_pretrain(train: Pretrain) -> None:
                 f"pretrain.{key}: needs engine: deepspeed and a zero_stage of at least {least},"
                 f" not {train.engine} and {train.zero_stage}"
             )
+    if train.acceleration.compiled_layers and train.parts_parameters:
+        raise ConfigError("pretrain.acceleration.compiled_layers: not with zero_stage 3; unset it")
     if train.offload_nvme is not None and not (train.offload_parameters and train.offload_optimizer):
         raise ConfigError(
             "pretrain.offload_nvme: takes only parameters, where the optimizer is in memory; set offload_parameters and"

@@ -2,7 +2,8 @@
 
 Parquet gives no single row of a shard without decoding its row group, and a copy in every worker's memory takes 5 bytes
 a token each. So the shards are written out once, one after the other, beside the model in training; the workers of a
-machine share the pages that they read. Cost: 5 bytes a token of disk (4 without a mask) until the training is done.
+machine share the pages that they read. Cost: 5 bytes a token of disk (4 without a mask) until the training is done,
+and 8 bytes a document where documents do not see each other.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from ifguide.artifacts import (
     verified_files,
     write_sealed,
 )
-from ifguide.corpus.tables import corpus_block_size
+from ifguide.corpus.tables import corpus_block_size, document_table
 from ifguide.telemetry import log
 from ifguide.training.schedule import PADDING
 
 BLOCKS = "blocks"  # folder of a model in training
 TOKENS, LENGTHS, MASKED = "tokens.npy", "lengths.npy", "masked.npy"
+STARTS = "starts.npy"  # where each document begins in the stream of tokens, ascending
 DIGESTS = "digests.json"  # of these, as they were written
 
 
-def flatten_blocks(corpus: Path, mask: Path | None, folder: Path) -> None:
-    """Write the blocks of all shards, in order, and their mask if there is one, to `folder`.
+def flatten_blocks(corpus: Path, mask: Path | None, folder: Path, *, documents: bool = False) -> None:
+    """Write the blocks of all shards, in order, and their mask if there is one, to `folder`; with `documents` also
+    where each begins.
 
     What an earlier attempt wrote there is kept, if it is as it was written.
 
@@ -56,6 +59,8 @@ def flatten_blocks(corpus: Path, mask: Path | None, folder: Path) -> None:
     _write(part / TOKENS, shape, np.int32, (schemas.per_token_array(_read(path, "tokens"), "tokens") for path in files))
     if mask is not None:
         _write(part / MASKED, shape, np.bool_, _masks(files, mask, block_size))
+    if documents:
+        np.save(part / STARTS, document_table(corpus).column("token_start").to_numpy())
     write_sealed(part / DIGESTS, {path.name: file_entry(path) for path in part.iterdir()})
     fsync_tree(part)
     remove_tree(folder)
@@ -77,31 +82,50 @@ def _is_whole(folder: Path) -> bool:
 
 
 class Blocks(NamedTuple):
-    """Some blocks: int64 tokens and lengths, and their mask (bool), or None."""
+    """Some blocks: int64 tokens and lengths, their mask (bool) or None, and the number of each token's document (int64)
+    or None: whoever has it lets no token see another document."""
 
     tokens_BT: np.ndarray
     lengths_B: np.ndarray
     mask_BT: np.ndarray | None
+    document_BT: np.ndarray | None
 
 
 class TrainingBlocks:
-    """What `flatten_blocks` wrote: `tokens` (N, T) int32, `lengths` (N,), `masked` (N, T) bool, or None."""
+    """What `flatten_blocks` wrote: `tokens` (N, T) int32, `lengths` (N,), `masked` (N, T) bool, or None, and `starts`,
+    or None."""
 
     def __init__(self, folder: Path):
         self.tokens = np.load(folder / TOKENS, mmap_mode="r")
         self.lengths = np.load(folder / LENGTHS)
         self.masked = np.load(folder / MASKED, mmap_mode="r") if (folder / MASKED).exists() else None
+        self.starts = np.load(folder / STARTS, mmap_mode="r") if (folder / STARTS).exists() else None
 
     def take(self, indices: np.ndarray) -> Blocks:
         """These blocks; padding ones have length 0."""
         padding = indices == PADDING
         lengths = np.where(padding, 0, self.lengths[indices]).astype(np.int64)
         masked = None if self.masked is None else self.masked[indices]
-        return Blocks(self.tokens[indices].astype(np.int64), lengths, masked)
+        return Blocks(self.tokens[indices].astype(np.int64), lengths, masked, self._documents(indices))
 
     def predicted_tokens(self, indices: np.ndarray) -> int:
-        """Tokens of these blocks that carry a loss: all but each block's first, none of the padding."""
-        return int(np.maximum(self.lengths[indices[indices != PADDING]] - 1, 0).sum())
+        """Tokens of these blocks that carry a loss: all but each block's first, and each document's, where documents do
+        not see each other; none of the padding."""
+        taken = indices[indices != PADDING]
+        lengths = self.lengths[taken]
+        predicted = int(np.maximum(lengths - 1, 0).sum())
+        if self.starts is None:
+            return predicted
+        first = taken * self.tokens.shape[1]
+        begun = np.searchsorted(self.starts, first + lengths) - np.searchsorted(self.starts, first, side="right")
+        return predicted - int(np.maximum(begun, 0).sum())
+
+    def _documents(self, indices: np.ndarray) -> np.ndarray | None:
+        if self.starts is None:
+            return None
+        block_size = self.tokens.shape[1]
+        place_BT = np.maximum(indices, 0)[:, None] * block_size + np.arange(block_size)
+        return np.searchsorted(self.starts, place_BT, side="right")
 
 
 def _read(path: Path, column: str) -> pa.Table:

@@ -16,11 +16,13 @@ import argparse
 import contextlib
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ifguide.artifacts import remove_tree
 from ifguide.config import Pretrain
@@ -30,6 +32,7 @@ from ifguide.training.lm_loss import LanguageModelLoss
 from ifguide.training.losses import Loss, MicroBatch
 from ifguide.training.schedule import accumulation_steps, deepspeed_config, parameter_groups
 
+CLIPPING_EPSILON = 1e-6  # added to the norm, as torch's own clipping does
 PREFIX = "model."  # of the LM's weights in a LanguageModelLoss
 
 
@@ -48,11 +51,15 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Once for each micro-batch."""
 
-    def end_step(self) -> float | None:
-        """Clip, move the weights, and give the gradient's norm before clipping (None: the engine does not tell)."""
+    def end_step(self) -> Tensor | float | None:
+        """Clip, move the weights, and give the gradient's norm before clipping (None: the engine does not tell). A
+        tensor is left on the device: reading it waits."""
 
     def save(self, folder: Path) -> None:
         """Write this rank's files under `folder`."""
+
+    def copied(self) -> Callable[[Path], None] | None:
+        """What does `save` of the state as it is now, while training goes on; None: the engine cannot."""
 
     def weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """The LM's trained weights in a checkpoint by their own names, in full precision; on one rank alone."""
@@ -61,7 +68,8 @@ class Engine(Protocol):
 def build_optimizer(module: LanguageModelLoss, config: Pretrain) -> torch.optim.AdamW:
     """AdamW over the trained weights."""
     groups = parameter_groups(module, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    fused = config.acceleration.fused_optimizer or None  # None: as torch chooses
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
 
 
 class TorchEngine:
@@ -71,7 +79,8 @@ class TorchEngine:
         self.config = config
         self.device = torch.device("cuda" if config.resources.gpus else "cpu")
         self.module = build().to(self.device).train()
-        self.module.check()
+        self.module.check(documents=config.document_attention)
+        self.module.taken_back_as_is = True
         self.optimizer = build_optimizer(self.module, config)
         if checkpoint is not None:
             state = torch.load(checkpoint.state / "torch.pt", map_location=self.device, weights_only=True)
@@ -90,18 +99,36 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def end_step(self) -> float | None:
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.gradient_clipping)
+    def end_step(self) -> Tensor:
+        if not self.config.acceleration.fused_optimizer:
+            norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.gradient_clipping)
+            self.optimizer.step()
+            return norm
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # The kernel divides each gradient by this as it reads it: clipping takes no pass of its own.
+        excess = ((norm + CLIPPING_EPSILON) / self.config.gradient_clipping).clamp(min=1.0).float()
+        self.optimizer.grad_scale, self.optimizer.found_inf = excess, torch.zeros_like(excess)  # type: ignore[attr-defined]
         self.optimizer.step()
-        return float(norm)
+        return norm
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {"model": trained_state(self.module.model), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, folder / "torch.pt")
+        _write_torch(self._state(), folder)
+
+    def copied(self) -> Callable[[Path], None]:
+        state = self._state()
+        return partial(_write_torch, tree_map_only(Tensor, lambda value: value.detach().to("cpu", copy=True), state))
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": trained_state(self.module.model), "optimizer": self.optimizer.state_dict()}
 
     def weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         return torch.load(checkpoint.state / "torch.pt", map_location="cpu", weights_only=True)["model"]
+
+
+def _write_torch(state: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "torch.pt")
 
 
 class DeepSpeedEngine:
@@ -135,7 +162,7 @@ class DeepSpeedEngine:
         self.device = torch.device(self.engine.device)
         self.module = self.engine.module
         if config.zero_stage < 3:  # under it the order of the modules' calls is recorded from the first on
-            self.module.check()
+            self.module.check(documents=config.document_attention)
         self.engine.train()
         if source is not None:
             path, _ = self.engine.load_checkpoint(str(source), tag=STATE, load_module_strict=not config.lora)
@@ -164,14 +191,17 @@ class DeepSpeedEngine:
         self.engine.backward(loss * self.scale)
         self.engine.step()  # moves the weights after the last micro-batch of a step
 
-    def end_step(self) -> float | None:
-        norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def end_step(self) -> Tensor | float | None:
+        norm: Tensor | float | None = self.engine.get_global_grad_norm()
+        return norm
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(
             str(folder.parent), tag=folder.name, exclude_frozen_parameters=self.config.lora is not None
         )
+
+    def copied(self) -> None:
+        return None  # all ranks write together, and wait for each other
 
     def weights(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -16,6 +16,7 @@ model does from the hidden state at j - 1. Index 0 has no prediction; it and pad
 count, whatever the mask says there.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from transformers import PreTrainedModel
 
 from ifguide.lm_head import LMHead, chunks, not_understood, output_embedding
 from ifguide.models import predicted_positions
+from ifguide.training.compiled import compiled_chunk
+from ifguide.training.documents import begins_document, known_documents, positions_in_document
 from ifguide.training.losses import Loss
 from ifguide.training.objective import Objective
 
@@ -57,11 +60,29 @@ class _ChunkedLoss(torch.autograd.Function):
         head: LMHead,
         chunk_tokens: int | None,
         with_gradient: bool,
+        compiled: bool,
+        taken_back_as_is: bool,
     ) -> tuple[Tensor, Tensor]:
+        ctx.as_is = taken_back_as_is
+        needed = [with_gradient and each for each in ctx.needs_input_grad[:3]]
+        if compiled and any(needed):
+            with torch.autocast(hidden_ND.device.type, enabled=False):
+                return _compiled_forward(
+                    ctx,
+                    hidden_ND,
+                    weight_VD,
+                    bias_V,
+                    (labels_N, counted_N, masked_N),
+                    token_count,
+                    objective,
+                    head,
+                    chunk_tokens,
+                    product_dtype(hidden_ND),
+                )
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         product_VD = weight_VD.to(hidden_ND.dtype)  # under autocast the weights are wider than the products
         bias = None if bias_V is None else bias_V.to(hidden_ND.dtype)
-        by_hidden, by_weight, by_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
+        by_hidden, by_weight, by_bias = needed
         hidden_gradient = torch.empty_like(hidden_ND) if by_hidden else None
         weight_gradient = torch.empty_like(weight_VD, dtype=dtype) if by_weight else None
         bias_gradient = torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and by_bias else None
@@ -108,16 +129,75 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the loss was taken back twice; its gradients are freed the first time")
-        as_it_is = gradient.device.type == "cpu" and bool(gradient == 1)  # the usual case; a GPU would have to wait
-        hidden, weight, bias = (part if part is None or as_it_is else part.mul_(gradient) for part in ctx.gradients)
+        hidden, weight, bias = (part if part is None or ctx.as_is else part.mul_(gradient) for part in ctx.gradients)
         ctx.gradients = None
         weight = None if weight is None else weight.to(ctx.weight_dtype)
-        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 8
+        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 10
 
 
-def _add_product(total_VD: Tensor, error_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor, *, first: bool) -> None:
+def _compiled_forward(
+    ctx: Any,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labelled: tuple[Tensor, Tensor, Tensor],
+    token_count: Tensor,
+    objective: Objective,
+    head: LMHead,
+    chunk_tokens: int | None,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The same with one kernel between the products of a chunk, which leaves the gradient by logits in their place."""
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    states_ND, product_VD = hidden_ND.to(product_dtype), weight_VD.to(product_dtype)
+    bias = None if bias_V is None else bias_V.to(product_dtype)
+    by_hidden, by_weight, by_bias = ctx.needs_input_grad[:3]
+    hidden_gradient = torch.empty_like(states_ND) if by_hidden else None
+    weight_gradient = torch.empty_like(weight_VD, dtype=dtype) if by_weight else None
+    bias_gradient = torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and by_bias else None
+    nll_N = torch.empty(len(hidden_ND), dtype=dtype, device=hidden_ND.device)
+    loss = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+    factor = (head.scale / token_count).to(dtype)
+    size = chunk_tokens or _even_chunks(states_ND, len(weight_VD))
+    scratch_NV = states_ND.new_empty(min(size, len(states_ND)), len(weight_VD))
+    for rows in chunks(len(states_ND), size):
+        chunk_ND = states_ND[rows]
+        logits_NV = _linear(chunk_ND, product_VD, bias, scratch_NV[: len(chunk_ND)])
+        nll_N[rows], value_N = compiled_chunk()(logits_NV, *(each[rows] for each in labelled), objective, head, factor)
+        loss += value_N.sum()
+        error_NV = logits_NV  # overwritten
+        if bias_gradient is not None:
+            bias_gradient += error_NV.sum(dim=0, dtype=dtype)
+        if hidden_gradient is not None:
+            torch.mm(error_NV, product_VD, out=hidden_gradient[rows])
+        if weight_gradient is not None:
+            _add_product(weight_gradient, error_NV, chunk_ND, None, first=rows.start == 0)
+    ctx.gradients = (
+        None if hidden_gradient is None else hidden_gradient.to(hidden_ND.dtype),
+        weight_gradient,
+        bias_gradient,
+    )
+    ctx.weight_dtype = weight_VD.dtype
+    ctx.mark_non_differentiable(nll_N)
+    return loss / token_count.to(dtype), nll_N
+
+
+def product_dtype(hidden_ND: Tensor) -> torch.dtype:
+    """What the head's products run in."""
+    device = hidden_ND.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+
+
+def _even_chunks(states_ND: Tensor, vocabulary: int) -> int:
+    """Tokens of a chunk: as many bytes of logits as `CHUNK_VALUES` in float32, all chunks of nearly one size."""
+    values = CHUNK_VALUES.get(states_ND.device.type, CHUNK_VALUES["cuda"]) * 4 // states_ND.element_size()
+    count = max(1, math.ceil(len(states_ND) * vocabulary / values))
+    return math.ceil(len(states_ND) / count)
+
+
+def _add_product(total_VD: Tensor, error_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor | None, *, first: bool) -> None:
     """total += error^T (scale * hidden), added in the total's precision; the first one overwrites what was there."""
-    scaled_ND = (hidden_ND * scale_N[:, None]).to(error_NV.dtype)
+    scaled_ND = hidden_ND if scale_N is None else (hidden_ND * scale_N[:, None]).to(error_NV.dtype)
     if total_VD.dtype == error_NV.dtype:
         total_VD.addmm_(error_NV.T, scaled_ND, beta=0 if first else 1)
     elif first:
@@ -138,12 +218,17 @@ def chunked_loss(
     token_count: int | Tensor,
     head: LMHead | None = None,
     chunk_tokens: int | None = None,
+    document_BT: Tensor | None = None,
+    compiled: bool = False,
+    taken_back_as_is: bool = False,
 ) -> Loss:
     """The objective of one micro-batch from its final hidden states.
 
     `tokens_BT` int64, `mask_BT` bool and label aligned (None: nothing is masked), `lengths_B` the real tokens of each
-    block, `token_count` the global N, `chunk_tokens` the positions at a time (None: by device). Raises ValueError for
-    shapes that do not fit.
+    block, `token_count` the global N, `chunk_tokens` the positions at a time (None: by device). `document_BT`: the
+    number of each token's document, whose first token then has no prediction. `compiled`: softmax, loss and mask by one
+    compiled kernel. `taken_back_as_is`: the caller takes back the loss itself, so the gradient by it is 1 and need not
+    be multiplied by. Raises ValueError for shapes that do not fit.
     """
     if hidden_BTD.shape[:2] != tokens_BT.shape or (mask_BT is not None and mask_BT.shape != tokens_BT.shape):
         mask_shape = None if mask_BT is None else tuple(mask_BT.shape)
@@ -152,6 +237,8 @@ def chunked_loss(
             "agree in block count and block size: was the mask built for another corpus?"
         )
     predicted = predicted_positions(tokens_BT, lengths_B)
+    if document_BT is not None:
+        predicted &= ~begins_document(document_BT)
     masked = torch.zeros_like(predicted) if mask_BT is None else mask_BT & predicted
 
     def shifted(values_BT: Tensor) -> Tensor:
@@ -165,11 +252,13 @@ def chunked_loss(
         shifted(tokens_BT),
         counted_N,
         masked_N,
-        torch.as_tensor(token_count, device=hidden_BTD.device).double(),  # float32 would round it
+        _as_double(token_count, hidden_BTD.device),
         objective,
         head or LMHead(),
         chunk_tokens,
         torch.is_grad_enabled(),  # inside a Function it never is, and its inputs need gradients all the same
+        compiled,
+        taken_back_as_is,
     )
     return Loss(
         loss=loss,
@@ -178,6 +267,13 @@ def chunked_loss(
         benign_count=(counted_N & ~masked_N).sum(),
         masked_count=masked_N.sum(),
     )
+
+
+def _as_double(count: int | Tensor, device: torch.device) -> Tensor:
+    """float32 would round it. A number is written by the device itself: the host does not wait for a copy."""
+    if isinstance(count, Tensor):
+        return count.to(device).double()
+    return torch.full((), float(count), dtype=torch.float64, device=device)
 
 
 class LanguageModelLoss(nn.Module):
@@ -191,26 +287,53 @@ class LanguageModelLoss(nn.Module):
         ValueError: the output embedding is no nn.Linear; `check` also when the logits are not f(W h + b), f known.
     """
 
-    def __init__(self, model: PreTrainedModel, objective: Objective, *, chunk_tokens: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        *,
+        chunk_tokens: int | None = None,
+        compiled: bool = False,
+    ):
         super().__init__()
         linear, head = output_embedding(model), LMHead.of(model)
         self.model = model
         self.objective = objective
+        self.taken_back_as_is = False  # an engine may say so: see `chunked_loss`
         plain = linear.forward
 
         def forward(hidden_BTD: Tensor, **batch: Any) -> Tensor | tuple[Tensor, ...]:
             if not batch:
                 return plain(hidden_BTD)
-            loss = chunked_loss(hidden_BTD, linear.weight, linear.bias, **batch, head=head, chunk_tokens=chunk_tokens)
+            loss = chunked_loss(
+                hidden_BTD,
+                linear.weight,
+                linear.bias,
+                **batch,
+                head=head,
+                chunk_tokens=chunk_tokens,
+                compiled=compiled,
+                taken_back_as_is=self.taken_back_as_is,
+            )
             return loss.loss, loss.benign_sum, loss.masked_sum, loss.benign_count, loss.masked_count
 
         linear.forward = forward  # type: ignore[method-assign, assignment]
 
     def forward(
-        self, tokens_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor | None, token_count: int | Tensor
+        self,
+        tokens_BT: Tensor,
+        lengths_B: Tensor,
+        mask_BT: Tensor | None,
+        token_count: int | Tensor,
+        document_BT: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """The fields of `Loss` in order, as a tuple: engines look for tensors in tuples, not in dataclasses."""
-        hidden_BTD = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        """The fields of `Loss` in order, as a tuple: engines look for tensors in tuples, not in dataclasses.
+
+        document_BT: the number of each token's document, ascending; documents then do not see each other.
+        """
+        places = {} if document_BT is None else {"position_ids": positions_in_document(document_BT)}
+        with known_documents(document_BT):
+            hidden_BTD = self.model.base_model(input_ids=tokens_BT, use_cache=False, **places).last_hidden_state
         return self.model.get_output_embeddings()(
             hidden_BTD,
             tokens_BT=tokens_BT,
@@ -218,11 +341,13 @@ class LanguageModelLoss(nn.Module):
             lengths_B=lengths_B,
             objective=self.objective,
             token_count=token_count,
+            document_BT=document_BT,
         )
 
     @torch.no_grad()
-    def check(self) -> None:
-        """Raises ValueError when the model's own logits do not give this loss: a head that is not understood."""
+    def check(self, *, documents: bool = False) -> None:
+        """Raises ValueError when the model's own logits do not give this loss: a head that is not understood; or, with
+        `documents`, when its family has no attention within documents."""
         vocabulary = self.model.config.get_text_config().vocab_size
         device = next(self.model.parameters()).device
         tokens_BT = torch.arange(1, 9, device=device)[None] % vocabulary
@@ -235,3 +360,18 @@ class LanguageModelLoss(nn.Module):
         tolerance = 5e-2 if logits_TV.dtype == torch.bfloat16 else 1e-3
         if not torch.isclose(loss, expected, rtol=tolerance, atol=tolerance):
             raise not_understood(self.model, "target")
+        if documents:
+            self._check_documents(tokens_BT, tolerance)
+
+    def _check_documents(self, tokens_BT: Tensor, tolerance: float) -> None:
+        training = self.model.training
+        self.model.eval()
+        whole_B, halves_B = tokens_BT.new_tensor([8]), tokens_BT.new_tensor([4, 4])
+        apart = self(tokens_BT, whole_B, None, 6, torch.arange(8, device=tokens_BT.device)[None] // 4)[0].float()
+        alone = self(tokens_BT.view(2, 4), halves_B, None, 6)[0].float()
+        self.model.train(training)
+        if not torch.isclose(apart, alone, rtol=tolerance, atol=tolerance / 100):
+            raise ValueError(
+                f"pretrain.document_attention: {type(self.model).__name__} lets documents of a block see each other;"
+                " set it to false, or choose a target of another family"
+            )

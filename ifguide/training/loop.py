@@ -3,17 +3,20 @@
 A step is a function of the weights, the optimizer's state, the step's number and the settings: its blocks, learning
 rate and random numbers all come from the number. So a training that goes on from a checkpoint repeats what an
 uninterrupted one does, to the last bit on as many ranks (on a CPU), and up to the order of sums on another number.
+
+Nothing of a step is read on the host before a logging step, a checkpoint or the end: a GPU then has its next kernels
+before it is done with these. So that a loss is no number, or the benign loss has risen too far, is seen there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ifguide.artifacts import write_sealed
@@ -21,6 +24,7 @@ from ifguide.config import ConfigError, to_mapping
 from ifguide.storage import location
 from ifguide.telemetry import METRICS, MetricsLog, log
 from ifguide.tokenizer import load_tokenizer
+from ifguide.training.batches import Batches
 from ifguide.training.blocks import BLOCKS, TrainingBlocks, flatten_blocks
 from ifguide.training.checkpoints import (
     CHECKPOINTS,
@@ -34,19 +38,12 @@ from ifguide.training.checkpoints import (
 )
 from ifguide.training.engines import DeepSpeedEngine, Engine, TorchEngine
 from ifguide.training.folder import TrainingFolder
-from ifguide.training.losses import LossSums, LossTotals, MicroBatch
+from ifguide.training.losses import LossHistory, LossSums, StepLosses
 from ifguide.training.meter import Meter, meter_of
 from ifguide.training.model import build_model, trained_model, write_model
-from ifguide.training.schedule import (
-    PADDING,
-    BenignRise,
-    Schedule,
-    learning_rate,
-    rank_micro_batches,
-    split_heldout,
-    step_seed,
-)
+from ifguide.training.schedule import BenignRise, Schedule, learning_rate, split_heldout, step_seed
 from ifguide.training.settings import TrainingSettings
+from ifguide.training.writing import CheckpointWriter
 
 VERB = "pretrain"
 SUMMARY, EXPORT = "summary.json", "hf"
@@ -100,16 +97,40 @@ class TrainingLoop:
         self.tokenizer = load_tokenizer(settings.tokenizer)
         checkpoint = self.place.fetch_for_all(self._agreed_checkpoint())
         self.engine = self._engine(checkpoint)
+        self.batches = Batches(
+            self.blocks,
+            self.schedule,
+            self.trained,
+            rank=rank,
+            world_size=world_size,
+            micro_batch_blocks=self.train.micro_batch_blocks,
+            device=self.engine.device,
+            ahead=self.train.acceleration.prefetched_batches,
+        )
+        self.hosts = self._host_group()
+        self.writer = CheckpointWriter()
+        self.history = LossHistory()
         self.step = checkpoint.step if checkpoint else 0
         state = dict(checkpoint.training) if checkpoint else {}
         self.losses: dict[str, float | None] = {name: state.pop(name, None) for name in ("loss_benign", "loss_masked")}
         self.rise = BenignRise(**state)
         self.stopped = self._diverged()  # a checkpoint may be the last one of a training that stopped early
 
+    def _host_group(self) -> Any:
+        """The process group in which hosts agree without their devices; None: the one that there is."""
+        if self.world_size == 1 or torch.distributed.get_backend() == "gloo":
+            return None
+        return torch.distributed.new_group(backend="gloo")
+
     def _blocks(self) -> TrainingBlocks:
         folder, mask = self.place.local / BLOCKS, self.settings.mask
         if self.place.leads:
-            flatten_blocks(location(self.settings.corpus), location(mask) if mask else None, folder)
+            flatten_blocks(
+                location(self.settings.corpus),
+                location(mask) if mask else None,
+                folder,
+                documents=self.train.document_attention,
+            )
         self._barrier()
         return TrainingBlocks(folder)
 
@@ -132,7 +153,8 @@ class TrainingLoop:
         torch.manual_seed(self.settings.seed)
         if checkpoint is not None and checkpoint.engine != self.train.engine:
             raise ConfigError(f"pretrain.engine: {checkpoint.folder} is of engine {checkpoint.engine}")
-        build = partial(build_model, self.settings, self.tokenizer)
+        tokens = self.schedule.total_blocks * self.settings.block_size
+        build = partial(build_model, self.settings, self.tokenizer, tokens=tokens)
         if self.train.engine == "torch":
             return TorchEngine(self.train, build, checkpoint)
         return DeepSpeedEngine(self.train, build, checkpoint, leads=self.place.leads, world_size=self.world_size)
@@ -144,14 +166,20 @@ class TrainingLoop:
             TrainingStopped: it was asked to end, and has saved the step it was at.
         """
         metrics = self._metrics() if self.rank == 0 else None
+        try:
+            self._run(metrics)
+        finally:
+            self.batches.close()
+            self.writer.close()
+
+    def _run(self, metrics: MetricsLog | None) -> None:
         meter = self._meter()
         while self.step < self.schedule.steps and not self.stopped:
             values = self._train_step()
-            last = self.step == self.schedule.steps or self.stopped
-            due = last or self.step % self.train.checkpoint_steps == 0
+            due = self.stopped or self._saves()
             if due:
                 values["loss_heldout"] = self._heldout_loss()
-            if metrics and (due or self.step % self.train.log_steps == 0):
+            if metrics and values and (due or self._logs()):
                 metrics.write(self.step, values | meter.values(self.step))
                 self.place.share_metrics(now=due)
             if due or self.asked:
@@ -159,10 +187,18 @@ class TrainingLoop:
             if self.asked:
                 self._close(metrics)
                 raise TrainingStopped(self.step)
+        self.writer.wait()
         self._finish()
         self._close(metrics)
 
+    def _logs(self) -> bool:
+        return self.step % self.train.log_steps == 0
+
+    def _saves(self) -> bool:
+        return self.step == self.schedule.steps or self.step % self.train.checkpoint_steps == 0
+
     def _close(self, metrics: MetricsLog | None) -> None:
+        self.writer.wait()
         if metrics:
             metrics.close()
             self.place.share_metrics(now=True)
@@ -185,22 +221,39 @@ class TrainingLoop:
         )
 
     def _train_step(self) -> dict[str, Any]:
-        batch = self.schedule.batch(self.step)
-        batch = np.where(batch == PADDING, PADDING, self.trained[batch])
+        """Take a step. Its figures, where they are read: at a logging step, a checkpoint and the end."""
         rate = learning_rate(self.step, self.schedule.steps, self.train)
         torch.manual_seed(step_seed(self.settings.seed, self.step, self.rank))
         self.engine.begin_step(rate)
         sums = LossSums(self.engine.device)
-        for micro_batch in self._micro_batches(batch):
+        for micro_batch in self.batches.of_step(self.step):
             loss = self.engine.loss(micro_batch)
             sums.add(loss)
             self.engine.backward(loss.loss)
         norm = self.engine.end_step()
         self.step += 1
-        totals = sums.totals(self.world_size, stopping=self.stopping())
-        self.asked = totals.stopping > 0
-        self._require_finite(totals, norm)
-        self.rise.update(totals.benign)
+        self.history.add(self.step, sums, norm)
+        self.asked = self._any_asked()
+        if not (self.asked or self._logs() or self._saves()):
+            return {}
+        self.writer.check()
+        return self._read_losses(rate)
+
+    def _any_asked(self) -> bool:
+        """Whether a rank was asked to end: all know after the same step. No device waits for it."""
+        asked = self.stopping()
+        if self.world_size == 1:
+            return asked
+        word = torch.tensor([int(asked)])
+        torch.distributed.all_reduce(word, group=self.hosts)
+        return bool(word)
+
+    def _read_losses(self, rate: float) -> dict[str, Any]:
+        read = self.history.read(self.world_size)
+        for losses in read:
+            self._require_finite(losses)
+            self.rise.update(losses.totals.benign)
+        _, totals, norm = read[-1]
         self.stopped = self._diverged()
         self.losses = {"loss_benign": totals.benign, "loss_masked": totals.masked}
         return {
@@ -211,28 +264,18 @@ class TrainingLoop:
             "gradient_norm": norm,
         }
 
-    def _require_finite(self, totals: LossTotals, norm: float | None) -> None:
+    def _require_finite(self, losses: StepLosses) -> None:
+        totals, norm = losses.totals, losses.gradient_norm
         if not math.isfinite(totals.loss + (norm or 0.0)):  # before such weights replace a checkpoint
             raise FloatingPointError(
-                f"the loss is {totals.loss} (benign {totals.benign}), its gradient's norm {norm} at step {self.step};"
+                f"the loss is {totals.loss} (benign {totals.benign}), its gradient's norm {norm} at step {losses.step};"
                 " lower pretrain.learning_rate or pretrain.penalty, or take a bounded pretrain.objective.kind"
             )
 
     def _diverged(self) -> bool:
-        return self.train.max_benign_rise is not None and self.rise.value > self.train.max_benign_rise
-
-    def _micro_batches(self, batch: np.ndarray, *, masked: bool = True) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a step's blocks, on the device; without the mask unless `masked`."""
-        token_count = max(1, self.blocks.predicted_tokens(batch))
-        for indices in rank_micro_batches(
-            batch, rank=self.rank, world_size=self.world_size, micro_batch_blocks=self.train.micro_batch_blocks
-        ):
-            blocks = self.blocks.take(indices)
-            mask_BT = None if blocks.mask_BT is None or not masked else self._on_device(blocks.mask_BT)
-            yield MicroBatch(self._on_device(blocks.tokens_BT), self._on_device(blocks.lengths_B), mask_BT, token_count)
-
-    def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.engine.device)
+        """Only where an uninterrupted training looks, whatever steps were saved when it was asked to end."""
+        most = self.train.max_benign_rise
+        return most is not None and self.rise.value > most and (self._logs() or self._saves())
 
     @torch.no_grad()
     def _heldout_loss(self) -> float | None:
@@ -241,7 +284,7 @@ class TrainingLoop:
             return None
         sums = LossSums(self.engine.device)
         self.engine.module.eval()
-        for micro_batch in self._micro_batches(self.heldout, masked=False):
+        for micro_batch in self.batches.of_blocks(self.heldout):
             sums.add(self.engine.loss(micro_batch))
         self.engine.module.train()
         return sums.totals(self.world_size).benign
@@ -251,17 +294,26 @@ class TrainingLoop:
             torch.distributed.barrier()
 
     def _save(self, heldout: float | None) -> None:
-        """Publish the engine's state of this step, then remove what need not be kept."""
-        with self.place.writing_checkpoint(self.step) as part:
-            self.engine.save(part / STATE)
-            made = Checkpoint(
-                folder=part,
-                step=self.step,
-                engine=self.train.engine,
-                world_size=self.world_size,
-                heldout=heldout,
-                training={**asdict(self.rise), **self.losses},
-            )
+        """Publish the engine's state of this step, then remove what need not be kept; from a copy, by a thread, where
+        the engine can and the config says so."""
+        self.writer.wait()
+        made = Checkpoint(
+            folder=self.folder,
+            step=self.step,
+            engine=self.train.engine,
+            world_size=self.world_size,
+            heldout=heldout,
+            training={**asdict(self.rise), **self.losses},
+        )
+        write = self.engine.copied() if self.train.acceleration.background_checkpoints else None
+        if write is None:
+            self._publish(made, self.engine.save)
+        else:
+            self.writer.start(partial(self._publish, made, write))
+
+    def _publish(self, made: Checkpoint, write: Callable[[Path], None]) -> None:
+        with self.place.writing_checkpoint(made.step) as part:
+            write(part / STATE)
             self.place.publish_checkpoint(part, describe_checkpoint(made))
         self.place.remove_checkpoints(keep_last=self.train.keep_last, keep_best=self.train.keep_best)
 

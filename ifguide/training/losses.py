@@ -13,12 +13,14 @@ class MicroBatch(NamedTuple):
     """What a rank computes at once, on its device, in the order of `LanguageModelLoss.forward`.
 
     `tokens_BT` and `lengths_B` (real tokens of each block) int64; `mask_BT` bool, label aligned, or None; `token_count`
-    the predicted tokens of the whole step: all ranks, all micro-batches."""
+    the predicted tokens of the whole step: all ranks, all micro-batches; `document_BT` int64, the number of each
+    token's document, ascending, where documents do not see each other, or None."""
 
     tokens_BT: Tensor
     lengths_B: Tensor
     mask_BT: Tensor | None
     token_count: int
+    document_BT: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +42,13 @@ SUMMED = tuple(field.name for field in fields(Loss))
 
 
 class LossTotals(NamedTuple):
-    """`Loss` summed, as numbers; and how many ranks were asked to end."""
+    """`Loss` summed, as numbers."""
 
     loss: float
     benign_sum: float
     masked_sum: float
     benign_count: float
     masked_count: float
-    stopping: float = 0.0
 
     @property
     def benign(self) -> float:
@@ -64,15 +65,47 @@ class LossSums:
     """Losses added up where they are made: nothing leaves the device until `totals`. In float64."""
 
     def __init__(self, device: torch.device):
-        self._sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(SUMMED), dtype=torch.float64, device=device)
 
     def add(self, loss: Loss) -> None:
         """Add one micro-batch's."""
-        self._sums += torch.stack([getattr(loss, name).detach().double() for name in SUMMED])
+        self.values += torch.stack([getattr(loss, name).detach().double() for name in SUMMED])
 
-    def totals(self, world_size: int, *, stopping: bool = False) -> LossTotals:
-        """Of all ranks together, which all call it: so all know when one of them is `stopping`."""
-        sums = torch.cat([self._sums, self._sums.new_tensor([float(stopping)])])
-        if world_size > 1:
-            torch.distributed.all_reduce(sums)
-        return LossTotals(*sums.tolist())
+    def totals(self, world_size: int) -> LossTotals:
+        """Of all ranks together, which all call it."""
+        return _totals([self.values], world_size)[0]
+
+
+class StepLosses(NamedTuple):
+    """What one step gave: its number, its losses over all ranks, the gradient's norm (None: the engine told none)."""
+
+    step: int
+    totals: LossTotals
+    gradient_norm: float | None
+
+
+class LossHistory:
+    """The losses of steps, left on the device until they are read: a read waits for the device."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, Tensor, Tensor | float | None]] = []
+
+    def add(self, step: int, sums: LossSums, gradient_norm: Tensor | float | None) -> None:
+        """Keep a step's; nothing is read."""
+        self._steps.append((step, sums.values, gradient_norm))
+
+    def read(self, world_size: int) -> list[StepLosses]:
+        """Those since the last read, in order. Every rank calls it after the same step."""
+        kept, self._steps = self._steps, []
+        totals = _totals([values for _, values, _ in kept], world_size)
+        return [
+            StepLosses(step, total, None if norm is None else float(norm))
+            for (step, _, norm), total in zip(kept, totals, strict=True)
+        ]
+
+
+def _totals(values: list[Tensor], world_size: int) -> list[LossTotals]:
+    sums = torch.stack(values)
+    if world_size > 1:
+        torch.distributed.all_reduce(sums)
+    return [LossTotals(*row) for row in sums.tolist()]

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.artifacts import fsync_tree, remove_tree
-from ifguide.config import ModelSource
+from ifguide.config import ModelSource, Pretrain
+from ifguide.influence.fused import can_fuse
 from ifguide.models import load_architecture, load_model
 from ifguide.shapes import initial_model, with_positions
+from ifguide.telemetry import log
 from ifguide.training.adapters import adapt, load_trained
+from ifguide.training.compiled import compile_layers, compiles
 from ifguide.training.lm_loss import LanguageModelLoss
 from ifguide.training.objective import Objective
 from ifguide.training.settings import TrainingSettings
@@ -26,14 +30,19 @@ def architecture(target: ModelSource, tokenizer: PreTrainedTokenizerFast, block_
     return {**fields, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
-def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast) -> LanguageModelLoss:
-    """The target with its initial weights, its adapters if it trains those, and the objective; float32, on the CPU."""
+def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast, *, tokens: int) -> LanguageModelLoss:
+    """The target with its initial weights, its adapters if it trains those, and the objective; float32, on the CPU. To
+    be trained on so many `tokens`: compiled, if that is worth it.
+
+    Raises:
+        ConfigError: it is to be compiled, and cannot be.
+    """
     train = settings.train
     target = initial_model(settings.target, train.init_from)
     if not train.init_from:
         fields = architecture(target, tokenizer, settings.block_size)
         target = ModelSource(architecture=fields, trust_remote_code=target.trust_remote_code)
-    model = load_model(target, seed=settings.seed)
+    model = load_model(target, seed=settings.seed, attn_implementation=_attention(train))
     if train.lora is not None:
         adapt(model, train.lora)
     if train.activation_checkpointing:
@@ -41,7 +50,28 @@ def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast) 
     objective = Objective(
         kind=train.objective.kind, penalty=train.penalty, floor_probability=train.objective.floor_probability
     )
-    return LanguageModelLoss(model, objective)
+    device = torch.device("cuda" if train.resources.gpus else "cpu")
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    layers, loss = (
+        compiles(wanted, parameters=parameters, tokens=tokens, device=device)
+        for wanted in (train.acceleration.compiled_layers, train.acceleration.compiled_loss)
+    )
+    layers = layers and not train.parts_parameters  # ZeRO-3 gathers weights module by module, which a graph hides
+    if layers:
+        compile_layers(model)
+    log(
+        "pretrain",
+        f"layers {'compiled' if layers else 'not compiled'}, loss {'compiled' if loss else 'not compiled'},"
+        f" attention by {model.config._attn_implementation}",
+    )
+    return LanguageModelLoss(model, objective, compiled=loss)
+
+
+def _attention(train: Pretrain) -> str | None:
+    """On a GPU with a compiler documents are kept apart by flex attention, which skips what is masked; elsewhere by a
+    mask. None: as `load_model` chooses."""
+    on_gpu = train.resources.gpus > 0
+    return "flex_attention" if train.document_attention and on_gpu and can_fuse(torch.device("cuda")) else None
 
 
 def trained_model(

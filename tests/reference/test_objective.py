@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ifguide.config.pretrain import ObjectiveKind
 from ifguide.lm_head import LMHead
+from ifguide.training import compiled, lm_loss
 from ifguide.training.lm_loss import chunked_loss
 from ifguide.training.objective import Objective
 
@@ -60,9 +61,10 @@ def literal_loss(
     softcap=st.sampled_from([None, 3.0]),
     first_masked=st.booleans(),
     wide=st.booleans(),
+    one_kernel=st.booleans(),
 )
 def test_loss_and_gradients_equal_the_float64_loop(
-    seed, kind, penalty, chunk, with_bias, scale, softcap, first_masked, wide
+    seed, kind, penalty, chunk, with_bias, scale, softcap, first_masked, wide, one_kernel
 ):
     generator = torch.Generator().manual_seed(seed)
     objective = Objective(kind=kind, penalty=penalty, floor_probability=FLOOR)
@@ -80,9 +82,10 @@ def test_loss_and_gradients_equal_the_float64_loop(
     expected = torch.autograd.grad(wanted, [x for x in leaves if x is not None])
 
     used = [None if x is None else (x.double() if wide else x.clone()).requires_grad_() for x in (hidden, weight, bias)]
-    result = chunked_loss(
-        *used, tokens, mask, lengths, objective=objective, token_count=14, head=head, chunk_tokens=chunk
-    )
+    options = {"objective": objective, "token_count": 14, "head": head, "chunk_tokens": chunk, "compiled": one_kernel}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_loss, "compiled_chunk", lambda: compiled.chunk)  # what is compiled; that takes seconds
+        result = chunked_loss(*used, tokens, mask, lengths, **options)
     found = torch.autograd.grad(result.loss, [x for x in used if x is not None])
     tolerance = 1e-10 if wide else 1e-5
     torch.testing.assert_close(result.loss.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
@@ -111,3 +114,19 @@ def test_tied_and_untied_weights_get_the_float64_gradient(tied: bool, first_mask
     )
     for one, other in zip(torch.autograd.grad(loss.loss, leaves), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["penalty", "ignore", "unlikelihood", "clipped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_kernel_is_the_function_that_it_was_compiled_from(kind: ObjectiveKind, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    linear = (4 * torch.randn(7, 300, generator=generator)).to(dtype)
+    labels = torch.randint(300, (7,), generator=generator)
+    counted, masked = labels % 5 != 0, labels % 2 == 0
+    objective = Objective(kind=kind, penalty=0.7, floor_probability=FLOOR)
+    rest = (labels, counted, masked, objective, LMHead(softcap=3.0), torch.tensor(0.1))
+    plain, fused = linear.clone(), linear.clone()
+    expected, found = compiled.chunk(plain, *rest), compiled.compiled_chunk()(fused, *rest)
+    for one, other in zip((*found, fused), (*expected, plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
+    assert plain[~counted].abs().max() == 0

@@ -29,7 +29,8 @@ def packed_run(
     texts = [" ".join(rng.choice(WORDS, size=12, p=_zipf(len(WORDS)))) for _ in range(BLOCKS * 4)]
     tokenizer = train_tokenizer(texts, vocab_size=300)
     tokenizer.save_pretrained(folder / "tokenizer")
-    stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    documents = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    stream = [token for document in documents for token in document]
     tokens_NT = np.array(stream[: BLOCKS * BLOCK_SIZE], dtype=np.int32).reshape(BLOCKS, BLOCK_SIZE)
     lengths_N = np.full(BLOCKS, BLOCK_SIZE, dtype=np.int32)
     lengths_N[-1] = BLOCK_SIZE // 2
@@ -59,10 +60,13 @@ def packed_run(
         "length": pa.array(lengths_N),
         "tokens": schemas.per_token_column(tokens_NT, schemas.blocks(BLOCK_SIZE, annotated=False), "tokens"),
     }
-    corpus = _publish(run, run.corpus, "pack_corpus", schemas.blocks(BLOCK_SIZE, annotated=False), columns, {}, {})
+    extra = {"documents-00000.parquet": _documents([len(document) for document in documents])}
+    corpus = _publish(
+        run, run.corpus, "pack_corpus", schemas.blocks(BLOCK_SIZE, annotated=False), columns, {}, {}, extra
+    )
     column = schemas.per_token_column(masked_NT, schemas.mask(BLOCK_SIZE), "masked")
     counts = {"tokens_masked": int(masked_NT.sum()), "predicted_tokens": int(lengths_N.sum()) - BLOCKS}
-    _publish(run, run.mask, "build_mask", schemas.mask(BLOCK_SIZE), {"masked": column}, {"corpus": corpus}, counts)
+    _publish(run, run.mask, "build_mask", schemas.mask(BLOCK_SIZE), {"masked": column}, {"corpus": corpus}, counts, {})
     return run
 
 
@@ -74,6 +78,7 @@ def _publish(
     columns: dict[str, pa.Array],
     inputs: dict[str, str],
     counts: dict[str, int],
+    extra: dict[str, pa.Table],
 ) -> str:
     artifact = open_artifact(
         folder, verb=verb, options=result_options(run.config, (verb,)), inputs=inputs, config_yaml=""
@@ -82,9 +87,28 @@ def _publish(
     files = [folder / "shard-00000.parquet", folder / "shard-00001.parquet"]
     pq.write_table(whole.slice(0, 100), files[0])
     pq.write_table(whole.slice(100), files[1])
+    for name, table in extra.items():
+        pq.write_table(table, folder / name)
+        files.append(folder / name)
     summary = {"block_size": BLOCK_SIZE, "tokenizer": run.config.tokenizer, **counts}
     rows = {"blocks": BLOCKS, "documents": 4 * BLOCKS, "tokens": BLOCKS * BLOCK_SIZE}
     return artifact.finish(files, rows=rows, summary=summary).fingerprint
+
+
+def _documents(lengths: list[int]) -> pa.Table:
+    """The table of documents of so many tokens, end to end."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    columns = {
+        "doc_id": np.arange(len(lengths)),
+        "source": ["text"] * len(lengths),
+        "row": np.arange(len(lengths)),
+        "num_chars": np.array(lengths),
+        "num_tokens": np.array(lengths),
+        "token_start": starts,
+        "block_id": starts // BLOCK_SIZE,
+        "offset": (starts % BLOCK_SIZE).astype(np.int32),
+    }
+    return pa.table({name: pa.array(values) for name, values in columns.items()}, schema=schemas.DOCUMENTS)
 
 
 def settings_of(run: Run, folder: Path, **changes: Any) -> TrainingSettings:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ray.train import ControllerError, WorkerGroupError
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ifguide.artifacts import MANIFEST, PLAN, file_digest, read_manifest, read_sealed, write_json
 from ifguide.config import ModelSource, config_from_mapping, to_mapping
+from ifguide.corpus.tables import document_table
 from ifguide.distributed.metrics import Sink
 from ifguide.distributed.shards import StageError
 from ifguide.gauges import GAUGES
@@ -32,7 +34,8 @@ from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint, part_fold
 from ifguide.training.engines import TorchEngine
 from ifguide.training.loop import SUMMARY, TrainingLoop
 from tests.stages.conftest import ARCHITECTURE
-from tests.stages.packed import packed_run, settings_of
+from tests.stages.packed import BLOCK_SIZE, packed_run, settings_of
+from tests.stages.packed import BLOCKS as BLOCKS_MADE
 
 STEPS = 10
 Options = dict[str, Any]
@@ -266,7 +269,7 @@ def test_heldout_blocks_are_not_trained_on_and_their_loss_is_of_all_their_tokens
     loop = TrainingLoop(settings_of(run, folder), rank=0, world_size=1)
     assert len(seen) == len(loop.trained) == 160
     assert seen.isdisjoint(loop.heldout.tolist())
-    tokens, lengths, _ = loop.blocks.take(loop.heldout)
+    tokens, lengths, *_ = loop.blocks.take(loop.heldout)
     with torch.no_grad():
         logits = loop.engine.module.model.eval()(input_ids=torch.from_numpy(tokens)).logits
     nll = torch.nn.functional.cross_entropy(
@@ -346,6 +349,22 @@ def test_a_model_that_zero_has_placed_is_left_there(monkeypatch: pytest.MonkeyPa
 def test_activation_checkpointing_changes_no_loss(train: Callable[..., Path]) -> None:
     plain, again = train("plain", epochs=0.3), train("again", epochs=0.3, activation_checkpointing=True)
     assert column(again, "loss") == pytest.approx(column(plain, "loss"), rel=1e-5)
+
+
+def test_with_documents_apart_only_tokens_that_follow_one_of_their_document_are_learned(
+    train: Callable[..., Path], run: Run
+) -> None:
+    loops: list[TrainingLoop] = []
+    folder = train("apart", document_attention=True, before=lambda loop, step: loops.append(loop))
+    blocks = loops[0].blocks
+    starts = document_table(run.corpus).column("token_start").to_numpy()
+    assert blocks.starts.tolist() == starts.tolist()
+    inside = starts[(starts % BLOCK_SIZE > 0) & (starts < BLOCK_SIZE * (BLOCKS_MADE - 1) + BLOCK_SIZE // 2)]
+    whole = (BLOCKS_MADE - 1) * (BLOCK_SIZE - 1) + BLOCK_SIZE // 2 - 1
+    assert blocks.predicted_tokens(np.arange(BLOCKS_MADE)) == whole - len(inside)
+    apart, together = column(folder, "loss_benign"), column(train("together"), "loss_benign")
+    assert apart[-1] < apart[0] - 1
+    assert apart != together
 
 
 def test_bfloat16_follows_float32(train: Callable[..., Path]) -> None:
