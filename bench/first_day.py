@@ -45,7 +45,7 @@ FAULTS = {  # what is planted -> the line that must say so
 }
 KINDS = ("jsonl.gz", "jsonl.zst", "parquet")
 SHOWN = ("step", "steps", "loss", "tokens_per_second", "eta_seconds")  # of a training
-SNIPPETS = 4
+SNIPPETS = 5  # examples of docs/other-trainers.md
 SMALL = ("pretrain.epochs=4", "evaluate.max_prompts=60", "evaluate.continuations=10")  # what shortens the run
 POLL_SECONDS = 2.0
 

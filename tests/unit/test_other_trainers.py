@@ -45,6 +45,7 @@ MEASURED = {
     "transformers": "found = [trainer.state.log_history[0][key] for key in ('loss', 'grad_norm')]",
     "TRL": "found = [trainer.state.log_history[0][key] for key in ('loss', 'grad_norm')]",
     "PyTorch": "found = [loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()]",
+    "torchtitan": "found = [loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()]",
     "DeepSpeed": "found = [loss.item(), float(engine.get_global_grad_norm())]",
 }
 # One process for all: importing takes longer than they do. DeepSpeed is last, as it makes its process one of a group.
