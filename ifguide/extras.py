@@ -17,6 +17,7 @@ EXTRAS = {
     "wandb": "wandb",
     "shtab": "completion",
     "peft": "lora",
+    "lm_eval": "lm-eval",
 }
 
 

@@ -122,7 +122,7 @@ def _with_figures(card: str, report: Path, model: str, name: str) -> str:
 
 
 def _results(metrics: Mapping[str, Any], options: Mapping[str, Any], model: str) -> Iterator[EvalResult]:
-    """A model's figures with their intervals: EMT and TP of each set of prompts by each evaluator, and of texts."""
+    """A model's figures with intervals: of each set of prompts EMT and TP by each evaluator; benchmarks; of texts."""
     figures = metrics["models"][model]
     paths = {PROMPTS: options["prompts"]} | options.get("prompt_sets", {})
     for prompts, found in figures["sets"].items():
@@ -131,6 +131,9 @@ def _results(metrics: Mapping[str, Any], options: Mapping[str, Any], model: str)
                 for label in metrics["evaluators"]:
                     title = f"{kind.upper()}, {label}" + ("" if group == "all" else f", {group}")
                     yield from _result(paths[prompts], kind, title, values[kind][label], metrics)
+    for task, found in figures.get("lm_eval", {}).items():
+        for metric, figure in found.items():
+            yield from _result({"path": task}, metric, metric, figure, metrics)
     texts = {"last": options.get("cloze"), "": next(iter(options.get("heldout") or ()), None)}
     for key, title in FLUENCY_TITLES.items():
         kind = "accuracy" if key.startswith("last") else "perplexity"

@@ -43,6 +43,7 @@ class Evaluate:
         prompts_per_shard: prompts of one task.
         heldout: documents for the perplexity, and once more without those that the classifier flags.
         cloze: texts whose last word is to be predicted (LAMBADA).
+        lm_eval: benchmarks of lm-evaluation-harness, by the names of its tasks, or YAML files of your own.
         models: further models by name, beside those that this run trained.
         word_list: words of the word-list finders and of the lens.
         top_documents: documents that the page shows.
@@ -70,6 +71,7 @@ class Evaluate:
     prompts_per_shard: int = option(64, at_least=1)
     heldout: tuple[Input, ...] = ()
     cloze: Input | None = None
+    lm_eval: tuple[str, ...] = option((), off=())
     models: dict[str, str] = field(default_factory=dict)
     word_list: tuple[str, ...] = ()
     top_documents: int = option(10, at_least=0)

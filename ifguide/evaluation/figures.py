@@ -5,7 +5,8 @@
     {"threshold", "bootstrap_samples", "confidence", "grouped_by": {"label": n, "classifier": n},
      "evaluators": [class, ...], "unlisted": {class: evaluator},
      "models": {model: {"sets": {set: {"groups": {group: FIGURES}, "gaps": {domain: FIGURES}}},
-                        "perplexity": F, "benign_perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F}},
+                        "perplexity": F, "benign_perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F,
+                        "lm_eval": {task: {metric: F}}}},
      "paired": {model: {"against": first model, the same with D in place of F}}}
 
     FIGURES = {"prompts": n, "emt": {class: F}, "tp": {class: F}, "mean": {class: F}, "rep_4": F, "distinct_2": F, ...}
@@ -26,7 +27,7 @@ label, or by the classifier if it has none: `grouped_by` counts them), and with 
 BOLD. `gaps` are the largest group's figure less the smallest's in a domain. `perplexity` is of all held-out documents,
 `benign_perplexity` of those that the classifier does not flag: null where it flags none, for it is the same then. A
 model that has unlearned the behaviour finds flagged text surprising, as it should. A figure that was not measured, or
-of models that cannot be paired, is null.
+of models that cannot be paired, is null. `measure_models` adds `lm_eval`: empty without benchmarks.
 """
 
 from __future__ import annotations

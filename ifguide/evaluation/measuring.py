@@ -15,7 +15,7 @@ from ifguide.distributed.shards import Pool, StageError, run_shards
 from ifguide.evaluation.figures import measure
 from ifguide.evaluation.generations import GenerationShard, finish_generations, generation_shards, open_generations
 from ifguide.evaluation.subjects import VERB, Evaluation
-from ifguide.evaluation.worker import EvaluateModel, Fluency, Piece, PromptGroups, WorkerSettings
+from ifguide.evaluation.worker import EvaluateModel, Fluency, Harness, Piece, PromptGroups, WorkerSettings
 
 
 def measure_models(evaluation: Evaluation, cluster: Cluster) -> dict[str, Any]:
@@ -25,7 +25,10 @@ def measure_models(evaluation: Evaluation, cluster: Cluster) -> dict[str, Any]:
         StageError: a piece failed, or continuations are missing.
     """
     results = continue_prompts(evaluation, cluster)
-    return measure(evaluation, results[PromptGroups().key])
+    metrics = measure(evaluation, results[PromptGroups().key])
+    for model, figures in metrics["models"].items():
+        figures["lm_eval"] = results.get(Harness(model=model).key, {})
+    return metrics
 
 
 def continue_prompts(evaluation: Evaluation, cluster: Cluster) -> dict[str, dict[str, Any]]:
@@ -61,12 +64,15 @@ def continue_prompts(evaluation: Evaluation, cluster: Cluster) -> dict[str, dict
 def _pieces(evaluation: Evaluation, shards: Sequence[GenerationShard]) -> Iterator[Piece]:
     """All pieces of work, model by model, so that an actor seldom changes its model.
 
-    Decoding changes neither perplexity nor last words, so of guided models they are not measured."""
+    Of guided models perplexity and last words are not measured, as decoding changes neither, nor are benchmarks, which
+    are of a model's own probabilities."""
     for model in evaluation.models:
         if model not in evaluation.guides:
             if evaluation.options.heldout:
                 yield Fluency(model=model, kind="heldout")
             if evaluation.options.cloze:
                 yield Fluency(model=model, kind="cloze")
+            if evaluation.options.lm_eval:
+                yield Harness(model=model)
         yield from (shard for shard in shards if shard.model == model)
     yield PromptGroups()

@@ -100,8 +100,8 @@ def source_fingerprint(source: str) -> str:
 
 
 def measured_inputs(models: Mapping[str, Model], sets: Mapping[str, Prompts], options: Evaluate) -> dict[str, str]:
-    """Digests of what the figures are measured of, by name: models, prompts, held-out and cloze texts, and what fitted
-    classifiers learn from."""
+    """Digests of what the figures are measured of, by name: models, prompts, held-out and cloze texts, files of tasks,
+    and what fitted classifiers learn from."""
     texts = {f"heldout[{i}]": source for i, source in enumerate(options.heldout)}
     if options.cloze:
         texts["cloze"] = options.cloze
@@ -109,6 +109,7 @@ def measured_inputs(models: Mapping[str, Model], sets: Mapping[str, Prompts], op
         **{f"model/{name}": model.fingerprint for name, model in models.items()},
         **{f"prompts/{name}": json_digest([vars(row) for row in rows]) for name, rows in sets.items()},
         **{name: _input_digest(source, f"{VERB}.{name}") for name, source in texts.items()},
+        **{f"lm_eval/{task}": file_digest(Path(task)) for task in options.lm_eval if Path(task).is_file()},
         **training_inputs(
             {f"{VERB}.classifier": options.classifier}
             | {f"{VERB}.classifiers.{name}": source for name, source in options.classifiers.items()}

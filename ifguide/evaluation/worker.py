@@ -19,6 +19,7 @@ from ifguide.config import ConfigError, Evaluate, ModelSource
 from ifguide.evaluation import last_word_accuracy, perplexity
 from ifguide.evaluation.figures import fluency_file, scored_file
 from ifguide.evaluation.generations import GenerationShard, generate_shard, takes_special_tokens
+from ifguide.evaluation.harness import benchmarks
 from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.evaluation.prompts import PROMPTS, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance, RewardGuide
@@ -50,7 +51,18 @@ class PromptGroups:
     key: str = "prompt-groups"
 
 
-Piece = GenerationShard | Fluency | PromptGroups
+@dataclass(frozen=True, kw_only=True)
+class Harness:
+    """A piece of work: a model's figures by lm-evaluation-harness."""
+
+    model: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}-lm_eval"
+
+
+Piece = GenerationShard | Fluency | PromptGroups | Harness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +103,8 @@ class EvaluateModel:
             return self._flag_prompts()
         if isinstance(piece, GenerationShard):
             return self._continue_prompts(piece)
+        if isinstance(piece, Harness):
+            return self._benchmarks(piece)
         return self._heldout(piece) if piece.kind == "heldout" else self._cloze(piece)
 
     def _load(self, name: str) -> tuple[Any, Any]:
@@ -185,6 +199,12 @@ class EvaluateModel:
         )
         self._publish(piece, pa.table([result.word_correct, result.token_correct], schema=schemas.CLOZE))
         return {"accuracy": result.accuracy, "total": result.total, "unusable": result.unusable}
+
+    def _benchmarks(self, piece: Harness) -> dict[str, Any]:
+        model, _ = self._load(piece.model)
+        options, tokenizer = self.options, load_tokenizer(self.settings.sources[piece.model])
+        seed = self.settings.seed
+        return benchmarks(model, tokenizer, options.lm_eval, batch_size=options.batch_size, seed=seed)
 
     def _publish(self, piece: Fluency, table: pa.Table) -> None:
         with publish(fluency_file(self.settings.report, piece.model, piece.kind)) as part:

@@ -194,6 +194,9 @@ class _Sections:
         texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(options.heldout)}
         for key, source in (texts | ({"evaluate.cloze": options.cloze} if options.cloze else {})).items():
             checks[key] = partial(self.tables.documents, key, source)
+        if options.lm_eval:
+            tasks = ", ".join(options.lm_eval)
+            checks["evaluate.lm_eval"] = partial(require_package, self.findings, "evaluate.lm_eval", tasks, "lm_eval")
         for name, model in options.models.items():
             checks[f"evaluate.models.{name}"] = self._model(f"evaluate.models.{name}", model)
         return checks

@@ -100,6 +100,7 @@ def _figures_table(data: ReportData) -> str:
         for label in whole.classes[1:]:
             named += [(f"EMT, {label.name}", label.emt), (f"TP, {label.name}", label.tp)]
         named += [(name, figure) for name, figure in (*model.fluency.items(), *whole.text.items()) if figure]
+        named += model.benchmarks.items()
         named_figures += [(model.name, name, figure) for name, figure in named]
     changes = [figure.difference for *_, figure in named_figures if figure.difference]
     corrected = benjamini_hochberg(change.p_value for change in changes)

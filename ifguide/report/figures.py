@@ -129,6 +129,7 @@ class ModelRow:
     benign_perplexity: Figure | None = None
     last_word_accuracy: Figure | None = None
     last_token_accuracy: Figure | None = None
+    benchmarks: dict[str, Figure] = field(default_factory=dict)  # of lm-evaluation-harness: "task, metric"
     made: Made = Made()
 
     @property
@@ -163,6 +164,11 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
             for key in FLUENCY_TITLES
             if metrics["models"][source][key]
         }
+        benchmarks = {
+            f"{task}, {metric}": _figure(figure, None)
+            for task, figures in metrics["models"][source].get("lm_eval", {}).items()
+            for metric, figure in figures.items()
+        }
         sets = (
             PromptSet(
                 name=set_name,
@@ -171,7 +177,7 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
             )
             for set_name, kinds in measured["sets"].items()
         )
-        rows.append(ModelRow(name=name, sets=tuple(sets), **fluency, made=how))
+        rows.append(ModelRow(name=name, sets=tuple(sets), **fluency, benchmarks=benchmarks, made=how))
     return tuple(rows)
 
 

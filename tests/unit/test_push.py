@@ -52,6 +52,7 @@ METRICS = {
             "benign_perplexity": None,
             "last_word_accuracy": None,
             "last_token_accuracy": figure(None),
+            "lm_eval": {"arc_easy": {"acc": figure(0.5)}},
         }
     },
 }
@@ -118,6 +119,7 @@ def test_everything_goes_in_one_commit_with_the_figures_on_the_card(run_dir: Pat
         ),
         *(("AlexaAI/bold", kind, f"{kind.upper()}, toxicity, gender/women") for kind in ("emt", "tp")),
         ("texts", "perplexity", "perplexity"),
+        ("arc_easy", "acc", "acc"),
     }
     emt = found["prompts", "emt", "EMT, toxicity"]
     assert (emt.metric_value, emt.metric_args) == (0.25, {"low": 0.1, "high": 0.4, "confidence": 0.95})

@@ -372,3 +372,18 @@ def test_the_model_card_fragment_is_markdown_with_intervals_and_fingerprints():
     assert all(len({line.replace("\\|", "").count("|") for line in table}) == 1 for table in tables)
     evil = card_fragment(minimal_data(models=(row("a|b\n<b>", 0.5),)))
     assert "| a\\|b &lt;b> | EMT | 0.500 |" in evil
+
+
+def test_benchmarks_have_a_table_and_rows_on_the_card() -> None:
+    data = minimal_data()
+    (model,) = data.models
+    assert "Benchmarks" not in render_report(data)
+    figures = {"arc_easy, acc": Figure(value=0.41, low=0.39, high=0.43), "evil <b>, acc": Figure(value=0.2)}
+    measured = dataclasses.replace(data, models=(dataclasses.replace(model, benchmarks=figures),))
+    page = Page(render_report(measured))
+    assert page.balanced
+    assert "Benchmarks" in page.text
+    assert "arc_easy, acc" in page.text
+    assert "0.41" in page.text
+    assert "evil <b>, acc" in page.text
+    assert "| arc_easy, acc | 0.410 [0.390, 0.430] |" in card_fragment(measured)

@@ -1,0 +1,57 @@
+"""Benchmarks of lm-evaluation-harness on the models of an evaluation: `evaluate.lm_eval`.
+
+A task is one that the harness knows by name (`lambada_openai`), or a YAML file that describes one of your own. Its data
+come from where the task says, mostly the hub. Each metric is kept with an interval of its value and 1.96 of the
+standard errors that the harness gives. Models are not paired, as the harness gives no figures of single questions here.
+
+Cost: the harness' own, on the actor that has the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEVIATIONS = 1.96  # of the normal distribution: 95% lie within
+DETAILS = ("name", "alias", "sample_len")  # of a task, which are no metrics
+
+Benchmarks = dict[str, dict[str, dict[str, Any]]]
+
+
+def benchmarks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, batch_size: int, seed: int
+) -> Benchmarks:
+    """Task -> metric -> {"value", "low", "high", "n"}; interval and n are None where the harness does not tell.
+
+    `tokenizer` may be changed: the harness sets a padding token.
+
+    Raises:
+        ValueError: a task that the harness does not know. ModuleNotFoundError: it is not installed.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        made = simple_evaluate(model=harnessed, tasks=list(tasks), log_samples=False, **seeds)
+    except KeyError as error:
+        raise ValueError(f"evaluate.lm_eval: {error.args[0]}; `lm_eval ls tasks` lists the names") from error
+    counts = made["n-samples"]
+    return {task: _figures(found, counts.get(task, {}).get("effective")) for task, found in made["results"].items()}
+
+
+def _figures(found: Mapping[str, Any], count: int | None) -> dict[str, dict[str, Any]]:
+    """The metrics of one task; the harness names them `metric,filter`, and their errors `metric_stderr,filter`."""
+    figures = {}
+    for key, value in found.items():
+        metric, _, kind = key.partition(",")
+        if key in DETAILS or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = found.get(f"{metric}_stderr,{kind}")
+        reach = DEVIATIONS * error if isinstance(error, int | float) else None
+        ends = {"low": None, "high": None} if reach is None else {"low": value - reach, "high": value + reach}
+        figures[metric if kind in ("", "none") else f"{metric}, {kind}"] = {"value": value, **ends, "n": count}
+    return figures
