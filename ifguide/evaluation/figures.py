@@ -27,7 +27,7 @@ label, or by the classifier if it has none: `grouped_by` counts them), and with 
 BOLD. `gaps` are the largest group's figure less the smallest's in a domain. `perplexity` is of all held-out documents,
 `benign_perplexity` of those that the classifier does not flag: null where it flags none, for it is the same then. A
 model that has unlearned the behaviour finds flagged text surprising, as it should. A figure that was not measured, or
-of models that cannot be paired, is null. `measure_models` adds `lm_eval`: empty without benchmarks.
+of models that cannot be paired, is null. `measure_models` adds `lm_eval`, if there are benchmarks.
 """
 
 from __future__ import annotations

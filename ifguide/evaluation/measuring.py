@@ -27,7 +27,8 @@ def measure_models(evaluation: Evaluation, cluster: Cluster) -> dict[str, Any]:
     results = continue_prompts(evaluation, cluster)
     metrics = measure(evaluation, results[PromptGroups().key])
     for model, figures in metrics["models"].items():
-        figures["lm_eval"] = results.get(Harness(model=model).key, {})
+        if (benchmarks := results.get(Harness(model=model).key)) is not None:
+            figures["lm_eval"] = benchmarks
     return metrics
 
 
