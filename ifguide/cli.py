@@ -1,10 +1,11 @@
 """The command line: `ifguide <verb> --config F [--set a.b=c ...] [--dry-run] [--address A]`, the same flags everywhere.
 
 `ifguide run` does every verb in order; running again resumes. `plan` says beforehand what that takes. `show`, `status`
-and `inspect` read a run directory, `export-mask` takes its mask to other trainers, `push` its model to the hub,
-`export-scores` and `import-mask` exchange scores and masks with kronfluence and the paper's code, `demo` makes its own
-data and runs the whole pipeline on them, `fetch-data` gets the real text of `configs/real_text.yaml`. `cache` and
-`completion` look after this machine and its shell. The scripts in `jobs/` call `main` too.
+and `inspect` read a run directory, `export-mask` takes its mask to other trainers, `push` its model to the hub.
+`export-scores`, `import-scores` and `import-mask` exchange scores and masks with kronfluence, bergson and the paper's
+code. `demo` makes its own data and runs the whole pipeline on them, `fetch-data` gets the real text of
+`configs/real_text.yaml`. `cache` and `completion` look after this machine and its shell. The scripts in `jobs/` call
+`main` too.
 """
 
 from __future__ import annotations
@@ -144,10 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument(
         "--shift", type=int, default=0, help="tokens to move it right: 0 acts as in the paper's code (default)"
     )
-    imported.add_argument(
-        "--tokens", metavar="FILE", help="the blocks that the mask was built on: a table of token ids, or a .pt tensor"
-    )
-    imported.add_argument("--tokens-column", default="input_ids", help="the table's column (default input_ids)")
+    _add_tokens_flags(imported)
+    scored = subparsers.add_parser("import-scores", help="token scores of bergson or kronfluence become the run's own")
+    _add_config_flags(scored, commands.import_scores, preflight=False)
+    scored.add_argument("scores", type=Path, help="the folder that the program wrote")
+    scored.add_argument("--query", type=int, help="which of several queries, from 0")
+    scored.add_argument("--negate", action="store_true", help="more is a token that makes the behaviour less likely")
+    _add_tokens_flags(scored)
     init = subparsers.add_parser("init", help="write a first config of the documents that are found")
     init.add_argument("--data", action="append", default=[], metavar="GLOB", help="files, a folder or a pattern")
     init.add_argument(
@@ -208,6 +212,13 @@ def _add_config_flags(
     if preflight:
         parser.add_argument("--no-preflight", action="store_true", help="do not look first at what would fail later")
     parser.set_defaults(function=function)
+
+
+def _add_tokens_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens", metavar="FILE", help="the blocks that it was built on: a table of token ids, or a .pt tensor"
+    )
+    parser.add_argument("--tokens-column", default="input_ids", help="the table's column (default input_ids)")
 
 
 def _add_plan_flags(parser: argparse.ArgumentParser) -> None:

@@ -299,7 +299,7 @@ def import_mask(options: argparse.Namespace) -> int:
 
     config = _load(options)
     run = Run(config=config)
-    tokens = Input(path=options.tokens, tokens_column=options.tokens_column) if options.tokens else None
+    tokens = _blocks(options)
     if options.dry_run:
         check_mask(options.mask, run.corpus, tokens)
         log(options.command, f"would make {run.mask} of {options.mask}, shifted by {options.shift}")
@@ -319,3 +319,33 @@ def import_mask(options: argparse.Namespace) -> int:
         f" {summary['tokens_dropped']:,} that carry no loss dropped; `ifguide pretrain` uses {run.mask}",
     )
     return 0
+
+
+def import_scores(options: argparse.Namespace) -> int:
+    """Take token scores of another program for a run's own."""
+    from ifguide.run import Run
+    from ifguide.score_import import import_scores, read_scores
+
+    config = _load(options)
+    run = Run(config=config)
+    if options.dry_run:
+        found = read_scores(options.scores, options.query)
+        log(options.command, f"would make {run.scores} of {found.sequences:,} sequences that {found.made_by} scored")
+        return 0
+    with _holding(options, config):
+        manifest = import_scores(
+            options.scores,
+            corpus=run.corpus,
+            folder=run.scores,
+            tokens=_blocks(options),
+            query=options.query,
+            negate=options.negate,
+            config_yaml=to_yaml(config),
+        )
+    log(options.command, f"{manifest.rows['tokens']:,} tokens; `ifguide build_mask` selects by {run.scores}")
+    return 0
+
+
+def _blocks(options: argparse.Namespace) -> Input | None:
+    """The blocks that a file of another program is of, where the command line names them."""
+    return Input(path=options.tokens, tokens_column=options.tokens_column) if options.tokens else None

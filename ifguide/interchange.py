@@ -48,6 +48,7 @@ from ifguide.influence.proxy import load_proxy
 from ifguide.storage import local_copy
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
+PACK_THEM = "pack the blocks that it was built on, by pack_corpus.inputs with their tokens_column"
 TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -231,25 +232,34 @@ def check_mask(path: Path, corpus: Path, tokens: Input | None) -> np.ndarray:
     """The (N, T) bools of a mask file, if it is of this corpus' blocks; as `import_mask`, which it raises as."""
     blocks = require(corpus, "pack_corpus")
     masked_NT, block_size = read_mask(path), int(blocks.summary["block_size"])
-    advice = "pack the blocks that the mask was built on, by pack_corpus.inputs with their tokens_column"
     if masked_NT.shape != (blocks.rows["blocks"], block_size):
         raise ValueError(
             f"{path} masks {masked_NT.shape[0]:,} blocks of {masked_NT.shape[1]:,} tokens, {corpus} has"
-            f" {blocks.rows['blocks']:,} of {block_size:,}: {advice}"
+            f" {blocks.rows['blocks']:,} of {block_size:,}: {PACK_THEM}"
         )
+    require_same_blocks(path, corpus, tokens)
+    return masked_NT
+
+
+def require_same_blocks(path: Path, corpus: Path, tokens: Input | None) -> None:
+    """Refuse a file of another program, `path`, unless the blocks that it is of, `tokens`, are the corpus' own.
+
+    Raises:
+        ValueError: no tokens are named, or a block differs; names it. FileNotFoundError: there is no such file.
+    """
     if tokens is None:
         raise ValueError(
-            f"{path} does not say which tokens it masks: name the file of the blocks that it was built on, --tokens"
+            f"{path} does not say which tokens it is of: name the file of the blocks that it was built on, --tokens"
             " FILE (their ids in a column `input_ids`, or --tokens-column NAME)"
         )
     given = _given_blocks(tokens)
     for block, own in enumerate(_corpus_blocks(corpus)):
         where, ids = next(given, (f"what follows the last block of {tokens.path}", np.zeros(0, np.int32)))
         if not np.array_equal(own, ids[: len(own)]) or len(set(ids[len(own) :].tolist())) > 1:  # more is padding
-            raise ValueError(f"{where} is not block {block} of {corpus}, so {path} is no mask of it: {advice}")
+            raise ValueError(f"{where} is not block {block} of {corpus}, so {path} is not of it: {PACK_THEM}")
     if next(given, None) is not None:
-        raise ValueError(f"{tokens.path} has more than the {blocks.rows['blocks']:,} blocks of {corpus}: {advice}")
-    return masked_NT
+        count = require(corpus, "pack_corpus").rows["blocks"]
+        raise ValueError(f"{tokens.path} has more than the {count:,} blocks of {corpus}: {PACK_THEM}")
 
 
 def _corpus_blocks(corpus: Path) -> Iterator[np.ndarray]:

@@ -117,7 +117,7 @@ def test_a_mask_of_as_many_blocks_but_other_tokens_is_refused(run_dir: Path, tmp
     tokens = blocks_of(run_dir, tmp_path / "chunks.parquet", change)
     with pytest.raises(ValueError, match=message):
         import_mask(path, **folders, tokens=tokens, shift=0, config_yaml="")
-    with pytest.raises(ValueError, match=r"m\.pt does not say which tokens it masks: name .* --tokens FILE"):
+    with pytest.raises(ValueError, match=r"m\.pt does not say which tokens it is of: name .* --tokens FILE"):
         import_mask(path, **folders, tokens=None, shift=0, config_yaml="")
     assert not (run_dir / "mask").exists()
 
