@@ -142,7 +142,8 @@ def _chosen(path: Path, query: int | None, count: int) -> int:
 class BergsonScores:
     """A store of bergson's; see the module."""
 
-    made_by, files = "bergson", BERGSON
+    made_by = "bergson"
+    files: tuple[str, ...] = BERGSON
 
     def __init__(self, path: Path, query: int | None):
         self.path = path
@@ -197,7 +198,8 @@ def _more_is_stronger(path: Path) -> bool:
 class KronfluenceScores:
     """Pairwise scores of kronfluence; see the module."""
 
-    made_by, files, sign = "kronfluence", (PAIRWISE,), 1
+    made_by, sign = "kronfluence", 1
+    files: tuple[str, ...] = (PAIRWISE,)
 
     def __init__(self, path: Path, query: int | None):
         self.path = path
@@ -218,7 +220,7 @@ class KronfluenceScores:
         if self.positions < positions:
             raise ValueError(f"{self.path} scores {self.positions} positions, blocks need {positions}")
         parts = [self.file.get_slice(name)[self.query, sequence, :positions].float().numpy() for name in self.names]
-        return np.sum(parts, axis=0, dtype=np.float32)
+        return np.stack(parts).sum(axis=0, dtype=np.float32)
 
 
 def _json(path: Path) -> dict[str, Any]:
