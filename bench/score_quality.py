@@ -1,41 +1,44 @@
 """What a better token score gives on texts that people judged, and what it costs.
 
-    python bench/score_quality.py [--behaviours explicit implicit] [--proxy smollm2|FOLDER] [--steps 8] [--quick]
+    python bench/score_quality.py [--behaviours explicit implicit] [--proxy smollm2|FOLDER] [--steps 5] [--small]
 
 - `explicit`: comments with the spans that people marked as toxic, among other documents, as in `bench/localise.py`.
   A figure is the average precision of tokens.
 - `implicit`: sentences of a white supremacist forum, hateful or not as people called them, each scored alone by
   queries of other posts. A figure is the AUROC of a sentence's highest token.
 
-Scores, all of one proxy and the same queries:
+Scores, all of the same queries:
 
-- `exact`: <V, grad NLL_j> with V by EK-FAC; `cg`: with V refined by conjugate gradients on the blocks that the factors
-  were fitted on (`ifguide.influence.refinement`);
+- `exact`: <V, grad NLL_j> with V by EK-FAC; `cg`: with V refined by conjugate gradients on the first blocks that the
+  factors were fitted on (`ifguide.influence.refinement`);
 - `smoothed`, `cg_smoothed`: those regressed on the proxy's hidden states, each document by the others; fitted on the
   judged texts and `--smooth-documents` further ones;
-- `probe`: logistic regression on the hidden states, of the queries' labels; `ensemble`: the mean rank of `smoothed` and
-  `probe`.
+- `probe`: logistic regression on the hidden states, of the queries' labels; `smoothed_probe`: the mean rank of both;
+- `z`: `exact` over the spread of null directions of halves of the queries (explicit alone);
+- `checkpoint`, `checkpoint_smoothed`: of a second checkpoint, the proxy after `--second-steps` batches of further
+  documents, with the factors of the first; `ensemble`: the mean rank of `smoothed` and `checkpoint_smoothed`.
 
 No human mark decides anything, with one exception: `auroc_implicit_best` is of the score that is best on the posts of
 one half, measured on the other half; `auroc_implicit_exact` is measured there too.
 
 `query_reliability`: scores by either half of the explicit queries are correlated over the judged tokens
-(`ifguide.influence.reliability`). `cost_ratio`: CPU seconds to score and to smooth, over those to score; the fit of
-the regression is left out, for its sample does not grow with a corpus.
+(`ifguide.influence.reliability`). `cost_ratio`: CPU seconds to score and to smooth, over those to score, of the first
+judged texts; the fit of the regression is left out, for its sample does not grow with a corpus. Outliers and the
+false-discovery rate are those of `bench.common.outliers`.
 
 Factors, gradients, the steps of refinement and every scoring are kept under `runs/bench`: running it again goes on.
-`--only NAME ...` makes only those scorings (exact, cg, half_0, half_1), and no figures. Intervals are of a bootstrap
-over documents, or posts. The last line is one JSON object.
+Intervals are of a bootstrap over documents, or posts. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +47,44 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from bench.common.behaviours import BEHAVIOURS, Behaviour, Query, read_behaviour
-from bench.common.direction import differential, digest, factor_sample, fit_factors, mean_gradient, tracked_names
-from bench.common.places import CACHE, DATA
+from bench.common.behaviours import BEHAVIOURS, Behaviour, read_behaviour
+from bench.common.direction import MAX_QUERY_TOKENS
+from bench.common.outliers import lay_among, outlier_figures
+from bench.common.places import DATA
 from bench.common.proxies import load_proxy
-from bench.common.scores import score_blocks
+from bench.common.scorings import Proxy, Scores, Scorings, Sizes, smooth_all
 from bench.common.texts import read_rows
 from bench.localise import PROBE, encode_document, factor_documents
-from ifguide.artifacts import publish
+from ifguide.config.compare import ExcessLoss
 from ifguide.influence.agreement import mean_rank
-from ifguide.influence.query import load_factors, precondition
-from ifguide.influence.refinement import GaussNewton, Refinement, refine
 from ifguide.influence.reliability import HALVES, spearman_brown
+from ifguide.influence.smoothing import Smoother
+from ifguide.methods.excess_loss import tune
 from ifguide.methods.probes import fit_query_probe
-from ifguide.methods.smoothed import fit_smoothed
-from ifguide.models import state_fingerprint
+from ifguide.methods.reading import tokenised
+from ifguide.methods.smoothed import SmoothedFinder
 from ifguide.telemetry import configure_logging, log
 
-BLOCK_SIZE = 256  # of the factor sample
-Proxy = tuple[PreTrainedModel, PreTrainedTokenizerFast]
-Scores = Sequence[np.ndarray]  # (T,) of each text; entry 0 is of no token
+SECOND = ExcessLoss(epochs=1, batch_size=8, learning_rate=5e-5)  # how the second checkpoint is trained
+OUTLIER_SHARE, OUTLIER_TOKENS = 0.05, 200  # of each kind beside the judged tokens; of one text
+TIMED_TOKENS = 2048
+FIGURES = (
+    "ap_exact",
+    "ap_smoothed",
+    "ap_cg",
+    "ap_z",
+    "ap_ensemble",
+    "auroc_implicit_exact",
+    "auroc_implicit_best",
+    "outlier_share_before",
+    "outlier_share_after",
+    "fdr_nominal",
+    "fdr_realised",
+    "query_reliability",
+    "cost_ratio",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,105 +130,95 @@ def main() -> int:
     for name, behaviour in behaviours.items():
         make = _sentences if name == "implicit" else _tokens
         judged = make(proxy, sentences, behaviour, options)
-        scorings = Scorings(proxy, behaviour, judged, options)
-        if options.only:
-            for kind in options.only:
-                scorings.of(kind)
-            continue
-        scores, cost = all_scores(proxy, behaviour, judged, scorings, options)
+        scorings = scorings_of(proxy, behaviour, options)
         if name == "explicit":
-            result |= {f"ap_{kind}": value for kind, value in tabulate(judged, scores, options.seed).items()}
-            result |= {"query_reliability": round(reliability(scorings), 4), "cost_ratio": round(cost, 3)}
+            result |= explicit(scorings, judged, options)
         else:
-            tabulate(judged, scores, options.seed)
+            scores, _ = all_scores(scorings, judged, options)
             result |= chosen_on_one_half(judged, scores)
-    if not options.only:
-        print(json.dumps({**result, "proxy": options.proxy, "steps": options.steps, "queries": options.queries}))
+            result["auroc_implicit"] = tabulate(judged, scores, options.seed)
+    ordered = {key: result.pop(key) for key in FIGURES if key in result}
+    print(json.dumps({**ordered, **result, "proxy": options.proxy, "steps": options.steps, "queries": options.queries}))
     return 0
 
 
-class Scorings:
-    """Scorings of the blocks along directions of one behaviour, by name; made where they are not kept."""
-
-    def __init__(self, proxy: Proxy, behaviour: Behaviour, judged: Judged, options: argparse.Namespace):
-        self.model, self.tokenizer = proxy
-        self.sets = behaviour.positive, behaviour.negative
-        self.names = tracked_names(self.model)
-        documents = [row["text"] for row in factor_documents(self.tokenizer, behaviour.others, options.factor_tokens)]
-        self.documents, self.judged, self.steps = documents, judged, options.steps
-        self.sample = factor_sample(self.tokenizer, documents, block_size=BLOCK_SIZE)
-        self.direction_key = digest(state_fingerprint(self.model), self.names, self.sample.identity(), self.sets)
-        self.key = digest(self.direction_key, [block.tolist() for block in judged.blocks], len(judged.truth))
-        self.seconds: dict[str, float] = {}
-
-    def of(self, kind: str) -> list[np.ndarray]:
-        """The scores along `kind` of every block (exact, cg), or of the judged ones (half_N)."""
-        name = f"{kind}-{self.steps}" if kind == "cg" else kind
-        path = CACHE / "score_quality" / self.key / f"{name}.npz"
-        blocks = self.judged.blocks[: len(self.judged.truth) if kind.startswith("half_") else None]
-        ends = np.cumsum([len(block) for block in blocks])[:-1]
-        if not path.is_file():
-            direction = self._refined() if kind == "cg" else self._preconditioned(kind)
-            fill, started = self.tokenizer.eos_token_id, time.process_time()
-            triples = [(block, None, None) for block in blocks]
-            (scores,) = score_blocks(self.model, [direction], triples, "target", fill)
-            with publish(path) as part, part.open("wb") as file:
-                np.savez(file, scores=np.concatenate(scores), seconds=time.process_time() - started)
-        with np.load(path) as kept:
-            self.seconds[kind] = float(kept["seconds"])
-            return np.split(kept["scores"], ends)
-
-    def _gradient(self, *, half: int | None = None) -> dict[str, Tensor]:
-        sets: list[Sequence[Query]] = [own if half is None else own[half::HALVES] for own in self.sets]
-        return differential(*(mean_gradient(self.model, self.tokenizer, self.names, own) for own in sets))
-
-    def _factors(self) -> Path:
-        return fit_factors(self.model, self.tokenizer, self.names, self.documents, block_size=BLOCK_SIZE)
-
-    def _preconditioned(self, kind: str) -> dict[str, Tensor]:
-        half = int(kind.removeprefix("half_")) if kind.startswith("half_") else None
-        return precondition(self._gradient(half=half), load_factors(self._factors(), self.names))
-
-    def _refined(self) -> dict[str, Tensor]:
-        path = CACHE / "score_quality" / self.direction_key / f"refinement-{self.steps}.safetensors"
-        gradient, factors = self._gradient(), load_factors(self._factors(), self.names)
-        batches = [
-            (batch["input_ids"], batch["lengths"])
-            for partition in range(self.sample.num_partitions)
-            for batch in self.sample.loader(partition)
-        ]
-        state = Refinement.load(path, self.model.device) if path.is_file() else Refinement.begin(gradient)
-        product = GaussNewton(self.model, self.names, batches)
-        for _ in refine(gradient, factors, product, steps=self.steps, begun=state):
-            log("refinement", f"step {len(state.steps)} of {self.steps}: {state.steps[-1]}")
-            with publish(path) as part:
-                state.save(part)
-        return state.direction
+def explicit(scorings: Scorings, judged: Judged, options: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of the explicit behaviour."""
+    scores, cost = all_scores(scorings, judged, options)
+    texts, (model, tokenizer) = judged.blocks[: len(judged.truth)], scorings.proxy
+    halves = scorings.of([f"half_{half}" for half in range(HALVES)], texts)
+    correlation = float(spearmanr(*(_flat(own) for own in halves.values())).statistic)
+    laid = lay_among(texts, tokenizer, share=OUTLIER_SHARE, length=OUTLIER_TOKENS, seed=options.seed)
+    kinds = ["exact", *(f"null_{number}" for number in range(scorings.sizes.nulls))]
+    of_laid = scorings.of(kinds, laid.blocks)
+    scores_KN = np.stack([_flat(of_laid[kind]).numpy() for kind in kinds]).astype(np.float32)
+    outliers = outlier_figures(model, laid, scores_KN, judged.truth)
+    found = tabulate(judged, scores, options.seed)
+    return {
+        **{f"ap_{kind}": value for kind, value in found.items()},
+        **outliers,
+        "query_reliability": round(spearman_brown(correlation, HALVES), 4),
+        "cost_ratio": round(cost, 3),
+    }
 
 
-def all_scores(
-    proxy: Proxy, behaviour: Behaviour, judged: Judged, scorings: Scorings, options: argparse.Namespace
-) -> tuple[dict[str, Scores], float]:
-    """Every score of the texts, and the cost of smoothed ones over exact ones."""
-    model, tokenizer = proxy
-    tokens = [block.tolist() for block in judged.blocks]
-    scores: dict[str, Scores] = {"exact": scorings.of("exact")}
-    if options.steps:
-        scores["cg"] = scorings.of("cg")
-    cost = 1.0
-    for kind in list(scores):
-        smoother = fit_smoothed(model, tokens, scores[kind])
-        log("smoothing", f"{kind}: {smoother.summary}")
-        started = time.process_time()
-        scores["smoothed" if kind == "exact" else f"{kind}_smoothed"] = smoother.score(tokens)
-        if kind == "exact":
-            cost += (time.process_time() - started) / scorings.seconds["exact"]
+def scorings_of(proxy: Proxy, behaviour: Behaviour, options: argparse.Namespace) -> Scorings:
+    """The proxy's scorings, with factors of other documents of the same kinds."""
+    rows = factor_documents(proxy[1], behaviour.others, options.factor_tokens)
+    sizes = Sizes(steps=options.steps, refine_blocks=options.refine_blocks, seed=options.seed)
+    return Scorings(proxy=proxy, behaviour=behaviour, documents=[row["text"] for row in rows], sizes=sizes)
+
+
+def all_scores(scorings: Scorings, judged: Judged, options: argparse.Namespace) -> tuple[dict[str, Scores], float]:
+    """Every score of the texts but `z`, and the cost of smoothed ones over exact ones."""
+    (model, tokenizer), behaviour = scorings.proxy, scorings.behaviour
+    scores: dict[str, Scores] = dict(scorings.of(["exact", "cg"] if options.steps else ["exact"], judged.blocks))
+    smoothed = smooth_all(model, judged.blocks, scores)
+    scores |= {"smoothed" if name == "exact" else f"{name}_smoothed": own.scores for name, own in smoothed.items()}
+    cost = 1 + _smoothing_seconds(model, smoothed["exact"].smoother, judged) / scorings.seconds(_timed(judged))
     probe = fit_query_probe(model, tokenizer, behaviour.positive, behaviour.negative, options=PROBE, seed=options.seed)
-    scores["probe"] = probe.score(tokens)
-    scores["ensemble"] = in_place_of(
-        scores["exact"], mean_rank([_flat(scores[kind]) for kind in ("smoothed", "probe")])
-    )
+    scores["probe"] = probe.score([block.tolist() for block in judged.blocks])
+    scores["smoothed_probe"] = _mean_rank(scores["smoothed"], scores["probe"])
+    if options.second_steps:
+        second = replace(scorings, proxy=(_checkpoint(scorings, options), tokenizer), factors=scorings.factors_folder())
+        scores["checkpoint"] = second.of(["exact"], judged.blocks)["exact"]
+        of_second = smooth_all(second.proxy[0], judged.blocks, {"checkpoint": scores["checkpoint"]})
+        scores["checkpoint_smoothed"] = of_second["checkpoint"].scores
+        scores["ensemble"] = _mean_rank(scores["smoothed"], scores["checkpoint_smoothed"])
     return scores, cost
+
+
+def _checkpoint(scorings: Scorings, options: argparse.Namespace) -> PreTrainedModel:
+    """The proxy after `--second-steps` batches of further documents; nothing is known of their marks."""
+    model, tokenizer = scorings.proxy
+    last = max(0, len(scorings.behaviour.others) - options.smooth_documents)
+    documents = scorings.behaviour.others[max(0, last - SECOND.batch_size * options.second_steps) : last]
+    texts = [("", row["text"]) for row in documents if row["text"].strip()]
+    second = copy.deepcopy(model)
+    queries = tokenised(tokenizer, texts, max_tokens=MAX_QUERY_TOKENS, beginning=None)
+    losses = tune(second, queries, SECOND, np.random.default_rng(options.seed))
+    log("checkpoint", f"{len(texts)} documents, mean loss of a token {losses[0]:.3f}")
+    return second
+
+
+def _timed(judged: Judged) -> list[np.ndarray]:
+    """The first judged texts, of TIMED_TOKENS tokens in all."""
+    ends = np.cumsum([len(block) for block in judged.blocks[: len(judged.truth)]])
+    return judged.blocks[: 1 + int(np.searchsorted(ends, TIMED_TOKENS))]
+
+
+def _smoothing_seconds(model: PreTrainedModel, smoother: Smoother, judged: Judged) -> float:
+    """CPU seconds to smooth the scores of the timed texts, after a first time."""
+    finder, tokens = SmoothedFinder(model, smoother), [block.tolist() for block in _timed(judged)]
+    finder.score(tokens)
+    started = time.process_time()
+    finder.score(tokens)
+    return time.process_time() - started
+
+
+def _mean_rank(*several: Scores) -> list[np.ndarray]:
+    """Scores (T,) of each text from 0 to 1: the mean rank of each token in the scorings."""
+    return in_place_of(several[0], mean_rank([_flat(scores) for scores in several]))
 
 
 def in_place_of(scores: Scores, flat: Tensor) -> list[np.ndarray]:
@@ -261,12 +270,6 @@ def chosen_on_one_half(judged: Judged, scores: Mapping[str, Scores]) -> dict[str
     }
 
 
-def reliability(scorings: Scorings) -> float:
-    """That of the scores by all queries, of the judged texts' tokens."""
-    halves = [_flat(scorings.of(f"half_{half}")) for half in range(HALVES)]
-    return spearman_brown(float(spearmanr(*halves).statistic), HALVES)
-
-
 def _flat(scores: Scores) -> Tensor:
     return torch.from_numpy(np.concatenate([block[1:] for block in scores]).astype(np.float64))
 
@@ -308,19 +311,23 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--behaviours", nargs="+", choices=list(BEHAVIOURS), default=list(BEHAVIOURS))
     parser.add_argument("--proxy", default="smollm2", help="smollm2, or a model's folder (with its tokenizer)")
-    parser.add_argument("--only", nargs="+", default=[], help="make these scorings and no figures")
-    parser.add_argument("--steps", type=int, default=8, help="of refinement; 0: none")
+    parser.add_argument("--steps", type=int, default=5, help="of refinement; 0: none")
+    parser.add_argument("--refine-blocks", type=int, default=16, help="of the factors' sample, for refinement")
+    parser.add_argument("--second-steps", type=int, default=12, help="that make the second checkpoint; 0: no ensemble")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--documents", type=int, default=500)
-    parser.add_argument("--sentences", type=int, default=2000)
+    parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--smooth-documents", type=int, default=700, help="further texts that smoothing is fitted on")
     parser.add_argument("--queries", type=int, default=160, help="of each set")
     parser.add_argument("--factor-tokens", type=int, default=14_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="small numbers of everything: does it run?")
+    parser.add_argument("--small", action="store_true", help="small numbers of everything: does it run?")
     options = parser.parse_args()
-    if options.quick:
-        vars(options).update(documents=40, queries=8, factor_tokens=600, steps=2, sentences=60, smooth_documents=20)
+    if options.small:
+        vars(options).update(
+            documents=40, queries=16, factor_tokens=600, steps=2, refine_blocks=2, second_steps=2, sentences=60,
+            smooth_documents=20,
+        )  # fmt: skip
     return options
 
 

@@ -14,20 +14,16 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from bench.common.scores import score_blocks
-from ifguide.artifacts import publish
 from ifguide.methods.smoothed import fit_smoothed
 from ifguide.selection.algorithm import Documents
 from ifguide.selection.fdr import fit_spread, null_variance, standardise
@@ -100,26 +96,13 @@ def _texts(number: int, length: int, rng: np.random.Generator) -> dict[str, list
     }
 
 
-def kept_scores(
-    path: Path, model: PreTrainedModel, laid: Laid, directions: Callable[[], Sequence[Mapping[str, Tensor]]], fill: int
-) -> NDArray[np.float32]:
-    """(1 + K, N) scores of the predicted tokens along V and its nulls, from `path` if they are there."""
-    if not path.is_file():
-        triples = [(block, None, None) for block in laid.blocks]
-        several = directions()
-        found = score_blocks(model, several, triples, "target", fill, at_once=len(several))
-        with publish(path) as part, part.open("wb") as file:
-            np.savez(file, scores=np.stack([_flat(scores) for scores in found]))
-    with np.load(path) as kept:
-        return np.asarray(kept["scores"], np.float32)
-
-
 def outlier_figures(
     model: PreTrainedModel, laid: Laid, scores_KN: NDArray[np.float32], truth: Sequence[NDArray[np.bool_]]
 ) -> dict[str, Any]:
     """The figures of the last line, and on the way a table of shares and one of leverage.
 
-    scores_KN: as `kept_scores` gives them. truth: (T,) labels of the tokens of the judged blocks, the first ones.
+    scores_KN: (1 + K, N) of the predicted tokens along V and its nulls. truth: (T,) labels of the tokens of the judged
+    blocks, the first ones.
     """
     kinds, sizes = laid.of_tokens(), [len(block) - 1 for block in laid.blocks]
     z_KN = z_scores(scores_KN)

@@ -1,0 +1,197 @@
+"""Token scores of texts along many directions of one behaviour and proxy, kept, and smoothed.
+
+Directions by name: `exact` is V by EK-FAC, `cg` V refined by conjugate gradients on the first blocks of the factors'
+sample, `half_N` V of one half of the queries, `null_N` a null direction (`ifguide.influence.nulls`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from bench.common.behaviours import Behaviour, Query
+from bench.common.direction import (
+    MAX_QUERY_TOKENS,
+    differential,
+    digest,
+    factor_sample,
+    fit_factors,
+    mean_gradient,
+    tracked_names,
+)
+from bench.common.places import CACHE
+from bench.common.scores import BATCH_TOKENS, score_blocks
+from ifguide.artifacts import publish, write_text
+from ifguide.influence.nulls import null_directions
+from ifguide.influence.query import load_factors, precondition, tokenise_query
+from ifguide.influence.refinement import GaussNewton, Refinement, refine
+from ifguide.influence.reliability import HALVES
+from ifguide.influence.smoothing import FoldSums, Smoother, cut, fit_smoother, smoothing_layers
+from ifguide.methods.reading import hidden_states
+from ifguide.models import state_fingerprint
+from ifguide.telemetry import log
+
+BLOCK_SIZE = 256  # of the factor sample
+FOLDS = 5
+Block = NDArray[np.integer]
+Proxy = tuple[PreTrainedModel, PreTrainedTokenizerFast]
+Scores = Sequence[NDArray[np.floating]]  # (T,) of each text; entry 0 is of no token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """`steps` of refinement on the first `refine_blocks` blocks of the factors' sample, and so many `nulls`."""
+
+    steps: int
+    refine_blocks: int
+    nulls: int = 4
+    seed: int = 0
+
+
+@dataclass(kw_only=True, eq=False)
+class Scorings:
+    """Scores along directions by name, made where they are not kept.
+
+    `documents`: what factors are fitted on. `factors`: a folder of them that is taken in place of the proxy's own, as
+    for a checkpoint near another."""
+
+    proxy: Proxy
+    behaviour: Behaviour
+    documents: Sequence[str]
+    sizes: Sizes
+    factors: Path | None = None
+    names: list[str] = field(init=False)
+    folder: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        model, tokenizer = self.proxy
+        self.names = tracked_names(model)
+        self.sets = self.behaviour.positive, self.behaviour.negative
+        self.sample = factor_sample(tokenizer, self.documents, block_size=BLOCK_SIZE)
+        of = state_fingerprint(model), self.names, self.sample.identity(), self.sets, self.sizes.seed
+        self.folder = CACHE / "score_quality" / digest(*of)
+
+    def of(self, kinds: Sequence[str], blocks: Sequence[Block]) -> dict[str, list[NDArray[np.floating]]]:
+        """The scores (T,) of every block along each of the directions, which share a pass."""
+        path = self.folder / f"{self._key(kinds, blocks)}.npz"
+        if not path.is_file():
+            directions = self.directions(kinds)
+            found = self._score([directions[kind] for kind in kinds], blocks)
+            with publish(path) as part, part.open("wb") as file:
+                np.savez(file, **{kind: np.concatenate(own) for kind, own in zip(kinds, found, strict=True)})
+        ends = np.cumsum([len(block) for block in blocks])[:-1]
+        with np.load(path) as kept:
+            return {kind: np.split(kept[kind], ends) for kind in kinds}
+
+    def seconds(self, blocks: Sequence[Block]) -> float:
+        """CPU seconds to score the blocks along V, after they were scored once; kept."""
+        path = self.folder / f"{self._key(['seconds'], blocks)}.json"
+        if not path.is_file():
+            direction = [self.directions(["exact"])["exact"]]
+            self._score(direction, blocks)
+            started = time.process_time()
+            self._score(direction, blocks)
+            write_text(path, json.dumps(time.process_time() - started))
+        return float(json.loads(path.read_text()))
+
+    def factors_folder(self) -> Path:
+        """The factors, fitted where they are not kept."""
+        model, tokenizer = self.proxy
+        return self.factors or fit_factors(model, tokenizer, self.names, self.documents, block_size=BLOCK_SIZE)
+
+    def directions(self, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """The directions by name; of nulls all are made at once."""
+        factors = load_factors(self.factors_folder(), self.names)
+        found = {}
+        for kind in kinds:
+            if kind == "exact":
+                found[kind] = precondition(self._gradient(), factors)
+            elif kind.startswith("half_"):
+                found[kind] = precondition(self._gradient(half=int(kind.removeprefix("half_"))), factors)
+            elif kind == "cg":
+                found[kind] = self._refined(factors)
+        if any(kind.startswith("null_") for kind in kinds):
+            found |= {f"null_{number}": null for number, null in enumerate(self._nulls(factors))}
+        return found
+
+    def _key(self, kinds: Sequence[str], blocks: Sequence[Block]) -> str:
+        s = self.sizes
+        refined = (s.steps, s.refine_blocks) if "cg" in kinds else ()
+        nulls = (s.nulls,) if any(kind.startswith("null_") for kind in kinds) else ()
+        return digest(list(kinds), [block.tolist() for block in blocks], refined, nulls)
+
+    def _score(self, directions: Sequence[Mapping[str, Tensor]], blocks: Sequence[Block]) -> list[list[np.ndarray]]:
+        model, tokenizer = self.proxy
+        triples = [(block, None, None) for block in blocks]
+        return score_blocks(model, directions, triples, "target", int(tokenizer.eos_token_id), at_once=len(directions))
+
+    def _gradient(self, *, half: int | None = None) -> dict[str, Tensor]:
+        model, tokenizer = self.proxy
+        sets: list[Sequence[Query]] = [own if half is None else own[half::HALVES] for own in self.sets]
+        return differential(*(mean_gradient(model, tokenizer, self.names, own) for own in sets))
+
+    def _nulls(self, factors: Any) -> list[dict[str, Tensor]]:
+        model, tokenizer = self.proxy
+        return null_directions(
+            model,
+            [tokenise_query(tokenizer, *query, max_tokens=MAX_QUERY_TOKENS) for own in self.sets for query in own],
+            [kind for kind, own in zip((True, False), self.sets, strict=True) for _ in own],
+            factors,
+            count=self.sizes.nulls,
+            seed=self.sizes.seed,
+            batch_tokens=BATCH_TOKENS,
+        )
+
+    def _refined(self, factors: Any) -> dict[str, Tensor]:
+        model, steps = self.proxy[0], self.sizes.steps
+        path = self.folder / f"refinement-{self.sizes.refine_blocks}-{steps}.safetensors"
+        gradient = self._gradient()
+        batches = [
+            (batch["input_ids"], batch["lengths"])
+            for partition in range(self.sample.num_partitions)
+            for batch in self.sample.loader(partition)
+        ]
+        size = len(batches[0][0])
+        product = GaussNewton(model, self.names, batches[: -(-self.sizes.refine_blocks // size)])
+        state = Refinement.load(path, model.device) if path.is_file() else Refinement.begin(gradient)
+        for _ in refine(gradient, factors, product, steps=steps, begun=state):
+            log("refinement", f"step {len(state.steps)} of {steps}: {state.steps[-1]}")
+            with publish(path) as part:
+                state.save(part)
+        return state.direction
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Smoothed:
+    """Scores smoothed by the regressions of other documents, and the smoother that made them."""
+
+    scores: list[NDArray[np.floating]]
+    smoother: Smoother
+
+
+def smooth_all(model: PreTrainedModel, blocks: Sequence[Block], scores: Mapping[str, Scores]) -> dict[str, Smoothed]:
+    """Each scoring of the blocks smoothed, block i in fold i % `FOLDS`; the model reads the blocks once for all.
+
+    What `ifguide.methods.smoothed` does for one scoring; states of all tokens are held."""
+    layers = smoothing_layers(model.config.num_hidden_layers)
+    features: list[NDArray[np.floating]] = [np.empty(0)] * len(blocks)
+    for number, states in hidden_states(model, [block.tolist() for block in blocks]):
+        features[number] = np.concatenate([states[i].float().cpu().numpy()[1:] for i in layers], axis=1)
+    sizes = [len(own) for own in features]
+    folds, x = np.repeat(np.arange(len(blocks)) % FOLDS, sizes), np.concatenate(features)
+    found = {}
+    for name, own in scores.items():
+        smoother = fit_smoother(FoldSums.of(x, cut(np.concatenate([block[1:] for block in own])), folds, FOLDS))
+        log("smoothing", f"{name}: ridge {smoother.ridge}, explained {smoother.explained[smoother.ridge]:.4f}")
+        parts = np.split(smoother.predict(x, folds), np.cumsum(sizes)[:-1])
+        found[name] = Smoothed(scores=[np.append(0.0, part) for part in parts], smoother=smoother)
+    return found
