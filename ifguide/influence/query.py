@@ -14,8 +14,9 @@ is then positive for a token j whose training makes the positive completions mor
 Shapes: a module with weight (d_out, d_in) has G and V of (d_out, d_in), or (d_out, d_in + 1) if it has a bias:
 the bias is the last input column, as kronfluence lays it out.
 
-Cost: one forward and backward pass over the queries, whatever their weights; preconditioning is four matrix
-products per module in float64. It does not fit factors and does not approximate G by low rank.
+Cost: one forward and backward pass over the queries, whatever their weights, with logits of completions alone and in
+chunks; memory does not grow with their number. Preconditioning is four matrix products per module in float64. It does
+not fit factors and does not approximate G by low rank.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ifguide.models import next_token_nll
+from ifguide.influence.head_derivatives import HeadDerivatives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +130,21 @@ def mean_completion_gradient(
     padded tokens (or one query); padding is on the right, which a causal model never looks back on, so it needs
     no attention mask. Returns tensors (d_out, d_in [+ 1]) in the model's dtype on its device.
 
-    Raises ValueError when queries and weights differ in number.
+    Raises ValueError when queries and weights differ in number, or the model's LM head is not understood.
     """
     if len(queries) != len(weights):
         raise ValueError(f"{len(queries)} queries but {len(weights)} weights; give one weight per query")
     modules = {name: _linear(model, name) for name in names}
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     totals = [torch.zeros_like(parameter) for parameter in parameters]
+    head = HeadDerivatives(model)
+    head.check(model)
     with only_trainable(model, parameters):
         for indices in _length_batches(queries, batch_tokens):
-            loss = _weighted_loss(model, [queries[i] for i in indices], [weights[i] for i in indices])
-            for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
+            gradients = _completion_gradients(
+                model, head, parameters, [queries[i] for i in indices], [weights[i] for i in indices]
+            )
+            for total, gradient in zip(totals, gradients, strict=True):
                 total += gradient
     return by_module(modules, totals)
 
@@ -253,16 +258,28 @@ def _length_batches(queries: Sequence[TokenisedQuery], batch_tokens: int) -> Ite
         yield batch
 
 
-def _weighted_loss(model: PreTrainedModel, queries: Sequence[TokenisedQuery], weights: Sequence[float]) -> Tensor:
+def _completion_gradients(
+    model: PreTrainedModel,
+    head: HeadDerivatives,
+    parameters: Sequence[Tensor],
+    queries: Sequence[TokenisedQuery],
+    weights: Sequence[float],
+) -> tuple[Tensor, ...]:
+    """Gradients by the parameters of the weighted sum of the completions' NLL; prompts have no logits."""
     lengths_B = torch.tensor([len(query.token_ids) for query in queries])
     tokens_BT = torch.zeros(len(queries), int(lengths_B.max()), dtype=torch.long)
-    loss_weight_BT = torch.zeros(tokens_BT.shape, dtype=torch.float64)
+    weight_BT = torch.zeros(tokens_BT.shape, dtype=torch.float64)
     for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
         tokens_BT[row, : len(query.token_ids)] = torch.tensor(query.token_ids)
-        loss_weight_BT[row, query.completion_start : len(query.token_ids)] = weight
-    tokens_BT = tokens_BT.to(model.device)
-    nll_BT = next_token_nll(model(tokens_BT, use_cache=False).logits, tokens_BT, lengths_B)
-    return (nll_BT * loss_weight_BT.to(nll_BT)).sum()
+        weight_BT[row, query.completion_start : len(query.token_ids)] = weight
+    rows, before = torch.nonzero(weight_BT[:, 1:], as_tuple=True)
+    labels_N, weight_N = tokens_BT[rows, before + 1], weight_BT[rows, before + 1]
+    hidden_BTD = model.base_model(tokens_BT.to(model.device), use_cache=False).last_hidden_state
+    hidden_ND = hidden_BTD[rows.to(model.device), before.to(model.device)]
+    weight_N = weight_N.to(model.device, torch.promote_types(hidden_ND.dtype, torch.float32))
+    with torch.no_grad():
+        gradient_ND = head.gradient(hidden_ND, labels_N.to(model.device), weight_N)
+    return torch.autograd.grad(hidden_ND, parameters, gradient_ND)
 
 
 def load_factors(folder: Path, names: Sequence[str] | None = None) -> dict[str, ModuleFactors]:
