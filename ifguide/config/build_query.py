@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ifguide.config.resources import RESOURCES, Resources, moved
 from ifguide.config.sources import (
@@ -31,6 +31,9 @@ class BuildQuery:
         negative_threshold: a completion with at most this score does not.
         max_positive: positive queries at most.
         max_negative: negative queries at most.
+        weigh: `equally`; by `confidence`, a query counts in the mean of its set by how far its score is from where the
+            other set begins, or by the margin of its pair (`pairs.margin_column`).
+        held_out: queries of each set that V is not made of; the manifest says how well scores tell them apart.
         differential: subtract the negative mean. False is plain influence, which also finds what is merely common.
         max_tokens: tokens of prompt and completion together; longer queries are cut.
         batch_tokens: tokens of one backward pass.
@@ -55,6 +58,8 @@ class BuildQuery:
     negative_threshold: float = option(0.1, at_least=0, at_most=1)
     max_positive: int = option(10_000, at_least=1)
     max_negative: int = option(10_000, at_least=1)
+    weigh: Literal["equally", "confidence"] = option("equally", off="equally")
+    held_out: int = option(0, at_least=0, off=0)
     differential: bool = True
     max_tokens: int = option(512, at_least=2)
     batch_tokens: int = option(4096, at_least=1)
@@ -85,6 +90,14 @@ def check_build_query(config: BuildQuery) -> None:
         )
     check_classifier(config.classifier, "build_query.classifier")
     check_queries(config.prompts, config.pairs, config.positive, config.negative)
+    margin = config.pairs is not None and config.pairs.margin_column is not None
+    if config.weigh == "confidence" and config.prompts is None and not margin:
+        raise ConfigError(
+            "build_query.weigh: confidence wants scores, and tables of either set have none; name pairs.margin_column,"
+            " or prompts with a classifier, or weigh equally"
+        )
+    if margin and config.weigh == "equally":
+        raise ConfigError("build_query.pairs.margin_column: weighs by confidence; set build_query.weigh to confidence")
     if config.refine_steps and config.nulls:
         raise ConfigError(
             f"build_query.refine_steps: {config.refine_steps} beside build_query.nulls = {config.nulls}; nulls are of"

@@ -109,6 +109,7 @@ class Pairs:
         prompt_column: column of the prompt.
         positive_column: column of the completion that shows the behaviour.
         negative_column: column of the one that does not.
+        margin_column: column of how much more the one shows it than the other, from 0 up, to weigh by confidence.
         rows: keep rows start <= row < stop.
     """
 
@@ -116,6 +117,7 @@ class Pairs:
     prompt_column: str = "prompt"
     positive_column: str = "rejected"
     negative_column: str = "chosen"
+    margin_column: str | None = option(None, off=None)
     rows: tuple[int, int] | None = option(None, at_least=0, increasing=True)
 
 

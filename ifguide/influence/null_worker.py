@@ -35,6 +35,7 @@ def build_nulls(settings: QuerySettings, factors: FactorsFolder, seed: int) -> d
         count=options.nulls,
         seed=seed,
         batch_tokens=options.batch_tokens,
+        weights=[row.weight for row in rows],
         damping=options.damping,
         damping_scale=options.damping_scale,
     )

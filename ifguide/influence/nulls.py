@@ -55,10 +55,11 @@ def half_signs(count: int, seed: int) -> Floats:
     return np.asarray(hadamard[rows][:, rng.permutation(groups)])
 
 
-def half_weights(signs_KG: Floats, queries_G: Sequence[int]) -> Floats:
+def half_weights(signs_KG: Floats, queries_G: Sequence[float]) -> Floats:
     """(K, G) weights with which the groups' sums of gradients add up to half the difference of the halves' means.
 
-    queries_G: how many queries of one set each group has. However unequal, the weights of the queries add up to 0.
+    queries_G: how many queries of one set each group has, or the sum of their weights. However unequal, the weights of
+    the queries add up to 0.
 
     Raises:
         ValueError: a half has no query.
@@ -66,26 +67,23 @@ def half_weights(signs_KG: Floats, queries_G: Sequence[int]) -> Floats:
     sizes_G = np.asarray(queries_G, np.float64)
     halves_K = [np.where(signs_KG == sign, sizes_G, 0).sum(axis=1) for sign in (1, -1)]
     if min(half.min(initial=np.inf) for half in halves_K) == 0:
-        raise ValueError(f"{int(sizes_G.sum())} queries of a set are too few for halves of {len(sizes_G)} groups")
+        raise ValueError(f"{sizes_G.sum():g} queries of a set are too few for halves of {len(sizes_G)} groups")
     upper_K, lower_K = halves_K
     result: Floats = np.where(signs_KG == 1, 0.5 / upper_K[:, None], -0.5 / lower_K[:, None])
     return result
 
 
 def null_gradients(
-    groups: Iterable[GroupGradient], signs_KG: Floats, queries: Mapping[bool, int]
+    groups: Iterable[GroupGradient], signs_KG: Floats, sizes: Mapping[bool, Sequence[float]]
 ) -> list[dict[str, Tensor]]:
     """G_null of each row of signs, per module as the gradients are; K of them are held, and one group's.
 
-    groups: of G groups, as `ifguide.influence.query.group_gradients` gives them. queries: how many the positive set has
-    (True) and the negative one (False; 0 where V is of the positive mean alone).
+    groups: of G groups, as `ifguide.influence.query.group_gradients` gives them. sizes: how many queries each group of
+    the positive set has (True), and of the negative one (False; none where V is of the positive mean alone), or the sum
+    of their weights.
     """
-    number = signs_KG.shape[1]
     weights = {
-        kind: half_weights(signs_KG, [len(range(group, count, number)) for group in range(number)])
-        * (1 if kind else -1)
-        for kind, count in queries.items()
-        if count
+        kind: half_weights(signs_KG, of_groups) * (1 if kind else -1) for kind, of_groups in sizes.items() if of_groups
     }
     totals: list[dict[str, Tensor]] = [{} for _ in signs_KG]
     for of_group in groups:
@@ -103,16 +101,23 @@ def null_directions(
     count: int,
     seed: int,
     batch_tokens: int,
+    weights: Sequence[float] | None = None,
     damping: float | None = None,
     damping_scale: float = 0.1,
 ) -> list[dict[str, Tensor]]:
-    """`count` null directions of the queries, preconditioned as V is; the options are those of `build_direction`.
+    """`count` null directions of the queries, with their `weights`, preconditioned as V is; the options are those of
+    `build_direction`.
 
     Raises ValueError when there are too few queries of a set to halve them.
     """
     signs_KG = half_signs(count, seed)
+    number, own = signs_KG.shape[1], [1.0] * len(queries) if weights is None else weights
     groups = group_gradients(
-        model, list(factors), queries, positive, groups=signs_KG.shape[1], batch_tokens=batch_tokens
+        model, list(factors), queries, positive, groups=number, batch_tokens=batch_tokens, weights=own
     )
-    gradients = null_gradients(groups, signs_KG, {True: sum(positive), False: len(positive) - sum(positive)})
+    sets = {kind: [w for w, of in zip(own, positive, strict=True) if of == kind] for kind in (True, False)}
+    sizes = {
+        kind: [sum(members[group::number]) for group in range(number)] for kind, members in sets.items() if members
+    }
+    gradients = null_gradients(groups, signs_KG, sizes)
     return [precondition(gradient, factors, damping=damping, damping_scale=damping_scale) for gradient in gradients]

@@ -102,17 +102,18 @@ def tokenise_query(
     return TokenisedQuery(token_ids=(*context, *answer), completion_start=len(context))
 
 
-def differential_weights(positive: Sequence[bool]) -> list[float]:
+def differential_weights(positive: Sequence[bool], weights: Sequence[float] | None = None) -> list[float]:
     """The weight of each query in the differential gradient, by whether it is of the positive set: 1 / n of the n
-    positive ones, -1 / m of the m negative ones. Without negative ones it is the mean of the positive ones.
+    positive ones, -1 / m of the m negative ones. Without negative ones it is the mean of the positive ones. `weights`:
+    the means of the sets are weighted ones.
 
     Raises ValueError when none is positive.
     """
-    n = sum(positive)
-    if not n:
+    own = [1.0] * len(positive) if weights is None else weights
+    totals = {kind: sum(w for w, of in zip(own, positive, strict=True) if of == kind) for kind in (True, False)}
+    if not totals[True]:
         raise ValueError("no positive query: a direction needs completions that show the behaviour")
-    m = len(positive) - n
-    return [1 / n if kind else -1 / m for kind in positive]
+    return [(w if kind else -w) / totals[kind] for w, kind in zip(own, positive, strict=True)]
 
 
 def mean_completion_gradient(
@@ -140,7 +141,7 @@ def mean_completion_gradient(
     head = HeadDerivatives(model)
     head.check(model)
     with only_trainable(model, parameters):
-        for indices in _length_batches(queries, batch_tokens):
+        for indices in length_batches(queries, batch_tokens):
             gradients = _completion_gradients(
                 model, head, parameters, [queries[i] for i in indices], [weights[i] for i in indices]
             )
@@ -151,12 +152,12 @@ def mean_completion_gradient(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupGradient:
-    """The sum over the `queries` queries of one set (`positive` or not) in one group of the gradients of their
-    completions' summed NLL, per module."""
+    """The sum over the queries of one set (`positive` or not) in one group of the gradients of their completions'
+    summed NLL, per module, each times the query's weight; `weight` is the sum of these."""
 
     group: int
     positive: bool
-    queries: int
+    weight: float
     gradient: dict[str, Tensor]
 
 
@@ -168,22 +169,24 @@ def group_gradients(
     *,
     groups: int,
     batch_tokens: int,
+    weights: Sequence[float] | None = None,
 ) -> Iterator[GroupGradient]:
     """The gradients of `groups` disjoint groups of each set, one at a time: query r of its set is in group r % groups.
 
     Means of groups are independent of each other, so what differs between them is noise of the choice of queries. A set
-    without queries has no groups. Cost: that of `mean_completion_gradient` of all queries.
+    without queries has no groups. Without `weights` each is 1. Cost: that of `mean_completion_gradient` of all queries.
 
     Raises ValueError when a set has fewer queries than groups.
     """
+    own = [1.0] * len(queries) if weights is None else weights
     for kind in (True, False):
-        members = [query for query, own in zip(queries, positive, strict=True) if own == kind]
+        members = [(query, w) for query, w, of in zip(queries, own, positive, strict=True) if of == kind]
         if 0 < len(members) < groups:
             raise ValueError(f"{len(members)} queries of a set cannot be dealt to {groups} groups")
         for group in range(groups if members else 0):
-            part = members[group::groups]
-            gradient = mean_completion_gradient(model, names, part, [1.0] * len(part), batch_tokens=batch_tokens)
-            yield GroupGradient(group=group, positive=kind, queries=len(part), gradient=gradient)
+            part, of_part = zip(*members[group::groups], strict=True)
+            gradient = mean_completion_gradient(model, names, part, of_part, batch_tokens=batch_tokens)
+            yield GroupGradient(group=group, positive=kind, weight=sum(of_part), gradient=gradient)
 
 
 def build_direction(
@@ -247,7 +250,8 @@ def only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iter
             parameter.requires_grad_(requires_grad)
 
 
-def _length_batches(queries: Sequence[TokenisedQuery], batch_tokens: int) -> Iterator[list[int]]:
+def length_batches(queries: Sequence[TokenisedQuery], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of queries of like length: of at most `batch_tokens` padded tokens together, or of one."""
     batch: list[int] = []
     for index in sorted(range(len(queries)), key=lambda i: (len(queries[i].token_ids), i)):
         if batch and len(queries[index].token_ids) * (len(batch) + 1) > batch_tokens:
@@ -258,6 +262,15 @@ def _length_batches(queries: Sequence[TokenisedQuery], batch_tokens: int) -> Ite
         yield batch
 
 
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) padded on the right, and lengths (B,)."""
+    lengths_B = torch.tensor([len(row) for row in rows])
+    tokens_BT = torch.zeros(len(rows), int(lengths_B.max()), dtype=torch.long)
+    for tokens_T, row in zip(tokens_BT, rows, strict=True):
+        tokens_T[: len(row)] = torch.tensor(row)
+    return tokens_BT, lengths_B
+
+
 def _completion_gradients(
     model: PreTrainedModel,
     head: HeadDerivatives,
@@ -266,11 +279,9 @@ def _completion_gradients(
     weights: Sequence[float],
 ) -> tuple[Tensor, ...]:
     """Gradients by the parameters of the weighted sum of the completions' NLL; prompts have no logits."""
-    lengths_B = torch.tensor([len(query.token_ids) for query in queries])
-    tokens_BT = torch.zeros(len(queries), int(lengths_B.max()), dtype=torch.long)
+    tokens_BT, _ = padded([query.token_ids for query in queries])
     weight_BT = torch.zeros(tokens_BT.shape, dtype=torch.float64)
     for row, (query, weight) in enumerate(zip(queries, weights, strict=True)):
-        tokens_BT[row, : len(query.token_ids)] = torch.tensor(query.token_ids)
         weight_BT[row, query.completion_start : len(query.token_ids)] = weight
     rows, before = torch.nonzero(weight_BT[:, 1:], as_tuple=True)
     labels_N, weight_N = tokens_BT[rows, before + 1], weight_BT[rows, before + 1]

@@ -14,33 +14,37 @@ from ifguide.artifacts import publish, verified, write_text
 from ifguide.storage import local_copy
 
 DIRECTION, QUERIES = "direction.safetensors", "queries.jsonl"
+HELD_OUT = "held_out.jsonl"  # queries that V is not made of, where there are any
 NULLS = "nulls.safetensors"  # null directions (`ifguide.influence.nulls`), where there are any
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueryRow:
     """A query: `row` of the prompt table, whether it is of the `positive` set, the classifier's `score` of its
-    completion, and the texts."""
+    completion, and the texts. `weight` is in the mean of its set, and in the file where it is not 1."""
 
     row: int
     positive: bool
     score: float
     prompt: str
     completion: str
+    weight: float = 1.0
 
 
-def write_queries(folder: Path, rows: Iterable[QueryRow]) -> None:
-    """Publish `folder`/queries.jsonl."""
-    write_text(folder / QUERIES, "".join(f"{json.dumps(asdict(row), ensure_ascii=False)}\n" for row in rows))
+def write_queries(folder: Path, rows: Iterable[QueryRow], name: str = QUERIES) -> None:
+    """Publish the file `name` of `folder`."""
+    records = (asdict(row) for row in rows)
+    lines = ({key: value for key, value in row.items() if (key, value) != ("weight", 1.0)} for row in records)
+    write_text(folder / name, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
 
 
-def read_queries(folder: Path) -> list[QueryRow]:
-    """The rows of `folder`/queries.jsonl, in order.
+def read_queries(folder: Path, name: str = QUERIES) -> list[QueryRow]:
+    """The rows of the file `name` of `folder`, in order.
 
     Raises:
         ValueError: a line is not a query; names file and line.
     """
-    path = folder / QUERIES
+    path = folder / name
     rows = []
     lines = path.read_bytes().split(b"\n")[:-1]  # `splitlines` of a text would cut queries in two
     for number, line in enumerate(lines, start=1):

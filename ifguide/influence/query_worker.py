@@ -28,9 +28,9 @@ from ifguide.influence.query import (
     precondition,
     tokenise_query,
 )
-from ifguide.influence.query_file import DIRECTION, QueryRow, read_queries
+from ifguide.influence.query_file import DIRECTION, HELD_OUT, QueryRow, read_queries
 from ifguide.influence.refinement import GaussNewton, Refinement, refine
-from ifguide.influence.reliability import Reliability, measure_reliability
+from ifguide.influence.reliability import Reliability, effective_number, measure_reliability, separation
 from ifguide.storage import local_copy
 from ifguide.tokenizer import load_tokenizer
 
@@ -98,7 +98,7 @@ class SumGradients:
     def process(self, part: QueryPart) -> dict[str, Any]:
         options = self.settings.options
         rows = read_queries(self.settings.folder)
-        weights = differential_weights([row.positive for row in rows])
+        weights = differential_weights([row.positive for row in rows], [row.weight for row in rows])
         mine = slice(part.partition, None, options.partitions)
         queries = self.settings.tokenise(self.tokenizer, rows[mine])
         gradient = mean_completion_gradient(
@@ -177,11 +177,28 @@ def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path,
         factors.load(settings.module_names),
         torch.from_numpy(schemas.per_token_array(sample, "tokens").astype(np.int64)),
         torch.from_numpy(sample.column("length").to_numpy().astype(np.int64)),
-        of=(len(sets[0]), len(sets[1])),
+        of=(effective_number([row.weight for row in sets[0]]), effective_number([row.weight for row in sets[1]])),
+        weights=[row.weight for row in drawn],
         batch_tokens=options.batch_tokens,
         damping=options.damping,
         damping_scale=options.damping_scale,
         beginning=settings.beginning.token,
+    )
+
+
+def judge_held_out(settings: QuerySettings) -> float | None:
+    """How well scores along V tell the sets of the queries apart that it is not made of (`reliability.separation`);
+    None where a set has none of them."""
+    rows = read_queries(settings.folder, HELD_OUT)
+    positive = [row.positive for row in rows]
+    if all(positive) or not any(positive):
+        return None
+    return separation(
+        load_proxy(settings.proxy, gpus=settings.options.resources.gpus),
+        settings.tokenise(load_tokenizer(settings.tokenizer), rows),
+        positive,
+        load_file(local_copy(settings.folder / DIRECTION)),
+        batch_tokens=settings.options.batch_tokens,
     )
 
 

@@ -8,8 +8,12 @@ estimated by the Spearman-Brown formula,
     reliability = f r / (1 + (f - 1) r),    f = (noise variance of a half) / (that of all queries).
 
 The differential gradient is a difference of two means, so its noise variance goes with 1 / positive + 1 / negative
-queries, if a query of either set is as noisy. f is 2 where the halves are halves of all queries, and more where they
-are of a sample. 1 says that more queries change nothing; at 0.5 half of the variance of the scores' ranks is noise.
+queries, if a query of either set is as noisy; weighted ones count as (sum w)^2 / sum w^2. f is 2 where the halves are
+halves of all queries, and more where they are of a sample. 1 says that more queries change nothing; at 0.5 half of the
+variance of the scores' ranks is noise.
+
+`separation` asks what reliability cannot: whether V speaks of the behaviour, or of these queries alone. It is the AUROC
+of queries that V is not made of, each by the mean score of its completion's tokens.
 
 The directions are EK-FAC's: refinement is linear in the gradient, and not repeated for the halves.
 """
@@ -23,9 +27,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ifguide.influence.agreement import compare
+from ifguide.influence.agreement import compare, mean_rank
 from ifguide.influence.method import PRESETS
-from ifguide.influence.query import ModuleFactors, TokenisedQuery, add_gradient, group_gradients, precondition
+from ifguide.influence.query import (
+    ModuleFactors,
+    TokenisedQuery,
+    add_gradient,
+    group_gradients,
+    length_batches,
+    padded,
+    precondition,
+)
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
 
@@ -52,36 +64,64 @@ def measure_reliability(
     tokens_NT: Tensor,
     lengths_N: Tensor,
     *,
-    of: tuple[int, int],
+    of: tuple[float, float],
+    weights: Sequence[float] | None = None,
     batch_tokens: int = 4096,
     damping: float | None = None,
     damping_scale: float = 0.1,
     beginning: int | None = None,
 ) -> Reliability:
     """Of scores of the blocks' tokens by all `of` (positive, negative) queries, judged by halves of `queries`: of all,
-    or of a sample. The other options are those of `build_direction` and `score_tokens`.
+    or of a sample. `of` counts weighted queries as `effective_number` does. The other options are those of
+    `build_direction` and `score_tokens`.
 
     Raises ValueError when a set has a single query.
     """
     halves: list[dict[str, Tensor]] = [{} for _ in range(HALVES)]
-    counts = {True: [0] * HALVES, False: [0] * HALVES}
-    for part in group_gradients(model, list(factors), queries, positive, groups=HALVES, batch_tokens=batch_tokens):
-        counts[part.positive][part.group] = part.queries
-        add_gradient(halves[part.group], part.gradient, (1 if part.positive else -1) / part.queries)
+    own = [1.0] * len(queries) if weights is None else weights
+    sets = {kind: [w for w, of_set in zip(own, positive, strict=True) if of_set == kind] for kind in (True, False)}
+    for part in group_gradients(
+        model, list(factors), queries, positive, groups=HALVES, batch_tokens=batch_tokens, weights=own
+    ):
+        add_gradient(halves[part.group], part.gradient, (1 if part.positive else -1) / part.weight)
     directions = [precondition(half, factors, damping=damping, damping_scale=damping_scale) for half in halves]
     scorer = TokenScorer(model, directions, attribution="target", method=PRESETS["exact"], beginning=beginning)
     batches = zip(tokens_NT.split(1), lengths_N.split(1), strict=True)
     scores_KNT = torch.cat([scorer.score(tokens, lengths).cpu() for tokens, lengths in batches], dim=1)
     predicted_NT = predicted_positions(tokens_NT, lengths_N)
     spearman = compare(scores_KNT[0], scores_KNT[1], predicted_NT).spearman
-    noise = sum(_noise(counts[True][half], counts[False][half]) for half in range(HALVES)) / HALVES
+    noises = (_noise(*(effective_number(sets[kind][half::HALVES]) for kind in (True, False))) for half in range(HALVES))
+    noise = sum(noises) / HALVES
     return Reliability(
         reliability=spearman_brown(spearman, noise / _noise(*of)),
         spearman=spearman,
-        positive=sum(counts[True]),
-        negative=sum(counts[False]),
+        positive=len(sets[True]),
+        negative=len(sets[False]),
         tokens=int(predicted_NT.sum()),
     )
+
+
+def separation(
+    model: PreTrainedModel,
+    queries: Sequence[TokenisedQuery],
+    positive: Sequence[bool],
+    direction: Mapping[str, Tensor],
+    *,
+    batch_tokens: int = 4096,
+) -> float:
+    """The probability that a positive query has a higher mean score of its completion's tokens than a negative one; 0.5
+    is chance. Both kinds are needed."""
+    scorer = TokenScorer(model, [direction], attribution="target", method=PRESETS["exact"])
+    means = torch.zeros(len(queries), dtype=torch.float64)
+    for numbers in length_batches(queries, batch_tokens):
+        tokens_BT, lengths_B = padded([queries[i].token_ids for i in numbers])
+        scores_BT = scorer.score(tokens_BT, lengths_B)[0].double().cpu()
+        for i, scores_T in zip(numbers, scores_BT, strict=True):
+            means[i] = scores_T[queries[i].completion_start : len(queries[i].token_ids)].mean()
+    ranks = mean_rank([means]) * (len(queries) - 1)
+    kinds = torch.tensor(positive)
+    n, m = int(kinds.sum()), int((~kinds).sum())
+    return float(ranks[kinds].sum() - n * (n - 1) / 2) / (n * m)
 
 
 def spearman_brown(correlation: float, factor: float) -> float:
@@ -92,6 +132,13 @@ def spearman_brown(correlation: float, factor: float) -> float:
     return factor * correlation / (1 + (factor - 1) * correlation)
 
 
-def _noise(positive: int, negative: int) -> float:
+def effective_number(weights: Sequence[float]) -> float:
+    """(sum w)^2 / sum w^2: of how many equal queries a mean is as noisy as that of weighted ones (Kish 1965); 0 of
+    none."""
+    squares = sum(w * w for w in weights)
+    return sum(weights) ** 2 / squares if squares else 0.0
+
+
+def _noise(positive: float, negative: float) -> float:
     """Noise variance of a difference of means of so many queries, in that of one query; of one mean alone."""
     return 1 / positive + (1 / negative if negative else 0)

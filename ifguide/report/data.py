@@ -126,11 +126,17 @@ def _of_any_page(sources: ReportSources, metrics: Mapping[str, Any]) -> dict[str
 
 
 def _reliability(query: Path | None) -> str:
-    """How far scores by all queries agree with those by endlessly many; empty where it was not measured."""
+    """How far scores by all queries agree with those by endlessly many, and tell queries apart that V is not made of;
+    empty where neither was measured."""
     if query is None or not (query / MANIFEST).exists():
         return ""
-    found = read_manifest(query).summary.get("reliability")
-    return "" if found is None else f"{found:.2f} of 1"
+    summary = read_manifest(query).summary
+    found, held_out = summary.get("reliability"), summary.get("held_out", {})
+    parts = [] if found is None else [f"{found:.2f} of 1"]
+    if "auroc" in held_out:
+        count = held_out["positive"] + held_out["negative"]
+        parts.append(f"{count:,} held-out queries told apart with AUROC {held_out['auroc']:.2f}")
+    return ", ".join(parts)
 
 
 def _classifier_text(source: ClassifierSource) -> str:

@@ -20,13 +20,14 @@ from ifguide.distributed.tasks import run_task
 from ifguide.influence.factor_worker import draw_sample
 from ifguide.influence.null_worker import build_nulls
 from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
-from ifguide.influence.query_file import DIRECTION, NULLS, QUERIES, QueryRow, write_queries
+from ifguide.influence.query_file import DIRECTION, HELD_OUT, NULLS, QUERIES, QueryRow, read_queries, write_queries
 from ifguide.influence.query_worker import (
     PARTIAL,
     FactorsFolder,
     QueryPart,
     QuerySettings,
     SumGradients,
+    judge_held_out,
     judge_queries,
     precondition_parts,
     refine_parts,
@@ -37,7 +38,7 @@ from ifguide.spans.tables import PackedCorpus
 from ifguide.storage import location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
-from ifguide.toxicity import choose_queries, read_prompt_rows, training_inputs
+from ifguide.toxicity import QuerySets, choose_queries, read_prompt_rows, training_inputs
 
 VERB = "build_query"
 RELIABILITY_TOKENS = 4096  # of the corpus, that both halves score: the correlation is then known to 0.02
@@ -112,6 +113,9 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         summary["null_norm"] = run_task(build_nulls, settings, factors, run.config.seed, resources=config.resources)
         files.append(run.query / NULLS)
     summary |= _reliability(run, settings, factors)
+    if config.held_out:
+        summary["held_out"] = _held_out(run, settings)
+        files.append(run.query / HELD_OUT)
     manifest = artifact.finish(
         files,
         rows={"queries": used, "modules": len(norms)},
@@ -157,6 +161,18 @@ def _reliability(run: Run, settings: QuerySettings, factors: FactorsFolder) -> d
     return {"reliability": round(found.reliability, 4), "reliability_measured": asdict(found)}
 
 
+def _held_out(run: Run, settings: QuerySettings) -> dict[str, Any]:
+    """How many queries V is not made of, and how well scores along it tell their sets apart, for the manifest."""
+    kinds = [row.positive for row in read_queries(run.query, HELD_OUT)]
+    auroc = run_task(judge_held_out, settings, resources=settings.options.resources)
+    found = {"positive": sum(kinds), "negative": len(kinds) - sum(kinds)}
+    if auroc is None:
+        log(VERB, f"held out {found}: without either kind nothing is told apart")
+        return found
+    log(VERB, f"scores along V tell {found['positive']:,} + {found['negative']:,} held-out queries apart: {auroc:.3f}")
+    return {**found, "auroc": round(auroc, 4)}
+
+
 def _corpus_blocks(run: Run, count: int) -> Path:
     """A table of `count` blocks of the corpus, or all of a smaller one, drawn by seed as those of the factors are."""
     corpus = read_manifest(run.corpus)
@@ -192,14 +208,10 @@ def _select(run: Run) -> dict[str, Any]:
     """Classify and choose the queries in a task; publishes them, and returns the counts for the manifest."""
     config = run.config.build_query
     sets = run_task(choose_queries, config, run.config.seed, resources=config.resources)
-    used = [(True, sets.positive, sets.positive_scores)]
-    if config.differential:
-        used.append((False, sets.negative, sets.negative_scores))
-    queries = [
-        QueryRow(row=row.row, positive=positive, score=score, prompt=row.prompt, completion=row.continuation)
-        for positive, chosen, scores in used
-        for row, score in zip(chosen, scores, strict=True)
-    ]
+    if config.held_out:
+        sets, held_out = sets.hold_out(config.held_out, run.config.seed)
+        write_queries(run.query, _rows(held_out, negative=True), HELD_OUT)
+    queries = _rows(sets, negative=config.differential)
     write_queries(run.query, queries)
     counts = {name: getattr(sets, name) for name in ("positive_rows", "negative_rows", "undecided", "unusable")}
     positive = len(sets.positive)
@@ -207,3 +219,14 @@ def _select(run: Run) -> dict[str, Any]:
     by = "tables of either set" if config.prompts is None else f"classified with {config.classifier.name}"
     log(VERB, f"{by}: {summary}")
     return summary
+
+
+def _rows(sets: QuerySets, *, negative: bool) -> list[QueryRow]:
+    used = [(True, sets.positive, sets.positive_scores, sets.positive_weights)]
+    if negative:
+        used.append((False, sets.negative, sets.negative_scores, sets.negative_weights))
+    return [
+        QueryRow(row=row.row, positive=kind, score=score, prompt=row.prompt, completion=row.continuation, weight=weight)
+        for kind, chosen, scores, weights in used
+        for row, score, weight in zip(chosen, scores, weights, strict=True)
+    ]

@@ -19,7 +19,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRow:
-    """One row, numbered from 0 in its table. A score that is null or NaN there is missing here."""
+    """One row, numbered from 0 in its table. A score that is null or NaN there is missing here. `margin` is that of a
+    pair, where it is read."""
 
     row: int
     prompt: str
     continuation: str
     prompt_scores: dict[str, float]
     continuation_scores: dict[str, float]
+    margin: float = 1.0
 
 
 def _records(path: str | Path, dotted_key: str, first: int | None = None) -> Iterator[tuple[int, str, Any]]:
@@ -150,12 +152,22 @@ def _completion(source: Completions, row: int, where: str, record: Any) -> Promp
 def read_pairs(source: Pairs, dotted_key: str) -> tuple[list[PromptRow], list[PromptRow]]:
     """The configured rows as those with the positive completion, and those with the negative one. Raises as
     `read_completions`."""
-    positive, negative = [], []
+    positive: list[PromptRow] = []
+    negative: list[PromptRow] = []
     for row, where, record in _chosen_records(source, dotted_key):
-        prompt = _text(record, source.prompt_column, where)
-        positive.append(_plain_row(row, prompt, _text(record, source.positive_column, where)))
-        negative.append(_plain_row(row, prompt, _text(record, source.negative_column, where)))
+        prompt, margin = _text(record, source.prompt_column, where), _margin(record, source.margin_column, where)
+        for rows, column in ((positive, source.positive_column), (negative, source.negative_column)):
+            rows.append(replace(_plain_row(row, prompt, _text(record, column, where)), margin=margin))
     return positive, negative
+
+
+def _margin(record: Any, column: str | None, where: str) -> float:
+    if column is None:
+        return 1.0
+    value = _plain(_column(*_holder(record, column, where), object, where))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{where}: {column} is {value!r}, not a margin from 0 up")
+    return float(value)
 
 
 def _plain_row(row: int, prompt: str, completion: str) -> PromptRow:

@@ -9,11 +9,14 @@ Where no classifier knows the behaviour, the sets come as tables: one for each, 
 It does not tokenise, and it does not judge the classifier: its errors are the query sets' errors.
 """
 
+from __future__ import annotations
+
 import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -26,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class QuerySets:
-    """The chosen rows, ascending by row, and the score of each continuation in the primary class.
+    """The chosen rows, ascending by row, the score of each continuation in the primary class, and its weight in the
+    mean of its set.
 
     Every row of the table is in one count: positive_rows + negative_rows + undecided + unusable.
     """
@@ -35,10 +39,41 @@ class QuerySets:
     negative: list[PromptRow]
     positive_scores: list[float]
     negative_scores: list[float]
+    positive_weights: list[float]
+    negative_weights: list[float]
     positive_rows: int
     negative_rows: int
     undecided: int
     unusable: int
+
+    def hold_out(self, count: int, seed: int) -> tuple[QuerySets, QuerySets]:
+        """All but `count` queries of each set, and those: the last in the order of the draw, so that where there are
+        rows enough V has the same queries whether some are held out or not. The completions of a pair stay together.
+
+        Raises:
+            ValueError: a set would be left empty.
+        """
+        used, held_out = [], []
+        for name, rows in (("positive", self.positive), ("negative", self.negative)):
+            if 0 < len(rows) <= count:
+                raise ValueError(f"build_query.held_out: {count} of {len(rows)} {name} queries leave none; take fewer")
+            draws = [_draw(row, seed) for row in rows]
+            order = sorted(range(len(rows)), key=draws.__getitem__)
+            last = len(order) - min(count, len(order))
+            used.append(sorted(order[:last]))
+            held_out.append(sorted(order[last:]))
+        return self._part(*used), self._part(*held_out)
+
+    def _part(self, positive: Sequence[int], negative: Sequence[int]) -> QuerySets:
+        return replace(
+            self,
+            positive=[self.positive[i] for i in positive],
+            negative=[self.negative[i] for i in negative],
+            positive_scores=[self.positive_scores[i] for i in positive],
+            negative_scores=[self.negative_scores[i] for i in negative],
+            positive_weights=[self.positive_weights[i] for i in positive],
+            negative_weights=[self.negative_weights[i] for i in negative],
+        )
 
 
 def _continuation_scores(rows: Sequence[PromptRow], classifier: Classifier) -> list[float]:
@@ -57,15 +92,18 @@ def _continuation_scores(rows: Sequence[PromptRow], classifier: Classifier) -> l
 def _choose(indices: list[int], rows: Sequence[PromptRow], maximum: int, seed: int) -> list[int]:
     """At most `maximum` of the `indices` of rows, ascending by row. A larger maximum adds rows, removes none."""
 
-    def draw(index: int) -> bytes:
-        # A hash per row, not a generator's stream: the same choice in every version of every library.
-        return hashlib.sha256(f"{seed}:{rows[index].row}".encode()).digest()
+    drawn = sorted(indices, key=lambda index: _draw(rows[index], seed))[:maximum]
+    return sorted(drawn, key=lambda index: rows[index].row)
 
-    return sorted(sorted(indices, key=draw)[:maximum], key=lambda index: rows[index].row)
+
+def _draw(row: PromptRow, seed: int) -> bytes:
+    # A hash per row, not a generator's stream: the same choice in every version of every library.
+    return hashlib.sha256(f"{seed}:{row.row}".encode()).digest()
 
 
 def choose_queries(options: BuildQuery, seed: int) -> QuerySets:
-    """The query sets that the config names: of prompts, by the classifier, as `select_queries`; or of plain tables."""
+    """The query sets that the config names: of prompts, by the classifier, as `select_queries`; or of plain tables.
+    Of each set there are `held_out` more than the maximum, where there are as many rows."""
     if options.prompts is None:
         return _given_queries(options, seed)
     rows = read_prompt_rows(options.prompts, "build_query.prompts")
@@ -74,9 +112,10 @@ def choose_queries(options: BuildQuery, seed: int) -> QuerySets:
         make_classifier(options.classifier, gpus=options.resources.gpus, dotted_key="build_query.classifier"),
         positive_threshold=options.positive_threshold,
         negative_threshold=options.negative_threshold,
-        max_positive=options.max_positive,
-        max_negative=options.max_negative,
+        max_positive=options.max_positive + options.held_out,
+        max_negative=options.max_negative + options.held_out,
         seed=seed,
+        weigh=options.weigh,
     )
 
 
@@ -98,7 +137,7 @@ def _given_queries(options: BuildQuery, seed: int) -> QuerySets:
         if not rows and (name == "positive" or options.differential):
             raise ValueError(f"build_query.{name}: no table gives a completion for this set")
     chosen = {
-        name: [tables[name][i] for i in _choose(usable[name], tables[name], maximum, seed)]
+        name: [tables[name][i] for i in _choose(usable[name], tables[name], maximum + options.held_out, seed)]
         for name, maximum in (("positive", options.max_positive), ("negative", options.max_negative))
     }
     return QuerySets(
@@ -106,6 +145,8 @@ def _given_queries(options: BuildQuery, seed: int) -> QuerySets:
         negative=chosen["negative"],
         positive_scores=[1.0] * len(chosen["positive"]),
         negative_scores=[0.0] * len(chosen["negative"]),
+        positive_weights=[row.margin for row in chosen["positive"]],
+        negative_weights=[row.margin for row in chosen["negative"]],
         positive_rows=len(usable["positive"]),
         negative_rows=len(usable["negative"]),
         undecided=0,
@@ -122,8 +163,10 @@ def select_queries(
     max_positive: int,
     max_negative: int,
     seed: int,
+    weigh: Literal["equally", "confidence"] = "equally",
 ) -> QuerySets:
-    """Split rows by the score of the continuation: positive if >= one threshold, negative if <= the other.
+    """Split rows by the score of the continuation: positive if >= one threshold, negative if <= the other. A weight is
+    1, or how far the score is from the threshold of the other set.
 
     Of each set at most `max_positive` / `max_negative` are drawn, by `seed`. Rows whose continuation is empty,
     or has no label for `labels`, are `unusable`. Raises ValueError where a set would be empty.
@@ -154,6 +197,7 @@ def select_queries(
             f"no continuation scores {negative_threshold} or less, the lowest of {len(rows)} is "
             f"{np.nanmin(scores):.6g} by {classifier.name}: raise build_query.negative_threshold"
         )
+    by_score = weigh == "confidence"
     chosen_positive = _choose(positive, rows, max_positive, seed)
     chosen_negative = _choose(negative, rows, max_negative, seed)
     return QuerySets(
@@ -161,6 +205,8 @@ def select_queries(
         negative=[rows[index] for index in chosen_negative],
         positive_scores=[scores[index] for index in chosen_positive],
         negative_scores=[scores[index] for index in chosen_negative],
+        positive_weights=[scores[i] - negative_threshold if by_score else 1.0 for i in chosen_positive],
+        negative_weights=[positive_threshold - scores[i] if by_score else 1.0 for i in chosen_negative],
         positive_rows=len(positive),
         negative_rows=len(negative),
         undecided=len(rows) - len(unusable) - len(positive) - len(negative),

@@ -194,13 +194,13 @@ def test_null_gradients_are_half_the_difference_of_halves() -> None:
     groups = signs.shape[1]
     sums = [
         GroupGradient(
-            group=group, positive=kind, queries=0, gradient={"m": torch.from_numpy(of_set[group::groups].sum(axis=0))}
+            group=group, positive=kind, weight=0.0, gradient={"m": torch.from_numpy(of_set[group::groups].sum(axis=0))}
         )
         for kind, of_set in gradients.items()
         for group in range(groups)
     ]
-    queries = {kind: len(of_set) for kind, of_set in gradients.items()}
-    for row, found in zip(signs, null_gradients(sums, signs, queries), strict=True):
+    sizes = {kind: [len(of_set[group::groups]) for group in range(groups)] for kind, of_set in gradients.items()}
+    for row, found in zip(signs, null_gradients(sums, signs, sizes), strict=True):
         expected = np.zeros((3, 2))
         for kind, of_set in gradients.items():
             upper = [g for i, g in enumerate(of_set) if row[i % groups] == 1]

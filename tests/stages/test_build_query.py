@@ -14,7 +14,7 @@ from bench.chaos import prepare
 from ifguide.artifacts import read_manifest
 from ifguide.config import config_from_mapping, load_config, to_mapping
 from ifguide.distributed.tasks import run_task
-from ifguide.influence.query_file import DIRECTION
+from ifguide.influence.query_file import DIRECTION, HELD_OUT, read_queries
 from ifguide.pipeline import stage
 from ifguide.run import Run
 from ifguide.stages import build_query
@@ -32,7 +32,10 @@ def fitted(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     rows = [
         {
             "prompt": {"text": f"Number {i} said that"},
-            "continuation": {"text": " you are a clown." if i % 3 else " the river ran.", "toxicity": float(i % 3 > 0)},
+            "continuation": {
+                "text": " you are a clown." if i % 3 else " the river ran.",
+                "toxicity": 0.5 + i / 32 if i % 3 else 0.0,
+            },
         }
         for i in range(16)
     ]
@@ -85,3 +88,15 @@ def test_a_refined_query_is_resumed_and_recorded(fitted: Run, monkeypatch: pytes
     assert {len(values) for values in steps.values()} == {2}
     assert steps["cosine"][0] == pytest.approx(1.0)
     assert manifest.inputs["corpus"] == read_manifest(run.corpus).fingerprint
+
+
+def test_queries_are_weighed_and_held_out_where_the_config_says(fitted: Run) -> None:
+    manifest = stage("build_query")(of(fitted, weigh="confidence", held_out=2))
+    queries, held_out = read_queries(fitted.query), read_queries(fitted.query, HELD_OUT)
+    assert (manifest.summary["positive"], manifest.summary["negative"]) == (8, 4)
+    assert [row.positive for row in held_out] == [True, True, False, False]
+    assert {row.row for row in queries}.isdisjoint(row.row for row in held_out)
+    assert all(row.weight == row.score - 0.1 for row in queries if row.positive)
+    assert all(row.weight == 0.5 for row in queries if not row.positive)
+    assert manifest.summary["held_out"].keys() == {"positive", "negative", "auroc"}
+    assert HELD_OUT in manifest.files

@@ -18,12 +18,13 @@ from ifguide.config.resources import Resources
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.factors import EkfacFit
 from ifguide.influence.proxy import Beginning, load_proxy
-from ifguide.influence.query_file import DIRECTION, QueryRow, write_queries
+from ifguide.influence.query_file import DIRECTION, HELD_OUT, QueryRow, read_queries, write_queries
 from ifguide.influence.query_worker import (
     FactorsFolder,
     QueryPart,
     QuerySettings,
     SumGradients,
+    judge_held_out,
     judge_queries,
     precondition_parts,
     refine_parts,
@@ -107,6 +108,18 @@ def test_the_reliability_of_queries_is_that_of_their_halves(prepared: Any) -> No
     few = judge_queries(replace(settings, options=replace(settings.options, reliability_queries=2)), factors, blocks, 0)
     assert few is not None
     assert (few.positive, few.negative) == (2, 2)
+
+
+def test_queries_that_are_held_out_are_judged_along_the_direction(prepared: Any) -> None:
+    settings, factors, parts, _ = prepared
+    precondition_parts(settings.folder, factors, parts, settings.options)
+    rows = read_queries(settings.folder)
+    write_queries(settings.folder, rows, HELD_OUT)
+    found = judge_held_out(settings)
+    assert found is not None
+    assert found > 0.9  # V is made of them
+    write_queries(settings.folder, [row for row in rows if row.positive], HELD_OUT)
+    assert judge_held_out(settings) is None
 
 
 def test_a_set_of_a_single_query_has_no_reliability(prepared: Any, tmp_path: Path) -> None:

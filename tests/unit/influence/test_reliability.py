@@ -14,7 +14,13 @@ from ifguide.influence.query import (
     group_gradients,
     mean_completion_gradient,
 )
-from ifguide.influence.reliability import Reliability, measure_reliability, spearman_brown
+from ifguide.influence.reliability import (
+    Reliability,
+    effective_number,
+    measure_reliability,
+    separation,
+    spearman_brown,
+)
 from ifguide.models import tracked_modules
 from tests.tiny import as_tensors, random_blocks, tiny_model
 
@@ -36,7 +42,7 @@ def test_groups_of_a_set_add_up_to_it() -> None:
     model = tiny_model("llama", dtype=torch.float64)
     names, asked = list(tracked_modules(model).names), queries(spread=15)
     parts = list(group_gradients(model, names, asked, POSITIVE, groups=2, batch_tokens=64))
-    assert [(part.positive, part.group, part.queries) for part in parts] == [
+    assert [(part.positive, part.group, part.weight) for part in parts] == [
         (True, 0, 3), (True, 1, 2), (False, 0, 2), (False, 1, 2),
     ]  # fmt: skip
     whole = mean_completion_gradient(model, names, asked, differential_weights(POSITIVE), batch_tokens=64)
@@ -45,6 +51,42 @@ def test_groups_of_a_set_add_up_to_it() -> None:
         torch.testing.assert_close(added, whole[name], rtol=1e-9, atol=1e-12)
     first = mean_completion_gradient(model, names, [asked[0], asked[3], asked[8]], [1.0] * 3, batch_tokens=64)
     torch.testing.assert_close(parts[0].gradient, first, rtol=1e-9, atol=1e-12)
+
+
+def test_a_query_of_weight_two_is_that_query_twice() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    names, asked = list(tracked_modules(model).names), queries(spread=15)[:4]  # + + - +
+    weights = differential_weights(POSITIVE[:4], [2.0, 1.0, 0.5, 1.0])
+    assert weights == [0.5, 0.25, -1.0, 0.25]
+    weighted = mean_completion_gradient(model, names, asked, weights, batch_tokens=64)
+    again, kinds = [asked[0], *asked], [True, *POSITIVE[:4]]
+    twice = mean_completion_gradient(model, names, again, differential_weights(kinds), batch_tokens=64)
+    torch.testing.assert_close(weighted, twice, rtol=1e-9, atol=1e-12)
+    parts = list(
+        group_gradients(model, names, asked, POSITIVE[:4], groups=1, batch_tokens=64, weights=[2.0, 1.0, 0.5, 1.0])
+    )
+    assert [part.weight for part in parts] == [4.0, 0.5]
+    for name in names:
+        added = parts[0].gradient[name] / 4.0 - parts[1].gradient[name] / 0.5
+        torch.testing.assert_close(added, weighted[name], rtol=1e-9, atol=1e-12)
+
+
+def test_weighted_queries_count_as_fewer_equal_ones() -> None:
+    assert effective_number([3.0] * 7) == pytest.approx(7)
+    assert effective_number([1.0, 0.0]) == 1
+    assert effective_number([]) == 0
+    noise = np.random.default_rng(0).normal(size=(200_000, 3)) @ np.array([2.0, 1.0, 1.0]) / 4
+    assert 1 / noise.var() == pytest.approx(effective_number([2.0, 1.0, 1.0]), rel=0.02)
+
+
+def test_queries_that_are_told_apart() -> None:
+    """Along the gradient of one positive completion, that completion's like is higher than another."""
+    model = tiny_model("llama")
+    names, asked = list(tracked_modules(model).names), queries(spread=1)
+    direction = mean_completion_gradient(model, names, asked, differential_weights(POSITIVE), batch_tokens=64)
+    assert separation(model, asked, POSITIVE, direction, batch_tokens=8) == 1.0
+    assert separation(model, asked, [not kind for kind in POSITIVE], direction) == 0.0
+    assert separation(model, [asked[0]] * 6, [True, False] * 3, direction) == 0.5
 
 
 def test_a_set_smaller_than_the_groups_is_refused() -> None:

@@ -50,9 +50,20 @@ def test_the_credentials_of_a_config_are_in_no_file_of_a_report(tmp_path: Path) 
     assert not any(SECRET in path.read_text(encoding="utf-8") for path in files)
 
 
-@pytest.mark.parametrize(("summary", "shown"), [({"reliability": 0.618}, "0.62 of 1"), ({}, None)])
+@pytest.mark.parametrize(
+    ("summary", "shown"),
+    [
+        ({"reliability": 0.618}, "0.62 of 1"),
+        (
+            {"reliability": 0.618, "held_out": {"positive": 20, "negative": 9, "auroc": 0.7712}},
+            "0.62 of 1, 29 held-out queries told apart with AUROC 0.77",
+        ),
+        ({"held_out": {"positive": 20, "negative": 0}}, None),
+        ({}, None),
+    ],
+)
 def test_the_reliability_of_the_queries_is_shown_where_it_was_measured(
-    tmp_path: Path, summary: dict[str, float], shown: str | None
+    tmp_path: Path, summary: dict[str, Any], shown: str | None
 ) -> None:
     query = open_artifact(tmp_path / "query", verb="build_query", options={}, inputs={}, config_yaml="")
     query.finish([], rows={"queries": 4}, summary=summary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,54 @@ def test_pairs_give_a_row_to_each_set(tmp_path: Path) -> None:
     assert read_pairs(Pairs(path=path), "k") == ([row(0, "p", " bad")], [row(0, "p", " good")])
     other = Pairs(path=path, positive_column="chosen", negative_column="rejected")
     assert read_pairs(other, "k") == ([row(0, "p", " good")], [row(0, "p", " bad")])
+
+
+def test_pairs_weigh_by_their_margin(tmp_path: Path) -> None:
+    records = [{"prompt": "p", "chosen": " good", "rejected": " bad", "gap": {"by": gap}} for gap in (2, 0.5)]
+    options = BuildQuery(
+        pairs=Pairs(path=write(tmp_path / "p.jsonl", *records), margin_column="gap.by"), weigh="confidence"
+    )
+    sets = choose_queries(options, 0)
+    assert sets.positive_weights == sets.negative_weights == [2.0, 0.5]
+    assert result_part(Pairs(path="a")).keys() == {
+        "path",
+        "prompt_column",
+        "positive_column",
+        "negative_column",
+        "rows",
+    }
+    for bad in (-1, "2", None, True):
+        path = write(tmp_path / "b.jsonl", records[0], {**records[1], "gap": {"by": bad}})
+        with pytest.raises(ValueError, match=r"b\.jsonl, row 1: .*by is"):
+            read_pairs(Pairs(path=path, margin_column="gap.by"), "k")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"weigh": "confidence", "positive": "a"}, "build_query.weigh: confidence wants scores"),
+        ({"weigh": "confidence", "pairs": "a"}, "build_query.weigh: confidence wants scores"),
+        ({"pairs": {"path": "a", "margin_column": "m"}}, "build_query.pairs.margin_column: weighs by confidence"),
+    ],
+)
+def test_weights_want_something_to_weigh_by(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_mapping({"build_query": section})
+
+
+def test_queries_that_are_held_out_are_further_ones_where_there_are_enough(tmp_path: Path) -> None:
+    pairs = ({"prompt": f"p{i}", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(12))
+    options = BuildQuery(pairs=Pairs(path=write(tmp_path / "p.jsonl", *pairs)), max_positive=6, max_negative=6)
+    plain = choose_queries(options, 3)
+    used, held_out = choose_queries(replace(options, held_out=4), 3).hold_out(4, 3)
+    assert (used.positive, used.negative) == (plain.positive, plain.negative)
+    assert [each.row for each in held_out.positive] == [each.row for each in held_out.negative]
+    assert len(held_out.positive) == len(held_out.positive_scores) == len(held_out.negative_weights) == 4
+    assert {each.row for each in held_out.positive}.isdisjoint(each.row for each in used.positive)
+    few, rest = choose_queries(replace(options, held_out=10), 3).hold_out(10, 3)
+    assert (len(few.positive), len(rest.positive)) == (2, 10)
+    with pytest.raises(ValueError, match=r"build_query.held_out: 12 of 12 positive queries leave none"):
+        choose_queries(replace(options, held_out=12), 3).hold_out(12, 3)
 
 
 @pytest.mark.parametrize(
