@@ -176,9 +176,11 @@ def all_scores(scorings: Scorings, judged: Judged, options: argparse.Namespace) 
     smoothed = smooth_all(model, judged.blocks, scores)
     scores |= {"smoothed" if name == "exact" else f"{name}_smoothed": own.scores for name, own in smoothed.items()}
     cost = 1 + _smoothing_seconds(model, smoothed["exact"].smoother, judged) / scorings.seconds(_timed(judged))
-    probe = fit_query_probe(model, tokenizer, behaviour.positive, behaviour.negative, options=PROBE, seed=options.seed)
-    scores["probe"] = probe.score([block.tolist() for block in judged.blocks])
-    scores["smoothed_probe"] = _mean_rank(scores["smoothed"], scores["probe"])
+    if not options.no_probe:
+        sets = behaviour.positive, behaviour.negative
+        probe = fit_query_probe(model, tokenizer, *sets, options=PROBE, seed=options.seed)
+        scores["probe"] = probe.score([block.tolist() for block in judged.blocks])
+        scores["smoothed_probe"] = _mean_rank(scores["smoothed"], scores["probe"])
     if options.second_steps:
         second = replace(scorings, proxy=(_checkpoint(scorings, options), tokenizer), factors=scorings.factors_folder())
         scores["checkpoint"] = second.of(["exact"], judged.blocks)["exact"]
@@ -314,6 +316,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="of refinement; 0: none")
     parser.add_argument("--refine-blocks", type=int, default=16, help="of the factors' sample, for refinement")
     parser.add_argument("--second-steps", type=int, default=12, help="that make the second checkpoint; 0: no ensemble")
+    parser.add_argument("--no-probe", action="store_true", help="its regressions of every layer take minutes")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--sentences", type=int, default=1000)
@@ -326,7 +329,7 @@ def _options() -> argparse.Namespace:
     if options.small:
         vars(options).update(
             documents=40, queries=16, factor_tokens=600, steps=2, refine_blocks=2, second_steps=2, sentences=60,
-            smooth_documents=20,
+            smooth_documents=20, no_probe=True,
         )  # fmt: skip
     return options
 
