@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ifguide.influence.head_derivatives import CHUNK_VALUES
 from ifguide.influence.memory import USABLE, estimate_memory
 from ifguide.influence.method import chosen_method
 from ifguide.planning import flops
@@ -119,7 +120,9 @@ def _build_query(job: Job) -> StageEstimate:
         + config.refine_steps * refined * flops.gauss_newton(proxy, job.block)
     )
     weights = 4.0 * sum(out * inner for out, inner in proxy.linears)
-    activations = 4.0 * config.batch_tokens * (3 * proxy.vocabulary + 16 * proxy.layers * proxy.hidden)
+    kind = "cuda" if job.device(config.resources.gpus).device == "gpu" else "cpu"
+    logits = min(config.batch_tokens * proxy.vocabulary, max(CHUNK_VALUES[kind], proxy.vocabulary))
+    activations = 4.0 * (3 * logits + config.batch_tokens * 16 * proxy.layers * proxy.hidden)
     held = 8 if config.refine_steps else 2 + config.nulls
     return computed(
         job,
