@@ -12,6 +12,7 @@ The sides have one architecture (a GPT-NeoX of 64M parameters unless told otherw
 - `compiled`: a plain loop of the compiled model, clipping and fused AdamW.
 
 They take turns in one process, each first in its turn; a ratio is the median over rounds of the ratio within a round.
+`--process-time` counts the process' own time instead of the clock's, for a machine that others use: with one thread.
 Memory is the rise of the resident set's peak over a step (on a GPU, of the allocator's), in a process of its own for
 each side. `bench.common.step_profile` says what launches, bytes and waits are.
 
@@ -126,6 +127,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not counted")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--process-time", action="store_true", help="instead of the clock's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of `pretrain`, for our sides")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--small", action="store_true", help="toy sizes, one round: whether it runs")
@@ -133,6 +135,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.small:
         vars(options).update(SMALL)
+    if options.process_time and (options.device == "cuda" or options.threads > 1):
+        parser.error("--process-time: on a CPU with --threads 1 alone; threads that wait take time, too")
     if "mask" not in options.sides:
         parser.error("--sides: mask is what the others are set beside")
     return options
@@ -208,12 +212,13 @@ def take_turns(work: dict[str, Side], options: argparse.Namespace) -> dict[str, 
 
 
 def timed(side: Side, options: argparse.Namespace, steps: int = 1) -> float:
+    clock = time.process_time if options.process_time else time.perf_counter
     synchronize(options)
-    started = time.perf_counter()
+    started = clock()
     for _ in range(steps):
         side.step()
     synchronize(options)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def synchronize(options: argparse.Namespace) -> None:

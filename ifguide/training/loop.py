@@ -305,7 +305,9 @@ class TrainingLoop:
             heldout=heldout,
             training={**asdict(self.rise), **self.losses},
         )
-        write = self.engine.copied() if self.train.acceleration.background_checkpoints else None
+        wanted = self.train.acceleration.background_checkpoints
+        in_background = self.engine.device.type != "cpu" if wanted is None else wanted
+        write = self.engine.copied() if in_background else None
         if write is None:
             self._publish(made, self.engine.save)
         else:

@@ -48,6 +48,7 @@ class Killed(Exception):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     options = {"engine": "torch", "epochs": 1, "heldout_blocks": 8, "checkpoint_steps": 2, "weight_decay": 0.0}
+    options |= {"acceleration": {"background_checkpoints": True}}  # without is tests/stages/test_resume.py's
     return packed_run(tmp_path_factory.mktemp("packed"), options, architecture=ARCHITECTURE)
 
 

@@ -83,7 +83,7 @@ def test_what_a_background_checkpoint_raises_is_raised_by_the_training(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    made = loop("full", {}, checkpoint_steps=2, log_steps=1)
+    made = loop("full", {"background_checkpoints": True}, checkpoint_steps=2, log_steps=1)
     monkeypatch.setattr("ifguide.training.engines.torch.save", full)
     with pytest.raises(OSError, match=r"No space left|room"):
         made.run()
