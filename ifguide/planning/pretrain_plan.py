@@ -19,6 +19,7 @@ from ifguide.planning.models import target_shape
 from ifguide.planning.table import duration, size
 from ifguide.planning.training_memory import USABLE, TrainingMemory, training_memory
 from ifguide.shapes import ModelShape, require_positions
+from ifguide.training.adapters import adapter_parameters
 from ifguide.training.schedule import Schedule
 
 MOST_WORKERS = 4096
@@ -150,6 +151,8 @@ def describe(plan: PretrainPlan) -> list[str]:
     block_size, estimate = config.pack_corpus.block_size, plan.estimate
     name = "penalised" if train.use_mask else "baseline"
     start = f"from {train.init_from}" if train.init_from else "from scratch"
+    if train.lora is not None:
+        start += f", adapters of {adapter_parameters(plan.target.skeleton, train.lora):,} parameters alone"
     accumulation = train.batch_blocks // (train.workers * train.micro_batch_blocks)
     parts = ", ".join(
         f"{part} {size(getattr(memory, part))}"

@@ -117,6 +117,24 @@ def test_ranks_go_on_as_one_and_end_where_one_device_does(
         assert torch.allclose(value, expected[name], rtol=1e-2, atol=1e-3), name
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_in_bfloat16_adapters_are_exported_from_their_float32_masters(
+    stage: int, undisturbed: Settings, settings: Callable[..., Settings]
+) -> None:
+    """And the weights that they are merged into were never rounded."""
+    made = settings("rounded", engine="deepspeed", zero_stage=stage, dtype="bfloat16")
+    run_ranks(made, 1)
+    assert losses(made) == pytest.approx(losses(undisturbed), rel=0.02)
+    before = load_file(Path(str(made.train.init_from)) / "model.safetensors")
+    after, expected = weights(made), weights(undisturbed)
+    for name, value in after.items():
+        if torch.equal(expected[name], before[name]):
+            assert torch.equal(value, before[name]), name
+        else:
+            assert torch.allclose(value, expected[name], rtol=0.1, atol=0.02), name
+            assert not torch.equal(value, value.bfloat16().float()), name
+
+
 def test_a_map_that_the_model_lacks_is_refused_before_it_trains(run: Run) -> None:
     tree = to_mapping(run.config)
     tree["pretrain"]["lora"] = {**LORA, "targets": ["q_proj"]}

@@ -78,6 +78,18 @@ def test_dry_run_refuses_what_cannot_fit(capsys: pytest.CaptureFixture[str]) -> 
     assert "pretrain.zero_stage: " in capsys.readouterr().err
 
 
+def test_adapters_fit_where_all_weights_do_not() -> None:
+    """Of Pythia-12B's 11.8e9 parameters, 36 blocks of four maps, ranks of 16."""
+    changes = ["pretrain.init_from=EleutherAI/pythia-12b", "pretrain.activation_checkpointing=true"]
+    changes += ["pretrain.workers=1", "pretrain.micro_batch_blocks=1", "pretrain.zero_stage=0"]
+    whole = plan_pretrain(load_config(CONFIGS / "pythia12b.yaml", changes))
+    adapters = plan_pretrain(load_config(CONFIGS / "pythia12b.yaml", [*changes, "pretrain.lora={rank: 16}"]))
+    assert (whole.fits, adapters.fits) == (False, True)
+    width = 5120
+    count = 36 * 16 * ((width + 3 * width) + 2 * width + 2 * (width + 4 * width))
+    assert f"from EleutherAI/pythia-12b, adapters of {count:,} parameters alone" in describe(adapters)[0]
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "llama3", "gemma2", "gpt2", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_are_those_that_autograd_keeps_of_the_real_model(family: str, dtype: str) -> None:
