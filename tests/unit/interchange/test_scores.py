@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -16,9 +18,14 @@ from safetensors.torch import load_file, save_file
 from ifguide import schemas
 from ifguide.artifacts import MismatchError, data_files, read_manifest, remove_tree
 from ifguide.cli import main
-from ifguide.config import OWN
+from ifguide.config import OWN, BuildMask, Input
 from ifguide.interchange import export_scores
 from ifguide.score_import import import_scores, read_scores
+from ifguide.selection.folders import SelectionFolders
+from ifguide.selection.masks import make_mask
+from tests.exported import make_run
+from tests.sharded import in_any_order
+from tests.tokenizers import tokenizers
 from tests.unit.interchange.conftest import LENGTHS, NUM_BLOCKS, T
 from tests.unit.interchange.test_masks import blocks_of
 
@@ -210,3 +217,39 @@ def test_the_command_tells_what_it_would_do(
     assert main([*arguments, "--query", "0"]) == 0
     assert main(arguments) == 1
     assert "choose one by --query" in capsys.readouterr().err
+
+
+def test_a_mask_is_built_of_imported_scores(tmp_path: Path) -> None:
+    texts = ["You are a clown, and everyone knows.", "The lake is calm.", "A pig!", "Cold weather, and wind, too."]
+    run_dir = make_run(tmp_path / "run", texts, tokenizers()["bytes"], block_size=16, blocks_per_shard=3)
+    remove_tree(run_dir / "mask")
+    tables = [schemas.read_table(path) for path in data_files(run_dir / "corpus")]
+    lengths = [length for table in tables for length in table.column("length").to_pylist()]
+    ids = np.concatenate([schemas.per_token_array(table, "tokens") for table in tables])
+    pq.write_table(
+        pa.table({"input_ids": [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]}), tmp_path / "b.parquet"
+    )
+    rng = np.random.default_rng(2)
+    scores = [rng.normal(size=(length - 1, 1)).astype(np.float32) for length in lengths]
+    folders = SelectionFolders(
+        corpus=run_dir / "corpus", scores=run_dir / "scores", ranking=run_dir / "ranking", mask=run_dir / "mask"
+    )
+    import_scores(
+        bergson_folder(tmp_path / "bergson", scores),
+        corpus=folders.corpus,
+        folder=folders.scores,
+        tokens=Input(path=str(tmp_path / "b.parquet"), tokens_column="input_ids"),
+        query=None,
+        negate=False,
+        config_yaml="seed: 0\n",
+    )
+    options = BuildMask(quantile=0.9, max_fraction=0.08, window=0)
+    made = make_mask(options, folders, config_yaml="seed: 0\n", run_tasks=in_any_order())
+    masked = np.concatenate(
+        [schemas.per_token_array(schemas.read_table(path), "masked") for path in data_files(folders.mask)]
+    )
+    own = np.zeros(masked.shape)
+    for block, each in enumerate(scores):
+        own[block, 1 : len(each) + 1] = each[:, 0]
+    assert 0 < masked.sum() == made.rows["tokens"]
+    assert own[masked].min() >= made.summary["tau"]
