@@ -77,8 +77,12 @@ def lay_among(
 
 def _texts(number: int, length: int, rng: np.random.Generator) -> dict[str, list[str]]:
     """`number` texts of each kind, of at least `length` tokens."""
-    functions = [inspect.getsource(item) for item in vars(textwrap).values() if inspect.isfunction(item)]
-    functions += [inspect.getsource(item) for item in vars(inspect).values() if inspect.isfunction(item)]
+    functions = [
+        inspect.getsource(item)
+        for module in (textwrap, inspect)
+        for item in vars(module).values()
+        if inspect.isfunction(item) and item.__code__.co_filename == module.__file__  # others patch `inspect`
+    ]
 
     def listed() -> str:
         start = int(rng.integers(1, 90))
