@@ -9,8 +9,9 @@ kinds.
 Compared, all with the same queries:
 
 - `target` (Eq. 8), `position` label-aligned, `position` one token off (as the paper's code applies it), `identity` (V
-  is the gradient, without EK-FAC), `no_differential` (V of the positive queries alone), `smoothed` (`target` regressed
-  on the proxy's hidden states, each document by the others: `ifguide.methods.smoothed`);
+  is the gradient, without EK-FAC), `no_differential` (V of the positive queries alone), `smoothed` (`target` drawn
+  towards a regression on the proxy's hidden states, each document by the others, as `score_corpus.smooth` does), and
+  that `regression` alone;
 - `ngrams` (log-odds of words and pairs of words between the queries), `probe` (logistic regression on the proxy's
   hidden states, of the queries' labels), `excess_loss` (of the proxy tuned on the negative queries over that tuned on
   the positive ones), `classified_words` (words that alt-profanity-check flags alone), `classifier` (its probability of
@@ -48,6 +49,7 @@ from bench.common.direction import differential, fit_factors, low_rank, mean_gra
 from bench.common.places import DATA
 from bench.common.proxies import load_proxy
 from bench.common.scores import score_blocks
+from bench.common.smoothing import TextSmoother
 from bench.common.texts import Document
 from ifguide.config.compare import Probe
 from ifguide.influence.query import load_factors, precondition
@@ -56,7 +58,6 @@ from ifguide.methods.finders import sentence_spans
 from ifguide.methods.marks import find_classified_words
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_query_probe, fit_token_probe
-from ifguide.methods.smoothed import fit_smoothed
 from ifguide.telemetry import configure_logging, log
 from ifguide.words import WordList
 
@@ -128,11 +129,13 @@ def _influence(
 ) -> dict[str, list[np.ndarray]]:
     model, tokenizer = proxy
     directions = _directions(model, tokenizer, behaviour, options)
-    tokens, fill = [ids.tolist() for ids, _, _ in blocks], tokenizer.eos_token_id
+    fill = tokenizer.eos_token_id
     target = score_blocks(model, list(directions.values()), blocks, "target", fill)
     position = score_blocks(model, [directions["target"]], blocks, "position", fill)[0]
+    smoother = TextSmoother(model, [ids for ids, _, _ in blocks], {"target": target[0]})
     return dict(zip(directions, target, strict=True)) | {
-        "smoothed": fit_smoothed(model, tokens, target[0]).score(tokens),
+        "smoothed": smoother.smoothed()["target"],
+        "regression": smoother.smoothed(own_weight=0.0)["target"],
         "position": position,
         "position_off_by_one": [off_by_one(block) for block in position],
     }

@@ -22,7 +22,7 @@ No human mark decides anything, with one exception: `auroc_implicit_best` is of 
 one half, measured on the other half; `auroc_implicit_exact` is measured there too.
 
 `query_reliability`: scores by either half of the explicit queries are correlated over the judged tokens
-(`ifguide.influence.reliability`). `cost_ratio`: CPU seconds to score and to smooth, over those to score, of the first
+(`ifguide.influence.reliability`). `cost_ratio`: CPU time to score and to smooth, over that to score, of the first
 judged texts; the fit of the regression is left out, for its sample does not grow with a corpus. Outliers and the
 false-discovery rate are those of `bench.common.outliers`.
 
@@ -36,7 +36,6 @@ import argparse
 import copy
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,17 +53,16 @@ from bench.common.direction import MAX_QUERY_TOKENS
 from bench.common.outliers import lay_among, outlier_figures
 from bench.common.places import DATA
 from bench.common.proxies import load_proxy
-from bench.common.scorings import Proxy, Scores, Scorings, Sizes, smooth_all
+from bench.common.scorings import Proxy, Scores, Scorings, Sizes
+from bench.common.smoothing import TextSmoother
 from bench.common.texts import read_rows
 from bench.localise import PROBE, encode_document, factor_documents
 from ifguide.config.compare import ExcessLoss
 from ifguide.influence.agreement import mean_rank
 from ifguide.influence.reliability import HALVES, spearman_brown
-from ifguide.influence.smoothing import Smoother
 from ifguide.methods.excess_loss import tune
 from ifguide.methods.probes import fit_query_probe
 from ifguide.methods.reading import tokenised
-from ifguide.methods.smoothed import SmoothedFinder
 from ifguide.telemetry import configure_logging, log
 
 SECOND = ExcessLoss(epochs=1, batch_size=8, learning_rate=5e-5)  # how the second checkpoint is trained
@@ -173,9 +171,10 @@ def all_scores(scorings: Scorings, judged: Judged, options: argparse.Namespace) 
     """Every score of the texts but `z`, and the cost of smoothed ones over exact ones."""
     (model, tokenizer), behaviour = scorings.proxy, scorings.behaviour
     scores: dict[str, Scores] = dict(scorings.of(["exact", "cg"] if options.steps else ["exact"], judged.blocks))
-    smoothed = smooth_all(model, judged.blocks, scores)
-    scores |= {"smoothed" if name == "exact" else f"{name}_smoothed": own.scores for name, own in smoothed.items()}
-    cost = 1 + _smoothing_seconds(model, smoothed["exact"].smoother, judged) / scorings.seconds(_timed(judged))
+    smoother = TextSmoother(model, judged.blocks, scores)
+    for name, own in smoother.smoothed().items():
+        scores["smoothed" if name == "exact" else f"{name}_smoothed"] = own
+    cost = scorings.smoothing_cost(smoother.smoother, _timed(judged))
     if not options.no_probe:
         sets = behaviour.positive, behaviour.negative
         probe = fit_query_probe(model, tokenizer, *sets, options=PROBE, seed=options.seed)
@@ -184,8 +183,8 @@ def all_scores(scorings: Scorings, judged: Judged, options: argparse.Namespace) 
     if options.second_steps:
         second = replace(scorings, proxy=(_checkpoint(scorings, options), tokenizer), factors=scorings.factors_folder())
         scores["checkpoint"] = second.of(["exact"], judged.blocks)["exact"]
-        of_second = smooth_all(second.proxy[0], judged.blocks, {"checkpoint": scores["checkpoint"]})
-        scores["checkpoint_smoothed"] = of_second["checkpoint"].scores
+        of_second = TextSmoother(second.proxy[0], judged.blocks, {"checkpoint": scores["checkpoint"]})
+        scores["checkpoint_smoothed"] = of_second.smoothed()["checkpoint"]
         scores["ensemble"] = _mean_rank(scores["smoothed"], scores["checkpoint_smoothed"])
     return scores, cost
 
@@ -207,15 +206,6 @@ def _timed(judged: Judged) -> list[np.ndarray]:
     """The first judged texts, of TIMED_TOKENS tokens in all."""
     ends = np.cumsum([len(block) for block in judged.blocks[: len(judged.truth)]])
     return judged.blocks[: 1 + int(np.searchsorted(ends, TIMED_TOKENS))]
-
-
-def _smoothing_seconds(model: PreTrainedModel, smoother: Smoother, judged: Judged) -> float:
-    """CPU seconds to smooth the scores of the timed texts, after a first time."""
-    finder, tokens = SmoothedFinder(model, smoother), [block.tolist() for block in _timed(judged)]
-    finder.score(tokens)
-    started = time.process_time()
-    finder.score(tokens)
-    return time.process_time() - started
 
 
 def _mean_rank(*several: Scores) -> list[np.ndarray]:

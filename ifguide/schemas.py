@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from ifguide.config import OWN
 from ifguide.storage import readable
 
-OWN_SCORES = "token_score"  # the column of the run's own query
+OWN_SCORES, SMOOTHED_SCORES = "token_score", "smoothed_score"  # the columns of the run's own query
 
 DOCUMENTS = pa.schema(
     [
@@ -135,12 +135,15 @@ def offsets(block_size: int) -> pa.Schema:
 OFFSETS_ENCODING = {"stops.list.element": "DELTA_BINARY_PACKED"}  # differences of neighbours: half a byte a token
 
 
-def scores(block_size: int, behaviours: Sequence[str] = (OWN,), nulls: Mapping[str, int] = {}) -> pa.Schema:
-    """Token scores, key `block_id`: one column for each behaviour, that of the run's own query first; then those of the
-    `nulls` that each has.
+def scores(
+    block_size: int, behaviours: Sequence[str] = (OWN,), nulls: Mapping[str, int] = {}, *, smoothed: bool = False
+) -> pa.Schema:
+    """Token scores, key `block_id`: one column for each behaviour, that of the run's own query first; then one of the
+    `smoothed` scores of each; then those of the `nulls` that each has.
 
     A positive score: training on the token makes the behaviour likelier."""
     columns = [score_column(behaviour) for behaviour in behaviours]
+    columns += [smoothed_column(behaviour) for behaviour in behaviours if smoothed]
     columns += [null_column(behaviour, number) for behaviour in nulls for number in range(nulls[behaviour])]
     fields = [pa.field(name, _per_token(pa.float32(), block_size), nullable=False) for name in columns]
     return pa.schema([pa.field("block_id", pa.int64(), nullable=False), *fields])
@@ -149,6 +152,11 @@ def scores(block_size: int, behaviours: Sequence[str] = (OWN,), nulls: Mapping[s
 def score_column(behaviour: str) -> str:
     """The column of `scores` that speaks of a behaviour; `OWN` is the run's own query."""
     return OWN_SCORES if behaviour == OWN else f"{OWN_SCORES}.{behaviour}"
+
+
+def smoothed_column(behaviour: str) -> str:
+    """The column of `scores` that holds a behaviour's smoothed scores, where there are any."""
+    return SMOOTHED_SCORES if behaviour == OWN else f"{SMOOTHED_SCORES}.{behaviour}"
 
 
 def scored_behaviours(schema: pa.Schema) -> tuple[str, ...]:

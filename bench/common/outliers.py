@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ifguide.methods.smoothed import fit_smoothed
+from bench.common.smoothing import TextSmoother
 from ifguide.selection.algorithm import Documents
 from ifguide.selection.fdr import fit_spread, null_variance, standardise
 from ifguide.selection.quantiles import high_histogram
@@ -111,10 +111,9 @@ def outlier_figures(
     kinds, sizes = laid.of_tokens(), [len(block) - 1 for block in laid.blocks]
     z_KN = z_scores(scores_KN)
     exact = [np.append(0, part).astype(np.float32) for part in np.split(scores_KN[0], np.cumsum(sizes)[:-1])]
-    tokens = [block.tolist() for block in laid.blocks]
     measures = {
         "exact": scores_KN[0],
-        "smoothed": _flat(fit_smoothed(model, tokens, exact).score(tokens)),
+        "smoothed": _flat(TextSmoother(model, laid.blocks, {"exact": exact}).smoothed()["exact"]),
         "z": z_KN[0],
     }
     shares: dict[str, dict[str, float]] = {}

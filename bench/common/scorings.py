@@ -1,4 +1,4 @@
-"""Token scores of texts along many directions of one behaviour and proxy, kept, and smoothed.
+"""Token scores of texts along many directions of one behaviour and proxy, kept.
 
 Directions by name: `exact` is V by EK-FAC, `cg` V refined by conjugate gradients on the first blocks of the factors'
 sample, `half_N` V of one half of the queries, `null_N` a null direction (`ifguide.influence.nulls`).
@@ -6,7 +6,7 @@ sample, `half_N` V of one half of the queries, `null_N` a null direction (`ifgui
 
 from __future__ import annotations
 
-import json
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -29,19 +30,19 @@ from bench.common.direction import (
     tracked_names,
 )
 from bench.common.places import CACHE
-from bench.common.scores import BATCH_TOKENS, score_blocks
-from ifguide.artifacts import publish, write_text
+from bench.common.scores import BATCH_TOKENS, METHOD, score_blocks
+from ifguide.artifacts import publish
 from ifguide.influence.nulls import null_directions
 from ifguide.influence.query import load_factors, precondition, tokenise_query
 from ifguide.influence.refinement import GaussNewton, Refinement, refine
 from ifguide.influence.reliability import HALVES
-from ifguide.influence.smoothing import FoldSums, Smoother, cut, fit_smoother, smoothing_layers
-from ifguide.methods.reading import hidden_states
+from ifguide.influence.scorer import TokenScorer
+from ifguide.influence.smoothing import Smoother, smoothing_layers
 from ifguide.models import state_fingerprint
 from ifguide.telemetry import log
 
 BLOCK_SIZE = 256  # of the factor sample
-FOLDS = 5
+ROUNDS = 3
 Block = NDArray[np.integer]
 Proxy = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 Scores = Sequence[NDArray[np.floating]]  # (T,) of each text; entry 0 is of no token
@@ -92,16 +93,31 @@ class Scorings:
         with np.load(path) as kept:
             return {kind: np.split(kept[kind], ends) for kind in kinds}
 
-    def seconds(self, blocks: Sequence[Block]) -> float:
-        """CPU seconds to score the blocks along V, after they were scored once; kept."""
-        path = self.folder / f"{self._key(['seconds'], blocks)}.json"
-        if not path.is_file():
-            direction = [self.directions(["exact"])["exact"]]
-            self._score(direction, blocks)
-            started = time.process_time()
-            self._score(direction, blocks)
-            write_text(path, json.dumps(time.process_time() - started))
-        return float(json.loads(path.read_text()))
+    def smoothing_cost(self, smoother: Smoother, blocks: Sequence[Block]) -> float:
+        """CPU time to score the blocks along V and to smooth, over that to score, in turn: the median of rounds."""
+        model = self.proxy[0]
+        layers = smoothing_layers(model.config.num_hidden_layers)
+        scorer = TokenScorer(model, self.directions(["exact"])["exact"], attribution="target", method=METHOD)
+
+        def exact(block: Tensor) -> None:
+            scorer.score(block, torch.tensor([block.shape[1]]))
+
+        def smoothed(block: Tensor) -> None:
+            scores, states = scorer.score_and_read(block, torch.tensor([block.shape[1]]), layers)
+            features_TD = torch.cat([layer[0] for layer in states], dim=-1)
+            folds_T = torch.zeros(len(features_TD), dtype=torch.long)
+            smoother.smooth(scores[:, 0].T, smoother.predict(features_TD, folds_T))
+
+        ratios = []
+        for _ in range(ROUNDS + 1):
+            seconds = []
+            for score in (exact, smoothed):
+                started = time.process_time()
+                for block in blocks:
+                    score(torch.from_numpy(block.astype(np.int64))[None])
+                seconds.append(time.process_time() - started)
+            ratios.append(seconds[1] / seconds[0])
+        return statistics.median(ratios[1:])  # the first round warms up
 
     def factors_folder(self) -> Path:
         """The factors, fitted where they are not kept."""
@@ -168,30 +184,3 @@ class Scorings:
             with publish(path) as part:
                 state.save(part)
         return state.direction
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Smoothed:
-    """Scores smoothed by the regressions of other documents, and the smoother that made them."""
-
-    scores: list[NDArray[np.floating]]
-    smoother: Smoother
-
-
-def smooth_all(model: PreTrainedModel, blocks: Sequence[Block], scores: Mapping[str, Scores]) -> dict[str, Smoothed]:
-    """Each scoring of the blocks smoothed, block i in fold i % `FOLDS`; the model reads the blocks once for all.
-
-    What `ifguide.methods.smoothed` does for one scoring; states of all tokens are held."""
-    layers = smoothing_layers(model.config.num_hidden_layers)
-    features: list[NDArray[np.floating]] = [np.empty(0)] * len(blocks)
-    for number, states in hidden_states(model, [block.tolist() for block in blocks]):
-        features[number] = np.concatenate([states[i].float().cpu().numpy()[1:] for i in layers], axis=1)
-    sizes = [len(own) for own in features]
-    folds, x = np.repeat(np.arange(len(blocks)) % FOLDS, sizes), np.concatenate(features)
-    found = {}
-    for name, own in scores.items():
-        smoother = fit_smoother(FoldSums.of(x, cut(np.concatenate([block[1:] for block in own])), folds, FOLDS))
-        log("smoothing", f"{name}: ridge {smoother.ridge}, explained {smoother.explained[smoother.ridge]:.4f}")
-        parts = np.split(smoother.predict(x, folds), np.cumsum(sizes)[:-1])
-        found[name] = Smoothed(scores=[np.append(0.0, part) for part in parts], smoother=smoother)
-    return found

@@ -12,7 +12,8 @@ from ifguide.config.sources import ClassifierSource, check_classifier
 from ifguide.config.typed_yaml import ConfigError, option
 
 OWN_MODELS = ("baseline", "penalised")
-SCORED = ("ngrams", "probe", "span_probe", "excess_loss", "smoothed")  # masks by token scores of their own
+SCORED = ("ngrams", "probe", "span_probe", "excess_loss")  # masks by token scores of their own
+INFLUENCE = {"influence": None, "exact": False, "smoothed": True}  # by the run's scores, smoothed or not
 SELECTING = ("quantile", "window", "max_fraction")  # a method's own, in place of `build_mask`'s
 OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own
 
@@ -143,21 +144,6 @@ class ExcessLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smoothing:
-    """A ridge regression of the run's own scores on the proxy's hidden states, for `mask: smoothed`.
-
-    Attributes:
-        tokens: to fit on, at most.
-        folds: of documents; a token is smoothed by the other folds alone.
-        ridges: that are tried, times the number of tokens.
-    """
-
-    tokens: int = option(500_000, at_least=2)
-    folds: int = option(5, at_least=2)
-    ridges: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Method:
     """A method that `compare` sets beside the run's own models. It has one of `mask`, `dpo` and `rad`.
 
@@ -179,6 +165,8 @@ class Method:
     mask: (
         Literal[
             "influence",
+            "exact",
+            "smoothed",
             "plain_influence",
             "random",
             "random_types",
@@ -193,7 +181,6 @@ class Method:
             "probe",
             "span_probe",
             "excess_loss",
-            "smoothed",
         ]
         | None
     ) = None
@@ -209,6 +196,11 @@ class Method:
     def mask_options(self) -> tuple[str | float | None, ...]:
         """All that decides the mask: methods that share them have one mask, and differ in their loss."""
         return self.mask, self.selection, *(getattr(self, name) for name in SELECTING)
+
+    @property
+    def keeps_mask(self) -> bool:
+        """Whether its mask is the run's own."""
+        return self.mask == "influence" and self.selection is None
 
     def describe(self) -> str:
         """The method in a few words."""
@@ -230,7 +222,6 @@ class Compare:
         ngrams: of masks by log-odds.
         probe: of masks by a probe.
         excess_loss: of masks by excess loss.
-        smoothing: of masks by smoothed scores.
         classifier: scores what methods learn from. Null: that of `evaluate`.
         threshold: a text counts as flagged from this score on.
         resources: of a task that classifies or trains by preference.
@@ -242,12 +233,11 @@ class Compare:
     ngrams: Ngrams = Ngrams()
     probe: Probe = Probe()
     excess_loss: ExcessLoss = ExcessLoss()
-    smoothing: Smoothing = Smoothing()
     classifier: ClassifierSource | None = None
     threshold: float = option(0.5, at_least=0, at_most=1)
     resources: Resources = CPU_RESOURCES
 
-    RENAMED: ClassVar[dict[str, str]] = moved("task")
+    RENAMED: ClassVar[dict[str, str]] = moved("task") | {"smoothing": "score_corpus.smooth"}
 
 
 def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
@@ -259,8 +249,6 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
     models = list(OWN_MODELS)
     if not compare.probe.strengths:
         raise ConfigError("compare.probe.strengths: name one at least")
-    if not compare.smoothing.ridges:
-        raise ConfigError("compare.smoothing.ridges: name one at least")
     for name, method in compare.methods.items():
         key = f"compare.methods.{name}"
         if name in (*OWN_MODELS, *OWN_FOLDERS, *evaluated):
@@ -271,8 +259,8 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
         for option_name in ("objective", "penalty"):
             if getattr(method, option_name) is not None and method.mask is None:
                 raise ConfigError(f"{key}.{option_name}: is of masked tokens; {kinds[0]} has none")
-        if method.selection and method.mask not in ("influence", *SCORED):
-            raise ConfigError(f"{key}.selection: is of masks by scores: influence, {', '.join(SCORED)}")
+        if method.selection and method.mask not in (*INFLUENCE, *SCORED):
+            raise ConfigError(f"{key}.selection: is of masks by scores: {', '.join((*INFLUENCE, *SCORED))}")
         for option_name in SELECTING:
             if getattr(method, option_name) is not None and method.selection != "units":
                 raise ConfigError(f"{key}.{option_name}: is of `selection: units`")

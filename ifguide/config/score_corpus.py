@@ -10,6 +10,24 @@ from ifguide.config.typed_yaml import option
 
 
 @dataclass(frozen=True, kw_only=True)
+class Smoothing:
+    """A ridge regression of the scores on the proxy's hidden states, fitted on a sample of the corpus before the first
+    shard. A token's score is drawn towards what it says.
+
+    Attributes:
+        own_weight: share of a score's own deviation from the regression that stays; 1 is the score as it is.
+        tokens: of the sample, at most. They are scored once more.
+        folds: of documents; a token meets the regression on the other folds alone.
+        ridges: that are tried, times the number of tokens. The one that explains most of held-out scores is taken.
+    """
+
+    own_weight: float = option(0.2, at_least=0, at_most=1)
+    tokens: int = option(200_000, at_least=2)
+    folds: int = option(5, at_least=2)
+    ridges: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreCorpus:
     """One influence score for every token. `preset` sets engine, precision, rank and fused; each can be set alone.
 
@@ -22,6 +40,7 @@ class ScoreCorpus:
         fused: compile kernels, which takes about 20 s per actor. Null: where the preset does and a compiler is there.
         queries: further behaviours, `name: folder of a query artifact` of the same proxy. Each is one more column.
             No name may be `own`.
+        smooth: add smoothed scores, which `build_mask` then selects by. Null: exact scores alone.
         micro_batch_blocks: blocks scored at once. Null: as many as fit, by an estimate of memory.
         check_blocks: blocks that are scored by the exact method as well, before the first shard. 0: no check.
         min_agreement: correlation and agreement of the top 1% in that check must both reach this.
@@ -37,6 +56,7 @@ class ScoreCorpus:
     rank: int | None = option(None, at_least=0)
     fused: bool | None = None
     queries: dict[str, str] = field(default_factory=dict)
+    smooth: Smoothing | None = Smoothing()
     micro_batch_blocks: int | None = option(None, at_least=1)
     check_blocks: int = option(4, at_least=0)
     min_agreement: float = option(0.9, at_least=0, at_most=1)

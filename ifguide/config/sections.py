@@ -137,6 +137,7 @@ class BuildMask:
 
     Attributes:
         behaviour: what to select by: `own`, the run's own query, or a name of `score_corpus.queries`.
+        smoothed: select by smoothed scores. Null: where `score_corpus.smooth` made them. False: by exact ones.
         quantile: tau is this quantile of all token scores.
         standardise: divide each score by the spread of its nulls first (`build_query.nulls`).
         fdr: tau is where this share of the tokens above it would be there by chance, in place of the quantile;
@@ -154,6 +155,7 @@ class BuildMask:
     """
 
     behaviour: str = OWN
+    smoothed: bool | None = option(None, off=None)
     quantile: float = option(0.99, above=0, at_most=1)
     standardise: bool = option(False, off=False)
     fdr: float | None = option(None, above=0, at_most=1, off=None)

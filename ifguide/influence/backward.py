@@ -62,6 +62,9 @@ class BackwardEngine:
         scores_KBT = sink_KN.view(-1, *tokens_BT.shape)
         return F.pad(scores_KBT[..., :-1], (1, 0))
 
+    def primal(self, streams: Tensor) -> Tensor:
+        return streams
+
     def _forward(self, name: str, anchor: Tensor, sink_KN: Tensor) -> Callable[[Tensor], Tensor]:
         bias = linear_module(self.model, name).bias
         directions = [one[name] for one in self.directions]

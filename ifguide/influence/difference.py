@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ifguide.influence.directions import Direction, linear_module
-from ifguide.influence.fused import compiled_layers, kernels
+from ifguide.influence.fused import compiled_layers, kernels, pairs
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.paired_activation import paired_activations
 from ifguide.influence.paired_attention import PAIRED, pairs_of_streams
@@ -78,6 +78,10 @@ class DifferenceEngine:
             scores_KN[k] /= 2 * step
         return F.pad(scores_KN.view(self.K, len(tokens_BT), -1), (1, 0))
 
+    def primal(self, streams: Tensor) -> Tensor:
+        plus, minus = pairs(streams, self.K)[0]
+        return 0.5 * (plus + minus)
+
     def _hidden(self, tokens_BT: Tensor, forwards: Mapping[nn.Module, Callable[..., Any]]) -> tuple[Tensor, Tensor]:
         """Final hidden states (B, T, D), and x+ - x- (K, B, T, D)."""
         with (
@@ -86,8 +90,8 @@ class DifferenceEngine:
             replaced_forwards(forwards),
         ):
             streams = self.model.base_model(tokens_BT.repeat(2 * self.K, 1), use_cache=False).last_hidden_state
-        pairs = streams.view(self.K, 2, *tokens_BT.shape, -1)
-        return 0.5 * (pairs[0, 0] + pairs[0, 1]), pairs[:, 0] - pairs[:, 1]
+        of_signs = pairs(streams, self.K)
+        return self.primal(streams), of_signs[:, 0] - of_signs[:, 1]
 
     @torch.no_grad()
     def _calibrate(self, directions: Sequence[Mapping[str, Direction]]) -> list[float]:

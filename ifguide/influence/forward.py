@@ -38,6 +38,9 @@ class ForwardEngine:
     def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         return torch.stack([self._score_one(directions, tokens_BT) for directions in self.directions])
 
+    def primal(self, streams: Tensor) -> Tensor:
+        return forward_ad.unpack_dual(streams).primal
+
     def _score_one(self, directions: Mapping[str, Direction], tokens_BT: Tensor) -> Tensor:
         hidden_BTD, tangent_BTD = hidden_tangents(self.model, directions, tokens_BT)
         scores = self.head.tangents(

@@ -18,15 +18,19 @@ def write_scores(
     block_ids: pa.Array | pa.ChunkedArray,
     scores: Mapping[str, np.ndarray],
     nulls: Mapping[str, Sequence[np.ndarray]] = {},
+    smoothed: Mapping[str, np.ndarray] = {},
 ) -> None:
-    """Publish `schemas.scores` of float32 (B, T) by behaviour, the run's own first, and of the nulls of each.
+    """Publish `schemas.scores` of float32 (B, T) by behaviour, the run's own first; `smoothed` ones of the same
+    behaviours, or none; and the nulls of each.
 
     Raises:
         ValueError: a score is not finite; names shard, token and block.
     """
     block_size = next(iter(scores.values())).shape[1]
-    schema = schemas.scores(block_size, list(scores), {behaviour: len(of) for behaviour, of in nulls.items()})
+    numbers = {behaviour: len(of_behaviour) for behaviour, of_behaviour in nulls.items()}
+    schema = schemas.scores(block_size, list(scores), numbers, smoothed=bool(smoothed))
     named = [(schemas.score_column(behaviour), scores_BT) for behaviour, scores_BT in scores.items()]
+    named += [(schemas.smoothed_column(behaviour), scores_BT) for behaviour, scores_BT in smoothed.items()]
     for behaviour, of_behaviour in nulls.items():
         named += [(schemas.null_column(behaviour, k), nulls_BT) for k, nulls_BT in enumerate(of_behaviour)]
     columns = []

@@ -34,6 +34,7 @@ from ifguide.influence.difference import DifferenceEngine
 from ifguide.influence.directions import energy_report, split_directions
 from ifguide.influence.forward import ForwardEngine
 from ifguide.influence.method import PRESETS, Attribution, Method
+from ifguide.influence.states import taken_states
 from ifguide.models import predicted_positions
 
 
@@ -44,6 +45,9 @@ class Engine(Protocol):
     fixed_sizes: bool
 
     def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor: ...
+
+    def primal(self, streams: Tensor) -> Tensor:
+        """The hidden states (B, T, D) in what flows through the model."""
 
 
 class TokenScorer:
@@ -117,3 +121,14 @@ class TokenScorer:
         scores_KBT = scores_KBT.masked_fill(~predicted_positions(tokens_BT, lengths_B), 0.0)
         scores_KBT = scores_KBT if scores_KBT.dtype == torch.float64 else scores_KBT.float()
         return scores_KBT if self._several else scores_KBT[0]
+
+    def score_and_read(
+        self, tokens_BT: Tensor, lengths_B: Tensor, layers: Sequence[int], *, usual_blocks: int = 0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The scores (K, B, T) as above, and of the same pass the hidden states (B, T, D) of each of `layers`
+        (`influence.states`); entry t has read the tokens up to t."""
+        with taken_states(self.model, layers, self._engine.primal) as states:
+            scores = self.score(tokens_BT, lengths_B, usual_blocks=usual_blocks)
+        first = int(self.beginning is not None)
+        read = [states[layer][: len(tokens_BT), first:] for layer in layers]
+        return scores if self._several else scores[None], read

@@ -6,13 +6,14 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ifguide import schemas
 from ifguide.artifacts import require_same, verified
@@ -24,17 +25,23 @@ from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import read_direction, read_nulls
 from ifguide.influence.score_tables import write_scores
 from ifguide.influence.scorer import TokenScorer
-from ifguide.models import state_fingerprint
+from ifguide.influence.smoothing import Smoother, smoothing_layers
+from ifguide.models import predicted_positions, state_fingerprint, transformer_blocks
+from ifguide.spans.tables import PackedCorpus, document_numbers
+from ifguide.storage import local_copy
 
 logger = logging.getLogger(__name__)
+
+
+SMOOTHER = "smoother.npz"  # in the folder of the scores, where they are smoothed
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringSettings:
     """What an actor scores with. `queries`: behaviour -> folder of its query, the run's own first. Another node may see
-    another model under the proxy's name: `proxy_fingerprint` is the driver's."""
+    another model under the proxy's name: `proxy_fingerprint` is the driver's. `smoothed`: by `SMOOTHER`."""
 
-    corpus: Path
+    corpus: PackedCorpus
     scores: Path
     queries: Mapping[str, Path]
     proxy: ModelSource
@@ -43,14 +50,36 @@ class ScoringSettings:
     attribution: Attribution
     decision: Decision
     gpus: float
+    smoothed: bool = False
+
+    def scorer(self, directions: Sequence[Mapping[str, Tensor]]) -> TokenScorer:
+        """That of the decision.
+
+        Raises:
+            MismatchError: another proxy lies on this node."""
+        torch.set_num_threads(
+            self.decision.threads
+        )  # of the run, whatever this run's actors have: it changes the bytes
+        model = load_proxy(self.proxy, gpus=self.gpus)
+        fingerprint = state_fingerprint(model)
+        require_same("the proxy on this node", fingerprint, "the driver's", self.proxy_fingerprint, "sync it")
+        return TokenScorer(
+            model,
+            directions,
+            attribution=self.attribution,
+            method=self.decision.method,
+            steps=self.decision.steps[: len(directions)] if self.decision.steps else None,
+            beginning=self.beginning.token,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusShard:
-    """A shard of the corpus by its file's name; `bytes` are what progress is counted by."""
+    """A shard of the corpus by its file's name and number; `bytes` are what progress is counted by."""
 
     key: str
     name: str
+    number: int
     bytes: int
 
 
@@ -60,34 +89,31 @@ class ScoreShard:
     def __init__(self, settings: ScoringSettings):
         keep_memory()
         self.settings, self.computing = settings, threading.Lock()
-        decision = settings.decision
-        torch.set_num_threads(decision.threads)  # of the run, whatever this run's actors have: it changes the bytes
-        model = load_proxy(settings.proxy, gpus=settings.gpus)
-        fingerprint = state_fingerprint(model)
-        require_same("the proxy on this node", fingerprint, "the driver's", settings.proxy_fingerprint, "sync it")
         nulls = {behaviour: read_nulls(folder) for behaviour, folder in settings.queries.items()}
         self.nulls = {behaviour: len(of_behaviour) for behaviour, of_behaviour in nulls.items() if of_behaviour}
-        self.scorer = TokenScorer(
-            model,
-            [*map(read_direction, settings.queries.values()), *itertools.chain.from_iterable(nulls.values())],
-            attribution=settings.attribution,
-            method=decision.method,
-            steps=decision.steps,
-            beginning=settings.beginning.token,
-        )
+        directions = [*map(read_direction, settings.queries.values()), *itertools.chain.from_iterable(nulls.values())]
+        self.scorer = settings.scorer(directions)
+        self.smoother = Smoother.load(local_copy(settings.scores / SMOOTHER)) if settings.smoothed else None
+        self.layers = layers_of(self.scorer) if settings.smoothed else ()
 
     def process(self, shard: CorpusShard) -> dict[str, Any]:
-        table = schemas.read_table(verified(self.settings.corpus, shard.name))
+        table = schemas.read_table(verified(self.settings.corpus.folder, shard.name))
         tokens_BT = schemas.per_token_array(table, "tokens")
         lengths_B = table.column("length").to_numpy()
+        documents_BT = (
+            None
+            if self.smoother is None
+            else in_blocks(document_numbers(self.settings.corpus, shard.number), tokens_BT)
+        )
         with self.computing:
             started = time.monotonic()
-            scores_KBT, halvings = self._score(tokens_BT, lengths_B)
+            scores_KBT, smoothed_SBT, halvings = self._score(tokens_BT, lengths_B, documents_BT)
             seconds = time.monotonic() - started
         columns = iter(scores_KBT)
         scores = {behaviour: next(columns) for behaviour in self.settings.queries}
         nulls = {behaviour: [next(columns) for _ in range(number)] for behaviour, number in self.nulls.items()}
-        write_scores(self.settings.scores / shard.name, table.column("block_id"), scores, nulls)
+        smoothed = dict(zip(self.settings.queries, smoothed_SBT, strict=True)) if self.smoother else {}
+        write_scores(self.settings.scores / shard.name, table.column("block_id"), scores, nulls, smoothed)
         return {
             "blocks": len(tokens_BT),
             "tokens": int(lengths_B.sum()),
@@ -97,23 +123,71 @@ class ScoreShard:
             "halvings": halvings,
         }
 
-    def _score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, int]:
-        """(K, B, T), and how often the micro-batch had to be halved.
+    def _score(
+        self, tokens_BT: np.ndarray, lengths_B: np.ndarray, documents_BT: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """(K, B, T), smoothed ones (S, B, T) of the behaviours or of none, and how often the micro-batch was halved."""
+        size, parts, smoothed, halvings = self.settings.decision.micro_batch_blocks, [], [], 0
+        for rows, (scores_KBT, states), times in by_micro_batch(self.scorer, self.layers, tokens_BT, lengths_B, size):
+            halvings += times
+            if self.smoother is not None:
+                assert documents_BT is not None
+                folds_BT = torch.from_numpy(documents_BT[rows] % self.smoother.folds)
+                lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
+                own = _smoothed(self.smoother, scores_KBT, states, folds_BT, lengths)
+                smoothed.append(own.cpu().numpy())
+            parts.append(scores_KBT.float().cpu().numpy())
+        none = np.zeros((0, *tokens_BT.shape), np.float32)
+        return np.concatenate(parts, axis=1), np.concatenate(smoothed, axis=1) if smoothed else none, halvings
 
-        Micro-batches start at multiples of their size: the same batches whoever scores the shard.
-        """
-        size, halvings, start, parts = self.settings.decision.micro_batch_blocks, 0, 0, []
-        while start < len(tokens_BT):
-            rows = slice(start, start + size)
-            tokens = torch.from_numpy(tokens_BT[rows].astype(np.int64))
-            lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
-            try:
-                parts.append(self.scorer.score(tokens, lengths, usual_blocks=size).float().cpu().numpy())
-            except (RuntimeError, MemoryError) as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size, halvings = size // 2, halvings + 1
-                logger.warning("out of memory at %d blocks, going on with %d", 2 * size, size)
-                continue
-            start += size
-        return np.concatenate(parts, axis=1), halvings
+
+def _smoothed(
+    smoother: Smoother, scores_KBT: Tensor, states: Sequence[Tensor], folds_BT: Tensor, lengths_B: Tensor
+) -> Tensor:
+    """(S, B, T), zero where nothing is predicted. Block by block: float64 states of a batch would be large."""
+    S = len(smoother.biases_SK)
+    folds_BT = folds_BT.to(scores_KBT.device)
+    rows = []
+    for row in range(len(folds_BT)):
+        features_TD = torch.cat([layer[row] for layer in states], dim=-1)
+        predicted_TS = smoother.predict(features_TD, folds_BT[row])
+        rows.append(smoother.smooth(scores_KBT[:S, row].T, predicted_TS).T)
+    smoothed_SBT = torch.stack(rows, dim=1)
+    return smoothed_SBT.masked_fill(~predicted_positions(folds_BT, lengths_B.to(folds_BT.device)), 0.0)
+
+
+def layers_of(scorer: TokenScorer) -> tuple[int, ...]:
+    """The layers of a scorer's model whose states scores are smoothed by."""
+    return smoothing_layers(len(transformer_blocks(scorer.model)[1]))
+
+
+def in_blocks(values: np.ndarray, like_BT: np.ndarray) -> np.ndarray:
+    """One value for each token of a shard, (n,), as (B, T); 0 beyond the last."""
+    blocks = np.zeros(like_BT.shape, values.dtype)
+    blocks.reshape(-1)[: len(values)] = values
+    return blocks
+
+
+def by_micro_batch(
+    scorer: TokenScorer, layers: Sequence[int], tokens_BT: np.ndarray, lengths_B: np.ndarray, size: int
+) -> Iterator[tuple[slice, tuple[Tensor, list[Tensor]], int]]:
+    """Rows of the blocks, their scores (K, B, T) with the states of `layers`, and how often the micro-batch had to be
+    halved for them.
+
+    Micro-batches start at multiples of their size: the same batches whoever scores the shard.
+    """
+    start = halvings = 0
+    while start < len(tokens_BT):
+        rows = slice(start, start + size)
+        tokens = torch.from_numpy(tokens_BT[rows].astype(np.int64))
+        lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
+        try:
+            scored = scorer.score_and_read(tokens, lengths, layers, usual_blocks=size)
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            size, halvings = size // 2, halvings + 1
+            logger.warning("out of memory at %d blocks, going on with %d", 2 * size, size)
+            continue
+        yield rows, scored, halvings
+        start, halvings = start + size, 0

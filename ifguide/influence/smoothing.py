@@ -1,58 +1,66 @@
-"""Smoothed token scores: what the scores of like contexts say of a token, in place of its own score.
+"""Smoothed token scores: a token's own score, drawn towards what the scores of like contexts say of it.
 
 An influence score is an unbiased and very noisy measurement of one token in one context. A ridge regression of the
 scores on the proxy's hidden states takes the mean over like contexts. It is cross-fitted: documents are dealt to folds,
-and a token's smoothed score is that of the regression on the documents of the other folds. So no token is smoothed by
-its own score. The ridge is chosen by the held-out sum of squares of the scores alone.
+and a token meets the regression on the documents of the other folds. So no token is smoothed by its own document. The
+ridge is chosen by the held-out sum of squares of the scores alone.
 
     w_k = argmin_w sum_{i not in k} (s_i - w_0 - w . z_i)^2 + ridge * n_k |w|^2
-    smoothed_i = w_0 + w . z_i, where w is w_k for i in k
+    p_i = w_0 + w . z_i, where w is w_k for i in k
+    smoothed_i = p_i + own_weight * (s_i - p_i)
 
 z_i are the states of several layers at the token's own position, standardised on the tokens that are fitted on; n_k is
-their number. s_i are the scores, cut to a range, for a few are far out. All of it follows from sums over tokens, by
-fold. So a corpus is read once to fit and once to predict, in any number of parts.
+their number. s_i are the scores, cut to a range, for a few are far out. That the deviation from a regression is shrunk
+is an empirical Bayes estimate (Efron and Morris 1973; Fay and Herriot 1979) with one weight for all tokens. All of it
+follows from sums over tokens, by fold. So a sample is read once to fit, in any number of parts.
 
-Memory: folds * width^2 * 8 bytes. Cost: width^2 multiplications a token, and one eigendecomposition a fold.
+Memory: folds * width^2 * 8 bytes. Cost: width^2 multiplications a token of the sample, and one eigendecomposition a
+fold; folds * width multiplications a token that is smoothed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from ifguide.artifacts import publish
 
 Floats = NDArray[np.float64]
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # times the number of tokens
 CUT = 0.001  # share of the scores on either side that are taken for less far out than they are
 SMALL_SPREAD = 1e-6  # a feature that varies less is a constant
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FoldSums:
-    """Sums over the tokens of each of K folds: of x x^T, x, x s, s, s^2 and 1, for features x (D,) and scores s."""
+    """Sums over the tokens of each of K folds: of x x^T, x, x s, s, s^2 and 1, for features x (D,) and scores s (S,) of
+    as many behaviours."""
 
     products_KDD: Floats
     features_KD: Floats
-    moments_KD: Floats
-    scores_K: Floats
-    squares_K: Floats
+    moments_KDS: Floats
+    scores_KS: Floats
+    squares_KS: Floats
     tokens_K: Floats
 
     @classmethod
-    def of(cls, features_ND: NDArray[np.floating], scores_N: NDArray[np.floating], folds_N: NDArray[np.integer],
+    def of(cls, features_ND: NDArray[np.floating], scores_NS: NDArray[np.floating], folds_N: NDArray[np.integer],
            folds: int) -> FoldSums:  # fmt: skip
         """Of N tokens, each with the number of its fold."""
         parts = [np.flatnonzero(folds_N == fold) for fold in range(folds)]
         x = [features_ND[rows].astype(np.float64) for rows in parts]
-        s = [scores_N[rows].astype(np.float64) for rows in parts]
+        s = [scores_NS[rows].astype(np.float64) for rows in parts]
         return cls(
             products_KDD=np.stack([part.T @ part for part in x]),
             features_KD=np.stack([part.sum(axis=0) for part in x]),
-            moments_KD=np.stack([part.T @ own for part, own in zip(x, s, strict=True)]),
-            scores_K=np.array([own.sum() for own in s]),
-            squares_K=np.array([own @ own for own in s]),
+            moments_KDS=np.stack([part.T @ own for part, own in zip(x, s, strict=True)]),
+            scores_KS=np.stack([own.sum(axis=0) for own in s]),
+            squares_KS=np.stack([(own * own).sum(axis=0) for own in s]),
             tokens_K=np.array([float(len(rows)) for rows in parts]),
         )
 
@@ -60,85 +68,128 @@ class FoldSums:
         return FoldSums(
             products_KDD=self.products_KDD + other.products_KDD,
             features_KD=self.features_KD + other.features_KD,
-            moments_KD=self.moments_KD + other.moments_KD,
-            scores_K=self.scores_K + other.scores_K,
-            squares_K=self.squares_K + other.squares_K,
+            moments_KDS=self.moments_KDS + other.moments_KDS,
+            scores_KS=self.scores_KS + other.scores_KS,
+            squares_KS=self.squares_KS + other.squares_KS,
             tokens_K=self.tokens_K + other.tokens_K,
         )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Smoother:
-    """smoothed = x @ `weights_KD`[fold] + `biases_K`[fold].
+    """The regressions of S scores, one for each of K folds, and the range (S, 2) that scores are cut to.
 
-    `explained`: the share of the scores' variance that each ridge explains in documents that it was not fitted on.
-    `ridge` is the best."""
+    `explained_SR`: the share of each score's variance that each of the `ridges_R` explains in documents that it was not
+    fitted on. `chosen_S` is the best ridge of each."""
 
-    weights_KD: Floats
-    biases_K: Floats
-    ridge: float
-    explained: dict[float, float]
+    weights_SKD: Floats
+    biases_SK: Floats
+    ranges_S2: Floats
+    own_weight: float
+    ridges_R: Floats
+    explained_SR: Floats
 
-    def predict(self, features_ND: NDArray[np.floating], folds_N: NDArray[np.integer]) -> NDArray[np.float32]:
-        """(N,) smoothed scores of tokens, each by the regression that has not seen its fold."""
-        by_fold_NK = features_ND.astype(np.float64) @ self.weights_KD.T + self.biases_K
-        return by_fold_NK[np.arange(len(features_ND)), folds_N].astype(np.float32)
+    @property
+    def folds(self) -> int:
+        return self.biases_SK.shape[1]
+
+    @property
+    def chosen_S(self) -> NDArray[np.intp]:
+        return np.argmax(self.explained_SR, axis=1)
+
+    def predict(self, features_ND: Tensor, folds_N: Tensor) -> Tensor:
+        """(N, S) what the regressions that have not seen their folds say of tokens; float64."""
+        weights_SKD, biases_SK = (
+            torch.from_numpy(own).to(features_ND.device) for own in (self.weights_SKD, self.biases_SK)
+        )
+        by_fold_NSK = (features_ND.double() @ weights_SKD.flatten(0, 1).T).unflatten(1, biases_SK.shape) + biases_SK
+        index_NS1 = folds_N[:, None, None].expand(-1, len(biases_SK), 1)
+        return by_fold_NSK.gather(2, index_NS1).squeeze(2)
+
+    def smooth(self, scores_NS: Tensor, predicted_NS: Tensor) -> Tensor:
+        """(N, S) the scores, drawn towards the predictions; float32."""
+        low_S, high_S = torch.from_numpy(self.ranges_S2).to(scores_NS.device).unbind(1)
+        own_NS = scores_NS.double().clamp(low_S, high_S)
+        return (predicted_NS + self.own_weight * (own_NS - predicted_NS)).float()
+
+    def summary(self, behaviours: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Of each behaviour the ridge, and the share of the scores' variance that it explains."""
+        return {
+            behaviour: {"ridge": float(self.ridges_R[best]), "explained": round(float(explained_R[best]), 4)}
+            for behaviour, best, explained_R in zip(behaviours, self.chosen_S, self.explained_SR, strict=True)
+        }
+
+    def save(self, path: Path) -> None:
+        """Publish what `load` reads."""
+        with publish(path) as part, part.open("wb") as file:
+            np.savez(file, **vars(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Smoother:
+        """What `save` wrote."""
+        with np.load(path) as saved:
+            arrays = {name: saved[name] for name in saved.files}
+        return cls(**arrays | {"own_weight": float(arrays["own_weight"])})
 
 
-def fit_smoother(sums: FoldSums, *, ridges: Sequence[float] = RIDGES) -> Smoother:
-    """The regressions of all folds, each on the others.
+def fit_smoother(
+    sums: FoldSums, ranges_S2: NDArray[np.floating], *, ridges: Sequence[float], own_weight: float
+) -> Smoother:
+    """The regressions of all folds, each on the others. ranges_S2: what `ranges` gives, the scores cut to them.
 
     Raises:
         ValueError: fewer than two folds have tokens, or no score differs from another.
     """
     if np.count_nonzero(sums.tokens_K) < 2:
-        raise ValueError("smoothing needs documents in two folds at least: there are too few")
-    mean = sums.scores_K.sum() / sums.tokens_K.sum()
-    spread = sums.squares_K.sum() - sums.tokens_K.sum() * mean**2
-    if spread <= 0:
-        raise ValueError("all scores are the same: there is nothing to smooth")
+        raise ValueError("smoothing needs documents in two folds at least, and there are too few")
+    tokens, total_S = sums.tokens_K.sum(), sums.scores_KS.sum(axis=0)
+    spread_S = sums.squares_KS.sum(axis=0) - total_S**2 / tokens
+    if (spread_S <= 0).any():
+        raise ValueError("all scores are the same, and there is nothing to smooth")
     fits = [_fit_others(sums, fold, ridges) for fold in range(len(sums.tokens_K))]
-    errors_R = sum(_held_out_error(sums, fold, *fit) for fold, fit in enumerate(fits))
-    explained = {ridge: float(1 - error / spread) for ridge, error in zip(ridges, np.asarray(errors_R), strict=True)}
-    best = int(np.argmin(errors_R))
+    errors_SR = np.sum([_held_out_error(sums, fold, *fit) for fold, fit in enumerate(fits)], axis=0)
+    explained_SR = 1 - errors_SR / spread_S[:, None]
+    best_S, scores_S = np.argmax(explained_SR, axis=1), np.arange(len(spread_S))
     return Smoother(
-        weights_KD=np.stack([weights_RD[best] for weights_RD, _ in fits]),
-        biases_K=np.array([biases_R[best] for _, biases_R in fits]),
-        ridge=ridges[best],
-        explained=explained,
+        weights_SKD=np.stack([weights_SRD[scores_S, best_S] for weights_SRD, _ in fits], axis=1),
+        biases_SK=np.stack([biases_SR[scores_S, best_S] for _, biases_SR in fits], axis=1),
+        ranges_S2=np.asarray(ranges_S2, np.float64),
+        own_weight=own_weight,
+        ridges_R=np.array(ridges, np.float64),
+        explained_SR=explained_SR,
     )
 
 
 def _fit_others(sums: FoldSums, fold: int, ridges: Sequence[float]) -> tuple[Floats, Floats]:
-    """Weights (R, D) on features as they are, and biases (R,), of all folds but one."""
+    """Weights (S, R, D) on features as they are, and biases (S, R), of all folds but one."""
     others = np.arange(len(sums.tokens_K)) != fold
     n = sums.tokens_K[others].sum()
-    mean_D, mean = sums.features_KD[others].sum(axis=0) / n, sums.scores_K[others].sum() / n
+    mean_D, mean_S = sums.features_KD[others].sum(axis=0) / n, sums.scores_KS[others].sum(axis=0) / n
     covariance_DD = sums.products_KDD[others].sum(axis=0) / n - np.outer(mean_D, mean_D)
     spread_D = np.sqrt(np.maximum(np.diagonal(covariance_DD), 0))
     scale_D = np.where(spread_D > SMALL_SPREAD, spread_D, np.inf)  # a constant gets no weight
-    moment_D = (sums.moments_KD[others].sum(axis=0) / n - mean_D * mean) / scale_D
+    moments_DS = (sums.moments_KDS[others].sum(axis=0) / n - np.outer(mean_D, mean_S)) / scale_D[:, None]
     values_D, vectors_DD = np.linalg.eigh(covariance_DD / np.outer(scale_D, scale_D))
-    projected_D = vectors_DD.T @ moment_D
-    weights_RD = np.stack(
-        [vectors_DD @ (projected_D / (np.maximum(values_D, 0) + ridge)) / scale_D for ridge in ridges]
-    )
-    return weights_RD, mean - weights_RD @ mean_D
+    projected_SD = (vectors_DD.T @ moments_DS).T
+    shrunk_SRD = projected_SD[:, None] / (np.maximum(values_D, 0) + np.asarray(ridges)[:, None])
+    weights_SRD = shrunk_SRD @ vectors_DD.T / scale_D
+    return weights_SRD, mean_S[:, None] - weights_SRD @ mean_D
 
 
-def _held_out_error(sums: FoldSums, fold: int, weights_RD: Floats, biases_R: Floats) -> Floats:
-    """(R,) sum over the fold's tokens of (s - w . x - b)^2, from its sums."""
-    quadratic_R = np.einsum("rd,de,re->r", weights_RD, sums.products_KDD[fold], weights_RD, optimize=True)
-    linear_R = weights_RD @ sums.moments_KD[fold]
-    shift_R = weights_RD @ sums.features_KD[fold]
-    squares = sums.squares_K[fold] + quadratic_R - 2 * linear_R
-    result: Floats = squares + biases_R * (2 * (shift_R - sums.scores_K[fold]) + biases_R * sums.tokens_K[fold])
+def _held_out_error(sums: FoldSums, fold: int, weights_SRD: Floats, biases_SR: Floats) -> Floats:
+    """(S, R) sum over the fold's tokens of (s - w . x - b)^2, from its sums."""
+    quadratic_SR = np.einsum("srd,srd->sr", weights_SRD @ sums.products_KDD[fold], weights_SRD)
+    linear_SR = np.einsum("srd,ds->sr", weights_SRD, sums.moments_KDS[fold])
+    shift_SR = weights_SRD @ sums.features_KD[fold]
+    squares_SR = sums.squares_KS[fold][:, None] + quadratic_SR - 2 * linear_SR
+    shifts_SR = shift_SR - sums.scores_KS[fold][:, None]
+    result: Floats = squares_SR + biases_SR * (2 * shifts_SR + biases_SR * sums.tokens_K[fold])
     return result
 
 
-def cut(scores_N: NDArray[np.floating], *, share: float = CUT) -> Floats:
-    """The scores, those beyond the quantiles `share` and 1 - `share` taken for these."""
-    result: Floats = np.clip(scores_N.astype(np.float64), *np.quantile(scores_N, [share, 1 - share]))
+def ranges(scores_NS: NDArray[np.floating]) -> Floats:
+    """(S, 2) the range that each score is cut to: its quantiles `CUT` and 1 - `CUT`."""
+    result: Floats = np.quantile(scores_NS.astype(np.float64), [CUT, 1 - CUT], axis=0).T
     return result
 
 

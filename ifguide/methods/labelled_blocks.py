@@ -1,13 +1,11 @@
-"""Blocks of a corpus with people's labels of their tokens, or with scores: a sample, by seed, to learn from."""
+"""Blocks of a corpus with people's labels of their tokens: a sample, by seed, to learn from."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ifguide.spans.tables import PackedCorpus, read_documents
+from ifguide.spans.tables import PackedCorpus, document_numbers
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -47,45 +45,3 @@ def labelled_blocks(corpus: PackedCorpus, tokens: int, seed: int) -> tuple[list[
             labels.append(flags[own])
             documents.append(numbers[own])
     return blocks, labels, documents
-
-
-def scored_blocks(
-    corpus: PackedCorpus, scores: Path, column: str, tokens: int, seed: int
-) -> tuple[list[list[int]], list[NDArray[np.float32]], list[Ints]]:
-    """Token ids, scores (T,) and documents (T,) of blocks with `tokens` tokens together, or of all: of shards in random
-    order, each shard's in random order."""
-    rng, total = np.random.default_rng(seed), 0
-    blocks: list[list[int]] = []
-    values: list[NDArray[np.float32]] = []
-    documents: list[Ints] = []
-    for shard in rng.permutation(corpus.num_shards).tolist():
-        begin, end = corpus.extent(shard)
-        ids = corpus.read(corpus.folder, "shard", "tokens", begin, end)
-        own_scores = corpus.read(scores, "shard", column, begin, end)
-        numbers = document_numbers(corpus, shard)
-        for block in rng.permutation(-(-(end - begin) // corpus.block_size)).tolist():
-            if total >= tokens:
-                return blocks, values, documents
-            own = slice(block * corpus.block_size, (block + 1) * corpus.block_size)
-            blocks.append(ids[own].tolist())
-            values.append(own_scores[own])
-            documents.append(numbers[own])
-            total += len(blocks[-1])
-    return blocks, values, documents
-
-
-def document_numbers(corpus: PackedCorpus, shard: int) -> Ints:
-    """The number (n,) of the document of each token of a shard."""
-    begin, end = corpus.extent(shard)
-    starts = read_documents(corpus, shard).column("token_start").to_numpy()
-    rows = np.searchsorted(starts, np.arange(begin, end), side="right")  # 0: of the document that the shard begins in
-    return _documents_before(corpus, shard) - 1 + rows
-
-
-def _documents_before(corpus: PackedCorpus, shard: int) -> int:
-    """How many documents begin before a shard."""
-    for earlier in range(shard - 1, -1, -1):
-        ids = read_documents(corpus, earlier).column("doc_id")
-        if len(ids):
-            return int(ids[-1].as_py()) + 1
-    return 0

@@ -1,4 +1,4 @@
-"""Token scores of a corpus by a method that is fitted once: n-gram log-odds, a probe, excess loss, or smoothing.
+"""Token scores of a corpus by a method that is fitted once: n-gram log-odds, a probe, or excess loss.
 
 The finder is fitted in one worker and kept in `finder/` of the folder of scores. Then every shard of the corpus gets a
 table of scores of the same schema as `score_corpus` makes, rows in as rows out: whatever reads those reads these. Both
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ifguide.artifacts import FileEntry, publish, require_same
 from ifguide.config import OWN, ConfigError, ModelSource
-from ifguide.config.compare import ExcessLoss, Ngrams, Probe, Smoothing
+from ifguide.config.compare import ExcessLoss, Ngrams, Probe
 from ifguide.config.resources import Resources
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.shards import Pool, StageError, run_shards
@@ -28,52 +28,46 @@ from ifguide.influence.proxy import load_proxy
 from ifguide.influence.query_file import read_queries
 from ifguide.influence.score_tables import write_scores
 from ifguide.methods.excess_loss import ExcessLossFinder, load_excess_loss, tune_excess_loss
-from ifguide.methods.labelled_blocks import document_numbers, labelled_blocks, scored_blocks
+from ifguide.methods.labelled_blocks import labelled_blocks
 from ifguide.methods.ngrams import NgramFinder, fit_ngrams, load_ngrams
 from ifguide.methods.probes import ProbeFinder, fit_cross_probe, fit_query_probe, load_probe
-from ifguide.methods.smoothed import SmoothedFinder, fit_smoothed, load_smoothed
 from ifguide.models import state_fingerprint
-from ifguide.spans.tables import PackedCorpus, shard_name
+from ifguide.spans.tables import PackedCorpus, document_numbers, shard_name
 from ifguide.storage import local_copy
 from ifguide.tokenizer import load_tokenizer
 
 FINDER = "finder"  # folder of what is fitted, within that of the scores
-CROSS_FITTED = ("span_probe", "smoothed")  # by documents
 CONTEXT = 64  # tokens on either side of a shard, for a word or pair of words on its edge
 FILES = {
     "ngrams": "ngrams.json",
     "probe": "probe.npz",
     "span_probe": "probe.npz",
     "excess_loss": "tuned.safetensors",
-    "smoothed": "smoothed.npz",
 }
-Finder = NgramFinder | ProbeFinder | ExcessLossFinder | SmoothedFinder
+Finder = NgramFinder | ProbeFinder | ExcessLossFinder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How a corpus is scored: a kind of `Method.mask`, its options, and what it learns from.
 
-    `queries` is the folder of the query, `max_tokens` of one. `proxy_fingerprint` is the query's. `scores` and `column`
-    are those that `smoothed` smooths. `gpus` are a worker's."""
+    `queries` is the folder of the query, `max_tokens` of one. `proxy_fingerprint` is the query's. `gpus` are a
+    worker's."""
 
     kind: str
-    options: Ngrams | Probe | ExcessLoss | Smoothing
+    options: Ngrams | Probe | ExcessLoss
     queries: Path
     max_tokens: int
     tokenizer: str
     proxy: ModelSource
     proxy_fingerprint: str
     beginning: int | None
-    scores: Path
-    column: str
     seed: int
     gpus: float = 0.0
 
     def result_options(self) -> dict[str, Any]:
         """What decides the scores, besides the corpus and the query."""
-        options = {"scores": self.kind, self.kind: result_part(self.options), "seed": self.seed}
-        return options | ({"column": self.column} if self.kind == "smoothed" else {})
+        return {"scores": self.kind, self.kind: result_part(self.options), "seed": self.seed}
 
     def file(self, folder: Path) -> Path:
         """Where the finder lies in the folder of the scores."""
@@ -91,7 +85,7 @@ def check_scored(kind: str, key: str, *, annotated: bool, differential: bool) ->
         raise ConfigError(
             f"{key}.mask: {kind} needs spans that came with the documents; set pack_corpus.inputs[i].spans_column"
         )
-    if kind not in CROSS_FITTED and not differential:
+    if kind != "span_probe" and not differential:
         raise ConfigError(f"{key}.mask: {kind} needs queries of both sets; set build_query.differential")
 
 
@@ -177,9 +171,6 @@ class FitFinder:
     def _fit(self) -> Finder:
         scoring, tokenizer = self.scoring, load_tokenizer(self.scoring.tokenizer)
         options, seed, corpus = scoring.options, scoring.seed, self.settings.corpus
-        if isinstance(options, Smoothing):
-            ids, scores, numbers = scored_blocks(corpus, scoring.scores, scoring.column, options.tokens, seed)
-            return fit_smoothed(_proxy(scoring), ids, scores, numbers, options=options, beginning=scoring.beginning)
         if scoring.kind == "span_probe":
             assert isinstance(options, Probe)
             blocks, labels, documents = labelled_blocks(corpus, options.tokens // 2, seed)
@@ -213,8 +204,6 @@ class ScoreShard:
             self.finder = load_ngrams(file, load_tokenizer(self.scoring.tokenizer))
         elif self.scoring.kind == "excess_loss":
             self.finder = load_excess_loss(file, _proxy(self.scoring), beginning=beginning)
-        elif self.scoring.kind == "smoothed":
-            self.finder = load_smoothed(file, _proxy(self.scoring), beginning=beginning)
         else:
             self.finder = load_probe(file, _proxy(self.scoring), beginning=beginning)
 
@@ -242,8 +231,8 @@ class ScoreShard:
             (scores,) = self.finder.score([corpus.read(corpus.folder, "shard", "tokens", low, high).tolist()])
             return scores[begin - low : end - low]
         blocks = _in_blocks(corpus.read(corpus.folder, "shard", "tokens", begin, end), corpus.block_size)
-        if self.scoring.kind in CROSS_FITTED:
-            assert isinstance(self.finder, ProbeFinder | SmoothedFinder)
+        if self.scoring.kind == "span_probe":
+            assert isinstance(self.finder, ProbeFinder)
             documents = _in_blocks(document_numbers(corpus, shard), corpus.block_size)
             return np.concatenate(self.finder.score([block.tolist() for block in blocks], documents))
         return np.concatenate(self.finder.score([block.tolist() for block in blocks]))

@@ -159,6 +159,7 @@ def _score_corpus(job: Job) -> StageEstimate:
     shards = math.ceil(job.tokens / shard_tokens)
     rounds = math.ceil(shards / config.max_actors)
     stretch = min(rounds * shard_tokens, job.tokens) * config.max_actors / job.tokens
+    sample = min(config.smooth.tokens, job.tokens) if config.smooth else 0  # scored once more
     notes = []
     if stretch > 1.1:
         notes.append(
@@ -168,11 +169,11 @@ def _score_corpus(job: Job) -> StageEstimate:
     return computed(
         job,
         "score_corpus",
-        Pass("score", job.tokens * _scoring_flop(job), method.precision, proxy.tracked),
+        Pass("score", (job.tokens + sample) * _scoring_flop(job), method.precision, proxy.tracked),
         workers=config.max_actors,
         resources=config.resources,
         memory=float(memory.fixed + blocks * memory.per_block),
-        storage=job.tokens * rates()["score_bytes"].value * behaviours,
+        storage=job.tokens * rates()["score_bytes"].value * behaviours * (2 if config.smooth else 1),
         stretch=max(1.0, stretch),
         notes=tuple(notes),
     )

@@ -213,7 +213,7 @@ def _training(curves: Sequence[TrainingCurve], colours: dict[str, str]) -> list[
 
 
 def _histogram(histogram: ScoreHistogram, behaviour: str) -> Markup:
-    canvas, axes = _axes("Tokens per bin, log scale", "influence score")
+    canvas, axes = _axes("Tokens per bin, log scale", histogram.measure)
     axes.stairs(histogram.counts, histogram.bin_edges, fill=True, color=PALETTE[0], alpha=0.6)
     if histogram.annotated_counts is not None:
         axes.stairs(histogram.annotated_counts, histogram.bin_edges, color=PALETTE[1], linewidth=1.4)

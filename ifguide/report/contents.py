@@ -26,12 +26,14 @@ class TrainingCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreHistogram:
-    """Tokens per score bin: of the whole corpus and, where annotations exist, of the annotated tokens."""
+    """Tokens per score bin: of the whole corpus and, where annotations exist, of the annotated tokens. `measure` names
+    what a score is."""
 
     bin_edges: tuple[float, ...]
     counts: tuple[int, ...]
     tau: float
     annotated_counts: tuple[int, ...] | None = None
+    measure: str = "influence score"
 
     def __post_init__(self) -> None:
         for name, counts in (("counts", self.counts), ("annotated_counts", self.annotated_counts)):

@@ -201,6 +201,7 @@ def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram:
         counts=tuple(counts.tolist()),
         tau=view.summary["tau"],
         annotated_counts=tuple(annotated.tolist()) if view.annotated else None,
+        measure=view.measure_name,
     )
 
 

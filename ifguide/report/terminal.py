@@ -31,14 +31,15 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int) ->
         return
     if summary["behaviour"] != OWN:
         yield f"behaviour {visible(summary['behaviour'])}"
+    view = View(folders)
     yield (
-        f"tau {summary['tau']:.6g}, {summary['units_masked']:,} {summary['unit']}s touched,"
+        f"tau {summary['tau']:.6g} of the {view.measure_name}, {summary['units_masked']:,} {summary['unit']}s touched,"
         f" {summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked"
     )
     yield outlier_line(summary, manifest.options["build_mask"])
     if dominant := dominant_line(summary, manifest.options["build_mask"]):
         yield f"{RED}{dominant}{RESET}"
-    for document in View(folders).top_documents(documents):
+    for document in view.top_documents(documents):
         yield ""
         masked = int(document.masked.sum())
         source = f"{BOLD}{document.rank}. {visible(document.source)}{RESET}"

@@ -124,6 +124,13 @@ class View:
             left_out=len(columns["tokens"]) - len(tokens),
         )
 
+    @property
+    def measure_name(self) -> str:
+        """What tokens are ranked by, for people."""
+        if self.measure.nulls:
+            return "z-score of the influence score"
+        return "smoothed influence score" if self.summary.get("smoothed") else "influence score"
+
     def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Tokens, scores, mask and annotations of stream positions [start, stop)."""
         first_block, last_block = start // self.block_size, (stop - 1) // self.block_size
@@ -165,7 +172,7 @@ def measured_by(summary: Mapping[str, Any], scores: Path) -> Measure:
     behaviour = summary.get("behaviour", OWN)
     column = schemas.score_column(behaviour)
     if "null_spread" not in summary:
-        return Measure(column=column)
+        return Measure(column=schemas.smoothed_column(behaviour) if summary.get("smoothed") else column)
     nulls = schemas.null_columns(schemas.read_schema(next(verified_files(scores))), behaviour)
     return Measure(column=column, nulls=nulls, spread=Spread(**summary["null_spread"]))
 

@@ -8,6 +8,7 @@ the same bytes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
         "score this corpus, or name the scores' own",
     )
     require_behaviour(options.behaviour, folders.scores)
+    rules = _rules(options, folders)
     plan: dict[str, Any] = {
         "verb": VERB,
         "options": {VERB: result_part(options)},
@@ -63,14 +65,14 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
     if mask.manifest and ranking.manifest:
         log(VERB, f"complete: {mask.manifest.summary}")
         return mask.manifest
-    rules = _rules(options, folders)
     remove_tree(rules.scratch)
     selected = select(rules, _shard_files(folders, scores), run_tasks)
     if selected.num_blocks != corpus.rows["blocks"]:
         raise StageError(
             f"{VERB}: {selected.num_blocks} blocks were masked, {folders.corpus} has {corpus.rows['blocks']}"
         )
-    summary = _summary(selected, options)
+    is_smoothed = rules.measure.column == schemas.smoothed_column(options.behaviour)
+    summary = _summary(selected, options, smoothed=is_smoothed)
     if not ranking.manifest:
         rows = {"units": selected.ranked_units, "outliers": selected.outliers["blocks"]}
         tables = [path for name in ("ranking", "outliers") for path in data_files(folders.ranking, f"{name}-*.parquet")]
@@ -114,7 +116,7 @@ def _keep_spans(folders: SelectionFolders, corpus: Manifest, masked: int, run_ta
     log(VERB, f"{spans:,} character spans of {documents:,} documents")
 
 
-def _summary(selected: Selection, options: BuildMask) -> dict[str, Any]:
+def _summary(selected: Selection, options: BuildMask, *, smoothed: bool) -> dict[str, Any]:
     return {
         "tau": selected.tau,
         "predicted_tokens": selected.predicted_tokens,
@@ -126,6 +128,7 @@ def _summary(selected: Selection, options: BuildMask) -> dict[str, Any]:
         "largest_unit_tokens": selected.largest_unit[1],
         "unit": options.unit,
         "behaviour": options.behaviour,
+        "smoothed": smoothed,
         "score_min": selected.score_range[0],
         "score_max": selected.score_range[1],
         "median_block_mass": selected.median_mass,
@@ -171,19 +174,30 @@ def measure_of(options: BuildMask, scores: Path) -> Measure:
     """What the options rank tokens by; the spread of z-scores is not known yet.
 
     Raises:
-        ConfigError: z-scores are wanted, and the folder of scores holds no nulls.
+        ConfigError: z-scores or smoothed scores are wanted, and the folder of scores holds none; or both are wanted.
     """
-    column = schemas.score_column(options.behaviour)
+    columns = schemas.read_schema(next(verified_files(scores)))
     if not options.standardise and options.fdr is None:
-        return Measure(column=column)
-    nulls = schemas.null_columns(schemas.read_schema(next(verified_files(scores))), options.behaviour)
+        return Measure(column=_column(options, scores, columns.names))
+    if options.smoothed:
+        raise ConfigError("build_mask.smoothed: z-scores are of exact scores; set it to false or null")
+    nulls = schemas.null_columns(columns, options.behaviour)
     if not nulls:
         key = "standardise" if options.fdr is None else "fdr"
         raise ConfigError(
             f"build_mask.{key}: {scores} has no null scores of {options.behaviour!r}; set build_query.nulls (4, say),"
             " build the query and score the corpus again"
         )
-    return Measure(column=column, nulls=nulls)
+    return Measure(column=schemas.score_column(options.behaviour), nulls=nulls)
+
+
+def _column(options: BuildMask, scores: Path, columns: Sequence[str]) -> str:
+    exact, smoothed = schemas.score_column(options.behaviour), schemas.smoothed_column(options.behaviour)
+    if options.smoothed and smoothed not in columns:
+        raise ConfigError(
+            f"build_mask.smoothed: {scores} has no smoothed scores; set score_corpus.smooth and score the corpus again"
+        )
+    return smoothed if smoothed in columns and options.smoothed is not False else exact
 
 
 def _shard_files(folders: SelectionFolders, scored: Manifest) -> list[ShardFiles]:

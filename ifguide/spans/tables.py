@@ -128,6 +128,23 @@ def read_documents(corpus: PackedCorpus, shard: int) -> pa.Table:
     return schemas.read_table(sound(corpus.folder, f"documents-{shard_name(shard)}.parquet"), schemas.DOCUMENTS)
 
 
+def document_numbers(corpus: PackedCorpus, shard: int) -> np.ndarray:
+    """The number (n,) of the document of each token of a shard, int64."""
+    begin, end = corpus.extent(shard)
+    starts = read_documents(corpus, shard).column("token_start").to_numpy()
+    rows = np.searchsorted(starts, np.arange(begin, end), side="right")  # 0: of the document that the shard begins in
+    return _documents_before(corpus, shard) - 1 + rows
+
+
+def _documents_before(corpus: PackedCorpus, shard: int) -> int:
+    """How many documents begin before a shard."""
+    for earlier in range(shard - 1, -1, -1):
+        ids = read_documents(corpus, earlier).column("doc_id")
+        if len(ids):
+            return int(ids[-1].as_py()) + 1
+    return 0
+
+
 def write_found_spans(
     folder: Path, shard: int, documents: pa.Table, spans: np.ndarray, counts: np.ndarray, tokens: int
 ) -> SpanCounts:

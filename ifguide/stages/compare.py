@@ -247,9 +247,7 @@ def _training(run: Run, method: Method) -> Pretrain:
 def method_run(run: Run, name: str, method: Method) -> Run:
     """The run of one method, in a directory of its own, on this run's corpus."""
     config = replace(run.config, run_dir=str(run.folder / VERB / name), pretrain=_training(run, method))
-    return Run(config=config).borrow(
-        run, "corpus", *(["mask"] if method.mask == "influence" and not method.selection else [])
-    )
+    return Run(config=config).borrow(run, "corpus", *(["mask"] if method.keeps_mask else []))
 
 
 def _measure(run: Run, grid: _Grid) -> Manifest:

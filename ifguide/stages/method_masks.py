@@ -2,8 +2,7 @@
 
 Methods that mark text or draw tokens write a mask (`methods.masks`). Methods that score tokens write `scores/`, and
 their mask is the tokens of highest score, as many as the run's own mask has, or the run's selection of those scores.
-`plain_influence` is the run's selection
-of other scores.
+`exact` and `smoothed` take the run's scores. `plain_influence` is the run's selection of other scores.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from ifguide.artifacts import Manifest, data_files, require
-from ifguide.config import OWN, ClassifierSource, Config
-from ifguide.config.compare import SCORED, SELECTING, Method
+from ifguide.config import OWN, ClassifierSource, Config, ConfigError
+from ifguide.config.compare import INFLUENCE, SCORED, SELECTING, Method
 from ifguide.distributed.session import connect
 from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_tasks
@@ -22,7 +21,8 @@ from ifguide.methods.masks import RANDOM, Marking, mark_corpus
 from ifguide.methods.preferences import VERB
 from ifguide.methods.token_scores import FINDER, Scoring, check_scored, score_tokens
 from ifguide.run import Run
-from ifguide.schemas import score_column
+from ifguide.schemas import smoothed_column
+from ifguide.selection.masks import measure_of
 from ifguide.selection.top import ScoredCorpus, select_top
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
 from ifguide.stages.build_mask import build_mask
@@ -41,6 +41,9 @@ def check_mask(config: Config, key: str, kind: str) -> None:
     annotated = any(source.spans_column for source in config.pack_corpus.inputs)
     if kind in SCORED:
         check_scored(kind, key, annotated=annotated, differential=config.build_query.differential)
+    elif kind in INFLUENCE:
+        if kind == "smoothed" and config.score_corpus.smooth is None:
+            raise ConfigError(f"{key}.mask: smoothed needs smoothed scores; set score_corpus.smooth")
     else:
         _marking(config, kind).check(key, annotated=annotated)
 
@@ -53,11 +56,11 @@ def method_mask(run: Run, child: Run, method: Method) -> Manifest:
     """
     if method.mask == "plain_influence":
         return _plain_influence(run, child)
-    if method.mask in SCORED or method.selection:
+    if method.mask is None or method.keeps_mask:
+        return require(run.mask, "build_mask")
+    if method.mask in SCORED or method.mask in INFLUENCE:
         return scored_mask(run, child, method)
-    if method.mask not in (None, "influence"):
-        return marked_mask(run, child, method.mask)
-    return require(run.mask, "build_mask")
+    return marked_mask(run, child, method.mask)
 
 
 def classifier_of(config: Config) -> ClassifierSource:
@@ -110,35 +113,36 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
     """
     corpus, own = require(run.corpus, "pack_corpus"), require(run.mask, "build_mask")
     assert method.mask is not None
-    if method.mask == "influence":
-        child, scores, behaviour = (
-            child.borrow(run, "scores"),
-            require(run.scores, "score_corpus"),
-            run.config.build_mask.behaviour,
-        )
+    selecting = run.config.build_mask
+    if method.mask in INFLUENCE:
+        child, scores = child.borrow(run, "scores"), require(run.scores, "score_corpus")
+        if INFLUENCE[method.mask] is not None:
+            selecting = replace(selecting, smoothed=INFLUENCE[method.mask])
     else:
-        scores, behaviour = method_scores(run, child, method.mask), OWN
+        scores = method_scores(run, child, method.mask)
+        selecting = replace(selecting, behaviour=OWN, smoothed=None)
+    if method.mask != "influence":  # only scores along V have nulls, and z-scores are the run's own choice
+        selecting = replace(selecting, standardise=False, fdr=None)
     count = own.rows["tokens"]
     if method.selection == "units":
         # half a token more, so that the fraction comes to the count whatever its rounding
         fraction = min((count + 0.5) / own.summary["predicted_tokens"], 1.0)
         changed = {name: getattr(method, name) for name in SELECTING if getattr(method, name) is not None}
-        if method.mask != "influence":  # only scores along V have nulls
-            changed |= {"standardise": False, "fdr": None}
-        elif method.quantile is not None:
+        if method.quantile is not None:
             changed["fdr"] = None
-        options = replace(run.config.build_mask, **{"behaviour": behaviour, "max_fraction": fraction, **changed})
+        options = replace(selecting, **{"max_fraction": fraction, **changed})
         mask = build_mask(replace(child, config=replace(child.config, build_mask=options)))
         assert mask is not None
         return mask
     inputs = {"corpus": corpus.fingerprint, "scores": scores.fingerprint, "mask": own.fingerprint}
-    extra = {"mask": method.mask, "behaviour": behaviour}
+    column = measure_of(replace(selecting, standardise=False, fdr=None), child.scores).column
+    extra = {"mask": method.mask, "behaviour": selecting.behaviour, "column": column}
     artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=extra)
     if artifact.manifest:
         return artifact.manifest
     connect(run.config.cluster)
     packed, on_the_cluster = PackedCorpus.of(run.corpus, corpus), run_tasks(run.config.build_mask.resources)
-    scored = ScoredCorpus(corpus=packed, scores=child.scores, column=score_column(behaviour))
+    scored = ScoredCorpus(corpus=packed, scores=child.scores, column=column)
     counts = select_top(scored, child.mask, count, on_the_cluster)
     list(on_the_cluster(write_spans, ((packed, child.mask, shard) for shard in range(packed.num_shards))))
     return artifact.finish(
@@ -148,7 +152,8 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
             "tokens_masked": counts.masked,
             "predicted_tokens": counts.predicted,
             "least_score": counts.least,
-            "behaviour": behaviour,
+            "behaviour": selecting.behaviour,
+            "smoothed": column == smoothed_column(selecting.behaviour),
         },
     )
 
@@ -158,8 +163,6 @@ def method_scores(run: Run, child: Run, kind: str) -> Manifest:
     manifest, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
     scoring = _scoring(run, query, kind)
     inputs = {"corpus": manifest.fingerprint, "query": query.fingerprint, "proxy": query.inputs["proxy"]}
-    if kind == "smoothed":
-        inputs["scores"] = require(run.scores, "score_corpus").fingerprint
     artifact = run.open(child.scores, VERB, keys=("tokenizer",), inputs=inputs, extra=scoring.result_options())
     if artifact.manifest:
         return artifact.manifest
@@ -186,7 +189,6 @@ def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
         "probe": config.compare.probe,
         "span_probe": config.compare.probe,
         "excess_loss": config.compare.excess_loss,
-        "smoothed": config.compare.smoothing,
     }
     return Scoring(
         kind=kind,
@@ -197,8 +199,6 @@ def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
         proxy=run.proxy_source,
         proxy_fingerprint=query.inputs["proxy"],
         beginning=beginning.token,
-        scores=run.scores,
-        column=score_column(config.build_mask.behaviour),
         seed=config.seed,
     )
 

@@ -3,7 +3,8 @@
 An actor loads proxy and directions once, reads a corpus shard, writes the scores shard of the same name, and
 returns a ledger row; while it computes, it reads the next shard and writes the last one. The bytes do not depend
 on the number of actors, on order, or on retries: method, steps, threads and micro-batch are decided once
-(`influence.decision`). A shard that had to halve its micro-batch says so.
+(`influence.decision`). A shard that had to halve its micro-batch says so. Smoothed scores (`influence.smoothing`) come
+from the same pass; what smooths them is fitted on a sample of the corpus before.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import Manifest, require, require_same
-from ifguide.config import OWN
+from ifguide.config import OWN, ScoreCorpus
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
@@ -22,10 +23,13 @@ from ifguide.distributed.tasks import run_task
 from ifguide.influence.decision import METHOD, Decision, decide, describe_decision
 from ifguide.influence.method import chosen_method
 from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
-from ifguide.influence.scoring_worker import CorpusShard, ScoreShard, ScoringSettings
+from ifguide.influence.scoring_worker import SMOOTHER, CorpusShard, ScoreShard, ScoringSettings
+from ifguide.influence.smoothing import Smoother
+from ifguide.influence.smoothing_worker import fit_on_sample
 from ifguide.models import check_vocabulary
 from ifguide.run import Run
-from ifguide.storage import location
+from ifguide.spans.tables import PackedCorpus
+from ifguide.storage import local_copy, location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
 
@@ -44,7 +48,8 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         log(
             VERB,
             f"would score every token ({config.attribution}, {method.precision}, rank {method.rank or 'full'}) of"
-            f" {1 + len(config.queries)} behaviours with {config.min_actors} to {config.max_actors} actors of"
+            f" {1 + len(config.queries)} behaviours,{' smoothed,' if config.smooth else ''} with"
+            f" {config.min_actors} to {config.max_actors} actors of"
             f" {config.resources.cpus:g} CPU, {config.resources.gpus:g} GPU",
         )
         return None
@@ -65,12 +70,12 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return artifact.manifest
     require_resources(run.config.cluster, VERB, config.resources)
     shards = [
-        CorpusShard(key=name.removesuffix(".parquet"), name=name, bytes=corpus.files[name]["bytes"])
-        for name in corpus.names()
+        CorpusShard(key=name.removesuffix(".parquet"), name=name, number=number, bytes=corpus.files[name]["bytes"])
+        for number, name in enumerate(corpus.names())
     ]
     decision = Decision.read(run.scores) or _decide(run, beginning, queries, shards[0].name)
     settings = ScoringSettings(
-        corpus=run.corpus,
+        corpus=PackedCorpus.of(run.corpus, corpus),
         scores=run.scores,
         queries=queries,
         proxy=run.proxy_source,
@@ -79,7 +84,10 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         attribution=config.attribution,
         decision=decision,
         gpus=config.resources.gpus,
+        smoothed=config.smooth is not None,
     )
+    if config.smooth and not (run.scores / SMOOTHER).exists():
+        _fit_smoother(settings, config, run.config.seed)
     pool = Pool(size=config.max_actors, min_size=config.min_actors, resources=config.resources, in_flight=2)
     tokens_per_byte = corpus.rows["tokens"] / sum(shard.bytes for shard in shards)
     results = run_shards(
@@ -98,6 +106,9 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         raise StageError(f"{VERB}: scored {rows} of a corpus of {expected}")
     summary = {"attribution": config.attribution, **_summary(decision, results)}
     files = [*(run.scores / shard.name for shard in shards), run.scores / METHOD]
+    if config.smooth:
+        summary["smoothing"] = Smoother.load(local_copy(run.scores / SMOOTHER)).summary(list(queries))
+        files.append(run.scores / SMOOTHER)
     manifest = artifact.finish(files, rows=rows, summary=summary, remove=(LEDGER,), digests=results.files)
     log(VERB, f"{rows['tokens']:,} tokens, {summary['tokens_per_second_per_actor']:,.0f} tok/s per actor, {run.scores}")
     return manifest
@@ -142,6 +153,16 @@ def _decide(run: Run, beginning: Beginning, queries: Mapping[str, Path], first_s
     decision.require_agreement(config.min_agreement)
     decision.write(run.scores)
     return decision
+
+
+def _fit_smoother(settings: ScoringSettings, config: ScoreCorpus, seed: int) -> None:
+    """Fit it on a worker. Raises ValueError, as `fit_on_sample`."""
+    assert config.smooth is not None
+    tokens = min(config.smooth.tokens, settings.corpus.num_tokens)
+    log(VERB, f"scoring {tokens:,} tokens of the corpus, to fit what the scores are smoothed by")
+    fits = run_task(fit_on_sample, settings, config.smooth, seed, resources=config.resources)
+    for behaviour, fit in fits.items():
+        log(VERB, f"{behaviour}: hidden states explain {fit['explained']:.3f} of the scores' variance")
 
 
 def _summary(decision: Decision, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -41,10 +41,14 @@ def add_behaviour(scores: Path, name: str, function: Callable[[np.ndarray], np.n
     manifest = read_manifest(scores)
     for path in data_files(scores):
         table = schemas.read_table(path)
-        own = schemas.per_token_array(table, "token_score")
-        schema = schemas.scores(own.shape[1], [OWN, name])
-        column = schemas.per_token_column(function(own).astype(np.float32), schema, schemas.score_column(name))
-        pq.write_table(pa.Table.from_arrays([*table.columns, column], schema=schema), path)
+        exact, smoothed = (schemas.per_token_array(table, name) for name in ("token_score", "smoothed_score"))
+        schema = schemas.scores(exact.shape[1], [OWN, name], smoothed=True)
+        arrays = [exact, function(exact), smoothed, function(smoothed)]
+        columns = [
+            schemas.per_token_column(array.astype(np.float32), schema, column)
+            for array, column in zip(arrays, schema.names[1:], strict=True)
+        ]
+        pq.write_table(pa.Table.from_arrays([table.column("block_id"), *columns], schema=schema), path)
         manifest.files[path.name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
     write_json(scores / MANIFEST, dataclasses.asdict(manifest))
 
@@ -56,7 +60,7 @@ def test_another_behaviour_is_ranked_masked_and_shown_by_its_own_scores(
     run = Run(config=config)
     add_behaviour(run.scores, "opposite", lambda own: -own)
     manifest = stage("build_mask")(run)
-    own, masked = columns(run.scores, "token_score"), columns(run.mask, "masked")
+    own, masked = columns(run.scores, "smoothed_score"), columns(run.mask, "masked")
     above = -own > manifest.summary["tau"]
     assert (masked & above).sum() > 0
     assert manifest.summary["score_max"] == pytest.approx(-own[:, 1:].min())
@@ -81,7 +85,7 @@ def test_outliers_are_the_blocks_over_the_limits(finished: Config, copied: Calla
     # limits that some of these short, much alike blocks are over
     config = copied(
         drop=("mask", "ranking"),
-        build_mask__outlier_mass_ratio=1.5,
+        build_mask__outlier_mass_ratio=1.2,
         build_mask__outlier_bigram_share=0.8,
         build_mask__exclude_repeated=True,
     )
@@ -89,10 +93,10 @@ def test_outliers_are_the_blocks_over_the_limits(finished: Config, copied: Calla
     summary = stage("build_mask")(run).summary
     lengths = np.concatenate([schemas.read_table(path).column("length").to_numpy() for path in data_files(run.corpus)])
     index = np.arange(config.pack_corpus.block_size)
-    scores = np.where((index >= 1) & (index < lengths[:, None]), columns(run.scores, "token_score"), 0)
+    scores = np.where((index >= 1) & (index < lengths[:, None]), columns(run.scores, "smoothed_score"), 0)
     mass = np.abs(scores.astype(np.float64)).sum(axis=1).astype(np.float32)
     share = distinct_bigram_share(columns(run.corpus, "tokens"), lengths)
-    high_mass, repeated = mass > 1.5 * np.median(mass.astype(np.float64)), share < 0.8
+    high_mass, repeated = mass > 1.2 * np.median(mass.astype(np.float64)), share < 0.8
     assert 0 < high_mass.sum() < len(mass)
     assert 0 < repeated.sum() < len(mass)
     found = pa.concat_tables(

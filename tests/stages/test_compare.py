@@ -26,7 +26,6 @@ from ifguide.methods.labelled_blocks import labelled_blocks
 from ifguide.methods.masks import ANNOTATED, CLASSIFIED, RANDOM, WORDS
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_cross_probe
-from ifguide.methods.smoothed import fit_smoothed
 from ifguide.models import load_model
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
@@ -69,6 +68,12 @@ def stream(run: Run, column: str) -> np.ndarray:
     view = View(run.selection)
     rows = read_manifest(run.corpus).rows["tokens"]
     return np.asarray(view.read(0, rows)[column])
+
+
+def scores_of(run: Run, column: str) -> np.ndarray:
+    """A column of the run's scores, of all tokens in order."""
+    tables = [schemas.per_token_array(schemas.read_table(path), column) for path in data_files(run.scores)]
+    return np.concatenate(tables).reshape(-1)[: read_manifest(run.corpus).rows["tokens"]]
 
 
 def documents(run: Run) -> Iterator[tuple[list[int], str]]:
@@ -182,7 +187,7 @@ def test_rivals_mask_as_many_tokens_as_the_runs_own_mask_and_resume(copied: Call
 
 
 def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Callable[..., Config]) -> None:
-    methods = {kind: Method(mask=kind) for kind in ("ngrams", "excess_loss", "span_probe", "smoothed")}
+    methods = {kind: Method(mask=kind) for kind in ("ngrams", "excess_loss", "span_probe")}
     comparison = Compare(methods=methods, excess_loss=ExcessLoss(epochs=1, learning_rate=1e-3), probe=Probe(tokens=400))
     run = Run(config=replace(copied(), compare=comparison))
     size, tokens = run.config.pack_corpus.block_size, stream(run, "tokens")
@@ -213,16 +218,15 @@ def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Ca
     numbers = np.repeat(np.arange(len(table := document_table(run.corpus))), table.column("num_tokens").to_numpy())
     of_blocks = [numbers[begin : begin + size] for begin in range(0, len(tokens), size)]
     np.testing.assert_allclose(scores["span_probe"], np.concatenate(probe.score(blocks, of_blocks)), atol=1e-2)
-    exact = stream(run, "token_score")
-    exact_blocks = [exact[begin : begin + size] for begin in range(0, len(exact), size)]
-    smoothed = fit_smoothed(load_model(run.proxy_source), blocks, exact_blocks, of_blocks).score(blocks, of_blocks)
-    np.testing.assert_allclose(scores["smoothed"], np.concatenate(smoothed), atol=1e-2 * scores["smoothed"].std())
 
     # The same scores as Algorithm 1 selects, and the run's own scores by their rank alone.
     for name, method in {
         "by_units": Method(mask="ngrams", selection="units"),
         "own_by_units": Method(mask="influence", selection="units"),
         "own_by_tokens": Method(mask="influence", selection="tokens"),
+        "smoothed": Method(mask="smoothed"),
+        "exact": Method(mask="exact"),
+        "exact_by_units": Method(mask="exact", selection="units"),
     }.items():
         child = method_run(run, name, method)
         if name == "by_units":
@@ -231,8 +235,14 @@ def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Ca
         masked = stream(child, "masked")
         if name == "own_by_units":
             np.testing.assert_array_equal(masked, own)
-        elif name == "own_by_tokens":
-            np.testing.assert_array_equal(masked, by_sorting(stream(run, "token_score"), size, int(own.sum())))
+        elif name in ("own_by_tokens", "smoothed"):
+            np.testing.assert_array_equal(masked, by_sorting(scores_of(run, "smoothed_score"), size, int(own.sum())))
+        elif name == "exact":
+            np.testing.assert_array_equal(masked, by_sorting(scores_of(run, "token_score"), size, int(own.sum())))
+        elif name == "exact_by_units":
+            assert read_manifest(child.mask).summary["smoothed"] is False
+            assert 0 < masked.sum() <= own.sum()
+            assert (masked != own).any()
         else:
             assert 0 < masked.sum() <= own.sum()
             assert (masked != stream(method_run(run, "ngrams", methods["ngrams"]), "masked")).any()

@@ -59,7 +59,7 @@ def test_the_mask_is_algorithm_1_on_the_scores(finished: Config) -> None:
     blocks, masks = [], []
     for name in (path.name for path in data_files(run.scores)):
         lengths = schemas.read_table(run.corpus / name).column("length").to_pylist()
-        scores = schemas.per_token_array(schemas.read_table(run.scores / name), "token_score").astype(np.float64)
+        scores = schemas.per_token_array(schemas.read_table(run.scores / name), "smoothed_score").astype(np.float64)
         blocks += [row[:length].tolist() for row, length in zip(scores, lengths, strict=True)]
         masks.append(schemas.per_token_array(schemas.read_table(run.mask / name), "masked"))
     spans = [(x["token_start"], x["token_start"] + x["num_tokens"]) for x in document_table(run.corpus).to_pylist()]

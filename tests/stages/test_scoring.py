@@ -1,5 +1,6 @@
 """`score_corpus`: its self-check, and further behaviours as columns."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,17 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from ifguide import schemas
 from ifguide.artifacts import MismatchError, data_files, read_manifest
-from ifguide.config import OWN, Config
+from ifguide.config import OWN, Config, ConfigError
+from ifguide.corpus.tables import document_table
 from ifguide.influence import decision
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import read_direction
 from ifguide.influence.scorer import TokenScorer
+from ifguide.influence.scoring_worker import SMOOTHER
+from ifguide.influence.smoothing import CUT, Smoother, smoothing_layers
+from ifguide.models import predicted_positions
 from ifguide.pipeline import stage
 from ifguide.run import Run
 from ifguide.tokenizer import load_tokenizer
@@ -86,3 +93,68 @@ def test_a_proxy_that_was_trained_with_a_bos_reads_one_before_every_block_and_qu
     np.testing.assert_allclose(scores, expected, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(MismatchError, match=r"the token before each text in .*query"):
         stage("score_corpus")(Run(config=replace(config, run_dir=config.run_dir)))
+
+
+def test_smoothed_scores_are_drawn_towards_what_other_documents_say_of_like_contexts(
+    copied: Callable[..., Config],
+) -> None:
+    config = copied(drop=("scores", "ranking", "mask"), score_corpus__preset="exact", build_mask__smoothed=False)
+    run = Run(config=config)
+    summary = stage("score_corpus")(run).summary
+    assert summary["smoothing"].keys() == {OWN}
+    tables = [schemas.read_table(path) for path in data_files(run.scores)]
+    exact, found = (
+        np.concatenate([schemas.per_token_array(table, name) for table in tables])
+        for name in ("token_score", "smoothed_score")
+    )
+    corpus = [schemas.read_table(path) for path in data_files(run.corpus)]
+    tokens = torch.from_numpy(
+        np.concatenate([schemas.per_token_array(table, "tokens") for table in corpus]).astype(int)
+    )
+    lengths = torch.from_numpy(np.concatenate([table.column("length").to_numpy() for table in corpus]))
+    predicted = predicted_positions(tokens, lengths).numpy()
+    assert not found[~predicted].any()
+
+    model = load_proxy(run.proxy_source, gpus=0)
+    with torch.no_grad():
+        states = model.base_model(tokens, output_hidden_states=True).hidden_states
+    x = torch.cat([states[i] for i in smoothing_layers(len(states) - 1)], dim=-1).double().numpy()[predicted]
+    sizes = document_table(run.corpus).column("num_tokens").to_numpy()
+    numbers = np.zeros(tokens.numel(), int)
+    numbers[: sizes.sum()] = np.repeat(np.arange(len(sizes)), sizes)
+    folds = numbers.reshape(tokens.shape)[predicted] % config.score_corpus.smooth.folds
+    s = exact[predicted].astype(np.float64)
+    (limits,) = Smoother.load(run.scores / SMOOTHER).ranges_S2  # of the first tokens that were read
+    np.testing.assert_allclose(limits, np.quantile(s, [CUT, 1 - CUT]), rtol=0.1)
+    s = s.clip(*limits)
+    ridge, expected = summary["smoothing"][OWN]["ridge"], np.zeros(len(s))
+    for fold in np.unique(folds):
+        others = folds != fold
+        scaler = StandardScaler().fit(x[others])
+        fitted = Ridge(alpha=ridge * others.sum()).fit(scaler.transform(x[others]), s[others])
+        expected[~others] = fitted.predict(scaler.transform(x[~others]))
+    explained = 1 - ((s - expected) ** 2).sum() / ((s - s.mean()) ** 2).sum()
+    assert summary["smoothing"][OWN]["explained"] == pytest.approx(explained, abs=1e-3)
+    smoothed = expected + 0.2 * (s - expected)
+    np.testing.assert_allclose(found[predicted], smoothed, atol=1e-3 * np.abs(smoothed).max())
+
+    # A mask by either, from the same scores.
+    by_exact = stage("build_mask")(run)
+    assert by_exact.summary["smoothed"] is False
+    assert by_exact.summary["score_max"] == pytest.approx(float(exact.max()), rel=1e-6)
+    shutil.rmtree(run.mask)
+    shutil.rmtree(run.ranking)
+    by_smoothed = stage("build_mask")(Run(config=replace(config, build_mask=replace(config.build_mask, smoothed=None))))
+    assert by_smoothed.summary["smoothed"] is True
+    assert by_smoothed.summary["score_max"] == pytest.approx(float(found.max()), rel=1e-6)
+
+
+def test_without_smoothing_there_is_no_such_column_and_no_such_mask(copied: Callable[..., Config]) -> None:
+    config = copied(drop=("scores", "ranking", "mask"), score_corpus__smooth=None, build_mask__smoothed=True)
+    run = Run(config=config)
+    manifest = stage("score_corpus")(run)
+    assert "smoothing" not in manifest.summary
+    assert schemas.read_schema(data_files(run.scores)[0]).names == ["block_id", "token_score"]
+    with pytest.raises(ConfigError, match=r"build_mask\.smoothed: .* set score_corpus\.smooth"):
+        stage("build_mask")(run)
+    assert stage("build_mask")(Run(config=replace(config, build_mask=replace(config.build_mask, smoothed=None))))

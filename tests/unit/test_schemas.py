@@ -107,6 +107,8 @@ def test_each_further_behaviour_has_its_own_score_column(tmp_path):
     behaviours = [OWN, "insult", "list", "a.b"]  # "list" and the dot would be parts of a nested column's path
     schema = schemas.scores(T, behaviours)
     assert schema.names == ["block_id", "token_score", *(f"token_score.{name}" for name in behaviours[1:])]
+    smoothed = schemas.scores(T, behaviours, smoothed=True)
+    assert smoothed.names == [*schema.names, "smoothed_score", *(f"smoothed_score.{name}" for name in behaviours[1:])]
     assert schemas.scored_behaviours(schema) == tuple(behaviours)
     written = {schemas.score_column(name): values(3, np.float32) + i for i, name in enumerate(behaviours)}
     columns = [schemas.per_token_column(array, schema, name) for name, array in written.items()]

@@ -243,3 +243,28 @@ def test_a_beginning_is_read_before_every_block_and_has_no_score(attribution: At
     assert (scores_BT[:, 0] == 0).all()
     assert (expected_BT[:, 0] != 0).all()
     assert not torch.allclose(scores_BT, scored(tokens_BT, lengths_B, None))
+
+
+@pytest.mark.parametrize("beginning", [None, 3])
+@pytest.mark.parametrize(
+    ("attribution", "method"),
+    [("target", PRESETS["exact"]), ("target", FULL), ("target", LOW), ("position", PRESETS["exact"])],
+)
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
+def test_hidden_states_of_the_pass_are_those_of_the_model(
+    family: str, attribution: Attribution, method: Method, beginning: int | None
+) -> None:
+    model = gentle_model(family)
+    directions = [random_directions(model), random_directions(model)]
+    tokens_BT, lengths_B = as_tensors(*random_blocks(3, LENGTH))
+    scorer = TokenScorer(model, directions, attribution=attribution, method=method, beginning=beginning)
+    layers = (1, model.config.num_hidden_layers)
+    scores, states = scorer.score_and_read(tokens_BT, lengths_B, layers)
+    assert not any(module._forward_hooks for module in model.modules())
+    torch.testing.assert_close(scores, scorer.score(tokens_BT, lengths_B))
+    first = [] if beginning is None else [torch.full((3, 1), beginning)]
+    expected = model.base_model(torch.cat([*first, tokens_BT], dim=1), output_hidden_states=True).hidden_states
+    tolerance = 0.05 if method is LOW else 1e-3
+    for layer, found in zip(layers, states, strict=True):
+        wanted = expected[layer][:, len(first) :]
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < tolerance

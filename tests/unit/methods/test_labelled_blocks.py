@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ifguide import schemas
-from ifguide.methods.labelled_blocks import document_numbers, labelled_blocks
-from ifguide.spans.tables import PackedCorpus, shard_name
+from ifguide.methods.labelled_blocks import labelled_blocks
+from ifguide.spans.tables import PackedCorpus, document_numbers, shard_name
 from tests.sharded import documents_table
 
 SIZES = (3, 30, 1, 6, 8, 2)  # of documents; the second one covers whole shards in which none begins
