@@ -92,9 +92,8 @@ class Newcomer:
                     if len(seen) < len(SHOWN):
                         seen |= self._shown()
             finally:
-                if going.poll() is None:
-                    going.terminate()
-                    going.wait()
+                going.terminate()  # nothing, once it has ended
+                going.wait()
         if going.returncode:
             raise SystemExit(f"ifguide run: exit code {going.returncode}\n{said.read_text(encoding='utf-8')[-3000:]}")
         return tuple(name for name in SHOWN if name in seen)

@@ -53,7 +53,7 @@ from bench.common.direction import MAX_QUERY_TOKENS
 from bench.common.outliers import lay_among, outlier_figures
 from bench.common.places import DATA
 from bench.common.proxies import load_proxy
-from bench.common.scorings import Proxy, Scores, Scorings, Sizes
+from bench.common.scorings import Proxy, Scores, Scorings
 from bench.common.smoothing import TextSmoother
 from bench.common.texts import read_rows
 from bench.localise import PROBE, encode_document, factor_documents
@@ -147,7 +147,7 @@ def explicit(scorings: Scorings, judged: Judged, options: argparse.Namespace) ->
     halves = scorings.of([f"half_{half}" for half in range(HALVES)], texts)
     correlation = float(spearmanr(*(_flat(own) for own in halves.values())).statistic)
     laid = lay_among(texts, tokenizer, share=OUTLIER_SHARE, length=OUTLIER_TOKENS, seed=options.seed)
-    kinds = ["exact", *(f"null_{number}" for number in range(scorings.sizes.nulls))]
+    kinds = ["exact", *(f"null_{number}" for number in range(scorings.nulls))]
     of_laid = scorings.of(kinds, laid.blocks)
     scores_KN = np.stack([_flat(of_laid[kind]).numpy() for kind in kinds]).astype(np.float32)
     outliers = outlier_figures(model, laid, scores_KN, judged.truth)
@@ -163,8 +163,14 @@ def explicit(scorings: Scorings, judged: Judged, options: argparse.Namespace) ->
 def scorings_of(proxy: Proxy, behaviour: Behaviour, options: argparse.Namespace) -> Scorings:
     """The proxy's scorings, with factors of other documents of the same kinds."""
     rows = factor_documents(proxy[1], behaviour.others, options.factor_tokens)
-    sizes = Sizes(steps=options.steps, refine_blocks=options.refine_blocks, seed=options.seed)
-    return Scorings(proxy=proxy, behaviour=behaviour, documents=[row["text"] for row in rows], sizes=sizes)
+    return Scorings(
+        proxy=proxy,
+        behaviour=behaviour,
+        documents=[row["text"] for row in rows],
+        steps=options.steps,
+        refine_blocks=options.refine_blocks,
+        seed=options.seed,
+    )
 
 
 def all_scores(scorings: Scorings, judged: Judged, options: argparse.Namespace) -> tuple[dict[str, Scores], float]:

@@ -40,6 +40,7 @@ import torch
 
 from bench.common.step_profile import Parts, host_reads, launches_and_bytes
 from bench.common.step_sides import Side, Sizes, compiled_side, own_side, trainer_side
+from bench.objective_overhead import SMALL
 from ifguide.config import Pretrain
 from ifguide.config.typed_yaml import apply_override
 from ifguide.hardware import hardware_of_device
@@ -57,15 +58,7 @@ SWITCHES_OFF = {
         "background_checkpoints": False,
     },
 }
-NEOX = {
-    "model_type": "gpt_neox",
-    "vocab_size": 50_304,
-    "hidden_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "intermediate_size": 2048,
-}
-TINY = {**NEOX, "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {**SMALL, "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = {"blocks": 2, "block_size": 32, "rounds": 1, "warm_up": 1}
 
 
@@ -147,15 +140,9 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     if options.shape:
         fields = dict(published_shapes()[options.shape]["fields"])
     else:
-        fields = {**(TINY if options.small else NEOX), "max_position_embeddings": options.block_size}
-    return Sizes(
-        fields=fields,
-        blocks=options.blocks,
-        block_size=options.block_size,
-        dtype=options.dtype,
-        device=options.device,
-        threads=options.threads,
-    )
+        fields = {**(TINY if options.small else SMALL), "max_position_embeddings": options.block_size}
+    names = ("blocks", "block_size", "dtype", "device", "threads")
+    return Sizes(fields=fields, **{name: getattr(options, name) for name in names})
 
 
 def of_peak(options: argparse.Namespace, tokens_per_second: float) -> dict[str, Any]:

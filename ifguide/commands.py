@@ -332,16 +332,9 @@ def import_scores(options: argparse.Namespace) -> int:
         found = read_scores(options.scores, options.query)
         log(options.command, f"would make {run.scores} of {found.sequences:,} sequences that {found.made_by} scored")
         return 0
+    places = {"corpus": run.corpus, "folder": run.scores, "tokens": _blocks(options), "config_yaml": to_yaml(config)}
     with _holding(options, config):
-        manifest = import_scores(
-            options.scores,
-            corpus=run.corpus,
-            folder=run.scores,
-            tokens=_blocks(options),
-            query=options.query,
-            negate=options.negate,
-            config_yaml=to_yaml(config),
-        )
+        manifest = import_scores(options.scores, query=options.query, negate=options.negate, **places)
     log(options.command, f"{manifest.rows['tokens']:,} tokens; `ifguide build_mask` selects by {run.scores}")
     return 0
 

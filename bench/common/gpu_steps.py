@@ -43,11 +43,6 @@ class Session:
     folder: Path
     small: bool
 
-    @property
-    def run_dir(self) -> Path:
-        """Of the pipeline."""
-        return self.folder / "run"
-
     def python(self, *arguments: str, log: str) -> str:
         """What a Python process prints; all it says is kept in `logs/LOG.txt`.
 
@@ -64,6 +59,11 @@ class Session:
             last = " | ".join(path.read_text(errors="replace").splitlines()[-3:])
             raise RuntimeError(f"{' '.join(arguments[:3])} ended with {done.returncode}: {last[-600:]} (all in {path})")
         return done.stdout
+
+    @property
+    def run_dir(self) -> Path:
+        """Of the pipeline."""
+        return self.folder / "run"
 
     def bench(self, name: str, *arguments: str, log: str) -> Figures:
         """The last line of a bench."""

@@ -48,28 +48,22 @@ Proxy = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 Scores = Sequence[NDArray[np.floating]]  # (T,) of each text; entry 0 is of no token
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """`steps` of refinement on the first `refine_blocks` blocks of the factors' sample, and so many `nulls`."""
-
-    steps: int
-    refine_blocks: int
-    nulls: int = 4
-    seed: int = 0
-
-
 @dataclass(kw_only=True, eq=False)
 class Scorings:
     """Scores along directions by name, made where they are not kept.
 
+    `steps` of refinement are on the first `refine_blocks` blocks of the factors' sample; there are so many `nulls`.
     `documents`: what factors are fitted on. `factors`: a folder of them that is taken in place of the proxy's own, as
     for a checkpoint near another."""
 
     proxy: Proxy
     behaviour: Behaviour
     documents: Sequence[str]
-    sizes: Sizes
+    steps: int
+    refine_blocks: int
     factors: Path | None = None
+    nulls: int = 4
+    seed: int = 0
     names: list[str] = field(init=False)
     folder: Path = field(init=False)
 
@@ -78,7 +72,7 @@ class Scorings:
         self.names = tracked_names(model)
         self.sets = self.behaviour.positive, self.behaviour.negative
         self.sample = factor_sample(tokenizer, self.documents, block_size=BLOCK_SIZE)
-        of = state_fingerprint(model), self.names, self.sample.identity(), self.sets, self.sizes.seed
+        of = state_fingerprint(model), self.names, self.sample.identity(), self.sets, self.seed
         self.folder = CACHE / "score_quality" / digest(*of)
 
     def of(self, kinds: Sequence[str], blocks: Sequence[Block]) -> dict[str, list[NDArray[np.floating]]]:
@@ -140,9 +134,8 @@ class Scorings:
         return found
 
     def _key(self, kinds: Sequence[str], blocks: Sequence[Block]) -> str:
-        s = self.sizes
-        refined = (s.steps, s.refine_blocks) if "cg" in kinds else ()
-        nulls = (s.nulls,) if any(kind.startswith("null_") for kind in kinds) else ()
+        refined = (self.steps, self.refine_blocks) if "cg" in kinds else ()
+        nulls = (self.nulls,) if any(kind.startswith("null_") for kind in kinds) else ()
         return digest(list(kinds), [block.tolist() for block in blocks], refined, nulls)
 
     def _score(self, directions: Sequence[Mapping[str, Tensor]], blocks: Sequence[Block]) -> list[list[np.ndarray]]:
@@ -162,14 +155,14 @@ class Scorings:
             [tokenise_query(tokenizer, *query, max_tokens=MAX_QUERY_TOKENS) for own in self.sets for query in own],
             [kind for kind, own in zip((True, False), self.sets, strict=True) for _ in own],
             factors,
-            count=self.sizes.nulls,
-            seed=self.sizes.seed,
+            count=self.nulls,
+            seed=self.seed,
             batch_tokens=BATCH_TOKENS,
         )
 
     def _refined(self, factors: Any) -> dict[str, Tensor]:
-        model, steps = self.proxy[0], self.sizes.steps
-        path = self.folder / f"refinement-{self.sizes.refine_blocks}-{steps}.safetensors"
+        model, steps = self.proxy[0], self.steps
+        path = self.folder / f"refinement-{self.refine_blocks}-{steps}.safetensors"
         gradient = self._gradient()
         batches = [
             (batch["input_ids"], batch["lengths"])
@@ -177,7 +170,7 @@ class Scorings:
             for batch in self.sample.loader(partition)
         ]
         size = len(batches[0][0])
-        product = GaussNewton(model, self.names, batches[: -(-self.sizes.refine_blocks // size)])
+        product = GaussNewton(model, self.names, batches[: -(-self.refine_blocks // size)])
         state = Refinement.load(path, model.device) if path.is_file() else Refinement.begin(gradient)
         for _ in refine(gradient, factors, product, steps=steps, begun=state):
             log("refinement", f"step {len(state.steps)} of {steps}: {state.steps[-1]}")

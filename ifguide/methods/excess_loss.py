@@ -15,9 +15,10 @@ while one is trained its gradients and AdamW's state.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,21 +35,15 @@ from ifguide.models import next_token_nll
 DEFAULTS = ExcessLoss()
 
 
+@dataclass(frozen=True, eq=False)
 class ExcessLossFinder:
-    """Token scores by two tuned copies of one model."""
+    """Token scores by two copies of one model, tuned on a query set each."""
 
-    in_stream = False  # it reads blocks
+    in_stream: ClassVar[bool] = False  # it reads blocks
+    positive: PreTrainedModel
+    negative: PreTrainedModel
     summary: dict[str, Any]
-
-    def __init__(
-        self,
-        positive: PreTrainedModel,
-        negative: PreTrainedModel,
-        *,
-        summary: Mapping[str, Any],
-        beginning: int | None = None,
-    ):
-        self.positive, self.negative, self.beginning, self.summary = positive, negative, beginning, dict(summary)
+    beginning: int | None = None
 
     def score(self, blocks: Blocks) -> list[NDArray[np.float32]]:
         """For each block of token ids its excess loss (T,) in nats, label-aligned; entry 0 is 0."""

@@ -63,9 +63,9 @@ class DetoxifyClassifier:
         device: str = "cpu",
         batch_size: int = 64,
     ) -> None:
+        assert batch_size >= 1, batch_size
         from detoxify import Detoxify  # heavy: imports transformers
 
-        assert batch_size >= 1, batch_size
         self.name = f"detoxify:{model_type}"
         self.batch_size = batch_size
         source = _detoxify_source(checkpoint, huggingface_config)

@@ -19,13 +19,13 @@ from ifguide.cli import main
 from ifguide.config import Config, ConfigError, config_from_mapping, to_mapping
 from ifguide.corpus.tables import document_table
 from ifguide.distributed.shards import StageError
-from ifguide.distributed.tasks import run_task
 from ifguide.influence.query_file import read_queries
 from ifguide.models import load_model
 from ifguide.pipeline import stage
 from ifguide.run import Run
 from ifguide.stages import build_query
 from tests.stages.conftest import ARCHITECTURE, small_config
+from tests.stages.interrupting import interrupted_before
 
 
 @pytest.fixture
@@ -173,15 +173,8 @@ def test_prompts_edited_since_an_interrupted_run_leave_nothing_of_the_old_ones(
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(config=copied(drop=("query",), build_query__prompts={"path": str(prompts)}, build_query__partitions=1))
 
-    def interrupted(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        if function is build_query.precondition_parts:
-            raise ZeroDivisionError
-        return run_task(function, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(build_query, "run_task", interrupted)
-        with pytest.raises(ZeroDivisionError):
-            stage("build_query")(run)
+    with interrupted_before(monkeypatch, build_query, build_query.precondition_parts):
+        stage("build_query")(run)
     for row in rows:
         row["continuation"]["text"] += "\u2028You see."
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))

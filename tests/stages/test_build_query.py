@@ -13,12 +13,12 @@ import pytest
 from bench.chaos import prepare
 from ifguide.artifacts import read_manifest
 from ifguide.config import config_from_mapping, load_config, to_mapping
-from ifguide.distributed.tasks import run_task
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, read_queries
 from ifguide.pipeline import stage
 from ifguide.run import Run
 from ifguide.stages import build_query
 from ifguide.stages.build_query import PARTIAL
+from tests.stages.interrupting import interrupted_before
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +70,8 @@ def test_a_refined_query_is_resumed_and_recorded(fitted: Run, monkeypatch: pytes
 
     run = of(fitted, refine_steps=2)
 
-    def interrupted(function: Any, *arguments: Any, **options: Any) -> Any:
-        if function is build_query.judge_queries:
-            raise ZeroDivisionError
-        return run_task(function, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(build_query, "run_task", interrupted)
-        with pytest.raises(ZeroDivisionError):
-            stage("build_query")(run)
+    with interrupted_before(monkeypatch, build_query, build_query.judge_queries):
+        stage("build_query")(run)
     assert len(list((run.query / PARTIAL).glob("refinement-*.safetensors"))) == 1
     manifest = stage("build_query")(run)
     assert not (run.query / PARTIAL).exists()

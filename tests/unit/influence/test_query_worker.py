@@ -15,20 +15,12 @@ import torch
 from ifguide import schemas
 from ifguide.config import BuildQuery, ModelSource
 from ifguide.config.resources import Resources
+from ifguide.influence import query_worker
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.factors import EkfacFit
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, QueryRow, read_queries, write_queries
-from ifguide.influence.query_worker import (
-    FactorsFolder,
-    QueryPart,
-    QuerySettings,
-    SumGradients,
-    judge_held_out,
-    judge_queries,
-    precondition_parts,
-    refine_parts,
-)
+from ifguide.influence.query_worker import FactorsFolder, QueryPart, QuerySettings
 from ifguide.influence.refinement import Refinement
 from ifguide.models import tracked_modules
 from tests.tiny import ARCHITECTURES, random_blocks
@@ -70,7 +62,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuerySettings, F
         options=BuildQuery(partitions=2, max_tokens=16, resources=Resources(gpus=0)),
     )
     parts = [QueryPart(key=f"part-{i}", partition=i) for i in range(2)]
-    worker = SumGradients(settings)
+    worker = query_worker.SumGradients(settings)
     assert sum(worker.process(part)["queries"] for part in parts) == len(rows)
     factors = FactorsFolder(folder=root / "factors", fingerprint="", names={name: name for name in names})
     return settings, factors, parts, root / "blocks.parquet"
@@ -81,11 +73,11 @@ def test_a_refinement_that_was_interrupted_goes_on_to_the_same_bytes(prepared: A
 
     def refined(steps: int, state: Path) -> tuple[bytes, dict[str, list[float]]]:
         options = replace(settings.options, refine_steps=steps)
-        norms, done = refine_parts(replace(settings, options=options), factors, parts, blocks, state)
+        norms, done = query_worker.refine_parts(replace(settings, options=options), factors, parts, blocks, state)
         assert set(norms) == set(settings.module_names)
         return (settings.folder / DIRECTION).read_bytes(), done
 
-    precondition_parts(settings.folder, factors, parts, settings.options)
+    query_worker.precondition_parts(settings.folder, factors, parts, settings.options)
     plain = (settings.folder / DIRECTION).read_bytes()
     whole, done = refined(4, tmp_path / "whole.safetensors")
     refined(2, tmp_path / "parts.safetensors")
@@ -99,31 +91,32 @@ def test_a_refinement_that_was_interrupted_goes_on_to_the_same_bytes(prepared: A
 
 def test_the_reliability_of_queries_is_that_of_their_halves(prepared: Any) -> None:
     settings, factors, _, blocks = prepared
-    found = judge_queries(settings, factors, blocks, 0)
+    found = query_worker.judge_queries(settings, factors, blocks, 0)
     assert found is not None
     assert (found.positive, found.negative) == (5, 4)
     lengths = pq.read_table(blocks).column("length").to_numpy()
     assert found.tokens == int(np.sum(lengths - 1))
     assert 0 <= found.spearman <= found.reliability <= 1
-    few = judge_queries(replace(settings, options=replace(settings.options, reliability_queries=2)), factors, blocks, 0)
+    few_queries = replace(settings, options=replace(settings.options, reliability_queries=2))
+    few = query_worker.judge_queries(few_queries, factors, blocks, 0)
     assert few is not None
     assert (few.positive, few.negative) == (2, 2)
 
 
 def test_queries_that_are_held_out_are_judged_along_the_direction(prepared: Any) -> None:
     settings, factors, parts, _ = prepared
-    precondition_parts(settings.folder, factors, parts, settings.options)
+    query_worker.precondition_parts(settings.folder, factors, parts, settings.options)
     rows = read_queries(settings.folder)
     write_queries(settings.folder, rows, HELD_OUT)
-    found = judge_held_out(settings)
+    found = query_worker.judge_held_out(settings)
     assert found is not None
     assert found > 0.9  # V is made of them
     write_queries(settings.folder, [row for row in rows if row.positive], HELD_OUT)
-    assert judge_held_out(settings) is None
+    assert query_worker.judge_held_out(settings) is None
 
 
 def test_a_set_of_a_single_query_has_no_reliability(prepared: Any, tmp_path: Path) -> None:
     settings, factors, _, blocks = prepared
     rows = [QueryRow(row=i, positive=i > 0, score=0.5, prompt="You", completion=" clown") for i in range(4)]
     write_queries(tmp_path, rows)
-    assert judge_queries(replace(settings, folder=tmp_path), factors, blocks, 0) is None
+    assert query_worker.judge_queries(replace(settings, folder=tmp_path), factors, blocks, 0) is None
