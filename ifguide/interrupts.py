@@ -103,6 +103,12 @@ def requested() -> bool:
     return _State.received is not None
 
 
+def request() -> None:
+    """Have this process end as by SIGTERM, if an entry point has that handled."""
+    if _State.handled:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def exit_code() -> int:
     """Of a process that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + (_State.received or signal.SIGINT)

@@ -27,6 +27,8 @@ METRICS = "metrics.jsonl"  # of a training
 TENSORBOARD = "tensorboard"  # folder of its event files
 REMOTE_SECONDS = 60.0
 
+Sink = Callable[[dict[str, Any]], None]  # where a stage's figures go, by the names of `GAUGES`
+
 
 def configure_logging(level: int = logging.INFO) -> None:
     """Log the project's lines to stderr as `HH:MM:SS verb | text`; for entry points and Ray workers."""
@@ -72,7 +74,7 @@ class Progress:
         *,
         already: float = 0,
         every_seconds: float = 5.0,
-        sinks: Iterable[Callable[[dict[str, Any]], None]] = (),
+        sinks: Iterable[Sink] = (),
     ):
         self.verb, self.total, self.unit = verb, total, unit
         self.done = self.already = already

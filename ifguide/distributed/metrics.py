@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,7 @@ from ray.util.metrics import Gauge
 
 from ifguide.config import redact
 from ifguide.gauges import GAUGES, PREFIX, TAGS
-from ifguide.telemetry import Progress, ProgressFile, TensorBoard
-
-Sink = Callable[[dict[str, Any]], None]
+from ifguide.telemetry import Progress, ProgressFile, Sink, TensorBoard
 
 
 @contextlib.contextmanager

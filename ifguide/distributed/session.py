@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,8 @@ from ifguide import interrupts
 from ifguide.config import Cluster, ConfigError
 from ifguide.config.resources import WorkerResources
 from ifguide.telemetry import log
+
+NOTICE_SECONDS = 5.0  # between looks for Ray's notice
 
 
 def connect(cluster: Cluster) -> None:
@@ -29,6 +33,7 @@ def connect(cluster: Cluster) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         ray.init(address=address, **options)
+        threading.Thread(target=_heed_notice, args=(ray.get_runtime_context().get_node_id(),), daemon=True).start()
     else:
         with _on_loopback():
             ray.init(
@@ -38,6 +43,18 @@ def connect(cluster: Cluster) -> None:
                 **options,
             )
     interrupts.install()  # Ray has put its own handlers there
+
+
+def _heed_notice(node: str) -> None:
+    """End as by SIGTERM when Ray says that the driver's machine will be taken away, as of a pod that ends: what trains
+    is saved then, and the same command goes on elsewhere. A node that has nothing else to do ends at once."""
+    with contextlib.suppress(Exception):  # this process has left the cluster, or the cluster is gone
+        while node in {other["NodeID"] for other in ray.nodes() if other["Alive"]}:
+            if node in ray._private.state.state.get_draining_nodes():
+                break
+            time.sleep(NOTICE_SECONDS)
+        log("cluster", "this machine is being taken away", level=logging.WARNING)
+        interrupts.request()
 
 
 def disconnect() -> None:

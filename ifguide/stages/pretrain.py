@@ -3,17 +3,17 @@
 Both models of a run see the same blocks in the same order from the same initial weights; only the loss differs.
 DeepSpeed under Ray Train, on any number of workers, or plain torch in this process: `ifguide.training.loop` is the loop
 of both, `ifguide.training.engines` what differs. A rerun goes on from the last checkpoint, on another number of workers
-too; Ray Train starts lost workers again, and with `min_workers` goes on with those it has.
+too; Ray Train starts lost workers again, and with `min_workers` goes on with those it has. When Ray says that a machine
+will be taken away, the step is saved before, and the training goes on on others.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ifguide import interrupts
 from ifguide.artifacts import Manifest, file_entry, read_sealed, remove_tree, require, require_same
 from ifguide.config import Cluster, redact, to_mapping, to_yaml
 from ifguide.corpus.tables import require_same_documents
-from ifguide.distributed.metrics import Sink, ray_metrics
+from ifguide.distributed.metrics import ray_metrics
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import StageError
 from ifguide.models import check_vocabulary
@@ -33,14 +33,14 @@ from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.shapes import initial_model, require_positions, shape_of_fields
 from ifguide.spans.filling import mask_other_tokens
 from ifguide.storage import is_remote, location
-from ifguide.telemetry import METRICS, configure_logging, cut_torn_line, log
+from ifguide.telemetry import METRICS, configure_logging, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.training.adapters import adapted_modules
 from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import first_whole, last_checkpoint, published_checkpoints
 from ifguide.training.folder import STOP
 from ifguide.training.loop import EXPORT, SUMMARY, VERB, TrainingLoop, TrainingStopped
-from ifguide.training.meter import training_line
+from ifguide.training.meter import ShownMetrics
 from ifguide.training.model import architecture
 from ifguide.training.model_card import write_model_card
 from ifguide.training.schedule import require_training_blocks
@@ -177,7 +177,7 @@ def _train(settings: TrainingSettings, cluster: Cluster) -> dict[str, Any]:
     with (
         interrupts.deferring(),
         ray_metrics(VERB, folder) as gauges,
-        _ShownMetrics(folder / METRICS, name, gauges),
+        ShownMetrics(VERB, name, folder / METRICS, gauges),
     ):
         if settings.train.engine == "torch":
             threads = torch.get_num_threads()
@@ -209,17 +209,38 @@ def _kept(folder: Path) -> str:
 
 
 def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    """Train to the end, in as many runs of Ray Train as machines are taken away."""
+    from ray.train import TrainingFailedError
 
     train, folder = settings.train, location(settings.folder)
     failure = folder / FAILURE
+    require_resources(cluster, VERB, train.resources, train.min_workers or train.workers)
+    try:
+        while True:
+            for word in (failure, folder / STOP):
+                word.unlink(missing_ok=True)
+            _fit(_trainer(settings), folder)
+            if failure.exists():
+                raise StageError(failure.read_text())
+            if (folder / SUMMARY).exists():
+                return
+            log(VERB, f"{settings.name}: a machine is being taken away: {_kept(folder)}; going on on others")
+    except TrainingFailedError as error:
+        raise StageError(_reason(error)) from error
+    finally:
+        for word in (failure, folder / STOP):
+            word.unlink(missing_ok=True)
+
+
+def _trainer(settings: TrainingSettings) -> Any:
+    """One run of Ray Train."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    train = settings.train
     use_gpu = train.resources.gpus > 0
     workers: Any = train.workers if train.min_workers is None else (train.min_workers, train.workers)
-    require_resources(cluster, VERB, train.resources, train.min_workers or train.workers)
-    for word in (failure, folder / STOP):
-        word.unlink(missing_ok=True)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_loop,
         train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -234,19 +255,10 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
         ),
         run_config=ray.train.RunConfig(
             name=f"{settings.name}-{time.time_ns()}",
-            **_ray_storage(folder / RAY_TRAIN),
+            **_ray_storage(location(settings.folder) / RAY_TRAIN),
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
         ),
     )
-    try:
-        _fit(trainer, folder)
-        if failure.exists():
-            raise StageError(failure.read_text())
-    except ray.train.TrainingFailedError as error:
-        raise StageError(_reason(error)) from error
-    finally:
-        for word in (failure, folder / STOP):
-            word.unlink(missing_ok=True)
 
 
 def _fit(trainer: Any, folder: Path) -> None:
@@ -309,6 +321,7 @@ def train_loop(given: dict[str, TrainingSettings]) -> None:
             rank=context.get_world_rank(),
             local_rank=context.get_local_rank(),
             world_size=context.get_world_size(),
+            noticed=_machine_is_taken_away,
         )
     except TrainingStopped:
         return
@@ -319,54 +332,32 @@ def train_loop(given: dict[str, TrainingSettings]) -> None:
         raise
 
 
-def run_rank(settings: TrainingSettings, *, rank: int, local_rank: int, world_size: int) -> None:
-    """One rank of the DeepSpeed job, in whatever process group torch has."""
+def _machine_is_taken_away() -> bool:
+    """Whether Ray has said so to the ranks: after a SIGTERM to a node's `ray start --block`, as in a pod that ends, or
+    by its cloud.
+
+    The public `ray.train.get_preemption_info` says the same, but has all ranks wait for each other every time.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def run_rank(
+    settings: TrainingSettings,
+    *,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    noticed: Callable[[], bool] = lambda: False,
+) -> None:
+    """One rank of the DeepSpeed job, in whatever process group torch has; saves and ends once it has `noticed`."""
     if not settings.train.resources.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a 80 s compilation; gloo serves
-    TrainingLoop(settings, rank=rank, world_size=world_size, local_rank=local_rank).run()
-
-
-class _ShownMetrics:
-    """Shows what rank 0 appends to its metrics file as progress lines of the driver, while training runs, and gives it
-    to the sinks.
-
-    Workers' own output stays in Ray's logs: theirs would come with a prefix, late, and among that of others.
-    """
-
-    def __init__(self, path: Path, name: str, sinks: Sequence[Sink]):
-        self.path, self.name, self.sinks = path, name, sinks
-        self.seconds = 10.0 if is_remote(path) else 1.0
-        if not is_remote(path):  # a remote one is uploaded whole
-            cut_torn_line(path)
-        self.offset = path.stat().st_size if path.exists() else 0
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self._show_new()
-
-    def _follow(self) -> None:
-        while not self.stop.wait(self.seconds):
-            self._show_new()
-
-    def _show_new(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            new = file.read()
-        complete = new[: new.rfind(b"\n") + 1]
-        self.offset += len(complete)
-        for line in complete.splitlines():
-            row = json.loads(line)
-            log(VERB, training_line(self.name, row))
-            for sink in self.sinks:
-                sink({**row, "unit": "steps", "done": row["step"], "total": row["steps"]})
+    loop = TrainingLoop(settings, rank=rank, world_size=world_size, local_rank=local_rank)
+    asked = loop.stopping
+    loop.stopping = lambda: noticed() or asked()
+    loop.run()

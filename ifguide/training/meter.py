@@ -10,8 +10,11 @@ activation checkpointing is not counted, and attention is counted as causal. Pea
 from __future__ import annotations
 
 import contextlib
+import json
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,8 @@ import torch
 from ifguide.config import Pretrain
 from ifguide.hardware import hardware_of_device
 from ifguide.shapes import shape_of_fields
-from ifguide.telemetry import format_seconds
+from ifguide.storage import is_remote
+from ifguide.telemetry import Sink, cut_torn_line, format_seconds, log
 
 
 class Meter:
@@ -94,3 +98,46 @@ def training_line(name: str, values: Mapping[str, Any]) -> str:
         + shown("mfu", ", MFU {:.1%}")
         + f", ETA {format_seconds(values['eta_seconds'])}"
     )
+
+
+class ShownMetrics:
+    """Shows what rank 0 appends to its metrics file as progress lines of the driver, while training runs, and gives it
+    to the sinks.
+
+    Workers' own output stays in Ray's logs: theirs would come with a prefix, late, and among that of others.
+    """
+
+    def __init__(self, verb: str, name: str, path: Path, sinks: Sequence[Sink]):
+        self.verb, self.name, self.path, self.sinks = verb, name, path, sinks
+        self.seconds = 10.0 if is_remote(path) else 1.0
+        if not is_remote(path):  # a remote one is uploaded whole
+            cut_torn_line(path)
+        self.offset = path.stat().st_size if path.exists() else 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._show_new()
+
+    def _follow(self) -> None:
+        while not self.stop.wait(self.seconds):
+            self._show_new()
+
+    def _show_new(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            new = file.read()
+        complete = new[: new.rfind(b"\n") + 1]
+        self.offset += len(complete)
+        for line in complete.splitlines():
+            row = json.loads(line)
+            log(self.verb, training_line(self.name, row))
+            for sink in self.sinks:
+                sink({**row, "unit": "steps", "done": row["step"], "total": row["steps"]})

@@ -18,6 +18,9 @@ import yaml
 from ifguide.artifacts import file_digest
 from ifguide.config import Config, to_mapping
 from ifguide.run import Run
+from ifguide.stages.build_query import build_query
+from ifguide.stages.evaluate import evaluate
+from ifguide.stages.fit_factors import fit_factors
 from ifguide.stages.pretrain import pretrain
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.telemetry import METRICS, read_metrics
@@ -90,14 +93,24 @@ def test_a_training_under_deepspeed_does_too(tmp_path: Path) -> None:
     interrupt(training(tmp_path, "deepspeed"), tmp_path)
 
 
+VERBS: dict[str, tuple[Callable[[Run], Any], tuple[str, ...]]] = {
+    "fit_factors": (fit_factors, ("factors",)),
+    "build_query": (build_query, ("query",)),
+    "score_corpus": (score_corpus, ("scores", "ranking", "mask")),
+    "evaluate": (evaluate, ("report", "generations")),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_scoring_ends_and_goes_on(copied: Callable[..., Config], tmp_path: Path) -> None:
-    config = copied(drop=("scores", "ranking", "mask"))
-    ledger = Path(config.run_dir) / "scores" / "ledger"
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_on_workers_ends_and_goes_on(verb: str, copied: Callable[..., Config], tmp_path: Path) -> None:
+    stage, made = VERBS[verb]
+    config = copied(drop=made)
+    ledger = Path(config.run_dir) / made[0] / "ledger"
     for number in CODES:
-        process = start("score_corpus", to_mapping(config), tmp_path)
+        process = start(verb, to_mapping(config), tmp_path)
         end(process, number, lambda: bool(list(ledger.glob("*.attempts"))))
         for leftover in ledger.glob("*.attempts"):
             leftover.unlink()  # what the next one starts on is to be its own
-    assert score_corpus(Run(config=config)) is not None
+    assert stage(Run(config=config)) is not None

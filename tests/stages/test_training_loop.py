@@ -20,14 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ifguide.artifacts import MANIFEST, PLAN, file_digest, read_manifest, read_sealed, write_json
 from ifguide.config import ModelSource, config_from_mapping, to_mapping
 from ifguide.corpus.tables import document_table
-from ifguide.distributed.metrics import Sink
 from ifguide.distributed.shards import StageError
 from ifguide.gauges import GAUGES
 from ifguide.models import load_model
 from ifguide.run import PENALISED, Run
 from ifguide.stages import pretrain as pretrain_stage
 from ifguide.stages.pretrain import _reason, pretrain
-from ifguide.telemetry import METRICS, read_metrics
+from ifguide.telemetry import METRICS, Sink, read_metrics
 from ifguide.training import loop as training_loop
 from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint, part_folder, published_checkpoints

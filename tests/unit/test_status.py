@@ -79,6 +79,16 @@ def test_a_training_says_step_loss_rate_and_eta(tmp_path):
     assert "in progress  begun 0s ago" in line_of(tmp_path, "model/penalised")
 
 
+def test_a_training_of_a_comparison_says_step_and_loss(tmp_path):
+    progress = Progress("compare", 0, "steps", sinks=(ProgressFile(begin(tmp_path / "compare/x/model/dpo").folder),))
+    progress.begin(40, already=4)
+    progress.started -= 4
+    progress.done = 12
+    progress.publish(loss=0.6931)
+    expected = "in progress  12/40 steps (30%), loss 0.6931, 2 steps/s, ETA 14s; last news 0s ago"
+    assert line_of(tmp_path, "compare/x/model/dpo").split(maxsplit=1)[1] == expected
+
+
 def test_a_comparison_and_further_artifacts_are_shown_once_they_are_begun(tmp_path):
     names = [stage.name for stage in run_status(tmp_path, FOLDERS).stages]
     assert names == [*FOLDERS]
