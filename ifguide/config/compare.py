@@ -237,7 +237,7 @@ class Compare:
     threshold: float = option(0.5, at_least=0, at_most=1)
     resources: Resources = CPU_RESOURCES
 
-    RENAMED: ClassVar[dict[str, str]] = moved("task") | {"smoothing": "score_corpus.smooth"}
+    RENAMED: ClassVar[dict[str, str]] = moved("task") | {"smoothing": "/score_corpus.smooth"}
 
 
 def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:

@@ -290,6 +290,10 @@ def _check_across(config: Config) -> None:
     scoring = config.score_corpus
     if scoring.min_actors > scoring.max_actors:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
+    if scoring.smooth is not None and not scoring.smooth.ridges:
+        raise ConfigError("score_corpus.smooth.ridges: name one at least")
+    if config.build_mask.smoothed and (config.build_mask.standardise or config.build_mask.fdr is not None):
+        raise ConfigError("build_mask.smoothed: z-scores are of exact scores; set it to false or null")
     check_names("score_corpus.queries", scoring.queries, of="a column of scores and a folder", taken=[OWN])
     if config.proxy_is_baseline and not config.baseline:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")

@@ -158,7 +158,7 @@ def build(cls: type, tree: Any, where: str, default: Any = None) -> Any:
     """An instance of dataclass `cls` from a mapping; `where` is the dotted path of the mapping.
 
     Keys that are not set are those of `default`, an instance of `cls` if there is one. `RENAMED` of a class says where
-    a key of former versions is now, so that the error can."""
+    a key of former versions is now, so that the error can: in its section, or after a slash in the whole config."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{where or 'config'}: expected a section with keys, got {tree!r}")
     hints = typing.get_type_hints(cls)
@@ -201,7 +201,8 @@ def unknown_section(dotted: str, key: str, raw: Any, hints: Mapping[str, Any]) -
 def unknown_key(dotted: str, key: str, valid: Iterable[str], renamed: Mapping[str, str]) -> str:
     """What is said of a key that there is not, in place of one of `valid`."""
     if key in renamed:
-        return f"{dotted}: is now called {dotted.removesuffix(key)}{renamed[key]}"
+        now = renamed[key]
+        return f"{dotted}: is now called {now[1:] if now.startswith('/') else dotted.removesuffix(key) + now}"
     begun = [name for name in valid if name.startswith(key)] if key else []
     nearest = begun or difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     if nearest:

@@ -174,13 +174,11 @@ def measure_of(options: BuildMask, scores: Path) -> Measure:
     """What the options rank tokens by; the spread of z-scores is not known yet.
 
     Raises:
-        ConfigError: z-scores or smoothed scores are wanted, and the folder of scores holds none; or both are wanted.
+        ConfigError: z-scores or smoothed scores are wanted, and the folder of scores holds none.
     """
     columns = schemas.read_schema(next(verified_files(scores)))
     if not options.standardise and options.fdr is None:
         return Measure(column=_column(options, scores, columns.names))
-    if options.smoothed:
-        raise ConfigError("build_mask.smoothed: z-scores are of exact scores; set it to false or null")
     nulls = schemas.null_columns(columns, options.behaviour)
     if not nulls:
         key = "standardise" if options.fdr is None else "fdr"
