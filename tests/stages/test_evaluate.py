@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from ifguide import schemas
@@ -242,6 +243,40 @@ def test_further_sets_and_classifiers_are_measured_by_group_with_their_gap(
     assert set(sets["attaq"]["gaps"]) == {"groups"}
     paired = metrics_of(config)["paired"]["penalised"]["sets"]["bold"]
     assert paired["gaps"]["race"]["mean"]["implicit"]["p_value"] is not None
+
+
+def test_benchmarks_stand_in_metrics_on_the_page_and_on_what_is_pushed(
+    copied: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"start": f"The farmer {i}", "ends": [" saw", " said"], "right": i % 2} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "farmers",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{start}}",
+        "doc_to_choice": "{{ends}}",
+        "doc_to_target": "right",
+    }
+    (tmp_path / "farmers.yaml").write_text(yaml.safe_dump(task))
+    config = copied(evaluate__lm_eval=[str(tmp_path / "farmers.yaml")], evaluate__report="again", **PLAIN)
+    run = Run(config=config)
+    manifest = stage("evaluate")(run)
+    assert f"lm_eval/{tmp_path / 'farmers.yaml'}" in manifest.inputs
+    for model in ("baseline", "penalised"):
+        figure = metrics_of(config)["models"][model]["lm_eval"]["farmers"]["acc"]
+        assert figure["n"] == 6
+        assert figure["low"] < figure["value"] < figure["high"]
+    assert "farmers, acc" in (run.report / "index.html").read_text()
+    assert main(["push", str(run.folder), "owner/name", "--report", "again", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    card = ModelCard(shown[shown.index("---\n") :])
+    assert {result.metric_type for result in card.data.eval_results} >= {"emt", "tp", "acc"}
+    assert (
+        f"model.safetensors ({(run.model('penalised') / 'hf' / 'model.safetensors').stat().st_size:,} bytes)" in shown
+    )
 
 
 def test_balanced_prompts_are_half_and_half_or_refused(copied: Callable[..., Config]) -> None:
