@@ -112,6 +112,24 @@ class ModelChecks:
                 self._package(f"{key}.name", source.name, "sklearn")
                 training_inputs({key: source})
 
+    def benchmarks(self, key: str, tasks: Sequence[str]) -> None:
+        """Tasks of lm-evaluation-harness: files, or names that it knows. The list of those takes it some seconds."""
+        if not require_package(self.findings, key, ", ".join(tasks), "lm_eval"):
+            return
+        files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+        for task in files:
+            if not Path(task).is_file():
+                self.findings.fault(key, task, "does not exist: check the path")
+        if named := [task for task in tasks if task not in files]:
+            from lm_eval.tasks import TaskManager
+
+            known = TaskManager().all_tasks
+            for task in named:
+                if task not in known:
+                    near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
+                    advice = f"; did you mean {near[0]}?" if near else "; `lm_eval ls tasks` lists them"
+                    self.findings.fault(key, task, f"no task of lm-evaluation-harness{advice}")
+
     def _package(self, key: str, value: str, package: str) -> None:
         require_package(self.findings, key, value, package)
 
@@ -144,8 +162,10 @@ class ModelChecks:
             outputs_of(config, source.name, label=source.label, head=source.head)
 
 
-def require_package(findings: Findings, key: str, value: str, package: str) -> None:
-    """A fault of the key, if a package is not installed here."""
+def require_package(findings: Findings, key: str, value: str, package: str) -> bool:
+    """Whether a package is installed here; a fault of the key, if it is not."""
     with findings.caught(key, value):
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(package, name=package)
+        return True
+    return False

@@ -131,7 +131,7 @@ class _Sections:
         if train.engine == "deepspeed":
             require_package(self.findings, "pretrain.engine", train.engine, "deepspeed")
         if train.lora is not None:
-            require_package(self.findings, "pretrain.lora", str(train.init_from), "peft")
+            require_package(self.findings, "pretrain.lora.rank", str(train.lora.rank), "peft")
         if train.wandb is not None:
             require_package(self.findings, "pretrain.wandb.project", train.wandb.project, "wandb")
 
@@ -195,8 +195,7 @@ class _Sections:
         for key, source in (texts | ({"evaluate.cloze": options.cloze} if options.cloze else {})).items():
             checks[key] = partial(self.tables.documents, key, source)
         if options.lm_eval:
-            tasks = ", ".join(options.lm_eval)
-            checks["evaluate.lm_eval"] = partial(require_package, self.findings, "evaluate.lm_eval", tasks, "lm_eval")
+            checks["evaluate.lm_eval"] = partial(self.models.benchmarks, "evaluate.lm_eval", options.lm_eval)
         for name, model in options.models.items():
             checks[f"evaluate.models.{name}"] = self._model(f"evaluate.models.{name}", model)
         return checks

@@ -16,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from ifguide.cli import main
 from ifguide.config import config_from_mapping
+from ifguide.extras import EXTRAS
 from ifguide.preflight import PreflightError, hub, preflight
 from tests.stages.conftest import small_config
 
@@ -354,3 +355,38 @@ def test_a_hub_dataset_is_looked_for_by_its_name(tree, tmp_path, faults, asked) 
     assert asked == ["no/such"]
     assert len(found) == 1
     assert "the hub has no such dataset" in found[0]
+
+
+def test_packages_that_a_key_wants_are_named_with_their_extra(
+    faults: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    wanted = {
+        "pretrain.lora.rank = 4": "peft",
+        "evaluate.lm_eval = arc_easy": "lm_eval",
+        "evaluate.classifiers.second.name = hatesonar": "hatesonar",
+    }
+    found = faults(
+        pretrain__init_from=str(tmp_path / "model"),
+        pretrain__lora={"rank": 4},
+        evaluate__lm_eval=["arc_easy"],
+        evaluate__classifiers={"second": "hatesonar"},
+    )
+    for start, package in wanted.items():
+        (line,) = [fault for fault in found if fault.startswith(f"{start}: ")]
+        assert f"the package {package} is needed and not installed: pip install 'ifguide[{EXTRAS[package]}]'" in line
+
+
+def test_tasks_of_the_harness_are_known_names_or_files(faults: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("task: own\n")
+    tasks = ["lambada_openai", "lambada_openay", str(tmp_path / "own.yaml"), str(tmp_path / "gone.yaml")]
+    found = [fault for fault in faults(evaluate__lm_eval=tasks) if "lm_eval" in fault]
+    assert sorted(found) == sorted(
+        [
+            f"evaluate.lm_eval = {tmp_path / 'gone.yaml'}: does not exist: check the path",
+            "evaluate.lm_eval = lambada_openay: no task of lm-evaluation-harness; did you mean lambada_openai?",
+        ]
+    )
