@@ -145,11 +145,14 @@ def pipeline(session: Session) -> Figures:
     manifests = {path.parent: read_manifest(path.parent) for path in session.run_dir.rglob(MANIFEST)}
     stages = {folder.relative_to(session.run_dir).as_posix(): each.seconds for folder, each in manifests.items()}
     summaries = {folder.name: each.summary for folder, each in manifests.items()}
-    factors = manifests[session.run_dir / "factors"]
+    factors, report = (manifests[session.run_dir / name] for name in ("factors", "report"))
+    block_size = yaml.safe_load(session.config().read_text())["pack_corpus"]["block_size"]
     return {
         "seconds": seconds,
         "stages": stages,
-        "factor_tokens_per_second": factors.summary.get("tokens_per_second"),
+        # of both passes together, with the starts of their processes and the eigendecompositions between
+        "factor_tokens_per_second": round(2 * factors.rows["blocks"] * block_size / factors.seconds, 1),
+        "continuations_per_second": round(report.rows["continuations"] / report.seconds, 1),
         "score_tokens_per_second_per_actor": summaries["scores"].get("tokens_per_second_per_actor"),
         "report": summaries.get("report"),
     }

@@ -57,7 +57,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 @functools.cache
-def compiled_chunk() -> Callable[..., tuple[Tensor, Tensor]]:
+def compiled_chunk() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`chunk` as one kernel."""
     options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": RECOMPILATIONS}
     return torch.compile(chunk, **options)
@@ -65,36 +65,42 @@ def compiled_chunk() -> Callable[..., tuple[Tensor, Tensor]]:
 
 def chunk(
     linear_NV: Tensor,
-    labels_N: Tensor,
+    label_N: Tensor,
     counted_N: Tensor,
     masked_N: Tensor,
     objective: Objective,
     head: LMHead,
     factor: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(nll_N, value_N): each token's NLL and its part of the loss, 0 where it is not counted; `linear_NV`, W h + b, is
-    overwritten with the gradient of the loss by it.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(nll_N, value_N, error_N): each token's NLL, its part of the loss, 0 where it is not counted, and the gradient of
+    the loss by W h + b at its label. `linear_NV`, W h + b, is overwritten with that gradient everywhere else.
 
-    In float32 at least, whatever the products' precision. `factor`: the head's scale over the step's count of tokens.
+    In float32 at least, whatever the products' precision. `label_N`: W h + b at the labels, in it: looked up and put
+    back outside, for a comparison with every column is not vectorised. `factor`: the head's scale over the step's count
+    of tokens.
     """
     dtype = torch.promote_types(linear_NV.dtype, torch.float32)
     logits_NV, slope_NV = _activated(linear_NV.to(dtype), head)
-    shifted_NV = logits_NV - logits_NV.amax(dim=-1, keepdim=True)
-    total_N1 = shifted_NV.exp().sum(dim=-1, keepdim=True)
-    nll_N = (total_N1.log() - shifted_NV.gather(1, labels_N[:, None])).squeeze(1)
+    at_label_N, slope_N = _activated(label_N.to(dtype), head)
+    highest_N1 = logits_NV.amax(dim=-1, keepdim=True)
+    log_sum_N1 = (logits_NV - highest_N1).exp().sum(dim=-1, keepdim=True).log() + highest_N1
+    nll_N = log_sum_N1.squeeze(1) - at_label_N
     value_N, by_nll_N = objective.of_tokens(nll_N, masked_N)
-    weight_N = by_nll_N.masked_fill(~counted_N, 0) * factor
-    here_NV = torch.arange(linear_NV.shape[1], device=linear_NV.device) == labels_N[:, None]
-    error_NV = (shifted_NV.exp() / total_N1 - here_NV.to(dtype)) * weight_N[:, None]
-    linear_NV.copy_(error_NV if slope_NV is None else error_NV * slope_NV)
-    return nll_N, value_N.masked_fill(~counted_N, 0)
+    by_nll_N = by_nll_N.masked_fill(~counted_N, 0) * factor
+    # Of another difference than above: an exponential of both uses would be written down, and memory is slower.
+    error_NV = (logits_NV - log_sum_N1).exp() * by_nll_N[:, None]
+    error_N = torch.expm1(-nll_N) * by_nll_N
+    if slope_NV is not None and slope_N is not None:
+        error_NV, error_N = error_NV * slope_NV, error_N * slope_N
+    linear_NV.copy_(error_NV)
+    return nll_N, value_N.masked_fill(~counted_N, 0), error_N
 
 
-def _activated(logits_NV: Tensor, head: LMHead) -> tuple[Tensor, Tensor | None]:
+def _activated(logits: Tensor, head: LMHead) -> tuple[Tensor, Tensor | None]:
     """As `LMHead.activate`, which works in place."""
     if head.scale != 1.0:
-        logits_NV = logits_NV * head.scale
+        logits = logits * head.scale
     if head.softcap is None:
-        return logits_NV, None
-    tanh_NV = (logits_NV / head.softcap).tanh()
-    return head.softcap * tanh_NV, 1 - tanh_NV.square()
+        return logits, None
+    tanh = (logits / head.softcap).tanh()
+    return head.softcap * tanh, 1 - tanh.square()

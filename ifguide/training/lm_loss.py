@@ -66,6 +66,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.as_is = taken_back_as_is
         needed = [with_gradient and each for each in ctx.needs_input_grad[:3]]
         if compiled and any(needed):
+            dtype = product_dtype(hidden_ND)
             with torch.autocast(hidden_ND.device.type, enabled=False):
                 return _compiled_forward(
                     ctx,
@@ -77,7 +78,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     objective,
                     head,
                     chunk_tokens,
-                    product_dtype(hidden_ND),
+                    dtype,
                 )
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         product_VD = weight_VD.to(hidden_ND.dtype)  # under autocast the weights are wider than the products
@@ -158,14 +159,18 @@ def _compiled_forward(
     nll_N = torch.empty(len(hidden_ND), dtype=dtype, device=hidden_ND.device)
     loss = torch.zeros((), dtype=dtype, device=hidden_ND.device)
     factor = (head.scale / token_count).to(dtype)
+    labels_N, counted_N, masked_N = labelled
     size = chunk_tokens or _even_chunks(states_ND, len(weight_VD))
     scratch_NV = states_ND.new_empty(min(size, len(states_ND)), len(weight_VD))
     for rows in chunks(len(states_ND), size):
         chunk_ND = states_ND[rows]
         logits_NV = _linear(chunk_ND, product_VD, bias, scratch_NV[: len(chunk_ND)])
-        nll_N[rows], value_N = compiled_chunk()(logits_NV, *(each[rows] for each in labelled), objective, head, factor)
+        at_labels = (torch.arange(len(chunk_ND), device=chunk_ND.device), labels_N[rows])
+        rest = (counted_N[rows], masked_N[rows], objective, head, factor)
+        nll_N[rows], value_N, error_N = compiled_chunk()(logits_NV, logits_NV[at_labels], *rest)
         loss += value_N.sum()
-        error_NV = logits_NV  # overwritten
+        # What is left in the logits' place is the rest of the gradient. (`scatter_` would copy all of it in bfloat16.)
+        error_NV = logits_NV.index_put_(at_labels, error_N.to(logits_NV.dtype))
         if bias_gradient is not None:
             bias_gradient += error_NV.sum(dim=0, dtype=dtype)
         if hidden_gradient is not None:

@@ -124,7 +124,8 @@ def test_the_compiled_kernel_is_the_function_that_it_was_compiled_from(kind: Obj
     labels = torch.randint(300, (7,), generator=generator)
     counted, masked = labels % 5 != 0, labels % 2 == 0
     objective = Objective(kind=kind, penalty=0.7, floor_probability=FLOOR)
-    rest = (labels, counted, masked, objective, LMHead(softcap=3.0), torch.tensor(0.1))
+    at_label = linear.gather(1, labels[:, None]).squeeze(1)
+    rest = (at_label, counted, masked, objective, LMHead(softcap=3.0), torch.tensor(0.1))
     plain, fused = linear.clone(), linear.clone()
     expected, found = compiled.chunk(plain, *rest), compiled.compiled_chunk()(fused, *rest)
     for one, other in zip((*found, fused), (*expected, plain), strict=True):
