@@ -40,7 +40,7 @@ import torch
 
 from bench.common.step_profile import Parts, host_reads, launches_and_bytes
 from bench.common.step_sides import Side, Sizes, compiled_side, own_side, trainer_side
-from bench.objective_overhead import SMALL
+from bench.objective_overhead import SMALL as NEOX
 from ifguide.config import Pretrain
 from ifguide.config.typed_yaml import apply_override
 from ifguide.hardware import hardware_of_device
@@ -58,7 +58,7 @@ SWITCHES_OFF = {
         "background_checkpoints": False,
     },
 }
-TINY = {**SMALL, "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {**NEOX, "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = {"blocks": 2, "block_size": 32, "rounds": 1, "warm_up": 1}
 
 
@@ -140,7 +140,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     if options.shape:
         fields = dict(published_shapes()[options.shape]["fields"])
     else:
-        fields = {**(TINY if options.small else SMALL), "max_position_embeddings": options.block_size}
+        fields = {**(TINY if options.small else NEOX), "max_position_embeddings": options.block_size}
     names = ("blocks", "block_size", "dtype", "device", "threads")
     return Sizes(fields=fields, **{name: getattr(options, name) for name in names})
 

@@ -163,6 +163,22 @@ def test_with_dropout_a_resumed_training_is_the_uninterrupted_one(train: Callabl
     assert digest(resumed) == digest(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_training_goes_on_bit_for_bit(dtype: str, train: Callable[..., Path]) -> None:
+    """With dropout and documents apart, so that what is random and what is masked is in the compiled graphs."""
+    options: Options = {"dtype": dtype, "document_attention": True, "architecture": {"attention_dropout": 0.1}}
+    options |= {"acceleration": {"compiled_layers": True, "compiled_loss": True}}
+    whole = train("whole", **options)
+    with pytest.raises(Killed):
+        train("resumed", before=kill_at(5), **options)
+    resumed = train("resumed", **options)
+    assert column(resumed, "loss") == column(whole, "loss")
+    assert digest(resumed) == digest(whole)
+    plain = train("plain", **options | {"acceleration": {}, "architecture": {"attention_dropout": 0.0}})
+    assert column(resumed, "loss")[-1] == pytest.approx(column(plain, "loss")[-1], rel=0.1)
+
+
 def test_a_torn_checkpoint_is_not_loaded(train: Callable[..., Path]) -> None:
     whole = train("whole")
     with pytest.raises(Killed):

@@ -22,3 +22,9 @@ def test_it_ends_in_one_line_with_every_figure(
     assert figures["compiled_loop_ratio"] is None
     assert figures["syncs_per_step"] == 0
     assert 0 < figures["launches_per_step"] < figures["launches_before"]
+
+
+def test_the_model_is_small_only_when_it_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, hidden in (([], 512), (["--small"], 32)):
+        monkeypatch.setattr(sys, "argv", ["bench/training_step.py", *options])
+        assert training_step.sizes_of(training_step._options()).fields["hidden_size"] == hidden
