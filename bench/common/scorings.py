@@ -64,6 +64,7 @@ class Scorings:
     factors: Path | None = None
     nulls: int = 4
     seed: int = 0
+    cache: Path = CACHE
     names: list[str] = field(init=False)
     folder: Path = field(init=False)
 
@@ -73,7 +74,7 @@ class Scorings:
         self.sets = self.behaviour.positive, self.behaviour.negative
         self.sample = factor_sample(tokenizer, self.documents, block_size=BLOCK_SIZE)
         of = state_fingerprint(model), self.names, self.sample.identity(), self.sets, self.seed
-        self.folder = CACHE / "score_quality" / digest(*of)
+        self.folder = self.cache / "score_quality" / digest(*of)
 
     def of(self, kinds: Sequence[str], blocks: Sequence[Block]) -> dict[str, list[NDArray[np.floating]]]:
         """The scores (T,) of every block along each of the directions, which share a pass."""
@@ -116,7 +117,9 @@ class Scorings:
     def factors_folder(self) -> Path:
         """The factors, fitted where they are not kept."""
         model, tokenizer = self.proxy
-        return self.factors or fit_factors(model, tokenizer, self.names, self.documents, block_size=BLOCK_SIZE)
+        return self.factors or fit_factors(
+            model, tokenizer, self.names, self.documents, block_size=BLOCK_SIZE, cache_dir=self.cache
+        )
 
     def directions(self, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """The directions by name; of nulls all are made at once."""
@@ -146,7 +149,7 @@ class Scorings:
     def _gradient(self, *, half: int | None = None) -> dict[str, Tensor]:
         model, tokenizer = self.proxy
         sets: list[Sequence[Query]] = [own if half is None else own[half::HALVES] for own in self.sets]
-        return differential(*(mean_gradient(model, tokenizer, self.names, own) for own in sets))
+        return differential(*(mean_gradient(model, tokenizer, self.names, own, cache_dir=self.cache) for own in sets))
 
     def _nulls(self, factors: Any) -> list[dict[str, Tensor]]:
         model, tokenizer = self.proxy
