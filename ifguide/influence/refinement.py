@@ -54,7 +54,8 @@ TOLERANCE = 1e-6  # of |r| / |G|: float32 products are not known better
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step. `residual`: |G - (H + D) V| / |G| after it. `curvature`: V^T H V, without the damping. `step_size`:
+    """One step. `residual`: |G - (H + D) V| / |G| after it; it may rise at first, for what falls with each step is the
+    error in the norm of H + D, not this one. `curvature`: V^T H V, without the damping. `step_size`:
     alpha; that of the first step is 1 where EK-FAC has the right curvature along its V. `cosine`: of V with that."""
 
     residual: float

@@ -136,7 +136,8 @@ def _direction(
     blocks = _corpus_blocks(run, config.refine_blocks or run.config.fit_factors.sample_blocks)
     state = run.query / PARTIAL / f"refinement-{queries}.safetensors"
     norms, steps = run_task(refine_parts, settings, factors, parts, blocks, state, resources=config.resources)
-    log(VERB, f"refined in {len(steps['residual'])} steps to a residual of {steps['residual'][-1]:.3g}")
+    residual, cosine = steps["residual"], steps["cosine"]
+    log(VERB, f"refined in {len(cosine)} steps: residual {residual[-1]:.3g}, cosine with EK-FAC's V {cosine[-1]:.3f}")
     return norms, {"refinement": steps}
 
 
