@@ -72,6 +72,7 @@ def main() -> None:
         return
     with sides(options, options.sides) as made:
         times = take_turns(made, options)
+        print(f"seconds a step, round by round: {json.dumps(times)}", flush=True)
         figures = {side: counted(made[side], options) for side in options.sides if made[side].loop is not None}
         checkpoint = checkpoint_seconds(made["mask"])
         memory = {side: memory_rise(made[side], options) for side in options.sides if options.small}

@@ -15,17 +15,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ifguide.training.loop import TrainingLoop
 
-READS = {
-    torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__bool__,
-    torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.__array__,
-}  # fmt: skip
-READING_OPERATORS = {"aten._local_scalar_dense.default", "aten.is_nonzero.default", "aten.equal.default"}
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+TO_SCALARS = {"item", "__bool__", "__float__", "__int__", "__index__"}  # by way of `SCALAR`
+SCALAR = "aten::_local_scalar_dense"
+ON_DEVICE = "aten::_fused_adamw_"  # whose kernel of a CPU looks at its scalars; a GPU's leaves them there
 # what moves no data
 FREE = {
     "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::view", "aten::_unsafe_view", "aten::as_strided",
@@ -38,44 +35,47 @@ FREE = {
 }  # fmt: skip
 
 
-class _Reads(TorchFunctionMode):
-    """Counts, by name, the values of tensors that Python reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in READS:
-            self.counts[func.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class _ReadingOperators(TorchDispatchMode):
-    """Counts, by name, operators that give the host a value: most reads of Python's come to them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if str(func) in READING_OPERATORS:
-            self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def host_reads(step: Callable[[], Any], steps: int = 1) -> Counter[str]:
-    """What the host reads of tensors in so many steps: by Python, and by operators that others than Python call."""
-    with _Reads() as reads, _ReadingOperators() as operators:
+    """What the host reads of tensors in so many steps: by Python, by name, and by operators that call no Python."""
+    with _counted_reads() as reads, profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(steps):
             step()
-    by_python = sum(reads.counts[name] for name in ("item", "__bool__", "__float__", "__int__", "__index__"))
-    by_others = sum(operators.counts.values()) - by_python
-    return reads.counts + Counter({"operators": max(0, by_others)})
+    scalars = sum(1 for event in profiled.events() if event.name == SCALAR and not _within(event, ON_DEVICE))
+    by_others = scalars - sum(reads[name] for name in TO_SCALARS)
+    return reads + Counter({"operators": max(0, by_others)})
+
+
+@contextlib.contextmanager
+def _counted_reads() -> Iterator[Counter[str]]:
+    """Counts by name how often Python reads a tensor. (What is compiled does not run under torch's modes.)"""
+    counts: Counter[str] = Counter()
+    own = {name: vars(torch.Tensor)[name] for name in READS if name in vars(torch.Tensor)}
+
+    def counted(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
+        def reading(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return read(tensor, *args, **kwargs)
+
+        return reading
+
+    for name in READS:
+        setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    try:
+        yield counts
+    finally:
+        for name in READS:
+            if name in own:
+                setattr(torch.Tensor, name, own[name])
+            else:
+                delattr(torch.Tensor, name)
+
+
+def _within(event: Any, name: str) -> bool:
+    while event is not None:
+        if event.name == name:
+            return True
+        event = event.cpu_parent
+    return False
 
 
 def launches_and_bytes(step: Callable[[], Any], steps: int) -> tuple[float, float, dict[str, float]]:

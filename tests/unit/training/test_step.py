@@ -48,6 +48,14 @@ def test_a_step_reads_nothing_on_the_host_but_where_losses_are_logged(
     assert host_reads(made._train_step)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_reads_nothing_either(loop: Loop) -> None:
+    made = loop("compiled", {"compiled_layers": True, "compiled_loss": True}, log_steps=4)
+    made._train_step()
+    assert not host_reads(made._train_step, steps=2)
+    assert host_reads(made._train_step)
+
+
 def test_batches_made_ahead_are_the_same_to_the_last_bit(loop: Loop) -> None:
     ahead, at_once = (weights(loop(str(on), {"prefetched_batches": on}, batch_blocks=12)) for on in (True, False))
     assert all(torch.equal(ahead[name], at_once[name]) for name in ahead)
