@@ -280,8 +280,10 @@ def _fit(trainer: Any, folder: Path) -> None:
     while thread.is_alive() and not interrupts.requested():
         thread.join(0.2)
     if interrupts.requested():
-        (folder / STOP).write_text("")
-        thread.join(interrupts.grace_seconds() - END_SECONDS)
+        stop, deadline = folder / STOP, time.monotonic() + interrupts.grace_seconds() - END_SECONDS
+        stop.write_text("")
+        while thread.is_alive() and stop.exists() and time.monotonic() < deadline:
+            thread.join(1.0 if is_remote(folder) else 0.1)
         raise interrupts.interruption(_kept(folder))
     if errors:
         raise errors[0]
@@ -324,7 +326,8 @@ def train_loop(given: dict[str, TrainingSettings]) -> None:
             noticed=_machine_is_taken_away,
         )
     except TrainingStopped:
-        return
+        if context.get_world_rank() == 0:  # the driver need not wait for Ray Train, which takes seconds to end
+            (location(settings.folder) / STOP).unlink(missing_ok=True)
     except SAME_AGAIN as error:
         # else it may be storage that failed, or another worker, which takes the process group with it
         if torch.distributed.is_initialized() and not isinstance(error.__cause__, OSError):
