@@ -63,7 +63,7 @@ class Acceleration:
 
     Attributes:
         compiled_layers: compile what lies between the products of a layer; not with `zero_stage` 3. Null: in trainings
-            long enough to earn the compilation's time.
+            long enough to earn the compilation's time, on a CPU in bfloat16 alone.
         compiled_loss: softmax, loss, mask and gradient of logits as one compiled kernel. Null: as above.
         fused_optimizer: AdamW as one kernel, which clips as well.
         prefetched_batches: a thread makes the next step's batches while a step is computed.

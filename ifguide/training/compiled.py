@@ -26,14 +26,16 @@ RECOMPILATIONS = 64  # of one layer's code: families have layers of several kind
 EARNED_FLOP = {"cpu": 1e15, "cuda": 1e17}
 
 
-def compiles(wanted: bool | None, *, parameters: int, tokens: int, device: torch.device) -> bool:
-    """Whether to compile: as `wanted`, or where a training of so many tokens is long enough (None).
+def compiles(wanted: bool | None, *, parameters: int, tokens: int, device: torch.device, dtype: str) -> bool:
+    """Whether to compile: as `wanted`; for None where a training of so many tokens is long enough, on a CPU in bfloat16
+    alone. In float32 a CPU's time goes to the products.
 
     Raises:
         ConfigError: it is wanted, and this machine has no compiler.
     """
     if wanted is None:
-        return 6.0 * parameters * tokens >= EARNED_FLOP[device.type] and can_fuse(device)
+        pays = device.type != "cpu" or dtype == "bfloat16"
+        return pays and 6.0 * parameters * tokens >= EARNED_FLOP[device.type] and can_fuse(device)
     if wanted and not can_fuse(device):
         raise ConfigError(
             "pretrain.acceleration.compiled_layers, compiled_loss: there is no compiler for this"

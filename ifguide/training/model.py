@@ -53,7 +53,7 @@ def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast, 
     device = torch.device("cuda" if train.resources.gpus else "cpu")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     layers, loss = (
-        compiles(wanted, parameters=parameters, tokens=tokens, device=device)
+        compiles(wanted, parameters=parameters, tokens=tokens, device=device, dtype=train.dtype)
         for wanted in (train.acceleration.compiled_layers, train.acceleration.compiled_loss)
     )
     layers = layers and not train.parts_parameters  # ZeRO-3 gathers weights module by module, which a graph hides
