@@ -75,7 +75,7 @@ def test_the_tables_and_the_picture_have_every_model(tmp_path: Path) -> None:
 def test_the_shipped_configs_have_rivals_with_the_same_loss(behaviour: str) -> None:
     config = load_config(CONFIGS[behaviour])
     sources = sources_of(config)
-    assert {"influence", "word_list", "ngrams", "probe", "excess_loss", "smoothed", "random_types"} <= sources.keys()
+    assert {"influence", "exact", "word_list", "ngrams", "probe", "excess_loss", "random_types"} <= sources.keys()
     methods = swept(config, sources, [0, 0.5])
     assert methods[model_name("probe", 0.5)].penalty == 0.5
     assert methods[model_name("probe", 0)].objective == "ignore"
