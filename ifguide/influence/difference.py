@@ -62,7 +62,7 @@ class DifferenceEngine:
         self.forwards = self._forwards(directions, self.steps)
         self.fixed_sizes = self.kernels.by_layer
         if self.fixed_sizes:
-            self.forwards |= compiled_layers(model)
+            self.forwards |= compiled_layers(model, of_streams=True)
             if model.device.type == "cpu":
                 self.forwards |= paired_activations(model, self.K)
 

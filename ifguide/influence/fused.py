@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+RECOMPILATIONS = 64  # of one function: families have layers of several kinds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
@@ -54,7 +56,7 @@ def kernels(*, fused: bool, device_type: str) -> Kernels:
     # One kernel for all sizes; a variant for each layout and for sizes of one, whose number is bounded. Past the limit
     # `fullgraph` raises; running on uncompiled would change bits in the middle of a run.
     # (The type overloads of torch.compile leave `recompile_limit` out.)
-    options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
+    options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": RECOMPILATIONS}
     softmax: Any = torch.compile(softmax_and_change, **options)
     expected: Any = torch.compile(expected_change, **options)
     flash = None
@@ -71,10 +73,12 @@ def kernels(*, fused: bool, device_type: str) -> Kernels:
     )
 
 
-def compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any]]:
-    """The repeated layers of a model and their compiled forwards, for fixed sizes; layers of a kind share one graph."""
-    compilation: dict[str, Any] = {"dynamic": False, "recompile_limit": 64}
-    if model.device.type == "cpu":
+def compiled_layers(model: PreTrainedModel, *, of_streams: bool) -> dict[nn.Module, Callable[..., Any]]:
+    """The repeated layers of a model and their compiled forwards, for fixed sizes; layers of a kind share one graph.
+
+    of_streams: pairs of streams flow through them."""
+    compilation: dict[str, Any] = {"dynamic": False, "recompile_limit": RECOMPILATIONS}
+    if of_streams and model.device.type == "cpu":
         # Streams of which sums and differences are taken are computed for both at once, and not written down between.
         compilation["options"] = {"realize_opcount_threshold": 200, "realize_reads_threshold": 16}
     names = set(model._no_split_modules or ())

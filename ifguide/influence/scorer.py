@@ -22,11 +22,12 @@ at full rank in float32). Nothing of the size (tokens, vocabulary) is ever held.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ifguide.influence.backward import BackwardEngine
@@ -35,7 +36,7 @@ from ifguide.influence.directions import energy_report, split_directions
 from ifguide.influence.forward import ForwardEngine
 from ifguide.influence.method import PRESETS, Attribution, Method
 from ifguide.influence.states import taken_states
-from ifguide.models import predicted_positions
+from ifguide.models import predicted_positions, transformer_blocks
 
 
 class Engine(Protocol):
@@ -104,6 +105,11 @@ class TokenScorer:
             raise ValueError("engine forward runs in the model's own precision; use precision float32 or difference")
         self._engine.head.check(model)
 
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The model's blocks, in order: found once, for finding them counts every parameter."""
+        return transformer_blocks(self.model)[1]
+
     def score(self, tokens_BT: Tensor, lengths_B: Tensor, *, usual_blocks: int = 0) -> Tensor:
         """Scores (B, T), or (K, B, T) of a sequence of directions; label-aligned, on the model's device.
 
@@ -127,7 +133,7 @@ class TokenScorer:
     ) -> tuple[Tensor, list[Tensor]]:
         """The scores (K, B, T) as above, and of the same pass the hidden states (B, T, D) of each of `layers`
         (`influence.states`); entry t has read the tokens up to t."""
-        with taken_states(self.model, layers, self._engine.primal) as states:
+        with taken_states(self.model, self.blocks, layers, self._engine.primal) as states:
             scores = self.score(tokens_BT, lengths_B, usual_blocks=usual_blocks)
         first = int(self.beginning is not None)
         read = [states[layer][: len(tokens_BT), first:] for layer in layers]

@@ -26,7 +26,7 @@ from ifguide.influence.query_file import read_direction, read_nulls
 from ifguide.influence.score_tables import write_scores
 from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.smoothing import Smoother, smoothing_layers
-from ifguide.models import predicted_positions, state_fingerprint, transformer_blocks
+from ifguide.models import predicted_positions, state_fingerprint
 from ifguide.spans.tables import PackedCorpus, document_numbers
 from ifguide.storage import local_copy
 
@@ -158,7 +158,7 @@ def _smoothed(
 
 def layers_of(scorer: TokenScorer) -> tuple[int, ...]:
     """The layers of a scorer's model whose states scores are smoothed by."""
-    return smoothing_layers(len(transformer_blocks(scorer.model)[1]))
+    return smoothing_layers(len(scorer.blocks))
 
 
 def in_blocks(values: np.ndarray, like_BT: np.ndarray) -> np.ndarray:

@@ -9,18 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ifguide.models import transformer_blocks
-
 Primal = Callable[[Tensor], Tensor]  # what flows through the model -> (B, T, D) hidden states
 States = dict[int, Tensor]
 
 
 @contextmanager
-def taken_states(model: PreTrainedModel, layers: Sequence[int], primal: Primal) -> Iterator[States]:
+def taken_states(
+    model: PreTrainedModel, blocks: nn.ModuleList, layers: Sequence[int], primal: Primal
+) -> Iterator[States]:
     """Inside, a pass of the model's body leaves the states (B, T, D) of each of `layers` in what this gives.
 
-    Layer n is what the model's n-th block gives; the last one is normed, as the LM head reads it."""
-    _, blocks = transformer_blocks(model)
+    Layer n is what the n-th of the model's `blocks` gives; the last one is normed, as the LM head reads it."""
     states: States = {}
 
     def taker(layer: int) -> Callable[[nn.Module, Any, Any], None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide.config import ConfigError
-from ifguide.influence.fused import can_fuse
+from ifguide.influence.fused import RECOMPILATIONS, can_fuse, compiled_layers
 from ifguide.lm_head import LMHead
 from ifguide.training.objective import Objective
 
-RECOMPILATIONS = 64  # of one layer's code: families have layers of several kinds
 # FLOP of a training from which on compiling earns its time.
 EARNED_FLOP = {"cpu": 1e15, "cuda": 1e17}
 
@@ -46,16 +44,8 @@ def compiles(wanted: bool | None, *, parameters: int, tokens: int, device: torch
 
 def compile_layers(model: PreTrainedModel) -> None:
     """Have every repeated layer of the model run compiled, forward and back; changes `model`."""
-    names = set(model._no_split_modules or ())
-    compiled: dict[type, Any] = {}
-    for module in model.base_model.modules():
-        kind = type(module)
-        if names.isdisjoint(each.__name__ for each in kind.__mro__):
-            continue
-        if kind not in compiled:
-            options: dict[str, Any] = {"dynamic": False, "recompile_limit": RECOMPILATIONS}
-            compiled[kind] = torch.compile(kind.forward, **options)
-        module.forward = MethodType(compiled[kind], module)
+    for layer, forward in compiled_layers(model, of_streams=False).items():
+        layer.forward = forward
 
 
 @functools.cache
