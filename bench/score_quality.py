@@ -13,7 +13,8 @@ Scores, all of the same queries:
   factors were fitted on (`ifguide.influence.refinement`);
 - `smoothed`, `cg_smoothed`: those regressed on the proxy's hidden states, each document by the others; fitted on the
   judged texts and `--smooth-documents` further ones;
-- `probe`: logistic regression on the hidden states, of the queries' labels; `smoothed_probe`: the mean rank of both;
+- `probe`: logistic regression on the hidden states, of the queries' labels; `smoothed_probe`: the mean rank of both, as
+  `build_mask.others` takes it (`ifguide.selection.ensemble`);
 - `z`: `exact` over the spread of null directions of halves of the queries (explicit alone);
 - `checkpoint`, `checkpoint_smoothed`: of a second checkpoint, the proxy after `--second-steps` batches of further
   documents, with the factors of the first; `ensemble`: the mean rank of `smoothed` and `checkpoint_smoothed`.
@@ -42,10 +43,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.common.behaviours import BEHAVIOURS, Behaviour, read_behaviour
@@ -58,11 +57,11 @@ from bench.common.smoothing import TextSmoother
 from bench.common.texts import read_rows
 from bench.localise import PROBE, encode_document, factor_documents
 from ifguide.config.compare import ExcessLoss
-from ifguide.influence.agreement import mean_rank
 from ifguide.influence.reliability import HALVES, spearman_brown
 from ifguide.methods.excess_loss import tune
 from ifguide.methods.probes import fit_query_probe
 from ifguide.methods.reading import tokenised
+from ifguide.selection.ensemble import mean_ranks
 from ifguide.telemetry import configure_logging, log
 
 SECOND = ExcessLoss(epochs=1, batch_size=8, learning_rate=5e-5)  # how the second checkpoint is trained
@@ -149,7 +148,7 @@ def explicit(scorings: Scorings, judged: Judged, options: argparse.Namespace) ->
     laid = lay_among(texts, tokenizer, share=OUTLIER_SHARE, length=OUTLIER_TOKENS, seed=options.seed)
     kinds = ["exact", *(f"null_{number}" for number in range(scorings.nulls))]
     of_laid = scorings.of(kinds, laid.blocks)
-    scores_KN = np.stack([_flat(of_laid[kind]).numpy() for kind in kinds]).astype(np.float32)
+    scores_KN = np.stack([_flat(of_laid[kind]) for kind in kinds]).astype(np.float32)
     outliers = outlier_figures(model, laid, scores_KN, judged.truth)
     found = tabulate(judged, scores, options.seed)
     return {
@@ -216,13 +215,13 @@ def _timed(judged: Judged) -> list[np.ndarray]:
 
 def _mean_rank(*several: Scores) -> list[np.ndarray]:
     """Scores (T,) of each text from 0 to 1: the mean rank of each token in the scorings."""
-    return in_place_of(several[0], mean_rank([_flat(scores) for scores in several]))
+    return in_place_of(several[0], mean_ranks([_flat(scores) for scores in several]))
 
 
-def in_place_of(scores: Scores, flat: Tensor) -> list[np.ndarray]:
+def in_place_of(scores: Scores, flat: np.ndarray) -> list[np.ndarray]:
     """Values of all tokens but the first of each text, as scores (T,) of each."""
     ends = np.cumsum([len(block) - 1 for block in scores])[:-1]
-    return [np.append(0.0, own) for own in np.split(flat.numpy(), ends)]
+    return [np.append(0.0, own) for own in np.split(flat, ends)]
 
 
 def tabulate(judged: Judged, scores: Mapping[str, Scores], seed: int) -> dict[str, float]:
@@ -268,8 +267,8 @@ def chosen_on_one_half(judged: Judged, scores: Mapping[str, Scores]) -> dict[str
     }
 
 
-def _flat(scores: Scores) -> Tensor:
-    return torch.from_numpy(np.concatenate([block[1:] for block in scores]).astype(np.float64))
+def _flat(scores: Scores) -> np.ndarray:
+    return np.concatenate([block[1:] for block in scores]).astype(np.float64)
 
 
 def _tokens(proxy: Proxy, _: Sequence[Mapping[str, Any]], behaviour: Behaviour, options: argparse.Namespace) -> Judged:

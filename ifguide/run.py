@@ -27,7 +27,13 @@ FOLDERS = (  # the artifacts of a run, in pipeline order
 )
 
 
-ROOMS = frozenset(name.partition("/")[0] for name in FOLDERS[:-1]) | {"analyses", "compare", "generations", TARGET}
+ROOMS = frozenset(name.partition("/")[0] for name in FOLDERS[:-1]) | {
+    "analyses",
+    "compare",
+    "ensemble",
+    "generations",
+    TARGET,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,7 @@ class Run:
     factors = property(lambda self: self._place("factors"))
     query = property(lambda self: self._place("query"))
     scores = property(lambda self: self._place("scores"))
+    ensemble = property(lambda self: self._place("ensemble"))
     ranking = property(lambda self: self._place("ranking"))
     mask = property(lambda self: self._place("mask"))
     analyses = property(lambda self: self.folder / "analyses")
@@ -61,7 +68,9 @@ class Run:
     @property
     def selection(self) -> SelectionFolders:
         """The mask, and what it was made of."""
-        return SelectionFolders(corpus=self.corpus, scores=self.scores, ranking=self.ranking, mask=self.mask)
+        return SelectionFolders(
+            corpus=self.corpus, scores=self.scores, ensemble=self.ensemble, ranking=self.ranking, mask=self.mask
+        )
 
     def model(self, name: str) -> Path:
         """Folder of a trained model: `baseline` or `penalised`."""
@@ -85,8 +94,9 @@ class Run:
         return self.lent.get(name, self.folder / name)
 
     def artifact_folders(self) -> dict[str, Path]:
-        """All artifact folders in pipeline order, whether they exist or not."""
-        return {name: self._place(name) for name in FOLDERS} | {"report": self.report}
+        """All artifact folders in pipeline order, whether they exist or not; `ensemble` if the config asks for one."""
+        further = {"ensemble": self.ensemble} if self.config.build_mask.others else {}
+        return {name: self._place(name) for name in FOLDERS} | {"report": self.report} | further
 
     @property
     def target(self) -> Run:

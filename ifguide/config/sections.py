@@ -138,6 +138,8 @@ class BuildMask:
     Attributes:
         behaviour: what to select by: `own`, the run's own query, or a name of `score_corpus.queries`.
         smoothed: select by smoothed scores. Null: where `score_corpus.smooth` made them. False: by exact ones.
+        others: `scores` folders of other runs on this corpus, by other checkpoints of the proxy or by other proxies of
+            its tokenizer. Tokens are selected by the mean of their ranks in these and in the run's own scores.
         quantile: tau is this quantile of all token scores.
         standardise: divide each score by the spread of its nulls first (`build_query.nulls`).
         fdr: tau is where this share of the tokens above it would be there by chance, in place of the quantile;
@@ -156,6 +158,7 @@ class BuildMask:
 
     behaviour: str = OWN
     smoothed: bool | None = option(None, off=None)
+    others: tuple[str, ...] = option((), off=())
     quantile: float = option(0.99, above=0, at_most=1)
     standardise: bool = option(False, off=False)
     fdr: float | None = option(None, above=0, at_most=1, off=None)
@@ -294,6 +297,12 @@ def _check_across(config: Config) -> None:
         raise ConfigError("score_corpus.smooth.ridges: name one at least")
     if config.build_mask.smoothed and (config.build_mask.standardise or config.build_mask.fdr is not None):
         raise ConfigError("build_mask.smoothed: z-scores are of exact scores; set it to false or null")
+    if config.build_mask.others and (config.build_mask.standardise or config.build_mask.fdr is not None):
+        key = "standardise" if config.build_mask.fdr is None else "fdr"
+        raise ConfigError(
+            f"build_mask.{key}: z-scores are of one run's scores against its nulls, and mean ranks have none; unset it,"
+            " or build_mask.others"
+        )
     check_names("score_corpus.queries", scoring.queries, of="a column of scores and a folder", taken=[OWN])
     if config.proxy_is_baseline and not config.baseline:
         raise ConfigError("baseline: false leaves no proxy; set proxy.source, or baseline: true")

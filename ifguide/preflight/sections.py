@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import MANIFEST
+from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import OWN, VERBS, Config, Evaluate
 from ifguide.config.resources import WorkerResources
 from ifguide.preflight.findings import Finding, Findings, PreflightError
 from ifguide.preflight.models import MODEL, TOKENIZER, ModelChecks, require_package
 from ifguide.preflight.tables import TableChecks
 from ifguide.run import BASELINE, PENALISED, Run
+from ifguide.selection.ensemble import find_scores, require_one_corpus
 from ifguide.storage import is_remote, location
 
 Check = Callable[[], object]
@@ -170,7 +171,28 @@ class _Sections:
                 self.findings.fault(key, value, f"the folder has no {file}; name the query/ folder of a finished run")
 
     def _build_mask(self) -> dict[str, Check]:
-        return {"build_mask.behaviour": self._behaviour, "build_query.nulls": self._nulls}
+        return {
+            "build_mask.behaviour": self._behaviour,
+            "build_query.nulls": self._nulls,
+            "build_mask.others": self._others,
+        }
+
+    def _others(self) -> None:
+        """That other runs' scores are there, and of one corpus: this run's, where it has been packed."""
+        others, corpus = self.config.build_mask.others, self.run.corpus
+        packed = (corpus / MANIFEST).exists()
+        found: dict[str, Any] = {}
+        for index, value in enumerate(others):
+            name = f"others[{index}]"
+            with self.findings.caught(f"build_mask.{name}", value):
+                folder, manifest = find_scores(name, value, found)
+                if packed:
+                    require_one_corpus(f"{name}, {folder}", manifest, str(corpus), read_manifest(corpus).fingerprint)
+                found[name] = folder, manifest
+        if others and not packed:
+            self.findings.leave(
+                "build_mask.others", list(others), f"whether they are of {corpus}, which is not packed yet"
+            )
 
     def _nulls(self) -> None:
         options, number = self.config.build_mask, self.config.build_query.nulls

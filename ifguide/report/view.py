@@ -51,10 +51,10 @@ class View:
     """Random access to the tokens that a mask is of; scores are of the mask's behaviour."""
 
     def __init__(self, folders: SelectionFolders):
-        self.corpus, self.scores = folders.corpus, folders.scores
-        self.mask, self.ranking = folders.mask, folders.ranking
+        self.corpus, self.mask, self.ranking = folders.corpus, folders.mask, folders.ranking
         manifest, made = read_manifest(self.mask), read_manifest(self.corpus)
         self.summary = selected(manifest, self.mask)
+        self.scores = folders.ensemble if "ensemble" in self.summary else folders.scores
         self.options = manifest.options.get("build_mask", {})
         self.ranked = manifest.verb == "build_mask"  # an imported mask has neither ranking nor tau
         self.measure = measured_by(self.summary, self.scores)
@@ -129,6 +129,8 @@ class View:
         """What tokens are ranked by, for people."""
         if self.measure.nulls:
             return "z-score of the influence score"
+        if "ensemble" in self.summary:
+            return f"mean rank in the scores of {1 + len(self.summary['ensemble'])} runs"
         return "smoothed influence score" if self.summary.get("smoothed") else "influence score"
 
     def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -171,6 +173,8 @@ def measured_by(summary: Mapping[str, Any], scores: Path) -> Measure:
     """What the mask with this summary of its manifest ranks the tokens of `scores` by."""
     behaviour = summary.get("behaviour", OWN)
     column = schemas.score_column(behaviour)
+    if "ensemble" in summary:
+        return Measure(column=column)
     if "null_spread" not in summary:
         return Measure(column=schemas.smoothed_column(behaviour) if summary.get("smoothed") else column)
     nulls = schemas.null_columns(schemas.read_schema(next(verified_files(scores))), behaviour)

@@ -1,5 +1,8 @@
 """The artifacts of a selection: a ranking, and a mask with its character spans, from the scores of a corpus.
 
+Where `build_mask.others` names the scores of other runs, an artifact of mean ranks is made first (`selection.ensemble`)
+and takes the place of the scores.
+
 Blocks that stand out, of great score mass or of repeated tokens, are listed beside the ranking (`selection.outliers`).
 The scratch tables of an interrupted run are not used again: the passes are cheap beside scoring, and a rerun computes
 the same bytes.
@@ -8,8 +11,8 @@ the same bytes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,9 @@ from ifguide.config import BuildMask, ConfigError
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.shards import StageError
 from ifguide.selection.distributed import RunTasks, Selection, select
+from ifguide.selection.ensemble import find_ensemble, make_ensemble
 from ifguide.selection.folders import SelectionFolders
-from ifguide.selection.measures import Measure
+from ifguide.selection.measures import Measure, column_of
 from ifguide.selection.outliers import dominant_line, outlier_line
 from ifguide.selection.shards import Rules, ShardFiles
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
@@ -42,8 +46,9 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
     """Make `folders.ranking` and `folders.mask`, or find them complete; returns the mask's manifest.
 
     Raises:
-        MismatchError: the scores are of another corpus. ConfigError: `behaviour` was not scored.
-        ValueError: a score is NaN or infinite (names the block), or a shard of the scores has changed (names it).
+        MismatchError: scores are of another corpus. ConfigError: `behaviour` was not scored, or one of `others` is no
+            folder of scores. ValueError: a score is NaN or infinite (names the block), or a shard of the scores has
+            changed (names it).
     """
     corpus, scores = require(folders.corpus, "pack_corpus"), require(folders.scores, "score_corpus")
     require_same(
@@ -54,25 +59,34 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
         "score this corpus, or name the scores' own",
     )
     require_behaviour(options.behaviour, folders.scores)
-    rules = _rules(options, folders)
+    own = measure_of(replace(options, others=()), folders.scores)
+    ensemble = find_ensemble(options, folders) if options.others else None
+    others = {name: run for name, run in ensemble.runs.items() if name != "scores"} if ensemble else {}
+    inputs = {"corpus": corpus.fingerprint, "scores": scores.fingerprint}
     plan: dict[str, Any] = {
         "verb": VERB,
         "options": {VERB: result_part(options)},
-        "inputs": {"corpus": corpus.fingerprint, "scores": scores.fingerprint},
+        "inputs": inputs | {name: manifest.fingerprint for name, (_, manifest) in others.items()},
         "config_yaml": config_yaml,
     }
     ranking, mask = open_artifact(folders.ranking, **plan), open_artifact(folders.mask, **plan)
     if mask.manifest and ranking.manifest:
         log(VERB, f"complete: {mask.manifest.summary}")
         return mask.manifest
+    if ensemble:
+        scores = make_ensemble(ensemble, options, folders, config_yaml=config_yaml, run_tasks=run_tasks)
+        folders = replace(folders, scores=folders.ensemble)
+    rules = _rules(options, folders)
     remove_tree(rules.scratch)
     selected = select(rules, _shard_files(folders, scores), run_tasks)
     if selected.num_blocks != corpus.rows["blocks"]:
         raise StageError(
             f"{VERB}: {selected.num_blocks} blocks were masked, {folders.corpus} has {corpus.rows['blocks']}"
         )
-    is_smoothed = rules.measure.column == schemas.smoothed_column(options.behaviour)
-    summary = _summary(selected, options, smoothed=is_smoothed)
+    summary = _summary(selected, options, smoothed=own.column == schemas.smoothed_column(options.behaviour))
+    if others:
+        named = [{"folder": str(folder), "fingerprint": other.fingerprint} for folder, other in others.values()]
+        summary["ensemble"] = named
     if not ranking.manifest:
         rows = {"units": selected.ranked_units, "outliers": selected.outliers["blocks"]}
         tables = [path for name in ("ranking", "outliers") for path in data_files(folders.ranking, f"{name}-*.parquet")]
@@ -81,6 +95,13 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
         _keep_spans(folders, corpus, selected.tokens_masked, run_tasks)
         _finish(mask, selected, summary, rules)
     assert mask.manifest is not None
+    _log_selection(selected, summary, options, mask.plan["options"][VERB])
+    return mask.manifest
+
+
+def _log_selection(
+    selected: Selection, summary: Mapping[str, Any], options: BuildMask, recorded: Mapping[str, Any]
+) -> None:
     share = selected.tokens_masked / max(selected.predicted_tokens, 1)
     log(
         VERB,
@@ -90,10 +111,9 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
     if selected.found:
         chance = f"{selected.found.rate:.3g} of them by chance (build_mask.fdr: {options.fdr:g})"
         log(VERB, f"{selected.found.count:,} tokens have z-scores above tau, {chance}")
-    log(VERB, outlier_line(summary, mask.plan["options"][VERB]))
-    if dominant := dominant_line(summary, mask.plan["options"][VERB]):
+    log(VERB, outlier_line(summary, recorded))
+    if dominant := dominant_line(summary, recorded):
         log(VERB, dominant, level=logging.WARNING)
-    return mask.manifest
 
 
 def _finish(mask: Artifact, selected: Selection, summary: dict[str, Any], rules: Rules) -> None:
@@ -171,14 +191,17 @@ def require_behaviour(behaviour: str, scores: Path) -> None:
 
 
 def measure_of(options: BuildMask, scores: Path) -> Measure:
-    """What the options rank tokens by; the spread of z-scores is not known yet.
+    """What the options rank tokens by in a folder of scores, or of an ensemble where they name others; the spread of
+    z-scores is not known yet.
 
     Raises:
         ConfigError: z-scores or smoothed scores are wanted, and the folder of scores holds none.
     """
     columns = schemas.read_schema(next(verified_files(scores)))
+    if options.others:  # the ensemble's own, of mean ranks
+        return Measure(column=schemas.score_column(options.behaviour))
     if not options.standardise and options.fdr is None:
-        return Measure(column=_column(options, scores, columns.names))
+        return Measure(column=column_of(options.behaviour, options.smoothed, scores, columns.names))
     nulls = schemas.null_columns(columns, options.behaviour)
     if not nulls:
         key = "standardise" if options.fdr is None else "fdr"
@@ -189,20 +212,11 @@ def measure_of(options: BuildMask, scores: Path) -> Measure:
     return Measure(column=schemas.score_column(options.behaviour), nulls=nulls)
 
 
-def _column(options: BuildMask, scores: Path, columns: Sequence[str]) -> str:
-    exact, smoothed = schemas.score_column(options.behaviour), schemas.smoothed_column(options.behaviour)
-    if options.smoothed and smoothed not in columns:
-        raise ConfigError(
-            f"build_mask.smoothed: {scores} has no smoothed scores; set score_corpus.smooth and score the corpus again"
-        )
-    return smoothed if smoothed in columns and options.smoothed is not False else exact
-
-
 def _shard_files(folders: SelectionFolders, scored: Manifest) -> list[ShardFiles]:
     corpus_files, score_files = data_files(folders.corpus), data_files(folders.scores)
     if [path.name for path in corpus_files] != [path.name for path in score_files]:
         raise StageError(f"{VERB}: {folders.corpus} and {folders.scores} hold different shards")
-    shards = []
+    shards, made_by = [], VERB if scored.verb == VERB else "score_corpus"
     for corpus, scores in zip(corpus_files, score_files, strict=True):
         name = corpus.stem.removeprefix("shard-")
         if scores.name not in scored.files:
@@ -210,5 +224,6 @@ def _shard_files(folders: SelectionFolders, scored: Manifest) -> list[ShardFiles
                 f"{VERB}: {scores} is not in its manifest; delete {folders.scores} and score the corpus again"
             )
         digest = scored.files[scores.name]["sha256"]
-        shards.append(ShardFiles(name, corpus, folders.corpus / f"documents-{name}.parquet", scores, digest))
+        documents = folders.corpus / f"documents-{name}.parquet"
+        shards.append(ShardFiles(name, corpus, documents, scores, digest, made_by))
     return shards

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ifguide import schemas
+from ifguide.config import ConfigError
 from ifguide.selection.fdr import Spread, standardise
 
 
@@ -31,3 +34,18 @@ class Measure:
         shape = arrays_BT[0].shape
         flat = [array.reshape(-1) for array in arrays_BT]
         return standardise(flat[0], np.stack(flat[1:]), self.spread).reshape(-1, *shape)
+
+
+def column_of(behaviour: str, smoothed: bool | None, scores: Path, columns: Collection[str]) -> str:
+    """The column of a folder of scores that tokens are ranked by, of those that it has: the smoothed one, where
+    `smoothed` is None and it is there.
+
+    Raises:
+        ConfigError: smoothed scores are wanted, and there are none.
+    """
+    of_smoothed = schemas.smoothed_column(behaviour)
+    if smoothed and of_smoothed not in columns:
+        raise ConfigError(
+            f"build_mask.smoothed: {scores} has no smoothed scores; set score_corpus.smooth and score the corpus again"
+        )
+    return of_smoothed if of_smoothed in columns and smoothed is not False else schemas.score_column(behaviour)

@@ -94,7 +94,7 @@ def scan(rules: Rules, files: ShardFiles) -> Scan:
             the corpus have changed since they were made. Names the file.
     """
     if files.scores_sha256 is not None:
-        verify_digest(files.scores, files.scores_sha256, "score_corpus")
+        verify_digest(files.scores, files.scores_sha256, files.made_by)
     sound(files.corpus.parent, files.corpus.name)
     head = schemas.read_table(files.corpus, columns=["block_id", "length"])
     block_ids, lengths = head.column("block_id").to_numpy(), head.column("length").to_numpy().astype(np.int64)

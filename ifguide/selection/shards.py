@@ -50,13 +50,14 @@ class Rules:
 
 class ShardFiles(NamedTuple):
     """One shard of corpus and scores; `documents` are those that begin in it. The first pass checks the digest of
-    the scores, where one is given."""
+    the scores, where one is given; `made_by` is the verb that makes them again."""
 
     name: str
     corpus: Path
     documents: Path
     scores: Path
     scores_sha256: str | None = None
+    made_by: str = "score_corpus"
 
 
 class Extent(NamedTuple):

@@ -21,7 +21,8 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `ranking/` and `mask/`.
 
     Raises:
-        MismatchError: the scores are of another corpus. ConfigError: `behaviour` was not scored.
+        MismatchError: scores are of another corpus. ConfigError: `behaviour` was not scored, or one of `others` is no
+            folder of scores.
         ValueError: a score is NaN or infinite (names the block), or a shard of the scores has changed (names it).
     """
     options = run.config.build_mask
@@ -29,7 +30,8 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
         log(
             VERB,
             f"would mask up to {options.max_fraction:.2%} of the tokens, those above the {options.quantile} quantile"
-            f" and {options.window} neighbours, {options.unit} by {options.unit}",
+            f" and {options.window} neighbours, {options.unit} by {options.unit}"
+            + (f", by mean ranks with {', '.join(options.others)}" if options.others else ""),
         )
         return None
 

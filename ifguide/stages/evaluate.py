@@ -123,7 +123,9 @@ def _behaviours(run: Run) -> Iterator[Selected]:
     if not (run.mask / MANIFEST).exists():
         return
     trained, own = run.config.build_mask.behaviour, run.config.evaluate.behaviour
-    files = data_files(run.scores)  # none where somebody has removed them after build_mask
+    files = data_files(
+        run.ensemble if run.config.build_mask.others else run.scores
+    )  # none where somebody has removed them after build_mask
     scored = schemas.scored_behaviours(schemas.read_schema(files[0])) if files else ()
     names = dict(zip(scored, scored, strict=True)) | {OWN: f"{own} (own query)" if own in scored else own}
     yield Selected(name=names.get(trained, trained), trained=True, folders=run.selection)

@@ -2,7 +2,8 @@
 
 Methods that mark text or draw tokens write a mask (`methods.masks`). Methods that score tokens write `scores/`, and
 their mask is the tokens of highest score, as many as the run's own mask has, or the run's selection of those scores.
-`exact` and `smoothed` take the run's scores. `plain_influence` is the run's selection of other scores.
+`exact` and `smoothed` take the run's scores, without those of other runs (`build_mask.others`); `influence` takes what
+the run does. `plain_influence` is the run's selection of other scores.
 """
 
 from __future__ import annotations
@@ -115,12 +116,12 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
     assert method.mask is not None
     selecting = run.config.build_mask
     if method.mask in INFLUENCE:
-        child, scores = child.borrow(run, "scores"), require(run.scores, "score_corpus")
+        child, scores = child.borrow(run, "scores", "ensemble"), require(run.scores, "score_corpus")
         if INFLUENCE[method.mask] is not None:
-            selecting = replace(selecting, smoothed=INFLUENCE[method.mask])
+            selecting = replace(selecting, smoothed=INFLUENCE[method.mask], others=())
     else:
         scores = method_scores(run, child, method.mask)
-        selecting = replace(selecting, behaviour=OWN, smoothed=None)
+        selecting = replace(selecting, behaviour=OWN, smoothed=None, others=())
     if method.mask != "influence":  # only scores along V have nulls, and z-scores are the run's own choice
         selecting = replace(selecting, standardise=False, fdr=None)
     count = own.rows["tokens"]
@@ -135,14 +136,15 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
         assert mask is not None
         return mask
     inputs = {"corpus": corpus.fingerprint, "scores": scores.fingerprint, "mask": own.fingerprint}
-    column = measure_of(replace(selecting, standardise=False, fdr=None), child.scores).column
+    folder = child.ensemble if selecting.others else child.scores
+    column = measure_of(replace(selecting, standardise=False, fdr=None), folder).column
     extra = {"mask": method.mask, "behaviour": selecting.behaviour, "column": column}
     artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=extra)
     if artifact.manifest:
         return artifact.manifest
     connect(run.config.cluster)
     packed, on_the_cluster = PackedCorpus.of(run.corpus, corpus), run_tasks(run.config.build_mask.resources)
-    scored = ScoredCorpus(corpus=packed, scores=child.scores, column=column)
+    scored = ScoredCorpus(corpus=packed, scores=folder, column=column)
     counts = select_top(scored, child.mask, count, on_the_cluster)
     list(on_the_cluster(write_spans, ((packed, child.mask, shard) for shard in range(packed.num_shards))))
     return artifact.finish(
@@ -210,7 +212,7 @@ def _plain_influence(run: Run, child: Run) -> Manifest:
         config,
         build_query=replace(config.build_query, differential=False),
         score_corpus=replace(config.score_corpus, queries={}),
-        build_mask=replace(config.build_mask, behaviour=OWN),
+        build_mask=replace(config.build_mask, behaviour=OWN, others=()),
     )
     plain = replace(child, config=config).borrow(run, "model/baseline", "factors")
     build_query(plain)

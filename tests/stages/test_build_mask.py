@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,21 @@ from safetensors.torch import load_file, save_file
 
 from bench.selection_scale import make_run
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, read_manifest, write_json
+from ifguide.artifacts import MANIFEST, PLAN, data_files, file_digest, open_artifact, read_manifest, write_json
 from ifguide.cli import main
 from ifguide.config import OWN, Config, ConfigError, to_yaml
+from ifguide.config.compare import Method
 from ifguide.config.resources import Resources
 from ifguide.distributed.tasks import run_tasks
+from ifguide.influence.score_tables import write_scores
 from ifguide.pipeline import stage
 from ifguide.report.view import View
 from ifguide.run import Run
 from ifguide.selection.distributed import select
+from ifguide.selection.ensemble import mean_ranks
 from ifguide.selection.outliers import distinct_bigram_share
+from ifguide.stages.compare import method_run
+from ifguide.stages.method_masks import scored_mask
 from tests.sharded import in_any_order, read_masks, read_ranking, rules_of, write_shards
 
 
@@ -110,6 +116,62 @@ def test_outliers_are_the_blocks_over_the_limits(finished: Config, copied: Calla
     assert summary["excluded_blocks"] == summary["repeated_blocks"]
     assert not columns(run.mask, "masked")[repeated].any()
     assert summary["tau"] == read_manifest(Run(config=finished).mask).summary["tau"]
+
+
+def noisy_scores(scores: Path, folder: Path) -> Path:
+    """Scores as another proxy might give them: of another scale, with noise."""
+    manifest, rng = read_manifest(scores), np.random.default_rng(0)
+    plan = {"verb": "score_corpus", "options": {}, "inputs": manifest.inputs, "config_yaml": ""}
+    artifact = open_artifact(folder, **plan)
+    for path in data_files(scores):
+        table = schemas.read_table(path)
+        drawn = []
+        for name in ("token_score", "smoothed_score"):
+            values = schemas.per_token_array(table, name)
+            drawn.append((1e-4 * (values + values.std() * rng.normal(size=values.shape))).astype(np.float32))
+        write_scores(folder / path.name, table.column("block_id"), {OWN: drawn[0]}, smoothed={OWN: drawn[1]})
+    artifact.finish(data_files(folder), rows=manifest.rows, summary=manifest.summary)
+    return folder
+
+
+def test_scores_of_another_run_are_averaged_by_rank_shown_and_compared(
+    finished: Config, copied: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = noisy_scores(Run(config=finished).scores, tmp_path / "second")
+    config = copied(drop=("mask", "ranking", "report"), build_mask__others=[str(second)])
+    run = Run(config=config)
+    manifest = stage("build_mask")(run)
+    lengths = np.concatenate([schemas.read_table(path).column("length").to_numpy() for path in data_files(run.corpus)])
+    index = np.arange(config.pack_corpus.block_size)
+    predicted = (index >= 1) & (index < lengths[:, None])
+    ranks = columns(run.ensemble, "token_score")
+    scorings = [columns(folder, "smoothed_score")[predicted] for folder in (run.scores, second)]
+    np.testing.assert_array_equal(ranks[predicted], mean_ranks(scorings))
+    masked = columns(run.mask, "masked")
+    above = ranks > manifest.summary["tau"]
+    assert (masked & above).sum() > 0
+    assert manifest.summary["tau"] == pytest.approx(np.quantile(ranks[predicted].astype(np.float64), 0.97))
+    assert manifest.inputs["others[0]"] == read_manifest(second).fingerprint
+    assert (masked != columns(Run(config=finished).mask, "masked")).any()
+    assert stage("build_mask")(run) == manifest
+
+    shutil.rmtree(second)  # what was ranked by stays, and is shown
+    shown = View(run.selection).top_documents(1)[0]
+    assert (shown.scores[shown.masked] > manifest.summary["tau"]).any()
+    assert main(["inspect", str(run.folder), "--documents", "1"]) == 0
+    assert "of the mean rank in the scores of 2 runs" in capsys.readouterr().out
+    assert main(["status", str(run.folder)]) == 0
+    assert any(line.startswith("ensemble") for line in capsys.readouterr().out.splitlines())
+    stage("evaluate")(run)
+    assert read_manifest(run.ensemble).fingerprint[:12] in (run.report / "index.html").read_text()
+
+    # `influence` is what the run selects by, `smoothed` its own scores alone.
+    for name, scores in (("influence", ranks), ("smoothed", columns(run.scores, "smoothed_score"))):
+        child = method_run(run, name, method := Method(mask=name, selection="tokens"))
+        count = scored_mask(run, child, method).rows["tokens"]
+        assert count == masked.sum()
+        order = np.argsort(-np.where(predicted, scores, -np.inf).ravel(), kind="stable")
+        assert set(np.flatnonzero(columns(child.mask, "masked"))) == set(order[:count])
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import average_precision_score
 
 from bench.score_quality import Judged, bootstrap, chosen_on_one_half, in_place_of
@@ -34,7 +33,7 @@ def test_the_choice_is_made_on_one_half_and_measured_on_the_other() -> None:
 
 
 def test_ranks_lie_where_the_scores_did() -> None:
-    placed = in_place_of([np.zeros(3), np.zeros(2)], torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64))
+    placed = in_place_of([np.zeros(3), np.zeros(2)], np.array([0.1, 0.2, 0.3]))
     assert [block.tolist() for block in placed] == [[0, 0.1, 0.2], [0, 0.3]]
 
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from ifguide import schemas
 from ifguide.artifacts import MismatchError, data_files, read_manifest, remove_tree
 from ifguide.cli import main
-from ifguide.config import OWN, BuildMask, Input
+from ifguide.config import OWN, BuildMask, Config, Input
 from ifguide.interchange import export_scores
+from ifguide.run import Run
 from ifguide.score_import import import_scores, read_scores
-from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.masks import make_mask
 from tests.exported import make_run
 from tests.sharded import in_any_order
@@ -231,9 +231,7 @@ def test_a_mask_is_built_of_imported_scores(tmp_path: Path) -> None:
     )
     rng = np.random.default_rng(2)
     scores = [rng.normal(size=(length - 1, 1)).astype(np.float32) for length in lengths]
-    folders = SelectionFolders(
-        corpus=run_dir / "corpus", scores=run_dir / "scores", ranking=run_dir / "ranking", mask=run_dir / "mask"
-    )
+    folders = Run(config=Config(run_dir=str(run_dir))).selection
     import_scores(
         bergson_folder(tmp_path / "bergson", scores),
         corpus=folders.corpus,
