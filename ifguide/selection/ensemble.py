@@ -13,8 +13,9 @@ The artifact looks as scores do: a shard for each of the corpus, and a column `s
 that all runs have scored, of float32 means of ranks. A selection reads it in their place. `counts.parquet` beside the
 shards has the histograms. Near 1 float32 tells ranks apart that are 6e-8 apart; nearer ones tie.
 
-Cost: two passes over the scores, as independent tasks that sort nothing: 22 and 30 ns a score on one core. A task holds the means of one shard, a few
-blocks of each run's scores, and the histograms, 512 KiB for each run and behaviour. 4 bytes a token and behaviour stay.
+Cost: two passes over the scores, as independent tasks that sort nothing: 22 and 30 ns a score on one core. A task
+holds the means of one shard, a few blocks of each run's scores, and the histograms, 512 KiB for each run and
+behaviour. 4 bytes a token and behaviour stay.
 """
 
 from __future__ import annotations
