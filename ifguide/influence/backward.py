@@ -65,6 +65,9 @@ class BackwardEngine:
     def primal(self, streams: Tensor) -> Tensor:
         return streams
 
+    def tangents(self, streams: Tensor) -> Tensor:
+        raise ValueError("attribution position has no tangents of hidden states; use target")
+
     def _forward(self, name: str, anchor: Tensor, sink_KN: Tensor) -> Callable[[Tensor], Tensor]:
         bias = linear_module(self.model, name).bias
         directions = [one[name] for one in self.directions]

@@ -82,6 +82,10 @@ class DifferenceEngine:
         plus, minus = pairs(streams, self.K)[0]
         return 0.5 * (plus + minus)
 
+    def tangents(self, streams: Tensor) -> Tensor:
+        plus, minus = pairs(streams, self.K).unbind(1)
+        return (plus - minus) / (2 * plus.new_tensor(self.steps).view(-1, *[1] * (plus.dim() - 1)))
+
     def _hidden(self, tokens_BT: Tensor, forwards: Mapping[nn.Module, Callable[..., Any]]) -> tuple[Tensor, Tensor]:
         """Final hidden states (B, T, D), and x+ - x- (K, B, T, D)."""
         with (

@@ -41,6 +41,11 @@ class ForwardEngine:
     def primal(self, streams: Tensor) -> Tensor:
         return forward_ad.unpack_dual(streams).primal
 
+    def tangents(self, streams: Tensor) -> Tensor:
+        if len(self.directions) > 1:
+            raise ValueError("engine forward reads one direction at a time; use difference for several")
+        return forward_ad.unpack_dual(streams).tangent[None]
+
     def _score_one(self, directions: Mapping[str, Direction], tokens_BT: Tensor) -> Tensor:
         hidden_BTD, tangent_BTD = hidden_tangents(self.model, directions, tokens_BT)
         scores = self.head.tangents(

@@ -50,6 +50,9 @@ class Engine(Protocol):
     def primal(self, streams: Tensor) -> Tensor:
         """The hidden states (B, T, D) in what flows through the model."""
 
+    def tangents(self, streams: Tensor) -> Tensor:
+        """Their derivatives (K, B, T, D) along the directions. Raises ValueError where the engine takes none."""
+
 
 class TokenScorer:
     """Scores packed blocks with one model and one or several directions.
@@ -138,3 +141,15 @@ class TokenScorer:
         first = int(self.beginning is not None)
         read = [states[layer][: len(tokens_BT), first:] for layer in layers]
         return scores if self._several else scores[None], read
+
+    def score_and_differentiate(
+        self, tokens_BT: Tensor, lengths_B: Tensor, layers: Sequence[int], *, usual_blocks: int = 0
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """As `score_and_read`, and the derivatives (K, B, T, D) of the final hidden states along the directions.
+
+        Raises ValueError when the engine takes none, as that of `position`."""
+        top = len(self.blocks)
+        with taken_states(self.model, self.blocks, [top], self._engine.tangents) as final:
+            scores, states = self.score_and_read(tokens_BT, lengths_B, layers, usual_blocks=usual_blocks)
+        first = int(self.beginning is not None)
+        return scores, states, final[top][:, : len(tokens_BT), first:]

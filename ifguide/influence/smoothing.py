@@ -146,8 +146,8 @@ def fit_smoother(
     spread_S = sums.squares_KS.sum(axis=0) - total_S**2 / tokens
     if (spread_S <= 0).any():
         raise ValueError("all scores are the same, and there is nothing to smooth")
-    fits = [_fit_others(sums, fold, ridges) for fold in range(len(sums.tokens_K))]
-    errors_SR = np.sum([_held_out_error(sums, fold, *fit) for fold, fit in enumerate(fits)], axis=0)
+    fits = [fit_others(sums, fold, ridges) for fold in range(len(sums.tokens_K))]
+    errors_SR = np.sum([held_out_error(sums, fold, *fit) for fold, fit in enumerate(fits)], axis=0)
     explained_SR = 1 - errors_SR / spread_S[:, None]
     best_S, scores_S = np.argmax(explained_SR, axis=1), np.arange(len(spread_S))
     return Smoother(
@@ -160,8 +160,8 @@ def fit_smoother(
     )
 
 
-def _fit_others(sums: FoldSums, fold: int, ridges: Sequence[float]) -> tuple[Floats, Floats]:
-    """Weights (S, R, D) on features as they are, and biases (S, R), of all folds but one."""
+def fit_others(sums: FoldSums, fold: int, ridges: Sequence[float]) -> tuple[Floats, Floats]:
+    """Weights (S, R, D) on features as they are, and biases (S, R), of all folds but one; fold -1: of all."""
     others = np.arange(len(sums.tokens_K)) != fold
     n = sums.tokens_K[others].sum()
     mean_D, mean_S = sums.features_KD[others].sum(axis=0) / n, sums.scores_KS[others].sum(axis=0) / n
@@ -176,7 +176,7 @@ def _fit_others(sums: FoldSums, fold: int, ridges: Sequence[float]) -> tuple[Flo
     return weights_SRD, mean_S[:, None] - weights_SRD @ mean_D
 
 
-def _held_out_error(sums: FoldSums, fold: int, weights_SRD: Floats, biases_SR: Floats) -> Floats:
+def held_out_error(sums: FoldSums, fold: int, weights_SRD: Floats, biases_SR: Floats) -> Floats:
     """(S, R) sum over the fold's tokens of (s - w . x - b)^2, from its sums."""
     quadratic_SR = np.einsum("srd,srd->sr", weights_SRD @ sums.products_KDD[fold], weights_SRD)
     linear_SR = np.einsum("srd,ds->sr", weights_SRD, sums.moments_KDS[fold])

@@ -1,0 +1,183 @@
+"""How near a student's scores are to the exact ones, from a random audit: figures with intervals, by source.
+
+The audit is a simple random sample of the corpus' blocks, scored both exactly and by the student. Of its tokens,
+
+    pearson, spearman    of the two scores;
+    overlap              the share of the exact scores' top `top_share` that is in the student's own;
+    recall               the share of the exact scores' top `top_share` that was rechecked: what a mask can still hold.
+
+Tokens of a block are alike, so an interval resamples blocks (Field and Welsh 2007), and takes both tops anew in each
+replicate. A bootstrap of shares that are all 1 has no width. So the interval of a share is the hull of the bootstrap's
+and of Wilson's (1927) for as many trials as there are blocks that hold an exact top token: with ten such blocks, and
+all tokens found, the bound is .72 and not 1. Where scores tie at the edge of a top, each of the tied tokens is in it
+in part, so that a top has its exact size.
+
+Figures of a source are of its tokens alone, but of the tops of all sources: a mask is cut from the whole corpus.
+
+Cost: a sort of the audit's tokens, and about ten passes over them for each replicate, twice: whole, and by source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ifguide.evaluation.bootstrap import Bootstrap, Figure, Replicates
+from ifguide.student.fidelity import TOP_SHARE, PairedScores
+
+NORMAL_QUANTILE = 1.959964  # of Wilson's interval, 95%
+FIGURES = ("pearson", "spearman", "overlap", "recall")
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Audit:
+    """Tokens that have both scores, (N,) each, none of them without a prediction. `blocks_N` numbers the block and
+    `sources_N` the place in `sources` of each; `sources` names all of the corpus, sampled or not. `rechecked_N`: the
+    token lies in what would be scored exactly even if it were not audited."""
+
+    exact_N: Floats
+    student_N: Floats
+    rechecked_N: NDArray[np.bool_]
+    blocks_N: NDArray[np.integer]
+    sources_N: NDArray[np.integer]
+    sources: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if (
+            len({len(own) for own in (self.exact_N, self.student_N, self.rechecked_N, self.blocks_N, self.sources_N)})
+            > 1
+        ):
+            raise ValueError("scores, blocks and sources of an audit must be of the same tokens")
+        if len(self.exact_N) < 2:
+            raise ValueError("an audit needs two tokens at least; raise the share of blocks that is audited")
+        for kind, scores_N in (("exact", self.exact_N), ("student's", self.student_N)):
+            if not np.isfinite(scores_N).all():
+                raise ValueError(f"the {kind} scores of the audit are not finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """Figures of one group of tokens, with intervals over its `blocks`; `top_tokens` of them are in the exact top."""
+
+    pearson: Figure
+    spearman: Figure
+    overlap: Figure
+    recall: Figure
+    tokens: int
+    blocks: int
+    top_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """Of all tokens and by source. `rechecked_share`: of the audit's tokens. `unaudited`: sources without a token."""
+
+    whole: Fidelity
+    by_source: Mapping[str, Fidelity]
+    unaudited: Sequence[str]
+    top_share: float
+    rechecked_share: float
+
+    def shortfalls(self, min_recall: float) -> list[str]:
+        """What is not good enough, in words; empty where all is.
+
+        All tokens together must be shown to reach `min_recall`: the bound counts. A source is small, and its interval
+        is wide: it falls short where even the upper end of its interval does."""
+        found = []
+        if self.whole.recall.low is None or self.whole.recall.low < min_recall:
+            found.append(f"{_recall_of('all sources', self.whole)}, and its bound must reach {min_recall:g}")
+        for source, fidelity in self.by_source.items():
+            if fidelity.recall.high is not None and fidelity.recall.high < min_recall:
+                found.append(f"{_recall_of(source, fidelity)}, surely below {min_recall:g}")
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _recall_of(name: str, fidelity: Fidelity) -> str:
+    recall, highest = fidelity.recall, f"the {fidelity.top_tokens} highest exact scores of the audit"
+    if recall.value is None:
+        return f"{name}: the audit holds none of the highest exact scores"
+    return f"{name}: {recall.value:.3f} [{recall.low:.3f}, {recall.high:.3f}] of {highest} were rechecked"
+
+
+def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap | None = None) -> Certificate:
+    """The certificate of an audit; the same for the same audit, whatever order its tokens are in."""
+    bootstrap = bootstrap or Bootstrap()
+    _, block_N = np.unique(audit.blocks_N, return_inverse=True)
+    order = np.lexsort((audit.student_N, audit.exact_N, block_N))
+    exact_N, student_N, rechecked_N = audit.exact_N[order], audit.student_N[order], audit.rechecked_N[order]
+    block_N, source_N = block_N[order], audit.sources_N[order]
+    found = np.unique(source_N)
+    parts = [np.arange(len(exact_N)), *(np.flatnonzero(source_N == source) for source in found)]
+    whole = PairedScores(exact_N, student_N)
+    groups = [PairedScores(exact_N[rows], student_N[rows]) for rows in parts]
+
+    def figures(weight_N: Floats) -> NDArray[np.float64]:
+        """(groups, figures) of the tokens with their weights."""
+        tops = whole.exact.top(weight_N, top_share), whole.student.top(weight_N, top_share)
+        exact_top_N, both_N = tops[0] * weight_N, tops[0] * tops[1] * weight_N
+        rows = []
+        for scores, own in zip(groups, parts, strict=True):
+            highest = exact_top_N[own].sum()
+            shares = (both_N[own].sum(), exact_top_N[own] @ rechecked_N[own])
+            rows.append(
+                [*scores.correlations(weight_N[own]), *(part / highest if highest else np.nan for part in shares)]
+            )
+        return np.array(rows)
+
+    ones_N = np.ones(len(exact_N))
+    values_GF, top_N = figures(ones_N), whole.exact.top(ones_N, top_share)
+    counts = (row for chunk in bootstrap.counts(int(block_N.max()) + 1) for row in chunk)
+    samples_SGF = np.stack([figures(row[block_N]) for row in counts])
+    fidelities = [
+        _fidelity(bootstrap, values_GF[g], samples_SGF[:, g], top_N[own], block_N[own]) for g, own in enumerate(parts)
+    ]
+    return Certificate(
+        whole=fidelities[0],
+        by_source={audit.sources[source]: own for source, own in zip(found, fidelities[1:], strict=True)},
+        unaudited=[name for number, name in enumerate(audit.sources) if number not in set(found.tolist())],
+        top_share=top_share,
+        rechecked_share=float(rechecked_N.mean()),
+    )
+
+
+def _fidelity(
+    bootstrap: Bootstrap, values_F: Floats, samples_SF: Floats, top_N: Floats, block_N: NDArray[np.integer]
+) -> Fidelity:
+    blocks, holding = len(np.unique(block_N)), len(np.unique(block_N[top_N > 0]))
+    figures = {}
+    for name, value, samples_S in zip(FIGURES, values_F, samples_SF.T, strict=True):
+        figure = bootstrap.figure(Replicates(value=float(value), samples=samples_S, n=blocks))
+        figures[name] = _widened(figure, holding) if name in ("overlap", "recall") else figure
+    return Fidelity(**figures, tokens=len(block_N), blocks=blocks, top_tokens=round(float(top_N.sum())))
+
+
+def _widened(share: Figure, trials: int) -> Figure:
+    """The hull of a share's interval and of Wilson's for `trials`."""
+    if share.value is None or share.low is None or share.high is None or trials == 0:
+        return Figure(value=None, low=None, high=None, n=share.n)
+    low, high = wilson(share.value, trials)
+    return Figure(value=share.value, low=min(share.low, low), high=max(share.high, high), n=share.n)
+
+
+def wilson(share: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of independent trials."""
+    z2 = NORMAL_QUANTILE**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def holding_top(student_N: Floats, blocks_N: NDArray[np.integer], threshold: float) -> NDArray[np.bool_]:
+    """(N,) whether a token's block holds one that the student scores at or above `threshold`: a whole block is what the
+    exact pass reads."""
+    held = np.unique(blocks_N[student_N >= threshold])
+    return np.isin(blocks_N, held)

@@ -1,0 +1,120 @@
+"""A student that reads the proxy's hidden states in one ordinary forward pass: two regressions, and what they say.
+
+With z_j the states of several layers after token j has been read, the top one h_j last, and x_j the token,
+
+    direct_j  = w . z_j + b                                      a regression of (a transform of) the score itself
+    tangent_j = dNLL(h_{j-1}, x_j) along W z_{j-1} + c           a regression of the final hidden tangent h'
+    score_j   = (1 - mix) direct_j / direct_scale + mix tangent_j / tangent_scale
+
+The exact score is the derivative of the loss along h' (`influence.head_derivatives`), so a student of h' needs to know
+nothing of the vocabulary. It costs the LM head, which `direct` does without. A score is in units of its own spread: its
+order counts.
+
+Cost: 2N FLOP a token for the body's N parameters and 2 F for F features; with a mix above 0 further 2 F D + 4 D V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ifguide.artifacts import publish
+from ifguide.influence.head_derivatives import HeadDerivatives
+from ifguide.influence.states import taken_states
+from ifguide.models import predicted_positions, transformer_blocks
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadStudent:
+    """Both regressions on the states of `layers` side by side, F features, the last D of them of the top layer."""
+
+    layers: tuple[int, ...]
+    weights_F: Floats
+    bias: float
+    tangent_weights_DF: Floats
+    tangent_biases_D: Floats
+    mix: float
+    direct_scale: float
+    tangent_scale: float
+
+    def direct(self, features_BTF: Tensor) -> Tensor:
+        """(B, T) w . z + b."""
+        weights_F = torch.from_numpy(self.weights_F).to(features_BTF)
+        return features_BTF @ weights_F + self.bias
+
+    def tangent(self, features_BTF: Tensor, tokens_BT: Tensor, head: HeadDerivatives) -> Tensor:
+        """(B, T) the derivative of each token's NLL along the predicted tangent; entry 0 is 0."""
+        weights_DF, biases_D = (
+            torch.from_numpy(own).to(features_BTF) for own in (self.tangent_weights_DF, self.tangent_biases_D)
+        )
+        before_NF = features_BTF[:, :-1].flatten(0, 1)
+        tangents_ND = before_NF @ weights_DF.T + biases_D
+        scores_KN = head.tangents(before_NF[:, -len(biases_D) :], tangents_ND[None], tokens_BT[:, 1:].flatten())
+        return F.pad(scores_KN.view(len(tokens_BT), -1), (1, 0))
+
+    def scores(self, features_BTF: Tensor, tokens_BT: Tensor, head: HeadDerivatives) -> Tensor:
+        """(B, T) label-aligned; what has no prediction holds anything. What the mix leaves out is not computed."""
+        score_BT = torch.zeros_like(features_BTF[..., 0])
+        if self.mix < 1:
+            score_BT += (1 - self.mix) / self.direct_scale * self.direct(features_BTF)
+        if self.mix > 0:
+            score_BT += self.mix / self.tangent_scale * self.tangent(features_BTF, tokens_BT, head)
+        return score_BT
+
+    def save(self, path: Path) -> None:
+        """Publish what `load` reads."""
+        with publish(path) as part, part.open("wb") as file:
+            np.savez(file, **{**vars(self), "layers": np.array(self.layers)})
+
+    @classmethod
+    def load(cls, path: Path) -> HeadStudent:
+        """What `save` wrote."""
+        with np.load(path) as saved:
+            arrays = {name: saved[name] for name in saved.files}
+        numbers = {name: float(own) for name, own in arrays.items() if own.ndim == 0}
+        return cls(**arrays | numbers | {"layers": tuple(arrays["layers"].tolist())})
+
+
+class HeadScorer:
+    """Scores packed blocks with a student of `model`. It leaves the model as it is.
+
+    `beginning`: a BOS that the model reads before every block, which has no score.
+
+    Raises ValueError when the model's LM head is not one that is understood."""
+
+    def __init__(self, model: PreTrainedModel, student: HeadStudent, *, beginning: int | None = None):
+        self.model, self.student, self.beginning = model, student, beginning
+        self.head = HeadDerivatives(model)
+        if student.mix > 0:
+            self.head.check(model)
+
+    @torch.no_grad()
+    def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """Scores (B, T), label-aligned as `TokenScorer.score`: index 0 and padding are exactly 0."""
+        tokens_BT, lengths_B = tokens_BT.to(self.model.device), lengths_B.to(self.model.device)
+        features_BTF = read_features(self.model, tokens_BT, self.student.layers, beginning=self.beginning)
+        scores_BT = self.student.scores(features_BTF, tokens_BT, self.head)
+        return scores_BT.masked_fill(~predicted_positions(tokens_BT, lengths_B), 0.0)
+
+
+@torch.no_grad()
+def read_features(
+    model: PreTrainedModel, tokens_BT: Tensor, layers: Sequence[int], *, beginning: int | None = None
+) -> Tensor:
+    """(B, T, F) the hidden states of `layers` side by side, of one pass of the body; entry t has read the tokens up to
+    t, and the `beginning` before them."""
+    first = int(beginning is not None)
+    read_BT = tokens_BT if beginning is None else F.pad(tokens_BT, (1, 0), value=beginning)
+    with taken_states(model, transformer_blocks(model)[1], layers, lambda states: states) as states:
+        model.base_model(read_BT, use_cache=False)
+    return torch.cat([states[layer][:, first:] for layer in layers], dim=-1)

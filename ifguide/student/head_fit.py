@@ -1,0 +1,189 @@
+"""Fitting a `head` student: sums over a sample, every variant tried on blocks that were held out, the best one kept.
+
+A sample is added in parts. What is fitted on goes into sums (`influence.smoothing.FoldSums`) of features times
+features, and of features times targets: four transforms of the score, and the D entries of the final hidden tangent.
+
+    cut     the score, cut to its quantiles .001 and .999: for a few are far out
+    root    its signed square root
+    rank    its place among the scores, from 0 to 1
+    top     whether it is in the highest `TOP_SHARE`: all of the loss at the edge that a mask is cut at
+
+All of them share one eigendecomposition for each choice of layers. The ridge of h' is that of the least held-out error.
+Of each transform, ridge and mix with the tangent's score, the figures on the held-out blocks are recorded. The one that
+finds most of the highest exact scores is fitted again, on all blocks. Its own held-out figures are too good, for it was
+chosen by them: how good it is, only an audit says (`certificate`).
+
+Memory: 2 F^2 * 8 bytes, and the features of the held-out blocks. Cost: F^2 multiplications a token of the sample, and
+an eigendecomposition of F for each choice of layers, twice for the chosen one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ifguide.influence.head_derivatives import HeadDerivatives
+from ifguide.influence.smoothing import CUT, FoldSums, fit_others, held_out_error
+from ifguide.student.fidelity import TOP_SHARE, fidelity
+from ifguide.student.head import Floats, HeadStudent
+
+TRANSFORMS = ("cut", "root", "rank", "top")
+RIDGES = (0.003, 0.03, 0.3, 3.0)
+MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
+GRID = 1024  # quantiles that a rank is read from
+FITTED, HELD_OUT, NO_FOLD = 0, 1, -1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Transforms:
+    """Of scores like those that gave the `quantiles_Q`."""
+
+    quantiles_Q: Floats
+
+    @classmethod
+    def of(cls, scores_N: NDArray[np.floating]) -> Transforms:
+        """Of a sample of the scores, all predicted.
+
+        Raises:
+            ValueError: no score differs from another, or one is not finite.
+        """
+        if not len(scores_N) or not np.isfinite(scores_N).all() or scores_N.min() == scores_N.max():
+            raise ValueError("a student needs finite scores that differ from each other; take a larger sample")
+        return cls(quantiles_Q=np.quantile(scores_N.astype(np.float64), np.linspace(0, 1, GRID + 1)))
+
+    def __call__(self, scores_N: NDArray[np.floating]) -> Floats:
+        """(N, 4) the targets, in the order of `TRANSFORMS`."""
+        places_Q, s = np.linspace(0, 1, GRID + 1), scores_N.astype(np.float64)
+        low, high, edge = np.interp([CUT, 1 - CUT, 1 - TOP_SHARE], places_Q, self.quantiles_Q)
+        rank = np.interp(s, self.quantiles_Q, places_Q)
+        return np.stack([s.clip(low, high), np.sign(s) * np.sqrt(np.abs(s)), rank, (s >= edge) * 1.0], axis=1)
+
+
+class HeldBlocks(NamedTuple):
+    """Blocks that were held out: their features, token ids, exact scores, and where there is a score."""
+
+    features_BTF: Tensor
+    tokens_BT: Tensor
+    scores_BT: Tensor
+    known_BT: Tensor
+
+
+class HeadSample:
+    """Adds up blocks that have exact scores. `layers` are those of the features, D each, the model's top one last."""
+
+    def __init__(self, transforms: Transforms, layers: Sequence[int]):
+        self.transforms, self.layers = transforms, tuple(layers)
+        self.sums: FoldSums | None = None
+        self.held: list[HeldBlocks] = []
+
+    def add(
+        self, tokens_BT: Tensor, known_BT: Tensor, scores_BT: Tensor, features_BTF: Tensor, tangents_BTD: Tensor, *,
+        held_out: bool,
+    ) -> None:  # fmt: skip
+        """Blocks with their exact scores, where `known_BT`, states and tangents of the final ones, all of one pass
+        (`TokenScorer.score_and_differentiate`)."""
+        features_NF, tangents_ND = (own[known_BT].double().cpu().numpy() for own in (features_BTF, tangents_BTD))
+        targets_NS = np.concatenate([self.transforms(scores_BT[known_BT].double().cpu().numpy()), tangents_ND], axis=1)
+        folds_N = np.full(len(features_NF), HELD_OUT if held_out else FITTED)
+        part = FoldSums.of(features_NF, targets_NS, folds_N, 2)
+        self.sums = part if self.sums is None else self.sums + part
+        if held_out:
+            self.held.append(HeldBlocks(features_BTF, tokens_BT, scores_BT, known_BT))
+
+
+def layer_choices(layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """All of `layers`, the upper half, and the top one alone: the last is in each, for the LM head reads it."""
+    return list(dict.fromkeys(tuple(layers[begin:]) for begin in (0, len(layers) // 2, len(layers) - 1)))
+
+
+def fit_head(sample: HeadSample, head: HeadDerivatives) -> tuple[HeadStudent, list[dict[str, Any]]]:
+    """The student, and what was tried: `layers`, `target`, `ridge`, `mix`, and the figures of `fidelity`.
+
+    Raises:
+        ValueError: no blocks were held out, or none were fitted on.
+    """
+    if sample.sums is None or not sample.sums.tokens_K.all():
+        raise ValueError("a student needs blocks to be fitted on and others that are held out; take a larger sample")
+    tried: list[dict[str, Any]] = []
+    for layers in layer_choices(sample.layers):
+        tried += _try(sample, layers, head)
+    best = max(tried, key=lambda own: (own["recall"], own["overlap"]))
+    sums, columns = _of_layers(sample, best["layers"])
+    weights_SRF, biases_SR = fit_others(sums, NO_FOLD, [best["ridge"], best["tangent_ridge"]])
+    student = replace(
+        _students(weights_SRF, biases_SR, best["layers"], TRANSFORMS.index(best["target"]), 0, 1),
+        mix=best["mix"],
+    )
+    held = [block._replace(features_BTF=block.features_BTF[..., columns]) for block in sample.held]
+    direct_N = _known(held, [student.direct(block.features_BTF) for block in held])
+    tangent_N = _known(held, [student.tangent(*block[:2], head) for block in held])
+    return replace(student, direct_scale=_spread(direct_N), tangent_scale=_spread(tangent_N)), tried
+
+
+def _try(sample: HeadSample, layers: tuple[int, ...], head: HeadDerivatives) -> list[dict[str, Any]]:
+    """The figures of all variants on these layers."""
+    sums, columns = _of_layers(sample, layers)
+    held = [block._replace(features_BTF=block.features_BTF[..., columns]) for block in sample.held]
+    weights_SRF, biases_SR = fit_others(sums, HELD_OUT, RIDGES)
+    errors_SR = held_out_error(sums, HELD_OUT, weights_SRF, biases_SR)
+    tangent_ridge = int(np.argmin(errors_SR[len(TRANSFORMS) :].sum(axis=0)))
+    exact_N = _known(held, [block.scores_BT for block in held])
+    tried, tangent_N = [], None
+    for target, transform in enumerate(TRANSFORMS):
+        for number, ridge in enumerate(RIDGES):
+            student = _students(weights_SRF, biases_SR, layers, target, number, tangent_ridge)
+            direct_N = _known(held, [student.direct(block.features_BTF) for block in held])
+            if tangent_N is None:  # the same for all: the LM head is what costs
+                tangent_N = _known(held, [student.tangent(*block[:2], head) for block in held])
+            for mix in MIXES if (target, number) == (0, 0) else MIXES[:-1]:  # of the tangent alone, one is enough
+                score_N = (1 - mix) * direct_N / _spread(direct_N) + mix * tangent_N / _spread(tangent_N)
+                tried.append(
+                    {"layers": layers, "target": transform, "ridge": ridge, "tangent_ridge": RIDGES[tangent_ridge]}
+                    | {"mix": mix, **fidelity(exact_N, score_N)}
+                )
+    return tried
+
+
+def _of_layers(sample: HeadSample, layers: tuple[int, ...]) -> tuple[FoldSums, slice]:
+    """The sums of the features of some layers, the last ones, and where these features are."""
+    assert sample.sums is not None
+    width = sample.sums.features_KD.shape[1]
+    columns = slice(width - width // len(sample.layers) * len(layers), width)
+    return replace(
+        sample.sums,
+        products_KDD=sample.sums.products_KDD[:, columns, columns],
+        features_KD=sample.sums.features_KD[:, columns],
+        moments_KDS=sample.sums.moments_KDS[:, columns],
+    ), columns
+
+
+def _students(
+    weights_SRF: Floats, biases_SR: Floats, layers: tuple[int, ...], target: int, ridge: int, tangent_ridge: int
+) -> HeadStudent:
+    """That of one target and two ridges, by number; its mix and scales are still to be found."""
+    return HeadStudent(
+        layers=layers,
+        weights_F=weights_SRF[target, ridge],
+        bias=float(biases_SR[target, ridge]),
+        tangent_weights_DF=weights_SRF[len(TRANSFORMS) :, tangent_ridge],
+        tangent_biases_D=biases_SR[len(TRANSFORMS) :, tangent_ridge],
+        mix=0.0,
+        direct_scale=1.0,
+        tangent_scale=1.0,
+    )
+
+
+def _known(held: Sequence[HeldBlocks], of_blocks: Sequence[Tensor]) -> Floats:
+    """(N,) what `of_blocks`, (B, T) each, say of the tokens that have a score."""
+    parts = [own[block.known_BT].double().cpu().numpy() for block, own in zip(held, of_blocks, strict=True)]
+    return np.concatenate(parts)
+
+
+def _spread(values_N: Floats) -> float:
+    """Their standard deviation; 1 where they are all the same."""
+    return float(values_N.std()) or 1.0

@@ -1,0 +1,145 @@
+"""A student without a model: shrunken mean scores of the n-grams that end in a token.
+
+With g_n(j) the last n tokens up to and with token j, and sums over the tokens of the sample,
+
+    p_0 = the mean of all scores
+    p_n(j) = (sum of the scores of g_n(j) + k p_{n-1}(j)) / (count of g_n(j) + k),  n = 1, ..., longest
+
+so an n-gram that was seen seldom says what its last n - 1 tokens say, as in a hierarchical language model (MacKay and
+Peto 1995), for means. k is chosen on blocks that were held out (`choose_strength`): the tables do not depend on it, and
+add up over parts of a sample in any order. An n-gram is found by its hash, and two may share a place:
+2^20 places for each n are enough for about a million different n-grams.
+
+Nothing is read but token ids: no model, no accelerator. Before the first token of a block there is none.
+
+Memory: 16 bytes * longest * 2^bits. Cost: about 30 operations a token for each n, and one look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ifguide.artifacts import publish
+from ifguide.student.fidelity import fidelity
+
+BITS, LONGEST = 20, 4
+STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
+Floats = NDArray[np.floating]
+Integers = NDArray[np.integer]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NgramSums:
+    """Sums of the scores and counts by the place of an n-gram, (N, P) each, n from 1 to N; float64, P a power of two.
+    The total and the number of all tokens beside them."""
+
+    scores_NP: NDArray[np.float64]
+    counts_NP: NDArray[np.float64]
+    total: float
+    tokens: int
+
+    @classmethod
+    def of(
+        cls, tokens_BT: Integers, scores_BT: Floats, known_BT: NDArray[np.bool_], *, longest: int = LONGEST,
+        bits: int = BITS,
+    ) -> NgramSums:  # fmt: skip
+        """Of blocks of token ids and their label-aligned scores, where `known_BT`.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
+        known_scores = scores_BT[known_BT].astype(np.float64)
+        if not np.isfinite(known_scores).all():
+            raise ValueError("scores are not finite; the proxy or the query overflows, check both for NaN")
+        places = [places_BT[known_BT] for places_BT in ngram_places(tokens_BT, longest=longest, bits=bits)]
+        return cls(
+            scores_NP=np.stack([np.bincount(own, weights=known_scores, minlength=1 << bits) for own in places]),
+            counts_NP=np.stack([np.bincount(own, minlength=1 << bits).astype(np.float64) for own in places]),
+            total=float(known_scores.sum()),
+            tokens=len(known_scores),
+        )
+
+    def __add__(self, other: NgramSums) -> NgramSums:
+        return NgramSums(
+            scores_NP=self.scores_NP + other.scores_NP,
+            counts_NP=self.counts_NP + other.counts_NP,
+            total=self.total + other.total,
+            tokens=self.tokens + other.tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NgramStudent:
+    """Scores from sums; `strength` is k."""
+
+    sums: NgramSums
+    strength: float
+
+    def score(self, tokens_BT: Integers) -> NDArray[np.float32]:
+        """(B, T) p_N of every token, label-aligned; entry 0 of a block is 0, for nothing predicts it.
+
+        Raises:
+            ValueError: the sample had no token.
+        """
+        if not self.sums.tokens:
+            raise ValueError("the sample holds no token with a score; take a larger one")
+        longest, size = self.sums.scores_NP.shape
+        mean_BT = np.full(tokens_BT.shape, self.sums.total / self.sums.tokens)
+        for n, places_BT in enumerate(ngram_places(tokens_BT, longest=longest, bits=size.bit_length() - 1)):
+            of_ngram_BT, count_BT = self.sums.scores_NP[n][places_BT], self.sums.counts_NP[n][places_BT]
+            mean_BT = (of_ngram_BT + self.strength * mean_BT) / (count_BT + self.strength)
+        mean_BT[:, 0] = 0
+        return mean_BT.astype(np.float32)
+
+    def save(self, path: Path) -> None:
+        """Publish what `load` reads."""
+        with publish(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, **vars(self.sums), strength=self.strength)
+
+    @classmethod
+    def load(cls, path: Path) -> NgramStudent:
+        """What `save` wrote."""
+        with np.load(path) as saved:
+            sums = NgramSums(
+                scores_NP=saved["scores_NP"],
+                counts_NP=saved["counts_NP"],
+                total=float(saved["total"]),
+                tokens=int(saved["tokens"]),
+            )
+            return cls(sums=sums, strength=float(saved["strength"]))
+
+
+def choose_strength(
+    sums: NgramSums, tokens_BT: Integers, scores_BT: Floats, known_BT: NDArray[np.bool_]
+) -> tuple[NgramStudent, list[dict[str, float]]]:
+    """The student of `sums` whose strength finds most of the highest scores of blocks that `sums` does not hold, and
+    the figures (`fidelity`) of all strengths."""
+    tried = []
+    for strength in STRENGTHS:
+        found_BT = NgramStudent(sums=sums, strength=strength).score(tokens_BT)
+        tried.append({"strength": strength, **fidelity(scores_BT[known_BT], found_BT[known_BT])})
+    best = max(tried, key=lambda own: (own["recall"], own["spearman"]))
+    return NgramStudent(sums=sums, strength=best["strength"]), tried
+
+
+def ngram_places(tokens_BT: Integers, *, longest: int, bits: int) -> Iterator[NDArray[np.int64]]:
+    """(B, T) the place of the n-gram that ends in each token, of [0, 2^bits), for n = 1, ..., longest."""
+    ids_BT = tokens_BT.astype(np.uint64) + np.uint64(1)  # 0: before a block
+    hash_BT = np.zeros_like(ids_BT)
+    for n in range(longest):
+        shifted_BT = np.zeros_like(ids_BT)
+        shifted_BT[:, n:] = ids_BT[:, : ids_BT.shape[1] - n]
+        hash_BT = _mixed(hash_BT + shifted_BT * np.uint64(0x9E3779B97F4A7C15))
+        yield (hash_BT >> np.uint64(64 - bits)).astype(np.int64)
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Bits spread by multiplications and shifts, the last steps of SplitMix64 (Steele, Lea and Flood 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

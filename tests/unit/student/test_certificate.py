@@ -1,0 +1,151 @@
+"""The certificate against scipy and hand counts; and that it does not pass a student that is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import pearsonr, spearmanr
+
+from ifguide.evaluation.bootstrap import Bootstrap
+from ifguide.student.certificate import Audit, certify, holding_top, wilson
+
+BLOCK, SOURCES = 32, ("forum", "news", "books")
+QUICK = Bootstrap(samples=200)
+
+
+def audit(blocks: int = 120, *, noise: float = 0.3, seed: int = 0) -> Audit:
+    """Blocks of two sources in turn, with a good student that rechecks its own top tenth; no block is of a book."""
+    rng = np.random.default_rng(seed)
+    count = blocks * BLOCK
+    exact = rng.normal(size=count) ** 3
+    student = exact + noise * rng.normal(size=count)
+    number = np.repeat(np.arange(blocks), BLOCK)
+    return Audit(
+        exact_N=exact,
+        student_N=student,
+        rechecked_N=student >= np.quantile(student, 0.9),
+        blocks_N=1000 + 7 * number,
+        sources_N=number % 2,
+        sources=SOURCES,
+    )
+
+
+def wrong_on(source: int, given: Audit) -> Audit:
+    """The same, but the student's scores of one source are dealt out anew within it."""
+    rows = np.flatnonzero(given.sources_N == source)
+    student = given.student_N.copy()
+    student[rows] = np.random.default_rng(5).permutation(student[rows])
+    return replace(given, student_N=student, rechecked_N=student >= np.quantile(student, 0.9))
+
+
+def test_the_figures_are_those_of_the_tokens() -> None:
+    given = audit(noise=1.5)
+    certificate = certify(given, bootstrap=QUICK)
+    for rows, found in [
+        (np.arange(len(given.exact_N)), certificate.whole),
+        *((given.sources_N == number, certificate.by_source[SOURCES[number]]) for number in (0, 1)),
+    ]:
+        exact, student = given.exact_N[rows], given.student_N[rows]
+        assert found.pearson.value == pytest.approx(pearsonr(exact, student)[0], abs=1e-12)
+        assert found.spearman.value == pytest.approx(spearmanr(exact, student)[0], abs=1e-12)
+        assert found.tokens == len(exact)
+    count = 0.02 * len(given.exact_N)
+    whole = int(count)
+    top, student_top = (np.argsort(-own)[: whole + 1] for own in (given.exact_N, given.student_N))
+    weight = np.append(np.ones(whole), count - whole)
+    partial = dict(zip(student_top.tolist(), weight.tolist(), strict=True))
+    overlap = sum(own * partial.get(token, 0.0) for token, own in zip(top.tolist(), weight.tolist(), strict=True))
+    assert certificate.whole.overlap.value == pytest.approx(overlap / count)
+    assert certificate.whole.recall.value == pytest.approx(weight @ given.rechecked_N[top] / count)
+    assert certificate.whole.top_tokens == round(count)
+    assert certificate.unaudited == ["books"]
+    assert certificate.rechecked_share == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_good_student_passes_and_an_interval_holds_its_figure() -> None:
+    certificate = certify(audit(), bootstrap=QUICK)
+    assert certificate.shortfalls(0.9) == []
+    for fidelity in (certificate.whole, *certificate.by_source.values()):
+        for figure in (fidelity.pearson, fidelity.spearman, fidelity.overlap, fidelity.recall):
+            assert figure.value is not None
+            assert figure.low is not None
+            assert figure.high is not None
+            assert figure.low <= figure.value <= figure.high
+
+
+def test_a_student_that_is_wrong_on_one_source_falls_below_the_bound() -> None:
+    good, wrong = certify(audit(), bootstrap=QUICK), certify(wrong_on(1, audit()), bootstrap=QUICK)
+    assert good.whole.recall.low is not None
+    assert wrong.whole.recall.low is not None
+    assert good.whole.recall.low >= 0.9 > wrong.whole.recall.low
+    assert wrong.by_source["forum"].recall.value > 0.9  # type: ignore[operator]
+    assert [text.split(":")[0] for text in wrong.shortfalls(0.9)] == ["all sources", "news"]
+
+
+def test_a_small_source_that_is_wrong_is_named_where_the_whole_hides_it() -> None:
+    given = audit(400)
+    few = replace(given, sources_N=((given.blocks_N - 1000) // 7 % 20 == 0).astype(np.int64))
+    certificate = certify(wrong_on(1, few), bootstrap=QUICK)
+    assert certificate.shortfalls(0.85)[0].startswith("news: ")
+    assert certificate.whole.recall.low is not None
+    assert certificate.whole.recall.low > 0.85
+
+
+def test_the_bound_holds_for_the_corpus_that_the_audit_was_drawn_from() -> None:
+    corpus = audit(1500, noise=1.0)
+    truth = certify(corpus, bootstrap=Bootstrap(samples=2)).whole
+    held = 0
+    for seed in range(40):
+        chosen = np.random.default_rng(seed).choice(1500, 60, replace=False)
+        rows = np.isin((corpus.blocks_N - 1000) // 7, chosen)
+        arrays = {name: getattr(corpus, name)[rows] for name in vars(corpus) if name.endswith("_N")}
+        found = certify(replace(corpus, **arrays), bootstrap=Bootstrap(samples=100)).whole
+        held += all(
+            getattr(found, name).low <= getattr(truth, name).value <= getattr(found, name).high
+            for name in ("recall", "overlap")
+        )
+    assert held >= 34  # of 40, and 95% each
+
+
+def test_order_does_not_matter() -> None:
+    given = audit(40)
+    shuffled = np.random.default_rng(1).permutation(len(given.exact_N))
+    arrays = {name: getattr(given, name)[shuffled] for name in vars(given) if name.endswith("_N")}
+    first, second = (certify(own, bootstrap=QUICK).as_json() for own in (given, replace(given, **arrays)))
+    for name in ("pearson", "spearman", "overlap", "recall"):
+        for end in ("value", "low", "high"):
+            assert second["whole"][name][end] == pytest.approx(first["whole"][name][end], abs=1e-9)
+
+
+def test_all_found_in_few_blocks_is_no_certainty() -> None:
+    given = audit(10, noise=0.0)
+    recall = certify(given, bootstrap=QUICK).whole.recall
+    assert recall.value == 1
+    assert recall.low is not None
+    assert 0.5 < recall.low < 0.75
+    assert wilson(1.0, 10)[0] == pytest.approx(0.722, abs=1e-3)
+
+
+def test_ties_of_the_student_are_no_overlap() -> None:
+    given = audit()
+    constant = certify(replace(given, student_N=np.zeros(len(given.exact_N))), bootstrap=QUICK)
+    assert constant.whole.overlap.value == pytest.approx(0.02)
+    assert constant.whole.spearman.value is None
+    assert constant.whole.pearson.low is None
+
+
+def test_a_block_is_rechecked_whole() -> None:
+    student, blocks = np.array([0.1, 0.9, 0.2, 0.3, 0.5, 0.1]), np.array([4, 4, 2, 2, 9, 9])
+    np.testing.assert_array_equal(holding_top(student, blocks, 0.5), [True, True, False, False, True, True])
+
+
+def test_what_is_no_audit_is_refused() -> None:
+    given = audit(4)
+    with pytest.raises(ValueError, match="exact scores of the audit are not finite"):
+        certify(replace(given, exact_N=np.full(len(given.exact_N), np.nan)))
+    with pytest.raises(ValueError, match="same tokens"):
+        replace(given, student_N=given.student_N[:-1])
+    with pytest.raises(ValueError, match="two tokens"):
+        Audit(**{name: getattr(given, name)[:1] if name.endswith("_N") else SOURCES for name in vars(given)})
