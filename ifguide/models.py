@@ -29,6 +29,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 from ifguide.config import ModelSource
+from ifguide.documents import begins_document
 from ifguide.tokenizer import locate
 
 logger = logging.getLogger(__name__)
@@ -271,25 +272,29 @@ def transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
-def next_token_nll(logits_BTV: Tensor, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+def next_token_nll(
+    logits_BTV: Tensor, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None
+) -> Tensor:
     """NLL_j = -log p(x_j | x_<j) in nats, (B, T), label-aligned: entry [b, j] speaks of predicting token j.
 
-    Index 0 and positions >= lengths_B[b] are exactly 0 and carry no gradient. float32, or float64 if the
-    logits are.
+    Index 0, positions >= lengths_B[b], and each document's first token where documents are given, are exactly 0 and
+    carry no gradient. float32, or float64 if the logits are.
     """
     # bf16 has 8 bits of mantissa: a log-sum-exp over a vocabulary needs more.
     logits = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-    labels = tokens_BT.masked_fill(~predicted_positions(tokens_BT, lengths_B), IGNORE)
+    labels = tokens_BT.masked_fill(~predicted_positions(tokens_BT, lengths_B, document_BT), IGNORE)
     # Shifting the labels, not the logits, leaves the largest tensor of the step without a copy.
     next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     nll = F.cross_entropy(logits.flatten(0, 1), next_labels.flatten(), ignore_index=IGNORE, reduction="none")
     return F.pad(nll.view_as(tokens_BT)[:, :-1], (1, 0))
 
 
-def predicted_positions(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    """Boolean (B, T): the tokens that have a prediction, 1 <= j < lengths_B[b]."""
+def predicted_positions(tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor:
+    """Boolean (B, T): the tokens that have a prediction, 1 <= j < lengths_B[b]; of documents that do not see each other
+    (the number of each token's) all but the first of each."""
     positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    return (positions_T >= 1) & (positions_T < lengths_B.to(tokens_BT.device)[:, None])
+    predicted_BT = (positions_T >= 1) & (positions_T < lengths_B.to(tokens_BT.device)[:, None])
+    return predicted_BT if document_BT is None else predicted_BT & ~begins_document(document_BT)
 
 
 def state_fingerprint(model: nn.Module) -> str:

@@ -167,12 +167,8 @@ class Scorings:
         model, steps = self.proxy[0], self.steps
         path = self.folder / f"refinement-{self.refine_blocks}-{steps}.safetensors"
         gradient = self._gradient()
-        batches = [
-            (batch["input_ids"], batch["lengths"])
-            for partition in range(self.sample.num_partitions)
-            for batch in self.sample.loader(partition)
-        ]
-        size = len(batches[0][0])
+        batches = [batch for partition in range(self.sample.num_partitions) for batch in self.sample.loader(partition)]
+        size = len(batches[0]["input_ids"])
         product = GaussNewton(model, self.names, batches[: -(-self.refine_blocks // size)])
         state = Refinement.load(path, model.device) if path.is_file() else Refinement.begin(gradient)
         for _ in refine(gradient, factors, product, steps=steps, begun=state):

@@ -102,7 +102,8 @@ class Pretrain:
         max_benign_rise: stop when the smoothed benign loss is this many nats over its lowest. Null: never.
         heldout_blocks: blocks that are not trained on, but evaluated at each checkpoint.
         export: which checkpoint becomes the model: the last, or the best on `heldout_blocks`.
-        document_attention: documents of a block do not see each other; each is trained on as if it were alone.
+        document_attention: documents of a block do not see each other; each is trained on as if it were alone. Factors,
+            refinement and scores read the corpus so too.
         dtype: of weights and products.
         engine: `deepspeed`, or `torch` on one device in the driver's process.
         zero_stage: of DeepSpeed: what workers share out among them.

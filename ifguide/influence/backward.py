@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ifguide.documents import last_hidden_state
 from ifguide.influence.directions import Direction, linear_module
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.patching import attention, replaced_forwards
@@ -42,16 +43,16 @@ class BackwardEngine:
             {name: direction.to(model.device, self.dtype) for name, direction in one.items()} for one in directions
         ]
 
-    def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def score(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor:
         sink_KN = torch.zeros(len(self.directions), tokens_BT.numel(), dtype=self.model.dtype, device=tokens_BT.device)
         # Starts the graph: what comes before the first tracked module needs no gradient.
         anchor = torch.zeros((), dtype=self.model.dtype, device=tokens_BT.device, requires_grad=True)
         forwards = {self.model.get_submodule(name): self._forward(name, anchor, sink_KN) for name in self.weights}
         implementation = None if self.model.config._attn_implementation == "eager" else "sdpa"
         with torch.enable_grad(), attention(self.model, implementation), replaced_forwards(forwards):
-            hidden_BTD = self.model.base_model(tokens_BT, use_cache=False).last_hidden_state
+            hidden_BTD = last_hidden_state(self.model, tokens_BT, document_BT)
         with torch.no_grad():
-            has_loss_BT = predicted_positions(tokens_BT, lengths_B)[:, 1:]
+            has_loss_BT = predicted_positions(tokens_BT, lengths_B, document_BT)[:, 1:]
             gradient = self.head.gradient(
                 hidden_BTD.detach()[:, :-1].flatten(0, 1),
                 tokens_BT[:, 1:].flatten(),

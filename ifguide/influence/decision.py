@@ -31,6 +31,7 @@ from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import read_direction, read_nulls
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
+from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks
 
 METHOD = "method.json"
 
@@ -130,12 +131,12 @@ def decide(
     proxy: ModelSource,
     beginning: Beginning,
     queries: Sequence[Path],
-    corpus: Path,
+    corpus: PackedCorpus,
     first_shard: str,
 ) -> tuple[Decision, Memory]:
     """Choose on this machine, by the first blocks of the corpus; run it where an actor will run.
 
-    queries: folders of query artifacts, one for each behaviour. first_shard: a file of the folder `corpus`.
+    queries: folders of query artifacts, one for each behaviour. first_shard: the corpus' first file.
 
     Raises:
         ValueError: a file has changed since it was made; names it. ConfigError: the method does not exist, or
@@ -145,7 +146,11 @@ def decide(
     model = load_proxy(proxy, gpus=config.resources.gpus)
     method = _method_here(config, model.device)
     loaded = [*map(read_direction, queries), *itertools.chain.from_iterable(map(read_nulls, queries))]
-    tokens_BT, lengths_B = _first_blocks(verified(corpus, first_shard), max(config.check_blocks, 1))
+    tokens_BT, lengths_B = _first_blocks(verified(corpus.folder, first_shard), max(config.check_blocks, 1))
+    document_BT = None
+    if beginning.of_documents:
+        numbers = document_numbers(corpus, 0)[: tokens_BT.numel()]
+        document_BT = torch.from_numpy(in_blocks(numbers, tokens_BT.numpy()))
     block_size = tokens_BT.shape[1] + beginning.length
     scorer = TokenScorer(model, loaded, attribution=config.attribution, method=method, beginning=beginning.token)
     engine = "backward" if config.attribution == "position" else method.engine
@@ -168,7 +173,7 @@ def decide(
         threads=torch.get_num_threads(),
         micro_batch_blocks=micro_batch,
         energy=Energy(least=min(energy), mean=sum(energy) / len(energy), of_module=scorer.energy),
-        check=_check(scorer, loaded, tokens_BT, lengths_B) if config.check_blocks else None,
+        check=_check(scorer, loaded, tokens_BT, lengths_B, document_BT) if config.check_blocks else None,
     )
     return decision, Memory(total=estimate.fixed + micro_batch * estimate.per_block, available=available)
 
@@ -203,7 +208,11 @@ def _first_blocks(shard: Path, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _check(
-    scorer: TokenScorer, directions: Sequence[Mapping[str, Tensor]], tokens_BT: Tensor, lengths_B: Tensor
+    scorer: TokenScorer,
+    directions: Sequence[Mapping[str, Tensor]],
+    tokens_BT: Tensor,
+    lengths_B: Tensor,
+    document_BT: Tensor | None,
 ) -> Agreement:
     """The least agreement over the behaviours; block by block, so that the exact method fits in memory too."""
     exact = TokenScorer(
@@ -213,10 +222,11 @@ def _check(
         method=PRESETS["exact"],
         beginning=scorer.beginning,
     )
-    scores_KBT, exact_KBT = (
-        torch.cat([one.score(tokens_BT[[b]], lengths_B[[b]]).cpu() for b in range(len(tokens_BT))], dim=1)
-        for one in (scorer, exact)
-    )
-    predicted = predicted_positions(tokens_BT, lengths_B)
+    blocks = [
+        (tokens_BT[[b]], lengths_B[[b]], None if document_BT is None else document_BT[[b]])
+        for b in range(len(tokens_BT))
+    ]
+    scores_KBT, exact_KBT = (torch.cat([one.score(*block).cpu() for block in blocks], dim=1) for one in (scorer, exact))
+    predicted = predicted_positions(tokens_BT, lengths_B, document_BT)
     agreements = [compare(a, b, predicted) for a, b in zip(scores_KBT, exact_KBT, strict=True)]
     return min(agreements, key=lambda agreement: agreement.least)

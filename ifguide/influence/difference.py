@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ifguide.documents import last_hidden_state
 from ifguide.influence.directions import Direction, linear_module
 from ifguide.influence.fused import compiled_layers, kernels, pairs
 from ifguide.influence.head_derivatives import HeadDerivatives
@@ -67,8 +68,8 @@ class DifferenceEngine:
                 self.forwards |= paired_activations(model, self.K)
 
     @torch.no_grad()
-    def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        hidden_BTD, tangents_KBTD = self._hidden(tokens_BT, self.forwards)
+    def score(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor:
+        hidden_BTD, tangents_KBTD = self._hidden(tokens_BT, self.forwards, document_BT)
         # The last token predicts nothing, but sizes that are powers of two multiply faster than ones below them.
         hidden_BTD, tangents_KBTD = hidden_BTD[:, :-1], tangents_KBTD[:, :, :-1]
         scores_KN = self.head.tangents(
@@ -86,14 +87,18 @@ class DifferenceEngine:
         plus, minus = pairs(streams, self.K).unbind(1)
         return (plus - minus) / (2 * plus.new_tensor(self.steps).view(-1, *[1] * (plus.dim() - 1)))
 
-    def _hidden(self, tokens_BT: Tensor, forwards: Mapping[nn.Module, Callable[..., Any]]) -> tuple[Tensor, Tensor]:
+    def _hidden(
+        self, tokens_BT: Tensor, forwards: Mapping[nn.Module, Callable[..., Any]], document_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Final hidden states (B, T, D), and x+ - x- (K, B, T, D)."""
+        copies = 2 * self.K, 1
+        documents = None if document_BT is None else document_BT.repeat(copies)
         with (
             pairs_of_streams(self.K, self.dtype, self.kernels),
             attention(self.model, self.attention),
             replaced_forwards(forwards),
         ):
-            streams = self.model.base_model(tokens_BT.repeat(2 * self.K, 1), use_cache=False).last_hidden_state
+            streams = last_hidden_state(self.model, tokens_BT.repeat(copies), documents)
         of_signs = pairs(streams, self.K)
         return self.primal(streams), of_signs[:, 0] - of_signs[:, 1]
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from ifguide.documents import begun
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,7 +21,9 @@ class FactorSample:
 
     blocks_NT: int32 token ids, padded on the right; lengths_N: real tokens per block. Partition p of P has the
     rows of `numpy.array_split`, and module partition m the modules of the same. `batch_size` is in blocks. `amp_dtype`
-    (bfloat16) runs the model under autocast. `beginning`: a BOS that the model reads before every block, if any.
+    (bfloat16) runs the model under autocast. `documents_NT`: the number of each token's document, ascending, where
+    documents do not see each other. `beginning`: a BOS that the model reads before every block, or before every
+    document where they are given, if any.
     Raises ValueError when the arrays do not fit together or there are fewer blocks than partitions.
     """
 
@@ -33,12 +36,15 @@ class FactorSample:
     amp_dtype: torch.dtype | None = None
     module_partitions: int = 1
     beginning: int | None = None
+    documents_NT: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.blocks_NT.ndim != 2 or self.lengths_N.shape != (len(self.blocks_NT),):
             raise ValueError(
                 f"blocks {self.blocks_NT.shape} and lengths {self.lengths_N.shape} do not fit: (N, T) and (N,)"
             )
+        if self.documents_NT is not None and self.documents_NT.shape != self.blocks_NT.shape:
+            raise ValueError(f"documents {self.documents_NT.shape} and blocks {self.blocks_NT.shape} do not fit")
         if not 1 <= self.num_partitions <= len(self.blocks_NT):
             raise ValueError(
                 f"{self.num_partitions} partitions of {len(self.blocks_NT)} blocks; lower data_partitions, "
@@ -58,6 +64,8 @@ class FactorSample:
         digest = hashlib.sha256(json.dumps([*options, self.blocks_NT.shape]).encode())
         digest.update(np.ascontiguousarray(self.blocks_NT, dtype=np.int32).tobytes())
         digest.update(np.ascontiguousarray(self.lengths_N, dtype=np.int64).tobytes())
+        if self.documents_NT is not None:
+            digest.update(np.ascontiguousarray(self.documents_NT, dtype=np.int64).tobytes())
         return digest.hexdigest()
 
     @property
@@ -86,8 +94,11 @@ class FactorSample:
         def collate(batch_rows: list[int]) -> dict[str, Tensor]:
             tokens_BT = torch.from_numpy(self.blocks_NT[batch_rows].astype(np.int64))
             lengths_B = torch.from_numpy(self.lengths_N[batch_rows].astype(np.int64))
-            if self.beginning is not None:
-                tokens_BT, lengths_B = F.pad(tokens_BT, (1, 0), value=self.beginning), lengths_B + 1
-            return {"input_ids": tokens_BT, "lengths": lengths_B, "rows": torch.tensor(batch_rows)}
+            documents = None
+            if self.documents_NT is not None:
+                documents = torch.from_numpy(self.documents_NT[batch_rows].astype(np.int64))
+            read = begun(tokens_BT, lengths_B, documents, self.beginning)
+            batch = {"input_ids": read.tokens_BU, "lengths": read.lengths_B, "rows": torch.tensor(batch_rows)}
+            return batch if read.document_BU is None else {**batch, "documents": read.document_BU}
 
         return DataLoader(rows.tolist(), batch_size=self.batch_size, collate_fn=collate)

@@ -17,9 +17,10 @@ from ifguide.config import ModelSource
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.factors import EkfacFit, Step
 from ifguide.influence.proxy import Beginning, load_proxy
-from ifguide.spans.tables import PackedCorpus, shard_name
+from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks, shard_name
 from ifguide.storage import Mirror
 
+DOCUMENTS = "documents"  # column of a sample: the number of each token's document
 SAMPLE = "sample.parquet"  # in the work folder: the blocks that the factors are fitted on
 
 
@@ -71,6 +72,7 @@ class FitPartition:
                 seed=settings.seed,
                 module_partitions=settings.module_partitions,
                 beginning=settings.beginning.token,
+                documents_NT=sampled_documents(blocks),
             ),
             module_names=settings.module_names,
             workdir=self.work.local,
@@ -105,8 +107,9 @@ def finish_fit(settings: FitSettings, out: Path) -> None:
     FitPartition(replace(settings, gpus=0)).finish(out)
 
 
-def draw_sample(corpus: PackedCorpus, blocks: int, count: int, seed: int, path: Path) -> None:
-    """Publish `count` of the corpus' `blocks` blocks, by seed, ascending by id. A table that is there is kept."""
+def draw_sample(corpus: PackedCorpus, blocks: int, count: int, seed: int, path: Path, documents: bool = False) -> None:
+    """Publish `count` of the corpus' `blocks` blocks, by seed, ascending by id; with `documents` the number of each
+    token's document as well. A table that is there is kept."""
     if path.exists():
         return
     chosen = np.sort(np.random.default_rng(seed).choice(blocks, size=count, replace=False))
@@ -114,6 +117,16 @@ def draw_sample(corpus: PackedCorpus, blocks: int, count: int, seed: int, path: 
     tables = []
     for shard, rows in zip(shards, np.split(chosen % corpus.blocks_per_shard, firsts[1:]), strict=True):
         file = verified(corpus.folder, f"shard-{shard_name(shard)}.parquet")
-        tables.append(schemas.read_table(file, columns=["block_id", "length", "tokens"]).take(rows))
+        table = schemas.read_table(file, columns=["block_id", "length", "tokens"])
+        if documents:
+            numbers_NT = in_blocks(document_numbers(corpus, int(shard)), schemas.per_token_array(table, "tokens"))
+            values = pa.array(numbers_NT.reshape(-1))
+            table = table.append_column(DOCUMENTS, pa.FixedSizeListArray.from_arrays(values, numbers_NT.shape[1]))
+        tables.append(table.take(rows))
     with publish(path) as part:
         pq.write_table(pa.concat_tables(tables), part)
+
+
+def sampled_documents(sample: pa.Table) -> np.ndarray | None:
+    """The number of each token's document, (N, T), of a sample that was drawn with them."""
+    return schemas.per_token_array(sample, DOCUMENTS) if DOCUMENTS in sample.column_names else None

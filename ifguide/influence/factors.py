@@ -63,6 +63,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ifguide.documents import known_documents, positions_in_document
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.partition_files import (
     module_factors,
@@ -84,7 +85,8 @@ EXPORTED = (*EIGENDECOMPOSITION_FACTOR_NAMES, *LAMBDA_FACTOR_NAMES, *TOKEN_COUNT
 
 
 class NextTokenTask(Task):
-    """Summed next-token NLL of a batch {"input_ids" (B, T), "lengths" (B,), "rows" (B,)}.
+    """Summed next-token NLL of a batch {"input_ids" (B, T), "lengths" (B,), "rows" (B,)}, and "documents" (B, T) where
+    those of a block do not see each other.
 
     Positions >= length carry no loss and do not enter the covariances. With `sample`, labels are drawn from the
     model, by a generator seeded with (`seed`, `stream`, the block's row), so whatever the batch they are the same.
@@ -97,9 +99,15 @@ class NextTokenTask(Task):
 
     def compute_train_loss(self, batch: dict[str, Tensor], model: PreTrainedModel, sample: bool = False) -> Tensor:
         tokens_BT = batch["input_ids"]
-        logits_BTV = model(tokens_BT, use_cache=False).logits
+        document_BT = batch.get("documents")
+        if document_BT is None:
+            logits_BTV = model(tokens_BT, use_cache=False).logits
+        else:
+            with known_documents(document_BT):
+                places_BT = positions_in_document(document_BT)
+                logits_BTV = model(tokens_BT, use_cache=False, position_ids=places_BT).logits
         labels_BT = self._sampled_labels(logits_BTV, batch["rows"]) if sample else tokens_BT
-        return next_token_nll(logits_BTV, labels_BT, batch["lengths"]).sum()
+        return next_token_nll(logits_BTV, labels_BT, batch["lengths"], document_BT).sum()
 
     def compute_measurement(self, batch: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
         return self.compute_train_loss(batch=batch, model=model)
@@ -281,14 +289,16 @@ def fit_factors(
     batch_size: int = 8,
     seed: int = 0,
     beginning: int | None = None,
+    documents_NT: np.ndarray | None = None,
 ) -> dict[str, ModuleFactors]:
     """EK-FAC factors of `model` from blocks of text, fitted in this process.
 
     blocks_NT: token ids, padded on the right; lengths_N: real tokens of each block. module_names: None is every tracked
     module (`tracked_modules`; bring the model to plain linear layers with `linearise` first). batch_size: blocks at a
     time; it changes the factors by float noise only. beginning: the BOS that the model was trained with before each
-    text, if it was. Raises ValueError when blocks and lengths do not fit together, or
-    too little of the model can be tracked.
+    text, if it was. documents_NT: the number of each token's document, where a block's do not see each other.
+
+    Raises ValueError when blocks and lengths do not fit together, or too little of the model can be tracked.
     """
     sample = FactorSample(
         blocks_NT=blocks_NT,
@@ -297,6 +307,7 @@ def fit_factors(
         batch_size=batch_size,
         seed=seed,
         beginning=beginning,
+        documents_NT=documents_NT,
     )
     names = tracked_modules(model).names if module_names is None else module_names
     with tempfile.TemporaryDirectory(prefix="ifguide-factors-") as folder:

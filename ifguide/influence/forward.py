@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from ifguide.documents import last_hidden_state
 from ifguide.influence.directions import Direction, linear_module
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.patching import attention, replaced_forwards
@@ -35,8 +36,8 @@ class ForwardEngine:
         ]
 
     @torch.no_grad()
-    def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        return torch.stack([self._score_one(directions, tokens_BT) for directions in self.directions])
+    def score(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor:
+        return torch.stack([self._score_one(directions, tokens_BT, document_BT) for directions in self.directions])
 
     def primal(self, streams: Tensor) -> Tensor:
         return forward_ad.unpack_dual(streams).primal
@@ -46,8 +47,8 @@ class ForwardEngine:
             raise ValueError("engine forward reads one direction at a time; use difference for several")
         return forward_ad.unpack_dual(streams).tangent[None]
 
-    def _score_one(self, directions: Mapping[str, Direction], tokens_BT: Tensor) -> Tensor:
-        hidden_BTD, tangent_BTD = hidden_tangents(self.model, directions, tokens_BT)
+    def _score_one(self, directions: Mapping[str, Direction], tokens_BT: Tensor, document_BT: Tensor | None) -> Tensor:
+        hidden_BTD, tangent_BTD = hidden_tangents(self.model, directions, tokens_BT, document_BT)
         scores = self.head.tangents(
             hidden_BTD[:, :-1].flatten(0, 1), tangent_BTD[None, :, :-1].flatten(1, 2), tokens_BT[:, 1:].flatten()
         )
@@ -56,7 +57,10 @@ class ForwardEngine:
 
 @torch.no_grad()
 def hidden_tangents(
-    model: PreTrainedModel, directions: Mapping[str, Direction], tokens_BT: Tensor
+    model: PreTrainedModel,
+    directions: Mapping[str, Direction],
+    tokens_BT: Tensor,
+    document_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The final hidden states (B, T, D), and their derivatives along one direction of the model's device and dtype."""
     forwards = {model.get_submodule(name): _dual_forward(model, name, one) for name, one in directions.items()}
@@ -67,7 +71,7 @@ def hidden_tangents(
         attention(model, implementation),
         replaced_forwards(forwards),
     ):
-        hidden = model.base_model(tokens_BT, use_cache=False).last_hidden_state
+        hidden = last_hidden_state(model, tokens_BT, document_BT)
         hidden_BTD, tangent_BTD = forward_ad.unpack_dual(hidden)
     return hidden_BTD, tangent_BTD
 

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from ifguide.artifacts import require_same
 from ifguide.config import ModelSource
+from ifguide.documents import keeps_documents_apart
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
 from ifguide.shapes import require_positions
 from ifguide.tokenizer import beginning_token
 
-BEGINNING = "beginning_token"  # in the inputs of an artifact
+BEGINNING, TEXTS = "beginning_token", "texts"  # in the inputs of an artifact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +47,20 @@ def proxy_name(source: ModelSource) -> str:
 
 @dataclass(frozen=True)
 class Beginning:
-    """The BOS (a token id) before every block and query that the proxy reads; None of one that was trained without.
+    """Where a text begins for the proxy: at each block and query, or, `of_documents`, at each document of a block as
+    well, which then do not see each other. And the BOS (a token id) before every text; None of a proxy that was trained
+    without.
 
     A model that never saw a text without a BOS gives the first tokens of such a text losses and activations unlike all
     others."""
 
     token: int | None
+    of_documents: bool = False
 
     @classmethod
-    def of(cls, tokenizer: Any, *, is_baseline: bool) -> Beginning:
+    def of(cls, tokenizer: Any, *, is_baseline: bool, of_documents: bool = False) -> Beginning:
         """What the tokenizer puts before a text. The run's own plain model is trained on blocks alone, without."""
-        return cls(None if is_baseline else beginning_token(tokenizer))
+        return cls(None if is_baseline else beginning_token(tokenizer), of_documents)
 
     @property
     def length(self) -> int:
@@ -64,11 +68,16 @@ class Beginning:
         return int(self.token is not None)
 
     def inputs(self) -> dict[str, str]:
-        """Its entry in the inputs of an artifact; artifacts without a BOS have none."""
-        return {} if self.token is None else {BEGINNING: str(self.token)}
+        """Its entries in the inputs of an artifact; without a BOS, and of whole blocks, there are none."""
+        token = {} if self.token is None else {BEGINNING: str(self.token)}
+        return token | ({TEXTS: "documents"} if self.of_documents else {})
 
     def require_of(self, folder: Path, inputs: Mapping[str, str]) -> None:
-        """Refuse an artifact that was made with another BOS. Raises MismatchError."""
+        """Refuse an artifact that was made with another BOS or of other texts. Raises MismatchError."""
+        made, wanted = (entry.get(TEXTS, "blocks") for entry in (inputs, self.inputs()))
+        require_same(
+            f"what {folder} takes for a text", made, "this run (pretrain.document_attention)", wanted, "make it again"
+        )
         made, wanted = (entry.get(BEGINNING, "none") for entry in (inputs, self.inputs()))
         require_same(f"the token before each text in {folder}", made, "this run's", wanted, "make it again")
 
@@ -82,10 +91,15 @@ def describe_proxy(source: ModelSource, beginning: Beginning, block_size: int, m
     """Load the proxy, on the CPU, and describe it.
 
     Raises:
-        FileNotFoundError: there is no such model. ValueError: less than `min_coverage` of it can be tracked, or it has
-            fewer positions than a block has tokens, with its BOS.
+        FileNotFoundError: there is no such model. ValueError: less than `min_coverage` of it can be tracked, it has
+            fewer positions than a block has tokens, with its BOS, or it cannot keep documents apart and is to.
     """
     model = load_proxy(source, gpus=0)
+    if beginning.of_documents and not keeps_documents_apart(model):
+        raise ValueError(
+            f"pretrain.document_attention: {type(model).__name__}, the proxy, lets documents of a block see each other;"
+            " set it to false, or choose a proxy of another family"
+        )
     require_positions(source.source or "the proxy", model.config.to_dict(), block_size, beginning=beginning.length)
     tracked = tracked_modules(model, min_coverage=min_coverage)
     return ProxyFacts(

@@ -18,6 +18,7 @@ from ifguide import schemas
 from ifguide.artifacts import MANIFEST, publish, verified_files
 from ifguide.config import BuildQuery, ModelSource
 from ifguide.influence.factor_sample import FactorSample
+from ifguide.influence.factor_worker import sampled_documents
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query import (
     ModuleFactors,
@@ -141,8 +142,9 @@ def refine_parts(
         batch_size=1,
         seed=0,
         beginning=settings.beginning.token,
+        documents_NT=sampled_documents(sample),
     ).loader(0)
-    product = GaussNewton(model, list(gradient), [(batch["input_ids"], batch["lengths"]) for batch in batches])
+    product = GaussNewton(model, list(gradient), list(batches))
     refinement = Refinement.load(local_copy(state), model.device) if state.exists() else Refinement.begin(gradient)
     for _ in refine(
         gradient,
@@ -170,6 +172,7 @@ def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path,
         return None
     drawn = [own[i] for own in sets for i in np.sort(rng.permutation(len(own))[: options.reliability_queries])]
     sample = schemas.read_table(blocks)
+    documents_NT = sampled_documents(sample)
     return measure_reliability(
         load_proxy(settings.proxy, gpus=options.resources.gpus),
         settings.tokenise(load_tokenizer(settings.tokenizer), drawn),
@@ -183,6 +186,7 @@ def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path,
         damping=options.damping,
         damping_scale=options.damping_scale,
         beginning=settings.beginning.token,
+        document_NT=None if documents_NT is None else torch.from_numpy(documents_NT),
     )
 
 

@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ifguide.documents import last_hidden_state
 from ifguide.influence.directions import linear_module, split_directions
 from ifguide.influence.forward import hidden_tangents
 from ifguide.influence.head_derivatives import HeadDerivatives
@@ -191,13 +192,14 @@ def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 class GaussNewton:
     """v -> H v on blocks: the mean over them of each block's Gauss-Newton product, summed over its predicted tokens.
 
-    batches: (tokens_BT, lengths_B), int64, padded on the right; a BOS before a block is one of its tokens, as it is for
-    the factors. names: the tracked modules. The result has the model's dtype, on its device.
+    batches: those of a `FactorSample`'s loader, int64: `input_ids` (B, T), padded on the right, `lengths` (B,), and
+    `documents` (B, T) where documents do not see each other. A BOS before a text is one of its tokens. names: the
+    tracked modules. The result has the model's dtype, on its device.
 
     Raises ValueError for a model in training mode, or one whose LM head is not understood.
     """
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str], batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> None:
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() before refining")
         self.model, self.batches = model, batches
@@ -211,10 +213,11 @@ class GaussNewton:
         totals = [torch.zeros_like(parameter) for parameter in parameters]
         split = split_directions(self.model, vector)
         direction = {name: own.to(self.model.device, self.model.dtype) for name, own in split.items()}
-        for tokens_BT, lengths_B in self.batches:
-            tokens_BT, lengths_B = tokens_BT.to(self.model.device), lengths_B.to(self.model.device)
-            hidden_BTD, tangent_BTD = hidden_tangents(self.model, direction, tokens_BT)
-            predicted_BT = predicted_positions(tokens_BT, lengths_B)[:, 1:]
+        for batch in self.batches:
+            moved = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+            tokens_BT, document_BT = moved["input_ids"], moved.get("documents")
+            hidden_BTD, tangent_BTD = hidden_tangents(self.model, direction, tokens_BT, document_BT)
+            predicted_BT = predicted_positions(tokens_BT, moved["lengths"], document_BT)[:, 1:]
             with torch.no_grad():
                 at_hidden_ND = self.head.curvature(
                     hidden_BTD[:, :-1].flatten(0, 1),
@@ -223,8 +226,8 @@ class GaussNewton:
                 )
             at_hidden_BTD = F.pad(at_hidden_ND.view(*predicted_BT.shape, -1), (0, 0, 0, 1))
             with torch.enable_grad(), only_trainable(self.model, parameters):
-                hidden = self.model.base_model(tokens_BT, use_cache=False).last_hidden_state
+                hidden = last_hidden_state(self.model, tokens_BT, document_BT)
                 for total, gradient in zip(totals, torch.autograd.grad(hidden, parameters, at_hidden_BTD), strict=True):
                     total += gradient
-        blocks = sum(len(tokens_BT) for tokens_BT, _ in self.batches)
+        blocks = sum(len(batch["input_ids"]) for batch in self.batches)
         return by_module(self.modules, [total.div_(blocks).detach() for total in totals])

@@ -70,6 +70,7 @@ def measure_reliability(
     damping: float | None = None,
     damping_scale: float = 0.1,
     beginning: int | None = None,
+    document_NT: Tensor | None = None,
 ) -> Reliability:
     """Of scores of the blocks' tokens by all `of` (positive, negative) queries, judged by halves of `queries`: of all,
     or of a sample. `of` counts weighted queries as `effective_number` does. The other options are those of
@@ -86,9 +87,14 @@ def measure_reliability(
         add_gradient(halves[part.group], part.gradient, (1 if part.positive else -1) / part.weight)
     directions = [precondition(half, factors, damping=damping, damping_scale=damping_scale) for half in halves]
     scorer = TokenScorer(model, directions, attribution="target", method=PRESETS["exact"], beginning=beginning)
-    batches = zip(tokens_NT.split(1), lengths_N.split(1), strict=True)
-    scores_KNT = torch.cat([scorer.score(tokens, lengths).cpu() for tokens, lengths in batches], dim=1)
-    predicted_NT = predicted_positions(tokens_NT, lengths_N)
+    scores_KNT = torch.cat(
+        [
+            scorer.score(tokens_NT[[n]], lengths_N[[n]], None if document_NT is None else document_NT[[n]]).cpu()
+            for n in range(len(tokens_NT))
+        ],
+        dim=1,
+    )
+    predicted_NT = predicted_positions(tokens_NT, lengths_N, document_NT)
     spearman = compare(scores_KNT[0], scores_KNT[1], predicted_NT).spearman
     noises = (_noise(*(effective_number(sets[kind][half::HALVES]) for kind in (True, False))) for half in range(HALVES))
     noise = sum(noises) / HALVES

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ifguide.documents import Begun, begun
 from ifguide.influence.backward import BackwardEngine
 from ifguide.influence.difference import DifferenceEngine
 from ifguide.influence.directions import energy_report, split_directions
@@ -45,7 +46,7 @@ class Engine(Protocol):
 
     fixed_sizes: bool
 
-    def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor: ...
+    def score(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor: ...
 
     def primal(self, streams: Tensor) -> Tensor:
         """The hidden states (B, T, D) in what flows through the model."""
@@ -63,7 +64,8 @@ class TokenScorer:
     directions: tracked module -> (d_out, d_in), or (d_out, d_in + 1) with a bias; any floating dtype. One mapping, or a
     sequence of K of them over the same modules: K behaviours are scored in one pass.
     steps: of the `difference` engine, as another scorer of the same model and directions gave them (`.steps`).
-    beginning: a BOS that the model reads before every block, which has no score; None: nothing.
+    beginning: a BOS that the model reads before every text, which has no score; None: nothing. A text is a block, or
+    each document in it where documents are given.
 
     Raises ValueError when a direction names no `nn.Linear` of the model or has another shape, when there is
     none, when the model is in training mode (dropout would make the scores random), when its LM head is not one
@@ -113,43 +115,74 @@ class TokenScorer:
         """The model's blocks, in order: found once, for finding them counts every parameter."""
         return transformer_blocks(self.model)[1]
 
-    def score(self, tokens_BT: Tensor, lengths_B: Tensor, *, usual_blocks: int = 0) -> Tensor:
+    def score(
+        self,
+        tokens_BT: Tensor,
+        lengths_B: Tensor,
+        document_BT: Tensor | None = None,
+        *,
+        usual_blocks: int = 0,
+    ) -> Tensor:
         """Scores (B, T), or (K, B, T) of a sequence of directions; label-aligned, on the model's device.
 
         float32, or float64 if the model is. tokens_BT: int64, padded on the right with any valid id; lengths_B: real
-        tokens of each row. usual_blocks: B of most calls; a smaller batch is padded to it where the engine has
-        fixed sizes.
+        tokens of each row. document_BT: int64, the number of each token's document, ascending; documents then do not
+        see each other, and the first token of each has no score (`ifguide.documents`). None: a block is one text.
+        usual_blocks: B of most calls; a smaller batch is padded to it where the engine has fixed sizes.
         """
-        tokens_BT, lengths_B = tokens_BT.to(self.model.device), lengths_B.to(self.model.device)
-        missing = max(0, usual_blocks - len(tokens_BT)) if self._engine.fixed_sizes else 0
-        read_BT, read_B, first = tokens_BT, lengths_B, 0
-        if self.beginning is not None:
-            read_BT, read_B, first = F.pad(tokens_BT, (1, 0), value=self.beginning), lengths_B + 1, 1
-        padded = F.pad(read_BT, (0, 0, 0, missing)), F.pad(read_B, (0, missing))
-        scores_KBT = self._engine.score(*padded)[:, : len(tokens_BT), first:]
-        scores_KBT = scores_KBT.masked_fill(~predicted_positions(tokens_BT, lengths_B), 0.0)
-        scores_KBT = scores_KBT if scores_KBT.dtype == torch.float64 else scores_KBT.float()
-        return scores_KBT if self._several else scores_KBT[0]
+        read = self._read(tokens_BT, lengths_B, document_BT)
+        return self._scores(tokens_BT, lengths_B, document_BT, read, usual_blocks)
 
     def score_and_read(
-        self, tokens_BT: Tensor, lengths_B: Tensor, layers: Sequence[int], *, usual_blocks: int = 0
+        self,
+        tokens_BT: Tensor,
+        lengths_B: Tensor,
+        layers: Sequence[int],
+        document_BT: Tensor | None = None,
+        *,
+        usual_blocks: int = 0,
     ) -> tuple[Tensor, list[Tensor]]:
         """The scores (K, B, T) as above, and of the same pass the hidden states (B, T, D) of each of `layers`
         (`influence.states`); entry t has read the tokens up to t."""
+        read = self._read(tokens_BT, lengths_B, document_BT)
         with taken_states(self.model, self.blocks, layers, self._engine.primal) as states:
-            scores = self.score(tokens_BT, lengths_B, usual_blocks=usual_blocks)
-        first = int(self.beginning is not None)
-        read = [states[layer][: len(tokens_BT), first:] for layer in layers]
-        return scores if self._several else scores[None], read
+            scores = self._scores(tokens_BT, lengths_B, document_BT, read, usual_blocks)
+        of_layers = [read.own(states[layer][: len(tokens_BT)], 0) for layer in layers]
+        return scores if self._several else scores[None], of_layers
 
     def score_and_differentiate(
-        self, tokens_BT: Tensor, lengths_B: Tensor, layers: Sequence[int], *, usual_blocks: int = 0
+        self,
+        tokens_BT: Tensor,
+        lengths_B: Tensor,
+        layers: Sequence[int],
+        document_BT: Tensor | None = None,
+        *,
+        usual_blocks: int = 0,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """As `score_and_read`, and the derivatives (K, B, T, D) of the final hidden states along the directions.
 
         Raises ValueError when the engine takes none, as that of `position`."""
         top = len(self.blocks)
         with taken_states(self.model, self.blocks, [top], self._engine.tangents) as final:
-            scores, states = self.score_and_read(tokens_BT, lengths_B, layers, usual_blocks=usual_blocks)
-        first = int(self.beginning is not None)
-        return scores, states, final[top][:, : len(tokens_BT), first:]
+            scores, states = self.score_and_read(tokens_BT, lengths_B, layers, document_BT, usual_blocks=usual_blocks)
+        read = self._read(tokens_BT, lengths_B, document_BT)
+        return scores, states, read.own(final[top][:, : len(tokens_BT)], 1)
+
+    def _read(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None) -> Begun:
+        """The blocks as the model reads them, on its device."""
+        device = self.model.device
+        documents = None if document_BT is None else document_BT.to(device)
+        return begun(tokens_BT.to(device), lengths_B.to(device), documents, self.beginning)
+
+    def _scores(
+        self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None, read: Begun, usual_blocks: int
+    ) -> Tensor:
+        """As `score`."""
+        missing = max(0, usual_blocks - len(tokens_BT)) if self._engine.fixed_sizes else 0
+        documents = None if read.document_BU is None else F.pad(read.document_BU, (0, 0, 0, missing))
+        padded = F.pad(read.tokens_BU, (0, 0, 0, missing)), F.pad(read.lengths_B, (0, missing)), documents
+        scores_KBT = read.own(self._engine.score(*padded)[:, : len(tokens_BT)], 1)
+        predicted_BT = predicted_positions(tokens_BT, lengths_B, document_BT).to(scores_KBT.device)
+        scores_KBT = scores_KBT.masked_fill(~predicted_BT, 0.0)
+        scores_KBT = scores_KBT if scores_KBT.dtype == torch.float64 else scores_KBT.float()
+        return scores_KBT if self._several else scores_KBT[0]

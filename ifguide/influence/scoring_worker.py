@@ -27,7 +27,7 @@ from ifguide.influence.score_tables import write_scores
 from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.smoothing import Smoother, smoothing_layers
 from ifguide.models import predicted_positions, state_fingerprint
-from ifguide.spans.tables import PackedCorpus, document_numbers
+from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks
 from ifguide.storage import local_copy
 
 logger = logging.getLogger(__name__)
@@ -100,11 +100,9 @@ class ScoreShard:
         table = schemas.read_table(verified(self.settings.corpus.folder, shard.name))
         tokens_BT = schemas.per_token_array(table, "tokens")
         lengths_B = table.column("length").to_numpy()
-        documents_BT = (
-            None
-            if self.smoother is None
-            else in_blocks(document_numbers(self.settings.corpus, shard.number), tokens_BT)
-        )
+        documents_BT = None
+        if self.smoother is not None or self.settings.beginning.of_documents:
+            documents_BT = in_blocks(document_numbers(self.settings.corpus, shard.number), tokens_BT)
         with self.computing:
             started = time.monotonic()
             scores_KBT, smoothed_SBT, halvings = self._score(tokens_BT, lengths_B, documents_BT)
@@ -128,13 +126,16 @@ class ScoreShard:
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """(K, B, T), smoothed ones (S, B, T) of the behaviours or of none, and how often the micro-batch was halved."""
         size, parts, smoothed, halvings = self.settings.decision.micro_batch_blocks, [], [], 0
-        for rows, (scores_KBT, states), times in by_micro_batch(self.scorer, self.layers, tokens_BT, lengths_B, size):
+        apart_BT = documents_BT if self.settings.beginning.of_documents else None
+        for rows, (scores_KBT, states), times in by_micro_batch(
+            self.scorer, self.layers, tokens_BT, lengths_B, size, apart_BT
+        ):
             halvings += times
             if self.smoother is not None:
                 assert documents_BT is not None
                 folds_BT = torch.from_numpy(documents_BT[rows] % self.smoother.folds)
                 lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
-                own = _smoothed(self.smoother, scores_KBT, states, folds_BT, lengths)
+                own = _smoothed(self.smoother, scores_KBT, states, folds_BT, lengths, _rows(apart_BT, rows))
                 smoothed.append(own.cpu().numpy())
             parts.append(scores_KBT.float().cpu().numpy())
         none = np.zeros((0, *tokens_BT.shape), np.float32)
@@ -142,7 +143,12 @@ class ScoreShard:
 
 
 def _smoothed(
-    smoother: Smoother, scores_KBT: Tensor, states: Sequence[Tensor], folds_BT: Tensor, lengths_B: Tensor
+    smoother: Smoother,
+    scores_KBT: Tensor,
+    states: Sequence[Tensor],
+    folds_BT: Tensor,
+    lengths_B: Tensor,
+    document_BT: Tensor | None,
 ) -> Tensor:
     """(S, B, T), zero where nothing is predicted. Block by block: float64 states of a batch would be large."""
     S = len(smoother.biases_SK)
@@ -153,7 +159,12 @@ def _smoothed(
         predicted_TS = smoother.predict(features_TD, folds_BT[row])
         rows.append(smoother.smooth(scores_KBT[:S, row].T, predicted_TS).T)
     smoothed_SBT = torch.stack(rows, dim=1)
-    return smoothed_SBT.masked_fill(~predicted_positions(folds_BT, lengths_B.to(folds_BT.device)), 0.0)
+    predicted_BT = predicted_positions(folds_BT.cpu(), lengths_B, document_BT)
+    return smoothed_SBT.masked_fill(~predicted_BT.to(smoothed_SBT.device), 0.0)
+
+
+def _rows(values_BT: np.ndarray | None, rows: slice) -> Tensor | None:
+    return None if values_BT is None else torch.from_numpy(values_BT[rows].astype(np.int64))
 
 
 def layers_of(scorer: TokenScorer) -> tuple[int, ...]:
@@ -161,18 +172,16 @@ def layers_of(scorer: TokenScorer) -> tuple[int, ...]:
     return smoothing_layers(len(scorer.blocks))
 
 
-def in_blocks(values: np.ndarray, like_BT: np.ndarray) -> np.ndarray:
-    """One value for each token of a shard, (n,), as (B, T); 0 beyond the last."""
-    blocks = np.zeros(like_BT.shape, values.dtype)
-    blocks.reshape(-1)[: len(values)] = values
-    return blocks
-
-
 def by_micro_batch(
-    scorer: TokenScorer, layers: Sequence[int], tokens_BT: np.ndarray, lengths_B: np.ndarray, size: int
+    scorer: TokenScorer,
+    layers: Sequence[int],
+    tokens_BT: np.ndarray,
+    lengths_B: np.ndarray,
+    size: int,
+    document_BT: np.ndarray | None = None,
 ) -> Iterator[tuple[slice, tuple[Tensor, list[Tensor]], int]]:
     """Rows of the blocks, their scores (K, B, T) with the states of `layers`, and how often the micro-batch had to be
-    halved for them.
+    halved for them. `document_BT`: the number of each token's document, where documents do not see each other.
 
     Micro-batches start at multiples of their size: the same batches whoever scores the shard.
     """
@@ -182,7 +191,7 @@ def by_micro_batch(
         tokens = torch.from_numpy(tokens_BT[rows].astype(np.int64))
         lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
         try:
-            scored = scorer.score_and_read(tokens, lengths, layers, usual_blocks=size)
+            scored = scorer.score_and_read(tokens, lengths, layers, _rows(document_BT, rows), usual_blocks=size)
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise

@@ -12,9 +12,10 @@ from ifguide import schemas
 from ifguide.artifacts import verified
 from ifguide.config.score_corpus import Smoothing
 from ifguide.influence.query_file import read_direction
-from ifguide.influence.scoring_worker import SMOOTHER, ScoringSettings, by_micro_batch, in_blocks, layers_of
+from ifguide.influence.scoring_worker import SMOOTHER, ScoringSettings, by_micro_batch, layers_of
 from ifguide.influence.smoothing import FoldSums, fit_smoother, ranges
-from ifguide.spans.tables import PackedCorpus, document_numbers, shard_name
+from ifguide.models import predicted_positions
+from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks, shard_name
 
 SAMPLED_SHARDS = 16  # at most: a shard is read whole
 RANGE_TOKENS = 32_768  # of which the range of the scores is taken: their states are held
@@ -62,10 +63,15 @@ def fit_on_sample(settings: ScoringSettings, options: Smoothing, seed: int) -> d
     scorer = settings.scorer([read_direction(folder) for folder in settings.queries.values()])
     layers, size, sums = layers_of(scorer), settings.decision.micro_batch_blocks, _Sums(options.folds)
     for sampled in sample_blocks(settings.corpus, options.tokens, seed):
-        batches = by_micro_batch(scorer, layers, sampled.tokens_BT, sampled.lengths_B, size)
+        apart_BT = sampled.documents_BT if settings.beginning.of_documents else None
+        where_BT = predicted_positions(
+            torch.from_numpy(sampled.tokens_BT),
+            torch.from_numpy(sampled.lengths_B),
+            None if apart_BT is None else torch.from_numpy(apart_BT),
+        ).numpy()
+        batches = by_micro_batch(scorer, layers, sampled.tokens_BT, sampled.lengths_B, size, apart_BT)
         for rows, (scores_SBT, states), _ in batches:
-            index = np.arange(sampled.tokens_BT.shape[1])
-            predicted_BT = (index >= 1) & (index < sampled.lengths_B[rows, None])
+            predicted_BT = where_BT[rows]
             where = torch.from_numpy(predicted_BT).to(scores_SBT.device)
             features_ND = torch.cat([layer[where] for layer in states], dim=-1).float().cpu().numpy()
             sums.add(features_ND, scores_SBT[:, where].T.cpu().numpy(), sampled.documents_BT[rows][predicted_BT])

@@ -136,6 +136,13 @@ def document_numbers(corpus: PackedCorpus, shard: int) -> np.ndarray:
     return _documents_before(corpus, shard) - 1 + rows
 
 
+def in_blocks(values: np.ndarray, like_BT: np.ndarray) -> np.ndarray:
+    """One value for each token of a shard, (n,), as (B, T); 0 beyond the last."""
+    blocks = np.zeros(like_BT.shape, values.dtype)
+    blocks.reshape(-1)[: len(values)] = values
+    return blocks
+
+
 def _documents_before(corpus: PackedCorpus, shard: int) -> int:
     """How many documents begin before a shard."""
     for earlier in range(shard - 1, -1, -1):

@@ -71,7 +71,11 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     run.require_proxy()
     connect(run.config.cluster)
     block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
-    beginning = Beginning.of(load_tokenizer(run.config.tokenizer_source), is_baseline=run.config.proxy_is_baseline)
+    beginning = Beginning.of(
+        load_tokenizer(run.config.tokenizer_source),
+        is_baseline=run.config.proxy_is_baseline,
+        of_documents=run.config.pretrain.document_attention,
+    )
     proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
     log(VERB, str(proxy))
     factors = _require_factors(run, proxy, beginning)
@@ -180,7 +184,7 @@ def _corpus_blocks(run: Run, count: int) -> Path:
     blocks = min(count, corpus.rows["blocks"])
     path: Path = run.query / PARTIAL / f"blocks-{blocks}.parquet"
     arguments = PackedCorpus.of(run.corpus, corpus), corpus.rows["blocks"], blocks, run.config.seed, path
-    run_task(draw_sample, *arguments, resources=ONE_CPU)
+    run_task(draw_sample, *arguments, run.config.pretrain.document_attention, resources=ONE_CPU)
     return path
 
 

@@ -48,7 +48,11 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     connect(run.config.cluster)
     block_size = run.config.pack_corpus.block_size
     tokenizer = load_tokenizer(run.config.tokenizer_source)
-    beginning = Beginning.of(tokenizer, is_baseline=run.config.proxy_is_baseline)
+    beginning = Beginning.of(
+        tokenizer,
+        is_baseline=run.config.proxy_is_baseline,
+        of_documents=run.config.pretrain.document_attention,
+    )
     proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, config.min_coverage, resources=ONE_CPU)
     log(VERB, str(proxy))
     check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
@@ -62,7 +66,8 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     require_resources(run.config.cluster, VERB, config.resources)
     packed, work = PackedCorpus.of(run.corpus, corpus), run.factors / WORK
     on_cpus = replace(config.resources, gpus=0.0)
-    run_task(draw_sample, packed, corpus.rows["blocks"], num_blocks, run.config.seed, work / SAMPLE, resources=on_cpus)
+    drawn = packed, corpus.rows["blocks"], num_blocks, run.config.seed, work / SAMPLE, beginning.of_documents
+    run_task(draw_sample, *drawn, resources=on_cpus)
     settings = FitSettings(
         proxy=run.proxy_source,
         module_names=proxy.module_names,

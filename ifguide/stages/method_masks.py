@@ -184,7 +184,9 @@ def method_scores(run: Run, child: Run, kind: str) -> Manifest:
 def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
     config = run.config
     tokenizer = load_tokenizer(config.tokenizer_source)
-    beginning = Beginning.of(tokenizer, is_baseline=config.proxy_is_baseline)
+    beginning = Beginning.of(
+        tokenizer, is_baseline=config.proxy_is_baseline, of_documents=config.pretrain.document_attention
+    )
     beginning.require_of(run.query, query.inputs)
     options: dict[str, Any] = {
         "ngrams": config.compare.ngrams,

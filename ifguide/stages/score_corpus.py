@@ -58,7 +58,11 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     connect(run.config.cluster)
     block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
     tokenizer = load_tokenizer(run.config.tokenizer_source)
-    beginning = Beginning.of(tokenizer, is_baseline=run.config.proxy_is_baseline)
+    beginning = Beginning.of(
+        tokenizer,
+        is_baseline=run.config.proxy_is_baseline,
+        of_documents=run.config.pretrain.document_attention,
+    )
     proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
     log(VERB, str(proxy))
     check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
@@ -73,9 +77,10 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         CorpusShard(key=name.removesuffix(".parquet"), name=name, number=number, bytes=corpus.files[name]["bytes"])
         for number, name in enumerate(corpus.names())
     ]
-    decision = Decision.read(run.scores) or _decide(run, beginning, queries, shards[0].name)
+    packed = PackedCorpus.of(run.corpus, corpus)
+    decision = Decision.read(run.scores) or _decide(run, beginning, queries, packed, shards[0].name)
     settings = ScoringSettings(
-        corpus=PackedCorpus.of(run.corpus, corpus),
+        corpus=packed,
         scores=run.scores,
         queries=queries,
         proxy=run.proxy_source,
@@ -138,7 +143,9 @@ def _queries(
     return queries, inputs
 
 
-def _decide(run: Run, beginning: Beginning, queries: Mapping[str, Path], first_shard: str) -> Decision:
+def _decide(
+    run: Run, beginning: Beginning, queries: Mapping[str, Path], corpus: PackedCorpus, first_shard: str
+) -> Decision:
     """Decide on a worker how the run scores, and publish it.
 
     Raises:
@@ -147,7 +154,7 @@ def _decide(run: Run, beginning: Beginning, queries: Mapping[str, Path], first_s
     config = run.config.score_corpus
     folders = list(queries.values())
     decision, memory = run_task(
-        decide, config, run.proxy_source, beginning, folders, run.corpus, first_shard, resources=config.resources
+        decide, config, run.proxy_source, beginning, folders, corpus, first_shard, resources=config.resources
     )
     log(VERB, describe_decision(config, decision, memory))
     decision.require_agreement(config.min_agreement)

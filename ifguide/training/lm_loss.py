@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from ifguide.documents import begins_document, known_documents, positions_in_document
 from ifguide.lm_head import LMHead, chunks, not_understood, output_embedding
 from ifguide.models import predicted_positions
 from ifguide.training.compiled import compiled_chunk
-from ifguide.training.documents import begins_document, known_documents, positions_in_document
 from ifguide.training.losses import Loss
 from ifguide.training.objective import Objective
 

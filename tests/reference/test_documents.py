@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bench.common.step_profile import host_reads
+from ifguide.documents import begins_document, positions_in_document
 from ifguide.training.batches import Batches
 from ifguide.training.blocks import LENGTHS, MASKED, STARTS, TOKENS, TrainingBlocks
-from ifguide.training.documents import begins_document, positions_in_document
 from ifguide.training.lm_loss import LanguageModelLoss, Loss
 from ifguide.training.objective import Objective
 from ifguide.training.schedule import Schedule

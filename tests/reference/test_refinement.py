@@ -42,7 +42,9 @@ def blocks() -> tuple[Tensor, Tensor]:
 def product_of(family: str) -> GaussNewton:
     model, names, _ = dense(family)
     tokens_NT, lengths_N = blocks()
-    return GaussNewton(model, names, [(tokens_NT[:1], lengths_N[:1]), (tokens_NT[1:], lengths_N[1:])])
+    return GaussNewton(
+        model, names, [{"input_ids": tokens_NT[n], "lengths": lengths_N[n]} for n in (slice(1), slice(1, None))]
+    )
 
 
 def random_vector(family: str, *, seed: int = 0) -> dict[str, Tensor]:
@@ -132,7 +134,9 @@ def test_the_preconditioner_is_worth_its_price() -> None:
     """With EK-FAC a few steps on a sample of many tokens come nearer than as many with the identity."""
     model, names, _ = dense("llama")
     tokens_NT, lengths_N = random_blocks(40, 10, seed=5)
-    product = GaussNewton(model, names, [as_tensors(tokens_NT, lengths_N)])
+    product = GaussNewton(
+        model, names, [dict(zip(("input_ids", "lengths"), as_tensors(tokens_NT, lengths_N), strict=True))]
+    )
     factors, gradient = fit_factors(model, tokens_NT, lengths_N, module_names=names), random_vector("llama", seed=1)
     *_, converged = refine(gradient, factors, product, steps=80, tolerance=1e-3)
     plain = {

@@ -27,6 +27,7 @@ from ifguide.influence.smoothing import CUT, Smoother, smoothing_layers
 from ifguide.models import predicted_positions
 from ifguide.pipeline import stage
 from ifguide.run import Run
+from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks
 from ifguide.tokenizer import load_tokenizer
 
 
@@ -63,8 +64,8 @@ def test_the_preset_takes_bfloat16_only_where_it_pays(
 ) -> None:
     monkeypatch.setattr(decision, "bfloat16_pays", lambda device: pays)
     config, run = replace(finished.score_corpus, precision=None, check_blocks=0), Run(config=finished)
-    first = data_files(run.corpus)[0].name
-    made, _ = decision.decide(config, run.proxy_source, Beginning(None), [run.query], run.corpus, first)
+    first, corpus = data_files(run.corpus)[0].name, PackedCorpus.of(run.corpus, read_manifest(run.corpus))
+    made, _ = decision.decide(config, run.proxy_source, Beginning(None), [run.query], corpus, first)
     assert made.method.precision == ("bfloat16" if pays else "float32")
 
 
@@ -93,6 +94,39 @@ def test_a_proxy_that_was_trained_with_a_bos_reads_one_before_every_block_and_qu
     np.testing.assert_allclose(scores, expected, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(MismatchError, match=r"the token before each text in .*query"):
         stage("score_corpus")(Run(config=replace(config, run_dir=config.run_dir)))
+
+
+def test_with_documents_apart_factors_query_and_scores_read_them_so(
+    finished: Config, copied: Callable[..., Config], tmp_path: Path
+) -> None:
+    proxy, source = tmp_path / "proxy", Run(config=finished).proxy_source.source
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(proxy)
+    config = copied(
+        drop=("factors", "query", "scores"),
+        proxy__source=str(proxy),
+        score_corpus__preset="exact",
+        pretrain__document_attention=True,
+    )
+    run = Run(config=config)
+    for verb in ("fit_factors", "build_query", "score_corpus"):
+        assert stage(verb)(run).inputs["texts"] == "documents"
+    scorer = TokenScorer(load_proxy(run.proxy_source, gpus=0), read_direction(run.query), attribution="target")
+    corpus, name = PackedCorpus.of(run.corpus, read_manifest(run.corpus)), data_files(run.corpus)[0].name
+    table = schemas.read_table(run.corpus / name)
+    tokens = torch.tensor(schemas.per_token_array(table, "tokens")).long()
+    lengths = torch.tensor(table.column("length").to_numpy()).long()
+    documents = torch.tensor(in_blocks(document_numbers(corpus, 0), tokens.numpy()))
+    expected = scorer.score(tokens, lengths, documents).numpy()
+    scored = schemas.read_table(run.scores / name)
+    scores, smoothed = (schemas.per_token_array(scored, column) for column in ("token_score", "smoothed_score"))
+    np.testing.assert_allclose(scores, expected, atol=1e-4 * np.abs(expected).max())
+    predicted = predicted_positions(tokens, lengths, documents).numpy()
+    assert (~predicted).sum() > len(tokens)
+    assert not scores[~predicted].any()
+    assert not smoothed[~predicted].any()
+    whole = replace(config, pretrain=replace(config.pretrain, document_attention=False))
+    with pytest.raises(MismatchError, match=r"what .*query takes for a text"):
+        stage("score_corpus")(Run(config=whole))
 
 
 def test_smoothed_scores_are_drawn_towards_what_other_documents_say_of_like_contexts(

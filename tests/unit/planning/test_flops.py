@@ -64,7 +64,7 @@ def test_a_gauss_newton_product_is_counted_as_torch_counts_it() -> None:
     shape, model = shape_of_fields("tiny", "test", ARCHITECTURES["gpt_neox"]), tiny_model("gpt_neox")
     names = list(shape.module_names)
     tokens = torch.from_numpy(random_blocks(2, TOKENS, ragged=False)[0]).long()
-    product = GaussNewton(model, names, [(tokens, torch.full((2,), TOKENS))])
+    product = GaussNewton(model, names, [{"input_ids": tokens, "lengths": torch.full((2,), TOKENS)}])
     vector = {name: torch.ones(out, inner) for name, (out, inner) in zip(names, shape.linears, strict=True)}
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         product(vector)
