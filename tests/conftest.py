@@ -53,10 +53,10 @@ settings.register_profile("ifguide", deadline=None)
 settings.load_profile("ifguide")
 
 
-# the longest files: the one makes the run that stage tests share, while the other needs none of it
-FIRST = ("tests/stages/test_kill.py", "tests/stages/test_s3.py")
+# the longest files: one makes the run that stage tests share, while the others need none of it
+FIRST = ("tests/stages/test_kill.py", "tests/stages/test_s3.py", "tests/unit/bench/test_gpu.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs stages comes first: with `pytest -n` the many short tests then fill the end of the session."""
-    items.sort(key=lambda item: (not item.nodeid.startswith("tests/stages/"), not item.nodeid.startswith(FIRST)))
+    """What is long comes first: with `pytest -n` the many short tests then fill the end of the session."""
+    items.sort(key=lambda item: (not item.nodeid.startswith(FIRST), not item.nodeid.startswith("tests/stages/")))
