@@ -26,7 +26,6 @@ from ifguide.stages.analyse import analyse
 from ifguide.storage import location, subfolders, upload_folder
 from ifguide.telemetry import METRICS, read_metrics
 from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint
-from tests import forked
 from tests.s3_server import CREDENTIALS, s3_server
 from tests.stages.conftest import ARCHITECTURE, small_config
 from tests.stages.packed import packed_run, settings_of
@@ -139,7 +138,7 @@ def run(folder: Path, data: Path, run_dir: str, port: int, *verbs: str) -> subpr
     }
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-c", RUN, str(path), *verbs]
-    return forked.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
 
 
 def compare(on_disk: Path, remote: Path, *further: str) -> None:
