@@ -1,12 +1,12 @@
 """Ranks of a training as processes of their own, without Ray, that can be made to kill themselves at a given point.
 
-They are forks of a process that has imported everything already: a rank starts in a fraction of a second.
+They are forked from a server that has imported everything already, so that a rank starts in a fraction of a second.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -19,9 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.training.settings import TrainingSettings
-from tests import forked
 
-ROOT = Path(__file__).parents[2]
+# The optimizer's import alone takes longer than a whole training here.
+PRELOADED = [
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "ifguide.stages.pretrain",
+    "tensorboard.summary.writer.record_writer",
+    "transformers.integrations.deepspeed",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+]
 PLACES = ("step", "backward", "save", "publish")
 
 
@@ -49,15 +55,24 @@ def run_ranks(
 
     machines: of every rank the environment, as if each ran on a machine of its own; None: all run on one.
     """
+    os.environ["DS_ACCELERATOR"] = "cpu"  # the server inherits it
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     folder = Path(tempfile.mkdtemp(prefix="ifguide-ranks-"))
-    processes = [_start((settings, rank, world_size, folder, kill, machines)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_rank, args=(settings, rank, world_size, folder, kill, machines), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
     try:
         _join(processes, timeout=120, patience=0.0 if kill is not None and kill.rank is None else 5.0)
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
-    codes = [process.returncode for process in processes]
+            if process.is_alive():
+                process.kill()
+                process.join()
+    codes = [process.exitcode for process in processes]
     output = "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(folder.glob("*.log")))
     shutil.rmtree(folder)
     if kill is None:
@@ -67,21 +82,12 @@ def run_ranks(
         assert 0 not in codes, f"a rank outlived {kill}: {codes}\n{output}"
 
 
-def _start(task: tuple[TrainingSettings, int, int, Path, Kill | None, Sequence[dict[str, str]] | None]) -> forked.Popen:
-    _, rank, _, folder, _, _ = task
-    path = folder / f"rank{rank}.pickle"
-    path.write_bytes(pickle.dumps(task))
-    with path.with_suffix(".log").open("wb") as log:
-        command = [sys.executable, "-m", "tests.stages.ranks", str(path)]
-        return forked.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-
-
-def _join(processes: list[forked.Popen], *, timeout: float, patience: float) -> None:
+def _join(processes: list[Any], *, timeout: float, patience: float) -> None:
     """Wait until all have ended; from the first death on only for `patience` seconds."""
     deadline = time.monotonic() + timeout
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.005)
-        if any(process.returncode not in (None, 0) for process in processes):
+        if any(process.exitcode not in (None, 0) for process in processes):
             deadline = min(deadline, time.monotonic() + patience)
 
 
@@ -94,8 +100,10 @@ def _rank(
     machines: Sequence[dict[str, str]] | None,
 ) -> None:
     local_rank = rank if machines is None else 0
+    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
     os.environ |= {
-        "DS_ACCELERATOR": "cpu",
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(world_size),
@@ -161,7 +169,3 @@ def _doom(kill: Kill) -> None:
 
     training_folder.publish_checkpoint = publish_and_die
     pretrain.TrainingLoop = DoomedLoop  # type: ignore[misc]
-
-
-if __name__ == "__main__":
-    _rank(*pickle.loads(Path(sys.argv[1]).read_bytes()))  # noqa: S301  # which `_start` has written
