@@ -23,13 +23,13 @@ BEGINNINGS = 8  # rows are longer by a multiple of this, where a BOS stands befo
 
 
 @contextlib.contextmanager
-def known_documents(document_BT: Tensor | None) -> Iterator[None]:
-    """Models called within see only tokens of the same document: `document_BT` has its number, ascending, for every
-    token; None: a block is one document."""
+def known_documents(document_BT: Tensor | None) -> Iterator[dict[str, Tensor]]:
+    """Models called within, with the arguments that this gives, see only tokens of the same document: `document_BT` has
+    its number, ascending, for every token; None: a block is one document."""
     found = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: document_BT
     try:
-        yield
+        yield {} if document_BT is None else {"position_ids": positions_in_document(document_BT)}
     finally:
         masking_utils.find_packed_sequence_indices = found
 
@@ -49,12 +49,8 @@ def positions_in_document(document_BT: Tensor) -> Tensor:
 def last_hidden_state(model: PreTrainedModel, tokens_BT: Tensor, document_BT: Tensor | None = None) -> Tensor:
     """What the LM head reads, (B, T, D) or what else flows through the model; documents see each other unless they are
     given, as in `known_documents`."""
-    if document_BT is None:
-        return model.base_model(tokens_BT, use_cache=False).last_hidden_state
-    with known_documents(document_BT):
-        return model.base_model(
-            tokens_BT, use_cache=False, position_ids=positions_in_document(document_BT)
-        ).last_hidden_state
+    with known_documents(document_BT) as places:
+        return model.base_model(tokens_BT, use_cache=False, **places).last_hidden_state
 
 
 @torch.no_grad()

@@ -222,11 +222,7 @@ def _check(
         method=PRESETS["exact"],
         beginning=scorer.beginning,
     )
-    blocks = [
-        (tokens_BT[[b]], lengths_B[[b]], None if document_BT is None else document_BT[[b]])
-        for b in range(len(tokens_BT))
-    ]
-    scores_KBT, exact_KBT = (torch.cat([one.score(*block).cpu() for block in blocks], dim=1) for one in (scorer, exact))
+    scores_KBT, exact_KBT = (one.score_one_by_one(tokens_BT, lengths_B, document_BT) for one in (scorer, exact))
     predicted = predicted_positions(tokens_BT, lengths_B, document_BT)
     agreements = [compare(a, b, predicted) for a, b in zip(scores_KBT, exact_KBT, strict=True)]
     return min(agreements, key=lambda agreement: agreement.least)

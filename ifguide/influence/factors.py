@@ -63,7 +63,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ifguide.documents import known_documents, positions_in_document
+from ifguide.documents import known_documents
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.partition_files import (
     module_factors,
@@ -100,12 +100,8 @@ class NextTokenTask(Task):
     def compute_train_loss(self, batch: dict[str, Tensor], model: PreTrainedModel, sample: bool = False) -> Tensor:
         tokens_BT = batch["input_ids"]
         document_BT = batch.get("documents")
-        if document_BT is None:
-            logits_BTV = model(tokens_BT, use_cache=False).logits
-        else:
-            with known_documents(document_BT):
-                places_BT = positions_in_document(document_BT)
-                logits_BTV = model(tokens_BT, use_cache=False, position_ids=places_BT).logits
+        with known_documents(document_BT) as places:
+            logits_BTV = model(tokens_BT, use_cache=False, **places).logits
         labels_BT = self._sampled_labels(logits_BTV, batch["rows"]) if sample else tokens_BT
         return next_token_nll(logits_BTV, labels_BT, batch["lengths"], document_BT).sum()
 

@@ -87,13 +87,7 @@ def measure_reliability(
         add_gradient(halves[part.group], part.gradient, (1 if part.positive else -1) / part.weight)
     directions = [precondition(half, factors, damping=damping, damping_scale=damping_scale) for half in halves]
     scorer = TokenScorer(model, directions, attribution="target", method=PRESETS["exact"], beginning=beginning)
-    scores_KNT = torch.cat(
-        [
-            scorer.score(tokens_NT[[n]], lengths_N[[n]], None if document_NT is None else document_NT[[n]]).cpu()
-            for n in range(len(tokens_NT))
-        ],
-        dim=1,
-    )
+    scores_KNT = scorer.score_one_by_one(tokens_NT, lengths_N, document_NT)
     predicted_NT = predicted_positions(tokens_NT, lengths_N, document_NT)
     spearman = compare(scores_KNT[0], scores_KNT[1], predicted_NT).spearman
     noises = (_noise(*(effective_number(sets[kind][half::HALVES]) for kind in (True, False))) for half in range(HALVES))

@@ -145,10 +145,7 @@ class TokenScorer:
         """The scores (K, B, T) as above, and of the same pass the hidden states (B, T, D) of each of `layers`
         (`influence.states`); entry t has read the tokens up to t."""
         read = self._read(tokens_BT, lengths_B, document_BT)
-        with taken_states(self.model, self.blocks, layers, self._engine.primal) as states:
-            scores = self._scores(tokens_BT, lengths_B, document_BT, read, usual_blocks)
-        of_layers = [read.own(states[layer][: len(tokens_BT)], 0) for layer in layers]
-        return scores if self._several else scores[None], of_layers
+        return self._scores_and_states(tokens_BT, lengths_B, document_BT, read, layers, usual_blocks)
 
     def score_and_differentiate(
         self,
@@ -162,17 +159,40 @@ class TokenScorer:
         """As `score_and_read`, and the derivatives (K, B, T, D) of the final hidden states along the directions.
 
         Raises ValueError when the engine takes none, as that of `position`."""
-        top = len(self.blocks)
+        top, read = len(self.blocks), self._read(tokens_BT, lengths_B, document_BT)
         with taken_states(self.model, self.blocks, [top], self._engine.tangents) as final:
-            scores, states = self.score_and_read(tokens_BT, lengths_B, layers, document_BT, usual_blocks=usual_blocks)
-        read = self._read(tokens_BT, lengths_B, document_BT)
+            scores, states = self._scores_and_states(tokens_BT, lengths_B, document_BT, read, layers, usual_blocks)
         return scores, states, read.own(final[top][:, : len(tokens_BT)], 1)
+
+    def score_one_by_one(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor:
+        """As `score`, on the CPU, a block at a time: of little memory, for samples."""
+        several = (slice(b, b + 1) for b in range(len(tokens_BT)))
+        scores = [
+            self.score(tokens_BT[b], lengths_B[b], None if document_BT is None else document_BT[b]).cpu()
+            for b in several
+        ]
+        return torch.cat(scores, dim=1 if self._several else 0)
 
     def _read(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None) -> Begun:
         """The blocks as the model reads them, on its device."""
         device = self.model.device
         documents = None if document_BT is None else document_BT.to(device)
         return begun(tokens_BT.to(device), lengths_B.to(device), documents, self.beginning)
+
+    def _scores_and_states(
+        self,
+        tokens_BT: Tensor,
+        lengths_B: Tensor,
+        document_BT: Tensor | None,
+        read: Begun,
+        layers: Sequence[int],
+        usual_blocks: int,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `score_and_read`."""
+        with taken_states(self.model, self.blocks, layers, self._engine.primal) as states:
+            scores = self._scores(tokens_BT, lengths_B, document_BT, read, usual_blocks)
+        of_layers = [read.own(states[layer][: len(tokens_BT)], 0) for layer in layers]
+        return scores if self._several else scores[None], of_layers
 
     def _scores(
         self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None, read: Begun, usual_blocks: int

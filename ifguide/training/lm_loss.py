@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ifguide.documents import begins_document, known_documents, positions_in_document
+from ifguide.documents import last_hidden_state
 from ifguide.lm_head import LMHead, chunks, not_understood, output_embedding
 from ifguide.models import predicted_positions
 from ifguide.training.compiled import compiled_chunk
@@ -241,9 +241,7 @@ def chunked_loss(
             f"hidden states {tuple(hidden_BTD.shape)}, tokens {tuple(tokens_BT.shape)} and mask {mask_shape} must "
             "agree in block count and block size: was the mask built for another corpus?"
         )
-    predicted = predicted_positions(tokens_BT, lengths_B)
-    if document_BT is not None:
-        predicted &= ~begins_document(document_BT)
+    predicted = predicted_positions(tokens_BT, lengths_B, document_BT)
     masked = torch.zeros_like(predicted) if mask_BT is None else mask_BT & predicted
 
     def shifted(values_BT: Tensor) -> Tensor:
@@ -336,9 +334,7 @@ class LanguageModelLoss(nn.Module):
 
         document_BT: the number of each token's document, ascending; documents then do not see each other.
         """
-        places = {} if document_BT is None else {"position_ids": positions_in_document(document_BT)}
-        with known_documents(document_BT):
-            hidden_BTD = self.model.base_model(input_ids=tokens_BT, use_cache=False, **places).last_hidden_state
+        hidden_BTD = last_hidden_state(self.model, tokens_BT, document_BT)
         return self.model.get_output_embeddings()(
             hidden_BTD,
             tokens_BT=tokens_BT,
