@@ -1,4 +1,4 @@
-"""Makes Ray's workers of the tests forks of one process that has imported what they import: see server.py.
+"""Makes Ray's workers of the tests forks of a process that has imported what they import: see server.py.
 
 Python runs this file at every start, as its folder is on PYTHONPATH. It acts where Ray starts a worker, and where a
 test asks for an impatient S3 client.
@@ -36,8 +36,7 @@ def hand_over(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(path)
         socket.send_fds(connection, [b"f"], [0, 1, 2])
-        connection.sendall(request.encode())
-        connection.shutdown(socket.SHUT_WR)
+        connection.sendall(request.encode() + b"\n")
         if connection.recv(1) == b"y":
             os._exit(0)  # Ray knows a worker by the process that registers
 

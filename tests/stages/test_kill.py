@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.chaos import chaos
+from bench import chaos
+from tests import forked
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.timeout(900)
-def test_twenty_kills_change_no_byte(tmp_path: Path) -> None:
+def test_twenty_kills_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`chaos` raises unless both runs have the same scores and mask files, each of the same SHA-256."""
-    result = chaos(tmp_path, kills=20, seed=0, documents=250)
+    monkeypatch.setattr(chaos, "subprocess", forked)
+    result = chaos.chaos(tmp_path, kills=20, seed=0, documents=250)
     assert (result["actor_kills"], result["driver_kills"], result["node_kills"]) == (14, 3, 3)
     assert result["files_compared"] == 2 * result["shards"] * result["runs"]
     assert result["shards"] > 50

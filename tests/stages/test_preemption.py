@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,11 @@ from ifguide.artifacts import file_digest
 from ifguide.config import to_mapping
 from ifguide.stages.pretrain import pretrain
 from ifguide.telemetry import METRICS, read_metrics
+from tests import forked
 from tests.stages.conftest import ARCHITECTURE, own_environment
 from tests.stages.packed import packed_run
 
+ROOT = Path(__file__).parents[2]
 # Two nodes of one CPU beside a head of none; the one that trains is drained, as Ray does with a pod that ends.
 DRIVER = """
 import json, sys, threading, time
@@ -85,10 +86,9 @@ except KeyboardInterrupt as error:
 
 
 def run_driver(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**own_environment(), **environment}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    environment = {**own_environment(), **environment}
+    return forked.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.timeout(240)

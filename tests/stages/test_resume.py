@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -34,6 +33,7 @@ from ifguide.training.checkpoints import last_checkpoint
 from ifguide.training.folder import METRICS
 from ifguide.training.loop import TrainingLoop
 from ifguide.training.settings import TrainingSettings
+from tests import forked
 from tests.stages.conftest import ARCHITECTURE, own_environment
 from tests.stages.packed import packed_run, settings_of
 from tests.stages.ranks import PLACES, Kill, run_ranks
@@ -259,7 +259,7 @@ def test_a_killed_driver_goes_on_on_the_one_cpu_that_is_left(
     command = [sys.executable, "-m", "ifguide.cli", "pretrain", "--config", str(tmp_path / "config.yaml")]
     environment = own_environment()
     made = replace(reference, folder=str(run_dir / "model" / "penalised"))
-    process = subprocess.Popen(command, start_new_session=True, env=environment)
+    process = forked.Popen(command, start_new_session=True, env=environment)
     deadline = time.monotonic() + 150
     while last_checkpoint(Path(made.folder)) is None and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -268,6 +268,6 @@ def test_a_killed_driver_goes_on_on_the_one_cpu_that_is_left(
     checkpoint = last_checkpoint(Path(made.folder))
     assert checkpoint is not None, "no checkpoint before the deadline"
     assert (checkpoint.world_size, checkpoint.step < 60) == (2, True)
-    subprocess.run([*command, "--set", "cluster.num_cpus=1"], check=True, env=environment, timeout=200)
+    forked.run([*command, "--set", "cluster.num_cpus=1"], check=True, env=environment, timeout=200)
     assert last_checkpoint(Path(made.folder)).world_size == 1
     require_close(made, reference, 1e-3, steps=60)

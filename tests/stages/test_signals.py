@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,19 +24,20 @@ from ifguide.stages.pretrain import pretrain
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.telemetry import METRICS, read_metrics
 from ifguide.training.checkpoints import last_checkpoint
+from tests import forked
 from tests.stages.conftest import ARCHITECTURE, own_environment
 from tests.stages.packed import packed_run
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def start(verb: str, config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+def start(verb: str, config: dict[str, Any], folder: Path) -> forked.Popen:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "ifguide.cli", verb, "--config", str(folder / "config.yaml")]
-    return subprocess.Popen(command, env=own_environment(), stderr=subprocess.PIPE, text=True)
+    return forked.Popen(command, env=own_environment(), stderr=forked.PIPE, text=True)
 
 
-def end(process: subprocess.Popen[str], number: signal.Signals, ready: Callable[[], bool]) -> str:
+def end(process: forked.Popen, number: signal.Signals, ready: Callable[[], bool]) -> str:
     """Send a signal when the verb is `ready`; its errors. It ends in ten seconds, with the code, and leaves nobody."""
     deadline = time.monotonic() + 120
     while not ready() and process.poll() is None and time.monotonic() < deadline:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ import pytest
 from ifguide.config import Pretrain
 from ifguide.planning.training_memory import BUCKET, training_memory
 from ifguide.shapes import shape_of_fields
+from tests import forked
 
+ROOT = Path(__file__).parents[2]
 FIELDS = {
     "model_type": "llama", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 16,
@@ -27,17 +28,9 @@ FIELDS = {
 )
 def test_deepspeed_holds_what_is_planned(stage: int, dtype: str, tmp_path: Path) -> None:
     """After the second backward pass, when the optimizer's moments are there and the gradients still are."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-                   "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "tests.stages.test_training_memory",
-        str(stage),
-        dtype,
-        str(tmp_path / "held.json"),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    module = "tests.stages.test_training_memory"
+    command = [sys.executable, "-m", module, str(stage), dtype, str(tmp_path / "held.json")]
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     held = json.loads((tmp_path / "held.json").read_text())
     planned = training_memory(config_of(stage, dtype), shape_of_fields("tiny", "test", FIELDS), 16)
@@ -54,6 +47,8 @@ def config_of(stage: int, dtype: Any) -> Pretrain:
 
 def measure(stage: int, dtype: str, path: Path) -> None:
     """Bytes of all tensors that are alive after the second backward pass, each storage once."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     import deepspeed
     import torch
 

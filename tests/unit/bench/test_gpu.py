@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from bench import gpu
-from bench.common import gpu_record
+from bench.common import gpu_record, gpu_steps
 from bench.common.gpu_steps import STEPS, Session
 from ifguide.planning import measurements
+from tests import forked
 
 TODAY = date(2026, 1, 2)
 
@@ -96,6 +97,7 @@ def test_a_record_is_a_section_and_rows_that_the_planner_reads(tmp_path: Path, m
 def test_every_step_runs_at_toy_size_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(gpu_steps, "subprocess", forked)
     monkeypatch.setattr(sys, "argv", ["bench/gpu.py", "--small", "--folder", str(tmp_path)])
     gpu.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
