@@ -16,14 +16,15 @@ run's evaluation prompts with their own continuations.
    training of the same seed without a mask: positive says less of the behaviour. Beside each the same of random tokens
    of the same types, and once of any random tokens. A seed decides initial weights, order and random tokens.
 
-Scores: `target` (the run's), `position`, `identity` (target without EK-FAC), `ngram` (log-odds of n-grams between the
-query sets) and `probe` (logistic regression on the proxy's hidden states with the query sets' labels). The proxy is the
-run's finished model. A retraining sees the corpus --epochs times in batches of --batch-blocks: less than the proxy did,
+Scores: `target` (the run's), `smoothed` (these drawn towards a regression on the proxy's hidden states, where the run
+has them), `position`, `identity` (target without EK-FAC), `ngram` (log-odds of n-grams between the query sets) and
+`probe` (logistic regression on the proxy's hidden states with the query sets' labels). The proxy is the run's finished
+model. A retraining sees the corpus --epochs times in batches of --batch-blocks: less than the proxy did,
 to be affordable.
 
-Without --run the bench makes a run of its own, up to the scores. Running it again resumes: each finished retraining is
-kept. --stop-after-minutes begins no retraining after that time, and prints what there is (`complete` is false).
-Written to the folder: `causal.md`, `causal.json`. The last line printed is one JSON object.
+Without --run the bench makes a run of its own, up to the scores, which it smooths. Running it again resumes: each
+finished retraining is kept. --stop-after-minutes begins no retraining after that time, and prints what there is
+(`complete` is false). Written to the folder: `causal.md`, `causal.json`. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from ifguide.methods.probes import fit_query_probe
 from ifguide.methods.random_masks import random_of_types, random_tokens
 from ifguide.pipeline import run_pipeline
 from ifguide.run import BASELINE, Run
-from ifguide.schemas import OWN_SCORES
+from ifguide.schemas import OWN_SCORES, SMOOTHED_SCORES
 from ifguide.spans.tables import PackedCorpus, read_documents
 from ifguide.telemetry import configure_logging, log
 from ifguide.texts import score_tokens
@@ -115,7 +116,12 @@ def finished_run(options: argparse.Namespace) -> Run:
         require(run.scores, "score_corpus")
         return run
     folder = options.folder / "run"
-    overrides = [f"seed={options.seed}", f"run_dir={folder}", *(QUICK if options.quick else ())]
+    overrides = [
+        f"seed={options.seed}",
+        f"run_dir={folder}",
+        "score_corpus.smooth={}",
+        *(QUICK if options.quick else ()),
+    ]
     run = Run(config=load_config(options.config, overrides))
     if not (folder / "data" / SUMMARY).exists():
         generate_demo(folder / "data", seed=options.seed, **(QUICK_DATA if options.quick else {}))
@@ -193,8 +199,13 @@ def token_scores(run: Run, rows: Sequence[QueryRow], blocks_folder: Path, folder
     )
     if run.config.score_corpus.attribution != "target":
         raise ValueError(f"{run.scores}: attribution is {run.config.score_corpus.attribution}; give a run with target")
-    own = packed.read(run.scores, "shard", OWN_SCORES, 0, packed.num_tokens)
-    scores: Scores = {"target": by_block(own, TrainingBlocks(blocks_folder), 0.0)}
+    columns = {"target": OWN_SCORES} | ({"smoothed": SMOOTHED_SCORES} if run.config.score_corpus.smooth else {})
+    scores: Scores = {
+        name: by_block(
+            packed.read(run.scores, "shard", column, 0, packed.num_tokens), TrainingBlocks(blocks_folder), 0.0
+        )
+        for name, column in columns.items()
+    }
     paths = {name: folder / manifest.fingerprint[:16] / f"{name}.npy" for name in OTHER_SCORES}
     missing = [name for name in OTHER_SCORES if not paths[name].exists()]
     if missing:
