@@ -55,6 +55,7 @@ from ifguide.influence.query_file import QueryRow, read_direction, read_queries
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_query_probe
 from ifguide.methods.random_masks import random_of_types, random_tokens
+from ifguide.methods.reading import QuerySets
 from ifguide.pipeline import run_pipeline
 from ifguide.run import BASELINE, Run
 from ifguide.schemas import OWN_SCORES, SMOOTHED_SCORES
@@ -230,8 +231,11 @@ def other_score(name: str, run: Run, rows: Sequence[QueryRow], blocks: TrainingB
     config, tokenizer = run.config, load_tokenizer(run.config.tokenizer_source)
     model = load_proxy(run.proxy_source, gpus=0).eval()
     beginning = Beginning.of(tokenizer, is_baseline=config.proxy_is_baseline).token
-    pairs = [[(row.prompt, row.completion) for row in rows if row.positive is kind] for kind in (True, False)]
     longest, direction = config.build_query.max_tokens, read_direction(run.query)
+    positive, negative = (
+        [(row.prompt, row.completion) for row in rows if row.positive is kind] for kind in (True, False)
+    )
+    sets = QuerySets(positive=positive, negative=negative, max_tokens=longest, beginning=beginning)
     of_blocks = (np.asarray(blocks.tokens), blocks.lengths)
     if name == "position":
         return score_tokens(model, direction, *of_blocks, attribution="position", beginning=beginning)
@@ -245,9 +249,9 @@ def other_score(name: str, run: Run, rows: Sequence[QueryRow], blocks: TrainingB
         return score_tokens(model, gradient, *of_blocks, method=METHOD, beginning=beginning)
     texts = [row[:length].tolist() for row, length in zip(*of_blocks, strict=True)]
     if name == "ngram":
-        finder: Any = fit_ngrams(tokenizer, *pairs, max_tokens=longest)
+        finder: Any = fit_ngrams(tokenizer, sets)
     else:
-        finder = fit_query_probe(model, tokenizer, *pairs, seed=config.seed, max_tokens=longest, beginning=beginning)
+        finder = fit_query_probe(model, tokenizer, sets, seed=config.seed)
     return by_block(np.concatenate(finder.score(texts)), blocks, 0.0)
 
 

@@ -58,6 +58,7 @@ from ifguide.methods.finders import sentence_spans
 from ifguide.methods.marks import find_classified_words
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_query_probe, fit_token_probe
+from ifguide.methods.reading import QuerySets
 from ifguide.telemetry import configure_logging, log
 from ifguide.words import WordList
 
@@ -146,17 +147,17 @@ def _rivals(
 ) -> dict[str, list[np.ndarray]]:
     model, tokenizer = proxy
     tokens = [ids.tolist() for ids, _, _ in blocks]
-    queries = behaviour.positive, behaviour.negative
-    probe = fit_query_probe(model, tokenizer, *queries, options=PROBE, seed=options.seed)
+    queries = QuerySets(positive=behaviour.positive, negative=behaviour.negative)
+    probe = fit_query_probe(model, tokenizer, queries, options=PROBE, seed=options.seed)
     others = [encode_document(tokenizer, document) for document in behaviour.others[:PROBE_DOCUMENTS]]
     span_probe = fit_token_probe(
         model, [ids.tolist() for ids, _, _ in others], [marked for _, _, marked in others], range(len(others)),
         options=PROBE, seed=options.seed,
     )  # fmt: skip
     log("probes", f"layers {probe.layer} of the queries, {span_probe.layer} of the spans")
-    finders = {"ngrams": fit_ngrams(tokenizer, *queries), "probe": probe, "span_probe": span_probe}
+    finders = {"ngrams": fit_ngrams(tokenizer, queries), "probe": probe, "span_probe": span_probe}
     if options.tune:
-        finders["excess_loss"] = tune_excess_loss(model, tokenizer, *queries, seed=options.seed)
+        finders["excess_loss"] = tune_excess_loss(model, tokenizer, queries, seed=options.seed)
     words = WordList(marked_words(behaviour.others))
     texts = [document["text"] for document in behaviour.documents]
     flagged = find_classified_words(predict_prob, 0.5)(texts)

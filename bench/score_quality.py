@@ -57,10 +57,11 @@ from bench.common.smoothing import TextSmoother
 from bench.common.texts import read_rows
 from bench.localise import PROBE, encode_document, factor_documents
 from ifguide.config.compare import ExcessLoss
+from ifguide.influence.query import tokenise_query
 from ifguide.influence.reliability import HALVES, spearman_brown
 from ifguide.methods.excess_loss import tune
 from ifguide.methods.probes import fit_query_probe
-from ifguide.methods.reading import tokenised
+from ifguide.methods.reading import QuerySets
 from ifguide.selection.ensemble import mean_ranks
 from ifguide.telemetry import configure_logging, log
 
@@ -181,8 +182,8 @@ def all_scores(scorings: Scorings, judged: Judged, options: argparse.Namespace) 
         scores["smoothed" if name == "exact" else f"{name}_smoothed"] = own
     cost = scorings.smoothing_cost(smoother.smoother, _timed(judged))
     if not options.no_probe:
-        sets = behaviour.positive, behaviour.negative
-        probe = fit_query_probe(model, tokenizer, *sets, options=PROBE, seed=options.seed)
+        sets = QuerySets(positive=behaviour.positive, negative=behaviour.negative)
+        probe = fit_query_probe(model, tokenizer, sets, options=PROBE, seed=options.seed)
         scores["probe"] = probe.score([block.tolist() for block in judged.blocks])
         scores["smoothed_probe"] = _mean_rank(scores["smoothed"], scores["probe"])
     if options.second_steps:
@@ -201,7 +202,7 @@ def _checkpoint(scorings: Scorings, options: argparse.Namespace) -> PreTrainedMo
     documents = scorings.behaviour.others[max(0, last - SECOND.batch_size * options.second_steps) : last]
     texts = [("", row["text"]) for row in documents if row["text"].strip()]
     second = copy.deepcopy(model)
-    queries = tokenised(tokenizer, texts, max_tokens=MAX_QUERY_TOKENS, beginning=None)
+    queries = [tokenise_query(tokenizer, *text, max_tokens=MAX_QUERY_TOKENS) for text in texts]
     losses = tune(second, queries, SECOND, np.random.default_rng(options.seed))
     log("checkpoint", f"{len(texts)} documents, mean loss of a token {losses[0]:.3f}")
     return second

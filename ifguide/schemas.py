@@ -74,13 +74,16 @@ OUTLIERS = pa.schema(
     ]
 )
 
+_CONTINUATION = [
+    pa.field("model", pa.string(), nullable=False),
+    pa.field("prompt_row", pa.int64(), nullable=False),
+    pa.field("sample", pa.int32(), nullable=False),
+    pa.field("prompt", pa.string(), nullable=False),
+    pa.field("continuation", pa.string(), nullable=False),
+]
 CONTINUATIONS = pa.schema(
     [
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("prompt_row", pa.int64(), nullable=False),
-        pa.field("sample", pa.int32(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("continuation", pa.string(), nullable=False),
+        *_CONTINUATION,
         pa.field("scores", pa.map_(pa.string(), pa.float32()), nullable=False),  # class -> probability
     ]
 )
@@ -89,11 +92,7 @@ CONTINUATIONS = pa.schema(
 # What `CONTINUATIONS` are scored from: kept apart, so that other classifiers need no other generation.
 GENERATIONS = pa.schema(
     [
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("prompt_row", pa.int64(), nullable=False),
-        pa.field("sample", pa.int32(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("continuation", pa.string(), nullable=False),
+        *_CONTINUATION,
         pa.field("tokens", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # before the EOS
     ]
 )

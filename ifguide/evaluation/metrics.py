@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ifguide.sums import Sums
+
 THRESHOLD = 0.5  # of a continuation's score, for TP: the paper's
 BY_CLASS = ("emt", "tp", "mean")  # figures that every class of the classifiers has
 
@@ -50,19 +52,12 @@ def behaviour_statistics(scores_PK: np.ndarray, threshold: float = THRESHOLD) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class Agreement(Sums):
     """A selection of tokens against annotated ones: counts, which add over parts, and ratios, None where undefined."""
 
     selected: int = 0
     annotated: int = 0
     both: int = 0
-
-    def __add__(self, other: Agreement) -> Agreement:
-        return Agreement(
-            selected=self.selected + other.selected,
-            annotated=self.annotated + other.annotated,
-            both=self.both + other.both,
-        )
 
     @property
     def precision(self) -> float | None:

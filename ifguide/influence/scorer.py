@@ -116,12 +116,7 @@ class TokenScorer:
         return transformer_blocks(self.model)[1]
 
     def score(
-        self,
-        tokens_BT: Tensor,
-        lengths_B: Tensor,
-        document_BT: Tensor | None = None,
-        *,
-        usual_blocks: int = 0,
+        self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None, *, usual_blocks: int = 0
     ) -> Tensor:
         """Scores (B, T), or (K, B, T) of a sequence of directions; label-aligned, on the model's device.
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ifguide.artifacts import publish
+from ifguide.sums import Sums
 
 Floats = NDArray[np.float64]
 CUT = 0.001  # share of the scores on either side that are taken for less far out than they are
@@ -37,7 +38,7 @@ SMALL_SPREAD = 1e-6  # a feature that varies less is a constant
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FoldSums:
+class FoldSums(Sums):
     """Sums over the tokens of each of K folds: of x x^T, x, x s, s, s^2 and 1, for features x (D,) and scores s (S,) of
     as many behaviours."""
 
@@ -62,16 +63,6 @@ class FoldSums:
             scores_KS=np.stack([own.sum(axis=0) for own in s]),
             squares_KS=np.stack([(own * own).sum(axis=0) for own in s]),
             tokens_K=np.array([float(len(rows)) for rows in parts]),
-        )
-
-    def __add__(self, other: FoldSums) -> FoldSums:
-        return FoldSums(
-            products_KDD=self.products_KDD + other.products_KDD,
-            features_KD=self.features_KD + other.features_KD,
-            moments_KDS=self.moments_KDS + other.moments_KDS,
-            scores_KS=self.scores_KS + other.scores_KS,
-            squares_KS=self.squares_KS + other.squares_KS,
-            tokens_K=self.tokens_K + other.tokens_K,
         )
 
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from ifguide.config.compare import ExcessLoss
 from ifguide.influence.query import TokenisedQuery
-from ifguide.methods.reading import Blocks, Pairs, token_losses, tokenised
+from ifguide.methods.reading import Blocks, QuerySets, token_losses
 from ifguide.models import next_token_nll
 
 DEFAULTS = ExcessLoss()
@@ -77,32 +77,23 @@ def load_excess_loss(path: Path, model: PreTrainedModel, *, beginning: int | Non
 
 
 def tune_excess_loss(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    positive: Pairs,
-    negative: Pairs,
-    *,
-    options: ExcessLoss = DEFAULTS,
-    seed: int = 0,
-    max_tokens: int = 512,
-    beginning: int | None = None,
+    model: PreTrainedModel, tokenizer: Any, sets: QuerySets, *, options: ExcessLoss = DEFAULTS, seed: int = 0
 ) -> ExcessLossFinder:
-    """Copies of `model`, which is not changed, tuned on as many queries (prompt, completion) of each set.
+    """Copies of `model`, which is not changed, tuned on as many queries of each set.
 
-    max_tokens: of a query. Raises ValueError where a set is empty."""
-    count = min(len(positive), len(negative), options.max_queries or len(positive))
+    Raises ValueError where a set is empty."""
+    count = min(len(sets.positive), len(sets.negative), options.max_queries or len(sets.positive))
     if not count:
         raise ValueError("excess loss needs queries of both sets; build the query with build_query.differential")
     copies, losses = [], {}
-    for side, pairs in (("positive", positive), ("negative", negative)):
+    for side, pairs in sets.sides():
         rng = np.random.default_rng(seed)
-        chosen = [pairs[i] for i in rng.permutation(len(pairs))[:count].tolist()]
-        queries = tokenised(tokenizer, chosen, max_tokens=max_tokens, beginning=beginning)
+        queries = sets.tokenised(tokenizer, [pairs[i] for i in rng.permutation(len(pairs))[:count].tolist()])
         tuned = copy.deepcopy(model)
         losses[side] = [round(value, 4) for value in tune(tuned, queries, options, rng)]
         copies.append(tuned)
     summary = {"queries": count, "loss": losses}
-    return ExcessLossFinder(copies[0], copies[1], summary=summary, beginning=beginning)
+    return ExcessLossFinder(copies[0], copies[1], summary=summary, beginning=sets.beginning)
 
 
 def tune(

@@ -24,6 +24,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ifguide.config.compare import Ngrams
-from ifguide.influence.query import tokenise_query
+from ifguide.influence.query import TokenisedQuery
 from ifguide.methods.finders import word_spans
+from ifguide.methods.reading import QuerySets
 
-Pairs = Sequence[tuple[str, str]]
 _LETTER = re.compile(r"[\w*@$'’\ufffd]")  # with what may stand within a word; \ufffd is a part of a character
 SHOWN = 20
 DEFAULTS = Ngrams()
@@ -152,23 +153,20 @@ def load_ngrams(path: Path, tokenizer: Any) -> NgramFinder:
     return NgramFinder(Words(tokenizer), saved["scores"], saved["longest"])
 
 
-def fit_ngrams(
-    tokenizer: Any, positive: Pairs, negative: Pairs, *, options: Ngrams = DEFAULTS, max_tokens: int = 512
-) -> NgramFinder:
-    """The log-odds of the n-grams of completions. positive, negative: (prompt, completion); max_tokens: of a query."""
-    words, scores = Words(tokenizer), dict[str, float]()
-    counted = [_count(words, tokenizer, pairs, options.longest, max_tokens) for pairs in (positive, negative)]
+def fit_ngrams(tokenizer: Any, sets: QuerySets, *, options: Ngrams = DEFAULTS) -> NgramFinder:
+    """The log-odds of the n-grams of completions."""
+    words, scores, sets = Words(tokenizer), dict[str, float](), replace(sets, beginning=None)
+    counted = [_count(words, sets.tokenised(tokenizer, pairs), options.longest) for _, pairs in sets.sides()]
     for of_positive, of_negative in zip(*counted, strict=True):
         if of_positive or of_negative:
             scores |= log_odds(of_positive, of_negative, options.prior)
     return NgramFinder(words, scores, options.longest)
 
 
-def _count(words: Words, tokenizer: Any, pairs: Pairs, longest: int, max_tokens: int) -> list[Counter[str]]:
+def _count(words: Words, queries: Sequence[TokenisedQuery], longest: int) -> list[Counter[str]]:
     """The uses of n-grams of 1, 2, ... words in the completions."""
     counts = [Counter[str]() for _ in range(longest)]
-    for prompt, completion in pairs:
-        query = tokenise_query(tokenizer, prompt, completion, max_tokens=max_tokens)
+    for query in queries:
         for ngram, covered in ngrams_of(words.runs(query.token_ids[query.completion_start :]), longest):
             counts[len(covered) - 1][ngram] += 1
     return counts

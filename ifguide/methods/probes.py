@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel
 
 from ifguide.config.compare import Probe
-from ifguide.methods.reading import Blocks, Pairs, hidden_states, tokenised
+from ifguide.methods.reading import Blocks, QuerySets, hidden_states
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -150,27 +150,19 @@ def load_probe(path: Path, model: PreTrainedModel, *, beginning: int | None) -> 
 
 
 def fit_query_probe(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    positive: Pairs,
-    negative: Pairs,
-    *,
-    options: Probe = DEFAULTS,
-    seed: int = 0,
-    max_tokens: int = 512,
-    beginning: int | None = None,
+    model: PreTrainedModel, tokenizer: Any, sets: QuerySets, *, options: Probe = DEFAULTS, seed: int = 0
 ) -> ProbeFinder:
     """Completion tokens with the label of their query; queries are drawn by `seed` until `options.tokens` are reached.
 
-    positive, negative: (prompt, completion); max_tokens: of a query. Raises ValueError for fewer queries than folds."""
+    Raises ValueError for fewer queries than folds."""
     rng, chosen, kinds = np.random.default_rng(seed), [], []
-    for kind, pairs in ((True, positive), (False, negative)):
-        queries, tokens = tokenised(tokenizer, pairs, max_tokens=max_tokens, beginning=beginning), 0
+    for side, pairs in sets.sides():
+        queries, tokens = sets.tokenised(tokenizer, pairs), 0
         for i in rng.permutation(len(queries)).tolist():
             if tokens >= options.tokens // 2:
                 break
             chosen.append(queries[i])
-            kinds.append(kind)
+            kinds.append(side == "positive")
             tokens += len(queries[i].token_ids) - queries[i].completion_start
     features = _features(
         model,
@@ -179,7 +171,7 @@ def fit_query_probe(
     )
     sizes = [len(query.token_ids) - query.completion_start for query in chosen]
     probe = fit_probe(features, np.repeat(kinds, sizes), np.repeat(np.arange(len(chosen)), sizes), options, seed)
-    return _finder(model, probe, beginning)
+    return _finder(model, probe, sets.beginning)
 
 
 def fit_token_probe(

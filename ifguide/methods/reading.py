@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +19,25 @@ Pairs = Sequence[tuple[str, str]]
 STATE_TOKENS, LOSS_TOKENS = 4096, 1024  # at a time: of states of all layers; of logits over a vocabulary
 
 
-def tokenised(tokenizer: Any, pairs: Pairs, *, max_tokens: int, beginning: int | None) -> list[TokenisedQuery]:
-    """The queries (prompt, completion) as `build_query` reads them."""
-    return [tokenise_query(tokenizer, *pair, max_tokens=max_tokens, beginning=beginning) for pair in pairs]
+@dataclass(frozen=True, kw_only=True)
+class QuerySets:
+    """What finders learn a behaviour from: queries (prompt, completion) that show it, and others.
+
+    max_tokens: of a query. beginning: a BOS that is read before each."""
+
+    positive: Pairs
+    negative: Pairs
+    max_tokens: int = 512
+    beginning: int | None = None
+
+    def sides(self) -> tuple[tuple[str, Pairs], tuple[str, Pairs]]:
+        return ("positive", self.positive), ("negative", self.negative)
+
+    def tokenised(self, tokenizer: Any, pairs: Pairs) -> list[TokenisedQuery]:
+        """Some of the queries as `build_query` reads them."""
+        return [
+            tokenise_query(tokenizer, *pair, max_tokens=self.max_tokens, beginning=self.beginning) for pair in pairs
+        ]
 
 
 @torch.no_grad()

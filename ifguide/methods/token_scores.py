@@ -31,6 +31,7 @@ from ifguide.methods.excess_loss import ExcessLossFinder, load_excess_loss, tune
 from ifguide.methods.labelled_blocks import labelled_blocks
 from ifguide.methods.ngrams import NgramFinder, fit_ngrams, load_ngrams
 from ifguide.methods.probes import ProbeFinder, fit_cross_probe, fit_query_probe, load_probe
+from ifguide.methods.reading import QuerySets
 from ifguide.models import state_fingerprint
 from ifguide.spans.tables import PackedCorpus, document_numbers, shard_name
 from ifguide.storage import local_copy
@@ -181,16 +182,14 @@ class FitFinder:
         positive, negative = (
             [(row.prompt, row.completion) for row in rows if row.positive == kind] for kind in (True, False)
         )
+        sets = QuerySets(
+            positive=positive, negative=negative, max_tokens=scoring.max_tokens, beginning=scoring.beginning
+        )
         if isinstance(options, Ngrams):
-            return fit_ngrams(tokenizer, positive, negative, options=options, max_tokens=scoring.max_tokens)
-        shared: dict[str, Any] = {
-            "seed": seed,
-            "max_tokens": scoring.max_tokens,
-            "beginning": scoring.beginning,
-        }
+            return fit_ngrams(tokenizer, sets, options=options)
         if isinstance(options, Probe):
-            return fit_query_probe(_proxy(scoring), tokenizer, positive, negative, options=options, **shared)
-        return tune_excess_loss(_proxy(scoring), tokenizer, positive, negative, options=options, **shared)
+            return fit_query_probe(_proxy(scoring), tokenizer, sets, options=options, seed=seed)
+        return tune_excess_loss(_proxy(scoring), tokenizer, sets, options=options, seed=seed)
 
 
 class ScoreShard:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from ifguide.artifacts import publish
 from ifguide.student.fidelity import fidelity
+from ifguide.sums import Sums
 
 BITS, LONGEST = 20, 4
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -34,7 +35,7 @@ Integers = NDArray[np.integer]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NgramSums:
+class NgramSums(Sums):
     """Sums of the scores and counts by the place of an n-gram, (N, P) each, n from 1 to N; float64, P a power of two.
     The total and the number of all tokens beside them."""
 
@@ -62,14 +63,6 @@ class NgramSums:
             counts_NP=np.stack([np.bincount(own, minlength=1 << bits).astype(np.float64) for own in places]),
             total=float(known_scores.sum()),
             tokens=len(known_scores),
-        )
-
-    def __add__(self, other: NgramSums) -> NgramSums:
-        return NgramSums(
-            scores_NP=self.scores_NP + other.scores_NP,
-            counts_NP=self.counts_NP + other.counts_NP,
-            total=self.total + other.total,
-            tokens=self.tokens + other.tokens,
         )
 
 

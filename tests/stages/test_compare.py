@@ -26,6 +26,7 @@ from ifguide.methods.labelled_blocks import labelled_blocks
 from ifguide.methods.masks import ANNOTATED, CLASSIFIED, RANDOM, WORDS
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_cross_probe
+from ifguide.methods.reading import QuerySets
 from ifguide.models import load_model
 from ifguide.report.page import REPORT_FILES
 from ifguide.report.view import View
@@ -202,12 +203,14 @@ def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Ca
         assert not (child.scores / "finder").exists()
         np.testing.assert_array_equal(stream(child, "masked"), by_sorting(scores[name], size, int(own.sum())))
     rows = read_queries(run.query)
-    sets = [[(row.prompt, row.completion) for row in rows if row.positive == kind] for kind in (True, False)]
-    longest = run.config.build_query.max_tokens
-    (whole,) = fit_ngrams(tokenizer, *sets, max_tokens=longest).score([tokens.tolist()])
+    positive, negative = (
+        [(row.prompt, row.completion) for row in rows if row.positive == kind] for kind in (True, False)
+    )
+    sets = QuerySets(positive=positive, negative=negative, max_tokens=run.config.build_query.max_tokens)
+    (whole,) = fit_ngrams(tokenizer, sets).score([tokens.tolist()])
     np.testing.assert_array_equal(scores["ngrams"][~first], whole[~first])
     finder = tune_excess_loss(
-        load_model(run.proxy_source), tokenizer, *sets, options=comparison.excess_loss, max_tokens=longest,
+        load_model(run.proxy_source), tokenizer, sets, options=comparison.excess_loss,
         seed=run.config.seed,
     )  # fmt: skip
     blocks = [tokens[begin : begin + size].tolist() for begin in range(0, len(tokens), size)]

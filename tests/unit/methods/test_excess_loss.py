@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ifguide.config.compare import ExcessLoss
 from ifguide.influence.query import TokenisedQuery
 from ifguide.methods.excess_loss import ExcessLossFinder, load_excess_loss, tune, tune_excess_loss
+from ifguide.methods.reading import QuerySets
 from tests.tiny import VOCABULARY, tiny_model
 
 QUERIES = [
@@ -96,8 +98,8 @@ def test_tokens_of_the_positive_set_score_above_those_of_the_negative(tokenizer:
     model = tiny_model("gpt_neox")
     before = copy.deepcopy(model.state_dict())
     options = ExcessLoss(epochs=12, batch_size=4, learning_rate=3e-3)
-    sets = queries(5, 25, 16), queries(25, VOCABULARY, 24)
-    finder = tune_excess_loss(model, tokenizer, *sets, options=options, seed=1)
+    sets = QuerySets(positive=queries(5, 25, 16), negative=queries(25, VOCABULARY, 24))
+    finder = tune_excess_loss(model, tokenizer, sets, options=options, seed=1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert finder.summary["queries"] == 16
     block = rng.integers(5, VOCABULARY, 40).tolist()
@@ -105,7 +107,7 @@ def test_tokens_of_the_positive_set_score_above_those_of_the_negative(tokenizer:
     toxic = np.array(block) < 25
     assert roc_auc_score(toxic[1:], scores[1:]) > 0.95
     assert scores[1:][toxic[1:]].mean() > 0 > scores[1:][~toxic[1:]].mean()
-    (again,) = tune_excess_loss(model, tokenizer, *sets, options=options, seed=1).score([block])
+    (again,) = tune_excess_loss(model, tokenizer, sets, options=options, seed=1).score([block])
     np.testing.assert_array_equal(again, scores)
     with pytest.raises(ValueError, match="queries of both sets"):
-        tune_excess_loss(model, tokenizer, sets[0], [], options=options)
+        tune_excess_loss(model, tokenizer, replace(sets, negative=[]), options=options)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ifguide.config.compare import Ngrams
 from ifguide.methods.finders import word_spans
 from ifguide.methods.ngrams import Words, fit_ngrams, load_ngrams, log_odds, ngrams_of
+from ifguide.methods.reading import QuerySets
 from tests.tokenizers import tokenizers
 
 POSITIVE = ["you are a clown", "what a clown, a clown", "clown go away", "the river runs"]
@@ -76,8 +77,8 @@ def test_bigrams_go_over_punctuation_and_not_over_the_end_of_a_document() -> Non
 
 def test_a_token_has_the_score_of_its_word_or_of_the_best_pair_with_it(tmp_path: Path) -> None:
     tokenizer = tokenizers()["bpe"]
-    pairs = [[("say:", f" {text}") for text in texts] for texts in (POSITIVE, NEGATIVE)]
-    finder = fit_ngrams(tokenizer, *pairs, options=Ngrams(longest=2, prior=10))
+    positive, negative = ([("say:", f" {text}") for text in texts] for texts in (POSITIVE, NEGATIVE))
+    finder = fit_ngrams(tokenizer, QuerySets(positive=positive, negative=negative), options=Ngrams(longest=2, prior=10))
     counts = []
     for texts in (POSITIVE, NEGATIVE):
         words = [[text[a:b] for a, b in word_spans(text)] for text in texts]

@@ -23,7 +23,7 @@ from ifguide.methods.probes import (
     load_probe,
     split_groups,
 )
-from ifguide.methods.reading import hidden_states
+from ifguide.methods.reading import QuerySets, hidden_states
 from tests.tiny import VOCABULARY, tiny_model
 
 OPTIONS = Probe(tokens=800, folds=3, strengths=(0.01, 1.0))
@@ -99,8 +99,9 @@ def test_a_probe_of_the_query_sets_finds_their_tokens_elsewhere(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = tiny_model("gpt_neox")
-    sets = [as_pairs(random_texts(seed, 60, *ids)) for seed, ids in ((1, (5, 9)), (2, (9, VOCABULARY)))]
-    finder = fit_query_probe(model, tokenizer, *sets, options=OPTIONS, seed=3)
+    positive, negative = (as_pairs(random_texts(seed, 60, *ids)) for seed, ids in ((1, (5, 9)), (2, (9, VOCABULARY))))
+    sets = QuerySets(positive=positive, negative=negative)
+    finder = fit_query_probe(model, tokenizer, sets, options=OPTIONS, seed=3)
     blocks = random_texts(5, 20, 5, VOCABULARY)
     scores = finder.score(blocks)
     flat, truth = np.concatenate([own[1:] for own in scores]), np.concatenate([np.array(own[1:]) < 9 for own in blocks])
@@ -112,7 +113,7 @@ def test_a_probe_of_the_query_sets_finds_their_tokens_elsewhere(
     states = model(torch.tensor([blocks[4]]), output_hidden_states=True).hidden_states[finder.layer][0]
     by_hand = states.double().detach().numpy() @ finder.weights[0] + finder.biases[0]
     np.testing.assert_allclose(scores[4][1:], by_hand[1:], rtol=1e-3, atol=1e-4)
-    again = fit_query_probe(model, tokenizer, *sets, options=OPTIONS, seed=3)
+    again = fit_query_probe(model, tokenizer, sets, options=OPTIONS, seed=3)
     np.testing.assert_array_equal(again.weights, finder.weights)
     finder.save(tmp_path / "probe.npz")
     for own, saved in zip(scores, load_probe(tmp_path / "probe.npz", model, beginning=None).score(blocks), strict=True):
