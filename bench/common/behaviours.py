@@ -19,6 +19,7 @@ from ifguide.telemetry import log
 
 Query = tuple[str, str]  # prompt, completion
 SPANS = "spans"  # of a document: half-open spans of characters that people marked
+SOURCE = "source"  # of a document: what kind it is of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +63,23 @@ Source = tuple[Pools, str, tuple[float, float], str]  # those, and of the querie
 
 
 def _explicit(data: Path) -> Source:
-    comments = _with_spans(read_rows(data / "civil_comments_spans.jsonl"), "toxic_spans")
-    tweets = _with_spans(read_rows(data / "other_tweets.jsonl"), "offensive_spans")
-    pools = ((comments, 0.6), (tweets, 0.2), (read_paragraphs(data), 0.2))
+    comments = _with_spans(read_rows(data / "civil_comments_spans.jsonl"), "toxic_spans", "comments")
+    tweets = _with_spans(read_rows(data / "other_tweets.jsonl"), "offensive_spans", "tweets")
+    paragraphs = [{**row, SOURCE: "encyclopedia"} for row in read_paragraphs(data)]
+    pools = ((comments, 0.6), (tweets, 0.2), (paragraphs, 0.2))
     return pools, "toxicity", (0.1, 0.5), "rtp_prompts.jsonl"
 
 
 def _implicit(data: Path) -> Source:
-    posts = _with_spans(read_rows(data / "forum_posts.jsonl"), "hateful_spans")
+    posts = _with_spans(read_rows(data / "forum_posts.jsonl"), "hateful_spans", "posts")
     return ((posts, 1.0),), "hateful", (0.0, 1.0), "forum_queries.jsonl"
 
 
 BEHAVIOURS: dict[str, Callable[[Path], Source]] = {"explicit": _explicit, "implicit": _implicit}
 
 
-def _with_spans(rows: Sequence[Document], column: str) -> list[Document]:
-    return [{"text": row["text"], SPANS: row[column]} for row in rows]
+def _with_spans(rows: Sequence[Document], column: str, source: str) -> list[Document]:
+    return [{"text": row["text"], SPANS: row[column], SOURCE: source} for row in rows]
 
 
 def _read_queries(

@@ -86,7 +86,8 @@ class HeadStudent:
 
 
 class HeadScorer:
-    """Scores packed blocks with a student of `model`. It leaves the model as it is.
+    """Scores packed blocks with a student of `model`, which may be a copy of the proxy in another precision than it was
+    fitted in. It leaves the model as it is.
 
     `beginning`: a BOS that the model reads before every block, which has no score.
 
@@ -111,10 +112,11 @@ class HeadScorer:
 def read_features(
     model: PreTrainedModel, tokens_BT: Tensor, layers: Sequence[int], *, beginning: int | None = None
 ) -> Tensor:
-    """(B, T, F) the hidden states of `layers` side by side, of one pass of the body; entry t has read the tokens up to
-    t, and the `beginning` before them."""
+    """(B, T, F) the hidden states of `layers` side by side, of one pass of the body, float32 at least; entry t has read
+    the tokens up to t, and the `beginning` before them."""
     first = int(beginning is not None)
     read_BT = tokens_BT if beginning is None else F.pad(tokens_BT, (1, 0), value=beginning)
     with taken_states(model, transformer_blocks(model)[1], layers, lambda states: states) as states:
         model.base_model(read_BT, use_cache=False)
-    return torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
+    features_BTF = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
+    return features_BTF.to(torch.promote_types(features_BTF.dtype, torch.float32))
