@@ -192,6 +192,7 @@ VERB_HELP = {
     "pretrain": "train the target with the mask's penalty (or plainly: --set pretrain.use_mask=false)",
     "fit_factors": "EK-FAC factors of the proxy",
     "build_query": "the preconditioned query direction",
+    "fit_student": "a cheaper scorer that learns from a sample, for score_corpus.scorer: student or cascade",
     "score_corpus": "one influence score per token",
     "build_mask": "rank documents, mask tokens (Algorithm 1)",
     "evaluate": "generate, classify, measure; the report page",

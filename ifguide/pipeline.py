@@ -35,7 +35,10 @@ def pipeline_steps(config: Config, *, until: str | None = None) -> list[tuple[st
         steps.append(("pretrain", run.with_mask(False)))
     if config.build_query.factors is None:
         steps.append(("fit_factors", run))
-    steps += [(verb, run) for verb in ("build_query", "score_corpus", "build_mask")]
+    steps.append(("build_query", run))
+    if config.score_corpus.uses_student:
+        steps.append(("fit_student", run))
+    steps += [(verb, run) for verb in ("score_corpus", "build_mask")]
     steps += [("pretrain", run.with_mask(True)), ("evaluate", run)]
     if until is not None:
         places = [place for place, (verb, _) in enumerate(steps) if verb == until]

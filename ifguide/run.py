@@ -32,6 +32,7 @@ ROOMS = frozenset(name.partition("/")[0] for name in FOLDERS[:-1]) | {
     "compare",
     "ensemble",
     "generations",
+    "student",
     TARGET,
 }
 
@@ -58,6 +59,7 @@ class Run:
     corpus = property(lambda self: self._place("corpus"))
     factors = property(lambda self: self._place("factors"))
     query = property(lambda self: self._place("query"))
+    student = property(lambda self: self._place("student"))
     scores = property(lambda self: self._place("scores"))
     ensemble = property(lambda self: self._place("ensemble"))
     ranking = property(lambda self: self._place("ranking"))
@@ -94,8 +96,10 @@ class Run:
         return self.lent.get(name, self.folder / name)
 
     def artifact_folders(self) -> dict[str, Path]:
-        """All artifact folders in pipeline order, whether they exist or not; `ensemble` if the config asks for one."""
-        further = {"ensemble": self.ensemble} if self.config.build_mask.others else {}
+        """All artifact folders in pipeline order, whether they exist or not; `student` and `ensemble` where the config
+        asks for them."""
+        further = {"student": self.student} if self.config.score_corpus.uses_student else {}
+        further |= {"ensemble": self.ensemble} if self.config.build_mask.others else {}
         return {name: self._place(name) for name in FOLDERS} | {"report": self.report} | further
 
     @property

@@ -74,6 +74,18 @@ OUTLIERS = pa.schema(
     ]
 )
 
+# The files `audit-*.parquet` beside scores that a student made: one row for each predicted token of an audited block.
+AUDIT = pa.schema(
+    [
+        pa.field("block_id", pa.int64(), nullable=False),
+        pa.field("place", pa.int32(), nullable=False),  # in the block
+        pa.field("source", pa.string(), nullable=False),  # of its document, as in `DOCUMENTS`
+        pa.field("exact", pa.float32(), nullable=False),
+        pa.field("student", pa.float32(), nullable=False),
+        pa.field("rechecked", pa.bool_(), nullable=False),  # its block is one that a cascade rechecks
+    ]
+)
+
 _CONTINUATION = [
     pa.field("model", pa.string(), nullable=False),
     pa.field("prompt_row", pa.int64(), nullable=False),

@@ -21,7 +21,7 @@ from ifguide.telemetry import METRICS, format_seconds, last_line, last_progress,
 
 SHOWN_FAILURES = 20
 # where there are artifacts that not every run has
-FURTHER = ("target/*", "compare/*", "compare/*/*", "compare/*/*/*", "ensemble", "analyses")
+FURTHER = ("target/*", "compare/*", "compare/*/*", "compare/*/*/*", "student", "ensemble", "analyses")
 State = Literal["complete", "in progress", "not begun"]
 
 

@@ -5,6 +5,7 @@
 """
 
 from ifguide.config.evaluate import Evaluate
+from ifguide.config.fit_student import FitStudent
 from ifguide.config.names import check_names
 from ifguide.config.pretrain import Pretrain
 from ifguide.config.score_corpus import ScoreCorpus
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigError",
     "Evaluate",
     "FitFactors",
+    "FitStudent",
     "Input",
     "LabelledTexts",
     "ModelSource",

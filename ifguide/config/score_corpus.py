@@ -44,6 +44,13 @@ class ScoreCorpus:
         micro_batch_blocks: blocks scored at once. Null: as many as fit, by an estimate of memory.
         check_blocks: blocks that are scored by the exact method as well, before the first shard. 0: no check.
         min_agreement: correlation and agreement of the top 1% in that check must both reach this.
+        scorer: `exact` scores every token by the chosen method. `student` scores by the student of `fit_student`;
+            `cascade` then scores the blocks in which the student finds most exactly. Both score a random audit exactly,
+            which says what the student missed, and make scores of the run's own query alone, not smoothed.
+        recheck_fraction: share of the blocks that a cascade scores exactly, besides the audit.
+        audit_fraction: share of the blocks in the audit, 2,000 blocks at most.
+        min_recall: lower bound of the share of the highest exact scores that lies in blocks that were rechecked, or the
+            stage stops. Of `student`: in those that a cascade would recheck.
         min_actors: actors to start with.
         max_actors: actors at most, as the cluster has room.
         resources: of one actor.
@@ -60,8 +67,16 @@ class ScoreCorpus:
     micro_batch_blocks: int | None = option(None, at_least=1)
     check_blocks: int = option(4, at_least=0)
     min_agreement: float = option(0.9, at_least=0, at_most=1)
+    scorer: Literal["exact", "student", "cascade"] = option("exact", off="exact")
+    recheck_fraction: float = option(0.1, above=0, at_most=1, off=0.1)
+    audit_fraction: float = option(0.01, above=0, at_most=1, off=0.01)
+    min_recall: float = option(0.5, at_least=0, at_most=1, affects_result=False)
     min_actors: int = option(1, at_least=1, affects_result=False)
     max_actors: int = option(1, at_least=1, affects_result=False)
     resources: Resources = RESOURCES
+
+    @property
+    def uses_student(self) -> bool:
+        return self.scorer != "exact"
 
     RENAMED: ClassVar[dict[str, str]] = moved("actor")

@@ -24,6 +24,7 @@ from ifguide.config.analyse import Analyse
 from ifguide.config.build_query import BuildQuery, check_build_query
 from ifguide.config.compare import Compare, check_compare
 from ifguide.config.evaluate import Evaluate, check_evaluate
+from ifguide.config.fit_student import FitStudent
 from ifguide.config.names import check_names
 from ifguide.config.packaged import find_config
 from ifguide.config.pretrain import Pretrain, check_pretrain
@@ -40,6 +41,7 @@ VERBS = (
     "pretrain",
     "fit_factors",
     "build_query",
+    "fit_student",
     "score_corpus",
     "build_mask",
     "evaluate",
@@ -199,6 +201,7 @@ class Config:
     pretrain: Pretrain = Pretrain()  # noqa: RUF009  # frozen
     fit_factors: FitFactors = FitFactors()
     build_query: BuildQuery = BuildQuery()  # noqa: RUF009  # frozen
+    fit_student: FitStudent = FitStudent()  # noqa: RUF009  # frozen
     score_corpus: ScoreCorpus = ScoreCorpus()  # noqa: RUF009  # frozen
     build_mask: BuildMask = BuildMask()
     evaluate: Evaluate = Evaluate()  # noqa: RUF009  # frozen
@@ -293,6 +296,8 @@ def _check_across(config: Config) -> None:
     scoring = config.score_corpus
     if scoring.min_actors > scoring.max_actors:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
+    if scoring.uses_student:
+        _check_student(config)
     if scoring.smooth is not None and not scoring.smooth.ridges:
         raise ConfigError("score_corpus.smooth.ridges: name one at least")
     if config.build_mask.smoothed and (config.build_mask.standardise or config.build_mask.fdr is not None):
@@ -326,6 +331,21 @@ def _check_across(config: Config) -> None:
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:
             raise ConfigError(f"{name}: set either source or architecture, not both")
+
+
+def _check_student(config: Config) -> None:
+    scoring, selection = config.score_corpus, config.build_mask
+    key = f"score_corpus.scorer: {scoring.scorer}"
+    if scoring.queries:
+        raise ConfigError(f"{key} scores the run's own query alone; unset score_corpus.queries, or take exact")
+    if scoring.attribution == "position" and config.fit_student.kind == "head":
+        raise ConfigError(f"{key}: fit_student.kind: head learns target scores; set score_corpus.attribution: target")
+    if config.build_query.nulls or selection.standardise or selection.fdr is not None:
+        raise ConfigError(
+            f"{key} scores no null directions; set build_query.nulls: 0, and unset build_mask.standardise and fdr"
+        )
+    if selection.smoothed:
+        raise ConfigError(f"{key} smooths no scores; set build_mask.smoothed to false or null")
 
 
 def _check_tokens(config: Config, source: Input, key: str) -> None:

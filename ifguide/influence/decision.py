@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
 from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks
 
-METHOD = "method.json"
+METHOD, CERTIFICATE = "method.json", "certificate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,9 @@ class Decision:
     energy: Energy
     check: Agreement | None
 
-    def write(self, folder: Path) -> None:
-        """Publish it in the folder of the scores."""
-        write_json(folder / METHOD, asdict(self))
+    def write(self, folder: Path, *, certificate: Mapping[str, Any] | None = None) -> None:
+        """Publish it in the folder of the scores, with the certificate of scores that a student made."""
+        write_json(folder / METHOD, asdict(self) | ({} if certificate is None else {CERTIFICATE: dict(certificate)}))
 
     @classmethod
     def read(cls, folder: Path) -> Decision | None:
@@ -76,6 +77,7 @@ class Decision:
             fields = json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
             method, energy = Method(**fields.pop("method")), Energy(**fields.pop("energy"))
             check = fields.pop("check")
+            fields.pop(CERTIFICATE, None)  # of what was scored since: it is made again
             return cls(method=method, energy=energy, check=None if check is None else Agreement(**check), **fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(

@@ -6,14 +6,15 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ifguide import schemas
 from ifguide.artifacts import require_same, verified
@@ -31,7 +32,7 @@ from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks
 from ifguide.storage import local_copy
 
 logger = logging.getLogger(__name__)
-
+Scored = TypeVar("Scored")
 
 SMOOTHER = "smoother.npz"  # in the folder of the scores, where they are smoothed
 
@@ -52,19 +53,21 @@ class ScoringSettings:
     gpus: float
     smoothed: bool = False
 
-    def scorer(self, directions: Sequence[Mapping[str, Tensor]]) -> TokenScorer:
-        """That of the decision.
+    def model(self) -> PreTrainedModel:
+        """The proxy, and the run's threads, whatever this run's actors have: their number changes the bytes.
 
         Raises:
             MismatchError: another proxy lies on this node."""
-        torch.set_num_threads(
-            self.decision.threads
-        )  # of the run, whatever this run's actors have: it changes the bytes
+        torch.set_num_threads(self.decision.threads)
         model = load_proxy(self.proxy, gpus=self.gpus)
         fingerprint = state_fingerprint(model)
         require_same("the proxy on this node", fingerprint, "the driver's", self.proxy_fingerprint, "sync it")
+        return model
+
+    def scorer(self, directions: Sequence[Mapping[str, Tensor]]) -> TokenScorer:
+        """That of the decision. Raises MismatchError, as `model`."""
         return TokenScorer(
-            model,
+            self.model(),
             directions,
             attribution=self.attribution,
             method=self.decision.method,
@@ -181,17 +184,35 @@ def by_micro_batch(
     document_BT: np.ndarray | None = None,
 ) -> Iterator[tuple[slice, tuple[Tensor, list[Tensor]], int]]:
     """Rows of the blocks, their scores (K, B, T) with the states of `layers`, and how often the micro-batch had to be
-    halved for them. `document_BT`: the number of each token's document, where documents do not see each other.
+    halved for them. `document_BT`: the number of each token's document, where documents do not see each other."""
+
+    def score(rows: slice, usual_blocks: int) -> tuple[Tensor, list[Tensor]]:
+        tokens, lengths, documents = tensors(tokens_BT, lengths_B, document_BT, rows)
+        return scorer.score_and_read(tokens, lengths, layers, documents, usual_blocks=usual_blocks)
+
+    return in_micro_batches(len(tokens_BT), size, score)
+
+
+def tensors(
+    tokens_BT: np.ndarray, lengths_B: np.ndarray, document_BT: np.ndarray | None, rows: slice
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Some of the blocks as int64 tensors."""
+    lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
+    return torch.from_numpy(tokens_BT[rows].astype(np.int64)), lengths, _rows(document_BT, rows)
+
+
+def in_micro_batches(
+    blocks: int, size: int, score: Callable[[slice, int], Scored]
+) -> Iterator[tuple[slice, Scored, int]]:
+    """Rows of so many blocks, what `score(rows, size)` gives of them, and how often the size had to be halved for them.
 
     Micro-batches start at multiples of their size: the same batches whoever scores the shard.
     """
     start = halvings = 0
-    while start < len(tokens_BT):
+    while start < blocks:
         rows = slice(start, start + size)
-        tokens = torch.from_numpy(tokens_BT[rows].astype(np.int64))
-        lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
         try:
-            scored = scorer.score_and_read(tokens, lengths, layers, _rows(document_BT, rows), usual_blocks=size)
+            scored = score(rows, size)
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise

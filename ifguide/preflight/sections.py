@@ -154,6 +154,9 @@ class _Sections:
             checks["build_query.factors"] = partial(self._folder, "build_query.factors", query.factors)
         return checks
 
+    def _fit_student(self) -> dict[str, Check]:
+        return self._proxy()
+
     def _score_corpus(self) -> dict[str, Check]:
         checks = self._proxy()
         for name, folder in self.config.score_corpus.queries.items():
@@ -289,7 +292,13 @@ class _Sections:
         """The artifact of a verb: a finished one needs no resources."""
         run = self.run
         folders = {"pack_corpus": run.corpus, "fit_factors": run.factors, "build_query": run.query}
-        folders |= {"score_corpus": run.scores, "build_mask": run.mask, "evaluate": run.report, "analyse": run.analyses}
+        folders |= {
+            "fit_student": run.student,
+            "score_corpus": run.scores,
+            "build_mask": run.mask,
+            "evaluate": run.report,
+            "analyse": run.analyses,
+        }
         folders["pretrain"] = run.model(PENALISED if self.config.pretrain.use_mask else BASELINE)
         return folders.get(verb, run.folder / verb)
 

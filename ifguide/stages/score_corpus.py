@@ -5,33 +5,44 @@ returns a ledger row; while it computes, it reads the next shard and writes the 
 on the number of actors, on order, or on retries: method, steps, threads and micro-batch are decided once
 (`influence.decision`). A shard that had to halve its micro-batch says so. Smoothed scores (`influence.smoothing`) come
 from the same pass; what smooths them is fitted on a sample of the corpus before.
+
+With a student (`score_corpus.scorer`) there are two passes: the student scores every block, then the exact method some
+of them, which are a random audit and, of a cascade, those in which the student finds most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import Manifest, require, require_same
-from ifguide.config import OWN, ScoreCorpus
+from ifguide.config import ScoreCorpus
 from ifguide.config.resources import ONE_CPU
-from ifguide.distributed.session import connect, require_resources
-from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
+from ifguide.distributed.session import require_resources
+from ifguide.distributed.shards import LEDGER, Pool, ShardResults, StageError, run_shards
 from ifguide.distributed.tasks import run_task
-from ifguide.influence.decision import METHOD, Decision, decide, describe_decision
+from ifguide.influence.decision import METHOD, Decision
 from ifguide.influence.method import chosen_method
-from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
 from ifguide.influence.scoring_worker import SMOOTHER, CorpusShard, ScoreShard, ScoringSettings
 from ifguide.influence.smoothing import Smoother
 from ifguide.influence.smoothing_worker import fit_on_sample
-from ifguide.models import check_vocabulary
 from ifguide.run import Run
-from ifguide.spans.tables import PackedCorpus
-from ifguide.storage import local_copy, location
+from ifguide.stages.scoring import ScoringInputs
+from ifguide.storage import local_copy
+from ifguide.student.auditing import audit_share, certify_files
+from ifguide.student.cascade_worker import (
+    FIRST_PASS,
+    CascadeSettings,
+    FirstShard,
+    Recheck,
+    ScoreByStudent,
+    choose_least,
+)
+from ifguide.student.certificate import Certificate
+from ifguide.student.scorers import StudentFacts
 from ifguide.telemetry import log
-from ifguide.tokenizer import load_tokenizer
 
 VERB = "score_corpus"
 
@@ -53,113 +64,140 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
             f" {config.resources.cpus:g} CPU, {config.resources.gpus:g} GPU",
         )
         return None
-    corpus, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
-    run.require_proxy()
-    connect(run.config.cluster)
-    block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
-    tokenizer = load_tokenizer(run.config.tokenizer_source)
-    beginning = Beginning.of(
-        tokenizer,
-        is_baseline=run.config.proxy_is_baseline,
-        of_documents=run.config.pretrain.document_attention,
-    )
-    proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
-    log(VERB, str(proxy))
-    check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
-    queries, inputs = _queries(run, query, proxy, beginning)
-    inputs |= {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
+    given = ScoringInputs.of(run, VERB)
+    inputs = dict(given.inputs)
+    if config.uses_student:
+        inputs["student"] = require_student(given).fingerprint
     artifact = run.open(run.scores, VERB, keys=("score_corpus",), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
     require_resources(run.config.cluster, VERB, config.resources)
+    corpus = given.corpus
     shards = [
         CorpusShard(key=name.removesuffix(".parquet"), name=name, number=number, bytes=corpus.files[name]["bytes"])
         for number, name in enumerate(corpus.names())
     ]
-    packed = PackedCorpus.of(run.corpus, corpus)
-    decision = Decision.read(run.scores) or _decide(run, beginning, queries, packed, shards[0].name)
-    settings = ScoringSettings(
-        corpus=packed,
-        scores=run.scores,
-        queries=queries,
-        proxy=run.proxy_source,
-        proxy_fingerprint=proxy.fingerprint,
-        beginning=beginning,
-        attribution=config.attribution,
-        decision=decision,
-        gpus=config.resources.gpus,
-        smoothed=config.smooth is not None,
-    )
-    if config.smooth and not (run.scores / SMOOTHER).exists():
-        _fit_smoother(settings, config, run.config.seed)
-    pool = Pool(size=config.max_actors, min_size=config.min_actors, resources=config.resources, in_flight=2)
-    tokens_per_byte = corpus.rows["tokens"] / sum(shard.bytes for shard in shards)
-    results = run_shards(
-        VERB,
-        shards,
-        ScoreShard,
-        settings,
-        folder=run.scores,
-        pool=pool,
-        unit="tokens",
-        amount=lambda shard: shard.bytes * tokens_per_byte,
-    )
-    rows = {name: sum(result[name] for result in results.values()) for name in ("blocks", "tokens")}
+    smoothed = config.smooth is not None and not config.uses_student
+    settings = given.settings(run.scores, config.resources, smoothed=smoothed)
+    scored = _by_student(given, settings, shards) if config.uses_student else _exactly(given, settings, shards)
+    rows = {name: sum(result[name] for result in scored.results.values()) for name in ("blocks", "tokens")}
     expected = {name: corpus.rows[name] for name in rows}
     if rows != expected:
         raise StageError(f"{VERB}: scored {rows} of a corpus of {expected}")
-    summary = {"attribution": config.attribution, **_summary(decision, results)}
-    files = [*(run.scores / shard.name for shard in shards), run.scores / METHOD]
-    if config.smooth:
-        summary["smoothing"] = Smoother.load(local_copy(run.scores / SMOOTHER)).summary(list(queries))
-        files.append(run.scores / SMOOTHER)
-    manifest = artifact.finish(files, rows=rows, summary=summary, remove=(LEDGER,), digests=results.files)
+    summary = {"attribution": config.attribution, **_summary(settings.decision, scored.results), **scored.summary}
+    files = [*(run.scores / shard.name for shard in shards), run.scores / METHOD, *scored.files]
+    manifest = artifact.finish(
+        files, rows=rows, summary=summary, remove=(LEDGER, FIRST_PASS), digests=scored.results.files
+    )
     log(VERB, f"{rows['tokens']:,} tokens, {summary['tokens_per_second_per_actor']:,.0f} tok/s per actor, {run.scores}")
     return manifest
 
 
-def _queries(
-    run: Run, query: Manifest, proxy: ProxyFacts, beginning: Beginning
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """The query of each behaviour, the run's own first, and their fingerprints; all must be of the proxy."""
-    require_same(
-        f"the proxy of {run.query}",
-        query.inputs["proxy"],
-        f"the proxy {run.proxy_source.source}",
-        proxy.fingerprint,
-        "build the query of this proxy, or name the query's own",
-    )
-    beginning.require_of(run.query, query.inputs)
-    queries, inputs = {OWN: run.query}, {"query": query.fingerprint}
-    for name, folder in run.config.score_corpus.queries.items():
-        further = require(location(folder), "build_query")
-        require_same(
-            f"the proxy of {folder}", further.inputs["proxy"], "this run's", proxy.fingerprint, "build it of this proxy"
-        )
-        beginning.require_of(location(folder), further.inputs)
-        inputs[f"query.{name}"] = further.fingerprint
-        queries[name] = location(folder)
-    return queries, inputs
+@dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """What the shards came to, and what there is beside them."""
+
+    results: ShardResults
+    files: Sequence[Path] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _decide(
-    run: Run, beginning: Beginning, queries: Mapping[str, Path], corpus: PackedCorpus, first_shard: str
-) -> Decision:
-    """Decide on a worker how the run scores, and publish it.
+def _exactly(given: ScoringInputs, settings: ScoringSettings, shards: Sequence[CorpusShard]) -> _Scored:
+    """Every block by the chosen method."""
+    config, folder = given.run.config.score_corpus, settings.scores
+    if config.smooth and not (folder / SMOOTHER).exists():
+        _fit_smoother(settings, config, given.run.config.seed)
+    results = _run(given, shards, ScoreShard, settings)
+    if not config.smooth:
+        return _Scored(results=results)
+    smoothing = Smoother.load(local_copy(folder / SMOOTHER)).summary(list(given.queries))
+    return _Scored(results=results, files=[folder / SMOOTHER], summary={"smoothing": smoothing})
+
+
+def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequence[CorpusShard]) -> _Scored:
+    """Every block by the student, then some of them exactly, and the certificate.
 
     Raises:
-        ValueError: the chosen method does not agree with the exact one on the first blocks.
+        ValueError: the certificate falls short of `score_corpus.min_recall`; says what to do.
     """
-    config = run.config.score_corpus
-    folders = list(queries.values())
-    decision, memory = run_task(
-        decide, config, run.proxy_source, beginning, folders, corpus, first_shard, resources=config.resources
+    config, folder, student = given.run.config.score_corpus, settings.scores, given.run.student
+    cascade = CascadeSettings(
+        scoring=settings,
+        student=student,
+        facts=StudentFacts.read(student),
+        audit_fraction=audit_share(config.audit_fraction, given.packed.num_blocks),
+        seed=given.run.config.seed,
+        replaces=config.scorer == "cascade",
     )
-    log(VERB, describe_decision(config, decision, memory))
-    decision.require_agreement(config.min_agreement)
-    decision.write(run.scores)
-    return decision
+    first = [FirstShard(shard=shard) for shard in shards]
+    passed = _run(given, first, ScoreByStudent, cascade)
+    numbers, share = [shard.number for shard in shards], config.recheck_fraction
+    least = run_task(choose_least, cascade, numbers, share, resources=ONE_CPU)
+    log(VERB, f"the student's pass is done; blocks that count {least:g} or more are rechecked")
+    results = _run(given, shards, Recheck, replace(cascade, least=least))
+    audits = [cascade.audit(number) for number in numbers]
+    sources = sorted({source for result in results.values() for source in result["sources"]})
+    certificate: Certificate = run_task(certify_files, audits, sources, resources=ONE_CPU)
+    said = {"scorer": config.scorer, "kind": cascade.facts.kind, **_blocks(results), **certificate.as_json()}
+    settings.decision.write(folder, certificate=said)
+    log(VERB, f"audit of {said['audited_blocks']:,} blocks: {certificate}")
+    if shortfalls := certificate.shortfalls(config.min_recall):
+        raise ValueError(
+            f"{VERB}: the student misses too much: {'; '.join(shortfalls)}. Raise score_corpus.recheck_fraction or"
+            " fit_student.sample_fraction (in another run_dir, or delete scores/ and student/), audit_fraction where"
+            " the interval is wide, take scorer: exact, or accept it by a lower score_corpus.min_recall"
+        )
+    return _Scored(results=_added(results, passed), files=audits, summary={"student": said})
+
+
+def require_student(given: ScoringInputs) -> Manifest:
+    """The run's student, of the same corpus, proxy, query and exact scores.
+
+    Raises:
+        FileNotFoundError: there is none. MismatchError: it is of others; names them.
+    """
+    folder = given.run.student
+    student = require(folder, "fit_student")
+    for name, fingerprint in given.inputs.items():
+        made = student.inputs.get(name, "none")
+        require_same(f"the {name} of {folder}", made, "this run's", fingerprint, "fit the student again")
+    given.beginning.require_of(folder, student.inputs)
+    return student
+
+
+def _run(given: ScoringInputs, shards: Sequence[Any], make_worker: Any, settings: Any) -> ShardResults:
+    """A pass over the corpus."""
+    config, corpus = given.run.config.score_corpus, given.corpus
+    of_corpus = [getattr(shard, "shard", shard) for shard in shards]
+    tokens = {
+        shard.key: own.bytes * corpus.rows["tokens"] / sum(own.bytes for own in of_corpus)
+        for shard, own in zip(shards, of_corpus, strict=True)
+    }
+    pool = Pool(size=config.max_actors, min_size=config.min_actors, resources=config.resources, in_flight=2)
+    return run_shards(
+        VERB,
+        shards,
+        make_worker,
+        settings,
+        folder=given.run.scores,
+        pool=pool,
+        unit="tokens",
+        amount=lambda shard: tokens[shard.key],
+    )
+
+
+def _blocks(results: ShardResults) -> dict[str, int]:
+    """How many blocks were scored exactly, are those that a cascade rechecks, and were audited."""
+    names = ("exact_blocks", "rechecked_blocks", "audited_blocks")
+    return {name: sum(result[name] for result in results.values()) for name in names}
+
+
+def _added(results: ShardResults, passed: ShardResults) -> ShardResults:
+    """The second pass' results, with the time of the first one."""
+    for key, result in results.items():
+        result["seconds"] += passed[f"{FIRST_PASS}-{key}"]["seconds"]
+    return results
 
 
 def _fit_smoother(settings: ScoringSettings, config: ScoreCorpus, seed: int) -> None:

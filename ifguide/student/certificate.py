@@ -97,8 +97,23 @@ class Certificate:
                 found.append(f"{_recall_of(source, fidelity)}, surely below {min_recall:g}")
         return found
 
+    def __str__(self) -> str:
+        """One line for people."""
+        spearman = self.whole.spearman
+        return (
+            f"Spearman {_interval(spearman)} with the exact scores, {_interval(self.whole.recall)} of their top"
+            f" {self.top_share:.0%} in blocks that were rechecked"
+            + (f"; no block of {', '.join(self.unaudited)}" if self.unaudited else "")
+        )
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _interval(figure: Figure) -> str:
+    if figure.value is None or figure.low is None or figure.high is None:
+        return "undefined"
+    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 
 def _recall_of(name: str, fidelity: Fidelity) -> str:

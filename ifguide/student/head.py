@@ -4,11 +4,11 @@ With z_j the states of several layers after token j has been read, the top one h
 
     direct_j  = w . z_j + b                                      a regression of (a transform of) the score itself
     tangent_j = dNLL(h_{j-1}, x_j) along W z_{j-1} + c           a regression of the final hidden tangent h'
-    score_j   = (1 - mix) direct_j / direct_scale + mix tangent_j / tangent_scale
+    score_j   = offset + (1 - mix) direct_j / direct_scale + mix tangent_j / tangent_scale
 
 The exact score is the derivative of the loss along h' (`influence.head_derivatives`), so a student of h' needs to know
-nothing of the vocabulary. It costs the LM head, which `direct` does without. A score is in units of its own spread: its
-order counts.
+nothing of the vocabulary. It costs the LM head, which `direct` does without. Scales and offset are such that a score is
+the least-squares estimate of the exact one (`calibrated`), so that both can stand in one table.
 
 Cost: 2N FLOP a token for the body's N parameters and 2 F for F features; with a mix above 0 further 2 F D + 4 D V.
 """
@@ -16,7 +16,7 @@ Cost: 2N FLOP a token for the body's N parameters and 2 F for F features; with a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide.artifacts import publish
+from ifguide.documents import begun, known_documents
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.states import taken_states
 from ifguide.models import predicted_positions, transformer_blocks
@@ -46,6 +47,7 @@ class HeadStudent:
     mix: float
     direct_scale: float
     tangent_scale: float
+    offset: float = 0.0
 
     def direct(self, features_BTF: Tensor) -> Tensor:
         """(B, T) w . z + b."""
@@ -64,12 +66,25 @@ class HeadStudent:
 
     def scores(self, features_BTF: Tensor, tokens_BT: Tensor, head: HeadDerivatives) -> Tensor:
         """(B, T) label-aligned; what has no prediction holds anything. What the mix leaves out is not computed."""
-        score_BT = torch.zeros_like(features_BTF[..., 0])
+        score_BT = torch.full_like(features_BTF[..., 0], self.offset)
         if self.mix < 1:
             score_BT += (1 - self.mix) / self.direct_scale * self.direct(features_BTF)
         if self.mix > 0:
             score_BT += self.mix / self.tangent_scale * self.tangent(features_BTF, tokens_BT, head)
         return score_BT
+
+    def calibrated(self, exact_N: Floats, own_N: Floats) -> HeadStudent:
+        """The student whose scores are offset + slope times these, nearest to the exact scores of N tokens by least
+        squares. As it is where its scores do not rise with them."""
+        slope = float(np.cov(exact_N, own_N)[0, 1] / (own_N.var(ddof=1) or 1.0))
+        if not slope > 0:
+            return self
+        return replace(
+            self,
+            direct_scale=self.direct_scale / slope,
+            tangent_scale=self.tangent_scale / slope,
+            offset=float(exact_N.mean() - slope * (own_N.mean() - self.offset)),
+        )
 
     def save(self, path: Path) -> None:
         """Publish what `load` reads."""
@@ -100,23 +115,33 @@ class HeadScorer:
             self.head.check(model)
 
     @torch.no_grad()
-    def score(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """Scores (B, T), label-aligned as `TokenScorer.score`: index 0 and padding are exactly 0."""
+    def score(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor:
+        """Scores (B, T), label-aligned and with documents as `TokenScorer.score`: what has no prediction is exactly
+        0."""
         tokens_BT, lengths_B = tokens_BT.to(self.model.device), lengths_B.to(self.model.device)
-        features_BTF = read_features(self.model, tokens_BT, self.student.layers, beginning=self.beginning)
+        document_BT = None if document_BT is None else document_BT.to(self.model.device)
+        features_BTF = read_features(self.model, tokens_BT, self.student.layers, document_BT, beginning=self.beginning)
         scores_BT = self.student.scores(features_BTF, tokens_BT, self.head)
-        return scores_BT.masked_fill(~predicted_positions(tokens_BT, lengths_B), 0.0)
+        return scores_BT.masked_fill(~predicted_positions(tokens_BT, lengths_B, document_BT), 0.0)
 
 
 @torch.no_grad()
 def read_features(
-    model: PreTrainedModel, tokens_BT: Tensor, layers: Sequence[int], *, beginning: int | None = None
+    model: PreTrainedModel,
+    tokens_BT: Tensor,
+    layers: Sequence[int],
+    document_BT: Tensor | None = None,
+    *,
+    beginning: int | None = None,
 ) -> Tensor:
     """(B, T, F) the hidden states of `layers` side by side, of one pass of the body, float32 at least; entry t has read
-    the tokens up to t, and the `beginning` before them."""
-    first = int(beginning is not None)
-    read_BT = tokens_BT if beginning is None else F.pad(tokens_BT, (1, 0), value=beginning)
-    with taken_states(model, transformer_blocks(model)[1], layers, lambda states: states) as states:
-        model.base_model(read_BT, use_cache=False)
-    features_BTF = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
+    the tokens up to t, and the `beginning` before them. document_BT: as `TokenScorer.score`."""
+    lengths_B = torch.full((len(tokens_BT),), tokens_BT.shape[1], device=tokens_BT.device)
+    read = begun(tokens_BT, lengths_B, document_BT, beginning)
+    with (
+        taken_states(model, transformer_blocks(model)[1], layers, lambda states: states) as states,
+        known_documents(read.document_BU) as places,
+    ):
+        model.base_model(read.tokens_BU, use_cache=False, **places)
+    features_BTF = torch.cat([read.own(states[layer], 0) for layer in layers], dim=-1)
     return features_BTF.to(torch.promote_types(features_BTF.dtype, torch.float32))

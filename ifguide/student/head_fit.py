@@ -76,8 +76,9 @@ class HeldBlocks(NamedTuple):
 class HeadSample:
     """Adds up blocks that have exact scores. `layers` are those of the features, D each, the model's top one last."""
 
-    def __init__(self, transforms: Transforms, layers: Sequence[int]):
-        self.transforms, self.layers = transforms, tuple(layers)
+    def __init__(self, transforms: Transforms, layers: Sequence[int], *, most_held: int | None = None):
+        """most_held: tokens whose features are kept, about; None: of all blocks that are held out."""
+        self.transforms, self.layers, self.most_held = transforms, tuple(layers), most_held
         self.sums: FoldSums | None = None
         self.held: list[HeldBlocks] = []
 
@@ -92,7 +93,7 @@ class HeadSample:
         folds_N = np.full(len(features_NF), HELD_OUT if held_out else FITTED)
         part = FoldSums.of(features_NF, targets_NS, folds_N, 2)
         self.sums = part if self.sums is None else self.sums + part
-        if held_out:
+        if held_out and (self.most_held is None or sum(own.known_BT.numel() for own in self.held) < self.most_held):
             self.held.append(HeldBlocks(features_BTF, tokens_BT, scores_BT, known_BT))
 
 
@@ -112,7 +113,7 @@ def fit_head(sample: HeadSample, head: HeadDerivatives) -> tuple[HeadStudent, li
     tried: list[dict[str, Any]] = []
     for layers in layer_choices(sample.layers):
         tried += _try(sample, layers, head)
-    best = max(tried, key=lambda own: (own["recall"], own["overlap"]))
+    best = best_head(tried)
     sums, columns = _of_layers(sample, best["layers"])
     weights_SRF, biases_SR = fit_others(sums, NO_FOLD, [best["ridge"], best["tangent_ridge"]])
     student = replace(
@@ -122,7 +123,14 @@ def fit_head(sample: HeadSample, head: HeadDerivatives) -> tuple[HeadStudent, li
     held = [block._replace(features_BTF=block.features_BTF[..., columns]) for block in sample.held]
     direct_N = _known(held, [student.direct(block.features_BTF) for block in held])
     tangent_N = _known(held, [student.tangent(*block[:2], head) for block in held])
-    return replace(student, direct_scale=_spread(direct_N), tangent_scale=_spread(tangent_N)), tried
+    student = replace(student, direct_scale=_spread(direct_N), tangent_scale=_spread(tangent_N))
+    mixed_N = (1 - student.mix) * direct_N / student.direct_scale + student.mix * tangent_N / student.tangent_scale
+    return student.calibrated(_known(held, [block.scores_BT for block in held]), mixed_N), tried
+
+
+def best_head(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The one that is kept: what finds most of the highest exact scores."""
+    return max(tried, key=lambda own: (own["recall"], own["overlap"]))
 
 
 def _try(sample: HeadSample, layers: tuple[int, ...], head: HeadDerivatives) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ Memory: 16 bytes * longest * 2^bits. Cost: about 30 operations a token for each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,8 +116,12 @@ def choose_strength(
     for strength in STRENGTHS:
         found_BT = NgramStudent(sums=sums, strength=strength).score(tokens_BT)
         tried.append({"strength": strength, **fidelity(scores_BT[known_BT], found_BT[known_BT])})
-    best = max(tried, key=lambda own: (own["recall"], own["spearman"]))
-    return NgramStudent(sums=sums, strength=best["strength"]), tried
+    return NgramStudent(sums=sums, strength=best_ngram(tried)["strength"]), tried
+
+
+def best_ngram(tried: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The one that is kept: what finds most of the highest exact scores."""
+    return max(tried, key=lambda own: (own["recall"], own["spearman"]))
 
 
 def ngram_places(tokens_BT: Integers, *, longest: int, bits: int) -> Iterator[NDArray[np.int64]]:

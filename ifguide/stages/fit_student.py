@@ -1,0 +1,97 @@
+"""`fit_student`: a student of the token scores, from a random sample of the corpus that is scored exactly.
+
+A part of the sample is one piece of work and the unit of resuming; the student is fitted on all of them in one task.
+What was tried on the blocks that were held out, and the one that was chosen, is in `student/student.json`. How good the
+student is, only the audit of `score_corpus` says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ifguide.artifacts import Manifest
+from ifguide.config import Config
+from ifguide.config.typed_yaml import result_part
+from ifguide.distributed.session import require_resources
+from ifguide.distributed.shards import LEDGER, Pool, ShardResults, run_shards
+from ifguide.distributed.tasks import run_task
+from ifguide.influence.decision import METHOD
+from ifguide.run import Run
+from ifguide.stages.scoring import ScoringInputs
+from ifguide.student.sample_worker import (
+    TRANSFORMS,
+    SamplePart,
+    SampleSettings,
+    ScoreSample,
+    fit_on_parts,
+    fit_transforms,
+)
+from ifguide.student.sampling import Sampling
+from ifguide.student.scorers import FACTS, STUDENT
+from ifguide.telemetry import log
+
+VERB = "fit_student"
+# of `score_corpus`: what the exact scores of the sample depend on
+SCORING = ("attribution", "preset", "engine", "precision", "rank", "fused", "micro_batch_blocks")
+
+
+def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
+    """Make `student/`.
+
+    Raises:
+        MismatchError: the query is of another proxy. ValueError: the sample is too small. StageError: a part failed.
+    """
+    config = run.config.fit_student
+    if dry_run:
+        log(
+            VERB,
+            f"would score {config.sample_fraction:.3%} of the corpus' blocks exactly, in {config.partitions} parts, and"
+            f" fit a student of kind {config.kind}",
+        )
+        return None
+    given = ScoringInputs.of(run, VERB)
+    extra = {"scoring": scoring_options(run.config)}
+    artifact = run.open(run.student, VERB, keys=("fit_student", "seed"), inputs=given.inputs, extra=extra)
+    if artifact.manifest:
+        log(VERB, f"complete: {artifact.manifest.summary['chosen']}")
+        return artifact.manifest
+    require_resources(run.config.cluster, VERB, config.resources)
+    settings = SampleSettings(
+        scoring=given.settings(run.student, config.resources),
+        kind=config.kind,
+        sampling=Sampling(fraction=config.sample_fraction, held_out=config.held_out, seed=run.config.seed),
+        partitions=min(config.partitions, given.packed.num_shards),
+    )
+    if config.kind == "head" and not (run.student / TRANSFORMS).exists():
+        run_task(fit_transforms, settings, resources=config.resources)
+    parts = [SamplePart(number=number) for number in range(settings.partitions)]
+    pool = Pool(size=min(config.max_actors, len(parts)), resources=config.resources)
+    results = run_shards(VERB, parts, ScoreSample, settings, folder=run.student, pool=pool, unit="parts")
+    sample = _sample(results)
+    chosen = run_task(fit_on_parts, settings, sample, resources=config.resources)
+    files = [run.student / name for name in (STUDENT, FACTS, METHOD)]
+    rows = {name: sample[name] for name in ("blocks", "tokens")}
+    summary = {"kind": config.kind, "chosen": chosen, "unsampled": sample["unsampled"]}
+    scratch = (LEDGER, TRANSFORMS, *(settings.part(part.number).name for part in parts))
+    manifest = artifact.finish(files, rows=rows, summary=summary, remove=scratch)
+    log(
+        VERB,
+        f"{config.kind} student of {rows['tokens']:,} tokens: finds {chosen['recall']:.3f} of the highest scores of"
+        f" the blocks that it was chosen by in its own top 10%; {run.student}",
+    )
+    return manifest
+
+
+def scoring_options(config: Config) -> dict[str, Any]:
+    """What a student's exact scores depend on."""
+    options = result_part(config.score_corpus)
+    return {name: options[name] for name in SCORING if name in options}
+
+
+def _sample(results: ShardResults) -> dict[str, Any]:
+    """What the parts' sample holds, and the sources that it does not."""
+    counts = {name: sum(part[name] for part in results.values()) for name in ("blocks", "held", "tokens", "halvings")}
+    found, sampled = (
+        {source for part in results.values() for source in part[name]} for name in ("sources", "sampled_sources")
+    )
+    return {**counts, "sources": len(found), "unsampled": sorted(found - sampled)}

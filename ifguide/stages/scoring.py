@@ -1,0 +1,123 @@
+"""What the verbs that score have in common: their inputs, checked, and the decision how a run scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ifguide.artifacts import Manifest, require, require_same
+from ifguide.config import OWN
+from ifguide.config.resources import ONE_CPU, Resources
+from ifguide.distributed.session import connect
+from ifguide.distributed.tasks import run_task
+from ifguide.influence.decision import Decision, decide, describe_decision
+from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
+from ifguide.influence.scoring_worker import ScoringSettings
+from ifguide.models import check_vocabulary
+from ifguide.run import Run
+from ifguide.spans.tables import PackedCorpus
+from ifguide.storage import location
+from ifguide.telemetry import log
+from ifguide.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringInputs:
+    """Corpus, proxy, and the queries of all behaviours, the run's own first; `inputs` are their fingerprints."""
+
+    run: Run
+    verb: str
+    corpus: Manifest
+    packed: PackedCorpus
+    proxy: ProxyFacts
+    beginning: Beginning
+    queries: Mapping[str, Path]
+    inputs: Mapping[str, str]
+
+    @classmethod
+    def of(cls, run: Run, verb: str) -> ScoringInputs:
+        """Those of a run; connects to the cluster.
+
+        Raises:
+            FileNotFoundError: a verb has not been run. MismatchError: a query is of another proxy.
+        """
+        corpus, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
+        run.require_proxy()
+        connect(run.config.cluster)
+        tokenizer = load_tokenizer(run.config.tokenizer_source)
+        beginning = Beginning.of(
+            tokenizer,
+            is_baseline=run.config.proxy_is_baseline,
+            of_documents=run.config.pretrain.document_attention,
+        )
+        block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
+        proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
+        log(verb, str(proxy))
+        check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
+        queries, inputs = _queries(run, query, proxy, beginning)
+        inputs |= {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
+        return cls(
+            run=run,
+            verb=verb,
+            corpus=corpus,
+            packed=PackedCorpus.of(run.corpus, corpus),
+            proxy=proxy,
+            beginning=beginning,
+            queries=queries,
+            inputs=inputs,
+        )
+
+    def settings(self, folder: Path, resources: Resources, *, smoothed: bool = False) -> ScoringSettings:
+        """What an actor scores with into `folder`, by the decision that lies there, or that is made now."""
+        return ScoringSettings(
+            corpus=self.packed,
+            scores=folder,
+            queries=self.queries,
+            proxy=self.run.proxy_source,
+            proxy_fingerprint=self.proxy.fingerprint,
+            beginning=self.beginning,
+            attribution=self.run.config.score_corpus.attribution,
+            decision=Decision.read(folder) or self._decide(folder, resources),
+            gpus=resources.gpus,
+            smoothed=smoothed,
+        )
+
+    def _decide(self, folder: Path, resources: Resources) -> Decision:
+        """Decide on a worker how the run scores, and publish it.
+
+        Raises:
+            ValueError: the chosen method does not agree with the exact one on the first blocks.
+        """
+        config, folders, first = self.run.config.score_corpus, list(self.queries.values()), self.corpus.names()[0]
+        decision, memory = run_task(
+            decide, config, self.run.proxy_source, self.beginning, folders, self.packed, first, resources=resources
+        )
+        log(self.verb, describe_decision(config, decision, memory))
+        decision.require_agreement(config.min_agreement)
+        decision.write(folder)
+        return decision
+
+
+def _queries(
+    run: Run, query: Manifest, proxy: ProxyFacts, beginning: Beginning
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The query of each behaviour, the run's own first, and their fingerprints; all must be of the proxy."""
+    require_same(
+        f"the proxy of {run.query}",
+        query.inputs["proxy"],
+        f"the proxy {run.proxy_source.source}",
+        proxy.fingerprint,
+        "build the query of this proxy, or name the query's own",
+    )
+    beginning.require_of(run.query, query.inputs)
+    queries, inputs = {OWN: run.query}, {"query": query.fingerprint}
+    for name, folder in run.config.score_corpus.queries.items():
+        further = require(location(folder), "build_query")
+        require_same(
+            f"the proxy of {folder}", further.inputs["proxy"], "this run's", proxy.fingerprint, "build it of this proxy"
+        )
+        beginning.require_of(location(folder), further.inputs)
+        inputs[f"query.{name}"] = further.fingerprint
+        queries[name] = location(folder)
+    return queries, inputs

@@ -1,0 +1,157 @@
+"""Parts of a labelled sample, as files that add up: what a student is fitted on.
+
+A part holds sums over the blocks that are fitted on and over those that are held out, and some of the latter as they
+are, for the figures of what is tried. The files of all parts together, in order, give the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ifguide.artifacts import publish
+from ifguide.influence.head_derivatives import HeadDerivatives
+from ifguide.influence.smoothing import FoldSums
+from ifguide.student.fidelity import TOP_SHARE
+from ifguide.student.head import HeadStudent
+from ifguide.student.head_fit import HeadSample, HeldBlocks, Transforms, best_head, fit_head
+from ifguide.student.ngrams import NgramStudent, NgramSums, best_ngram, choose_strength
+
+HELD_FEATURES = 1 << 15  # tokens of all parts whose features are kept
+HELD_TOKENS = 1 << 22  # of all parts whose ids and scores are
+
+
+class Labelled(NamedTuple):
+    """Blocks with exact scores of where `known_BT`, (B, T) each; for a `head`, states and final tangents as well."""
+
+    tokens_BT: Tensor
+    known_BT: Tensor
+    scores_BT: Tensor
+    features_BTF: Tensor | None = None
+    tangents_BTD: Tensor | None = None
+
+
+class Fitted(NamedTuple):
+    """A student, which of what was tried it is, all of that, and the edge of the top `TOP_SHARE` of its own scores in
+    blocks that were held out."""
+
+    student: HeadStudent | NgramStudent
+    chosen: dict[str, Any]
+    tried: list[dict[str, Any]]
+    edge: float
+
+
+class HeadPart:
+    """That of a `head` student."""
+
+    def __init__(self, transforms: Transforms, layers: tuple[int, ...], partitions: int):
+        self.sample = HeadSample(transforms, layers, most_held=-(-HELD_FEATURES // partitions))
+
+    def add(self, blocks: Labelled, *, held_out: bool) -> None:
+        """Add some blocks."""
+        assert blocks.features_BTF is not None
+        assert blocks.tangents_BTD is not None
+        self.sample.add(*blocks[:3], blocks.features_BTF, blocks.tangents_BTD, held_out=held_out)
+
+    def save(self, path: Path) -> None:
+        """Publish what `fit_head_parts` reads."""
+        sums: dict[str, Any] = {} if self.sample.sums is None else vars(self.sample.sums)
+        held = {
+            f"held_{name}": torch.cat([getattr(own, name) for own in self.sample.held]).cpu().numpy()
+            for name in (HeldBlocks._fields if self.sample.held else ())
+        }
+        with publish(path) as part, part.open("wb") as file:
+            np.savez(file, **sums | held)
+
+
+class NgramPart:
+    """That of an `ngram` student."""
+
+    def __init__(self, partitions: int):
+        self.most_held, self.blocks = -(-HELD_TOKENS // partitions), 0
+        self.sums: dict[bool, NgramSums] = {}
+        self.held: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, blocks: Labelled, *, held_out: bool) -> None:
+        """Add some blocks."""
+        arrays = tuple(own.cpu().numpy() for own in blocks[:3])
+        tokens_BT, known_BT, scores_BT = arrays
+        part = NgramSums.of(tokens_BT, scores_BT, known_BT)
+        self.sums[held_out] = self.sums[held_out] + part if held_out in self.sums else part
+        if held_out and sum(own[0].size for own in self.held) < self.most_held:
+            self.held.append(arrays)
+
+    def save(self, path: Path) -> None:
+        """Publish what `fit_ngram_parts` reads."""
+        arrays = {
+            f"{kind}_{name}": value
+            for kind, held in (("fitted", False), ("held", True))
+            for name, value in (vars(self.sums[held]) if held in self.sums else {}).items()
+        }
+        if self.held:
+            names = ("blocks_tokens", "blocks_known", "blocks_scores")
+            arrays |= {name: np.concatenate(own) for name, own in zip(names, zip(*self.held, strict=True), strict=True)}
+        with publish(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+
+def fit_head_parts(
+    paths: Iterable[Path],
+    transforms: Transforms,
+    layers: tuple[int, ...],
+    head: HeadDerivatives,
+    device: torch.device,
+) -> Fitted:
+    """The student of all parts; `device` is that of the head. Raises ValueError, as `fit_head`."""
+    sample = HeadSample(transforms, layers)
+    for path in paths:
+        with np.load(path) as saved:
+            arrays = {name: saved[name] for name in saved.files}
+        held = {name: arrays.pop(f"held_{name}") for name in HeldBlocks._fields if f"held_{name}" in arrays}
+        if arrays:
+            part = FoldSums(**arrays)
+            sample.sums = part if sample.sums is None else sample.sums + part
+        if held:
+            sample.held.append(HeldBlocks(*(torch.from_numpy(own).to(device) for own in held.values())))
+    student, tried = fit_head(sample, head)
+    scores = []
+    for own in sample.held:
+        width = len(student.weights_F)
+        scores_BT = student.scores(own.features_BTF[..., -width:], own.tokens_BT, head)
+        scores.append(scores_BT[own.known_BT].double().cpu().numpy())
+    return Fitted(student, best_head(tried), tried, _edge(np.concatenate(scores)))
+
+
+def fit_ngram_parts(paths: Iterable[Path]) -> Fitted:
+    """The student of all parts.
+
+    Raises:
+        ValueError: no blocks were held out, or none were fitted on.
+    """
+    sums: dict[str, NgramSums] = {}
+    held: list[tuple[np.ndarray, ...]] = []
+    for path in paths:
+        with np.load(path) as saved:
+            for kind in ("fitted", "held"):
+                if f"{kind}_total" in saved.files:
+                    arrays = {name: saved[f"{kind}_{name}"] for name in ("scores_NP", "counts_NP")}
+                    part = NgramSums(**arrays, total=float(saved[f"{kind}_total"]), tokens=int(saved[f"{kind}_tokens"]))
+                    sums[kind] = sums[kind] + part if kind in sums else part
+            if "blocks_tokens" in saved.files:
+                held.append(tuple(saved[f"blocks_{name}"] for name in ("tokens", "scores", "known")))
+    if "fitted" not in sums or not held:
+        raise ValueError("a student needs blocks to be fitted on and others that are held out; take a larger sample")
+    tokens_BT, scores_BT, known_BT = (np.concatenate(own) for own in zip(*held, strict=True))
+    student, tried = choose_strength(sums["fitted"], tokens_BT, scores_BT, known_BT)
+    edge = _edge(student.score(tokens_BT)[known_BT])
+    whole = NgramStudent(sums=student.sums + sums["held"], strength=student.strength)
+    return Fitted(whole, dict(best_ngram(tried)), list(tried), edge)
+
+
+def _edge(scores_N: np.ndarray) -> float:
+    return float(np.quantile(scores_N.astype(np.float64), 1 - TOP_SHARE))

@@ -1,0 +1,51 @@
+"""Which blocks a cascade scores exactly: those in which the student finds most.
+
+A block counts the sum of what its tokens' student scores exceed an edge by, the edge of the student's own top 2% in the
+sample. Blocks are taken from the highest count on, while they are within the share that may be rechecked. The bound is
+found as an exact quantile is (`selection.quantiles`): by two histograms, which add up over the shards.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ifguide.selection.quantiles import from_order_preserving_uint32, high_histogram, low_histogram
+
+LEAST = float(np.finfo(np.float32).tiny)  # of a block in which the student finds anything
+Floats = NDArray[np.float32]
+
+
+def block_counts(scores_BT: Floats, edge: float) -> Floats:
+    """(B,) the sum of what the scores of each block's tokens exceed the edge by."""
+    return np.maximum(scores_BT.astype(np.float64) - edge, 0).sum(axis=1).astype(np.float32)
+
+
+def least_count(read: Callable[[], Iterable[Floats]], share: float) -> float:
+    """The least count that is rechecked: as low as can be with at most `share` of the blocks at or above it, and above
+    0. `read` gives the counts (B,) of every shard, each time anew."""
+    high = functools.reduce(np.add, map(high_histogram, read()))
+    allowed = math.floor(share * int(high.sum()))
+    bucket, room = _last_that_does_not_fit(high, allowed)
+    if bucket is None:
+        return LEAST
+    low = functools.reduce(np.add, (low_histogram(counts, bucket) for counts in read()))
+    place, _ = _last_that_does_not_fit(low, room)
+    assert place is not None, "the bucket as a whole does not fit"
+    least = from_order_preserving_uint32(np.array([(bucket << 16) + place + 1], dtype=np.uint32))[0]
+    return max(float(least), LEAST)
+
+
+def _last_that_does_not_fit(counts: NDArray[np.int64], room: int) -> tuple[int | None, int]:
+    """The place from the top on at which more than `room` have been counted, and the room that is left before it; None
+    where all fit."""
+    from_top = np.cumsum(counts[::-1])
+    over = np.flatnonzero(from_top > room)
+    if not len(over):
+        return None, room - int(from_top[-1])
+    before = int(from_top[over[0] - 1]) if over[0] else 0
+    return len(counts) - 1 - int(over[0]), room - before

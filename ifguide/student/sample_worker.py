@@ -1,0 +1,220 @@
+"""The work of `fit_student`: score a part of the sample exactly, and fit the student on all parts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from ifguide.artifacts import publish, write_json
+from ifguide.influence.head_derivatives import HeadDerivatives
+from ifguide.influence.memory import keep_memory
+from ifguide.influence.query_file import read_direction
+from ifguide.influence.scorer import TokenScorer
+from ifguide.influence.scoring_worker import ScoringSettings, in_micro_batches, layers_of, tensors
+from ifguide.influence.smoothing import smoothing_layers
+from ifguide.models import predicted_positions, transformer_blocks
+from ifguide.storage import local_copy
+from ifguide.student.head_fit import Transforms
+from ifguide.student.parts import Fitted, HeadPart, Labelled, NgramPart, fit_head_parts, fit_ngram_parts
+from ifguide.student.sampling import Sampling, ShardBlocks, read_blocks
+from ifguide.student.scorers import FACTS, STUDENT
+
+TRANSFORMS = "transforms.npz"
+RANGE_TOKENS = 1 << 15  # of which the transforms of the scores are taken
+Kind = Literal["head", "ngram"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """What a sample is scored with. `scoring.scores` is the student's folder; it has the run's own query alone."""
+
+    scoring: ScoringSettings
+    kind: Kind
+    sampling: Sampling
+    partitions: int
+
+    @property
+    def folder(self) -> Path:
+        return self.scoring.scores
+
+    def part(self, number: int) -> Path:
+        """Where a part is published."""
+        return self.folder / f"part-{number:05d}.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePart:
+    """Every so many-th shard of the corpus."""
+
+    number: int
+
+    @property
+    def key(self) -> str:
+        return f"part-{self.number:05d}"
+
+
+class ScoreSample:
+    """Worker: the sampled blocks of a part in, what a student is fitted on out."""
+
+    def __init__(self, settings: SampleSettings):
+        keep_memory()
+        self.settings, self.scorer = settings, _scorer(settings)
+        self.layers = layers_of(self.scorer)
+        self.transforms = _read_transforms(settings.folder) if settings.kind == "head" else None
+
+    def process(self, part: SamplePart) -> dict[str, Any]:
+        settings, tally = self.settings, _Tally()
+        if self.transforms is not None:
+            out: HeadPart | NgramPart = HeadPart(self.transforms, self.layers, settings.partitions)
+        else:
+            out = NgramPart(settings.partitions)
+        for shard in range(part.number, settings.scoring.corpus.num_shards, settings.partitions):
+            blocks = read_blocks(settings.scoring.corpus, shard)
+            sampled = _sampled(blocks, settings.sampling, shard)
+            tally.add(blocks, sampled)
+            for held_out, rows in ((False, ~sampled.held_B), (True, sampled.held_B)):
+                for labelled, halvings in label(settings, self.scorer, sampled.blocks.take(np.flatnonzero(rows))):
+                    out.add(labelled, held_out=held_out)
+                    tally.halvings += halvings
+        out.save(settings.part(part.number))
+        return tally.result()
+
+
+class _Sampled(NamedTuple):
+    blocks: ShardBlocks
+    held_B: np.ndarray
+
+
+def _sampled(blocks: ShardBlocks, sampling: Sampling, shard: int) -> _Sampled:
+    rows = sampling.rows(blocks.sources_BT[:, 0], shard)
+    return _Sampled(blocks.take(rows), sampling.held(len(rows), shard))
+
+
+class _Tally:
+    """What a part has come to."""
+
+    def __init__(self) -> None:
+        self.started, self.halvings = time.monotonic(), 0
+        self.blocks = self.held = self.tokens = 0
+        self.sources: set[str] = set()
+        self.sampled: set[str] = set()
+
+    def add(self, blocks: ShardBlocks, sampled: _Sampled) -> None:
+        self.blocks += len(sampled.held_B)
+        self.held += int(sampled.held_B.sum())
+        self.tokens += int(sampled.blocks.lengths_B.sum())
+        self.sources |= set(blocks.sources)
+        self.sampled |= {blocks.sources[place] for place in np.unique(sampled.blocks.sources_BT)}
+
+    def result(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in ("blocks", "held", "tokens", "halvings")},
+            "sources": sorted(self.sources),
+            "sampled_sources": sorted(self.sampled),
+            "seconds": time.monotonic() - self.started,
+        }
+
+
+def label(settings: SampleSettings, scorer: TokenScorer, blocks: ShardBlocks) -> Iterator[tuple[Labelled, int]]:
+    """Blocks with their exact scores, and how often the micro-batch was halved for them."""
+    apart_BT = blocks.documents_BT if settings.scoring.beginning.of_documents else None
+    layers = layers_of(scorer)
+
+    def score(rows: slice, usual_blocks: int) -> Labelled:
+        tokens, lengths, documents = tensors(blocks.tokens_BT, blocks.lengths_B, apart_BT, rows)
+        known = predicted_positions(tokens, lengths, documents)
+        if settings.kind == "ngram":
+            scores = scorer.score(tokens, lengths, documents, usual_blocks=usual_blocks)
+            return Labelled(tokens, known, scores[0])
+        scores, states, tangents = scorer.score_and_differentiate(
+            tokens, lengths, layers, documents, usual_blocks=usual_blocks
+        )
+        features = torch.cat(states, dim=-1).float()
+        on = scores.device
+        return Labelled(tokens.to(on), known.to(on), scores[0], features, tangents[0].float())
+
+    for _, labelled, halvings in in_micro_batches(
+        len(blocks.ids_B), settings.scoring.decision.micro_batch_blocks, score
+    ):
+        yield labelled, halvings
+
+
+def fit_transforms(settings: SampleSettings) -> None:
+    """Publish the transforms of the scores of the sample's first blocks, which every part uses.
+
+    Raises:
+        ValueError: the sample is too small; says what to set.
+    """
+    scorer, found, count = _scorer(settings), [], 0
+    corpus, sampling = settings.scoring.corpus, settings.sampling
+    shards = np.random.default_rng([sampling.seed, corpus.num_shards]).permutation(corpus.num_shards).tolist()
+    for shard in shards:
+        for labelled, _ in label(settings, scorer, _sampled(read_blocks(corpus, shard), sampling, shard).blocks):
+            found.append(labelled.scores_BT[labelled.known_BT].cpu().numpy())
+            count += len(found[-1])
+            if count >= RANGE_TOKENS:
+                break
+        if count >= RANGE_TOKENS:
+            break
+    try:
+        transforms = Transforms.of(np.concatenate([np.zeros(0, np.float32), *found]))
+    except ValueError as error:
+        raise ValueError(f"{error}: raise fit_student.sample_fraction") from error
+    with publish(settings.folder / TRANSFORMS) as part, part.open("wb") as file:
+        np.savez(file, **vars(transforms))
+
+
+def fit_on_parts(settings: SampleSettings, sample: dict[str, Any]) -> dict[str, Any]:
+    """Publish the student of all parts, and what was tried and chosen; returns the latter. `sample`: what is recorded
+    of the sample.
+
+    Raises:
+        ValueError: the sample is too small; says what to set.
+    """
+    paths = [local_copy(settings.part(number)) for number in range(settings.partitions)]
+    try:
+        fitted = _fit(settings, paths)
+    except ValueError as error:
+        raise ValueError(f"{error}: raise fit_student.sample_fraction, or held_out") from error
+    fitted.student.save(settings.folder / STUDENT)
+    chosen = _finite(fitted.chosen)
+    facts = {
+        "kind": settings.kind,
+        "sampling": asdict(settings.sampling),
+        "sample": sample,
+        "edge": fitted.edge,
+        "chosen": chosen,
+        "tried": [_finite(own) for own in fitted.tried],
+    }
+    write_json(settings.folder / FACTS, facts)
+    return chosen
+
+
+def _fit(settings: SampleSettings, paths: list[Path]) -> Fitted:
+    if settings.kind == "ngram":
+        return fit_ngram_parts(paths)
+    model = settings.scoring.model()
+    layers = smoothing_layers(len(transformer_blocks(model)[1]))
+    return fit_head_parts(paths, _read_transforms(settings.folder), layers, HeadDerivatives(model), model.device)
+
+
+def _finite(tried: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it: a correlation is not defined where a student gives every token the same score."""
+    return {name: None if isinstance(own, float) and not math.isfinite(own) else own for name, own in tried.items()}
+
+
+def _scorer(settings: SampleSettings) -> TokenScorer:
+    (query,) = settings.scoring.queries.values()
+    return settings.scoring.scorer([read_direction(query)])
+
+
+def _read_transforms(folder: Path) -> Transforms:
+    with np.load(local_copy(folder / TRANSFORMS)) as saved:
+        return Transforms(quantiles_Q=saved["quantiles_Q"])

@@ -1,0 +1,83 @@
+"""A finished student as what scores blocks, whatever its kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ifguide.artifacts import verified
+from ifguide.influence.scoring_worker import ScoringSettings, in_micro_batches, tensors
+from ifguide.models import predicted_positions
+from ifguide.storage import local_copy
+from ifguide.student.head import HeadScorer, HeadStudent
+from ifguide.student.ngrams import NgramStudent
+from ifguide.student.sampling import Sampling
+
+STUDENT, FACTS = "student.npz", "student.json"  # in the folder of the student
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentFacts:
+    """What a cascade needs to know of a student. `edge`: of the top of its scores. `figures`: what it reached on the
+    blocks that it was chosen by, and how it was chosen."""
+
+    kind: str
+    sampling: Sampling
+    edge: float
+    figures: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> StudentFacts:
+        """Those of a finished student. Raises ValueError when the file has changed since."""
+        content = json.loads(verified(folder, FACTS).read_bytes())
+        return cls(
+            kind=content["kind"],
+            sampling=Sampling(**content["sampling"]),
+            edge=content["edge"],
+            figures=content["chosen"],
+        )
+
+
+class BlockScorer(Protocol):
+    """Scores (B, T), float32, label-aligned; 0 where nothing is predicted. `document_BT`: as `TokenScorer.score`."""
+
+    def score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray, document_BT: np.ndarray | None) -> np.ndarray: ...
+
+
+def load_scorer(folder: Path, kind: str, settings: ScoringSettings) -> BlockScorer:
+    """The student of a folder. One that reads the proxy loads it, in the precision that the run scores in."""
+    path = local_copy(verified(folder, STUDENT))
+    if kind == "ngram":
+        return _Lookup(NgramStudent.load(path))
+    model = settings.model()
+    if settings.decision.method.precision == "bfloat16":
+        model = model.bfloat16()
+    scorer = HeadScorer(model, HeadStudent.load(path), beginning=settings.beginning.token)
+    return _Reader(scorer, settings.decision.micro_batch_blocks)
+
+
+class _Lookup:
+    def __init__(self, student: NgramStudent):
+        self.student = student
+
+    def score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray, document_BT: np.ndarray | None) -> np.ndarray:
+        tokens, lengths, documents = tensors(tokens_BT, lengths_B, document_BT, slice(None))
+        known_BT = predicted_positions(tokens, lengths, documents).numpy()
+        return np.where(known_BT, self.student.score(tokens_BT), np.float32(0))
+
+
+class _Reader:
+    def __init__(self, scorer: HeadScorer, size: int):
+        self.scorer, self.size = scorer, size
+
+    def score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray, document_BT: np.ndarray | None) -> np.ndarray:
+        def of(rows: slice, usual_blocks: int) -> np.ndarray:
+            scores = self.scorer.score(*tensors(tokens_BT, lengths_B, document_BT, rows))
+            return scores.float().cpu().numpy()
+
+        return np.concatenate([part for _, part, _ in in_micro_batches(len(tokens_BT), self.size, of)])
