@@ -20,13 +20,11 @@ class FitStudent:
         sample_fraction: share of the corpus' blocks that are scored exactly, the same of every source.
         held_out: share of these that the student's options are chosen on.
         partitions: parts of the sample. A part is one piece of work, and the unit of resuming.
-        max_actors: actors at most, as the cluster has room.
-        resources: of one actor.
+        resources: of one worker.
     """
 
     kind: Literal["head", "ngram"] = "head"
     sample_fraction: float = option(0.01, above=0, at_most=1)
     held_out: float = option(0.25, above=0, at_most=0.9)
     partitions: int = option(1, at_least=1)
-    max_actors: int = option(1, at_least=1, affects_result=False)
     resources: Resources = RESOURCES

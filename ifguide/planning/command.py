@@ -26,6 +26,7 @@ DEFAULT_TOKENS = 1e9
 WORKERS = {
     "fit_factors": "data_partitions",
     "build_query": "partitions",
+    "fit_student": "partitions",
     "score_corpus": "max_actors",
     "pretrain": "workers",
     "evaluate": "actors",
@@ -127,6 +128,8 @@ def worker_settings(config: Config, gpus: int) -> list[str]:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
     settings = []
     for verb, key in WORKERS.items():
+        if verb == "fit_student" and not config.score_corpus.uses_student:
+            continue
         section = getattr(config, verb)
         workers = max(1, int(gpus / (section.resources.gpus or 1)))
         settings.append(f"{verb}.{key}={workers}")

@@ -29,6 +29,7 @@ def estimate(job: Job) -> list[StageEstimate]:
         _pack_corpus(job),
         _fit_factors(job),
         _build_query(job),
+        *([_fit_student(job)] if job.config.score_corpus.uses_student else []),
         _score_corpus(job),
         _build_mask(job),
         pretrain_estimate(job, models=2 if job.config.baseline else 1),
@@ -139,6 +140,35 @@ def _build_query(job: Job) -> StageEstimate:
     )
 
 
+def _fit_student(job: Job) -> StageEstimate:
+    config, proxy = job.config.fit_student, job.proxy
+    sample = math.ceil(job.tokens * config.sample_fraction)
+    width = 4.0 * proxy.hidden if config.kind == "head" else 0.0  # four layers' hidden states
+    flop = sample * (_scoring_flop(job) + 2.0 * width * (width + proxy.hidden))
+    return computed(
+        job,
+        "fit_student",
+        Pass("score", flop, chosen_method(job.config.score_corpus).precision, proxy.tracked),
+        workers=config.partitions,
+        resources=config.resources,
+        memory=8.0 * proxy.parameters + 6 * 8.0 * width**2 + _shard(job),
+        storage=config.partitions * 16.0 * width**2 + 64e6,
+        notes=(f"{sample:,} tokens are scored exactly",),
+    )
+
+
+def _student_pass(job: Job) -> tuple[float, float, tuple[float, float, str] | None]:
+    """Of a scorer that is not `exact`: FLOP a token, the share of the tokens that is scored exactly besides, and the
+    time of what is no FLOP."""
+    config, kind = job.config.score_corpus, job.config.fit_student.kind
+    exact = config.audit_fraction + (config.recheck_fraction if config.scorer == "cascade" else 0.0)
+    if kind == "head":
+        return flops.head_student(job.proxy, job.block), exact, None
+    cores = job.at_once(config.max_actors, config.resources) * config.resources.cpus
+    seconds = job.tokens / (rates()["lookup"].value * cores)
+    return 0.0, exact, (seconds, seconds, "lookup")
+
+
 def _score_corpus(job: Job) -> StageEstimate:
     config, proxy, method = job.config.score_corpus, job.proxy, chosen_method(job.config.score_corpus)
     device = job.device(config.resources.gpus)
@@ -160,7 +190,14 @@ def _score_corpus(job: Job) -> StageEstimate:
     rounds = math.ceil(shards / config.max_actors)
     stretch = min(rounds * shard_tokens, job.tokens) * config.max_actors / job.tokens
     sample = min(config.smooth.tokens, job.tokens) if config.smooth else 0  # scored once more
-    notes = []
+    flop, serial, notes = (job.tokens + sample) * _scoring_flop(job), None, []
+    if config.uses_student:
+        by_student, exact, serial = _student_pass(job)
+        flop = job.tokens * (by_student + exact * _scoring_flop(job))
+        notes.append(
+            f"{config.scorer} of kind {job.config.fit_student.kind}: {by_student:.3g} FLOP a token, and {exact:.1%} of"
+            f" the tokens exactly at {_scoring_flop(job):.3g}"
+        )
     if stretch > 1.1:
         notes.append(
             f"{shards:,} shards for {config.max_actors:,} actors leave some idle at the end ({stretch:.2f}x): lower"
@@ -169,11 +206,15 @@ def _score_corpus(job: Job) -> StageEstimate:
     return computed(
         job,
         "score_corpus",
-        Pass("score", (job.tokens + sample) * _scoring_flop(job), method.precision, proxy.tracked),
+        Pass("score", flop, method.precision, proxy.tracked),
         workers=config.max_actors,
         resources=config.resources,
         memory=float(memory.fixed + blocks * memory.per_block),
-        storage=job.tokens * rates()["score_bytes"].value * behaviours * (2 if config.smooth else 1),
+        storage=job.tokens
+        * rates()["score_bytes"].value
+        * behaviours
+        * (2 if config.smooth or config.uses_student else 1),
+        serial=serial,
         stretch=max(1.0, stretch),
         notes=tuple(notes),
     )

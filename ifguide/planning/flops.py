@@ -65,3 +65,9 @@ def scoring(
     folded = method.precision == "float32" and method.rank is None
     products = 4.0 * K * shape.tracked if folded else 2.0 * (1 + K) * shape.tracked + K * by_direction
     return products + 2.0 * (1 + K) * shape.head + 2.0 * K * attended
+
+
+def head_student(shape: ModelShape, block_size: int) -> float:
+    """Scores by a `head` student, FLOP per token: a forward pass, the tangent from four layers' hidden states, and its
+    logits. An upper bound: one that regresses the score alone needs no logits."""
+    return shape.forward_flop(block_size) + 2.0 * shape.head + 8.0 * float(shape.hidden) ** 2

@@ -25,6 +25,7 @@ STARTS = {
     "pack_corpus": 3,
     "fit_factors": 3,
     "build_query": 2,
+    "fit_student": 3,
     "score_corpus": 1,
     "build_mask": 1,
     "pretrain": 1,

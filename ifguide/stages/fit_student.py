@@ -65,7 +65,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if config.kind == "head" and not (run.student / TRANSFORMS).exists():
         run_task(fit_transforms, settings, resources=config.resources)
     parts = [SamplePart(number=number) for number in range(settings.partitions)]
-    pool = Pool(size=min(config.max_actors, len(parts)), resources=config.resources)
+    pool = Pool(size=len(parts), resources=config.resources)
     results = run_shards(VERB, parts, ScoreSample, settings, folder=run.student, pool=pool, unit="parts")
     sample = _sample(results)
     chosen = run_task(fit_on_parts, settings, sample, resources=config.resources)

@@ -17,7 +17,7 @@ from ifguide.cli import main
 from ifguide.config import VERBS, Input, Prompts, load_config
 from ifguide.config.resources import WorkerResources
 from ifguide.hardware import hardware
-from ifguide.influence.method import PRESETS, Method
+from ifguide.influence.method import PRESETS, Method, chosen_method
 from ifguide.planning import flops
 from ifguide.planning.command import DEFAULT_TOKENS, make_job, plan, planned_tokens, worker_settings
 from ifguide.planning.corpus_size import BYTES_PER_TOKEN, input_size
@@ -100,7 +100,7 @@ def test_what_was_measured_here_is_given_back_and_elsewhere_is_called_an_extrapo
 
 
 def test_the_plan_has_every_stage_with_floor_below_range(pythia: dict[str, Any]) -> None:
-    assert {stage["stage"] for stage in pythia["stages"]} == set(VERBS)
+    assert {stage["stage"] for stage in pythia["stages"]} == set(VERBS) - {"fit_student"}
     for stage in pythia["stages"]:
         hours = stage["hours"]
         assert stage["floor_hours"] <= hours["low"] <= hours["expected"] <= hours["high"], stage["stage"]
@@ -220,7 +220,7 @@ def test_the_text_names_stages_sources_and_extrapolations(capsys: pytest.Capture
     assert main(["plan", "--config", str(PYTHIA), "--corpus-tokens", "1e9"]) == 0
     text = capsys.readouterr().out
     for verb in VERBS:
-        assert f"\n{verb}" in text
+        assert (f"\n{verb}" in text) == (verb != "fit_student")
     assert "] measured: score-160m-h200: bench/LOG.md" in text
     assert "~ extrapolated" in text
 
@@ -265,3 +265,23 @@ def test_a_corpus_that_is_not_packed_is_planned_from_the_bytes_of_its_inputs(tmp
     missing = [f"run_dir={tmp_path}/run", f"pack_corpus.inputs=[{tmp_path}/none.jsonl]"]
     assert planned_tokens(load_config(PYTHIA, missing))[0] == DEFAULT_TOKENS
     assert input_size([]) is None
+
+
+def test_a_cascade_costs_its_students_pass_and_the_exact_one_over_what_it_rechecks() -> None:
+    keys = ["score_corpus.scorer=cascade", "score_corpus.recheck_fraction=0.2", "score_corpus.audit_fraction=0.05"]
+    config = load_config(PYTHIA, keys)
+    exact = {item.stage: item for item in estimate(make_job(load_config(PYTHIA), corpus_tokens=1e9))}["score_corpus"]
+    job = make_job(config, corpus_tokens=1e9)
+    stages = {item.stage: item for item in estimate(job)}
+    assert list(stages) == list(VERBS)
+    per_token = flops.scoring(
+        job.proxy, job.block, attribution="target", method=chosen_method(config.score_corpus), behaviours=1
+    )
+    student = flops.head_student(job.proxy, job.block)
+    assert stages["score_corpus"].flop == pytest.approx(1e9 * (student + 0.25 * per_token))
+    assert stages["score_corpus"].flop < 0.8 * exact.flop
+    assert stages["fit_student"].flop > 1e7 * per_token
+    ngram = make_job(load_config(PYTHIA, [*keys, "fit_student.kind=ngram"]), corpus_tokens=1e9)
+    looked_up = {item.stage: item for item in estimate(ngram)}["score_corpus"]
+    assert looked_up.flop == pytest.approx(1e9 * 0.25 * per_token)
+    assert "lookup" in looked_up.basis
