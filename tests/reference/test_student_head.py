@@ -134,6 +134,10 @@ def test_the_student_is_both_regressions_on_all_blocks(labelled: Labelled) -> No
     found = student.tangent(features, labelled.tokens_BT, head).numpy()
     np.testing.assert_allclose(found, derivative(labelled, tangents), rtol=1e-6, atol=1e-7)
     expected = (1 - student.mix) * direct / student.direct_scale + student.mix * found / student.tangent_scale
+    expected += student.offset
+    held = labelled.known_BT[:HELD].numpy()
+    slope, intercept = np.polyfit(expected[:HELD][held], labelled.scores_BT[:HELD].numpy()[held], 1)
+    assert (slope, intercept) == pytest.approx((1, 0), abs=1e-8)
     np.testing.assert_allclose(student.scores(features, labelled.tokens_BT, head).numpy(), expected, rtol=1e-6)
     assert student.mix == best["mix"]
     assert student.layers == best["layers"]

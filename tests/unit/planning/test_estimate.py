@@ -273,7 +273,7 @@ def test_a_cascade_costs_its_students_pass_and_the_exact_one_over_what_it_rechec
     exact = {item.stage: item for item in estimate(make_job(load_config(PYTHIA), corpus_tokens=1e9))}["score_corpus"]
     job = make_job(config, corpus_tokens=1e9)
     stages = {item.stage: item for item in estimate(job)}
-    assert list(stages) == list(VERBS)
+    assert set(stages) == set(VERBS)
     per_token = flops.scoring(
         job.proxy, job.block, attribution="target", method=chosen_method(config.score_corpus), behaviours=1
     )

@@ -1,0 +1,65 @@
+"""Which blocks are scored exactly: the sample, the audit, and what a cascade rechecks."""
+
+import numpy as np
+import pytest
+
+from ifguide.student.auditing import AUDITED_BLOCKS, audit_share
+from ifguide.student.recheck import LEAST, block_counts, least_count
+from ifguide.student.sampling import Sampling, audited_rows
+
+
+def test_the_sample_takes_the_same_share_of_every_source_and_the_audit_none_of_it() -> None:
+    sources_B = np.repeat([0, 1, 2], [600, 300, 7])
+    taken = np.zeros(3)
+    for shard in range(200):
+        rows = Sampling(fraction=0.1, held_out=0.25, seed=3).rows(sources_B, shard)
+        assert (np.diff(rows) > 0).all()
+        taken += np.bincount(sources_B[rows], minlength=3)
+        audited = audited_rows(len(sources_B), rows, 0.05, 3, shard)
+        assert not np.intersect1d(rows, audited).size
+        assert len(audited) in (45, 46)
+    np.testing.assert_allclose(taken / 200 / [600, 300, 7], 0.1, rtol=0.1)
+
+
+def test_a_sample_is_that_of_its_seed_and_shard() -> None:
+    sources_B, sampling = np.zeros(500, np.int64), Sampling(fraction=0.1, held_out=0.25, seed=3)
+    np.testing.assert_array_equal(sampling.rows(sources_B, 4), sampling.rows(sources_B, 4))
+    other = Sampling(fraction=0.1, held_out=0.25, seed=4)
+    assert (sampling.rows(sources_B, 4) != sampling.rows(sources_B, 5)).any()
+    assert (sampling.rows(sources_B, 4) != other.rows(sources_B, 4)).any()
+
+
+def test_a_quarter_is_held_out_of_few_and_of_many() -> None:
+    sampling = Sampling(fraction=0.1, held_out=0.25, seed=0)
+    assert sum(sampling.held(1, shard).sum() for shard in range(4000)) == pytest.approx(1000, abs=100)
+    for shard in range(20):
+        assert sampling.held(400, shard).sum() in (100, 101)
+
+
+@pytest.mark.parametrize("share", [1e-4, 0.01, 0.1, 0.5, 1.0])
+def test_as_many_blocks_are_rechecked_as_the_share_allows(share: float) -> None:
+    rng = np.random.default_rng(0)
+    shards = [np.float32(rng.gamma(0.5, size=size)) for size in (300, 1, 700)]
+    counts = np.concatenate(shards)
+    least = least_count(lambda: iter(shards), share)
+    assert (counts >= least).sum() == int(share * 1001)
+
+
+def test_blocks_that_tie_are_all_left_out_where_they_do_not_all_fit_and_empty_ones_always() -> None:
+    shards = [np.array([0, 0, 5, 1], np.float32), np.array([5, 5, 9, 0], np.float32)]
+    assert least_count(lambda: iter(shards), 0.5) > 1
+    for share, chosen in ((0.25, [9]), (0.5, [5, 5, 5, 9]), (0.74, [1, 5, 5, 5, 9]), (1.0, [1, 5, 5, 5, 9])):
+        least = least_count(lambda: iter(shards), share)
+        assert sorted(np.concatenate(shards)[np.concatenate(shards) >= least]) == chosen
+    assert least_count(lambda: iter(shards), 0.1) > 9
+    assert least_count(lambda: iter(shards), 1.0) == LEAST
+
+
+def test_a_block_counts_what_its_scores_exceed_the_edge_by() -> None:
+    scores_BT = np.array([[0, 3, -1, 2.5], [0, 1, 2, 0], [0, -5, 0, 0]], np.float32)
+    np.testing.assert_allclose(block_counts(scores_BT, 2.0), [1.5, 0, 0])
+
+
+def test_an_audit_is_no_larger_than_intervals_pay() -> None:
+    assert audit_share(0.01, 1000) == 0.01
+    assert audit_share(0.01, 10_000_000) * 10_000_000 == pytest.approx(AUDITED_BLOCKS)
