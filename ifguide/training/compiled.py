@@ -71,9 +71,8 @@ def chunk(
     back outside, for a comparison with every column is not vectorised. `factor`: the head's scale over the step's count
     of tokens.
     """
-    dtype = torch.promote_types(linear_NV.dtype, torch.float32)
-    logits_NV, slope_NV = _activated(linear_NV.to(dtype), head)
-    at_label_N, slope_N = _activated(label_N.to(dtype), head)
+    logits_NV, slope_NV = head.activate(linear_NV)
+    at_label_N, slope_N = head.activate(label_N.clone())
     highest_N1 = logits_NV.amax(dim=-1, keepdim=True)
     log_sum_N1 = (logits_NV - highest_N1).exp().sum(dim=-1, keepdim=True).log() + highest_N1
     nll_N = log_sum_N1.squeeze(1) - at_label_N
@@ -86,13 +85,3 @@ def chunk(
         error_NV, error_N = error_NV * slope_NV, error_N * slope_N
     linear_NV.copy_(error_NV)
     return nll_N, value_N.masked_fill(~counted_N, 0), error_N
-
-
-def _activated(logits: Tensor, head: LMHead) -> tuple[Tensor, Tensor | None]:
-    """As `LMHead.activate`, which works in place."""
-    if head.scale != 1.0:
-        logits = logits * head.scale
-    if head.softcap is None:
-        return logits, None
-    tanh = (logits / head.softcap).tanh()
-    return head.softcap * tanh, 1 - tanh.square()

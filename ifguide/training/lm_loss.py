@@ -16,8 +16,10 @@ model does from the hidden state at j - 1. Index 0 has no prediction; it and pad
 count, whatever the mask says there.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +35,52 @@ from ifguide.training.losses import Loss
 from ifguide.training.objective import Objective
 
 # Logits held at once: every chunk reads and writes the head's gradient, so they are many.
-CHUNK_VALUES = {"cpu": 24 << 20, "cuda": 64 << 20}
+CHUNK_VALUES = {"cpu": 26 << 20, "cuda": 64 << 20}
 
 
-def _linear(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor | None) -> Tensor:
-    """W h + b, (N, V), in `out` if there is one."""
-    if out is None:
-        return F.linear(hidden_ND, weight_VD, bias_V)
-    if bias_V is None:
-        return torch.mm(hidden_ND, weight_VD.T, out=out)
-    return torch.addmm(bias_V, hidden_ND, weight_VD.T, out=out)
+class _Labels(NamedTuple):
+    """Of each position: the token to predict, whether it carries a loss, whether it is masked; and N."""
+
+    labels_N: Tensor
+    counted_N: Tensor
+    masked_N: Tensor
+    token_count: Tensor
+
+    def of(self, rows: slice) -> _Labels:
+        """These positions alone."""
+        return _Labels(self.labels_N[rows], self.counted_N[rows], self.masked_N[rows], self.token_count)
+
+
+class _Terms(NamedTuple):
+    """Of a chunk: each token's NLL and its part of the loss, and the gradient of the loss by W h + b, which is
+    `error_NV`, times `scale_N` if there is one. No `error_NV`: it was not wanted."""
+
+    nll_N: Tensor
+    value_N: Tensor
+    error_NV: Tensor | None
+    scale_N: Tensor | None
+
+
+class _Gradients(NamedTuple):
+    """Of the loss; None by what needs none."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+    def add(self, rows: slice, chunk_ND: Tensor, weight_VD: Tensor, terms: _Terms) -> None:
+        """Take in a chunk, which the rows are of, with hidden states and weights in the precision of products."""
+        error_NV, scale_N = terms.error_NV, terms.scale_N
+        assert error_NV is not None
+        if self.bias_V is not None:
+            dtype = self.bias_V.dtype
+            self.bias_V.add_(error_NV.sum(dim=0, dtype=dtype) if scale_N is None else scale_N @ error_NV.to(dtype))
+        error_NV = error_NV.to(chunk_ND.dtype)
+        if self.hidden_ND is not None:
+            product_ND = error_NV @ weight_VD
+            torch.mul(product_ND, 1.0 if scale_N is None else scale_N[:, None], out=self.hidden_ND[rows])
+        if self.weight_VD is not None:
+            _add_product(self.weight_VD, error_NV, chunk_ND, scale_N, first=rows.start == 0)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -52,10 +90,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        labels_N: Tensor,
-        counted_N: Tensor,
-        masked_N: Tensor,
-        token_count: Tensor,
+        labelled: _Labels,
         objective: Objective,
         head: LMHead,
         chunk_tokens: int | None,
@@ -63,67 +98,35 @@ class _ChunkedLoss(torch.autograd.Function):
         compiled: bool,
         taken_back_as_is: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.as_is = taken_back_as_is
-        needed = [with_gradient and each for each in ctx.needs_input_grad[:3]]
-        if compiled and any(needed):
-            dtype = product_dtype(hidden_ND)
-            with torch.autocast(hidden_ND.device.type, enabled=False):
-                return _compiled_forward(
-                    ctx,
-                    hidden_ND,
-                    weight_VD,
-                    bias_V,
-                    (labels_N, counted_N, masked_N),
-                    token_count,
-                    objective,
-                    head,
-                    chunk_tokens,
-                    dtype,
-                )
-        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-        product_VD = weight_VD.to(hidden_ND.dtype)  # under autocast the weights are wider than the products
-        bias = None if bias_V is None else bias_V.to(hidden_ND.dtype)
-        by_hidden, by_weight, by_bias = needed
-        hidden_gradient = torch.empty_like(hidden_ND) if by_hidden else None
-        weight_gradient = torch.empty_like(weight_VD, dtype=dtype) if by_weight else None
-        bias_gradient = torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and by_bias else None
+        ctx.as_is, ctx.weight_dtype = taken_back_as_is, weight_VD.dtype
+        dtype, products = torch.promote_types(hidden_ND.dtype, torch.float32), product_dtype(hidden_ND)
+        by_hidden, by_weight, by_bias = (with_gradient and each for each in ctx.needs_input_grad[:3])
+        gradients = _Gradients(
+            torch.empty_like(hidden_ND) if by_hidden else None,
+            torch.empty_like(weight_VD, dtype=dtype) if by_weight else None,
+            torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and by_bias else None,
+        )
+        wanted = by_hidden or by_weight or by_bias
+        terms_of = _compiled_terms if compiled and wanted else _terms
         nll_N = torch.empty(len(hidden_ND), dtype=dtype, device=hidden_ND.device)
         loss = torch.zeros((), dtype=dtype, device=hidden_ND.device)
-        device = hidden_ND.device.type
-        # a product into given memory would pass autocast by
-        keeps = device == "cpu" and hidden_ND.dtype == dtype and not torch.is_autocast_enabled(device)
-        scratch_NV: Tensor | None = None
-        values = CHUNK_VALUES.get(device, CHUNK_VALUES["cuda"])
-        for rows in chunks(len(hidden_ND), chunk_tokens or max(1, values // len(weight_VD))):
-            chunk_ND, labels = hidden_ND[rows], labels_N[rows, None]
-            if keeps and scratch_NV is None:
-                # a CPU gets such memory page by page, and gives it back at once: a tenth of the time
-                scratch_NV = hidden_ND.new_empty(len(chunk_ND), len(weight_VD))
-            out_NV = None if scratch_NV is None else scratch_NV[: len(chunk_ND)]
-            logits_NV, slope_NV = head.activate(_linear(chunk_ND, product_VD, bias, out_NV))
-            log_p_NV = torch.log_softmax(logits_NV, dim=-1, out=None if out_NV is None else logits_NV)  # in place
-            del logits_NV
-            nll = -log_p_NV.gather(1, labels).squeeze(1)
-            nll_N[rows] = nll
-            value, slope = objective.of_tokens(nll, masked_N[rows])
-            loss += value.masked_fill(~counted_N[rows], 0).sum()
-            if not (by_hidden or by_weight or by_bias):
-                continue
-            scale_N = slope.masked_fill(~counted_N[rows], 0) * (head.scale / token_count).to(dtype)
-            error_NV = log_p_NV.exp_().scatter_add_(1, labels, -torch.ones_like(log_p_NV[:, :1]))
-            if slope_NV is not None:
-                error_NV *= slope_NV
-            if bias_gradient is not None:
-                bias_gradient += scale_N @ error_NV
-            error_NV = error_NV.to(hidden_ND.dtype)
-            if hidden_gradient is not None:
-                torch.mul(error_NV @ product_VD, scale_N[:, None], out=hidden_gradient[rows])
-            if weight_gradient is not None:
-                _add_product(weight_gradient, error_NV, chunk_ND, scale_N, first=rows.start == 0)
-        ctx.gradients = (hidden_gradient, weight_gradient, bias_gradient)
-        ctx.weight_dtype = weight_VD.dtype
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # a product into given memory would pass it by
+            states_ND, product_VD = hidden_ND.to(products), weight_VD.to(products)
+            bias = None if bias_V is None else bias_V.to(products)
+            size = chunk_tokens or _even_chunks(states_ND, len(weight_VD))
+            # a CPU gets such memory page by page, and gives it back at once: a tenth of the time
+            scratch_NV = states_ND.new_empty(min(size, len(states_ND)), len(weight_VD))
+            for rows in chunks(len(states_ND), size):
+                chunk_ND = states_ND[rows]
+                linear_NV = _linear(chunk_ND, product_VD, bias, out=scratch_NV[: len(chunk_ND)])
+                terms = terms_of(linear_NV, labelled.of(rows), objective, head, wanted)
+                nll_N[rows] = terms.nll_N
+                loss += terms.value_N.sum()
+                if wanted:
+                    gradients.add(rows, chunk_ND, product_VD, terms)
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(nll_N)
-        return loss / token_count.to(dtype), nll_N
+        return loss / labelled.token_count.to(dtype), nll_N
 
     @staticmethod
     @once_differentiable
@@ -133,58 +136,45 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden, weight, bias = (part if part is None or ctx.as_is else part.mul_(gradient) for part in ctx.gradients)
         ctx.gradients = None
         weight = None if weight is None else weight.to(ctx.weight_dtype)
-        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 10
+        return hidden, weight, None if bias is None else bias.to(ctx.weight_dtype), *[None] * 7
 
 
-def _compiled_forward(
-    ctx: Any,
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    labelled: tuple[Tensor, Tensor, Tensor],
-    token_count: Tensor,
-    objective: Objective,
-    head: LMHead,
-    chunk_tokens: int | None,
-    product_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The same with one kernel between the products of a chunk, which leaves the gradient by logits in their place."""
-    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    states_ND, product_VD = hidden_ND.to(product_dtype), weight_VD.to(product_dtype)
-    bias = None if bias_V is None else bias_V.to(product_dtype)
-    by_hidden, by_weight, by_bias = ctx.needs_input_grad[:3]
-    hidden_gradient = torch.empty_like(states_ND) if by_hidden else None
-    weight_gradient = torch.empty_like(weight_VD, dtype=dtype) if by_weight else None
-    bias_gradient = torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and by_bias else None
-    nll_N = torch.empty(len(hidden_ND), dtype=dtype, device=hidden_ND.device)
-    loss = torch.zeros((), dtype=dtype, device=hidden_ND.device)
-    factor = (head.scale / token_count).to(dtype)
-    labels_N, counted_N, masked_N = labelled
-    size = chunk_tokens or _even_chunks(states_ND, len(weight_VD))
-    scratch_NV = states_ND.new_empty(min(size, len(states_ND)), len(weight_VD))
-    for rows in chunks(len(states_ND), size):
-        chunk_ND = states_ND[rows]
-        logits_NV = _linear(chunk_ND, product_VD, bias, scratch_NV[: len(chunk_ND)])
-        at_labels = (torch.arange(len(chunk_ND), device=chunk_ND.device), labels_N[rows])
-        rest = (counted_N[rows], masked_N[rows], objective, head, factor)
-        nll_N[rows], value_N, error_N = compiled_chunk()(logits_NV, logits_NV[at_labels], *rest)
-        loss += value_N.sum()
-        # What is left in the logits' place is the rest of the gradient. (`scatter_` would copy all of it in bfloat16.)
-        error_NV = logits_NV.index_put_(at_labels, error_N.to(logits_NV.dtype))
-        if bias_gradient is not None:
-            bias_gradient += error_NV.sum(dim=0, dtype=dtype)
-        if hidden_gradient is not None:
-            torch.mm(error_NV, product_VD, out=hidden_gradient[rows])
-        if weight_gradient is not None:
-            _add_product(weight_gradient, error_NV, chunk_ND, None, first=rows.start == 0)
-    ctx.gradients = (
-        None if hidden_gradient is None else hidden_gradient.to(hidden_ND.dtype),
-        weight_gradient,
-        bias_gradient,
-    )
-    ctx.weight_dtype = weight_VD.dtype
-    ctx.mark_non_differentiable(nll_N)
-    return loss / token_count.to(dtype), nll_N
+def _linear(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, out: Tensor) -> Tensor:
+    """W h + b, (N, V), in `out`."""
+    if bias_V is None:
+        return torch.mm(hidden_ND, weight_VD.T, out=out)
+    return torch.addmm(bias_V, hidden_ND, weight_VD.T, out=out)
+
+
+def _terms(linear_NV: Tensor, labelled: _Labels, objective: Objective, head: LMHead, with_gradient: bool) -> _Terms:
+    """By torch's operators; W h + b is overwritten."""
+    labels_N1 = labelled.labels_N[:, None]
+    logits_NV, slope_NV = head.activate(linear_NV)
+    in_place = logits_NV if logits_NV.device.type == "cpu" else None
+    log_p_NV = torch.log_softmax(logits_NV, dim=-1, out=in_place)
+    del logits_NV
+    nll_N = -log_p_NV.gather(1, labels_N1).squeeze(1)
+    value_N, by_nll_N = objective.of_tokens(nll_N, labelled.masked_N)
+    value_N = value_N.masked_fill(~labelled.counted_N, 0)
+    if not with_gradient:
+        return _Terms(nll_N, value_N, None, None)
+    scale_N = by_nll_N.masked_fill(~labelled.counted_N, 0) * (head.scale / labelled.token_count).to(nll_N.dtype)
+    error_NV = log_p_NV.exp_().scatter_add_(1, labels_N1, -torch.ones_like(log_p_NV[:, :1]))
+    if slope_NV is not None:
+        error_NV *= slope_NV
+    return _Terms(nll_N, value_N, error_NV, scale_N)
+
+
+def _compiled_terms(linear_NV: Tensor, labelled: _Labels, objective: Objective, head: LMHead, _: bool) -> _Terms:
+    """By one kernel, which leaves the gradient by W h + b in its place."""
+    labels_N, counted_N, masked_N, token_count = labelled
+    at_labels = (torch.arange(len(labels_N), device=labels_N.device), labels_N)
+    factor = (head.scale / token_count).to(torch.promote_types(linear_NV.dtype, torch.float32))
+    rest = (counted_N, masked_N, objective, head, factor)
+    nll_N, value_N, error_N = compiled_chunk()(linear_NV, linear_NV[at_labels], *rest)
+    # What is left in the logits' place is the rest of the gradient. (`scatter_` would copy all of it in bfloat16.)
+    error_NV = linear_NV.index_put_(at_labels, error_N.to(linear_NV.dtype))
+    return _Terms(nll_N, value_N, error_NV, None)
 
 
 def product_dtype(hidden_ND: Tensor) -> torch.dtype:
@@ -248,14 +238,12 @@ def chunked_loss(
         return F.pad(values_BT[:, 1:], (0, 1)).flatten()
 
     counted_N, masked_N = shifted(predicted), shifted(masked)
+    labelled = _Labels(shifted(tokens_BT), counted_N, masked_N, _as_double(token_count, hidden_BTD.device))
     loss, nll_N = _ChunkedLoss.apply(
         hidden_BTD.flatten(0, 1),
         weight_VD,
         bias_V,
-        shifted(tokens_BT),
-        counted_N,
-        masked_N,
-        _as_double(token_count, hidden_BTD.device),
+        labelled,
         objective,
         head or LMHead(),
         chunk_tokens,
