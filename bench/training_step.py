@@ -11,10 +11,11 @@ The sides have one architecture (a GPT-NeoX of 64M parameters unless told otherw
 - `trainer`: transformers' `Trainer` with its defaults;
 - `compiled`: a plain loop of the compiled model, clipping and fused AdamW.
 
-They take turns in one process, each first in its turn; a ratio is the median over rounds of the ratio within a round.
-`--process-time` counts the process' own time instead of the clock's, for a machine that others use: with one thread.
-Memory is the rise of the resident set's peak over a step (on a GPU, of the allocator's), in a process of its own for
-each side. `bench.common.step_profile` says what launches, bytes and waits are.
+Each is a process of its own (but with `--small`). They take turns, each first in its turn; a ratio is the median over
+rounds of the ratio within a round. `--process-time` counts the process' own time instead of the clock's, for a machine
+that others use: with one thread. Memory is a step's peak of the resident set (on a GPU, of the allocator's) over what
+is held between steps when all that is free was given back. `bench.common.step_profile` says what launches, bytes and
+waits are.
 
 The last line is one JSON object: trainer_time_ratio (at most .85 is wanted), compiled_loop_ratio (1.02),
 mask_time_ratio (1.01), memory_ratio (to `before`: 1), syncs_per_step (0), launches_per_step.
@@ -26,7 +27,6 @@ import argparse
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 
+from bench.common.step_processes import Ask, serve, started
 from bench.common.step_profile import Parts, host_reads, launches_and_bytes
 from bench.common.step_sides import Side, Sizes, compiled_side, own_side, trainer_side
 from bench.objective_overhead import SMALL as NEOX
@@ -46,6 +47,7 @@ from ifguide.config.typed_yaml import apply_override
 from ifguide.hardware import hardware_of_device
 from ifguide.planning.training_memory import training_memory
 from ifguide.shapes import published_shapes, shape_of_fields
+from ifguide.training.host_memory import trim
 
 OWN = ("mask", "plain", "before")
 SIDES = (*OWN, "trainer", "compiled")
@@ -55,6 +57,7 @@ SWITCHES_OFF = {
         "compiled_loss": False,
         "fused_optimizer": False,
         "prefetched_batches": False,
+        "kept_memory": False,
         "background_checkpoints": False,
     },
 }
@@ -65,18 +68,16 @@ SMALL = {"blocks": 2, "block_size": 32, "rounds": 1, "warm_up": 1}
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    if options.memory_of:
-        with sides(options, [options.memory_of]) as made:
-            found = memory_rise(made[options.memory_of], options)
-        print(json.dumps(found))
+    if options.serve:
+        with sides(options, [options.serve]) as made:
+            serve(lambda request: answer(made[options.serve], request, options))
         return
-    with sides(options, options.sides) as made:
-        times = take_turns(made, options)
+    with asked(options) as ask:
+        times = take_turns(ask, options)
         print(f"seconds a step, round by round: {json.dumps(times)}", flush=True)
-        figures = {side: counted(made[side], options) for side in options.sides if made[side].loop is not None}
-        checkpoint = checkpoint_seconds(made["mask"])
-        memory = {side: memory_rise(made[side], options) for side in options.sides if options.small}
-    memory = memory or {side: memory_of(side, options) for side in options.sides}
+        memory = {side: ask(side, "memory") for side in options.sides}
+        checkpoint = ask("mask", "checkpoint")
+        figures = {side: ask(side, "counted") for side in options.sides if side in OWN}
     peak = memory["mask"][1]
     memory = {side: rise for side, (rise, _) in memory.items()}
     seconds = {side: median(each) for side, each in times.items()}
@@ -125,7 +126,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of `pretrain`, for our sides")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--small", action="store_true", help="toy sizes, one round: whether it runs")
-    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.small:
         vars(options).update(SMALL)
@@ -184,14 +185,34 @@ def sides(options: argparse.Namespace, names: Any) -> Iterator[dict[str, Side]]:
                 side.close()
 
 
-def take_turns(work: dict[str, Side], options: argparse.Namespace) -> dict[str, list[float]]:
+@contextmanager
+def asked(options: argparse.Namespace) -> Iterator[Ask]:
+    """What asks the sides: in this process at toy size, else each in its own."""
+    if options.small:
+        with sides(options, options.sides) as made:
+            yield lambda side, request: answer(made[side], request, options)
+    else:
+        with started(options.sides, ["-m", "bench.training_step", *sys.argv[1:], "--serve"]) as ask:
+            yield ask
+
+
+def answer(side: Side, request: str, options: argparse.Namespace) -> Any:
+    """A figure of a side: the seconds of a `step`, its `memory`, a `checkpoint`'s seconds, or what is `counted`."""
+    if request == "step":
+        return timed(side, options)
+    if request == "memory":
+        return memory_rise(side, options)
+    return checkpoint_seconds(side) if request == "checkpoint" else counted(side, options)
+
+
+def take_turns(ask: Ask, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step of each side in each round, after the rounds that are not counted."""
-    times: dict[str, list[float]] = {side: [] for side in work}
-    names = list(work)
+    times: dict[str, list[float]] = {side: [] for side in options.sides}
+    names = list(options.sides)
     for turn in range(-options.warm_up, options.rounds):
         first = turn % len(names)
         for side in names[first:] + names[:first]:
-            seconds = timed(work[side], options)
+            seconds = ask(side, "step")
             if turn == -options.warm_up:
                 print(f"{side}: the first step took {seconds:.1f} s", file=sys.stderr)
             if turn >= 0:
@@ -247,18 +268,8 @@ def checkpoint_seconds(side: Side) -> float:
     return round(time.perf_counter() - started, 4)
 
 
-def memory_of(side: str, options: argparse.Namespace) -> list[int]:
-    """`memory_rise` in a process of its own."""
-    # memory above 64 kB then goes back to the system as soon as it is freed
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-m", "bench.training_step", *sys.argv[1:], "--memory-of", side]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
-    found: list[int] = json.loads(output.splitlines()[-1])
-    return found
-
-
 def memory_rise(side: Side, options: argparse.Namespace) -> list[int]:
-    """Bytes that a step takes at its peak above what is there between steps, and that peak."""
+    """Bytes of a step's peak above what is held between steps, and that peak."""
     for _ in range(2):
         side.step()
     gc.collect()
@@ -269,10 +280,11 @@ def memory_rise(side: Side, options: argparse.Namespace) -> list[int]:
         peak = torch.cuda.max_memory_allocated()
         return [peak - before, peak]
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-    before = status_bytes("VmRSS")
     side.step()
     peak = status_bytes("VmHWM")
-    return [max(1, peak - before), peak]
+    gc.collect()
+    trim()
+    return [max(1, peak - status_bytes("VmRSS")), peak]
 
 
 def status_bytes(name: str) -> int:

@@ -2,12 +2,14 @@
 
 A folder with a manifest is complete, one with a plan is in progress, any other is not begun. Of a stage that works on
 shards the ledger says how many are done, which are being retried, and which were given up and why; the last line of
-its progress file gives total, rate and ETA. Of a training the last line of its metrics gives step, loss, rate and ETA.
+its progress file gives total, rate and ETA. Of a training the last line of its metrics gives step, loss, rate and ETA;
+its choices say what is compiled and why.
 Nothing is asked of Ray, so a run whose driver died looks like one that is slow: the line says how old its news are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -18,6 +20,7 @@ from typing import Any, Literal
 from ifguide.artifacts import MANIFEST, PLAN, has_ended, read_holder, read_manifest
 from ifguide.distributed.ledger import LEDGER, read_attempts, unfinished_attempts
 from ifguide.telemetry import METRICS, format_seconds, last_line, last_progress, progress_text
+from ifguide.training.choices import read_choices
 
 SHOWN_FAILURES = 20
 # where there are artifacts that not every run has
@@ -123,6 +126,9 @@ def _training_status(name: str, folder: Path) -> StageStatus | None:
         return None
     row["seconds_ago"] = _seconds_since(path.stat().st_mtime)
     text = f"{_training_text(row)}; last news {format_seconds(row['seconds_ago'])} ago"
+    with contextlib.suppress(ValueError):  # of a damaged file, which the training itself refuses
+        if (choices := read_choices(folder)) is not None:
+            text, row["choices"] = f"{text}; {choices.text()}", choices.as_json()
     return StageStatus(name=name, state="in progress", text=text, progress=row)
 
 

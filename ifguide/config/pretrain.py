@@ -67,6 +67,7 @@ class Acceleration:
         compiled_loss: softmax, loss, mask and gradient of logits as one compiled kernel. Null: as above.
         fused_optimizer: AdamW as one kernel, which clips as well.
         prefetched_batches: a thread makes the next step's batches while a step is computed.
+        kept_memory: on a CPU, keep what a step frees for the next one instead of taking it anew page by page.
         background_checkpoints: of engine `torch`, written by a thread from a copy in the CPU's memory. Null: on a GPU;
             on a CPU the copy would take its memory once more.
     """
@@ -75,6 +76,7 @@ class Acceleration:
     compiled_loss: bool | None = option(None, off=False)
     fused_optimizer: bool = option(True, off=False)
     prefetched_batches: bool = option(True, affects_result=False)
+    kept_memory: bool = option(True, affects_result=False)
     background_checkpoints: bool | None = option(None, affects_result=False)
 
 

@@ -18,28 +18,34 @@ from transformers import PreTrainedModel
 from ifguide.config import ConfigError
 from ifguide.influence.fused import RECOMPILATIONS, can_fuse, compiled_layers
 from ifguide.lm_head import LMHead
+from ifguide.training.choices import Compiled
 from ifguide.training.objective import Objective
 
 # FLOP of a training from which on compiling earns its time.
 EARNED_FLOP = {"cpu": 1e15, "cuda": 1e17}
 
 
-def compiles(wanted: bool | None, *, parameters: int, tokens: int, device: torch.device, dtype: str) -> bool:
+def compiles(wanted: bool | None, *, parameters: int, tokens: int, device: torch.device, dtype: str) -> Compiled:
     """Whether to compile: as `wanted`; for None where a training of so many tokens is long enough, on a CPU in bfloat16
     alone. In float32 a CPU's time goes to the products.
 
     Raises:
         ConfigError: it is wanted, and this machine has no compiler.
     """
-    if wanted is None:
-        pays = device.type != "cpu" or dtype == "bfloat16"
-        return pays and 6.0 * parameters * tokens >= EARNED_FLOP[device.type] and can_fuse(device)
-    if wanted and not can_fuse(device):
+    able, flop, earned = can_fuse(device), 6.0 * parameters * tokens, EARNED_FLOP[device.type]
+    if wanted and not able:
         raise ConfigError(
             "pretrain.acceleration.compiled_layers, compiled_loss: there is no compiler for this"
-            f" {device.type} here (g++ or clang++, or Triton); unset them"
+            f" {device.type} here (g++ or clang++, or Triton); unset them, or train where they were on from the start"
         )
-    return wanted
+    if wanted is not None:
+        return Compiled(wanted, "as the config says")
+    if device.type == "cpu" and dtype != "bfloat16":
+        return Compiled(False, f"on a CPU the time of {dtype} goes to the products")
+    if not able:
+        return Compiled(False, "there is no compiler here")
+    sign = ">=" if flop >= earned else "<"
+    return Compiled(flop >= earned, f"{flop:.1e} FLOP {sign} {earned:.0e}, which earn the compilation's time")
 
 
 def compile_layers(model: PreTrainedModel) -> None:

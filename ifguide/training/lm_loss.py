@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from ifguide.documents import last_hidden_state
 from ifguide.lm_head import LMHead, chunks, not_understood, output_embedding
 from ifguide.models import predicted_positions
+from ifguide.training.choices import Choices
 from ifguide.training.compiled import compiled_chunk
 from ifguide.training.losses import Loss
 from ifguide.training.objective import Objective
@@ -290,6 +291,7 @@ class LanguageModelLoss(nn.Module):
         linear, head = output_embedding(model), LMHead.of(model)
         self.model = model
         self.objective = objective
+        self.choices: Choices | None = None  # of whoever built it
         self.taken_back_as_is = False  # an engine may say so: see `chunked_loss`
         plain = linear.forward
 

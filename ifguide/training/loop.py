@@ -36,8 +36,10 @@ from ifguide.training.checkpoints import (
     last_checkpoint,
     published_checkpoints,
 )
+from ifguide.training.choices import read_choices
 from ifguide.training.engines import DeepSpeedEngine, Engine, TorchEngine
 from ifguide.training.folder import TrainingFolder
+from ifguide.training.host_memory import keep_freed_memory, release_freed_memory
 from ifguide.training.losses import LossHistory, LossSums, StepLosses
 from ifguide.training.meter import Meter, meter_of
 from ifguide.training.model import build_model, trained_model, write_model
@@ -97,6 +99,11 @@ class TrainingLoop:
         self.tokenizer = load_tokenizer(settings.tokenizer)
         checkpoint = self.place.fetch_for_all(self._agreed_checkpoint())
         self.engine = self._engine(checkpoint)
+        if rank == 0 and self.engine.module.choices is not None:
+            self.engine.module.choices.write(self.folder)
+        self.keeps_memory = (
+            self.train.acceleration.kept_memory and self.engine.device.type == "cpu" and keep_freed_memory()
+        )
         self.batches = Batches(
             self.blocks,
             self.schedule,
@@ -154,7 +161,8 @@ class TrainingLoop:
         if checkpoint is not None and checkpoint.engine != self.train.engine:
             raise ConfigError(f"pretrain.engine: {checkpoint.folder} is of engine {checkpoint.engine}")
         tokens = self.schedule.total_blocks * self.settings.block_size
-        build = partial(build_model, self.settings, self.tokenizer, tokens=tokens)
+        chosen = read_choices(self.folder) if checkpoint is not None else None
+        build = partial(build_model, self.settings, self.tokenizer, tokens=tokens, chosen=chosen)
         if self.train.engine == "torch":
             return TorchEngine(self.train, build, checkpoint)
         return DeepSpeedEngine(self.train, build, checkpoint, leads=self.place.leads, world_size=self.world_size)
@@ -171,6 +179,8 @@ class TrainingLoop:
         finally:
             self.batches.close()
             self.writer.close()
+            if self.keeps_memory:
+                release_freed_memory()
 
     def _run(self, metrics: MetricsLog | None) -> None:
         meter = self._meter()

@@ -17,6 +17,7 @@ from ifguide.models import load_architecture, load_model
 from ifguide.shapes import initial_model, with_positions
 from ifguide.telemetry import log
 from ifguide.training.adapters import adapt, load_trained
+from ifguide.training.choices import Choices, Compiled
 from ifguide.training.compiled import compile_layers, compiles
 from ifguide.training.lm_loss import LanguageModelLoss
 from ifguide.training.objective import Objective
@@ -30,9 +31,11 @@ def architecture(target: ModelSource, tokenizer: PreTrainedTokenizerFast, block_
     return {**fields, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
-def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast, *, tokens: int) -> LanguageModelLoss:
+def build_model(
+    settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast, *, tokens: int, chosen: Choices | None = None
+) -> LanguageModelLoss:
     """The target with its initial weights, its adapters if it trains those, and the objective; float32, on the CPU. To
-    be trained on so many `tokens`: compiled, if that is worth it.
+    be trained on so many `tokens`: compiled, if that is worth it, or as `chosen` before.
 
     Raises:
         ConfigError: it is to be compiled, and cannot be.
@@ -50,21 +53,30 @@ def build_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerFast, 
     objective = Objective(
         kind=train.objective.kind, penalty=train.penalty, floor_probability=train.objective.floor_probability
     )
+    choices = _choices(train, model, tokens, chosen)
+    if choices.layers.on:
+        compile_layers(model)
+    log("pretrain", choices.text())
+    module = LanguageModelLoss(model, objective, compiled=choices.loss.on)
+    module.choices = choices
+    return module
+
+
+def _choices(train: Pretrain, model: PreTrainedModel, tokens: int, chosen: Choices | None) -> Choices:
+    """As the config and `chosen` say, or as pays."""
     device = torch.device("cuda" if train.resources.gpus else "cpu")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    layers, loss = (
-        compiles(wanted, parameters=parameters, tokens=tokens, device=device, dtype=train.dtype)
-        for wanted in (train.acceleration.compiled_layers, train.acceleration.compiled_loss)
-    )
-    layers = layers and not train.parts_parameters  # ZeRO-3 gathers weights module by module, which a graph hides
-    if layers:
-        compile_layers(model)
-    log(
-        "pretrain",
-        f"layers {'compiled' if layers else 'not compiled'}, loss {'compiled' if loss else 'not compiled'},"
-        f" attention by {model.config._attn_implementation}",
-    )
-    return LanguageModelLoss(model, objective, compiled=loss)
+
+    def compiled(wanted: bool | None, before: Compiled | None) -> Compiled:
+        wanted = wanted if before is None else before.on
+        found = compiles(wanted, parameters=parameters, tokens=tokens, device=device, dtype=train.dtype)
+        return found if before is None else before
+
+    layers = compiled(train.acceleration.compiled_layers, chosen.layers if chosen else None)
+    loss = compiled(train.acceleration.compiled_loss, chosen.loss if chosen else None)
+    if train.parts_parameters:
+        layers = Compiled(False, "ZeRO-3 gathers weights module by module, which a graph hides")
+    return Choices(layers=layers, loss=loss, attention=str(model.config._attn_implementation))
 
 
 def _attention(train: Pretrain) -> str | None:

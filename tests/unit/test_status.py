@@ -17,6 +17,7 @@ from ifguide.distributed.ledger import LEDGER, Attempts
 from ifguide.run import FOLDERS, Run
 from ifguide.status import run_status
 from ifguide.telemetry import METRICS, PROGRESS, Progress, ProgressFile
+from ifguide.training.choices import Choices, Compiled
 
 
 def begin(folder: Path):
@@ -75,6 +76,10 @@ def test_a_training_says_step_loss_rate_and_eta(tmp_path):
     (folder / METRICS).write_text(json.dumps({**row, "step": 20}) + "\n" + json.dumps(row) + '\n{"step": 6')
     expected = "in progress  step 40/200 (20%), loss 6.5000, 3,604 tokens/s, ETA 1m15s; last news 0s ago"
     assert line_of(tmp_path, "model/penalised").split(maxsplit=1)[1] == expected
+    choices = Choices(layers=Compiled(True, "long"), loss=Compiled(False, "short"), attention="sdpa")
+    choices.write(folder)
+    said = "layers compiled (long), loss not compiled (short), attention by sdpa"
+    assert line_of(tmp_path, "model/penalised").split(maxsplit=1)[1] == f"{expected}; {said}"
     (folder / METRICS).write_text('{"step"')
     assert "in progress  begun 0s ago" in line_of(tmp_path, "model/penalised")
 

@@ -27,14 +27,14 @@ def test_long_trainings_compile_where_it_pays(
 ) -> None:
     monkeypatch.setattr(compiled, "can_fuse", lambda device: True)
     size = {"parameters": 1, "tokens": int(tokens) + 1, "device": torch.device(device), "dtype": dtype}
-    assert compiles(None, **size) is expected
-    assert compiles(True, **size) is True
-    assert compiles(False, **size) is False
+    assert compiles(None, **size).on is expected
+    assert compiles(True, **size) == (True, "as the config says")
+    assert compiles(False, **size) == (False, "as the config says")
 
 
 def test_without_a_compiler_nothing_is_compiled_and_a_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "can_fuse", lambda device: False)
     size = {"parameters": 10**9, "tokens": 10**9, "device": torch.device("cpu"), "dtype": "bfloat16"}
-    assert compiles(None, **size) is False
+    assert compiles(None, **size) == (False, "there is no compiler here")
     with pytest.raises(ConfigError, match="no compiler"):
         compiles(True, **size)

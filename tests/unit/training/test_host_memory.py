@@ -1,0 +1,56 @@
+"""What is freed is kept and taken again, until it is released: seen by the pages that the system has to give."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import torch
+
+from ifguide.training.host_memory import keep_freed_memory, release_freed_memory, trim
+
+VALUES = 16 << 20
+
+
+def pages_taken() -> list[int]:
+    """By ten tensors of 64 MB, one after the other: before, while memory is kept, and after."""
+
+    def taken() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(VALUES)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    found = [taken()]
+    assert keep_freed_memory()
+    taken()
+    found.append(taken())
+    release_freed_memory()
+    return [*found, taken()]
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def released() -> int:
+    """Bytes that go back when it ends."""
+    keep_freed_memory()
+    torch.ones(VALUES)
+    before = resident()
+    release_freed_memory()
+    trim()
+    return before - resident()
+
+
+def test_no_page_is_taken_anew_while_it_is_kept() -> None:
+    code = "from tests.unit.training.test_host_memory import *; print(*pages_taken(), released())"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    before, kept, after, back = map(int, done.stdout.split())
+    pages = 4 * VALUES // resource.getpagesize()
+    assert before > 9 * pages
+    assert kept < pages / 10
+    assert after > 9 * pages
+    assert back > 4 * VALUES * 0.9
