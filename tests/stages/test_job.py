@@ -55,6 +55,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_submitted_job_scores_the_corpus_and_a_wrong_one_says_why(
     submit: Callable[..., Any], copied: Callable[..., Config], finished: Config, tmp_path: Path

@@ -91,6 +91,7 @@ def run_driver(script: str, *arguments: str, **environment: str) -> subprocess.C
     return forked.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_driver_whose_machine_is_taken_away_ends_as_by_sigterm() -> None:
     done = run_driver(WAITING)

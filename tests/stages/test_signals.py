@@ -77,6 +77,7 @@ def interrupt(run: Run, folder: Path) -> None:
         saved = checkpoint.step
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_training_saves_the_step_it_is_at_and_ends_as_if_nobody_had_ended_it(tmp_path: Path) -> None:
     whole, ended = (training(tmp_path / name, "torch") for name in ("whole", "ended"))

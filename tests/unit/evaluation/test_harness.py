@@ -15,6 +15,7 @@ import pytest
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from ifguide.config import Evaluate
+from ifguide.evaluation.harness import _stands_alone
 from ifguide.evaluation.subjects import Model, measured_inputs
 from ifguide.evaluation.worker import EvaluateModel, Harness
 from ifguide.report.figures import Figure, model_rows
@@ -63,6 +64,21 @@ def test_a_task_of_ones_own_is_measured_with_its_interval(settings: Any, task: P
         unknown.process(piece)
 
 
+def test_a_group_of_the_harness_own_tasks_is_found_and_a_file_that_stands_alone_needs_none(
+    tmp_path: Path, task: Path
+) -> None:
+    group = tmp_path / "group.yaml"
+    for text in (
+        "group: mine\ntask: [lambada_openai]\n",
+        "task:\n  - lambada_openai\n",
+        "include: other.yaml\ntask: a\n",
+    ):
+        group.write_text(text)
+        assert not _stands_alone(str(group))
+    assert _stands_alone(str(task))
+    assert not _stands_alone("lambada_openai")
+
+
 def test_a_task_that_has_changed_is_another_evaluation(task: Path) -> None:
     options = Evaluate(lm_eval=(str(task), "lambada_openai"))
 
@@ -92,6 +108,7 @@ def test_the_report_has_benchmarks_beside_the_other_figures() -> None:
     assert row.benchmarks == {"lambada, acc": Figure(value=0.5, low=0.4, high=0.6)}
 
 
+@pytest.mark.slow
 def test_the_line_of_the_page_takes_an_exported_model(
     task: Path, tmp_path: Path, memorised: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -46,6 +46,7 @@ def test_compiled_kernels_score_as_the_uncompiled_do(family: str) -> None:
         assert compare(fused[k], exact[k], predicted).correlation > 0.99
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_bits_do_not_depend_on_the_sizes_that_were_compiled_first() -> None:
     # Lowering a graph takes 5 s and more: two sizes, which differ in batch and length, and one direction.
