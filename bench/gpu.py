@@ -5,7 +5,8 @@
     python bench/gpu.py --steps training_160m        # one of them, once more
 
 Steps: what the machine has and lacks; training steps at the shapes of Pythia-160M and 1B, with and without a mask;
-scoring at two shapes; the whole pipeline on the demo's documents in bfloat16, two scoring actors on half of the
+the head's loss beside liger-kernel's and cut-cross-entropy's, where these are installed; scoring at two shapes; the
+whole pipeline on the demo's documents in bfloat16, two scoring actors on half of the
 device each; the same scores by one actor; a training that is killed and goes on; a comparison with one DPO. A step
 that is done is not run again. One that fails says why and stops no other but those that need it; after `--minutes`
 none is begun.

@@ -28,6 +28,7 @@ from ifguide.training.checkpoints import last_checkpoint
 
 Figures = dict[str, Any]
 NEEDED = ("torch", "transformers", "ray", "deepspeed", "triton", "trl", "alt-profanity-check", "tensorboard")
+FURTHER = ("liger-kernel", "cut-cross-entropy")  # beside which our loss is measured, where they are there
 SHAPES = {"160m": ("EleutherAI/pythia-160m", "pythia160m", 16), "1b": ("EleutherAI/pythia-1b", "llama1b", 4)}
 TRAINING_FIGURES = (
     "mfu", "tokens_per_second", "mask_time_ratio", "syncs_per_step", "launches_per_step", "seconds", "megabytes",
@@ -88,7 +89,7 @@ class Session:
 def machine(session: Session) -> Figures:
     """What there is, and what is lacking."""
     versions: dict[str, str | None] = {}
-    for name in NEEDED:
+    for name in (*NEEDED, *FURTHER):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -118,6 +119,17 @@ def training(shape: str) -> Callable[[Session], Figures]:
         return {name: found[name] for name in TRAINING_FIGURES}
 
     return step
+
+
+def head_losses(session: Session) -> Figures:
+    """The head and its loss at both shapes: ours, and those of libraries that are installed."""
+    if session.small:
+        return {"160m": session.bench("head_losses", "--small", log="head_losses")}
+    figures = {}
+    for shape, (hub, _, blocks) in SHAPES.items():
+        options = ["--device", "cuda", "--shape", hub, "--tokens", str(2048 * blocks)]
+        figures[shape] = session.bench("head_losses", *options, log=f"head_losses_{shape}")
+    return figures
 
 
 def scoring(shape: str) -> Callable[[Session], Figures]:
@@ -215,6 +227,7 @@ STEPS: dict[str, Callable[[Session], Figures]] = {
     "machine": machine,
     "training_160m": training("160m"),
     "training_1b": training("1b"),
+    "head_losses": head_losses,
     "scoring_160m": scoring("160m"),
     "scoring_1b": scoring("1b"),
     "pipeline": pipeline,
