@@ -66,6 +66,10 @@ class Acceleration:
             long enough to earn the compilation's time, on a CPU in bfloat16 alone.
         compiled_loss: softmax, loss, mask and gradient of logits as one compiled kernel. Null: as above.
         fused_optimizer: AdamW as one kernel, which clips as well.
+        deepspeed_optimizer: of engine `deepspeed`, its own fused AdamW instead of torch's; built on first use, for
+            which there must be a compiler.
+        deepspeed_compile: of engine `deepspeed`, have it compile the whole model, but for the head, in place of
+            `compiled_layers`.
         prefetched_batches: a thread makes the next step's batches while a step is computed.
         kept_memory: on a CPU, keep what a step frees for the next one instead of taking it anew page by page.
         background_checkpoints: of engine `torch`, written by a thread from a copy in the CPU's memory. Null: on a GPU;
@@ -75,6 +79,8 @@ class Acceleration:
     compiled_layers: bool | None = option(None, off=False)
     compiled_loss: bool | None = option(None, off=False)
     fused_optimizer: bool = option(True, off=False)
+    deepspeed_optimizer: bool = option(False, off=False)
+    deepspeed_compile: bool = option(False, off=False)
     prefetched_batches: bool = option(True, affects_result=False)
     kept_memory: bool = option(True, affects_result=False)
     background_checkpoints: bool | None = option(None, affects_result=False)
@@ -200,6 +206,11 @@ def check_pretrain(train: Pretrain) -> None:
                 f"pretrain.{key}: needs engine: deepspeed and a zero_stage of at least {least},"
                 f" not {train.engine} and {train.zero_stage}"
             )
+    for key in ("deepspeed_optimizer", "deepspeed_compile"):
+        if getattr(train.acceleration, key) and train.engine != "deepspeed":
+            raise ConfigError(f"pretrain.acceleration.{key}: is of engine deepspeed, not {train.engine}; unset it")
+    if train.acceleration.deepspeed_compile and train.acceleration.compiled_layers:
+        raise ConfigError("pretrain.acceleration.deepspeed_compile: compiles the layers, too; unset compiled_layers")
     if train.acceleration.compiled_layers and train.parts_parameters:
         raise ConfigError("pretrain.acceleration.compiled_layers: not with zero_stage 3; unset it")
     if train.offload_nvme is not None and not (train.offload_parameters and train.offload_optimizer):

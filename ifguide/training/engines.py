@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ifguide.artifacts import remove_tree
-from ifguide.config import Pretrain
+from ifguide.config import ConfigError, Pretrain
 from ifguide.training.adapters import load_trained, trained_state
 from ifguide.training.checkpoints import STATE, UNIVERSAL, Checkpoint
 from ifguide.training.lm_loss import LanguageModelLoss
@@ -65,11 +65,29 @@ class Engine(Protocol):
         """The LM's trained weights in a checkpoint by their own names, in full precision; on one rank alone."""
 
 
-def build_optimizer(module: LanguageModelLoss, config: Pretrain) -> torch.optim.AdamW:
-    """AdamW over the trained weights."""
+def build_optimizer(module: LanguageModelLoss, config: Pretrain) -> torch.optim.Optimizer:
+    """AdamW over the trained weights. Raises ConfigError where it is to be DeepSpeed's, which cannot be built here."""
     groups = parameter_groups(module, config.weight_decay)
+    if config.acceleration.deepspeed_optimizer:
+        return _deepspeed_adamw(groups, config)
     fused = config.acceleration.fused_optimizer or None  # None: as torch chooses
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
+
+
+def _deepspeed_adamw(groups: list[dict[str, Any]], config: Pretrain) -> torch.optim.Optimizer:
+    """DeepSpeed's kernel for where the optimizer's state is: the device, or the CPU."""
+    import deepspeed.ops.adam as adam
+
+    on_gpu = config.resources.gpus > 0 and not config.offload_optimizer
+    kind = adam.FusedAdam if on_gpu else adam.DeepSpeedCPUAdam
+    try:
+        made: torch.optim.Optimizer = kind(groups, lr=config.learning_rate, betas=config.betas)
+    except Exception as error:  # of its build: whatever ninja, a compiler or the machine has to say
+        raise ConfigError(
+            f"pretrain.acceleration.deepspeed_optimizer: {kind.__name__} cannot be built here ({error}); it takes ninja"
+            f" and {'nvcc' if on_gpu else 'g++'}: install them, or unset it"
+        ) from error
+    return made
 
 
 class TorchEngine:
@@ -161,6 +179,8 @@ class DeepSpeedEngine:
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = torch.device(self.engine.device)
         self.module = self.engine.module
+        if config.acceleration.deepspeed_compile:
+            self.engine.compile()
         if config.zero_stage < 3:  # under it the order of the modules' calls is recorded from the first on
             self.module.check(documents=config.document_attention)
         self.engine.train()
@@ -178,7 +198,8 @@ class DeepSpeedEngine:
         for group, decay in zip(optimizer.param_groups, (self.config.weight_decay, 0.0), strict=False):
             group["weight_decay"] = decay
         for state in optimizer.state.values():
-            state["step"] = state["step"].clone()
+            if isinstance(state.get("step"), Tensor):  # DeepSpeed's own AdamW has a number, or a count for a group
+                state["step"] = state["step"].clone()
 
     def loss(self, batch: MicroBatch) -> Loss:
         return Loss(*self.engine(*batch))

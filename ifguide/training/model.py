@@ -74,7 +74,9 @@ def _choices(train: Pretrain, model: PreTrainedModel, tokens: int, chosen: Choic
 
     layers = compiled(train.acceleration.compiled_layers, chosen.layers if chosen else None)
     loss = compiled(train.acceleration.compiled_loss, chosen.loss if chosen else None)
-    if train.parts_parameters:
+    if train.acceleration.deepspeed_compile:
+        layers = Compiled(False, "DeepSpeed compiles the model")
+    elif train.parts_parameters:
         layers = Compiled(False, "ZeRO-3 gathers weights module by module, which a graph hides")
     return Choices(layers=layers, loss=loss, attention=str(model.config._attn_implementation))
 

@@ -126,6 +126,17 @@ def test_killed_ranks_go_on_bit_for_bit_on_as_many_workers(stage: int, settings:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_compiled_by_deepspeed_the_losses_are_the_same(settings: Callable[..., Settings]) -> None:
+    options: dict[str, Any] = {"zero_stage": 1, "workers": 1}
+    plain = settings("plain", **options)
+    compiled = settings("compiled", **options, acceleration={"deepspeed_compile": True})
+    for made in (plain, compiled):
+        run_ranks(made, 1)
+    require_close(compiled, plain, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_killed_ranks_go_on_with_the_same_losses_on_another_number_of_workers(
     stage: int, settings: Callable[..., Settings], undisturbed: Settings
