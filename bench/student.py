@@ -163,7 +163,8 @@ class Bench:
             tokens_BT = torch.zeros(len(numbers), int(lengths_B.max()), dtype=torch.int64)
             for row, number in enumerate(numbers):
                 tokens_BT[row, : self.sizes[number]] = torch.from_numpy(ids[number])
-            scores, states, tangents = self.scorer.score_and_differentiate(tokens_BT, lengths_B, self.layers)
+            scores, states, tangents = self.scorer.score_and_read(tokens_BT, lengths_B, self.layers, tangents=True)
+            assert tangents is not None
             yield Batch(
                 numbers=numbers,
                 tokens_BT=tokens_BT,

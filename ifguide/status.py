@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from ifguide.artifacts import MANIFEST, PLAN, has_ended, read_holder, read_manifest
 from ifguide.distributed.ledger import LEDGER, read_attempts, unfinished_attempts
+from ifguide.student.said import audit_line
 from ifguide.telemetry import METRICS, format_seconds, last_line, last_progress, progress_text
 from ifguide.training.choices import read_choices
 
@@ -90,7 +91,7 @@ def _folder_status(name: str, folder: Path) -> StageStatus:
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         rows = ", ".join(f"{count:,} {unit}" for unit, count in manifest.rows.items())
-        text = f"{rows} ({format_seconds(manifest.seconds)})"
+        text = "; ".join(filter(None, (f"{rows} ({format_seconds(manifest.seconds)})", audit_line(manifest.summary))))
         return StageStatus(name=name, state="complete", text=text, progress=manifest.rows)
     if not (folder / PLAN).exists():
         return StageStatus(name=name, state="not begun")

@@ -98,7 +98,7 @@ class Scorings:
             scorer.score(block, torch.tensor([block.shape[1]]))
 
         def smoothed(block: Tensor) -> None:
-            scores, states = scorer.score_and_read(block, torch.tensor([block.shape[1]]), layers)
+            scores, states, _ = scorer.score_and_read(block, torch.tensor([block.shape[1]]), layers)
             features_TD = torch.cat([layer[0] for layer in states], dim=-1)
             folds_T = torch.zeros(len(features_TD), dtype=torch.long)
             smoother.smooth(scores[:, 0].T, smoother.predict(features_TD, folds_T))

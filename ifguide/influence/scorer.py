@@ -23,7 +23,7 @@ at full rank in float32). Nothing of the size (tokens, vocabulary) is ever held.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,15 @@ class Engine(Protocol):
 
     def tangents(self, streams: Tensor) -> Tensor:
         """Their derivatives (K, B, T, D) along the directions. Raises ValueError where the engine takes none."""
+
+
+class Pass(NamedTuple):
+    """Scores (K, B, T), hidden states (B, T, D) by layer, and the derivatives (K, B, T, D) of the final ones along the
+    directions, or None."""
+
+    scores_KBT: Tensor
+    states: list[Tensor]
+    tangents_KBTD: Tensor | None
 
 
 class TokenScorer:
@@ -136,28 +145,23 @@ class TokenScorer:
         document_BT: Tensor | None = None,
         *,
         usual_blocks: int = 0,
-    ) -> tuple[Tensor, list[Tensor]]:
+        tangents: bool = False,
+    ) -> Pass:
         """The scores (K, B, T) as above, and of the same pass the hidden states (B, T, D) of each of `layers`
-        (`influence.states`); entry t has read the tokens up to t."""
-        read = self._read(tokens_BT, lengths_B, document_BT)
-        return self._scores_and_states(tokens_BT, lengths_B, document_BT, read, layers, usual_blocks)
+        (`influence.states`); entry t has read the tokens up to t. And the `tangents` of the final ones, if wanted.
 
-    def score_and_differentiate(
-        self,
-        tokens_BT: Tensor,
-        lengths_B: Tensor,
-        layers: Sequence[int],
-        document_BT: Tensor | None = None,
-        *,
-        usual_blocks: int = 0,
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """As `score_and_read`, and the derivatives (K, B, T, D) of the final hidden states along the directions.
-
-        Raises ValueError when the engine takes none, as that of `position`."""
+        Raises ValueError when they are, and the engine takes none, as that of `position`."""
         top, read = len(self.blocks), self._read(tokens_BT, lengths_B, document_BT)
-        with taken_states(self.model, self.blocks, [top], self._engine.tangents) as final:
-            scores, states = self._scores_and_states(tokens_BT, lengths_B, document_BT, read, layers, usual_blocks)
-        return scores, states, read.own(final[top][:, : len(tokens_BT)], 1)
+        with (
+            taken_states(self.model, self.blocks, [top] if tangents else [], self._engine.tangents) as final,
+            taken_states(self.model, self.blocks, layers, self._engine.primal) as states,
+        ):
+            scores = self._scores(tokens_BT, lengths_B, document_BT, read, usual_blocks)
+        return Pass(
+            scores if self._several else scores[None],
+            [read.own(states[layer][: len(tokens_BT)], 0) for layer in layers],
+            read.own(final[top][:, : len(tokens_BT)], 1) if tangents else None,
+        )
 
     def score_one_by_one(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor:
         """As `score`, on the CPU, a block at a time: of little memory, for samples."""
@@ -173,21 +177,6 @@ class TokenScorer:
         device = self.model.device
         documents = None if document_BT is None else document_BT.to(device)
         return begun(tokens_BT.to(device), lengths_B.to(device), documents, self.beginning)
-
-    def _scores_and_states(
-        self,
-        tokens_BT: Tensor,
-        lengths_B: Tensor,
-        document_BT: Tensor | None,
-        read: Begun,
-        layers: Sequence[int],
-        usual_blocks: int,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As `score_and_read`."""
-        with taken_states(self.model, self.blocks, layers, self._engine.primal) as states:
-            scores = self._scores(tokens_BT, lengths_B, document_BT, read, usual_blocks)
-        of_layers = [read.own(states[layer][: len(tokens_BT)], 0) for layer in layers]
-        return scores if self._several else scores[None], of_layers
 
     def _scores(
         self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None, read: Begun, usual_blocks: int

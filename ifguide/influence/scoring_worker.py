@@ -188,7 +188,7 @@ def by_micro_batch(
 
     def score(rows: slice, usual_blocks: int) -> tuple[Tensor, list[Tensor]]:
         tokens, lengths, documents = tensors(tokens_BT, lengths_B, document_BT, rows)
-        return scorer.score_and_read(tokens, lengths, layers, documents, usual_blocks=usual_blocks)
+        return scorer.score_and_read(tokens, lengths, layers, documents, usual_blocks=usual_blocks)[:2]
 
     return in_micro_batches(len(tokens_BT), size, score)
 

@@ -19,6 +19,7 @@ from ifguide.planning import flops
 from ifguide.planning.job import Job, Pass, StageEstimate, by_core, computed, rows
 from ifguide.planning.measurements import efficiency, rates
 from ifguide.planning.training_memory import training_memory
+from ifguide.student.sampling import audit_share
 
 QUERY_TOKENS, PROMPT_TOKENS = 64, 16
 
@@ -161,7 +162,9 @@ def _student_pass(job: Job) -> tuple[float, float, tuple[float, float, str] | No
     """Of a scorer that is not `exact`: FLOP a token, the share of the tokens that is scored exactly besides, and the
     time of what is no FLOP."""
     config, kind = job.config.score_corpus, job.config.fit_student.kind
-    exact = config.audit_fraction + (config.recheck_fraction if config.scorer == "cascade" else 0.0)
+    exact = audit_share(config.audit_fraction, math.ceil(job.tokens / job.block)) + (
+        config.recheck_fraction if config.scorer == "cascade" else 0.0
+    )
     if kind == "head":
         return flops.head_student(job.proxy, job.block), exact, None
     cores = job.at_once(config.max_actors, config.resources) * config.resources.cpus

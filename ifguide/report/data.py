@@ -16,6 +16,7 @@ from ifguide.report.view import View, score_histogram
 from ifguide.selection.distributed import RunTasks
 from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.outliers import dominant_line
+from ifguide.student.said import audit_lines
 from ifguide.telemetry import read_metrics
 
 MAX_OUTLIERS = 20
@@ -110,6 +111,7 @@ def _of_any_page(sources: ReportSources, metrics: Mapping[str, Any]) -> dict[str
         "intervals": f"{100 * metrics['confidence']:g}%, {metrics['bootstrap_samples']:,} bootstrap samples",
         "seed": str(sources.seed),
         "reliability of the queries": _reliability(sources.artifacts.get("query")),
+        **_audit(sources.artifacts.get("scores")),
     }
     return {
         "title": sources.title,
@@ -137,6 +139,13 @@ def _reliability(query: Path | None) -> str:
         count = held_out["positive"] + held_out["negative"]
         parts.append(f"{count:,} held-out queries told apart with AUROC {held_out['auroc']:.2f}")
     return ", ".join(parts)
+
+
+def _audit(scores: Path | None) -> dict[str, str]:
+    """What made the scores, and how near the exact ones they are; empty where they are exact."""
+    if scores is None or not (scores / MANIFEST).exists():
+        return {}
+    return audit_lines(read_manifest(scores).summary)
 
 
 def _classifier_text(source: ClassifierSource) -> str:

@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from ifguide.artifacts import Manifest
-from ifguide.config import Config
-from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import require_resources
 from ifguide.distributed.shards import LEDGER, Pool, ShardResults, run_shards
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.decision import METHOD
 from ifguide.run import Run
-from ifguide.stages.scoring import ScoringInputs
+from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
 from ifguide.student.sample_worker import (
     TRANSFORMS,
     SamplePart,
@@ -31,8 +29,6 @@ from ifguide.student.scorers import FACTS, STUDENT
 from ifguide.telemetry import log
 
 VERB = "fit_student"
-# of `score_corpus`: what the exact scores of the sample depend on
-SCORING = ("attribution", "preset", "engine", "precision", "rank", "fused", "micro_batch_blocks")
 
 
 def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -50,7 +46,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
         )
         return None
     given = ScoringInputs.of(run, VERB)
-    extra = {"scoring": scoring_options(run.config)}
+    extra = {SCORING: scoring_options(run.config)}
     artifact = run.open(run.student, VERB, keys=("fit_student", "seed"), inputs=given.inputs, extra=extra)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary['chosen']}")
@@ -80,12 +76,6 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
         f" the blocks that it was chosen by in its own top 10%; {run.student}",
     )
     return manifest
-
-
-def scoring_options(config: Config) -> dict[str, Any]:
-    """What a student's exact scores depend on."""
-    options = result_part(config.score_corpus)
-    return {name: options[name] for name in SCORING if name in options}
 
 
 def _sample(results: ShardResults) -> dict[str, Any]:

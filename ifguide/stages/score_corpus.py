@@ -29,9 +29,9 @@ from ifguide.influence.scoring_worker import SMOOTHER, CorpusShard, ScoreShard, 
 from ifguide.influence.smoothing import Smoother
 from ifguide.influence.smoothing_worker import fit_on_sample
 from ifguide.run import Run
-from ifguide.stages.scoring import ScoringInputs
+from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
 from ifguide.storage import local_copy
-from ifguide.student.auditing import audit_share, certify_files
+from ifguide.student.auditing import certify_files
 from ifguide.student.cascade_worker import (
     FIRST_PASS,
     CascadeSettings,
@@ -41,6 +41,8 @@ from ifguide.student.cascade_worker import (
     choose_least,
 )
 from ifguide.student.certificate import Certificate
+from ifguide.student.said import SUMMARY
+from ifguide.student.sampling import audit_share
 from ifguide.student.scorers import StudentFacts
 from ifguide.telemetry import log
 
@@ -148,7 +150,7 @@ def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequenc
             " fit_student.sample_fraction (in another run_dir, or delete scores/ and student/), audit_fraction where"
             " the interval is wide, take scorer: exact, or accept it by a lower score_corpus.min_recall"
         )
-    return _Scored(results=_added(results, passed), files=audits, summary={"student": said})
+    return _Scored(results=_added(results, passed), files=audits, summary={SUMMARY: said})
 
 
 def require_student(given: ScoringInputs) -> Manifest:
@@ -163,6 +165,9 @@ def require_student(given: ScoringInputs) -> Manifest:
         made = student.inputs.get(name, "none")
         require_same(f"the {name} of {folder}", made, "this run's", fingerprint, "fit the student again")
     given.beginning.require_of(folder, student.inputs)
+    for name, value in scoring_options(given.run.config).items():
+        learnt = student.options[SCORING].get(name)
+        require_same(f"score_corpus.{name} of {folder}", str(learnt), "this run's", str(value), "fit the student again")
     return student
 
 

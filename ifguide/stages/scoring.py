@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ifguide.artifacts import Manifest, require, require_same
-from ifguide.config import OWN
+from ifguide.config import OWN, Config
 from ifguide.config.resources import ONE_CPU, Resources
+from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import connect
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.decision import Decision, decide, describe_decision
@@ -20,6 +22,15 @@ from ifguide.spans.tables import PackedCorpus
 from ifguide.storage import location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
+
+SCORING = "scoring"  # among the options of a student
+SCORING_KEYS = ("attribution", "preset", "engine", "precision", "rank", "fused", "micro_batch_blocks")
+
+
+def scoring_options(config: Config) -> dict[str, Any]:
+    """What exact scores depend on, of `score_corpus`."""
+    options = result_part(config.score_corpus)
+    return {name: options[name] for name in SCORING_KEYS}
 
 
 @dataclass(frozen=True, kw_only=True)

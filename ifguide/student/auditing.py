@@ -11,13 +11,6 @@ import pyarrow as pa
 from ifguide import schemas
 from ifguide.student.certificate import Audit, Certificate, certify
 
-AUDITED_BLOCKS = 2000  # at most: beyond these an interval hardly narrows, and the bootstrap takes minutes
-
-
-def audit_share(fraction: float, blocks: int) -> float:
-    """The share of a corpus' blocks that is audited."""
-    return min(fraction, AUDITED_BLOCKS / blocks)
-
 
 def certify_files(paths: Sequence[Path], sources: Sequence[str]) -> Certificate:
     """The certificate of all tokens in some files of `schemas.AUDIT`. `sources`: all of the corpus.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,29 +66,31 @@ class FirstShard:
 
 
 class ScoreByStudent:
-    """Worker: corpus shard in, the student's scores out, with the count of each block (`recheck`)."""
+    """Worker: corpus shard in, the student's scores out, with the count of each block (`recheck`). Two threads call it:
+    one computes, one reads or writes."""
 
     def __init__(self, settings: CascadeSettings):
         keep_memory()
-        self.settings = settings
+        self.settings, self.computing = settings, threading.Lock()
         self.scorer = load_scorer(settings.student, settings.facts.kind, settings.scoring)
 
     def process(self, first: FirstShard) -> dict[str, Any]:
         settings = self.settings
         blocks = read_blocks(settings.scoring.corpus, first.shard.number)
-        started = time.monotonic()
-        scores_BT = self.scorer.score(blocks.tokens_BT, blocks.lengths_B, settings.documents(blocks))
-        seconds = time.monotonic() - started
+        with self.computing:
+            started = time.monotonic()
+            scores_BT = self.scorer.score(blocks.tokens_BT, blocks.lengths_B, settings.documents(blocks))
+            seconds = time.monotonic() - started
         _write_first(settings.first(first.shard.number), blocks, scores_BT, settings.facts.edge)
         return {"blocks": len(scores_BT), "tokens": int(blocks.lengths_B.sum()), "seconds": seconds}
 
 
 class Recheck:
-    """Worker: corpus shard and the student's scores in; scores shard and audit out."""
+    """Worker: corpus shard and the student's scores in; scores shard and audit out. Two threads call it."""
 
     def __init__(self, settings: CascadeSettings):
         keep_memory()
-        self.settings = settings
+        self.settings, self.computing = settings, threading.Lock()
         (query,) = settings.scoring.queries.values()
         self.scorer = settings.scoring.scorer([read_direction(query)])
 
@@ -102,9 +105,10 @@ class Recheck:
         wanted_B = rechecked_B.copy() if settings.replaces else np.zeros_like(rechecked_B)
         wanted_B[audited] = True
         rows = np.flatnonzero(wanted_B)
-        started = time.monotonic()
-        exact_RT, halvings = self._exact(blocks.take(rows))
-        seconds = time.monotonic() - started
+        with self.computing:
+            started = time.monotonic()
+            exact_RT, halvings = self._exact(blocks.take(rows))
+            seconds = time.monotonic() - started
         scores_BT = student_BT.copy()
         if settings.replaces:
             scores_BT[rows] = exact_RT

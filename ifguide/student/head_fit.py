@@ -87,7 +87,7 @@ class HeadSample:
         held_out: bool,
     ) -> None:  # fmt: skip
         """Blocks with their exact scores, where `known_BT`, states and tangents of the final ones, all of one pass
-        (`TokenScorer.score_and_differentiate`)."""
+        (`TokenScorer.score_and_read`)."""
         features_NF, tangents_ND = (own[known_BT].double().cpu().numpy() for own in (features_BTF, tangents_BTD))
         targets_NS = np.concatenate([self.transforms(scores_BT[known_BT].double().cpu().numpy()), tangents_ND], axis=1)
         folds_N = np.full(len(features_NF), HELD_OUT if held_out else FITTED)

@@ -133,9 +133,10 @@ def label(settings: SampleSettings, scorer: TokenScorer, blocks: ShardBlocks) ->
         if settings.kind == "ngram":
             scores = scorer.score(tokens, lengths, documents, usual_blocks=usual_blocks)
             return Labelled(tokens, known, scores[0])
-        scores, states, tangents = scorer.score_and_differentiate(
-            tokens, lengths, layers, documents, usual_blocks=usual_blocks
+        scores, states, tangents = scorer.score_and_read(
+            tokens, lengths, layers, documents, usual_blocks=usual_blocks, tangents=True
         )
+        assert tangents is not None
         features = torch.cat(states, dim=-1).float()
         on = scores.device
         return Labelled(tokens.to(on), known.to(on), scores[0], features, tangents[0].float())

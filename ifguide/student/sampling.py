@@ -17,6 +17,7 @@ from ifguide import schemas
 from ifguide.artifacts import verified
 from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks, read_documents, shard_name
 
+AUDITED_BLOCKS = 2000  # at most: beyond these an interval hardly narrows, and the bootstrap takes minutes
 SAMPLE, HELD_OUT, AUDIT = 1, 2, 3  # what a random stream is for
 Integers = NDArray[np.integer]
 
@@ -41,6 +42,11 @@ class Sampling:
         """Which of that many sampled blocks are held out, evenly spread."""
         start = np.random.default_rng([self.seed, shard, HELD_OUT]).random()
         return np.diff(np.floor(start + self.held_out * np.arange(count + 1))) > 0
+
+
+def audit_share(fraction: float, blocks: int) -> float:
+    """The share of a corpus' blocks that is audited."""
+    return min(fraction, AUDITED_BLOCKS / blocks)
 
 
 def audited_rows(blocks: int, sampled: Integers, fraction: float, seed: int, shard: int) -> NDArray[np.intp]:

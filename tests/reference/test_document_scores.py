@@ -108,7 +108,7 @@ def test_states_are_those_of_each_document_alone(beginning: int | None) -> None:
     model = tiny_model("gpt_neox", dtype=torch.float64)
     scorer = TokenScorer(model, [random_directions(model)], attribution="target", beginning=beginning)
     tokens_BT, lengths_B, document_BT = blocks()
-    scores_KBT, states = scorer.score_and_read(tokens_BT, lengths_B, (1, 2), document_BT)
+    scores_KBT, states, _ = scorer.score_and_read(tokens_BT, lengths_B, (1, 2), document_BT)
     torch.testing.assert_close(scores_KBT, scorer.score(tokens_BT, lengths_B, document_BT), rtol=0, atol=0)
     skipped = int(beginning is not None)
     for (row, where), text in zip(pieces(), texts(beginning), strict=True):

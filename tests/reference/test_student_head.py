@@ -45,7 +45,8 @@ def labelled(request: pytest.FixtureRequest) -> Labelled:
     model = tiny_model(request.param, dtype=torch.float64)
     tokens_BT, lengths_B = as_tensors(*random_blocks(BLOCKS, LENGTH, seed=2))
     scorer = TokenScorer(model, random_directions(model), attribution="target")
-    scores_BT, states, tangents_KBTD = scorer.score_and_differentiate(tokens_BT, lengths_B, LAYERS)
+    scores_BT, states, tangents_KBTD = scorer.score_and_read(tokens_BT, lengths_B, LAYERS, tangents=True)
+    assert tangents_KBTD is not None
     known_BT, features_BTF = predicted_positions(tokens_BT, lengths_B), torch.cat(states, dim=-1)
     sample = HeadSample(Transforms.of(scores_BT[0][known_BT].numpy()), LAYERS)
     for rows, held_out in ((slice(0, HELD), True), (slice(HELD, 40), False), (slice(40, None), False)):
@@ -107,7 +108,8 @@ def test_the_fast_engine_gives_the_same_tangents(labelled: Labelled) -> None:
         model, [directions, other], attribution="target",
         method=Method(engine="difference", precision="float32", rank=None),
     )  # fmt: skip
-    scores, states, tangents = scorer.score_and_differentiate(labelled.tokens_BT, labelled.lengths_B, LAYERS)
+    scores, states, tangents = scorer.score_and_read(labelled.tokens_BT, labelled.lengths_B, LAYERS, tangents=True)
+    assert tangents is not None
     known = labelled.known_BT
     for found, expected in (
         (tangents[0], labelled.tangents_BTD),
@@ -208,4 +210,4 @@ def test_a_sample_that_cannot_be_fitted_is_refused(labelled: Labelled) -> None:
         Transforms.of(np.ones(7))
     scorer = TokenScorer(labelled.model, random_directions(labelled.model), attribution="position")
     with pytest.raises(ValueError, match="use target"):
-        scorer.score_and_differentiate(labelled.tokens_BT[:2], labelled.lengths_B[:2], LAYERS)
+        scorer.score_and_read(labelled.tokens_BT[:2], labelled.lengths_B[:2], LAYERS, tangents=True)

@@ -259,7 +259,7 @@ def test_hidden_states_of_the_pass_are_those_of_the_model(
     tokens_BT, lengths_B = as_tensors(*random_blocks(3, LENGTH))
     scorer = TokenScorer(model, directions, attribution=attribution, method=method, beginning=beginning)
     layers = (1, model.config.num_hidden_layers)
-    scores, states = scorer.score_and_read(tokens_BT, lengths_B, layers)
+    scores, states, _ = scorer.score_and_read(tokens_BT, lengths_B, layers)
     assert not any(module._forward_hooks for module in model.modules())
     torch.testing.assert_close(scores, scorer.score(tokens_BT, lengths_B))
     first = [] if beginning is None else [torch.full((3, 1), beginning)]

@@ -25,6 +25,7 @@ from ifguide.planning.estimate import estimate
 from ifguide.planning.job import ASSUMED_ROWS, rows
 from ifguide.planning.measurements import MOST, _tables, efficiency, rates, sources, throughputs
 from ifguide.shapes import published_shapes, shape_of_fields
+from ifguide.student.sampling import audit_share
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PYTHIA = CONFIGS / "pythia160m_owt.yaml"
@@ -277,11 +278,11 @@ def test_a_cascade_costs_its_students_pass_and_the_exact_one_over_what_it_rechec
     per_token = flops.scoring(
         job.proxy, job.block, attribution="target", method=chosen_method(config.score_corpus), behaviours=1
     )
-    student = flops.head_student(job.proxy, job.block)
-    assert stages["score_corpus"].flop == pytest.approx(1e9 * (student + 0.25 * per_token))
+    student, audited = flops.head_student(job.proxy, job.block), audit_share(0.05, int(1e9 / job.block))
+    assert stages["score_corpus"].flop == pytest.approx(1e9 * (student + (0.2 + audited) * per_token))
     assert stages["score_corpus"].flop < 0.8 * exact.flop
     assert stages["fit_student"].flop > 1e7 * per_token
     ngram = make_job(load_config(PYTHIA, [*keys, "fit_student.kind=ngram"]), corpus_tokens=1e9)
     looked_up = {item.stage: item for item in estimate(ngram)}["score_corpus"]
-    assert looked_up.flop == pytest.approx(1e9 * 0.25 * per_token)
+    assert looked_up.flop == pytest.approx(1e9 * (0.2 + audited) * per_token)
     assert "lookup" in looked_up.basis

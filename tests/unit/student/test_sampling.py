@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from ifguide.student.auditing import AUDITED_BLOCKS, audit_share
 from ifguide.student.recheck import LEAST, block_counts, least_count
-from ifguide.student.sampling import Sampling, audited_rows
+from ifguide.student.sampling import AUDITED_BLOCKS, Sampling, audit_share, audited_rows
 
 
 def test_the_sample_takes_the_same_share_of_every_source_and_the_audit_none_of_it() -> None:

@@ -1,0 +1,44 @@
+"""What `score_corpus` says of scores that a student made, in words: for status and report. Light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SUMMARY = "student"  # in the summary of scores
+
+
+def audit_lines(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What made the scores and what their audit found, by name; empty where all are exact."""
+    said = summary.get(SUMMARY)
+    if said is None:
+        return {}
+    whole, top = said["whole"], f"{said['top_share']:.0%}"
+    by_source = [f"{name} {interval(own['recall'])}" for name, own in said["by_source"].items()]
+    lines = {
+        "scores": f"{said['scorer']} with a student of kind {said['kind']}, {said['exact_blocks']:,} blocks exactly",
+        "audit of the scores": f"{said['audited_blocks']:,} random blocks: Spearman {interval(whole['spearman'])} with"
+        f" the exact scores, overlap of the top {top} {interval(whole['overlap'])}",
+        f"exact top {top} in rechecked blocks": interval(whole["recall"]),
+    }
+    if len(by_source) > 1:
+        lines[f"exact top {top} in rechecked blocks, by source"] = "; ".join(by_source)
+    if said["unaudited"]:
+        lines["sources without an audited block"] = ", ".join(said["unaudited"])
+    return lines
+
+
+def audit_line(summary: Mapping[str, Any]) -> str:
+    """The least of it; empty where all scores are exact."""
+    said = summary.get(SUMMARY)
+    if said is None:
+        return ""
+    found = interval(said["whole"]["recall"])
+    return f"{said['scorer']}: {found} of the exact top {said['top_share']:.0%} in rechecked blocks"
+
+
+def interval(figure: Mapping[str, Any]) -> str:
+    """A figure of a certificate with its interval."""
+    if None in (figure["value"], figure["low"], figure["high"]):
+        return "undefined"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
