@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ifguide.config.resources import RESOURCES, Resources
 from ifguide.config.typed_yaml import option
 
 
@@ -19,12 +18,11 @@ class FitStudent:
             wants no model.
         sample_fraction: share of the corpus' blocks that are scored exactly, the same of every source.
         held_out: share of these that the student's options are chosen on.
-        partitions: parts of the sample. A part is one piece of work, and the unit of resuming.
-        resources: of one worker.
+        partitions: parts of the sample. A part is one piece of work, and the unit of resuming. Its worker has
+            `score_corpus.resources`.
     """
 
     kind: Literal["head", "ngram"] = "head"
     sample_fraction: float = option(0.01, above=0, at_most=1)
     held_out: float = option(0.25, above=0, at_most=0.9)
     partitions: int = option(1, at_least=1)
-    resources: Resources = RESOURCES

@@ -11,6 +11,7 @@ from typing import Any
 
 from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import Config, ConfigError, load_config
+from ifguide.config.resources import Resources
 from ifguide.hardware import Hardware, hardware
 from ifguide.influence.method import chosen_method
 from ifguide.planning.corpus_size import input_size
@@ -80,7 +81,7 @@ def plan(
 
 def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | None = None) -> Job:
     """The config with its shapes and machines. Without `corpus_tokens`: those of `planned_tokens`."""
-    on_gpu = any(getattr(config, verb).resources.gpus for verb in WORKERS)
+    on_gpu = any(_resources(config, verb).gpus for verb in WORKERS)
     machine = hardware(gpu) if gpu else planned_hardware(config) if on_gpu else hardware("cpu")
     notes: list[str] = []
     if corpus_tokens is None:
@@ -131,12 +132,18 @@ def worker_settings(config: Config, gpus: int) -> list[str]:
         if verb == "fit_student" and not config.score_corpus.uses_student:
             continue
         section = getattr(config, verb)
-        workers = max(1, int(gpus / (section.resources.gpus or 1)))
+        workers = max(1, int(gpus / (_resources(config, verb).gpus or 1)))
         settings.append(f"{verb}.{key}={workers}")
         least = LEAST_WORKERS.get(verb)
         if least is not None and (getattr(section, least) or 1) > workers:
             settings.append(f"{verb}.{least}={workers}")
     return settings
+
+
+def _resources(config: Config, verb: str) -> Resources:
+    """Of a verb's workers; a student's sample is scored with those of scoring."""
+    resources: Resources = getattr(config, "score_corpus" if verb == "fit_student" else verb).resources
+    return resources
 
 
 def rounded(value: Any) -> Any:

@@ -151,7 +151,7 @@ def _fit_student(job: Job) -> StageEstimate:
         "fit_student",
         Pass("score", flop, chosen_method(job.config.score_corpus).precision, proxy.tracked),
         workers=config.partitions,
-        resources=config.resources,
+        resources=job.config.score_corpus.resources,
         memory=8.0 * proxy.parameters + 6 * 8.0 * width**2 + _shard(job),
         storage=config.partitions * 16.0 * width**2 + 64e6,
         notes=(f"{sample:,} tokens are scored exactly",),

@@ -37,7 +37,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     Raises:
         MismatchError: the query is of another proxy. ValueError: the sample is too small. StageError: a part failed.
     """
-    config = run.config.fit_student
+    config, resources = run.config.fit_student, run.config.score_corpus.resources
     if dry_run:
         log(
             VERB,
@@ -51,20 +51,20 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary['chosen']}")
         return artifact.manifest
-    require_resources(run.config.cluster, VERB, config.resources)
+    require_resources(run.config.cluster, VERB, resources)
     settings = SampleSettings(
-        scoring=given.settings(run.student, config.resources),
+        scoring=given.settings(run.student, resources),
         kind=config.kind,
         sampling=Sampling(fraction=config.sample_fraction, held_out=config.held_out, seed=run.config.seed),
         partitions=min(config.partitions, given.packed.num_shards),
     )
     if config.kind == "head" and not (run.student / TRANSFORMS).exists():
-        run_task(fit_transforms, settings, resources=config.resources)
+        run_task(fit_transforms, settings, resources=resources)
     parts = [SamplePart(number=number) for number in range(settings.partitions)]
-    pool = Pool(size=len(parts), resources=config.resources)
+    pool = Pool(size=len(parts), resources=resources)
     results = run_shards(VERB, parts, ScoreSample, settings, folder=run.student, pool=pool, unit="parts")
     sample = _sample(results)
-    chosen = run_task(fit_on_parts, settings, sample, resources=config.resources)
+    chosen = run_task(fit_on_parts, settings, sample, resources=resources)
     files = [run.student / name for name in (STUDENT, FACTS, METHOD)]
     rows = {name: sample[name] for name in ("blocks", "tokens")}
     summary = {"kind": config.kind, "chosen": chosen, "unsampled": sample["unsampled"]}

@@ -26,7 +26,6 @@ Copied = Callable[..., Config]
 MADE = ("scores", "ranking", "mask")
 OPTIONS: dict[str, Any] = {
     "fit_student__sample_fraction": 0.3,
-    "fit_student__resources": {"gpus": 0},
     "score_corpus__micro_batch_blocks": 8,  # chosen by free memory otherwise
     "score_corpus__audit_fraction": 0.1,
     "score_corpus__recheck_fraction": 0.25,

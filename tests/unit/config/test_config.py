@@ -107,6 +107,16 @@ def test_every_verb_has_its_section():
         ("score_corpus.smooth={own_weight: 2}", "score_corpus.smooth.own_weight: 2.0 is above 1"),
         ("compare.smoothing={folds: 3}", "compare.smoothing: is now called score_corpus.smooth"),
         ("build_mask={smoothed: true, fdr: 0.1}", "build_mask.smoothed: z-scores are of exact scores"),
+        (
+            "score_corpus={scorer: cascade, attribution: position}",
+            "score_corpus.scorer: cascade: fit_student.kind: head learns target scores",
+        ),
+        (
+            "score_corpus={scorer: student, queries: {other: folder}}",
+            "score_corpus.scorer: student scores the run's own query alone",
+        ),
+        ("fit_student.sample_fraction=0", "fit_student.sample_fraction: 0.0 must be above 0"),
+        ("fit_student.kind=suffix", "fit_student.kind: 'suffix' is not one of head, ngram"),
         ("build_mask.quantile=0", "build_mask.quantile: 0.0 must be above 0"),
         ("build_mask.quantile=1.01", "build_mask.quantile: 1.01 is above 1"),
         ("pretrain.penalty=.nan", "pretrain.penalty: expected a finite number, got nan"),
@@ -374,3 +384,19 @@ def test_a_packaged_config_is_found_by_name_from_any_folder(tmp_path, monkeypatc
     for name in ("huge", "elsewhere/tiny.yaml", "../configs/tiny.yaml"):
         with pytest.raises(FileNotFoundError, match=r"does not exist; packaged are demo, finetune, "):
             load_config(name)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("build_query.nulls=2", "scores no null directions"),
+        ("build_mask.standardise=true", "scores no null directions"),
+        ("build_mask.smoothed=true", "smooths no scores"),
+    ],
+)
+def test_a_student_makes_neither_nulls_nor_smoothed_scores(tmp_path: Path, setting: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("score_corpus: {scorer: cascade}\n")
+    assert load_config(path).score_corpus.uses_student
+    with pytest.raises(ConfigError, match=rf"^score_corpus\.scorer: cascade {message}"):
+        load_config(path, [setting])
