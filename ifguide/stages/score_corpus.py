@@ -58,10 +58,12 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     config = run.config.score_corpus
     method = chosen_method(config)
     if dry_run:
+        how = "" if not config.uses_student else f" by a {config.scorer} of kind {run.config.fit_student.kind},"
+        how += " smoothed," if config.smooth and not config.uses_student else ""
         log(
             VERB,
             f"would score every token ({config.attribution}, {method.precision}, rank {method.rank or 'full'}) of"
-            f" {1 + len(config.queries)} behaviours,{' smoothed,' if config.smooth else ''} with"
+            f" {1 + len(config.queries)} behaviours,{how} with"
             f" {config.min_actors} to {config.max_actors} actors of"
             f" {config.resources.cpus:g} CPU, {config.resources.gpus:g} GPU",
         )
@@ -174,11 +176,7 @@ def require_student(given: ScoringInputs) -> Manifest:
 def _run(given: ScoringInputs, shards: Sequence[Any], make_worker: Any, settings: Any) -> ShardResults:
     """A pass over the corpus."""
     config, corpus = given.run.config.score_corpus, given.corpus
-    of_corpus = [getattr(shard, "shard", shard) for shard in shards]
-    tokens = {
-        shard.key: own.bytes * corpus.rows["tokens"] / sum(own.bytes for own in of_corpus)
-        for shard, own in zip(shards, of_corpus, strict=True)
-    }
+    tokens_per_byte = corpus.rows["tokens"] / sum(shard.bytes for shard in shards)
     pool = Pool(size=config.max_actors, min_size=config.min_actors, resources=config.resources, in_flight=2)
     return run_shards(
         VERB,
@@ -188,7 +186,7 @@ def _run(given: ScoringInputs, shards: Sequence[Any], make_worker: Any, settings
         folder=given.run.scores,
         pool=pool,
         unit="tokens",
-        amount=lambda shard: tokens[shard.key],
+        amount=lambda shard: shard.bytes * tokens_per_byte,
     )
 
 

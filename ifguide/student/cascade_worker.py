@@ -64,6 +64,10 @@ class FirstShard:
     def key(self) -> str:
         return f"{FIRST_PASS}-{self.shard.key}"
 
+    @property
+    def bytes(self) -> int:
+        return self.shard.bytes
+
 
 class ScoreByStudent:
     """Worker: corpus shard in, the student's scores out, with the count of each block (`recheck`). Two threads call it:
