@@ -1,9 +1,9 @@
 """Memory that the C library keeps from one training step to the next.
 
 What a step takes on a CPU is hundreds of megabytes of activations and gradients, the same in every step. glibc gives
-each large piece back to the system as soon as it is freed and takes it anew, page by page, each page cleared first:
-5 to 7% of a step's time. Kept, no page is taken after the first steps. The process then holds its peak between steps,
-too, which a training needs anyway.
+each large piece back to the system as soon as it is freed and takes it anew, page by page, each page cleared first.
+Kept, no page is taken after the first steps. The process then holds its peak between steps, too. That peak is the same
+if memory is kept from the second step on: what stays, such as the optimizer's state, has places of its own by then.
 
 It is of the whole process, so it ends with the training. Where the C library is another, nothing is changed.
 """

@@ -101,9 +101,6 @@ class TrainingLoop:
         self.engine = self._engine(checkpoint)
         if rank == 0 and self.engine.module.choices is not None:
             self.engine.module.choices.write(self.folder)
-        self.keeps_memory = (
-            self.train.acceleration.kept_memory and self.engine.device.type == "cpu" and keep_freed_memory()
-        )
         self.batches = Batches(
             self.blocks,
             self.schedule,
@@ -117,7 +114,8 @@ class TrainingLoop:
         self.hosts = self._host_group()
         self.writer = CheckpointWriter()
         self.history = LossHistory()
-        self.step = checkpoint.step if checkpoint else 0
+        self.step = self.begun = checkpoint.step if checkpoint else 0
+        self.keeps_memory = False
         state = dict(checkpoint.training) if checkpoint else {}
         self.losses: dict[str, float | None] = {name: state.pop(name, None) for name in ("loss_benign", "loss_masked")}
         self.rise = BenignRise(**state)
@@ -232,6 +230,8 @@ class TrainingLoop:
 
     def _train_step(self) -> dict[str, Any]:
         """Take a step. Its figures, where they are read: at a logging step, a checkpoint and the end."""
+        if self.step == self.begun + 1 and self.train.acceleration.kept_memory and self.engine.device.type == "cpu":
+            self.keeps_memory = keep_freed_memory()
         rate = learning_rate(self.step, self.schedule.steps, self.train)
         torch.manual_seed(step_seed(self.settings.seed, self.step, self.rank))
         self.engine.begin_step(rate)
