@@ -4,7 +4,7 @@ The audit is a simple random sample of the corpus' blocks, scored both exactly a
 
     pearson, spearman    of the two scores;
     overlap              the share of the exact scores' top `top_share` that is in the student's own;
-    recall               the share of the exact scores' top `top_share` that was rechecked: what a mask can still hold.
+    recall               the share of the exact scores' top `top_share` that was rechecked: what is surely exact.
 
 Tokens of a block are alike, so an interval resamples blocks (Field and Welsh 2007), and takes both tops anew in each
 replicate. A bootstrap of shares that are all 1 has no width. So the interval of a share is the hull of the bootstrap's
