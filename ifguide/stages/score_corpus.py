@@ -35,10 +35,10 @@ from ifguide.student.auditing import certify_files
 from ifguide.student.cascade_worker import (
     FIRST_PASS,
     CascadeSettings,
-    FirstShard,
     Recheck,
     ScoreByStudent,
     choose_least,
+    first_pass,
 )
 from ifguide.student.certificate import Certificate
 from ifguide.student.said import SUMMARY
@@ -134,8 +134,7 @@ def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequenc
         seed=given.run.config.seed,
         replaces=config.scorer == "cascade",
     )
-    first = [FirstShard(shard=shard) for shard in shards]
-    passed = _run(given, first, ScoreByStudent, cascade)
+    passed = _run(given, [first_pass(shard) for shard in shards], ScoreByStudent, cascade)
     numbers, share = [shard.number for shard in shards], config.recheck_fraction
     least = run_task(choose_least, cascade, numbers, share, resources=ONE_CPU)
     log(VERB, f"the student's pass is done; blocks that count {least:g} or more are rechecked")
@@ -173,7 +172,7 @@ def require_student(given: ScoringInputs) -> Manifest:
     return student
 
 
-def _run(given: ScoringInputs, shards: Sequence[Any], make_worker: Any, settings: Any) -> ShardResults:
+def _run(given: ScoringInputs, shards: Sequence[CorpusShard], make_worker: Any, settings: Any) -> ShardResults:
     """A pass over the corpus."""
     config, corpus = given.run.config.score_corpus, given.corpus
     tokens_per_byte = corpus.rows["tokens"] / sum(shard.bytes for shard in shards)

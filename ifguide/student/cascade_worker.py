@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,9 @@ class CascadeSettings:
         return blocks.documents_BT if self.scoring.beginning.of_documents else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class FirstShard:
-    """A shard of the student's pass."""
-
-    shard: CorpusShard
-
-    @property
-    def key(self) -> str:
-        return f"{FIRST_PASS}-{self.shard.key}"
-
-    @property
-    def bytes(self) -> int:
-        return self.shard.bytes
+def first_pass(shard: CorpusShard) -> CorpusShard:
+    """The shard as a piece of the student's pass, whose ledger both passes share."""
+    return replace(shard, key=f"{FIRST_PASS}-{shard.key}")
 
 
 class ScoreByStudent:
@@ -78,14 +68,14 @@ class ScoreByStudent:
         self.settings, self.computing = settings, threading.Lock()
         self.scorer = load_scorer(settings.student, settings.facts.kind, settings.scoring)
 
-    def process(self, first: FirstShard) -> dict[str, Any]:
+    def process(self, shard: CorpusShard) -> dict[str, Any]:
         settings = self.settings
-        blocks = read_blocks(settings.scoring.corpus, first.shard.number)
+        blocks = read_blocks(settings.scoring.corpus, shard.number)
         with self.computing:
             started = time.monotonic()
             scores_BT = self.scorer.score(blocks.tokens_BT, blocks.lengths_B, settings.documents(blocks))
             seconds = time.monotonic() - started
-        _write_first(settings.first(first.shard.number), blocks, scores_BT, settings.facts.edge)
+        _write_first(settings.first(shard.number), blocks, scores_BT, settings.facts.edge)
         return {"blocks": len(scores_BT), "tokens": int(blocks.lengths_B.sum()), "seconds": seconds}
 
 
