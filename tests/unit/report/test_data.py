@@ -11,7 +11,9 @@ from ifguide.artifacts import open_artifact
 from ifguide.config import config_from_mapping, to_yaml
 from ifguide.report.data import ReportSources, comparison_data
 from ifguide.report.page import write_report
+from ifguide.student.said import audit_lines
 from tests.unit.report.sample_report import row
+from tests.unit.student.test_said import summary as student_summary
 
 SECRET = "planted-s3cr3t"
 METRICS: dict[str, Any] = {
@@ -65,11 +67,23 @@ def test_the_credentials_of_a_config_are_in_no_file_of_a_report(tmp_path: Path) 
 def test_the_reliability_of_the_queries_is_shown_where_it_was_measured(
     tmp_path: Path, summary: dict[str, Any], shown: str | None
 ) -> None:
-    query = open_artifact(tmp_path / "query", verb="build_query", options={}, inputs={}, config_yaml="")
-    query.finish([], rows={"queries": 4}, summary=summary)
+    assert settings_beside(tmp_path / "query", "build_query", summary).get("reliability of the queries") == shown
+
+
+def test_the_audit_of_scores_that_a_student_made_is_on_the_page(tmp_path: Path) -> None:
+    said = student_summary()
+    settings = settings_beside(tmp_path / "scores", "score_corpus", said)
+    assert settings.items() >= audit_lines(said).items()
+    assert "exact top 2% in rechecked blocks" in settings
+    exact = settings_beside(tmp_path / "exact" / "scores", "score_corpus", {"attribution": "target"})
+    assert settings.keys() - exact.keys() == audit_lines(said).keys()
+
+
+def settings_beside(folder: Path, verb: str, summary: dict[str, Any]) -> dict[str, str]:
+    """The settings that a page shows of a run with this artifact."""
+    open_artifact(folder, verb=verb, options={}, inputs={}, config_yaml="").finish([], rows={}, summary=summary)
     config = config_from_mapping({"evaluate": {"prompts": "prompts.jsonl"}})
     sources = ReportSources(
-        title="t", options=config.evaluate, seed=0, config_yaml="", artifacts={"query": tmp_path / "query"}, trained={}
+        title="t", options=config.evaluate, seed=0, config_yaml="", artifacts={folder.name: folder}, trained={}
     )
-    data = comparison_data(sources, METRICS, (row("only", 0.5),))
-    assert dict(data.settings).get("reliability of the queries") == shown
+    return dict(comparison_data(sources, METRICS, (row("only", 0.5),)).settings)
