@@ -232,10 +232,7 @@ def other_score(name: str, run: Run, rows: Sequence[QueryRow], blocks: TrainingB
     model = load_proxy(run.proxy_source, gpus=0).eval()
     beginning = Beginning.of(tokenizer, is_baseline=config.proxy_is_baseline).token
     longest, direction = config.build_query.max_tokens, read_direction(run.query)
-    positive, negative = (
-        [(row.prompt, row.completion) for row in rows if row.positive is kind] for kind in (True, False)
-    )
-    sets = QuerySets(positive=positive, negative=negative, max_tokens=longest, beginning=beginning)
+    sets = QuerySets.of(rows, max_tokens=longest, beginning=beginning)
     of_blocks = (np.asarray(blocks.tokens), blocks.lengths)
     if name == "position":
         return score_tokens(model, direction, *of_blocks, attribution="position", beginning=beginning)

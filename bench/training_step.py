@@ -45,9 +45,9 @@ from bench.objective_overhead import SMALL as NEOX
 from ifguide.config import Pretrain
 from ifguide.config.typed_yaml import apply_override
 from ifguide.hardware import hardware_of_device
+from ifguide.host_memory import trim
 from ifguide.planning.training_memory import training_memory
 from ifguide.shapes import published_shapes, shape_of_fields
-from ifguide.training.host_memory import trim
 
 OWN = ("mask", "plain", "before")
 SIDES = (*OWN, "trainer", "compiled")

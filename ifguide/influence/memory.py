@@ -8,7 +8,6 @@ pass needs. It is an upper bound by intent; an allocation that fails all the sam
 which cost a quarter of the time of the `fast` preset.
 """
 
-import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ifguide.host_memory import keep_freed_memory
 from ifguide.influence.head_derivatives import CHUNK_VALUES
 from ifguide.influence.paired_attention import QUERY_CHUNK
 
 # Beyond these, larger batches gain nothing: caches on a CPU, full tensor cores on a GPU.
 MAX_TOKENS = {"cpu": 2048, "cuda": 65_536}
 USABLE = 0.6
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+TRIM_ABOVE = (1 << 31) - 1  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +83,7 @@ def keep_memory() -> None:
     than on Linux with glibc it changes nothing.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)  # no block gets pages of its own, which would be returned with it
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    keep_freed_memory(TRIM_ABOVE)
 
 
 def available_bytes(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide.influence.query import TokenisedQuery, tokenise_query
+from ifguide.influence.query_file import QueryRow
 from ifguide.models import next_token_nll
 
 Blocks = Sequence[Sequence[int]]
@@ -29,6 +30,14 @@ class QuerySets:
     negative: Pairs
     max_tokens: int = 512
     beginning: int | None = None
+
+    @classmethod
+    def of(cls, rows: Iterable[QueryRow], *, max_tokens: int, beginning: int | None = None) -> QuerySets:
+        """Those of a query's rows."""
+        sides: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+        for row in rows:
+            sides[row.positive].append((row.prompt, row.completion))
+        return cls(positive=sides[True], negative=sides[False], max_tokens=max_tokens, beginning=beginning)
 
     def sides(self) -> tuple[tuple[str, Pairs], tuple[str, Pairs]]:
         return ("positive", self.positive), ("negative", self.negative)

@@ -178,13 +178,8 @@ class FitFinder:
             return fit_cross_probe(
                 _proxy(scoring), blocks, labels, documents, options=options, seed=seed, beginning=scoring.beginning
             )
-        rows = read_queries(scoring.queries)
-        positive, negative = (
-            [(row.prompt, row.completion) for row in rows if row.positive == kind] for kind in (True, False)
-        )
-        sets = QuerySets(
-            positive=positive, negative=negative, max_tokens=scoring.max_tokens, beginning=scoring.beginning
-        )
+        queries = read_queries(scoring.queries)
+        sets = QuerySets.of(queries, max_tokens=scoring.max_tokens, beginning=scoring.beginning)
         if isinstance(options, Ngrams):
             return fit_ngrams(tokenizer, sets, options=options)
         if isinstance(options, Probe):

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from ifguide.evaluation.bootstrap import Bootstrap, Figure, Replicates
 from ifguide.student.fidelity import TOP_SHARE, PairedScores
+from ifguide.student.said import interval
 
 NORMAL_QUANTILE = 1.959964  # of Wilson's interval, 95%
 FIGURES = ("pearson", "spearman", "overlap", "recall")
@@ -99,9 +100,9 @@ class Certificate:
 
     def __str__(self) -> str:
         """One line for people."""
-        spearman = self.whole.spearman
+        spearman, recall = (interval(asdict(figure)) for figure in (self.whole.spearman, self.whole.recall))
         return (
-            f"Spearman {_interval(spearman)} with the exact scores, {_interval(self.whole.recall)} of their top"
+            f"Spearman {spearman} with the exact scores, {recall} of their top"
             f" {self.top_share:.0%} in blocks that were rechecked"
             + (f"; no block of {', '.join(self.unaudited)}" if self.unaudited else "")
         )
@@ -110,17 +111,11 @@ class Certificate:
         return asdict(self)
 
 
-def _interval(figure: Figure) -> str:
-    if figure.value is None or figure.low is None or figure.high is None:
-        return "undefined"
-    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
-
-
 def _recall_of(name: str, fidelity: Fidelity) -> str:
     recall, highest = fidelity.recall, f"the {fidelity.top_tokens} highest exact scores of the audit"
     if recall.value is None:
         return f"{name}: the audit holds none of the highest exact scores"
-    return f"{name}: {recall.value:.3f} [{recall.low:.3f}, {recall.high:.3f}] of {highest} were rechecked"
+    return f"{name}: {interval(asdict(recall))} of {highest} were rechecked"
 
 
 def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap | None = None) -> Certificate:

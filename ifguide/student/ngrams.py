@@ -17,8 +17,8 @@ Memory: 16 bytes * longest * 2^bits. Cost: about 30 operations a token for each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,12 @@ class NgramSums(Sums):
             tokens=len(known_scores),
         )
 
+    @classmethod
+    def read(cls, saved: Mapping[str, NDArray[np.float64]], prefix: str = "") -> NgramSums:
+        """Those of a file in which each field stands under the prefix and its name."""
+        scores_NP, counts_NP, total, tokens = (saved[f"{prefix}{field.name}"] for field in fields(cls))
+        return cls(scores_NP=scores_NP, counts_NP=counts_NP, total=float(total), tokens=int(tokens))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NgramStudent:
@@ -98,13 +104,7 @@ class NgramStudent:
     def load(cls, path: Path) -> NgramStudent:
         """What `save` wrote."""
         with np.load(path) as saved:
-            sums = NgramSums(
-                scores_NP=saved["scores_NP"],
-                counts_NP=saved["counts_NP"],
-                total=float(saved["total"]),
-                tokens=int(saved["tokens"]),
-            )
-            return cls(sums=sums, strength=float(saved["strength"]))
+            return cls(sums=NgramSums.read(saved), strength=float(saved["strength"]))
 
 
 def choose_strength(

@@ -139,8 +139,7 @@ def fit_ngram_parts(paths: Iterable[Path]) -> Fitted:
         with np.load(path) as saved:
             for kind in ("fitted", "held"):
                 if f"{kind}_total" in saved.files:
-                    arrays = {name: saved[f"{kind}_{name}"] for name in ("scores_NP", "counts_NP")}
-                    part = NgramSums(**arrays, total=float(saved[f"{kind}_total"]), tokens=int(saved[f"{kind}_tokens"]))
+                    part = NgramSums.read(saved, f"{kind}_")
                     sums[kind] = sums[kind] + part if kind in sums else part
             if "blocks_tokens" in saved.files:
                 held.append(tuple(saved[f"blocks_{name}"] for name in ("tokens", "scores", "known")))

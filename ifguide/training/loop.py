@@ -21,6 +21,7 @@ import torch
 
 from ifguide.artifacts import write_sealed
 from ifguide.config import ConfigError, to_mapping
+from ifguide.host_memory import keep_freed_memory, release_freed_memory
 from ifguide.storage import location
 from ifguide.telemetry import METRICS, MetricsLog, log
 from ifguide.tokenizer import load_tokenizer
@@ -39,7 +40,6 @@ from ifguide.training.checkpoints import (
 from ifguide.training.choices import read_choices
 from ifguide.training.engines import DeepSpeedEngine, Engine, TorchEngine
 from ifguide.training.folder import TrainingFolder
-from ifguide.training.host_memory import keep_freed_memory, release_freed_memory
 from ifguide.training.losses import LossHistory, LossSums, StepLosses
 from ifguide.training.meter import Meter, meter_of
 from ifguide.training.model import build_model, trained_model, write_model

@@ -203,10 +203,7 @@ def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Ca
         assert not (child.scores / "finder").exists()
         np.testing.assert_array_equal(stream(child, "masked"), by_sorting(scores[name], size, int(own.sum())))
     rows = read_queries(run.query)
-    positive, negative = (
-        [(row.prompt, row.completion) for row in rows if row.positive == kind] for kind in (True, False)
-    )
-    sets = QuerySets(positive=positive, negative=negative, max_tokens=run.config.build_query.max_tokens)
+    sets = QuerySets.of(rows, max_tokens=run.config.build_query.max_tokens)
     (whole,) = fit_ngrams(tokenizer, sets).score([tokens.tolist()])
     np.testing.assert_array_equal(scores["ngrams"][~first], whole[~first])
     finder = tune_excess_loss(

@@ -384,19 +384,3 @@ def test_a_packaged_config_is_found_by_name_from_any_folder(tmp_path, monkeypatc
     for name in ("huge", "elsewhere/tiny.yaml", "../configs/tiny.yaml"):
         with pytest.raises(FileNotFoundError, match=r"does not exist; packaged are demo, finetune, "):
             load_config(name)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("build_query.nulls=2", "scores no null directions"),
-        ("build_mask.standardise=true", "scores no null directions"),
-        ("build_mask.smoothed=true", "smooths no scores"),
-    ],
-)
-def test_a_student_makes_neither_nulls_nor_smoothed_scores(tmp_path: Path, setting: str, message: str) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text("score_corpus: {scorer: cascade}\n")
-    assert load_config(path).score_corpus.uses_student
-    with pytest.raises(ConfigError, match=rf"^score_corpus\.scorer: cascade {message}"):
-        load_config(path, [setting])

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from ifguide.training.host_memory import keep_freed_memory, release_freed_memory, trim
+from ifguide.host_memory import keep_freed_memory, release_freed_memory, trim
 
 VALUES = 16 << 20
 
@@ -46,7 +46,7 @@ def released() -> int:
 
 
 def test_no_page_is_taken_anew_while_it_is_kept() -> None:
-    code = "from tests.unit.training.test_host_memory import *; print(*pages_taken(), released())"
+    code = "from tests.unit.test_host_memory import *; print(*pages_taken(), released())"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     before, kept, after, back = map(int, done.stdout.split())
     pages = 4 * VALUES // resource.getpagesize()
