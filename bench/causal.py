@@ -1,6 +1,7 @@
 """Do token scores say what training does? The demo's model, trained again without the tokens that scores speak of.
 
-    python bench/causal.py [--run runs/demo] [--halves 40] [--seeds 5] [--stop-after-minutes M] [--quick]
+    python bench/causal.py [--run runs/demo] [--halves 40] [--seeds 5] [--scores target student ...]
+                           [--stop-after-minutes M] [--quick]
 
 The behaviour is measured as the differential gradient has it: D = mean loss of the positive queries' completions minus
 that of the negative ones', each summed over its tokens, in nats. The less of the behaviour, the greater D.
@@ -17,10 +18,10 @@ run's evaluation prompts with their own continuations.
    of the same types, and once of any random tokens. A seed decides initial weights, order and random tokens.
 
 Scores: `target` (the run's), `smoothed` (these drawn towards a regression on the proxy's hidden states, where the run
-has them), `position`, `identity` (target without EK-FAC), `ngram` (log-odds of n-grams between the query sets) and
-`probe` (logistic regression on the proxy's hidden states with the query sets' labels). The proxy is the run's finished
-model. A retraining sees the corpus --epochs times in batches of --batch-blocks: less than the proxy did,
-to be affordable.
+has them), `position`, `identity` (target without EK-FAC), `ngram` (log-odds of n-grams between the query sets), `probe`
+(logistic regression on the proxy's hidden states with the query sets' labels) and `student` (a `head`, fitted on exact
+scores of a tenth of the blocks). The proxy is the run's finished model. A retraining sees the corpus --epochs times in
+batches of --batch-blocks: less than the proxy did, to be affordable.
 
 Without --run the bench makes a run of its own, up to the scores, which it smooths. Running it again resumes: each
 finished retraining is kept. --stop-after-minutes begins no retraining after that time, and prints what there is
@@ -60,6 +61,8 @@ from ifguide.pipeline import run_pipeline
 from ifguide.run import BASELINE, Run
 from ifguide.schemas import OWN_SCORES, SMOOTHED_SCORES
 from ifguide.spans.tables import PackedCorpus, read_documents
+from ifguide.stages.fit_student import fit_student
+from ifguide.stages.score_corpus import score_corpus
 from ifguide.telemetry import configure_logging, log
 from ifguide.texts import score_tokens
 from ifguide.tokenizer import load_tokenizer
@@ -68,6 +71,7 @@ from ifguide.training.settings import TrainingSettings
 
 Bools = NDArray[np.bool_]
 OTHER_SCORES = ("position", "probe", "ngram", "identity")  # those that take longest first
+STUDENT, STUDENT_SAMPLE = "student", 0.1
 QUICK = (  # of a run made here: the same at its smallest
     "target.architecture.hidden_size=32",
     "target.architecture.intermediate_size=64",
@@ -100,7 +104,7 @@ def main() -> None:
     rows = read_queries(run.query)
     unseen = unseen_queries(run)
     subject, tokens = the_subject(run, [*rows, *unseen], options)
-    scores = token_scores(run, rows, subject.blocks, options.folder / "scores", options.workers)
+    scores = token_scores(run, rows, subject.blocks, options)
     kinds = {"seen": np.array([row.positive for row in rows]), UNSEEN: np.array([row.positive for row in unseen])}
     result = measure(subject, tokens, scores, kinds, options, started)
     write_json(options.folder / "causal.json", result)
@@ -192,31 +196,48 @@ def by_block(values: NDArray[Any], blocks: TrainingBlocks, padding: Any) -> NDAr
     return np.pad(values, (0, missing), constant_values=padding).reshape(blocks.tokens.shape)
 
 
-def token_scores(run: Run, rows: Sequence[QueryRow], blocks_folder: Path, folder: Path, workers: int) -> Scores:
-    """Each score of every token, (N, T) label aligned; those that the run has not are kept in `folder`."""
-    packed, manifest = (
-        PackedCorpus.of(run.corpus, require(run.corpus, "pack_corpus")),
-        require(run.scores, "score_corpus"),
-    )
+def token_scores(run: Run, rows: Sequence[QueryRow], blocks_folder: Path, options: argparse.Namespace) -> Scores:
+    """Each wanted score of every token, (N, T) label aligned; those that the run has not are kept."""
+    manifest, blocks = require(run.scores, "score_corpus"), TrainingBlocks(blocks_folder)
     if run.config.score_corpus.attribution != "target":
         raise ValueError(f"{run.scores}: attribution is {run.config.score_corpus.attribution}; give a run with target")
     columns = {"target": OWN_SCORES} | ({"smoothed": SMOOTHED_SCORES} if run.config.score_corpus.smooth else {})
-    scores: Scores = {
-        name: by_block(
-            packed.read(run.scores, "shard", column, 0, packed.num_tokens), TrainingBlocks(blocks_folder), 0.0
-        )
-        for name, column in columns.items()
-    }
-    paths = {name: folder / manifest.fingerprint[:16] / f"{name}.npy" for name in OTHER_SCORES}
-    missing = [name for name in OTHER_SCORES if not paths[name].exists()]
+    wanted = options.scores or (*columns, *OTHER_SCORES, STUDENT)
+    scores: Scores = {name: finished_score(run, column, blocks) for name, column in columns.items() if name in wanted}
+    folder = options.folder / "scores" / manifest.fingerprint[:16]
+    paths = {name: folder / f"{name}.npy" for name in OTHER_SCORES if name in wanted}
+    missing = [name for name in paths if not paths[name].exists()]
     if missing:
         log("causal", f"scoring by {', '.join(missing)}")
-        with one_thread_each(workers) as pool:
+        with one_thread_each(options.workers) as pool:
             tasks = [pool.submit(score_into, name, run, rows, blocks_folder, paths[name]) for name in missing]
             for name, task in zip(missing, tasks, strict=True):
                 task.result()
                 log("causal", f"scored by {name}")
-    return scores | {name: np.load(path) for name, path in paths.items()}
+    scores |= {name: np.load(path) for name, path in paths.items()}
+    if STUDENT in wanted:
+        scores[STUDENT] = finished_score(scored_by_student(run, folder / STUDENT), OWN_SCORES, blocks)
+    return scores
+
+
+def finished_score(run: Run, column: str, blocks: TrainingBlocks) -> NDArray[np.float32]:
+    """(N, T) one column of the scores of a run."""
+    packed = PackedCorpus.of(run.corpus, require(run.corpus, "pack_corpus"))
+    return by_block(packed.read(run.scores, "shard", column, 0, packed.num_tokens), blocks, 0.0)
+
+
+def scored_by_student(run: Run, folder: Path) -> Run:
+    """The run with scores of a student that was fitted on a part of the blocks."""
+    config = replace(
+        run.config,
+        run_dir=str(folder),
+        fit_student=replace(run.config.fit_student, sample_fraction=STUDENT_SAMPLE),
+        score_corpus=replace(run.config.score_corpus, scorer="student", smooth=None, min_recall=0.0),
+    )
+    own = Run(config=config).borrow(run, "corpus", f"model/{BASELINE}", "factors", "query")
+    fit_student(own)
+    score_corpus(own)
+    return own
 
 
 def score_into(name: str, run: Run, rows: Sequence[QueryRow], blocks_folder: Path, path: Path) -> None:
@@ -332,6 +353,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of a run made here")
     parser.add_argument("--halves", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--scores", nargs="+", help="those to leave out by (default: all)")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch-blocks", type=int, default=16)
     parser.add_argument("--share", type=float, default=0.01, help="of all predicted tokens that a mask holds")

@@ -184,10 +184,3 @@ def wilson(share: float, trials: int) -> tuple[float, float]:
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def holding_top(student_N: Floats, blocks_N: NDArray[np.integer], threshold: float) -> NDArray[np.bool_]:
-    """(N,) whether a token's block holds one that the student scores at or above `threshold`: a whole block is what the
-    exact pass reads."""
-    held = np.unique(blocks_N[student_N >= threshold])
-    return np.isin(blocks_N, held)

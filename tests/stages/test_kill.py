@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import chaos
+from bench.common import local_cluster
 from tests import forked
 
 pytestmark = pytest.mark.slow
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_kills_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`chaos` raises unless both runs have the same scores and mask files, each of the same SHA-256."""
-    monkeypatch.setattr(chaos, "subprocess", forked)
+    monkeypatch.setattr(local_cluster, "subprocess", forked)
     result = chaos.chaos(tmp_path, kills=20, seed=0, documents=250)
     assert (result["actor_kills"], result["driver_kills"], result["node_kills"]) == (14, 3, 3)
     assert result["files_compared"] == 2 * result["shards"] * result["runs"]

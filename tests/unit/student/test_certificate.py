@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from ifguide.evaluation.bootstrap import Bootstrap
-from ifguide.student.certificate import Audit, certify, holding_top, wilson
+from ifguide.student.certificate import Audit, certify, wilson
 
 BLOCK, SOURCES = 32, ("forum", "news", "books")
 QUICK = Bootstrap(samples=200)
@@ -134,11 +134,6 @@ def test_ties_of_the_student_are_no_overlap() -> None:
     assert constant.whole.overlap.value == pytest.approx(0.02)
     assert constant.whole.spearman.value is None
     assert constant.whole.pearson.low is None
-
-
-def test_a_block_is_rechecked_whole() -> None:
-    student, blocks = np.array([0.1, 0.9, 0.2, 0.3, 0.5, 0.1]), np.array([4, 4, 2, 2, 9, 9])
-    np.testing.assert_array_equal(holding_top(student, blocks, 0.5), [True, True, False, False, True, True])
 
 
 def test_what_is_no_audit_is_refused() -> None:
