@@ -53,7 +53,7 @@ from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.smoothing import smoothing_layers
 from ifguide.models import predicted_positions
-from ifguide.student.certificate import Audit, Certificate, certify
+from ifguide.student.certificate import FIGURES, Audit, Certificate, Fidelity, certify
 from ifguide.student.fidelity import RECHECK_SHARE, TOP_SHARE, fidelity
 from ifguide.student.head import HeadScorer, HeadStudent, read_features
 from ifguide.student.head_fit import HeadSample, Transforms, fit_head
@@ -281,13 +281,13 @@ class Bench:
         audited = np.isin(number_N, np.random.default_rng(2).permutation(self.test)[: len(self.test) // 2])
         part = replace(whole, **{name: own[audited] for name, own in vars(whole).items() if name.endswith("_N")})
         truth, certificate = certify(whole, bootstrap=Bootstrap(samples=200)), certify(part)
-        found = {"whole": truth.whole, **truth.by_source}
+        found = {"all": truth.whole, **truth.by_source}
         return {
             "cascade_mask_agreement": round(fidelity(exact_N, merged_N)["overlap"], 4),
             "cascade_recall": round(float(truth.whole.recall.value or 0), 4),
             "cascade_rechecked_share": round(truth.rechecked_share, 4),
             "ap_cascade": round(float(average_precision_score(marks_N, merged_N)), 4),
-            "cascade_recall_by_source": {name: own.recall.value for name, own in found.items()},
+            "by_source": {name: values_of(own) for name, own in found.items()},
             "certificate": asdict(certificate.whole),
             "certificate_holds": holds(certificate, truth),
             "tried": best_of(tried),
@@ -321,10 +321,16 @@ class Bench:
 def holds(certificate: Certificate, truth: Certificate) -> dict[str, bool]:
     """Of each figure, whether its interval holds that of all documents."""
     found = {}
-    for name in ("pearson", "spearman", "overlap", "recall"):
+    for name in FIGURES:
         figure, value = getattr(certificate.whole, name), getattr(truth.whole, name).value
         found[name] = None not in (figure.low, figure.high, value) and figure.low <= value <= figure.high
     return found
+
+
+def values_of(fidelity: Fidelity) -> dict[str, float | None]:
+    """The figures of some tokens, without intervals."""
+    found = {name: getattr(fidelity, name).value for name in FIGURES}
+    return {name: None if value is None else round(value, 4) for name, value in found.items()}
 
 
 def best_of(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
