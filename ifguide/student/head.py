@@ -139,7 +139,7 @@ def read_features(
     lengths_B = torch.full((len(tokens_BT),), tokens_BT.shape[1], device=tokens_BT.device)
     read = begun(tokens_BT, lengths_B, document_BT, beginning)
     with (
-        taken_states(model, transformer_blocks(model)[1], layers, lambda states: states) as states,
+        taken_states(model, transformer_blocks(model)[1], layers, lambda states, layer: states) as states,
         known_documents(read.document_BU) as places,
     ):
         model.base_model(read.tokens_BU, use_cache=False, **places)
