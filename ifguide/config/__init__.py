@@ -5,7 +5,7 @@
 """
 
 from ifguide.config.evaluate import Evaluate
-from ifguide.config.fit_student import FitStudent
+from ifguide.config.fit_student import Encoder, FitStudent
 from ifguide.config.names import check_names
 from ifguide.config.pretrain import Pretrain
 from ifguide.config.score_corpus import ScoreCorpus
@@ -39,6 +39,7 @@ __all__ = [
     "Completions",
     "Config",
     "ConfigError",
+    "Encoder",
     "Evaluate",
     "FitFactors",
     "FitStudent",

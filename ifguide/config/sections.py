@@ -24,7 +24,7 @@ from ifguide.config.analyse import Analyse
 from ifguide.config.build_query import BuildQuery, check_build_query
 from ifguide.config.compare import Compare, check_compare
 from ifguide.config.evaluate import Evaluate, check_evaluate
-from ifguide.config.fit_student import FitStudent
+from ifguide.config.fit_student import FitStudent, check_fit_student
 from ifguide.config.names import check_names
 from ifguide.config.packaged import find_config
 from ifguide.config.pretrain import Pretrain, check_pretrain
@@ -296,6 +296,7 @@ def _check_across(config: Config) -> None:
     scoring = config.score_corpus
     if scoring.min_actors > scoring.max_actors:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
+    check_fit_student(config.fit_student)
     if scoring.uses_student:
         _check_student(config)
     if scoring.smooth is not None and not scoring.smooth.ridges:
@@ -338,8 +339,9 @@ def _check_student(config: Config) -> None:
     key = f"score_corpus.scorer: {scoring.scorer}"
     if scoring.queries:
         raise ConfigError(f"{key} scores the run's own query alone; unset score_corpus.queries, or take exact")
-    if scoring.attribution == "position" and config.fit_student.kind == "head":
-        raise ConfigError(f"{key}: fit_student.kind: head learns target scores; set score_corpus.attribution: target")
+    kind = config.fit_student.kind
+    if scoring.attribution == "position" and kind in ("head", "suffix"):
+        raise ConfigError(f"{key}: fit_student.kind: {kind} makes target scores; set score_corpus.attribution: target")
     if config.build_query.nulls or selection.standardise or selection.fdr is not None:
         raise ConfigError(
             f"{key} scores no null directions; set build_query.nulls: 0, and unset build_mask.standardise and fdr"

@@ -63,10 +63,10 @@ class BackwardEngine:
         scores_KBT = sink_KN.view(-1, *tokens_BT.shape)
         return F.pad(scores_KBT[..., :-1], (1, 0))
 
-    def primal(self, streams: Tensor) -> Tensor:
+    def primal(self, streams: Tensor, layer: int) -> Tensor:
         return streams
 
-    def tangents(self, streams: Tensor) -> Tensor:
+    def tangents(self, streams: Tensor, layer: int) -> Tensor:
         raise ValueError("attribution position has no tangents of hidden states; use target")
 
     def _forward(self, name: str, anchor: Tensor, sink_KN: Tensor) -> Callable[[Tensor], Tensor]:

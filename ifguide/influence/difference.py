@@ -6,13 +6,15 @@ take the pair apart (`paired_linear`), and so do attention in low precision (`pa
 compiled for a CPU, gated activations (`paired_activation`). 4N FLOP a token at full rank in the model's own precision
 and at low rank, else 6N.
 
-The streams themselves stay float32. The LM head and the loss are differentiated exactly (`head_derivatives`). The error
-is O(step^2) from the truncation and 2^-24 / step from the streams; the step is set so that the final hidden state
-moves by `RELATIVE_STEP` of its size, which keeps both near 1e-5 (bench/LOG.md).
+Below the first block that V touches there is one stream (`paired_blocks`). The streams themselves stay float32. The LM
+head and the loss are differentiated exactly (`head_derivatives`). The error is O(step^2) from the truncation and
+2^-24 / step from the streams; the step is set so that the final hidden state moves by `RELATIVE_STEP` of its size,
+which keeps both near 1e-5 (bench/LOG.md).
 
 Further directions share W s: K directions cost (1 + K) 2N instead of K 4N, and 2K streams.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,9 +29,11 @@ from ifguide.influence.directions import Direction, linear_module
 from ifguide.influence.fused import compiled_layers, kernels, pairs
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.paired_activation import paired_activations
-from ifguide.influence.paired_attention import PAIRED, pairs_of_streams
+from ifguide.influence.paired_attention import ONE_STREAM, PAIRED, pairs_of_streams
+from ifguide.influence.paired_blocks import first_block, one_stream, paired_blocks
 from ifguide.influence.paired_linear import paired_linear
 from ifguide.influence.patching import attention, replaced_forwards
+from ifguide.models import transformer_blocks
 
 RELATIVE_STEP = 2.0**-9
 PROBE_TOKENS = 64
@@ -59,13 +63,19 @@ class DifferenceEngine:
         self.K = len(directions)
         # Attention in low precision needs its own treatment of the pair, as the linear maps do.
         self.attention = PAIRED if self.low_precision and model._supports_attention_backend else None
+        self.blocks, self.first = transformer_blocks(model)[1], first_block(model, directions[0])
+        below = self.blocks[: self.first]
+        self.below = one_stream(below, self.dtype) if self.low_precision else {}
         self.steps = list(steps) if steps is not None else self._calibrate(directions)
-        self.forwards = self._forwards(directions, self.steps)
+        forwards = self._forwards(directions, self.steps)
         self.fixed_sizes = self.kernels.by_layer
         if self.fixed_sizes:
-            self.forwards |= compiled_layers(model, of_streams=True)
+            forwards |= compiled_layers(model, of_streams=True)
             if model.device.type == "cpu":
-                self.forwards |= paired_activations(model, self.K)
+                alone = {module for block in below for module in block.modules()}
+                paired = paired_activations(model, self.K)
+                forwards |= {module: own for module, own in paired.items() if module not in alone}
+        self.forwards = self._begun(forwards)
 
     @torch.no_grad()
     def score(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor:
@@ -79,11 +89,16 @@ class DifferenceEngine:
             scores_KN[k] /= 2 * step
         return F.pad(scores_KN.view(self.K, len(tokens_BT), -1), (1, 0))
 
-    def primal(self, streams: Tensor) -> Tensor:
+    def primal(self, streams: Tensor, layer: int) -> Tensor:
+        return self._mean(streams) if layer > self.first else streams
+
+    def _mean(self, streams: Tensor) -> Tensor:
         plus, minus = pairs(streams, self.K)[0]
         return 0.5 * (plus + minus)
 
-    def tangents(self, streams: Tensor) -> Tensor:
+    def tangents(self, streams: Tensor, layer: int) -> Tensor:
+        if layer <= self.first:
+            return streams.new_zeros(self.K, *streams.shape)
         plus, minus = pairs(streams, self.K).unbind(1)
         return (plus - minus) / (2 * plus.new_tensor(self.steps).view(-1, *[1] * (plus.dim() - 1)))
 
@@ -91,16 +106,23 @@ class DifferenceEngine:
         self, tokens_BT: Tensor, forwards: Mapping[nn.Module, Callable[..., Any]], document_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states (B, T, D), and x+ - x- (K, B, T, D)."""
-        copies = 2 * self.K, 1
+        copies = 1 if self.first else 2 * self.K, 1
         documents = None if document_BT is None else document_BT.repeat(copies)
         with (
-            pairs_of_streams(self.K, self.dtype, self.kernels),
+            pairs_of_streams(ONE_STREAM if self.first else self.K, self.dtype, self.kernels),
             attention(self.model, self.attention),
             replaced_forwards(forwards),
         ):
             streams = last_hidden_state(self.model, tokens_BT.repeat(copies), documents)
         of_signs = pairs(streams, self.K)
-        return self.primal(streams), of_signs[:, 0] - of_signs[:, 1]
+        return self._mean(streams), of_signs[:, 0] - of_signs[:, 1]
+
+    def _begun(self, forwards: dict[nn.Module, Callable[..., Any]]) -> dict[nn.Module, Callable[..., Any]]:
+        """Those forwards, with what runs on one stream and begins the pairs where V does not touch the first block."""
+        if not self.first:
+            return forwards
+        of_pairs = functools.partial(pairs_of_streams, self.K, self.dtype, self.kernels)
+        return self.below | forwards | paired_blocks(list(self.blocks)[self.first :], forwards, 2 * self.K, of_pairs)
 
     @torch.no_grad()
     def _calibrate(self, directions: Sequence[Mapping[str, Direction]]) -> list[float]:
@@ -119,7 +141,7 @@ class DifferenceEngine:
                 raise ValueError("a direction is zero in every module; build the query again")
             steps.append(_power_of_two(RELATIVE_STEP * weight_norm / norm))
         for _ in range(2):  # once from the norms, once more from near the right size
-            hidden, differences = self._hidden(probe[None], self._forwards(directions, steps))
+            hidden, differences = self._hidden(probe[None], self._begun(self._forwards(directions, steps)))
             size = hidden.square().mean().sqrt()
             for k in range(self.K):
                 moved = float(0.5 * differences[k].square().mean().sqrt() / size)

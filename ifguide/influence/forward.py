@@ -39,10 +39,10 @@ class ForwardEngine:
     def score(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor:
         return torch.stack([self._score_one(directions, tokens_BT, document_BT) for directions in self.directions])
 
-    def primal(self, streams: Tensor) -> Tensor:
+    def primal(self, streams: Tensor, layer: int) -> Tensor:
         return forward_ad.unpack_dual(streams).primal
 
-    def tangents(self, streams: Tensor) -> Tensor:
+    def tangents(self, streams: Tensor, layer: int) -> Tensor:
         if len(self.directions) > 1:
             raise ValueError("engine forward reads one direction at a time; use difference for several")
         return forward_ad.unpack_dual(streams).tangent[None]

@@ -9,6 +9,8 @@ Queries are taken `QUERY_CHUNK` at a time, keys up to the chunk's end only: the 
 (B, heads, QUERY_CHUNK, T), and about half of the products beyond the diagonal are never computed. Kernels that
 with a `flash` (`flash_pair`, on a GPU) attend by it where the mask is causal and nothing else.
 
+Where there is one stream (`paired_blocks`), torch's own kernels attend, in the same precision.
+
 It is registered with transformers under the name `PAIRED`, with the masks of `sdpa`. Grouped-query attention, sliding
 windows (by mask) and soft caps are covered; dropout is not, nor are attention sinks.
 """
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ifguide.influence.fused import Kernels, pairs, stacked, unmix
@@ -27,13 +30,15 @@ from ifguide.influence.fused import kernels as fused_kernels
 
 PAIRED = "ifguide_paired"
 QUERY_CHUNK = 128
+ONE_STREAM = 0  # in place of a number of pairs
 # What the streams of the pass in hand are. (Not a ContextVar: graphs with one in them cannot be compiled.)
 _streams: list[tuple[int, torch.dtype, Kernels]] = []
 
 
 @contextmanager
 def pairs_of_streams(count: int, product_dtype: torch.dtype, kernels: Kernels) -> Iterator[None]:
-    """Inside, batches are `count` pairs of streams, the outer dimensions (pair, sign, row)."""
+    """Inside, batches are `count` pairs of streams, the outer dimensions (pair, sign, row); or rows alone, where it is
+    `ONE_STREAM`."""
     _streams.append((count, product_dtype, kernels))
     try:
         yield
@@ -52,10 +57,34 @@ def paired_attention(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query (2K B, H, T, D), key and value (2K B, H_kv, T, D) -> (2K B, T, H, D), by transformers' interface."""
+    """query (2K B, H, T, D), key and value (2K B, H_kv, T, D) -> (2K B, T, H, D), by transformers' interface. Of one
+    stream: as if 2K were 1."""
     if options.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__}: attention sinks are not supported; score with engine forward")
     K, dtype, kernels = _streams[-1]
+    if K == ONE_STREAM:
+        if softcap is not None:  # torch's kernels have none: as a pair of equal streams
+            q, k, v = (torch.cat([x, x]) for x in (query, key, value))
+            output = _attend(q, k, v, attention_mask, scaling, softcap, 1, dtype, kernels)
+            return output[: len(query)], None
+        q, k, v = (x.to(dtype) for x in (query, key, value))
+        output, _ = sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **options)
+        return output.to(query.dtype), None
+    return _attend(query, key, value, attention_mask, scaling, softcap, K, dtype, kernels), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    K: int,
+    dtype: torch.dtype,
+    kernels: Kernels,
+) -> Tensor:
+    """As `paired_attention`, of K pairs."""
     streams, H, T, D = query.shape
     scaling = D**-0.5 if scaling is None else scaling
     # Sums are twice the value: a quarter here and a half in v make S, o and their changes come out unscaled.
@@ -70,7 +99,7 @@ def paired_attention(
     else:
         outputs = _in_chunks(q, k, v, attention_mask, softcap, kernels)
     output = unmix(outputs[0], outputs[1:], None, None)
-    return output.to(query.dtype).view(streams, T, H, D), None
+    return output.to(query.dtype).view(streams, T, H, D)
 
 
 @torch.library.custom_op("ifguide::attention_in_chunks", mutates_args=())

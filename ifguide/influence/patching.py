@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 
 @contextmanager
-def replaced_forwards(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside, each module computes its function of `forwards` instead of its own."""
+    own = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
     for module, forward in forwards.items():
         module.forward = forward
     try:
@@ -17,6 +19,8 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) 
     finally:
         for module in forwards:
             del module.forward
+        for module, forward in own.items():
+            module.forward = forward
 
 
 @contextmanager

@@ -48,10 +48,10 @@ class Engine(Protocol):
 
     def score(self, tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None = None) -> Tensor: ...
 
-    def primal(self, streams: Tensor) -> Tensor:
-        """The hidden states (B, T, D) in what flows through the model."""
+    def primal(self, streams: Tensor, layer: int) -> Tensor:
+        """The hidden states (B, T, D) in what flows out of a layer of the model (`influence.states`)."""
 
-    def tangents(self, streams: Tensor) -> Tensor:
+    def tangents(self, streams: Tensor, layer: int) -> Tensor:
         """Their derivatives (K, B, T, D) along the directions. Raises ValueError where the engine takes none."""
 
 

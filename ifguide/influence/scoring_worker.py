@@ -53,6 +53,11 @@ class ScoringSettings:
     gpus: float
     smoothed: bool = False
 
+    @property
+    def device(self) -> str:
+        """Where an actor computes."""
+        return "cuda" if self.gpus else "cpu"
+
     def model(self) -> PreTrainedModel:
         """The proxy, and the run's threads, whatever this run's actors have: their number changes the bytes.
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Primal = Callable[[Tensor], Tensor]  # what flows through the model -> (B, T, D) hidden states
+Primal = Callable[[Tensor, int], Tensor]  # what flows through the model, and the layer -> (B, T, D) hidden states
 States = dict[int, Tensor]
 
 
@@ -24,7 +24,7 @@ def taken_states(
 
     def taker(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def take(module: nn.Module, inputs: Any, output: Any) -> None:
-            states[layer] = primal(output if isinstance(output, Tensor) else output[0]).detach()
+            states[layer] = primal(output if isinstance(output, Tensor) else output[0], layer).detach()
 
         return take
 

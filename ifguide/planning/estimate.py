@@ -19,6 +19,8 @@ from ifguide.planning import flops
 from ifguide.planning.job import Job, Pass, StageEstimate, by_core, computed, rows
 from ifguide.planning.measurements import efficiency, rates
 from ifguide.planning.training_memory import training_memory
+from ifguide.shapes import ModelShape, model_shape
+from ifguide.student.encoder import encoder_source
 from ifguide.student.sampling import audit_share
 
 QUERY_TOKENS, PROMPT_TOKENS = 64, 16
@@ -146,6 +148,7 @@ def _fit_student(job: Job) -> StageEstimate:
     sample = math.ceil(job.tokens * config.sample_fraction)
     width = 4.0 * proxy.hidden if config.kind == "head" else 0.0  # four layers' hidden states
     flop = sample * (_scoring_flop(job) + 2.0 * width * (width + proxy.hidden))
+    flop += sample * (_student_flop(job) if config.kind == "suffix" else 0.0)
     return computed(
         job,
         "fit_student",
@@ -153,9 +156,37 @@ def _fit_student(job: Job) -> StageEstimate:
         workers=config.partitions,
         resources=job.config.score_corpus.resources,
         memory=8.0 * proxy.parameters + 6 * 8.0 * width**2 + _shard(job),
-        storage=config.partitions * 16.0 * width**2 + 64e6,
+        storage=config.partitions * 16.0 * width**2 + (9.0 * sample if config.kind == "encoder" else 0.0) + 64e6,
+        serial=_encoder_training(job, sample) if config.kind == "encoder" else None,
         notes=(f"{sample:,} tokens are scored exactly",),
     )
+
+
+def _encoder_shape(job: Job) -> ModelShape:
+    source = encoder_source(job.config.fit_student.encoder, job.proxy.vocabulary, job.block)
+    return model_shape(source, "fit_student.encoder.source", traced=False)
+
+
+def _encoder_training(job: Job, sample: float) -> tuple[float, float, str]:
+    """Seconds of all epochs on one worker, at best, and what the former rest on."""
+    config, scoring = job.config.fit_student, job.config.score_corpus
+    shape, device = _encoder_shape(job), job.device(scoring.resources.gpus)
+    precision = chosen_method(scoring).precision if device.device == "gpu" else "float32"
+    epochs = 3.0 * (1 - config.held_out) + config.held_out  # a backward pass takes two; what is held out has none
+    flop = config.encoder.epochs * sample * epochs * flops.encoder_student(shape, job.block)
+    efficient = efficiency("train", device, precision, shape.tracked)
+    least = flop / ((scoring.resources.gpus or scoring.resources.cpus) * device.peak(precision))
+    return least / efficient.expected, least, efficient.basis[0]
+
+
+def _student_flop(job: Job) -> float:
+    """FLOP a token of a student's pass."""
+    kind = job.config.fit_student.kind
+    if kind == "head":
+        return flops.head_student(job.proxy, job.block)
+    if kind == "suffix":
+        return flops.suffix_student(job.proxy, job.block, method=chosen_method(job.config.score_corpus))
+    return flops.encoder_student(_encoder_shape(job), job.block) if kind == "encoder" else 0.0
 
 
 def _student_pass(job: Job) -> tuple[float, float, tuple[float, float, str] | None]:
@@ -165,8 +196,8 @@ def _student_pass(job: Job) -> tuple[float, float, tuple[float, float, str] | No
     exact = audit_share(config.audit_fraction, math.ceil(job.tokens / job.block)) + (
         config.recheck_fraction if config.scorer == "cascade" else 0.0
     )
-    if kind == "head":
-        return flops.head_student(job.proxy, job.block), exact, None
+    if kind != "ngram":
+        return _student_flop(job), exact, None
     cores = job.at_once(config.max_actors, config.resources) * config.resources.cpus
     seconds = job.tokens / (rates()["lookup"].value * cores)
     return 0.0, exact, (seconds, seconds, "lookup")

@@ -6,8 +6,14 @@ pass twice, or once for the linear maps where no weight gradient is wanted.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ifguide.influence.directions import linear_module
 from ifguide.influence.method import Attribution, Method
+from ifguide.influence.paired_blocks import block_number
+from ifguide.models import transformer_blocks
 from ifguide.shapes import ModelShape
+from ifguide.student.suffix import first_of_suffix
 
 EIGEN_FLOP = 9.0  # n^3 of these for a symmetric eigendecomposition with vectors: tridiagonal reduction, QR, vectors
 
@@ -71,3 +77,30 @@ def head_student(shape: ModelShape, block_size: int) -> float:
     """Scores by a `head` student, FLOP per token: a forward pass, the tangent from four layers' hidden states, and its
     logits. An upper bound: one that regresses the score alone needs no logits."""
     return shape.forward_flop(block_size) + 2.0 * shape.head + 8.0 * float(shape.hidden) ** 2
+
+
+def suffix_student(shape: ModelShape, block_size: int, *, method: Method) -> float:
+    """Scores by a `suffix` student, FLOP per token: one stream through the blocks below, and exact scores of those
+    above."""
+    blocks_name, blocks = transformer_blocks(shape.skeleton)
+    first = first_of_suffix(len(blocks))
+    above = [
+        (name, linear)
+        for name, linear in zip(shape.module_names, shape.linears, strict=True)
+        if (block_number(blocks_name, name) or 0) >= first
+    ]
+    weights = sum(linear_module(shape.skeleton, name).weight.numel() for name, _ in above)
+    upper = replace(
+        shape,
+        linears=tuple(linear for _, linear in above),
+        module_names=tuple(name for name, _ in above),
+        tracked=weights,
+        layers=shape.layers - first,
+    )
+    below = 2.0 * (shape.tracked - weights) + replace(shape, layers=first).attention_flop(block_size)
+    return below + scoring(upper, block_size, attribution="target", method=method)
+
+
+def encoder_student(shape: ModelShape, block_size: int) -> float:
+    """Scores by an `encoder` student of that shape, FLOP per token: a forward pass without an LM head."""
+    return shape.forward_flop(block_size) - 2.0 * shape.head

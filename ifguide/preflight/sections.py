@@ -155,7 +155,10 @@ class _Sections:
         return checks
 
     def _fit_student(self) -> dict[str, Check]:
-        return self._proxy()
+        checks, student = self._proxy(), self.config.fit_student
+        if student.kind == "encoder" and student.encoder.source is not None:
+            checks["fit_student.encoder.source"] = self._model("fit_student.encoder.source", student.encoder.source)
+        return checks
 
     def _score_corpus(self) -> dict[str, Check]:
         checks = self._proxy()

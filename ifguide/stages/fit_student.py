@@ -1,6 +1,7 @@
 """`fit_student`: a student of the token scores, from a random sample of the corpus that is scored exactly.
 
-A part of the sample is one piece of work and the unit of resuming; the student is fitted on all of them in one task.
+A part of the sample is one piece of work and the unit of resuming; the student is fitted on all of them in one task,
+which begins anew where it was ended.
 What was tried on the blocks that were held out, and the one that was chosen, is in `student/student.json`. How good the
 student is, only the audit of `score_corpus` says.
 """
@@ -16,6 +17,7 @@ from ifguide.distributed.tasks import run_task
 from ifguide.influence.decision import METHOD
 from ifguide.run import Run
 from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
+from ifguide.student.encoder import require_readable
 from ifguide.student.sample_worker import (
     TRANSFORMS,
     SamplePart,
@@ -52,11 +54,15 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
         log(VERB, f"complete: {artifact.manifest.summary['chosen']}")
         return artifact.manifest
     require_resources(run.config.cluster, VERB, resources)
+    if config.kind == "encoder" and config.encoder.source is not None:
+        require_readable(config.encoder.source, run.config.tokenizer_source, given.packed.block_size)
     settings = SampleSettings(
         scoring=given.settings(run.student, resources),
         kind=config.kind,
         sampling=Sampling(fraction=config.sample_fraction, held_out=config.held_out, seed=run.config.seed),
         partitions=min(config.partitions, given.packed.num_shards),
+        encoder=config.encoder,
+        vocabulary=given.proxy.vocab_size,
     )
     if config.kind == "head" and not (run.student / TRANSFORMS).exists():
         run_task(fit_transforms, settings, resources=resources)

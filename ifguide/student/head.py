@@ -31,6 +31,7 @@ from ifguide.documents import begun, known_documents
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.states import taken_states
 from ifguide.models import predicted_positions, transformer_blocks
+from ifguide.student.calibration import calibrate
 
 Floats = NDArray[np.float64]
 
@@ -76,14 +77,12 @@ class HeadStudent:
     def calibrated(self, exact_N: Floats, own_N: Floats) -> HeadStudent:
         """The student whose scores are offset + slope times these, nearest to the exact scores of N tokens by least
         squares. As it is where its scores do not rise with them."""
-        slope = float(np.cov(exact_N, own_N)[0, 1] / (own_N.var(ddof=1) or 1.0))
-        if not slope > 0:
-            return self
+        slope, offset = calibrate(exact_N, own_N)
         return replace(
             self,
             direct_scale=self.direct_scale / slope,
             tangent_scale=self.tangent_scale / slope,
-            offset=float(exact_N.mean() - slope * (own_N.mean() - self.offset)),
+            offset=offset + slope * self.offset,
         )
 
     def save(self, path: Path) -> None:
@@ -139,7 +138,7 @@ def read_features(
     lengths_B = torch.full((len(tokens_BT),), tokens_BT.shape[1], device=tokens_BT.device)
     read = begun(tokens_BT, lengths_B, document_BT, beginning)
     with (
-        taken_states(model, transformer_blocks(model)[1], layers, lambda states: states) as states,
+        taken_states(model, transformer_blocks(model)[1], layers, lambda states, layer: states) as states,
         known_documents(read.document_BU) as places,
     ):
         model.base_model(read.tokens_BU, use_cache=False, **places)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ifguide.artifacts import publish, write_json
+from ifguide.config import Encoder
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.memory import keep_memory
 from ifguide.influence.query_file import read_direction
@@ -21,24 +22,43 @@ from ifguide.influence.scoring_worker import ScoringSettings, in_micro_batches, 
 from ifguide.influence.smoothing import smoothing_layers
 from ifguide.models import predicted_positions, transformer_blocks
 from ifguide.storage import local_copy
+from ifguide.student.encoder import encoder_source
+from ifguide.student.encoder_fit import EncoderSettings
 from ifguide.student.head_fit import Transforms
-from ifguide.student.parts import Fitted, HeadPart, Labelled, NgramPart, fit_head_parts, fit_ngram_parts
+from ifguide.student.parts import (
+    EncoderPart,
+    Fitted,
+    HeadPart,
+    Labelled,
+    NgramPart,
+    Part,
+    SuffixPart,
+    fit_encoder_parts,
+    fit_head_parts,
+    fit_ngram_parts,
+    fit_suffix_parts,
+)
 from ifguide.student.sampling import Sampling, ShardBlocks, read_blocks
 from ifguide.student.scorers import FACTS, STUDENT
+from ifguide.student.suffix import SuffixStudent, first_of_suffix, suffix_scorer
+from ifguide.telemetry import configure_logging
 
 TRANSFORMS = "transforms.npz"
 RANGE_TOKENS = 1 << 15  # of which the transforms of the scores are taken
-Kind = Literal["head", "ngram"]
+Kind = Literal["head", "suffix", "encoder", "ngram"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """What a sample is scored with. `scoring.scores` is the student's folder; it has the run's own query alone."""
+    """What a sample is scored with and a student fitted. `scoring.scores` is the student's folder; it has the run's own
+    query alone. `encoder` and `vocabulary`, the number of token ids, are of kind `encoder`."""
 
     scoring: ScoringSettings
     kind: Kind
     sampling: Sampling
     partitions: int
+    encoder: Encoder
+    vocabulary: int
 
     @property
     def folder(self) -> Path:
@@ -65,26 +85,53 @@ class ScoreSample:
 
     def __init__(self, settings: SampleSettings):
         keep_memory()
-        self.settings, self.scorer = settings, _scorer(settings)
-        self.layers = layers_of(self.scorer)
+        self.settings, self.scorers = settings, Scorers.of(settings)
         self.transforms = _read_transforms(settings.folder) if settings.kind == "head" else None
 
     def process(self, part: SamplePart) -> dict[str, Any]:
         settings, tally = self.settings, _Tally()
-        if self.transforms is not None:
-            out: HeadPart | NgramPart = HeadPart(self.transforms, self.layers, settings.partitions)
-        else:
-            out = NgramPart(settings.partitions)
+        out = self._part()
         for shard in range(part.number, settings.scoring.corpus.num_shards, settings.partitions):
             blocks = read_blocks(settings.scoring.corpus, shard)
             sampled = _sampled(blocks, settings.sampling, shard)
             tally.add(blocks, sampled)
             for held_out, rows in ((False, ~sampled.held_B), (True, sampled.held_B)):
-                for labelled, halvings in label(settings, self.scorer, sampled.blocks.take(np.flatnonzero(rows))):
+                for labelled, halvings in label(settings, self.scorers, sampled.blocks.take(np.flatnonzero(rows))):
                     out.add(labelled, held_out=held_out)
                     tally.halvings += halvings
         out.save(settings.part(part.number))
         return tally.result()
+
+    def _part(self) -> Part:
+        """An empty one."""
+        if self.transforms is not None:
+            return HeadPart(self.transforms, layers_of(self.scorers.exact), self.settings.partitions)
+        if self.scorers.suffix is not None:
+            return SuffixPart(self.scorers.student(), self.settings.partitions)
+        return EncoderPart() if self.settings.kind == "encoder" else NgramPart(self.settings.partitions)
+
+
+class Scorers(NamedTuple):
+    """What scores a sample: exactly, and for a `suffix` by that as well. Both share a model."""
+
+    exact: TokenScorer
+    suffix: TokenScorer | None
+
+    @classmethod
+    def of(cls, settings: SampleSettings) -> Scorers:
+        """Those of a kind. Raises ValueError, as `suffix_scorer`."""
+        (query,) = settings.scoring.queries.values()
+        direction = read_direction(query)
+        exact = settings.scoring.scorer([direction])
+        if settings.kind != "suffix":
+            return cls(exact, None)
+        begun = SuffixStudent(first=first_of_suffix(len(exact.blocks)))
+        return cls(exact, suffix_scorer(settings.scoring, exact.model, direction, begun))
+
+    def student(self) -> SuffixStudent:
+        """The `suffix`, not yet calibrated."""
+        assert self.suffix is not None
+        return SuffixStudent(first=first_of_suffix(len(self.exact.blocks)), steps=tuple(self.suffix.steps or ()))
 
 
 class _Sampled(NamedTuple):
@@ -122,18 +169,21 @@ class _Tally:
         }
 
 
-def label(settings: SampleSettings, scorer: TokenScorer, blocks: ShardBlocks) -> Iterator[tuple[Labelled, int]]:
+def label(settings: SampleSettings, scorers: Scorers, blocks: ShardBlocks) -> Iterator[tuple[Labelled, int]]:
     """Blocks with their exact scores, and how often the micro-batch was halved for them."""
     apart_BT = blocks.documents_BT if settings.scoring.beginning.of_documents else None
-    layers = layers_of(scorer)
+    layers = layers_of(scorers.exact)
 
     def score(rows: slice, usual_blocks: int) -> Labelled:
         tokens, lengths, documents = tensors(blocks.tokens_BT, blocks.lengths_B, apart_BT, rows)
         known = predicted_positions(tokens, lengths, documents)
-        if settings.kind == "ngram":
-            scores = scorer.score(tokens, lengths, documents, usual_blocks=usual_blocks)
-            return Labelled(tokens, known, scores[0])
-        scores, states, tangents = scorer.score_and_read(
+        if settings.kind != "head":
+            scores = scorers.exact.score(tokens, lengths, documents, usual_blocks=usual_blocks)[0]
+            suffix = None
+            if scorers.suffix is not None:
+                suffix = scorers.suffix.score(tokens, lengths, documents, usual_blocks=usual_blocks)
+            return Labelled(tokens, known.to(scores.device), scores, suffix_BT=suffix)
+        scores, states, tangents = scorers.exact.score_and_read(
             tokens, lengths, layers, documents, usual_blocks=usual_blocks, tangents=True
         )
         assert tangents is not None
@@ -153,11 +203,11 @@ def fit_transforms(settings: SampleSettings) -> None:
     Raises:
         ValueError: the sample is too small; says what to set.
     """
-    scorer, found, count = _scorer(settings), [], 0
+    scorers, found, count = Scorers.of(settings), [], 0
     corpus, sampling = settings.scoring.corpus, settings.sampling
     shards = np.random.default_rng([sampling.seed, corpus.num_shards]).permutation(corpus.num_shards).tolist()
     for shard in shards:
-        for labelled, _ in label(settings, scorer, _sampled(read_blocks(corpus, shard), sampling, shard).blocks):
+        for labelled, _ in label(settings, scorers, _sampled(read_blocks(corpus, shard), sampling, shard).blocks):
             found.append(labelled.scores_BT[labelled.known_BT].cpu().numpy())
             count += len(found[-1])
             if count >= RANGE_TOKENS:
@@ -201,19 +251,34 @@ def fit_on_parts(settings: SampleSettings, sample: dict[str, Any]) -> dict[str, 
 def _fit(settings: SampleSettings, paths: list[Path]) -> Fitted:
     if settings.kind == "ngram":
         return fit_ngram_parts(paths)
+    if settings.kind == "suffix":
+        return fit_suffix_parts(paths)
+    if settings.kind == "encoder":
+        return _fit_encoder(settings, paths)
     model = settings.scoring.model()
     layers = smoothing_layers(len(transformer_blocks(model)[1]))
     return fit_head_parts(paths, _read_transforms(settings.folder), layers, HeadDerivatives(model), model.device)
 
 
+def _fit_encoder(settings: SampleSettings, paths: list[Path]) -> Fitted:
+    keep_memory()
+    configure_logging()
+    torch.set_num_threads(settings.scoring.decision.threads)
+    block_size = settings.scoring.corpus.block_size
+    training = EncoderSettings(
+        options=settings.encoder,
+        source=encoder_source(settings.encoder, settings.vocabulary, block_size),
+        seed=settings.sampling.seed,
+        device=settings.scoring.device,
+        apart=settings.scoring.beginning.of_documents,
+        low_precision=settings.scoring.decision.method.precision == "bfloat16",
+    )
+    return fit_encoder_parts(paths, training)
+
+
 def _finite(tried: dict[str, Any]) -> dict[str, Any]:
     """As JSON has it: a correlation is not defined where a student gives every token the same score."""
     return {name: None if isinstance(own, float) and not math.isfinite(own) else own for name, own in tried.items()}
-
-
-def _scorer(settings: SampleSettings) -> TokenScorer:
-    (query,) = settings.scoring.queries.values()
-    return settings.scoring.scorer([read_direction(query)])
 
 
 def _read_transforms(folder: Path) -> Transforms:

@@ -65,11 +65,16 @@ def killed_after(one: bool, calls: int = 1) -> Callable[..., Any]:
     return run
 
 
-@pytest.mark.parametrize("kind", ["head", "ngram"])
+SMALL = {"hidden_size": 16, "layers": 1, "heads": 2, "epochs": 2, "batch_tokens": 512}
+
+
+@pytest.mark.parametrize("kind", ["head", "suffix", "encoder", "ngram"])
 def test_a_cascade_holds_exact_scores_where_it_rechecked_and_the_students_elsewhere(
     copied: Copied, finished: Config, kind: str
 ) -> None:
-    config = copied(drop=MADE, fit_student__kind=kind, score_corpus__scorer="cascade", **OPTIONS)
+    config = copied(
+        drop=MADE, fit_student__kind=kind, fit_student__encoder=SMALL, score_corpus__scorer="cascade", **OPTIONS
+    )
     run, exact_BT = Run(config=config), scores_of(Run(config=finished))
     fit_student(run)
     facts = json.loads((run.student / "student.json").read_text())

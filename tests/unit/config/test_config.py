@@ -109,14 +109,15 @@ def test_every_verb_has_its_section():
         ("build_mask={smoothed: true, fdr: 0.1}", "build_mask.smoothed: z-scores are of exact scores"),
         (
             "score_corpus={scorer: cascade, attribution: position}",
-            "score_corpus.scorer: cascade: fit_student.kind: head learns target scores",
+            "score_corpus.scorer: cascade: fit_student.kind: head makes target scores",
         ),
         (
             "score_corpus={scorer: student, queries: {other: folder}}",
             "score_corpus.scorer: student scores the run's own query alone",
         ),
         ("fit_student.sample_fraction=0", "fit_student.sample_fraction: 0.0 must be above 0"),
-        ("fit_student.kind=suffix", "fit_student.kind: 'suffix' is not one of head, ngram"),
+        ("fit_student.kind=prefix", "fit_student.kind: 'prefix' is not one of head, suffix, encoder, ngram"),
+        ("fit_student.encoder.heads=3", "fit_student.encoder.heads: 3 heads give no even share of hidden_size = 256"),
         ("build_mask.quantile=0", "build_mask.quantile: 0.0 must be above 0"),
         ("build_mask.quantile=1.01", "build_mask.quantile: 1.01 is above 1"),
         ("pretrain.penalty=.nan", "pretrain.penalty: expected a finite number, got nan"),

@@ -282,7 +282,42 @@ def test_a_cascade_costs_its_students_pass_and_the_exact_one_over_what_it_rechec
     assert stages["score_corpus"].flop == pytest.approx(1e9 * (student + (0.2 + audited) * per_token))
     assert stages["score_corpus"].flop < 0.8 * exact.flop
     assert stages["fit_student"].flop > 1e7 * per_token
+    for kind, student in (
+        ("suffix", flops.suffix_student(job.proxy, job.block, method=chosen_method(config.score_corpus))),
+        ("encoder", 2 * 3 * (4 * 256**2 + 3 * 256 * 688) + 2 * 3 * 256 * job.block),
+    ):
+        other = make_job(load_config(PYTHIA, [*keys, f"fit_student.kind={kind}"]), corpus_tokens=1e9)
+        stages = {item.stage: item for item in estimate(other)}
+        assert stages["score_corpus"].flop == pytest.approx(1e9 * (student + (0.2 + audited) * per_token))
+        assert student < 0.7 * per_token
     ngram = make_job(load_config(PYTHIA, [*keys, "fit_student.kind=ngram"]), corpus_tokens=1e9)
     looked_up = {item.stage: item for item in estimate(ngram)}["score_corpus"]
     assert looked_up.flop == pytest.approx(1e9 * (0.2 + audited) * per_token)
     assert "lookup" in looked_up.basis
+
+
+def test_a_suffix_is_two_thirds_of_a_forward_pass_and_a_third_of_an_exact_one() -> None:
+    job, method = make_job(load_config(PYTHIA), corpus_tokens=1e9), PRESETS["fast"]
+    layer, attended = job.proxy.tracked / 12, 2 * 768 * 2048  # Pythia-160M has twelve layers of 768
+    expected = 8 * (2 * layer + attended) + 4 * (6 * layer + 2 * attended) + 4 * job.proxy.head
+    assert flops.suffix_student(job.proxy, 2048, method=method) == pytest.approx(expected)
+    low = replace(method, rank=8)
+    assert flops.suffix_student(job.proxy, 2048, method=low) < expected
+
+
+def test_an_encoder_is_trained_on_one_worker_for_all_its_epochs() -> None:
+    keys = ["score_corpus.scorer=student", "fit_student.kind=encoder"]
+
+    def fitting(*further: str) -> Any:
+        job = make_job(load_config(PYTHIA, [*keys, *further]), corpus_tokens=1e9)
+        return next(stage for stage in estimate(job) if stage.stage == "fit_student")
+
+    once, twice = fitting("fit_student.encoder.epochs=4"), fitting("fit_student.encoder.epochs=8")
+    none = fitting("fit_student.kind=ngram")
+    assert twice.seconds - once.seconds == pytest.approx(once.seconds - none.seconds)
+    many = [fitting("fit_student.partitions=8", f"fit_student.encoder.epochs={epochs}") for epochs in (4, 8)]
+    assert many[1].seconds - many[0].seconds == pytest.approx(twice.seconds - once.seconds)
+    larger = fitting("fit_student.encoder.layers=6", "fit_student.encoder.epochs=4")
+    assert larger.seconds > once.seconds
+    published = fitting("fit_student.encoder.source=EleutherAI/pythia-160m", "fit_student.encoder.epochs=4")
+    assert published.seconds > larger.seconds
