@@ -7,10 +7,10 @@ document is a block of its own after an EOS. 30% of the documents are for testin
 exactly, so that it holds `--shares` of all tokens: the learning curve. A fourth of that is held out by the student, to
 choose its variant by.
 
-Given for `head` and `ngram`, on the documents for testing: Spearman and Pearson with the exact score, overlap of the
-top 2%, recall of the exact top 2% in the student's top 10%, and the average precision against the spans that people
-marked, beside the exact score's on the same tokens; with intervals over documents. Then, of the middle sample at
-`--cascade`:
+Given for `head`, `suffix`, `encoder` and `ngram`, on the documents for testing: Spearman and Pearson with the exact
+score, overlap of the top 2%, recall of the exact top 2% in the student's top 10%, and the average precision against the
+spans that people marked, beside the exact score's on the same tokens; with intervals over documents. Then, of the
+middle sample at `--cascade`:
 
 - what was tried, the best variant of each target and of the layers;
 - a cascade, each document a block: a tenth of them, those in which the student finds most, is scored exactly. Which
@@ -19,8 +19,9 @@ marked, beside the exact score's on the same tokens; with intervals over documen
 - tokens in a second, each student and the exact `fast` pass alone on the same blocks of 128 tokens, by turns.
 
 Exact scores are those of the difference engine at full rank, in bfloat16 where the CPU has instructions for it; there
-`head` reads a copy of the proxy in bfloat16 too. Last line: one JSON object. Not measured here: masks in training, and
-an encoder.
+`head` reads a copy of the proxy in bfloat16 too. The encoder learns from documents that are packed into blocks, apart
+from each other. A suffix learns nothing: its curve is flat. Last line: one JSON object. Not measured here: masks in
+training.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,45 +48,34 @@ from bench.common.direction import fit_direction
 from bench.common.places import DATA, this_machine
 from bench.common.proxies import load_proxy
 from bench.common.scores import METHOD, PRECISION
+from bench.common.student_documents import PACKED, LabelledDocuments
 from bench.localise import bootstrap, encode_document, factor_documents
+from ifguide.config import Encoder
 from ifguide.evaluation.bootstrap import Bootstrap
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.scorer import TokenScorer
-from ifguide.influence.smoothing import smoothing_layers
-from ifguide.models import predicted_positions
 from ifguide.student.certificate import FIGURES, Audit, Certificate, Fidelity, certify
+from ifguide.student.encoder import EncoderStudent, encoder_source
+from ifguide.student.encoder_fit import EncoderSettings, fit_encoder
 from ifguide.student.fidelity import RECHECK_SHARE, TOP_SHARE, fidelity
-from ifguide.student.head import HeadScorer, HeadStudent, read_features
+from ifguide.student.head import HeadScorer, HeadStudent
 from ifguide.student.head_fit import HeadSample, Transforms, fit_head
 from ifguide.student.ngrams import NgramStudent, NgramSums, choose_strength
 from ifguide.student.recheck import block_counts, least_count
-from ifguide.telemetry import Progress, configure_logging, log
+from ifguide.student.suffix import first_of_suffix, suffix_of
+from ifguide.telemetry import configure_logging, log
 
-TEST_SHARE = 0.3
-BATCH = 16  # documents of like length
+KINDS = ("head", "suffix", "encoder", "ngram")
 RATE_BLOCKS, RATE_LENGTH, ROUNDS = 16, 128, 3
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """Documents of like length: their numbers, ids, and all that one exact pass gives; `read_BTF` are the features as
-    the student's own pass reads them."""
+class Students(NamedTuple):
+    """Those of one sample, and what was tried for the head."""
 
-    numbers: list[int]
-    tokens_BT: Tensor
-    known_BT: Tensor
-    scores_BT: Tensor
-    features_BTF: Tensor
-    tangents_BTD: Tensor
-    read_BTF: Tensor
-
-    def of(self, wanted: set[int]) -> Batch | None:
-        """The documents among them that are wanted."""
-        rows = [row for row, number in enumerate(self.numbers) if number in wanted]
-        if not rows:
-            return None
-        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, numbers=[self.numbers[row] for row in rows], **tensors)
+    head: HeadStudent
+    encoder: EncoderStudent
+    ngram: NgramStudent
+    tried: list[dict[str, Any]]
 
 
 def main() -> int:
@@ -124,7 +114,7 @@ def summary(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict
     names = ("spearman", "pearson", "overlap", "recall", "ap", "ap_over_exact")
     curve = {
         kind: {f"{share:g}": {name: mean(kind, share, name) for name in names} for share in options.shares}
-        for kind in ("head", "ngram")
+        for kind in KINDS
     }
     at = f"{options.cascade:g}"
     return {
@@ -133,7 +123,7 @@ def summary(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict
         "head_ap_over_exact": curve["head"][at]["ap_over_exact"],
         "ap_exact": mean("head", options.cascade, "ap_exact"),
         "ap_head": curve["head"][at]["ap"],
-        "ap_ngram": curve["ngram"][at]["ap"],
+        **{f"ap_{kind}": curve[kind][at]["ap"] for kind in ("ngram", "encoder", "suffix")},
         "curve": curve,
     }
 
@@ -147,47 +137,34 @@ class Bench:
         self.model, self.sources = model, sources
         self.reader = copy.deepcopy(model).to(torch.bfloat16) if PRECISION == "bfloat16" else model
         self.scorer = TokenScorer(model, direction, attribution="target", method=METHOD)
-        self.layers = smoothing_layers(len(self.scorer.blocks))
+        upper = suffix_of(model, direction, first_of_suffix(len(self.scorer.blocks)))
+        self.suffix = TokenScorer(model, upper, attribution="target", method=METHOD)
         self.truth = [marked for _, _, marked in encoded]
-        self.sizes = np.array([len(ids) for ids, _, _ in encoded])
-        self.batches = list(self._read([ids for ids, _, _ in encoded]))
-        order = np.random.default_rng(0).permutation(len(encoded))
-        cut = round((1 - TEST_SHARE) * len(order))
-        self.learnable, self.test = order[:cut], np.sort(order[cut:])
-        self.students: dict[tuple[float, int], tuple[HeadStudent, NgramStudent, list[dict[str, Any]]]] = {}
-
-    def _read(self, ids: Sequence[np.ndarray]) -> Iterator[Batch]:
-        order, progress = np.argsort(self.sizes, kind="stable"), Progress("exact", float(self.sizes.sum()), "tokens")
-        for begin in range(0, len(order), BATCH):
-            numbers = order[begin : begin + BATCH].tolist()
-            lengths_B = torch.from_numpy(self.sizes[numbers])
-            tokens_BT = torch.zeros(len(numbers), int(lengths_B.max()), dtype=torch.int64)
-            for row, number in enumerate(numbers):
-                tokens_BT[row, : self.sizes[number]] = torch.from_numpy(ids[number])
-            scores, states, tangents = self.scorer.score_and_read(tokens_BT, lengths_B, self.layers, tangents=True)
-            assert tangents is not None
-            yield Batch(
-                numbers=numbers,
-                tokens_BT=tokens_BT,
-                known_BT=predicted_positions(tokens_BT, lengths_B),
-                scores_BT=scores[0],
-                features_BTF=torch.cat(states, dim=-1).float(),
-                tangents_BTD=tangents[0].float(),
-                read_BTF=read_features(self.reader, tokens_BT, self.layers).to(self.reader.dtype),
-            )
-            progress.advance(float(lengths_B.sum()))
+        self.documents = LabelledDocuments([ids for ids, _, _ in encoded], self.scorer, self.reader)
+        self.suffix_scores = self.documents.of_test(
+            lambda batch: self.suffix.score(batch.tokens_BT, self.documents.lengths(batch))
+        )
+        self.students: dict[tuple[float, int], Students] = {}
 
     def learn(self, share: float, seed: int) -> list[dict[str, Any]]:
-        """Fit both kinds on documents that hold `share` of all tokens; their figures on the documents for testing."""
-        order = np.random.default_rng([seed, 1]).permutation(self.learnable)
-        wanted = order[: 1 + int(np.searchsorted(np.cumsum(self.sizes[order]), share * self.sizes.sum()))]
+        """Fit each kind on documents that hold `share` of all tokens; their figures on the documents for testing."""
+        order = np.random.default_rng([seed, 1]).permutation(self.documents.learnable)
+        sizes = self.documents.sizes
+        wanted = order[: 1 + int(np.searchsorted(np.cumsum(sizes[order]), share * sizes.sum()))]
         held_out, fitted = set(wanted[::4].tolist()), set(np.delete(wanted, np.s_[::4]).tolist())
         head, tried = self._fit_head(fitted, held_out)
-        ngram = self._fit_ngrams(fitted, held_out)
-        self.students[share, seed] = head, ngram, tried
-        exact = self._of_test(lambda batch: batch.scores_BT)
-        found = {"head": self._head_scores(head), "ngram": self._ngram_scores(ngram)}
-        truth = [self.truth[number] for number in self.test]
+        encoder, ngram = self._fit_encoder(fitted, held_out), self._fit_ngrams(fitted, held_out)
+        self.students[share, seed] = Students(head, encoder, ngram, tried)
+        exact = self.documents.of_test(lambda batch: batch.scores_BT)
+        found = {
+            "head": self._head_scores(head),
+            "suffix": self.suffix_scores,
+            "encoder": self.documents.of_test(
+                lambda batch: encoder.score(batch.tokens_BT, self.documents.lengths(batch))
+            ),
+            "ngram": self._ngram_scores(ngram),
+        }
+        truth = [self.truth[number] for number in self.documents.test]
         intervals, ratios = bootstrap(truth, {"target": exact, **found}, seed=0)
         flat = {name: np.concatenate([own[1:] for own in of]) for name, of in {"exact": exact, **found}.items()}
         marks = np.concatenate([own[1:] for own in truth])
@@ -198,7 +175,7 @@ class Bench:
                 "kind": kind,
                 "share": share,
                 "seed": seed,
-                "labels": int((self.sizes[wanted] - 1).sum()),
+                "labels": int((self.documents.sizes[wanted] - 1).sum()),
                 **fidelity(flat["exact"], flat[kind]),
                 "ap": ap[kind],
                 "ap_interval": intervals[kind],
@@ -216,69 +193,55 @@ class Bench:
         return rows
 
     def _fit_head(self, fitted: set[int], held_out: set[int]) -> tuple[HeadStudent, list[dict[str, Any]]]:
-        parts = [(own, False) for own in self._of(fitted)] + [(own, True) for own in self._of(held_out)]
+        parts = [(own, held) for held, of in ((False, fitted), (True, held_out)) for own in self.documents.of(of)]
         scores_N = np.concatenate([own.scores_BT[own.known_BT].numpy() for own, _ in parts])
-        sample = HeadSample(Transforms.of(scores_N), self.layers)
+        sample = HeadSample(Transforms.of(scores_N), self.documents.layers)
         for own, is_held in parts:
             sample.add(own.tokens_BT, own.known_BT, own.scores_BT, own.features_BTF, own.tangents_BTD, held_out=is_held)
         return fit_head(sample, HeadDerivatives(self.reader))
 
+    def _fit_encoder(self, fitted: set[int], held_out: set[int]) -> EncoderStudent:
+        options, vocabulary = Encoder(), self.model.config.get_text_config().vocab_size
+        source = encoder_source(options, vocabulary, max(PACKED, int(self.documents.sizes.max())))
+        settings = EncoderSettings(options=options, source=source, seed=0, apart=True)
+        return fit_encoder(self.documents.packed(fitted), self.documents.packed(held_out), settings).student
+
     def _fit_ngrams(self, fitted: set[int], held_out: set[int]) -> NgramStudent:
-        tokens_BT, scores_BT, known_BT = self._padded(held_out)
-        student, _ = choose_strength(NgramSums.of(*self._padded(fitted)), tokens_BT, scores_BT, known_BT)
+        tokens_BT, scores_BT, known_BT = self.documents.padded(held_out)
+        student, _ = choose_strength(NgramSums.of(*self.documents.padded(fitted)), tokens_BT, scores_BT, known_BT)
         return replace(student, sums=student.sums + NgramSums.of(tokens_BT, scores_BT, known_BT))
-
-    def _padded(self, wanted: set[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, scores and where there is one, of documents in one array."""
-        parts, longest = list(self._of(wanted)), int(self.sizes.max())
-        arrays = []
-        for name in ("tokens_BT", "scores_BT", "known_BT"):
-            tensors = [getattr(own, name) for own in parts]
-            padded = [torch.nn.functional.pad(own, (0, longest - own.shape[1])) for own in tensors]
-            arrays.append(torch.cat(padded).numpy())
-        return arrays[0], arrays[1], arrays[2]
-
-    def _of(self, wanted: set[int]) -> Iterator[Batch]:
-        return (own for batch in self.batches if (own := batch.of(wanted)) is not None)
-
-    def _of_test(self, score: Callable[[Batch], Tensor]) -> list[np.ndarray]:
-        """(T,) of each document for testing, in the order of their numbers."""
-        found: dict[int, np.ndarray] = {}
-        for batch in self._of(set(self.test.tolist())):
-            scores_BT = score(batch).float().numpy()
-            found |= {number: scores_BT[row, : self.sizes[number]] for row, number in enumerate(batch.numbers)}
-        return [found[number] for number in self.test.tolist()]
 
     def _head_scores(self, student: HeadStudent) -> list[np.ndarray]:
         head, width = HeadDerivatives(self.reader), len(student.weights_F)
-        return self._of_test(lambda batch: student.scores(batch.read_BTF[..., -width:].float(), batch.tokens_BT, head))
+        return self.documents.of_test(
+            lambda batch: student.scores(batch.read_BTF[..., -width:].float(), batch.tokens_BT, head)
+        )
 
     def _ngram_scores(self, student: NgramStudent) -> list[np.ndarray]:
-        return self._of_test(lambda batch: torch.from_numpy(student.score(batch.tokens_BT.numpy())))
+        return self.documents.of_test(lambda batch: torch.from_numpy(student.score(batch.tokens_BT.numpy())))
 
     def cascade(self, share: float) -> dict[str, Any]:
         """What a cascade with the head student finds, its certificate, what was tried, and rates."""
         seeds = sorted(seed for own, seed in self.students if own == share)
-        head, ngram, tried = self.students[share, seeds[len(seeds) // 2]]
-        exact, student = self._of_test(lambda batch: batch.scores_BT), self._head_scores(head)
-        number_N = np.repeat(self.test, self.sizes[self.test] - 1)
+        students = self.students[share, seeds[len(seeds) // 2]]
+        head = students.head
+        exact, student = self.documents.of_test(lambda batch: batch.scores_BT), self._head_scores(head)
+        number_N = np.repeat(self.documents.test, self.documents.sizes[self.documents.test] - 1)
         exact_N, student_N = (np.concatenate([own[1:] for own in of]) for of in (exact, student))
         edge = float(np.quantile(student_N, 1 - TOP_SHARE))
         counts = np.concatenate([block_counts(own[None, 1:], edge) for own in student])
-        rechecked_N = np.repeat(counts >= least_count(lambda: [counts], RECHECK_SHARE), self.sizes[self.test] - 1)
+        rechecked_N = np.repeat(
+            counts >= least_count(lambda: [counts], RECHECK_SHARE), self.documents.sizes[self.documents.test] - 1
+        )
         merged_N = np.where(rechecked_N, exact_N, student_N)
-        marks_N = np.concatenate([self.truth[number][1:] for number in self.test])
+        marks_N = np.concatenate([self.truth[number][1:] for number in self.documents.test])
         names = sorted(set(self.sources))
         source_N = np.array([names.index(self.sources[number]) for number in number_N])
-        whole = Audit(
-            exact_N=exact_N,
-            student_N=student_N,
-            rechecked_N=rechecked_N,
-            blocks_N=number_N,
-            sources_N=source_N,
-            sources=names,
+        places = {"blocks_N": number_N, "sources_N": source_N, "sources": names}
+        whole = Audit(exact_N=exact_N, student_N=student_N, rechecked_N=rechecked_N, **places)
+        audited = np.isin(
+            number_N, np.random.default_rng(2).permutation(self.documents.test)[: len(self.documents.test) // 2]
         )
-        audited = np.isin(number_N, np.random.default_rng(2).permutation(self.test)[: len(self.test) // 2])
         part = replace(whole, **{name: own[audited] for name, own in vars(whole).items() if name.endswith("_N")})
         truth, certificate = certify(whole, bootstrap=Bootstrap(samples=200)), certify(part)
         found = {"all": truth.whole, **truth.by_source}
@@ -290,23 +253,25 @@ class Bench:
             "by_source": {name: values_of(own) for name, own in found.items()},
             "certificate": asdict(certificate.whole),
             "certificate_holds": holds(certificate, truth),
-            "tried": best_of(tried),
-            "rates": (rates := self.rates(head, ngram)),
-            "head_time_ratio": round(rates["exact"] / rates["head"], 4),
-            "ngram_speedup": round(rates["ngram"] / rates["exact"], 1),
+            "tried": best_of(students.tried),
+            "rates": (rates := self.rates(students)),
+            **{f"{kind}_time_ratio": round(rates["exact"] / rates[kind], 4) for kind in ("head", "suffix")},
+            **{f"{kind}_speedup": round(rates[kind] / rates["exact"], 1) for kind in ("ngram", "encoder")},
         }
 
-    def rates(self, head: HeadStudent, ngram: NgramStudent) -> dict[str, float]:
+    def rates(self, students: Students) -> dict[str, float]:
         """Tokens in a second of each on the same packed blocks; the median of rounds by turns."""
-        stream = np.concatenate([own.tokens_BT[own.known_BT].numpy() for own in self.batches])
+        stream = np.concatenate([own.tokens_BT[own.known_BT].numpy() for own in self.documents.batches])
         tokens_BT = torch.from_numpy(np.resize(stream, (RATE_BLOCKS, RATE_LENGTH)))
         lengths_B = torch.full((RATE_BLOCKS,), RATE_LENGTH)
-        reader = HeadScorer(self.reader, head)
+        reader = HeadScorer(self.reader, students.head)
         repeated = np.tile(tokens_BT.numpy(), (64, 1))
         passes: dict[str, tuple[Callable[[], Any], int]] = {
             "exact": (lambda: self.scorer.score(tokens_BT, lengths_B), tokens_BT.numel()),
             "head": (lambda: reader.score(tokens_BT, lengths_B), tokens_BT.numel()),
-            "ngram": (lambda: ngram.score(repeated), repeated.size),
+            "suffix": (lambda: self.suffix.score(tokens_BT, lengths_B), tokens_BT.numel()),
+            "encoder": (lambda: students.encoder.score(tokens_BT, lengths_B), tokens_BT.numel()),
+            "ngram": (lambda: students.ngram.score(repeated), repeated.size),
         }
         seconds: dict[str, list[float]] = {name: [] for name in passes}
         for number in range(1 + ROUNDS):  # the first one warms up
@@ -348,6 +313,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--behaviour", choices=list(BEHAVIOURS), default="explicit")
     parser.add_argument("--proxy", default="smollm2", help="smollm2, or a model's folder (with its tokenizer)")
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--factor-tokens", type=int, default=14_000)
+    parser.add_argument("--query-documents", type=int, default=500, help="as localise has them")
     parser.add_argument("--documents", type=int, default=1500)
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="of the tokens, labelled"
@@ -355,8 +322,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=3, help="random samples at each share")
     parser.add_argument("--cascade", type=float, default=0.1, help="the share whose student the rest is about")
     parser.add_argument("--queries", type=int, default=160, help="of each set")
-    parser.add_argument("--query-documents", type=int, default=500, help="as localise has them")
-    parser.add_argument("--factor-tokens", type=int, default=14_000)
     parser.add_argument("--quick", action="store_true", help="small numbers of everything: does it run?")
     options = parser.parse_args()
     if options.quick:
