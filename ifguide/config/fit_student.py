@@ -21,7 +21,7 @@ class Encoder:
         epochs: passes over the fitted blocks at most. The one whose scores find most in the held-out blocks is kept.
         patience: epochs that may find no more than the best one before them, until training stops.
         learning_rate: of AdamW at its highest, after a warm-up over the first twentieth; it falls as a cosine.
-        batch_tokens: of one step, in whole blocks.
+        batch_tokens: of one step, in whole blocks, one at least. A small sample wants many steps.
     """
 
     source: str | None = None
@@ -31,7 +31,7 @@ class Encoder:
     epochs: int = option(10, at_least=1)
     patience: int = option(3, at_least=1)
     learning_rate: float = option(1e-3, above=0)
-    batch_tokens: int = option(4096, at_least=1)
+    batch_tokens: int = option(1024, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,6 +140,15 @@ def test_blocks_below_read_each_row_once_and_the_model_is_left_as_it_was(monkeyp
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_block_whose_forward_someone_else_replaced_keeps_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama", monkeypatch, torch.float64)
+    before = [vars(module).get("forward") for module in model.modules()]
+    assert any(before)
+    scorer = TokenScorer(model, upper(model, random_directions(model)), attribution="target", method=FLOAT32)
+    scorer.score(*as_tensors(*random_blocks(3, LENGTH)))
+    assert [vars(module).get("forward") for module in model.modules()] == before
+
+
 def test_an_argument_that_is_not_known_to_have_rows_is_refused() -> None:
     class Block(nn.Module):
         def forward(self, hidden_states: Tensor, alibi: Tensor | None = None) -> Tensor:

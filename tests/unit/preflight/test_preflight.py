@@ -157,6 +157,12 @@ def test_tables_of_queries_are_read_in_the_place_of_prompts_and_their_classifier
         ("build_query", "proxy", "./nowhere", "proxy.source = ./nowhere: no such file or folder; a hub id has"),
         ("build_query", "tokenizer", "./nowhere", "tokenizer = ./nowhere: no such file or folder; a hub id has"),
         ("score_corpus", "score_corpus__queries", {"q": "nowhere"}, "score_corpus.queries.q = nowhere: no such folder"),
+        (
+            "fit_student",
+            "fit_student",
+            {"kind": "encoder", "encoder": {"source": "./nowhere"}},
+            "fit_student.encoder.source = ./nowhere: no such file or folder",
+        ),
         ("build_mask", "build_mask__behaviour", "rude", "build_mask.behaviour = rude: not scored; choose one of own"),
         (
             "build_mask",
