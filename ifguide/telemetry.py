@@ -12,8 +12,9 @@ import os
 import secrets
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,6 +103,26 @@ class Progress:
             self.last_shown = now
             log(self.verb, self.line(now - self.started, **counts))
             self.publish(**counts)
+
+    @contextlib.contextmanager
+    def never_silent(self, every_seconds: float = 60.0) -> Iterator[None]:
+        """Inside, a line is shown where none was for so long, for one piece of work may take many minutes."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(min(1.0, every_seconds)):
+                if (now := time.monotonic()) - self.last_shown >= every_seconds:
+                    self.last_shown = now
+                    waited = format_seconds(now - self.started)
+                    log(self.verb, f"{self.done:,.0f}/{self.total:,.0f} {self.unit}, at work for {waited}")
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
 
     def publish(self, **counts: Any) -> None:
         """Give the values of this moment to the sinks."""

@@ -182,7 +182,7 @@ def _run_rounds(
         before = tally.ended
         try:
             # Closed whatever happens: actors that nobody waits for would keep their resources.
-            with contextlib.closing(work_off(todo, source, pool)) as entries:
+            with progress.never_silent(), contextlib.closing(work_off(todo, source, pool)) as entries:
                 for entry in entries:
                     progress.advance(tally.add(entry), **tally.counts())
         except ray.exceptions.RayError as error:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -85,6 +86,19 @@ def test_work_that_is_known_only_when_it_begins_is_begun_then(shown, clock):
         (12, 20, None),
         (20, 20, 0.25),
     ]
+
+
+def test_a_piece_that_takes_long_is_said_to_be_at_work(shown):
+    progress = Progress("v", 2, "parts")
+    with progress.never_silent(every_seconds=0.02):
+        deadline = time.monotonic() + 10
+        while len(shown) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    said = len(shown)
+    assert said >= 2
+    assert all(line.startswith("v: 0/2 parts, at work for ") for line in shown)
+    time.sleep(0.1)
+    assert len(shown) == said
 
 
 def test_progress_is_plotted_by_the_names_of_the_table_against_the_work_done(tmp_path):
