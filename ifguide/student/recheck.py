@@ -1,8 +1,11 @@
 """Which blocks a cascade scores exactly: those in which the student finds most.
 
-A block counts the sum of what its tokens' student scores exceed an edge by, the edge of the student's own top 2% in the
-sample. Blocks are taken from the highest count on, while they are within the share that may be rechecked. The bound is
-found as an exact quantile is (`selection.quantiles`): by two histograms, which add up over the shards.
+A block counts its tokens whose student score is at or above an edge, that of the student's own top 2% in the sample.
+Among equal counts those come first whose tokens are further above it. It is the number of high tokens that a mask is
+made of: by the sum of what they exceed the edge by, a few outliers took the blocks, and these held less of the exact
+top than blocks at random (bench/LOG.md). Blocks are taken from the highest count on, while they are within the share
+that may be rechecked. The bound is found as an exact quantile is (`selection.quantiles`): by two histograms, which add
+up over the shards.
 """
 
 from __future__ import annotations
@@ -21,8 +24,13 @@ Floats = NDArray[np.float32]
 
 
 def block_counts(scores_BT: Floats, edge: float) -> Floats:
-    """(B,) the sum of what the scores of each block's tokens exceed the edge by."""
-    return np.maximum(scores_BT.astype(np.float64) - edge, 0).sum(axis=1).astype(np.float32)
+    """(B,) how many scores of each block are at or above the edge, and m / (1 + m) besides, less than one, for the mean
+    m of what they exceed it by, in units of the edge's size. A score of exactly 0 is none."""
+    above_BT = (scores_BT >= edge) & (scores_BT != 0)
+    count_B = above_BT.sum(axis=1)
+    excess_B = np.where(above_BT, scores_BT.astype(np.float64) - edge, 0).sum(axis=1)
+    mean_B = excess_B / np.maximum(count_B, 1) / (abs(edge) or 1.0)
+    return (count_B + mean_B / (1 + mean_B)).astype(np.float32)
 
 
 def least_count(read: Callable[[], Iterable[Floats]], share: float) -> float:

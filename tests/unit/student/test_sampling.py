@@ -54,9 +54,12 @@ def test_blocks_that_tie_are_all_left_out_where_they_do_not_all_fit_and_empty_on
     assert least_count(lambda: iter(shards), 1.0) == LEAST
 
 
-def test_a_block_counts_what_its_scores_exceed_the_edge_by() -> None:
+def test_a_block_counts_its_scores_at_the_edge_and_less_than_one_for_how_far_they_are_above() -> None:
     scores_BT = np.array([[0, 3, -1, 2.5], [0, 1, 2, 0], [0, -5, 0, 0]], np.float32)
-    np.testing.assert_allclose(block_counts(scores_BT, 2.0), [1.5, 0, 0])
+    np.testing.assert_allclose(block_counts(scores_BT, 2.0), [2 + 0.375 / 1.375, 1, 0])
+    np.testing.assert_array_equal(block_counts(scores_BT, -4.0) // 1, [3, 2, 0])
+    outlier, two, nearer = (block_counts(np.array([own], np.float32), 2.0) for own in ([90, 1], [2, 2], [3, 1]))
+    assert two > outlier > nearer
 
 
 def test_an_audit_is_no_larger_than_intervals_pay() -> None:
