@@ -1,6 +1,7 @@
 """How much of the exact score does a student learn, from how many labels, how fast, and does the certificate hold?
 
     python bench/student.py [--behaviour explicit|implicit] [--proxy smollm2|FOLDER] [--quick]
+                            [--runs EXACT CASCADE]
 
 Documents, queries and directions are those of `bench/localise.py`, with further documents of the same kinds. Each
 document is a block of its own after an EOS. 30% of the documents are for testing. Of the others a random part is scored
@@ -21,7 +22,8 @@ middle sample at `--cascade`:
 Exact scores are those of the difference engine at full rank, in bfloat16 where the CPU has instructions for it; there
 `head` reads a copy of the proxy in bfloat16 too. The encoder learns from documents that are packed into blocks, apart
 from each other. A suffix learns nothing: its curve is flat. Last line: one JSON object. Not measured here: masks in
-training.
+training, unless --runs names two finished runs of one seed, with exact scores and with those of a cascade: then the
+difference of their penalised models' EMT and TP.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ def main() -> int:
     for seed in range(options.samples):
         for share in options.shares:
             rows += bench.learn(share, seed)
-    cascade = bench.cascade(options.cascade)
+    cascade = bench.cascade(options.cascade) | (differences(*options.runs) if options.runs else {})
     print(json.dumps({"behaviour": options.behaviour, "machine": this_machine(), **summary(rows, options), **cascade}))
     return 0
 
@@ -283,6 +285,27 @@ class Bench:
         return {name: round(passes[name][1] / float(np.median(own)), 1) for name, own in seconds.items()}
 
 
+def differences(exact: Path, cascade: Path) -> dict[str, float]:
+    """EMT and TP of the penalised model of a cascade's run less those of the exact run, by the runs' first classifier.
+
+    Raises SystemExit when the runs' plain models differ, for then they are not comparable."""
+    found = {}
+    for name in ("emt", "tp"):
+        of_runs = []
+        for run in (exact, cascade):
+            models = json.loads((run / "report" / "metrics.json").read_bytes())["models"]
+            of_runs.append({model: first_value(models[model], name) for model in ("baseline", "penalised")})
+        if of_runs[0]["baseline"] != of_runs[1]["baseline"]:
+            raise SystemExit(f"--runs: the plain models of {exact} and {cascade} differ; give runs of one seed")
+        found[f"cascade_{name}_difference"] = round(of_runs[1]["penalised"] - of_runs[0]["penalised"], 4)
+    return found
+
+
+def first_value(model: dict[str, Any], name: str) -> float:
+    """A figure of all prompts by the first classifier."""
+    return float(next(iter(model["sets"]["prompts"]["groups"]["all"][name].values()))["value"])
+
+
 def holds(certificate: Certificate, truth: Certificate) -> dict[str, bool]:
     """Of each figure, whether its interval holds that of all documents."""
     found = {}
@@ -322,6 +345,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=3, help="random samples at each share")
     parser.add_argument("--cascade", type=float, default=0.1, help="the share whose student the rest is about")
     parser.add_argument("--queries", type=int, default=160, help="of each set")
+    parser.add_argument("--runs", type=Path, nargs=2, metavar=("EXACT", "CASCADE"), help="finished runs of one seed")
     parser.add_argument("--quick", action="store_true", help="small numbers of everything: does it run?")
     options = parser.parse_args()
     if options.quick:
