@@ -90,10 +90,8 @@ def fit_encoder(fitted: LabelledBlocks, held: LabelledBlocks, settings: EncoderS
     """
     transforms = Transforms.of(fitted.scores_BT[fitted.known_BT])
     training = _Training(transforms, settings)
-    options, tried, exact_N = settings.options, [], held.scores_BT[held.known_BT]
-    best: dict[str, Any] | None = None
-    weights: dict[str, Tensor] = {}
-    chosen_N, stale = exact_N, 0
+    options, exact_N = settings.options, held.scores_BT[held.known_BT]
+    tried: list[dict[str, Any]] = []
     batch = max(1, options.batch_tokens // fitted.tokens_BT.shape[1])
     total = options.epochs * math.ceil(len(fitted.tokens_BT) / batch)
     progress = Progress("fit_student", float(options.epochs * fitted.tokens), "tokens")
@@ -103,17 +101,16 @@ def fit_encoder(fitted: LabelledBlocks, held: LabelledBlocks, settings: EncoderS
             blocks = fitted.take(order[begin : begin + batch])
             losses.append(training.step(blocks, total))
             progress.advance(float(blocks.tokens), loss=losses[-1])
-        stale += 1
-        for target, found_N in training.rankings(held):
-            figures = {"epoch": epoch + 1, "target": target, "loss": float(np.mean(losses))}
-            tried.append(figures | fidelity(exact_N, found_N))
-            if best is None or _order(tried[-1]) > _order(best):
-                best, chosen_N, stale = tried[-1], found_N, 0
-        if stale == 0:
+        rankings = dict(training.rankings(held))
+        loss = float(np.mean(losses))
+        for target, found_N in rankings.items():
+            tried.append({"epoch": epoch + 1, "target": target, "loss": loss} | fidelity(exact_N, found_N))
+        best = best_encoder(tried)
+        if best["epoch"] == epoch + 1:
+            chosen_N = rankings[best["target"]]
             weights = {name: own.detach().cpu().clone() for name, own in training.regression.state_dict().items()}
-        if stale >= options.patience:
+        if epoch + 1 - best["epoch"] >= options.patience:
             break
-    assert best is not None
     line = calibrate(exact_N, chosen_N)
     student = _student(training.regression, weights, best["target"], line.slope, line.offset, settings)
     edge = float(np.quantile(line.offset + line.slope * chosen_N.astype(np.float64), 1 - TOP_SHARE))
@@ -121,13 +118,13 @@ def fit_encoder(fitted: LabelledBlocks, held: LabelledBlocks, settings: EncoderS
 
 
 def best_encoder(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The one that is kept: what finds most of the highest exact scores."""
-    return max(tried, key=_order)
+    """The one that is kept: what finds most of the highest exact scores, of equals the first."""
 
+    def order(figures: dict[str, Any]) -> tuple[float, float]:
+        spearman = figures["spearman"]
+        return figures["recall"], -1.0 if math.isnan(spearman) else spearman
 
-def _order(figures: dict[str, Any]) -> tuple[float, float]:
-    spearman = figures["spearman"]
-    return figures["recall"], -1.0 if math.isnan(spearman) else spearman
+    return max(tried, key=order)
 
 
 class _Training:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ifguide.artifacts import verified
 from ifguide.influence.memory import MAX_TOKENS
 from ifguide.influence.query_file import read_direction
-from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.scoring_worker import ScoringSettings, in_micro_batches, tensors
 from ifguide.models import predicted_positions
 from ifguide.storage import local_copy
@@ -64,16 +64,17 @@ def load_scorer(folder: Path, kind: str, settings: ScoringSettings) -> BlockScor
         return _Lookup(NgramStudent.load(path))
     if kind == "encoder":
         torch.set_num_threads(settings.decision.threads)
-        return _Encoded(EncoderStudent.load(path, device=settings.device, low_precision=low_precision))
-    model = settings.model()
+        encoder = EncoderStudent.load(path, device=settings.device, low_precision=low_precision)
+        size = max(1, MAX_TOKENS[encoder.device.type] // settings.corpus.block_size)
+        return _ByMicroBatch(lambda *blocks, usual_blocks: encoder.score(*blocks), size)
+    model, size = settings.model(), settings.decision.micro_batch_blocks
     if kind == "suffix":
         student, (query,) = SuffixStudent.load(path), settings.queries.values()
-        own = suffix_scorer(settings, model, read_direction(query), student)
-        return _Suffix(student, own, settings.decision.micro_batch_blocks)
+        return _ByMicroBatch(suffix_scorer(settings, model, read_direction(query), student).score, size, student.scores)
     if low_precision:
         model = model.bfloat16()
-    scorer = HeadScorer(model, HeadStudent.load(path), beginning=settings.beginning.token)
-    return _Reader(scorer, settings.decision.micro_batch_blocks)
+    head = HeadScorer(model, HeadStudent.load(path), beginning=settings.beginning.token)
+    return _ByMicroBatch(lambda *blocks, usual_blocks: head.score(*blocks), size)
 
 
 class _Lookup:
@@ -86,39 +87,18 @@ class _Lookup:
         return np.where(known_BT, self.student.score(tokens_BT), np.float32(0))
 
 
-class _Reader:
-    def __init__(self, scorer: HeadScorer, size: int):
-        self.scorer, self.size = scorer, size
+class _ByMicroBatch:
+    """What scores micro-batches of `size` blocks; `then` is done to the scores that are predicted."""
+
+    def __init__(
+        self, batch: Callable[..., Tensor], size: int, then: Callable[[np.ndarray], np.ndarray] = lambda scores: scores
+    ):
+        self.batch, self.size, self.then = batch, size, then
 
     def score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray, document_BT: np.ndarray | None) -> np.ndarray:
         def of(rows: slice, usual_blocks: int) -> np.ndarray:
-            scores = self.scorer.score(*tensors(tokens_BT, lengths_B, document_BT, rows))
-            return scores.float().cpu().numpy()
+            blocks = tensors(tokens_BT, lengths_B, document_BT, rows)
+            scores = self.batch(*blocks, usual_blocks=usual_blocks).float().cpu().numpy()
+            return np.where(predicted_positions(*blocks).numpy(), self.then(scores), np.float32(0))
 
         return np.concatenate([part for _, part, _ in in_micro_batches(len(tokens_BT), self.size, of)])
-
-
-class _Suffix:
-    def __init__(self, student: SuffixStudent, scorer: TokenScorer, size: int):
-        self.student, self.scorer, self.size = student, scorer, size
-
-    def score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray, document_BT: np.ndarray | None) -> np.ndarray:
-        def of(rows: slice, usual_blocks: int) -> np.ndarray:
-            tokens, lengths, documents = tensors(tokens_BT, lengths_B, document_BT, rows)
-            scores = self.scorer.score(tokens, lengths, documents, usual_blocks=usual_blocks).float().cpu().numpy()
-            return np.where(predicted_positions(tokens, lengths, documents).numpy(), self.student.scores(scores), 0)
-
-        parts = [part for _, part, _ in in_micro_batches(len(tokens_BT), self.size, of)]
-        return np.concatenate(parts).astype(np.float32, copy=False)
-
-
-class _Encoded:
-    def __init__(self, student: EncoderStudent):
-        self.student = student
-
-    def score(self, tokens_BT: np.ndarray, lengths_B: np.ndarray, document_BT: np.ndarray | None) -> np.ndarray:
-        def of(rows: slice, usual_blocks: int) -> np.ndarray:
-            return self.student.score(*tensors(tokens_BT, lengths_B, document_BT, rows)).cpu().numpy()
-
-        size = max(1, MAX_TOKENS[self.student.device.type] // tokens_BT.shape[1])
-        return np.concatenate([part for _, part, _ in in_micro_batches(len(tokens_BT), size, of)])
