@@ -3,8 +3,8 @@
 # What a real cluster does and a local `ray.init` does not: two raylets, tokens, `ray job submit`.
 #
 # Both nodes have the address 127.0.0.1, but Ray's server listens on every interface: the token keeps others out.
-# NODE_CPUS (2), PORT (6379), DASHBOARD_PORT (8265) and STATE (a folder) can be set. Only the processes started here are
-# stopped, by id.
+# NODE_CPUS (2), PORT (6379; Ray's client server has the next one), DASHBOARD_PORT (8265) and STATE (a folder) can be set.
+# Only the processes started here are stopped, by id.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 STATE=${STATE:-$PWD/runs/.local_cluster}
@@ -41,7 +41,8 @@ wait_for_nodes() { # count
     alive head || break
     [ "$(nodes)" != "$1" ] || return 0
   done
-  echo "local.sh: the cluster did not reach $1 nodes; its output is in $STATE/head.log and worker.log" >&2
+  tail -n 40 "$STATE"/*.log >&2
+  echo "local.sh: the cluster did not reach $1 nodes; its output, whose ends are above, is in $STATE/head.log and worker.log" >&2
   stop
   exit 1
 }

@@ -42,7 +42,7 @@ class LocalCluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.port = _free_port()
+        self.port = free_ports(2)
         self.address = f"127.0.0.1:{self.port}"
         self.head: subprocess.Popen[bytes] | None = None
         self.node: subprocess.Popen[bytes] | None = None
@@ -63,7 +63,12 @@ class LocalCluster:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        self.head = self._start_node("--head", f"--port={self.port}", "--include-dashboard=false")
+        self.head = self._start_node(
+            "--head",
+            f"--port={self.port}",
+            f"--ray-client-server-port={self.port + 1}",
+            "--include-dashboard=false",
+        )
         deadline = time.monotonic() + WAIT_SECONDS
         while not _listens(self.port):
             if self.head.poll() is not None or time.monotonic() > deadline:
@@ -169,10 +174,16 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nothing listens on; Ray's head node ends where one of its own is taken.
+
+    They lie below those that the system gives to whoever asks for any port, so that no other process is given one
+    before it is used.
+    """
+    while True:
+        first = random.SystemRandom().randrange(11_000, 32_000)
+        if not any(_listens(port) for port in range(first, first + count)):
+            return first
 
 
 def _listens(port: int) -> bool:

@@ -25,7 +25,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -290,9 +289,9 @@ def ray_id_of_fork() -> bytes:
 
 
 def end_with(pid: int) -> None:
-    """End this process once that one is gone."""
-    while Path(f"/proc/{pid}").exists():
-        time.sleep(1)
+    """End this process at once when that one ends, whether or not somebody waits for it then."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(pid)], [], [])
     os._exit(1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bench.common.local_cluster import free_ports
 from ifguide.artifacts import read_manifest
 from ifguide.config import Config, to_mapping
 
@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def submit(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Submits a job to a cluster of two nodes that `cluster/local.sh` starts, and waits for its end."""
-    ports = [free_port() for _ in range(2)]
+    port = free_ports(3)
     binaries = Path(sys.executable).parent
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "STATE": str(tmp_path / "cluster"),
-        "PORT": str(ports[0]),
-        "DASHBOARD_PORT": str(ports[1]),
+        "PORT": str(port),  # and the next one, for Ray's client server
+        "DASHBOARD_PORT": str(port + 2),
     }
     script = str(ROOT / "cluster" / "local.sh")
     subprocess.run([script, "start"], env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
@@ -46,13 +46,6 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess
         yield run
     finally:
         subprocess.run([script, "stop"], env=environment, check=True, timeout=120)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 @pytest.mark.slow
