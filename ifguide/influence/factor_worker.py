@@ -48,12 +48,9 @@ class FitSettings:
 class FitPiece:
     """Piece number `index` of a step: a partition of data and modules, or a module."""
 
+    key: str
     step: Step
     index: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.step}-{self.index:05d}"
 
 
 class FitPartition:

@@ -15,13 +15,19 @@ from ifguide.evaluation.metrics import BY_CLASS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Interval:
+    """A value with the ends of its interval; None where they are undefined."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Interval):
     """A model's figure less the first model's on the same items, with interval and two-sided bootstrap p value; and the
     `ratio` of the two, None where the first model's is 0."""
 
-    value: float | None
-    low: float | None
-    high: float | None
     p_value: float | None
     ratio: float | None = None
     ratio_low: float | None = None
@@ -29,13 +35,9 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A value with its interval; None where it is undefined. `difference` is None for the first model, and where the
-    two cannot be paired."""
+class Figure(Interval):
+    """A model's figure. `difference` is None for the first model, and where the two cannot be paired."""
 
-    value: float | None
-    low: float | None = None
-    high: float | None = None
     difference: Difference | None = None
 
 

@@ -81,7 +81,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     )
     pool = Pool(size=partitions * config.module_partitions, resources=config.resources)
     for step in STEPS:
-        pieces = [FitPiece(step=step, index=i) for i in range(settings.pieces(step))]
+        pieces = [FitPiece(key=f"{step}-{i:05d}", step=step, index=i) for i in range(settings.pieces(step))]
         run_shards(VERB, pieces, FitPartition, settings, folder=run.factors, pool=pool, unit=UNITS[step])
     # a task, not a pool: Ray gives it the process that described the proxy, which has imported all it needs
     run_task(finish_fit, settings, run.factors, resources=on_cpus)

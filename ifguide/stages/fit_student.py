@@ -18,14 +18,8 @@ from ifguide.influence.decision import METHOD
 from ifguide.run import Run
 from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
 from ifguide.student.encoder import require_readable
-from ifguide.student.sample_worker import (
-    TRANSFORMS,
-    SamplePart,
-    SampleSettings,
-    ScoreSample,
-    fit_on_parts,
-    fit_transforms,
-)
+from ifguide.student.sample_fit import fit_on_parts
+from ifguide.student.sample_worker import TRANSFORMS, SamplePart, SampleSettings, ScoreSample, fit_transforms
 from ifguide.student.sampling import Sampling
 from ifguide.student.scorers import FACTS, STUDENT
 from ifguide.telemetry import log
@@ -57,7 +51,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if config.kind == "encoder" and config.encoder.source is not None:
         require_readable(config.encoder.source, run.config.tokenizer_source, given.packed.block_size)
     settings = SampleSettings(
-        scoring=given.settings(run.student, resources),
+        scoring=given.settings(VERB, run.student, resources),
         kind=config.kind,
         sampling=Sampling(fraction=config.sample_fraction, held_out=config.held_out, seed=run.config.seed),
         partitions=min(config.partitions, given.packed.num_shards),
@@ -66,7 +60,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     )
     if config.kind == "head" and not (run.student / TRANSFORMS).exists():
         run_task(fit_transforms, settings, resources=resources)
-    parts = [SamplePart(number=number) for number in range(settings.partitions)]
+    parts = [SamplePart(key=f"part-{number:05d}", number=number) for number in range(settings.partitions)]
     pool = Pool(size=len(parts), resources=resources)
     results = run_shards(VERB, parts, ScoreSample, settings, folder=run.student, pool=pool, unit="parts")
     sample = _sample(results)

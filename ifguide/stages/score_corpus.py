@@ -83,7 +83,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
         for number, name in enumerate(corpus.names())
     ]
     smoothed = config.smooth is not None and not config.uses_student
-    settings = given.settings(run.scores, config.resources, smoothed=smoothed)
+    settings = given.settings(VERB, run.scores, config.resources, smoothed=smoothed)
     scored = _by_student(given, settings, shards) if config.uses_student else _exactly(given, settings, shards)
     rows = {name: sum(result[name] for result in scored.results.values()) for name in ("blocks", "tokens")}
     expected = {name: corpus.rows[name] for name in rows}

@@ -35,15 +35,12 @@ def scoring_options(config: Config) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringInputs:
-    """Corpus, proxy, and the queries of all behaviours, the run's own first; `inputs` are their fingerprints."""
+    """Corpus and proxy; `inputs` are their fingerprints and those of the queries of all behaviours."""
 
     run: Run
-    verb: str
     corpus: Manifest
-    packed: PackedCorpus
     proxy: ProxyFacts
     beginning: Beginning
-    queries: Mapping[str, Path]
     inputs: Mapping[str, str]
 
     @classmethod
@@ -66,20 +63,22 @@ class ScoringInputs:
         proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
         log(verb, str(proxy))
         check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
-        queries, inputs = _queries(run, query, proxy, beginning)
+        inputs = _queries(run, query, proxy, beginning)
         inputs |= {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
-        return cls(
-            run=run,
-            verb=verb,
-            corpus=corpus,
-            packed=PackedCorpus.of(run.corpus, corpus),
-            proxy=proxy,
-            beginning=beginning,
-            queries=queries,
-            inputs=inputs,
-        )
+        return cls(run=run, corpus=corpus, proxy=proxy, beginning=beginning, inputs=inputs)
 
-    def settings(self, folder: Path, resources: Resources, *, smoothed: bool = False) -> ScoringSettings:
+    @property
+    def packed(self) -> PackedCorpus:
+        """The corpus as actors read it."""
+        return PackedCorpus.of(self.run.corpus, self.corpus)
+
+    @property
+    def queries(self) -> dict[str, Path]:
+        """The folder of each behaviour's query, the run's own first."""
+        further = self.run.config.score_corpus.queries
+        return {OWN: self.run.query} | {name: location(folder) for name, folder in further.items()}
+
+    def settings(self, verb: str, folder: Path, resources: Resources, *, smoothed: bool = False) -> ScoringSettings:
         """What an actor scores with into `folder`, by the decision that lies there, or that is made now."""
         return ScoringSettings(
             corpus=self.packed,
@@ -89,12 +88,12 @@ class ScoringInputs:
             proxy_fingerprint=self.proxy.fingerprint,
             beginning=self.beginning,
             attribution=self.run.config.score_corpus.attribution,
-            decision=Decision.read(folder) or self._decide(folder, resources),
+            decision=Decision.read(folder) or self._decide(verb, folder, resources),
             gpus=resources.gpus,
             smoothed=smoothed,
         )
 
-    def _decide(self, folder: Path, resources: Resources) -> Decision:
+    def _decide(self, verb: str, folder: Path, resources: Resources) -> Decision:
         """Decide on a worker how the run scores, and publish it.
 
         Raises:
@@ -104,16 +103,14 @@ class ScoringInputs:
         decision, memory = run_task(
             decide, config, self.run.proxy_source, self.beginning, folders, self.packed, first, resources=resources
         )
-        log(self.verb, describe_decision(config, decision, memory))
+        log(verb, describe_decision(config, decision, memory))
         decision.require_agreement(config.min_agreement)
         decision.write(folder)
         return decision
 
 
-def _queries(
-    run: Run, query: Manifest, proxy: ProxyFacts, beginning: Beginning
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """The query of each behaviour, the run's own first, and their fingerprints; all must be of the proxy."""
+def _queries(run: Run, query: Manifest, proxy: ProxyFacts, beginning: Beginning) -> dict[str, str]:
+    """The fingerprints of the queries of all behaviours; all must be of the proxy."""
     require_same(
         f"the proxy of {run.query}",
         query.inputs["proxy"],
@@ -122,7 +119,7 @@ def _queries(
         "build the query of this proxy, or name the query's own",
     )
     beginning.require_of(run.query, query.inputs)
-    queries, inputs = {OWN: run.query}, {"query": query.fingerprint}
+    inputs = {"query": query.fingerprint}
     for name, folder in run.config.score_corpus.queries.items():
         further = require(location(folder), "build_query")
         require_same(
@@ -130,5 +127,4 @@ def _queries(
         )
         beginning.require_of(location(folder), further.inputs)
         inputs[f"query.{name}"] = further.fingerprint
-        queries[name] = location(folder)
-    return queries, inputs
+    return inputs

@@ -1,51 +1,47 @@
-"""The work of `fit_student`: score a part of the sample exactly, and fit the student on all parts."""
+"""The work of `fit_student` on workers: score a part of the sample exactly, and keep what a student is fitted on."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from ifguide.artifacts import publish, write_json
+from ifguide.artifacts import publish
 from ifguide.config import Encoder
-from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.memory import keep_memory
 from ifguide.influence.query_file import read_direction
 from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.scoring_worker import ScoringSettings, in_micro_batches, layers_of, tensors
-from ifguide.influence.smoothing import smoothing_layers
-from ifguide.models import predicted_positions, transformer_blocks
+from ifguide.models import predicted_positions
 from ifguide.storage import local_copy
-from ifguide.student.encoder import encoder_source
-from ifguide.student.encoder_fit import EncoderSettings
 from ifguide.student.head_fit import Transforms
 from ifguide.student.parts import (
     EncoderPart,
-    Fitted,
     HeadPart,
     Labelled,
     NgramPart,
     Part,
     SuffixPart,
-    fit_encoder_parts,
-    fit_head_parts,
-    fit_ngram_parts,
-    fit_suffix_parts,
 )
 from ifguide.student.sampling import Sampling, ShardBlocks, read_blocks
-from ifguide.student.scorers import FACTS, STUDENT
 from ifguide.student.suffix import SuffixStudent, first_of_suffix, suffix_scorer
-from ifguide.telemetry import configure_logging
 
 TRANSFORMS = "transforms.npz"
 RANGE_TOKENS = 1 << 15  # of which the transforms of the scores are taken
 Kind = Literal["head", "suffix", "encoder", "ngram"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePart:
+    """Every so many-th shard of the corpus, from number `number` on."""
+
+    key: str
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +65,13 @@ class SampleSettings:
         return self.folder / f"part-{number:05d}.npz"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplePart:
-    """Every so many-th shard of the corpus."""
-
-    number: int
-
-    @property
-    def key(self) -> str:
-        return f"part-{self.number:05d}"
-
-
 class ScoreSample:
     """Worker: the sampled blocks of a part in, what a student is fitted on out."""
 
     def __init__(self, settings: SampleSettings):
         keep_memory()
         self.settings, self.scorers = settings, Scorers.of(settings)
-        self.transforms = _read_transforms(settings.folder) if settings.kind == "head" else None
+        self.transforms = read_transforms(settings.folder) if settings.kind == "head" else None
 
     def process(self, part: SamplePart) -> dict[str, Any]:
         settings, tally = self.settings, _Tally()
@@ -222,65 +207,7 @@ def fit_transforms(settings: SampleSettings) -> None:
         np.savez(file, **vars(transforms))
 
 
-def fit_on_parts(settings: SampleSettings, sample: dict[str, Any]) -> dict[str, Any]:
-    """Publish the student of all parts, and what was tried and chosen; returns the latter. `sample`: what is recorded
-    of the sample.
-
-    Raises:
-        ValueError: the sample is too small; says what to set.
-    """
-    paths = [local_copy(settings.part(number)) for number in range(settings.partitions)]
-    try:
-        fitted = _fit(settings, paths)
-    except ValueError as error:
-        raise ValueError(f"{error}: raise fit_student.sample_fraction, or held_out") from error
-    fitted.student.save(settings.folder / STUDENT)
-    chosen = _finite(fitted.chosen)
-    facts = {
-        "kind": settings.kind,
-        "sampling": asdict(settings.sampling),
-        "sample": sample,
-        "edge": fitted.edge,
-        "chosen": chosen,
-        "tried": [_finite(own) for own in fitted.tried],
-    }
-    write_json(settings.folder / FACTS, facts)
-    return chosen
-
-
-def _fit(settings: SampleSettings, paths: list[Path]) -> Fitted:
-    if settings.kind == "ngram":
-        return fit_ngram_parts(paths)
-    if settings.kind == "suffix":
-        return fit_suffix_parts(paths)
-    if settings.kind == "encoder":
-        return _fit_encoder(settings, paths)
-    model = settings.scoring.model()
-    layers = smoothing_layers(len(transformer_blocks(model)[1]))
-    return fit_head_parts(paths, _read_transforms(settings.folder), layers, HeadDerivatives(model), model.device)
-
-
-def _fit_encoder(settings: SampleSettings, paths: list[Path]) -> Fitted:
-    keep_memory()
-    configure_logging()
-    torch.set_num_threads(settings.scoring.decision.threads)
-    block_size = settings.scoring.corpus.block_size
-    training = EncoderSettings(
-        options=settings.encoder,
-        source=encoder_source(settings.encoder, settings.vocabulary, block_size),
-        seed=settings.sampling.seed,
-        device=settings.scoring.device,
-        apart=settings.scoring.beginning.of_documents,
-        low_precision=settings.scoring.decision.method.precision == "bfloat16",
-    )
-    return fit_encoder_parts(paths, training)
-
-
-def _finite(tried: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it: a correlation is not defined where a student gives every token the same score."""
-    return {name: None if isinstance(own, float) and not math.isfinite(own) else own for name, own in tried.items()}
-
-
-def _read_transforms(folder: Path) -> Transforms:
+def read_transforms(folder: Path) -> Transforms:
+    """Those that `fit_transforms` has published in the student's folder."""
     with np.load(local_copy(folder / TRANSFORMS)) as saved:
         return Transforms(quantiles_Q=saved["quantiles_Q"])
