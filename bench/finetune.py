@@ -1,0 +1,192 @@
+"""What a mask costs a model that has something to lose: SmolLM2-135M, fine-tuned with each mask on real text.
+
+    python bench/finetune.py [--proxy smollm2|configured|SOURCE] [--methods NAME ...] [--set a.b=c]
+
+Runs `ifguide compare` on configs/real_text_finetune.yaml, and asks more of each model and of the one that all began
+from. Running it again resumes.
+
+- toxicity: EMT by each evaluator over the plain fine-tuned model's on the same prompts, with the bootstrap's interval;
+  `held_out` and `other_labels` are evaluators that no method has learned from. TP by the first.
+- language: perplexity of harmless held-out text over the plain model's, and the last words of LAMBADA.
+- fluency: the perplexity of the model's continuations, given their prompts, under the model that all began from. It is
+  high for word salad, and low for what repeats itself: so it stands beside the share of distinct pairs of words.
+- recognition: a linear probe's AUROC on labelled texts (`bench.common.recognition`).
+
+A finished model's figures are kept. Written to `<run_dir>/finetune.md`. The last line printed is one JSON object: per
+model these figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from bench.common.places import this_machine
+from bench.common.proxies import smollm2_source
+from bench.common.recognition import recognition
+from bench.common.similarity import length_batches, padded
+from ifguide.artifacts import json_digest, publish, write_json
+from ifguide.artifacts.manifest import read_json
+from ifguide.config import Config, ModelSource, load_config
+from ifguide.datasets import advice
+from ifguide.display import markdown_table
+from ifguide.evaluation.prompts import PROMPTS
+from ifguide.influence.query import tokenise_query
+from ifguide.models import load_model, next_token_nll
+from ifguide.pipeline import run_pipeline, stage
+from ifguide.run import Run
+from ifguide.telemetry import configure_logging, log
+from ifguide.tokenizer import load_tokenizer
+
+CONFIG = Path("configs/real_text_finetune.yaml")
+VERB = "finetune"
+ORIGINAL = "original"  # among the config's `evaluate.models`: what all began from
+MOST_CONTINUATIONS = 1000  # of a model, that fluency is measured on
+MAX_TOKENS = 128
+
+
+def main() -> None:
+    options = _options()
+    configure_logging()
+    config = load_config(CONFIG, [*_sources(options.proxy), *options.overrides])
+    if options.methods:
+        config = replace(config, compare=replace(config.compare, methods=_chosen(config, options.methods)))
+    run = Run(config=config)
+    try:
+        run_pipeline(config, dry_run=False)
+        stage("compare")(run)
+    except FileNotFoundError as error:
+        raise SystemExit(f"{error}{advice(str(error))}") from error
+    comparison = run.folder / "compare"
+    rows = json.loads((comparison / "report" / "comparison.json").read_text(encoding="utf-8"))
+    original = config.evaluate.models[ORIGINAL]
+    results = {row["model"]: figures_of(row) for row in rows}
+    for name, figures in results.items():
+        figures |= _kept(run, name, _model_path(run, name, original), original)
+        log(VERB, f"{name}: {json.dumps(figures)}")
+    with publish(run.folder / "finetune.md") as part:
+        part.write_text(as_markdown(results), encoding="utf-8")
+    print(json.dumps({**results, "machine": this_machine()}))
+
+
+def figures_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a comparison's row says of a model; ratios are over the first model's, None for that itself."""
+    emt = {judge["name"]: judge["emt_ratio"] for judge in row["evaluators"]}
+    return {
+        "masked": row["masked_share"],
+        "emt_ratio": emt,
+        "tp": row["tp"][0],
+        "perplexity_ratio": row["benign_ratio"] or row["ratio"],
+        "last_words": row["last_word_accuracy"],
+        "distinct_2": row["distinct_2"],
+    }
+
+
+def _chosen(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    unknown = sorted(set(names) - config.compare.methods.keys())
+    if unknown:
+        raise SystemExit(f"{CONFIG} has no method {', '.join(unknown)}; it has {', '.join(config.compare.methods)}")
+    return {name: config.compare.methods[name] for name in names}
+
+
+def _model_path(run: Run, name: str, original: str) -> str:
+    """Where the weights of a model of the comparison are."""
+    if name == ORIGINAL:
+        return original
+    own = run.models.get(name, run.folder / "compare" / name / "model" / name)
+    return str(own / "hf")
+
+
+def _kept(run: Run, name: str, path: str, original: str) -> dict[str, Any]:
+    """What is measured here of a model; taken from its file where that is of the same continuations."""
+    (folder,) = {file.parent for file in run.folder.glob(f"**/generations/{name}/{PROMPTS}/*.parquet")}
+    digest = json_digest([read_json(folder / "manifest.json")["fingerprint"], original, MOST_CONTINUATIONS])[:16]
+    kept = run.folder / VERB / f"{name}-{digest}.json"
+    if not kept.exists():
+        figures = {"fluency": fluency(folder, original), "recognition": recognition(run.config, path)}
+        write_json(kept, figures)
+    found: dict[str, Any] = read_json(kept)
+    return found
+
+
+def fluency(folder: Path, source: str) -> float:
+    """Perplexity of the first `MOST_CONTINUATIONS` continuations of a folder under the model `source`."""
+    table = pq.read_table(folder).slice(0, MOST_CONTINUATIONS)
+    pairs = list(zip(table["prompt"].to_pylist(), table["text"].to_pylist(), strict=True))
+    return round(continuation_perplexity(load_model(ModelSource(source=source)), load_tokenizer(source), pairs), 3)
+
+
+@torch.no_grad()
+def continuation_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
+) -> float:
+    """exp of the mean NLL, in nats, of the tokens of continuations after their prompts; empty ones have none."""
+    texts = [
+        tokenise_query(tokenizer, prompt, text, max_tokens=MAX_TOKENS, beginning=None)
+        for prompt, text in pairs
+        if text.strip()
+    ]
+    model.eval()
+    total, tokens = 0.0, 0
+    for batch in length_batches(texts):
+        tokens_BT, lengths_B, response_BT = padded([texts[i] for i in batch])
+        response_BT[:, 0] = 0  # nothing predicts the first token
+        nll_BT = next_token_nll(model(tokens_BT, use_cache=False).logits, tokens_BT, lengths_B)
+        total += float((nll_BT * response_BT).sum())
+        tokens += int(response_BT.sum())
+    return math.exp(total / tokens)
+
+
+def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each model."""
+    judges = list(next(iter(results.values()))["emt_ratio"])
+    header = ["model", "masked", *(f"EMT, {name}" for name in judges), "TP", "benign perplexity", "last words",
+              "fluency", "distinct pairs", "recognition"]  # fmt: skip
+    rows = [
+        (
+            name,
+            "" if own["masked"] is None else f"{own['masked']:.2%}",
+            *(_interval(own["emt_ratio"][judge]) for judge in judges),
+            f"{own['tp']:.3f}",
+            "" if own["perplexity_ratio"] is None else f"{own['perplexity_ratio'] - 1:+.1%}",
+            "" if own["last_words"] is None else f"{own['last_words']:.3f}",
+            f"{own['fluency']:.1f}",
+            "" if own["distinct_2"] is None else f"{own['distinct_2']:.3f}",
+            _interval(own["recognition"]),
+        )
+        for name, own in results.items()
+    ]
+    return markdown_table(header, rows)
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else "{:.3f} [{:.3f}, {:.3f}]".format(*ends)
+
+
+def _sources(name: str) -> list[str]:
+    if name == "configured":
+        return []
+    source = smollm2_source() if name == "smollm2" else name
+    keys = ("proxy.source", "target.source", "pretrain.init_from", f"evaluate.models.{ORIGINAL}")
+    return [f"{key}={source}" for key in keys]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--proxy", default="smollm2", help="what is fine-tuned, and scores: smollm2, configured, ...")
+    parser.add_argument("--methods", nargs="+", help="those of the config's comparison (default: all)")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What fine-tuning with each mask costs: the figures of a comparison's row, and continuations under another model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from bench.finetune import CONFIG, ORIGINAL, as_markdown, continuation_perplexity, figures_of
+from ifguide.config import load_config
+from tests.tokenizers import byte_level
+from tests.unit.evaluation.small import tiny_model
+
+ROOT = Path(__file__).parents[3]
+ROW = {
+    "model": "words",
+    "masked_share": 0.0125,
+    "tp": [0.25, 0.2, 0.3],
+    "ratio": 1.5,
+    "benign_ratio": 1.02,
+    "last_word_accuracy": 0.125,
+    "distinct_2": 0.9,
+    "evaluators": [{"name": "a", "emt_ratio": [0.5, 0.4, 0.6]}, {"name": "b", "emt_ratio": [0.75, 0.5, 1.0]}],
+}
+
+
+def test_a_row_has_the_ratios_of_every_evaluator_and_the_benign_perplexity() -> None:
+    figures = figures_of(ROW)
+    assert figures["emt_ratio"] == {"a": [0.5, 0.4, 0.6], "b": [0.75, 0.5, 1.0]}
+    assert (figures["tp"], figures["perplexity_ratio"], figures["masked"]) == (0.25, 1.02, 0.0125)
+    assert figures_of({**ROW, "benign_ratio": None})["perplexity_ratio"] == 1.5
+
+
+def test_the_table_leaves_empty_what_the_first_model_has_not() -> None:
+    first = figures_of({**ROW, "masked_share": None, "ratio": None, "benign_ratio": None, "evaluators": [
+        {"name": "a", "emt_ratio": None}, {"name": "b", "emt_ratio": None}]})  # fmt: skip
+    measured = {"fluency": 20.0, "recognition": [0.9, 0.85, 0.95]}
+    *_, plain, words = as_markdown({"plain": first | measured, "words": figures_of(ROW) | measured}).splitlines()
+    assert [cell.strip() for cell in plain.split("|")[1:6]] == ["plain", "", "", "", "0.250"]
+    assert "1.25%" in words
+    assert "0.750 [0.500, 1.000]" in words
+    assert "+2.0%" in words
+
+
+def test_continuations_are_judged_by_their_own_tokens_after_their_prompts() -> None:
+    model, tokenizer = tiny_model().double(), byte_level()
+    pairs = [("one two", " three four"), ("a", " b"), ("nothing follows", "  ")]
+    total, count = 0.0, 0
+    for prompt, text in pairs[:2]:
+        ids = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        log_p = log_softmax(model(torch.tensor([ids])).logits[0].detach(), dim=-1)
+        for place in range(start, len(ids)):
+            total -= float(log_p[place - 1, ids[place]])
+            count += 1
+    assert continuation_perplexity(model, tokenizer, pairs) == pytest.approx(math.exp(total / count), rel=1e-9)
+
+
+def test_the_config_goes_on_from_the_model_that_it_evaluates_beside() -> None:
+    config = load_config(ROOT / CONFIG)
+    assert config.pretrain.init_from == config.evaluate.models[ORIGINAL] == config.proxy.source == config.target.source
