@@ -249,7 +249,7 @@ class Bench:
         found = {"all": truth.whole, **truth.by_source}
         return {
             "cascade_mask_agreement": round(fidelity(exact_N, merged_N)["overlap"], 4),
-            "cascade_recall": round(float(truth.whole.recall.value or 0), 4),
+            "cascade_recall": round(float(truth.whole.rechecked.value or 0), 4),
             "cascade_rechecked_share": round(truth.rechecked_share, 4),
             "ap_cascade": round(float(average_precision_score(marks_N, merged_N)), 4),
             "by_source": {name: values_of(own) for name, own in found.items()},

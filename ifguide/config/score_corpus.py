@@ -50,7 +50,7 @@ class ScoreCorpus:
         recheck_fraction: share of the blocks that a cascade scores exactly, besides the audit.
         audit_fraction: share of the blocks in the audit, 2,000 blocks at most.
         min_recall: lower bound of the share of the highest exact scores that lies in blocks that were rechecked, or the
-            stage stops. Of `student`: in those that a cascade would recheck.
+            stage stops. Of `student`: that is in the student's own top 10%.
         min_actors: actors to start with.
         max_actors: actors at most, as the cluster has room.
         resources: of one actor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,15 +10,21 @@ import ray
 
 from ifguide.config.resources import Resources, WorkerResources
 from ifguide.distributed.session import cluster_cpus
+from ifguide.telemetry import format_seconds, log
+
+SAID_EVERY_SECONDS = 60.0
 
 
 def run_task(function: Callable[..., Any], *arguments: Any, resources: WorkerResources) -> Any:
-    """`function(*arguments)` on a worker of the cluster, waited for.
+    """`function(*arguments)` on a worker of the cluster, waited for. Once a minute a line says that it is at work.
 
     Raises:
         what the function raises, unwrapped. ray.exceptions.RayError: its process died.
     """
-    return _result(_start(function, arguments, resources))
+    reference, started = _start(function, arguments, resources), time.monotonic()
+    while not ray.wait([reference], timeout=SAID_EVERY_SECONDS)[0]:
+        log(function.__name__, f"at work for {format_seconds(time.monotonic() - started)}")
+    return _result(reference)
 
 
 def run_tasks(resources: WorkerResources) -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]:

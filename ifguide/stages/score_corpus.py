@@ -145,10 +145,11 @@ def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequenc
     said = {"scorer": config.scorer, "kind": cascade.facts.kind, **_blocks(results), **certificate.as_json()}
     settings.decision.write(folder, certificate=said)
     log(VERB, f"audit of {said['audited_blocks']:,} blocks: {certificate}")
-    if shortfalls := certificate.shortfalls(config.min_recall):
+    if shortfalls := certificate.shortfalls(config.min_recall, cascade=cascade.replaces):
         raise ValueError(
-            f"{VERB}: the student misses too much: {'; '.join(shortfalls)}. Raise score_corpus.recheck_fraction or"
-            " fit_student.sample_fraction (in another run_dir, or delete scores/ and student/), audit_fraction where"
+            f"{VERB}: the student misses too much: {'; '.join(shortfalls)}. Raise fit_student.sample_fraction"
+            + (" or score_corpus.recheck_fraction" if cascade.replaces else "")
+            + " (in another run_dir, or delete scores/ and student/), audit_fraction where"
             " the interval is wide, take scorer: exact, or accept it by a lower score_corpus.min_recall"
         )
     return _Scored(results=_added(results, passed), files=audits, summary={SUMMARY: said})

@@ -4,7 +4,8 @@ The audit is a simple random sample of the corpus' blocks, scored both exactly a
 
     pearson, spearman    of the two scores;
     overlap              the share of the exact scores' top `top_share` that is in the student's own;
-    recall               the share of the exact scores' top `top_share` that was rechecked: what is surely exact.
+    recall               the share of the exact scores' top `top_share` that is in the student's top `RECHECK_SHARE`;
+    rechecked            the share of it that lies in blocks that were rechecked: what is surely exact.
 
 Tokens of a block are alike, so an interval resamples blocks (Field and Welsh 2007), and takes both tops anew in each
 replicate. A bootstrap of shares that are all 1 has no width. So the interval of a share is the hull of the bootstrap's
@@ -28,11 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ifguide.evaluation.bootstrap import Bootstrap, Figure, Replicates
-from ifguide.student.fidelity import TOP_SHARE, PairedScores
+from ifguide.student.fidelity import RECHECK_SHARE, TOP_SHARE, PairedScores
 from ifguide.student.said import interval
 
 NORMAL_QUANTILE = 1.959964  # of Wilson's interval, 95%
-FIGURES = ("pearson", "spearman", "overlap", "recall")
+FIGURES = ("pearson", "spearman", "overlap", "recall", "rechecked")
+SHARES = FIGURES[2:]  # of the exact top
 Floats = NDArray[np.floating]
 
 
@@ -70,6 +72,7 @@ class Fidelity:
     spearman: Figure
     overlap: Figure
     recall: Figure
+    rechecked: Figure
     tokens: int
     blocks: int
     top_tokens: int
@@ -85,25 +88,29 @@ class Certificate:
     top_share: float
     rechecked_share: float
 
-    def shortfalls(self, min_recall: float) -> list[str]:
-        """What is not good enough, in words; empty where all is.
+    def shortfalls(self, least: float, *, cascade: bool) -> list[str]:
+        """What is not good enough, in words; empty where all is. Of a cascade it is `rechecked` that counts, of a
+        student alone `recall`.
 
-        All tokens together must be shown to reach `min_recall`: the bound counts. A source is small, and its interval
-        is wide: it falls short where even the upper end of its interval does."""
+        All tokens together must be shown to reach `least`: the bound counts. A source is small, and its interval is
+        wide: it falls short where even the upper end of its interval does."""
         found = []
-        if self.whole.recall.low is None or self.whole.recall.low < min_recall:
-            found.append(f"{_recall_of('all sources', self.whole)}, and its bound must reach {min_recall:g}")
+        whole = _share(self.whole, cascade)
+        if whole.low is None or whole.low < least:
+            found.append(f"{_said('all sources', self.whole, cascade)}, and its bound must reach {least:g}")
         for source, fidelity in self.by_source.items():
-            if fidelity.recall.high is not None and fidelity.recall.high < min_recall:
-                found.append(f"{_recall_of(source, fidelity)}, surely below {min_recall:g}")
+            share = _share(fidelity, cascade)
+            if share.high is not None and share.high < least:
+                found.append(f"{_said(source, fidelity, cascade)}, surely below {least:g}")
         return found
 
     def __str__(self) -> str:
         """One line for people."""
-        spearman, recall = (interval(asdict(figure)) for figure in (self.whole.spearman, self.whole.recall))
+        whole = (self.whole.spearman, self.whole.recall, self.whole.rechecked)
+        spearman, recall, rechecked = (interval(asdict(figure)) for figure in whole)
         return (
-            f"Spearman {spearman} with the exact scores, {recall} of their top"
-            f" {self.top_share:.0%} in blocks that were rechecked"
+            f"Spearman {spearman} with the exact scores; of their top {self.top_share:.0%} {recall} in the student's"
+            f" top {RECHECK_SHARE:.0%}, {rechecked} in blocks that were rechecked"
             + (f"; no block of {', '.join(self.unaudited)}" if self.unaudited else "")
         )
 
@@ -111,11 +118,16 @@ class Certificate:
         return asdict(self)
 
 
-def _recall_of(name: str, fidelity: Fidelity) -> str:
-    recall, highest = fidelity.recall, f"the {fidelity.top_tokens} highest exact scores of the audit"
-    if recall.value is None:
+def _share(fidelity: Fidelity, cascade: bool) -> Figure:
+    return fidelity.rechecked if cascade else fidelity.recall
+
+
+def _said(name: str, fidelity: Fidelity, cascade: bool) -> str:
+    share, highest = _share(fidelity, cascade), f"the {fidelity.top_tokens} highest exact scores of the audit"
+    if share.value is None:
         return f"{name}: the audit holds none of the highest exact scores"
-    return f"{name}: {interval(asdict(recall))} of {highest} were rechecked"
+    where = "in blocks that were rechecked" if cascade else f"in the student's top {RECHECK_SHARE:.0%}"
+    return f"{name}: {interval(asdict(share))} of {highest} are {where}"
 
 
 def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap | None = None) -> Certificate:
@@ -132,15 +144,14 @@ def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap 
 
     def figures(weight_N: Floats) -> NDArray[np.float64]:
         """(groups, figures) of the tokens with their weights."""
-        tops = whole.exact.top(weight_N, top_share), whole.student.top(weight_N, top_share)
-        exact_top_N, both_N = tops[0] * weight_N, tops[0] * tops[1] * weight_N
+        exact_top_N = whole.exact.top(weight_N, top_share) * weight_N
+        found_SN: list[Any] = [whole.student.top(weight_N, share) for share in (top_share, RECHECK_SHARE)]
+        found_SN.append(rechecked_N)
         rows = []
         for scores, own in zip(groups, parts, strict=True):
             highest = exact_top_N[own].sum()
-            shares = (both_N[own].sum(), exact_top_N[own] @ rechecked_N[own])
-            rows.append(
-                [*scores.correlations(weight_N[own]), *(part / highest if highest else np.nan for part in shares)]
-            )
+            shares = (exact_top_N[own] @ found_N[own] / highest if highest else np.nan for found_N in found_SN)
+            rows.append([*scores.correlations(weight_N[own]), *shares])
         return np.array(rows)
 
     ones_N = np.ones(len(exact_N))
@@ -166,7 +177,7 @@ def _fidelity(
     figures = {}
     for name, value, samples_S in zip(FIGURES, values_F, samples_SF.T, strict=True):
         figure = bootstrap.figure(Replicates(value=float(value), samples=samples_S, n=blocks))
-        figures[name] = _widened(figure, holding) if name in ("overlap", "recall") else figure
+        figures[name] = _widened(figure, holding) if name in SHARES else figure
     return Fidelity(**figures, tokens=len(block_N), blocks=blocks, top_tokens=round(float(top_N.sum())))
 
 

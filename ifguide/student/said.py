@@ -14,15 +14,17 @@ def audit_lines(summary: Mapping[str, Any]) -> dict[str, str]:
     if said is None:
         return {}
     whole, top = said["whole"], f"{said['top_share']:.0%}"
-    by_source = [f"{name} {interval(own['recall'])}" for name, own in said["by_source"].items()]
+    figure, where = _counting(said)
+    found = f"exact top {top} in {where}"
+    by_source = [f"{name} {interval(own[figure])}" for name, own in said["by_source"].items()]
     lines = {
         "scores": f"{said['scorer']} with a student of kind {said['kind']}, {said['exact_blocks']:,} blocks exactly",
         "audit of the scores": f"{said['audited_blocks']:,} random blocks: Spearman {interval(whole['spearman'])} with"
         f" the exact scores, overlap of the top {top} {interval(whole['overlap'])}",
-        f"exact top {top} in rechecked blocks": interval(whole["recall"]),
+        found: interval(whole[figure]),
     }
     if len(by_source) > 1:
-        lines[f"exact top {top} in rechecked blocks, by source"] = "; ".join(by_source)
+        lines[f"{found}, by source"] = "; ".join(by_source)
     if said["unaudited"]:
         lines["sources without an audited block"] = ", ".join(said["unaudited"])
     return lines
@@ -33,8 +35,13 @@ def audit_line(summary: Mapping[str, Any]) -> str:
     said = summary.get(SUMMARY)
     if said is None:
         return ""
-    found = interval(said["whole"]["recall"])
-    return f"{said['scorer']}: {found} of the exact top {said['top_share']:.0%} in rechecked blocks"
+    figure, where = _counting(said)
+    return f"{said['scorer']}: {interval(said['whole'][figure])} of the exact top {said['top_share']:.0%} in {where}"
+
+
+def _counting(said: Mapping[str, Any]) -> tuple[str, str]:
+    """The figure of a certificate that counts for these scores, and where it looks for the exact top."""
+    return ("rechecked", "rechecked blocks") if said["scorer"] == "cascade" else ("recall", "the student's top 10%")
 
 
 def interval(figure: Mapping[str, Any]) -> str:

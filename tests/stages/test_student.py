@@ -133,7 +133,9 @@ def test_a_student_that_misses_too_much_stops_the_stage_and_one_of_another_query
         score_corpus(run)
     fit_student(run)
     strict = replace(run.config.score_corpus, min_recall=1.0)
-    with pytest.raises(ValueError, match=r"misses too much: all sources.*score_corpus\.recheck_fraction"):
+    with pytest.raises(
+        ValueError, match=r"misses too much: all sources.*student.s top 10%.*fit_student\.sample_fraction"
+    ):
         score_corpus(Run(config=replace(run.config, score_corpus=strict)))
     found = certificate_of(run)
     assert found["whole"]["recall"]["low"] < 1

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from ifguide.evaluation.bootstrap import Bootstrap
-from ifguide.student.certificate import Audit, certify, wilson
+from ifguide.student.certificate import FIGURES, Audit, certify, wilson
 
 BLOCK, SOURCES = 32, ("forum", "news", "books")
 QUICK = Bootstrap(samples=200)
@@ -58,7 +58,10 @@ def test_the_figures_are_those_of_the_tokens() -> None:
     partial = dict(zip(student_top.tolist(), weight.tolist(), strict=True))
     overlap = sum(own * partial.get(token, 0.0) for token, own in zip(top.tolist(), weight.tolist(), strict=True))
     assert certificate.whole.overlap.value == pytest.approx(overlap / count)
-    assert certificate.whole.recall.value == pytest.approx(weight @ given.rechecked_N[top] / count)
+    assert certificate.whole.rechecked.value == pytest.approx(weight @ given.rechecked_N[top] / count)
+    tenth = len(given.student_N) // 10
+    in_tenth = np.isin(top, np.argsort(-given.student_N)[:tenth])
+    assert certificate.whole.recall.value == pytest.approx(weight @ in_tenth / count)
     assert certificate.whole.top_tokens == round(count)
     assert certificate.unaudited == ["books"]
     assert certificate.rechecked_share == pytest.approx(0.1, abs=1e-3)
@@ -66,9 +69,9 @@ def test_the_figures_are_those_of_the_tokens() -> None:
 
 def test_a_good_student_passes_and_an_interval_holds_its_figure() -> None:
     certificate = certify(audit(), bootstrap=QUICK)
-    assert certificate.shortfalls(0.9) == []
+    assert certificate.shortfalls(0.9, cascade=True) == certificate.shortfalls(0.9, cascade=False) == []
     for fidelity in (certificate.whole, *certificate.by_source.values()):
-        for figure in (fidelity.pearson, fidelity.spearman, fidelity.overlap, fidelity.recall):
+        for figure in (fidelity.pearson, fidelity.spearman, fidelity.overlap, fidelity.recall, fidelity.rechecked):
             assert figure.value is not None
             assert figure.low is not None
             assert figure.high is not None
@@ -77,20 +80,28 @@ def test_a_good_student_passes_and_an_interval_holds_its_figure() -> None:
 
 def test_a_student_that_is_wrong_on_one_source_falls_below_the_bound() -> None:
     good, wrong = certify(audit(), bootstrap=QUICK), certify(wrong_on(1, audit()), bootstrap=QUICK)
-    assert good.whole.recall.low is not None
-    assert wrong.whole.recall.low is not None
-    assert good.whole.recall.low >= 0.9 > wrong.whole.recall.low
-    assert wrong.by_source["forum"].recall.value > 0.9  # type: ignore[operator]
-    assert [text.split(":")[0] for text in wrong.shortfalls(0.9)] == ["all sources", "news"]
+    assert good.whole.rechecked.low is not None
+    assert wrong.whole.rechecked.low is not None
+    assert good.whole.rechecked.low >= 0.9 > wrong.whole.rechecked.low
+    assert wrong.by_source["forum"].rechecked.value > 0.9  # type: ignore[operator]
+    assert [text.split(":")[0] for text in wrong.shortfalls(0.9, cascade=True)] == ["all sources", "news"]
+
+
+def test_of_a_student_alone_its_own_top_counts_and_of_a_cascade_what_was_rechecked() -> None:
+    nothing = replace(audit(), rechecked_N=np.zeros(len(audit().exact_N), dtype=bool))
+    certificate = certify(nothing, bootstrap=QUICK)
+    assert certificate.shortfalls(0.9, cascade=False) == []
+    assert "0.000" in certificate.shortfalls(0.9, cascade=True)[0]
+    assert "in blocks that were rechecked" in certificate.shortfalls(0.9, cascade=True)[0]
 
 
 def test_a_small_source_that_is_wrong_is_named_where_the_whole_hides_it() -> None:
     given = audit(400)
     few = replace(given, sources_N=((given.blocks_N - 1000) // 7 % 20 == 0).astype(np.int64))
     certificate = certify(wrong_on(1, few), bootstrap=QUICK)
-    assert certificate.shortfalls(0.85)[0].startswith("news: ")
-    assert certificate.whole.recall.low is not None
-    assert certificate.whole.recall.low > 0.85
+    assert certificate.shortfalls(0.85, cascade=True)[0].startswith("news: ")
+    assert certificate.whole.rechecked.low is not None
+    assert certificate.whole.rechecked.low > 0.85
 
 
 def test_the_bound_holds_for_the_corpus_that_the_audit_was_drawn_from() -> None:
@@ -104,7 +115,7 @@ def test_the_bound_holds_for_the_corpus_that_the_audit_was_drawn_from() -> None:
         found = certify(replace(corpus, **arrays), bootstrap=Bootstrap(samples=100)).whole
         held += all(
             getattr(found, name).low <= getattr(truth, name).value <= getattr(found, name).high
-            for name in ("recall", "overlap")
+            for name in ("recall", "rechecked", "overlap")
         )
     assert held >= 34  # of 40, and 95% each
 
@@ -114,17 +125,17 @@ def test_order_does_not_matter() -> None:
     shuffled = np.random.default_rng(1).permutation(len(given.exact_N))
     arrays = {name: getattr(given, name)[shuffled] for name in vars(given) if name.endswith("_N")}
     first, second = (certify(own, bootstrap=QUICK).as_json() for own in (given, replace(given, **arrays)))
-    for name in ("pearson", "spearman", "overlap", "recall"):
+    for name in FIGURES:
         for end in ("value", "low", "high"):
             assert second["whole"][name][end] == pytest.approx(first["whole"][name][end], abs=1e-9)
 
 
 def test_all_found_in_few_blocks_is_no_certainty() -> None:
     given = audit(10, noise=0.0)
-    recall = certify(given, bootstrap=QUICK).whole.recall
-    assert recall.value == 1
-    assert recall.low is not None
-    assert 0.5 < recall.low < 0.75
+    rechecked = certify(given, bootstrap=QUICK).whole.rechecked
+    assert rechecked.value == 1
+    assert rechecked.low is not None
+    assert 0.5 < rechecked.low < 0.75
     assert wilson(1.0, 10)[0] == pytest.approx(0.722, abs=1e-3)
 
 

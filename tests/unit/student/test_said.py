@@ -6,7 +6,7 @@ from ifguide.student.certificate import Audit, certify
 from ifguide.student.said import SUMMARY, audit_line, audit_lines
 
 
-def summary() -> dict[str, object]:
+def summary(scorer: str = "cascade") -> dict[str, object]:
     rng = np.random.default_rng(0)
     exact_N = rng.normal(size=4000)
     audit = Audit(
@@ -17,7 +17,7 @@ def summary() -> dict[str, object]:
         sources_N=np.arange(4000) // 2000,
         sources=("a.jsonl", "b.jsonl", "c.jsonl"),
     )
-    made = {"scorer": "cascade", "kind": "ngram", "exact_blocks": 1234, "rechecked_blocks": 1000, "audited_blocks": 234}
+    made = {"scorer": scorer, "kind": "ngram", "exact_blocks": 1234, "rechecked_blocks": 1000, "audited_blocks": 234}
     return {SUMMARY: {**made, **certify(audit).as_json()}}
 
 
@@ -31,6 +31,13 @@ def test_scorer_recall_sources_and_what_was_not_audited_are_said() -> None:
     assert "; b.jsonl 1.000 [" in by_source
     assert lines["sources without an audited block"] == "c.jsonl"
     assert audit_line(summary()).startswith("cascade: 1.000 [0.")
+
+
+def test_of_a_student_alone_its_own_top_is_said() -> None:
+    lines = audit_lines(summary("student"))
+    assert lines["exact top 2% in the student's top 10%"].startswith("1.000 [0.")
+    assert "exact top 2% in rechecked blocks" not in lines
+    assert audit_line(summary("student")).endswith("in the student's top 10%")
 
 
 def test_of_exact_scores_nothing_is_said() -> None:
