@@ -82,7 +82,10 @@ stop() {
   for name in worker head; do
     if alive $name; then
       kill "$(cat "$STATE/$name.pid")"
-      for _ in $(seq 20); do alive $name && sleep 1; done
+      for _ in $(seq 60); do # Ray drains a node for up to 30 seconds
+        alive $name || break
+        sleep 1
+      done
       if alive $name; then kill -9 "$(cat "$STATE/$name.pid")"; fi
     fi
     rm -f "$STATE/$name.pid"
