@@ -16,6 +16,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from bench.common.local_cluster import PATIENCE
+
+os.environ |= PATIENCE  # before Ray is imported, for it and for what it starts
+
 # Without a GPU, Triton's kernels are interpreted; Triton reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -34,7 +33,21 @@ TRAINING_FIGURES = (
     "mfu", "tokens_per_second", "mask_time_ratio", "syncs_per_step", "launches_per_step", "seconds", "megabytes",
     "peak_megabytes", "planned_megabytes",
 )  # fmt: skip
-KILL_AFTER = 600.0  # seconds that a training has for its first checkpoint
+# `ifguide` that ends itself with all that it has started, by kill -9, once its training has published a checkpoint
+KILLED = """
+import os, signal, sys
+from ifguide.cli import main
+from ifguide.training.folder import TrainingFolder
+
+publish = TrainingFolder.publish_checkpoint
+
+def publish_and_die(*arguments):
+    publish(*arguments)
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+TrainingFolder.publish_checkpoint = publish_and_die
+sys.exit(main())
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,17 +201,12 @@ def comparison(session: Session) -> Figures:
 
 
 def resuming(session: Session) -> Figures:
-    """A penalised training is killed after a checkpoint with all that it started, and goes on."""
+    """A penalised training is killed after its first checkpoint with all that it started, and goes on."""
     killed = copy_of_run(session, "killed", without=("model/penalised", "report"))
-    config = session.config(killed)
-    command = [sys.executable, "-m", "ifguide.cli", "pretrain", "--config", str(config)]
+    config, folder = session.config(killed), killed / "model" / "penalised"
+    command = [sys.executable, "-c", KILLED, "pretrain", "--config", str(config)]
     with (session.folder / "logs" / "killed.txt").open("w") as output:
-        process = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=output)
-        folder, deadline = killed / "model" / "penalised", time.monotonic() + KILL_AFTER
-        while last_checkpoint(folder) is None and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        subprocess.run(command, start_new_session=True, stdout=output, stderr=output)
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise RuntimeError(f"no checkpoint to go on from (see {session.folder / 'logs' / 'killed.txt'})")

@@ -28,7 +28,16 @@ VERBS = (
 )
 # How soon the head notices that a node is gone; Ray's defaults take 15 s or more.
 DETECTION = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 5}
-WAIT_SECONDS = 120.0
+# How long Ray waits for its processes to start; its defaults of 30 to 100 seconds are too short for a busy machine.
+PATIENCE = {
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_gcs_server_port_wait_time_s": "300",
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_register_timeout_seconds": "300",
+}
+WAIT_SECONDS = 600.0
+RUN_SECONDS = 3000.0  # of a verb
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")  # the first and the last of the ports that the system gives
 
 
 def write_config(run_dir: Path, tree: dict[str, Any]) -> None:
@@ -57,6 +66,7 @@ class LocalCluster:
         self.environment = {
             **inherited,
             **{f"RAY_{name}": str(value) for name, value in DETECTION.items()},
+            **PATIENCE,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": self.address,
@@ -92,7 +102,7 @@ class LocalCluster:
         """
         process = self.start(run_dir, 1, *verbs)
         try:
-            if process.wait(timeout=600):
+            if process.wait(timeout=RUN_SECONDS):
                 raise RuntimeError(f"{verbs} ended with {process.returncode}; {self.log_of(run_dir)}")
         finally:
             if process.poll() is None:
@@ -180,8 +190,9 @@ def free_ports(count: int) -> int:
     They lie below those that the system gives to whoever asks for any port, so that no other process is given one
     before it is used.
     """
+    end = int(EPHEMERAL.read_text().split()[0]) if EPHEMERAL.exists() else 32_000
     while True:
-        first = random.SystemRandom().randrange(11_000, 32_000)
+        first = random.SystemRandom().randrange(min(11_000, end // 2), min(32_000, end) - count)
         if not any(_listens(port) for port in range(first, first + count)):
             return first
 

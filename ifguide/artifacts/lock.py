@@ -33,6 +33,7 @@ from ifguide.telemetry import log
 LOCK = "lock.json"
 BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
 SETTLE_SECONDS = 1.0  # after which of two that wrote at once both see the last one's record
+JOIN_SECONDS = 10.0  # that a beat on its way has at the end: it would come after the record is removed
 
 _held: dict[str, int] = {}  # of this process: how often each folder is held
 
@@ -86,7 +87,7 @@ def hold(folder: Path, command: str) -> Iterator[None]:
     finally:
         del _held[key]
         ended.set()
-        beating.join(BEAT_SECONDS)  # a beat on its way would come after the record is removed
+        beating.join(JOIN_SECONDS)
         if _is_mine(folder / LOCK, holder):
             (folder / LOCK).unlink(missing_ok=True)
         if not is_remote(folder):

@@ -56,6 +56,7 @@ VOLATILE = {
     "_",
     "DS_ACCELERATOR",
     "IFGUIDE_CACHE",
+    "IFGUIDE_GRACE_SECONDS",
     "OLDPWD",
     "PWD",
     "PYTEST_CURRENT_TEST",
@@ -75,10 +76,11 @@ VOLATILE = {
     sitecustomize.SOCKET,
 }
 VOLATILE_PREFIXES = (
+    sitecustomize.HOLDS,
     "AWS_",
     "KMP_",
     "PYTEST_XDIST_",
-    "RAY_AUTH_",  # of Ray's core, as `health_`: `enter` has it read them anew
+    "RAY_AUTH_",  # of Ray's core, as those in lower case: `enter` has it read them anew
     "RAY_CLIENT_",
     "RAY_JOB_",
     "RAY_NODE_",
@@ -86,7 +88,11 @@ VOLATILE_PREFIXES = (
     "RAY_SESSION_",
     "RAY_TRAIN_PREEMPTION_",
     "RAY_WARN_",
+    "RAY_agent_",
+    "RAY_gcs_",
     "RAY_health_",
+    "RAY_raylet_",
+    "RAY_worker_",
 )
 MOST_ZYGOTES = 4  # each holds 0.7 GB
 Request = dict[str, Any]  # arguments, environment, folder; of a driver also whether it has a session of its own
@@ -152,6 +158,7 @@ class Zygote:
         with unstarted_random_numbers():
             for name in MODULES:
                 importlib.import_module(name)
+        importlib.import_module("ray_ports").any_agent_port()
         started = ray_id_of_fork() == ray_id_of_fork()
         self.refusal = "Ray's random numbers have begun: two forks would use the same" if started else ""
 

@@ -1,7 +1,7 @@
 """Makes Ray's workers of the tests forks of a process that has imported what they import: see server.py.
 
 Python runs this file at every start, as its folder is on PYTHONPATH. It acts where Ray starts a worker, and where a
-test asks for an impatient S3 client.
+test asks for an impatient S3 client or for a hold.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import sys
 
 SOCKET = "IFGUIDE_PREFORK_SOCKET"
 IMPATIENT = "IFGUIDE_TESTS_IMPATIENT_S3"
+HOLDS = "IFGUIDE_TESTS_HOLD_"
 WORKER = "/ray/_private/workers/default_worker.py"
 
 
@@ -21,6 +22,10 @@ def settle() -> None:
         from botocore.retries.standard import ExponentialBackoff
 
         ExponentialBackoff.delay_amount = lambda *_: 0.02
+    if any(name.startswith(HOLDS) for name in os.environ):
+        import holds
+
+        holds.settle()
 
 
 def hand_over(path: str) -> None:

@@ -17,6 +17,9 @@ from ifguide.demo import generate_demo
 from ifguide.demo.generate import SUMMARY
 from ifguide.distributed.session import connect
 from ifguide.pipeline import run_pipeline
+from tests.prefork.ray_ports import any_agent_port
+
+any_agent_port()
 
 ARCHITECTURE = {
     "model_type": "gpt_neox",

@@ -66,7 +66,7 @@ def run_ranks(
     for process in processes:
         process.start()
     try:
-        _join(processes, timeout=120, patience=0.0 if kill is not None and kill.rank is None else 5.0)
+        _join(processes, timeout=1200, patience=0.0 if kill is not None and kill.rank is None else 5.0)
     finally:
         for process in processes:
             if process.is_alive():
@@ -120,7 +120,7 @@ def _rank(
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=600),
     )
     if kill is not None and kill.rank in (None, rank):
         _doom(kill)

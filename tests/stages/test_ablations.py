@@ -56,7 +56,6 @@ def test_the_small_proxy_has_a_tenth_of_the_targets_parameters(base: Run) -> Non
         assert abs(made - target.parameters / 10) <= away
 
 
-@pytest.mark.timeout(600)
 def test_variants_share_what_they_leave_alone_and_end_in_one_table(base: Run, tmp_path: Path) -> None:
     figures = {name: [figures_of(made_variant(base, name))] for name in ("budget-0.5", "clipped-1")}
     figures[ablations.BASE] = [figures_of(base)]

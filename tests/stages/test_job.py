@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.common.local_cluster import free_ports
+from bench.common.local_cluster import PATIENCE, free_ports
 from ifguide.artifacts import read_manifest
 from ifguide.config import Config, to_mapping
 
@@ -26,30 +26,31 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess
     port = free_ports(3)
     binaries = Path(sys.executable).parent
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+        **PATIENCE,
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "STATE": str(tmp_path / "cluster"),
         "PORT": str(port),  # and the next one, for Ray's client server
         "DASHBOARD_PORT": str(port + 2),
     }
     script = str(ROOT / "cluster" / "local.sh")
-    subprocess.run([script, "start"], env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
-    exports = subprocess.run([script, "env"], env=environment, check=True, capture_output=True, text=True).stdout
-    client = environment | dict(word.split("=", 1) for word in shlex.split(exports) if "=" in word)
+    client = dict(environment)
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(binaries / "ray"), "job", "submit", "--", sys.executable, *command],
-            env=client, capture_output=True, text=True, timeout=300,
+            env=client, capture_output=True, text=True,
         )  # fmt: skip
 
     try:
+        subprocess.run([script, "start"], env=environment, check=True, stdout=subprocess.DEVNULL)
+        exports = subprocess.run([script, "env"], env=environment, check=True, capture_output=True, text=True).stdout
+        client |= dict(word.split("=", 1) for word in shlex.split(exports) if "=" in word)
         yield run
     finally:
-        subprocess.run([script, "stop"], env=environment, check=True, timeout=120)
+        subprocess.run([script, "stop"], env=environment, check=True)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_submitted_job_scores_the_corpus_and_a_wrong_one_says_why(
     submit: Callable[..., Any], copied: Callable[..., Config], finished: Config, tmp_path: Path
 ) -> None:

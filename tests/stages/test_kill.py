@@ -13,7 +13,6 @@ from tests import forked
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.timeout(900)
 def test_twenty_kills_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`chaos` raises unless both runs have the same scores and mask files, each of the same SHA-256."""
     monkeypatch.setattr(local_cluster, "subprocess", forked)

@@ -57,6 +57,7 @@ class ToySettings:
     start: str = ""
     poison: str = ""
     meet: int = 0
+    starts: int = 0
     seconds: float = 0.0
 
 
@@ -72,17 +73,22 @@ class Toy:
             os.kill(os.getpid(), signal.SIGKILL)
         self.others = threading.Barrier(settings.meet) if settings.meet else None
         self.broken = False
+        if settings.poison == "memory":  # before an attempt is watched, which is told of this machine's own but once
+            memory.memory_left = lambda: (10**9, 64 * 10**9)
 
     def process(self, shard: Piece) -> dict[str, Any]:
         times, poison = self._note(shard.key), self.settings.poison
         if self.others:
-            self.others.wait(timeout=20)
+            self.others.wait(timeout=300)
+        while self._count("start") < self.settings.starts:
+            time.sleep(0.05)
         time.sleep(self.settings.seconds)
         if shard.key == poison or (poison == f"{shard.key} once" and times == 1):
             os.kill(os.getpid(), signal.SIGKILL)
         if poison == "memory":
-            memory.memory_left = lambda: (10**9, 64 * 10**9)
-            time.sleep(5 * memory.SECONDS)
+            attempts = self.settings.log.parent / LEDGER / f"{shard.key}.attempts"
+            while "died of memory" not in attempts.read_text():
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         if poison == "device" and times == 1 and shard.key == "s3":
             self.broken = True
@@ -98,6 +104,9 @@ class Toy:
     def _note(self, word: str) -> int:
         with self.settings.log.open("a") as file:
             file.write(word + "\n")
+        return self._count(word)
+
+    def _count(self, word: str) -> int:
         return self.settings.log.read_text().splitlines().count(word)
 
 
@@ -225,7 +234,9 @@ def test_a_shard_is_read_while_another_computes(cluster: None, tmp_path: Path) -
 def test_the_pool_grows_to_its_largest_size(cluster: None, tmp_path: Path) -> None:
     keys = [f"s{i}" for i in range(40)]
     resources = Resources(gpus=0, memory=50_000_000)
-    results = run(tmp_path, keys, {"size": 2, "min_size": 1, "in_flight": 2, "resources": resources}, seconds=0.4)
+    results = run(
+        tmp_path, keys, {"size": 2, "min_size": 1, "in_flight": 2, "resources": resources}, seconds=0.2, starts=2
+    )
     assert len({result["process"] for result in results.values()}) == 2
 
 
@@ -247,7 +258,7 @@ def test_a_driver_that_fails_leaves_no_actor_behind(
     monkeypatch.setattr(ProgressFile, "__call__", full_disk)
     with pytest.raises(OSError, match="No space left") as caught:
         run(tmp_path, [f"s{i}" for i in range(40)], {"size": 2}, seconds=2.0)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert ray.available_resources().get("CPU") == 2
@@ -258,10 +269,10 @@ def exported(until: str) -> str:
     """What Prometheus reads of this node, once it matches."""
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline, text = time.monotonic() + 40, ""
+    deadline, text = time.monotonic() + 300, ""
     while not re.search(until, text) and time.monotonic() < deadline:
         time.sleep(0.5)
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=30) as response:
             text = response.read().decode()
     assert re.search(until, text), sorted(set(re.findall(r"ray_ifguide\w*", text)))
     return text

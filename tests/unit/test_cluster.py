@@ -263,9 +263,9 @@ FAKES = {
     # what `ray symmetric-run` does with its arguments on the first node
     "ray": 'echo "ray $*" >>"$CALLS"; while [ "$1" != -- ]; do shift; done; shift; "$@"',
     # a job that saves for as long as it is asked to, and counts what it was asked
-    "python": """echo "python $* RAY_ADDRESS=$RAY_ADDRESS" >>"$CALLS"
+    "python": """trap 'sleep 0.5; echo saved >>"$CALLS"; exit 143' TERM
+echo "python $* RAY_ADDRESS=$RAY_ADDRESS" >>"$CALLS"
 stat -c "token %a" "$RAY_AUTH_TOKEN_PATH" >>"$CALLS"
-trap 'sleep 0.5; echo saved >>"$CALLS"; exit 143' TERM
 for _ in $(seq $((STEPS * 10))); do sleep 0.1; done""",
 }
 
@@ -291,13 +291,13 @@ def run_slurm(folder: Path, steps: int, *signals: signal.Signals) -> tuple[int, 
         "SLURM_GPUS_ON_NODE": "8",
     }
     process = subprocess.Popen(["bash", str(CLUSTER / "slurm.sbatch"), "--set", "seed=1"], env=environment)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not (calls.exists() and "token" in calls.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     for number in signals:
         time.sleep(0.2)
         process.send_signal(number)
-    code = process.wait(timeout=60)
+    code = process.wait(timeout=600)
     return code, calls.read_text().splitlines(), {path.name for path in checkout.iterdir()}
 
 

@@ -15,8 +15,7 @@ from ifguide.interrupts import handled
 HEAD = """
 import subprocess, sys, time
 from ifguide import interrupts
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(child.pid, flush=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 """
 ENDS = """
 except KeyboardInterrupt as error:
@@ -27,20 +26,24 @@ except KeyboardInterrupt as error:
 WAITS = f"""
 try:
     with interrupts.handled():
+        print(child.pid, flush=True)
         time.sleep(60)
 {ENDS}"""
 SAVES = f"""
 try:
     with interrupts.handled(), interrupts.deferring():
+        print(child.pid, flush=True)
         while not interrupts.requested():
             time.sleep(0.01)
         time.sleep(0.5)
         raise interrupts.interruption("step 7 is saved")
 {ENDS}"""
+STICKS = SAVES.replace("time.sleep(0.5)", "print('asked', flush=True); time.sleep(60)")
 FORGETS = f"""
 try:
     with interrupts.handled():
         with interrupts.deferring():
+            print(child.pid, flush=True)
             while not interrupts.requested():
                 time.sleep(0.01)
         print("went on")
@@ -48,26 +51,28 @@ try:
 HANGS = """
 interrupts.SECONDS = 0.5
 with interrupts.handled(), interrupts.deferring():
+    print(child.pid, flush=True)
     time.sleep(60)
     time.sleep(60)
 """
 
 
 def run(script: str, *signals: signal.Signals) -> tuple[int, str, str, float, int]:
-    """(exit code, output, errors, seconds from the first signal to the end, process id of what it started)."""
+    """(exit code, output, errors, seconds from the first signal to the end, process id of what it started).
+
+    The first signal is sent when the script is ready for it, another one when it says that the first has come."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", HEAD + script], text=True, **pipes)  # type: ignore[call-overload]
     child = int(process.stdout.readline())
-    time.sleep(0.3)
     started = time.monotonic()
-    for number in signals:
+    for i, number in enumerate(signals):
+        assert i == 0 or process.stdout.readline() == "asked\n"
         process.send_signal(number)
-        time.sleep(0.1)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=200)
     return process.returncode, output, errors, time.monotonic() - started, child
 
 
-def is_running(pid: int, *, moment: float = 1.0) -> bool:
+def is_running(pid: int, *, moment: float = 30.0) -> bool:
     """Whether it still is after a `moment`: SIGKILL is sent before the parent ends, and takes effect soon after."""
     end = time.monotonic() + moment
     while _is_there(pid):
@@ -89,7 +94,7 @@ def _is_there(pid: int) -> bool:
 def test_a_signal_ends_what_waits_at_once(number: signal.Signals, code: int) -> None:
     found, output, _, seconds, child = run(WAITS, number)
     assert (found, output) == (code, "what was finished is kept\n")
-    assert seconds < 2
+    assert seconds < 15
     assert not is_running(child)
 
 
@@ -97,7 +102,7 @@ def test_a_signal_ends_what_waits_at_once(number: signal.Signals, code: int) -> 
 def test_what_asked_to_be_told_saves_first(number: signal.Signals, code: int) -> None:
     found, output, _, seconds, child = run(SAVES, number)
     assert (found, output) == (code, "step 7 is saved\n")
-    assert 0.5 < seconds < 3
+    assert 0.5 < seconds < 15
     assert not is_running(child)
 
 
@@ -110,14 +115,15 @@ def test_what_does_not_end_in_time_is_killed_with_all_that_it_started() -> None:
     found, _, errors, seconds, child = run(HANGS, signal.SIGTERM)
     assert found == 143
     assert "ended before all was saved" in errors
-    assert seconds < 3
+    assert seconds < 15
     assert not is_running(child)
 
 
-def test_a_second_signal_waits_for_nothing() -> None:
-    found, output, _, seconds, child = run(SAVES.replace("sleep(0.5)", "sleep(30)"), signal.SIGINT, signal.SIGINT)
+def test_a_second_signal_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IFGUIDE_GRACE_SECONDS", "100")
+    found, output, _, seconds, child = run(STICKS, signal.SIGINT, signal.SIGINT)
     assert (found, output) == (130, "")
-    assert seconds < 2
+    assert seconds < 15
     assert not is_running(child)
 
 
@@ -125,7 +131,7 @@ def test_the_time_to_save_in_can_be_longer(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("IFGUIDE_GRACE_SECONDS", "6")
     found, _, _, seconds, _ = run(HANGS, signal.SIGTERM)
     assert found == 143
-    assert 5.5 < seconds < 9
+    assert 5.5 < seconds < 15
 
 
 @pytest.mark.parametrize("text", ["soon", "", "nan", "inf", "-1", "4.9"])

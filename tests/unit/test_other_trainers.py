@@ -87,7 +87,7 @@ def found(folder: Path) -> dict[str, tuple[float, float]]:
     (folder / "snippets.json").write_text(json.dumps(code))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", DRIVER], cwd=folder, env=environment, capture_output=True, text=True, timeout=2500
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: tuple(values) for name, values in json.loads((folder / "found.json").read_text()).items()}

@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 
+from ifguide import commands
 from ifguide.artifacts import hold, open_artifact
 from ifguide.cli import main
 from ifguide.distributed.ledger import LEDGER, Attempts
@@ -119,14 +120,22 @@ def test_json_says_what_the_lines_say(tmp_path, capsys):
     assert stages["mask"] == {"name": "mask", "state": "not begun", "text": "", "progress": {}, "failures": []}
 
 
-def test_it_is_watched_for_as_long_as_somebody_works(tmp_path, capsys):
+def test_it_is_watched_for_as_long_as_somebody_works(tmp_path, capsys, monkeypatch):
     begin(tmp_path / "corpus").finish([], rows={"blocks": 3}, summary={})
     held = contextlib.ExitStack()
     held.enter_context(hold(tmp_path, "run"))
-    threading.Timer(0.5, held.close).start()
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            held.close()
+
+    monkeypatch.setattr(commands, "time", types.SimpleNamespace(sleep=pause))
     assert main(["status", str(tmp_path), "--watch", "0.1"]) == 0
+    assert pauses == [0.1, 0.1]
     said = capsys.readouterr().out
-    assert said.count("in use by `ifguide run`") >= 2
+    assert said.count("in use by `ifguide run`") == 2
     assert said.count("complete     3 blocks") == said.count("in use by") + 1
 
 

@@ -246,7 +246,6 @@ def test_masks_have_one_size_and_matched_ones_the_same_types(blocks: TrainingBlo
         assert not np.array_equal(masks_of(scores, tokens, 0.01, seed=4)[f"{name}-{MATCHED}"], matched)
 
 
-@pytest.mark.timeout(600)
 def test_a_word_that_the_queries_ask_for_is_found_by_both_tests_and_random_scores_are_not(
     subject: Subject, blocks: TrainingBlocks, tmp_path: Path
 ) -> None:

@@ -93,7 +93,6 @@ def test_a_record_is_a_section_and_rows_that_the_planner_reads(tmp_path: Path, m
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_every_step_runs_at_toy_size_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,7 +118,7 @@ def test_the_line_of_the_page_takes_an_exported_model(
     (line,) = re.findall(r"^lm_eval .*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     words = shlex.split(line.replace("lambada_openai", str(task)))
     command = [sys.executable, "-m", *words, "--device", "cpu", "--output_path", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(results.read_text())["results"]["whole_sentences"]["acc,none"] == 0.75

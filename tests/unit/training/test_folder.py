@@ -37,7 +37,7 @@ def on_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     monkeypatch.setattr(training_folder, "download_folder", download)
 
     def run(folder: Path, work: Callable[[TrainingFolder, int], None]) -> None:
-        barrier, errors = threading.Barrier(2, timeout=20), []
+        barrier, errors = threading.Barrier(2, timeout=300), []
 
         def rank(number: int) -> None:
             THREAD.machine = tmp_path / f"machine{number}"
@@ -105,7 +105,7 @@ def test_all_ranks_of_a_machine_list_the_files_before_any_leaves_its_digests(
         return file_sizes(folder)
 
     monkeypatch.setattr(training_folder, "file_sizes", slowly)
-    barrier = threading.Barrier(2, timeout=20)
+    barrier = threading.Barrier(2, timeout=300)
 
     def rank(number: int) -> None:
         THREAD.rank = number
