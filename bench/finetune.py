@@ -102,8 +102,10 @@ def _model_path(run: Run, name: str, original: str) -> str:
     """Where the weights of a model of the comparison are."""
     if name == ORIGINAL:
         return original
-    own = run.models.get(name, run.folder / "compare" / name / "model" / name)
-    return str(own / "hf")
+    if name in run.models:
+        return str(run.models[name] / "hf")
+    (path,) = (run.folder / "compare" / name / "model").glob("*/hf")
+    return str(path)
 
 
 def _kept(run: Run, name: str, path: str, original: str) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return None
     require(run.model(BASELINE), "pretrain --set pretrain.use_mask=false")
     grid = _Grid(run)
-    for name, method in methods.items():
+    for number, (name, method) in enumerate(methods.items(), start=1):
+        log(VERB, f"{name} ({number}/{len(methods)}): {_describe(run, method)}")
         grid.add(name, method)
     return _measure(run, grid)
 
