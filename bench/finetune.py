@@ -42,8 +42,9 @@ from ifguide.display import markdown_table
 from ifguide.evaluation.prompts import PROMPTS
 from ifguide.influence.query import tokenise_query
 from ifguide.models import load_model, next_token_nll
-from ifguide.pipeline import run_pipeline, stage
+from ifguide.pipeline import run_pipeline
 from ifguide.run import Run
+from ifguide.stages.compare import compare
 from ifguide.telemetry import configure_logging, log
 from ifguide.tokenizer import load_tokenizer
 
@@ -63,7 +64,7 @@ def main() -> None:
     run = Run(config=config)
     try:
         run_pipeline(config, dry_run=False)
-        stage("compare")(run)
+        compare(run)
     except FileNotFoundError as error:
         raise SystemExit(f"{error}{advice(str(error))}") from error
     comparison = run.folder / "compare"

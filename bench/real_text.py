@@ -37,6 +37,7 @@ from ifguide.datasets import advice
 from ifguide.display import markdown_table
 from ifguide.pipeline import run_pipeline, stage
 from ifguide.run import Run
+from ifguide.stages.compare import compare
 from ifguide.telemetry import configure_logging, log
 
 CONFIGS = {"explicit": Path("configs/real_text.yaml"), "implicit": Path("configs/real_text_implicit.yaml")}
@@ -80,7 +81,7 @@ def _compared(config: Config, seed: int, sources: Mapping[str, Method], penaltie
         stage(verb)(run)
     for use_mask in (False, True):
         stage("pretrain")(run.with_mask(use_mask))
-    stage("compare")(run)
+    compare(run)
     rows: Rows = json.loads((run.folder / "compare" / "report" / "comparison.json").read_text(encoding="utf-8"))
     log("real_text", f"seed {seed}: {json.dumps({row['model']: row['emt'][0] for row in rows})}")
     return rows
