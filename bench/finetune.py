@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -34,7 +35,7 @@ from bench.common.places import this_machine
 from bench.common.proxies import smollm2_source
 from bench.common.recognition import recognition
 from bench.common.similarity import length_batches, padded
-from ifguide.artifacts import json_digest, publish, write_json
+from ifguide.artifacts import data_files, json_digest, publish, write_json
 from ifguide.artifacts.manifest import read_json
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.datasets import advice
@@ -51,7 +52,7 @@ from ifguide.tokenizer import load_tokenizer
 CONFIG = Path("configs/real_text_finetune.yaml")
 VERB = "finetune"
 ORIGINAL = "original"  # among the config's `evaluate.models`: what all began from
-MOST_CONTINUATIONS = 1000  # of a model, that fluency is measured on
+MOST_CONTINUATIONS = 700  # of a model, that fluency is measured on
 MAX_TOKENS = 128
 
 
@@ -122,10 +123,16 @@ def _kept(run: Run, name: str, path: str, original: str) -> dict[str, Any]:
 
 
 def fluency(folder: Path, source: str) -> float:
-    """Perplexity of the first `MOST_CONTINUATIONS` continuations of a folder under the model `source`."""
-    table = pq.read_table(folder).slice(0, MOST_CONTINUATIONS)
-    pairs = list(zip(table["prompt"].to_pylist(), table["text"].to_pylist(), strict=True))
-    return round(continuation_perplexity(load_model(ModelSource(source=source)), load_tokenizer(source), pairs), 3)
+    """Perplexity of the continuations of a folder under the model `source`."""
+    model, tokenizer = load_model(ModelSource(source=source)), load_tokenizer(source)
+    return round(continuation_perplexity(model, tokenizer, continuations(folder)), 3)
+
+
+def continuations(folder: Path, most: int = MOST_CONTINUATIONS) -> list[tuple[str, str]]:
+    """`most` prompts with their continuations, at equal distances: files are in the order of the prompts' lengths."""
+    table = pa.concat_tables(map(pq.read_table, data_files(folder)))
+    pairs = list(zip(table["prompt"].to_pylist(), table["continuation"].to_pylist(), strict=True))
+    return pairs[:: -(-len(pairs) // most)]
 
 
 @torch.no_grad()

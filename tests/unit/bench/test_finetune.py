@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from bench.finetune import CONFIG, ORIGINAL, as_markdown, continuation_perplexity, figures_of
+from bench.finetune import CONFIG, ORIGINAL, as_markdown, continuation_perplexity, continuations, figures_of
 from ifguide.config import load_config
 from tests.tokenizers import byte_level
 from tests.unit.evaluation.small import tiny_model
@@ -43,6 +45,15 @@ def test_the_table_leaves_empty_what_the_first_model_has_not() -> None:
     assert "1.25%" in words
     assert "0.750 [0.500, 1.000]" in words
     assert "+2.0%" in words
+
+
+def test_continuations_are_taken_from_all_files_at_equal_distances(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    for shard in range(2):
+        rows = {"prompt": [f"p{shard}{i}" for i in range(5)], "continuation": [f"c{shard}{i}" for i in range(5)]}
+        pq.write_table(pa.table(rows), tmp_path / f"shard-{shard:05d}.parquet")
+    assert [prompt for prompt, _ in continuations(tmp_path, most=4)] == ["p00", "p03", "p11", "p14"]
+    assert continuations(tmp_path, most=100)[-1] == ("p14", "c14")
 
 
 def test_continuations_are_judged_by_their_own_tokens_after_their_prompts() -> None:
