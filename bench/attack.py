@@ -225,7 +225,7 @@ def in_this_process() -> Iterator[None]:
     def start(function: Any, arguments: tuple[Any, ...], resources: object) -> Any:
         return function(*arguments)
 
-    def wait(pending: list[Any]) -> tuple[list[Any], list[Any]]:
+    def wait(pending: list[Any], timeout: float | None = None) -> tuple[list[Any], list[Any]]:
         return pending[:1], pending[1:]
 
     with (
