@@ -5,6 +5,7 @@ What a process is started for here, it does as when it starts by itself; it only
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -18,6 +19,7 @@ from typing import Any
 SOCKET = "IFGUIDE_PREFORK_SOCKET"
 PREFORK = Path(__file__).parent / "prefork"
 PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
+_NUMBERS = itertools.count()  # of drivers: the socket of one that has ended stays for a moment
 _LOST = 9  # the status of a driver whose supervisor is gone: killed
 
 
@@ -50,7 +52,7 @@ class Popen(subprocess.Popen[Any]):
             "environment": environment,
             "folder": os.fspath(folder or os.getcwd()),
             "session": session,
-            "socket": f"{os.environ[SOCKET]}-{os.getpid()}-{id(self)}",
+            "socket": f"{os.environ[SOCKET]}-{os.getpid()}-{next(_NUMBERS)}",
         }
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.connect(os.environ[SOCKET])

@@ -166,8 +166,8 @@ def remove_tree(folder: Path) -> None:
 
 
 def _remove_local(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):  # an actor that ends late may still remove its start count
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     folder.rmdir()
 
 

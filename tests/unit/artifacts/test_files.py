@@ -2,6 +2,7 @@
 
 import errno
 import random
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +76,10 @@ def test_what_is_published_is_recorded_by_its_path(tmp_path, store, remote):
         record(folder / "by hand")
     write_shard(folder, "after", "shard-00001.parquet")
     assert entries == {path: file_entry(path) for path in (shard, folder / "model/weights/w", folder / "by hand")}
+
+
+def test_remove_tree_passes_over_a_file_that_another_process_removes_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: iter([folder / "gone"]))
+    remove_tree(tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()
