@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.common.places import this_machine
 from bench.common.recognition import recognition
+from bench.common.trained_models import trained_models
 from ifguide.artifacts import json_digest, publish, read_manifest, require, write_json
 from ifguide.artifacts.manifest import read_json
 from ifguide.config import Config, Evaluate, ModelSource, load_config
@@ -85,12 +86,7 @@ def main() -> None:
 
 def _models(run: Run, wanted: Sequence[str] | None) -> dict[str, Path]:
     """Name -> the folder of a trained model's weights, the baseline first."""
-    folders = [*run.models.values(), *sorted((run.folder / "compare").glob("*/model/*"))]
-    found = {
-        folder.parent.parent.name if "compare" in folder.parts else folder.name: folder / "hf"
-        for folder in folders
-        if (folder / "manifest.json").exists()
-    }
+    found = trained_models(run)
     require(run.model(BASELINE), "pretrain --set pretrain.use_mask=false")
     unknown = sorted(set(wanted or ()) - found.keys())
     if unknown:

@@ -28,21 +28,21 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bench.common.places import this_machine
-from bench.common.proxies import smollm2_source
+from bench.common.proxies import source_overrides
 from bench.common.recognition import recognition
-from bench.common.similarity import length_batches, padded
-from ifguide.artifacts import data_files, json_digest, publish, write_json
+from bench.common.retraining import query_losses
+from bench.common.trained_models import trained_models
+from ifguide.artifacts import data_files, json_digest, publish, read_manifest, write_json
 from ifguide.artifacts.manifest import read_json
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
 from ifguide.evaluation.prompts import PROMPTS
 from ifguide.influence.query import tokenise_query
-from ifguide.models import load_model, next_token_nll
+from ifguide.models import load_model
 from ifguide.pipeline import run_pipeline
 from ifguide.run import Run
 from ifguide.stages.compare import compare
@@ -51,6 +51,7 @@ from ifguide.tokenizer import load_tokenizer
 
 CONFIG = Path("configs/real_text_finetune.yaml")
 VERB = "finetune"
+SOURCES = ("proxy.source", "target.source", "pretrain.init_from", "evaluate.models.original")
 ORIGINAL = "original"  # among the config's `evaluate.models`: what all began from
 MOST_CONTINUATIONS = 700  # of a model, that fluency is measured on
 MAX_TOKENS = 128
@@ -59,7 +60,7 @@ MAX_TOKENS = 128
 def main() -> None:
     options = _options()
     configure_logging()
-    config = load_config(CONFIG, [*_sources(options.proxy), *options.overrides])
+    config = load_config(CONFIG, [*source_overrides(options.proxy, *SOURCES), *options.overrides])
     if options.methods:
         config = replace(config, compare=replace(config.compare, methods=_chosen(config, options.methods)))
     run = Run(config=config)
@@ -68,12 +69,12 @@ def main() -> None:
         compare(run)
     except FileNotFoundError as error:
         raise SystemExit(f"{error}{advice(str(error))}") from error
-    comparison = run.folder / "compare"
-    rows = json.loads((comparison / "report" / "comparison.json").read_text(encoding="utf-8"))
+    rows = read_json(run.folder / "compare" / "report" / "comparison.json")
     original = config.evaluate.models[ORIGINAL]
+    paths = {**trained_models(run), ORIGINAL: original}
     results = {row["model"]: figures_of(row) for row in rows}
     for name, figures in results.items():
-        figures |= _kept(run, name, _model_path(run, name, original), original)
+        figures |= _kept(run, name, str(paths[name]), original)
         log(VERB, f"{name}: {json.dumps(figures)}")
     with publish(run.folder / "finetune.md") as part:
         part.write_text(as_markdown(results), encoding="utf-8")
@@ -100,20 +101,10 @@ def _chosen(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return {name: config.compare.methods[name] for name in names}
 
 
-def _model_path(run: Run, name: str, original: str) -> str:
-    """Where the weights of a model of the comparison are."""
-    if name == ORIGINAL:
-        return original
-    if name in run.models:
-        return str(run.models[name] / "hf")
-    (path,) = (run.folder / "compare" / name / "model").glob("*/hf")
-    return str(path)
-
-
 def _kept(run: Run, name: str, path: str, original: str) -> dict[str, Any]:
     """What is measured here of a model; taken from its file where that is of the same continuations."""
     (folder,) = {file.parent for file in run.folder.glob(f"**/generations/{name}/{PROMPTS}/*.parquet")}
-    digest = json_digest([read_json(folder / "manifest.json")["fingerprint"], original, MOST_CONTINUATIONS])[:16]
+    digest = json_digest([read_manifest(folder).fingerprint, original, MOST_CONTINUATIONS])[:16]
     kept = run.folder / VERB / f"{name}-{digest}.json"
     if not kept.exists():
         figures = {"fluency": fluency(folder, original), "recognition": recognition(run.config, path)}
@@ -135,25 +126,13 @@ def continuations(folder: Path, most: int = MOST_CONTINUATIONS) -> list[tuple[st
     return pairs[:: -(-len(pairs) // most)]
 
 
-@torch.no_grad()
 def continuation_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
 ) -> float:
     """exp of the mean NLL, in nats, of the tokens of continuations after their prompts; empty ones have none."""
-    texts = [
-        tokenise_query(tokenizer, prompt, text, max_tokens=MAX_TOKENS, beginning=None)
-        for prompt, text in pairs
-        if text.strip()
-    ]
-    model.eval()
-    total, tokens = 0.0, 0
-    for batch in length_batches(texts):
-        tokens_BT, lengths_B, response_BT = padded([texts[i] for i in batch])
-        response_BT[:, 0] = 0  # nothing predicts the first token
-        nll_BT = next_token_nll(model(tokens_BT, use_cache=False).logits, tokens_BT, lengths_B)
-        total += float((nll_BT * response_BT).sum())
-        tokens += int(response_BT.sum())
-    return math.exp(total / tokens)
+    texts = [tokenise_query(tokenizer, *pair, max_tokens=MAX_TOKENS) for pair in pairs if pair[1].strip()]
+    tokens = sum(len(text.token_ids) - text.completion_start for text in texts)
+    return math.exp(sum(query_losses(model.eval(), texts)) / tokens)
 
 
 def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -180,14 +159,6 @@ def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _interval(ends: Sequence[float] | None) -> str:
     return "" if ends is None else "{:.3f} [{:.3f}, {:.3f}]".format(*ends)
-
-
-def _sources(name: str) -> list[str]:
-    if name == "configured":
-        return []
-    source = smollm2_source() if name == "smollm2" else name
-    keys = ("proxy.source", "target.source", "pretrain.init_from", f"evaluate.models.{ORIGINAL}")
-    return [f"{key}={source}" for key in keys]
 
 
 def _options() -> argparse.Namespace:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from bench.common.fronts import Interval, Point, at_perplexity, compare_sources, over_seeds
 from bench.common.places import this_machine
-from bench.common.proxies import smollm2_source
+from bench.common.proxies import source_overrides
 from ifguide.artifacts import publish
 from ifguide.config import Config, load_config
 from ifguide.config.compare import Method
@@ -53,7 +53,7 @@ def main() -> None:
     configure_logging()
     results = {}
     for behaviour in options.behaviours:
-        overrides = [*_proxy(options.proxy), *options.overrides]
+        overrides = [*source_overrides(options.proxy, "proxy.source"), *options.overrides]
         config = load_config(CONFIGS[behaviour], overrides)
         sources = sources_of(config)
         seeds = [_compared(config, seed, sources, options.penalties) for seed in options.seeds]
@@ -231,12 +231,6 @@ def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]
     with publish(path) as part:
         figure.savefig(part, dpi=130, format="png")
     pyplot.close(figure)
-
-
-def _proxy(name: str) -> list[str]:
-    if name == "configured":
-        return []
-    return [f"proxy.source={smollm2_source() if name == 'smollm2' else name}"]
 
 
 def _options() -> argparse.Namespace:

@@ -37,6 +37,20 @@ def smollm2_source() -> str:
     return str(next(folder.glob("*.gguf")))
 
 
+def source_overrides(name: str, *keys: str) -> list[str]:
+    """Overrides that give these keys of a config the model `name`: a source, or `smollm2`; none for `configured`.
+
+    Raises SystemExit where SmolLM2 is not installed.
+    """
+    if name == "configured":
+        return []
+    try:
+        source = smollm2_source() if name == "smollm2" else name
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
+    return [f"{key}={source}" for key in keys]
+
+
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """SmolLM2-135M-Instruct in float32, dequantised from its 4-bit file, and its tokenizer.
 

@@ -1,0 +1,17 @@
+"""The models of a run and of its comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ifguide.run import Run
+
+
+def trained_models(run: Run) -> dict[str, Path]:
+    """Name -> the folder of a finished model's weights, the run's own first."""
+    folders = [*run.models.values(), *sorted((run.folder / "compare").glob("*/model/*"))]
+    return {
+        folder.parent.parent.name if "compare" in folder.parts else folder.name: folder / "hf"
+        for folder in folders
+        if (folder / "manifest.json").exists()
+    }
