@@ -206,7 +206,8 @@ def padding_token(case: Case) -> str:
 
     def trained() -> bool:
         model = load_model(ModelSource(source=str(case.folder / "run" / "model" / "baseline" / "hf")))
-        return float(model.get_input_embeddings().weight[14].detach().norm()) > 0.05
+        embeddings: Any = model.get_input_embeddings()
+        return float(embeddings.weight[14].detach().norm()) > 0.05
 
     return judged(outcome, trained)
 

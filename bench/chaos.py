@@ -40,8 +40,8 @@ from ifguide.distributed.ledger import LEDGER
 from ifguide.influence.query_file import DIRECTION
 from ifguide.models import linearise, load_model, state_fingerprint
 
-VERBS_OF = {"exact": ("score_corpus",), "cascade": ("fit_student", "score_corpus")}
-CASCADE = {
+VERBS_OF: dict[str, tuple[str, ...]] = {"exact": ("score_corpus",), "cascade": ("fit_student", "score_corpus")}
+CASCADE: dict[str, dict[str, Any]] = {
     "score_corpus": {"scorer": "cascade", "audit_fraction": 0.1, "recheck_fraction": 0.2, "min_recall": 0.0},
     "fit_student": {"sample_fraction": 0.2, "partitions": 8},
 }
@@ -92,8 +92,9 @@ def chaos(
     rng.shuffle(schedule)
     schedule = schedule[:kills]
     started, runs, compared, verbs = time.monotonic(), 0, 0, VERBS_OF[scorer]
+    others = CASCADE if scorer == "cascade" else {}
     with LocalCluster(folder / "cluster") as cluster:
-        reference = prepare(folder / "reference", cluster.run, documents, CASCADE if scorer == "cascade" else {})
+        reference = prepare(folder / "reference", cluster.run, documents, others)
         cluster.run(reference, *verbs, "build_mask")
         say(f"reference run: {len(data_files(reference / 'scores'))} shards, {time.monotonic() - started:.0f} s")
         left = list(schedule)

@@ -36,7 +36,6 @@ from bench.common.recognition import recognition
 from bench.common.retraining import query_losses
 from bench.common.trained_models import trained_models
 from ifguide.artifacts import data_files, json_digest, publish, read_manifest, write_json
-from ifguide.artifacts.manifest import read_json
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
@@ -44,6 +43,7 @@ from ifguide.evaluation.prompts import PROMPTS
 from ifguide.influence.query import tokenise_query
 from ifguide.models import load_model
 from ifguide.pipeline import run_pipeline
+from ifguide.records.rows import read_json
 from ifguide.run import Run
 from ifguide.stages.compare import compare
 from ifguide.telemetry import configure_logging, log

@@ -60,8 +60,10 @@ class Newcomer:
         source, wheels = home / "source", home / "wheels"
         source.mkdir()
         for name in WHEEL:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-            copy(ROOT / name, source / name, **({"symlinks": True} if (ROOT / name).is_dir() else {}))
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, symlinks=True)
+            else:
+                shutil.copy2(ROOT / name, source / name)
         _call([sys.executable, "-m", "venv", "--without-pip", str(home / "venv")], home)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
         _call([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], home)

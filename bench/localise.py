@@ -155,7 +155,7 @@ def _rivals(
         options=PROBE, seed=options.seed,
     )  # fmt: skip
     log("probes", f"layers {probe.layer} of the queries, {span_probe.layer} of the spans")
-    finders = {"ngrams": fit_ngrams(tokenizer, queries), "probe": probe, "span_probe": span_probe}
+    finders: dict[str, Any] = {"ngrams": fit_ngrams(tokenizer, queries), "probe": probe, "span_probe": span_probe}
     if options.tune:
         finders["excess_loss"] = tune_excess_loss(model, tokenizer, queries, seed=options.seed)
     words = WordList(marked_words(behaviour.others))

@@ -101,8 +101,8 @@ def swept(config: Config, sources: Mapping[str, Method], penalties: Sequence[flo
     methods = {name: method for name, method in config.compare.methods.items() if name not in sources}
     for source, method in sources.items():
         for penalty in penalties:
-            objective = None if penalty else "ignore"
-            methods[model_name(source, penalty)] = replace(method, objective=objective, penalty=penalty)
+            own = replace(method, penalty=penalty)
+            methods[model_name(source, penalty)] = own if penalty else replace(own, objective="ignore")
     return methods
 
 

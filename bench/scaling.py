@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 
 from bench.common.proxies import random_direction
 from ifguide import schemas
-from ifguide.artifacts import data_files, open_artifact, publish
+from ifguide.artifacts import data_files, open_artifact, publish, read_manifest
 from ifguide.config import OWN, Cluster, ModelSource
 from ifguide.influence.method import PRESETS, Method
 from ifguide.influence.products import bfloat16_pays
@@ -43,6 +43,7 @@ from ifguide.influence.proxy import Beginning
 from ifguide.influence.query_file import DIRECTION
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import linearise, load_model, state_fingerprint
+from ifguide.spans.tables import PackedCorpus
 
 BLOCK_SIZE, VOCABULARY, MICRO_BATCH = 256, 2048, 4
 ARCHITECTURE = {
@@ -122,7 +123,8 @@ def prepare(folder: Path, shards: int, shard_seconds: float) -> int:
 
 
 def _write_corpus(folder: Path, shards: int, blocks: int) -> None:
-    artifact = open_artifact(folder, verb="pack_corpus", options={}, inputs={}, config_yaml="")
+    options = {"pack_corpus": {"blocks_per_shard": blocks}}
+    artifact = open_artifact(folder, verb="pack_corpus", options=options, inputs={}, config_yaml="")
     schema = schemas.blocks(BLOCK_SIZE, annotated=False)
     rng = np.random.default_rng(0)
     for index in range(shards):
@@ -134,7 +136,11 @@ def _write_corpus(folder: Path, shards: int, blocks: int) -> None:
         ]
         with publish(folder / f"shard-{index:05d}.parquet") as part:
             pq.write_table(pa.Table.from_arrays(columns, schema=schema), part)
-    artifact.finish(data_files(folder), rows={"blocks": shards * blocks}, summary={})
+    artifact.finish(
+        data_files(folder),
+        rows={"blocks": shards * blocks, "tokens": shards * blocks * BLOCK_SIZE},
+        summary={"block_size": BLOCK_SIZE},
+    )
 
 
 def fast_method() -> Method:
@@ -166,7 +172,7 @@ def run_way(actors: int, folder: Path) -> float:
         check=None,
     )
     settings = ScoringSettings(
-        corpus=folder / "corpus",
+        corpus=PackedCorpus.of(folder / "corpus", read_manifest(folder / "corpus")),
         scores=scores,
         queries={OWN: folder / "query"},
         proxy=ModelSource(source=str(folder / "proxy")),
@@ -177,7 +183,8 @@ def run_way(actors: int, folder: Path) -> float:
         gpus=0,
     )
     shards = [
-        CorpusShard(key=path.stem, name=path.name, bytes=path.stat().st_size) for path in data_files(folder / "corpus")
+        CorpusShard(key=path.stem, name=path.name, number=number, bytes=path.stat().st_size)
+        for number, path in enumerate(data_files(folder / "corpus"))
     ]
     if not actors:
         worker = ScoreShard(settings)

@@ -244,7 +244,7 @@ def bootstrap(
     """The 95% interval of a figure over groups of texts."""
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    drawn = []
+    drawn: list[float] = []
     while len(drawn) < times:
         rows = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
         truth = np.concatenate([labels[i] for i in rows])

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def measure(
     with KronfluenceSide(model, names, directions) as theirs:
         for setting in settings:
             for batch in options.kronfluence_batches:
-                sides[f"kronfluence_{setting}_b{batch}"] = lambda s=setting, b=batch: theirs.score(tokens_BT, b, s)
+                sides[f"kronfluence_{setting}_b{batch}"] = partial(theirs.score, tokens_BT, batch, setting)
         cosine = F.cosine_similarity(theirs.score(tokens_BT[:2], 2, "float32").flatten(), reference.flatten(), dim=0)
         seconds, peaks = _alternate(sides, options.rounds, theirs)
     rate = {name: tokens_BT.numel() / value for name, value in seconds.items()}
@@ -129,8 +130,10 @@ def measure(
     for name, value in rate.items():
         print(f"{name:36s} {value:12,.0f} tok/s")
     matmul = {dtype: _matmul_rate(model, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    tracked = sum(model.get_submodule(name).weight.numel() for name in names)  # type: ignore[union-attr]
-    N = tracked + model.get_output_embeddings().weight.numel()  # type: ignore[union-attr]
+    modules: list[Any] = [*map(model.get_submodule, names), model.get_output_embeddings()]
+    *of_tracked, of_head = (module.weight.numel() for module in modules)
+    tracked = sum(of_tracked)
+    N = tracked + of_head
     theirs_bf16 = max(value for setting, value in best.items() if setting.startswith("bfloat16"))
     found: dict[str, Any] = {
         "full_vs_kronfluence": round(max(rate["full"], rate.get("exact", 0)) / best["float32"], 3),

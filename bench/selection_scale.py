@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def measure(folder: Path, millions: int, rounds: int) -> dict[str, Any]:
             cpu_seconds.append(_cpu_seconds() - cpu_started)
             return selection
 
-        masks.select = timed
+        masks.select = timed  # type: ignore[assignment]
         with Peak() as peak:
             for _ in range(rounds):
                 shutil.rmtree(run.ranking, ignore_errors=True)
@@ -182,13 +182,13 @@ def _documents(rng: np.random.Generator, num_tokens: int) -> Any:
     return generator
 
 
-def _document_tables(rng: np.random.Generator, num_tokens: int) -> Iterator[Any]:
+def _document_tables(rng: np.random.Generator, num_tokens: int) -> Generator[Any, int, None]:
     first_id, begin = 0, 0
     table = None
     while True:
         end = yield table
-        sizes = []
-        while begin + sum(map(int, map(np.sum, sizes))) < end:
+        sizes: list[np.ndarray] = []
+        while begin + sum(int(own.sum()) for own in sizes) < end:
             sizes.append(1 + rng.exponential(DOCUMENT_TOKENS, 1000).astype(np.int64))
         all_sizes = np.concatenate([*sizes, np.zeros(0, np.int64)])
         starts = begin + np.cumsum(all_sizes) - all_sizes

@@ -137,7 +137,7 @@ class Bench:
         self, model: PreTrainedModel, direction: dict[str, Tensor], encoded: Sequence[Any], sources: list[str]
     ):
         self.model, self.sources = model, sources
-        self.reader = copy.deepcopy(model).to(torch.bfloat16) if PRECISION == "bfloat16" else model
+        self.reader = copy.deepcopy(model).bfloat16() if PRECISION == "bfloat16" else model
         self.scorer = TokenScorer(model, direction, attribution="target", method=METHOD)
         upper = suffix_of(model, direction, first_of_suffix(len(self.scorer.blocks)))
         self.suffix = TokenScorer(model, upper, attribution="target", method=METHOD)
@@ -239,7 +239,7 @@ class Bench:
         marks_N = np.concatenate([self.truth[number][1:] for number in self.documents.test])
         names = sorted(set(self.sources))
         source_N = np.array([names.index(self.sources[number]) for number in number_N])
-        places = {"blocks_N": number_N, "sources_N": source_N, "sources": names}
+        places: dict[str, Any] = {"blocks_N": number_N, "sources_N": source_N, "sources": names}
         whole = Audit(exact_N=exact_N, student_N=student_N, rechecked_N=rechecked_N, **places)
         audited = np.isin(
             number_N, np.random.default_rng(2).permutation(self.documents.test)[: len(self.documents.test) // 2]

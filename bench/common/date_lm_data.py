@@ -55,7 +55,8 @@ def read_benchmark(options: argparse.Namespace) -> Benchmark:
     for suffix in ("jsonl", "parquet"):
         files = [options.data / f"{split}.{suffix}" for split in ("train", "ref")]
         if all(file.is_file() for file in files):
-            return date_lm_benchmark(options.data.name, *(_table(file) for file in files), options)
+            train, ref = map(_table, files)
+            return date_lm_benchmark(options.data.name, train, ref, options)
     if not (options.data / "offensive_tweets.jsonl").is_file():
         raise FileNotFoundError(
             f"{options.data} has neither train.jsonl and ref.jsonl (or .parquet) nor offensive_tweets.jsonl:"

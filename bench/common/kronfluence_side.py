@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -97,11 +98,12 @@ class KronfluenceSide:
                 assert isinstance(module, TrackedModule)
                 module.einsum_path = None
                 module.storage[ACCUMULATED_PRECONDITIONED_GRADIENT_NAME] = self._query(name, rank, dtype)
+            rows: Any = [{"input_ids": row} for row in tokens_BT]
             scores = compute_dot_products_with_loader(
                 model=self.model,
                 task=self.task,
                 state=self.state,
-                train_loader=DataLoader([{"input_ids": row} for row in tokens_BT], batch_size=batch),
+                train_loader=DataLoader(rows, batch_size=batch),
                 factor_args=FactorArguments(),
                 score_args=arguments,
                 tracked_module_names=self.names,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def random_direction(proxy: PreTrainedModel, *, seed: int = 0) -> dict[str, Tens
     generator = torch.Generator().manual_seed(seed)
     direction = {}
     for name in tracked_modules(proxy, min_coverage=0.9).names:
-        module = proxy.get_submodule(name)
+        module: Any = proxy.get_submodule(name)
         columns = module.weight.shape[1] + (module.bias is not None)
         direction[name] = torch.randn(module.weight.shape[0], columns, generator=generator)
     return direction

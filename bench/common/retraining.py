@@ -100,8 +100,10 @@ def retrain(subject: Subject, blocks: TrainingBlocks, retraining: Retraining) ->
         for begin in range(0, len(learnt), train.micro_batch_blocks):
             indices = learnt[begin : begin + train.micro_batch_blocks]
             taken = blocks.take(indices)
-            arrays = (taken.tokens_BT, taken.lengths_B, left_out_NT[indices])
-            engine.backward(engine.loss(MicroBatch(*map(torch.from_numpy, arrays), token_count=count)).loss)
+            tokens_BT, lengths_B, mask_BT = map(
+                torch.from_numpy, (taken.tokens_BT, taken.lengths_B, left_out_NT[indices])
+            )
+            engine.backward(engine.loss(MicroBatch(tokens_BT, lengths_B, mask_BT, count)).loss)
         engine.end_step()
     return engine.module.model.eval()
 

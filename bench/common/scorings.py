@@ -83,7 +83,8 @@ class Scorings:
             directions = self.directions(kinds)
             found = self._score([directions[kind] for kind in kinds], blocks)
             with publish(path) as part, part.open("wb") as file:
-                np.savez(file, **{kind: np.concatenate(own) for kind, own in zip(kinds, found, strict=True)})
+                whole: dict[str, Any] = {kind: np.concatenate(own) for kind, own in zip(kinds, found, strict=True)}
+                np.savez(file, **whole)
         ends = np.cumsum([len(block) for block in blocks])[:-1]
         with np.load(path) as kept:
             return {kind: np.split(kept[kind], ends) for kind in kinds}

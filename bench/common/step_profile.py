@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,7 +108,7 @@ class Parts:
     """Seconds of the parts of a step of a loop, by name, added up over steps."""
 
     def __init__(self, loop: TrainingLoop, device: str):
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.device = device
         engine: Any = loop.engine
         places = {
