@@ -69,7 +69,7 @@ def check_text(source: Input, dotted_key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts, with a continuation or without: JSONL, JSON, Parquet or Arrow. A bare string stands for `path`.
+    """Prompts, with a continuation or without: JSONL, JSON, CSV, TSV, Parquet or Arrow. A bare string stands for `path`.
 
     `prompt` and `continuation` are texts, or objects with a `text` and scores, as in RealToxicityPrompts.
 
@@ -88,7 +88,7 @@ class Completions:
     `path`.
 
     Attributes:
-        path: a file, a glob or a folder: JSONL, JSON, Parquet or Arrow.
+        path: a file, a glob or a folder: JSONL, JSON, CSV, TSV, Parquet or Arrow.
         prompt_column: column of the prompt. Null: `prompt`, or no prompt in rows of a `text`.
         completion_column: column of the completion. Null: `completion`, else `text`.
         rows: keep rows start <= row < stop.
@@ -105,7 +105,7 @@ class Pairs:
     """Queries of both sets: rows with a prompt and two completions. A bare string stands for `path`.
 
     Attributes:
-        path: a file, a glob or a folder: JSONL, JSON, Parquet or Arrow.
+        path: a file, a glob or a folder: JSONL, JSON, CSV, TSV, Parquet or Arrow.
         prompt_column: column of the prompt.
         positive_column: column of the completion that shows the behaviour.
         negative_column: column of the one that does not.
@@ -156,7 +156,7 @@ class PromptSet:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledTexts:
-    """Texts that people judged: JSONL, JSON, Parquet or Arrow. A bare string stands for `path`.
+    """Texts that people judged: JSONL, JSON, CSV, TSV, Parquet or Arrow. A bare string stands for `path`.
 
     Attributes:
         path: a file, a glob or a folder.

@@ -1,4 +1,4 @@
-"""Prompt tables, prompts in groups, and texts with human labels, from JSONL, JSON, Parquet and Arrow files.
+"""Prompt tables, prompts in groups, and texts with human labels, from JSONL, JSON, CSV, TSV, Parquet and Arrow files.
 
 - A prompt table has RealToxicityPrompts' own schema, one row {"prompt": {"text", score: value, ...}, "continuation":
   {"text", score: value, ...}}; the scores are those of Perspective there, and of anything else elsewhere.
