@@ -59,11 +59,12 @@ from ifguide.influence.scorer import TokenScorer
 from ifguide.student.certificate import FIGURES, Audit, Certificate, Fidelity, certify
 from ifguide.student.encoder import EncoderStudent, encoder_source
 from ifguide.student.encoder_fit import EncoderSettings, fit_encoder
-from ifguide.student.fidelity import RECHECK_SHARE, TOP_SHARE, fidelity
+from ifguide.student.fidelity import TOP_SHARE, fidelity
 from ifguide.student.head import HeadScorer, HeadStudent
 from ifguide.student.head_fit import HeadSample, Transforms, fit_head
 from ifguide.student.ngrams import NgramStudent, NgramSums, choose_strength
 from ifguide.student.recheck import block_counts, least_count
+from ifguide.student.said import RECHECK_SHARE
 from ifguide.student.suffix import first_of_suffix, suffix_of
 from ifguide.telemetry import configure_logging, log
 

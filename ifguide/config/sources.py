@@ -69,7 +69,7 @@ def check_text(source: Input, dotted_key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts, with a continuation or without: JSONL, JSON, CSV, TSV, Parquet or Arrow. A bare string stands for `path`.
+    """Prompts, with continuations or not: JSONL, JSON, CSV, TSV, Parquet or Arrow. A bare string stands for `path`.
 
     `prompt` and `continuation` are texts, or objects with a `text` and scores, as in RealToxicityPrompts.
 

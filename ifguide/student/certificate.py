@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ifguide.evaluation.bootstrap import Bootstrap, Figure, Replicates
-from ifguide.student.fidelity import RECHECK_SHARE, TOP_SHARE, PairedScores
-from ifguide.student.said import interval
+from ifguide.student.fidelity import TOP_SHARE, PairedScores
+from ifguide.student.said import RECHECK_SHARE, counted, interval
 
 NORMAL_QUANTILE = 1.959964  # of Wilson's interval, 95%
 FIGURES = ("pearson", "spearman", "overlap", "recall", "rechecked")
@@ -95,11 +95,12 @@ class Certificate:
         All tokens together must be shown to reach `least`: the bound counts. A source is small, and its interval is
         wide: it falls short where even the upper end of its interval does."""
         found = []
-        whole = _share(self.whole, cascade)
+        figure, _ = counted(cascade=cascade)
+        whole: Figure = getattr(self.whole, figure)
         if whole.low is None or whole.low < least:
             found.append(f"{_said('all sources', self.whole, cascade)}, and its bound must reach {least:g}")
         for source, fidelity in self.by_source.items():
-            share = _share(fidelity, cascade)
+            share: Figure = getattr(fidelity, figure)
             if share.high is not None and share.high < least:
                 found.append(f"{_said(source, fidelity, cascade)}, surely below {least:g}")
         return found
@@ -110,7 +111,7 @@ class Certificate:
         spearman, recall, rechecked = (interval(asdict(figure)) for figure in whole)
         return (
             f"Spearman {spearman} with the exact scores; of their top {self.top_share:.0%} {recall} in the student's"
-            f" top {RECHECK_SHARE:.0%}, {rechecked} in blocks that were rechecked"
+            f" top {RECHECK_SHARE:.0%}, {rechecked} in rechecked blocks"
             + (f"; no block of {', '.join(self.unaudited)}" if self.unaudited else "")
         )
 
@@ -118,16 +119,13 @@ class Certificate:
         return asdict(self)
 
 
-def _share(fidelity: Fidelity, cascade: bool) -> Figure:
-    return fidelity.rechecked if cascade else fidelity.recall
-
-
 def _said(name: str, fidelity: Fidelity, cascade: bool) -> str:
-    share, highest = _share(fidelity, cascade), f"the {fidelity.top_tokens} highest exact scores of the audit"
+    figure, where = counted(cascade=cascade)
+    share: Figure = getattr(fidelity, figure)
     if share.value is None:
         return f"{name}: the audit holds none of the highest exact scores"
-    where = "in blocks that were rechecked" if cascade else f"in the student's top {RECHECK_SHARE:.0%}"
-    return f"{name}: {interval(asdict(share))} of {highest} are {where}"
+    highest = f"the {fidelity.top_tokens} highest exact scores of the audit"
+    return f"{name}: {interval(asdict(share))} of {highest} are in {where}"
 
 
 def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap | None = None) -> Certificate:

@@ -11,9 +11,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from ifguide.student.said import RECHECK_SHARE
+
 Floats = NDArray[np.floating]
 TOP_SHARE = 0.02  # of the tokens: what a mask holds by default
-RECHECK_SHARE = 0.1  # of the tokens: what the exact pass may read again
 
 
 class OrderedScores:

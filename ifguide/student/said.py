@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SUMMARY = "student"  # in the summary of scores
+RECHECK_SHARE = 0.1  # of the tokens: what the exact pass may read again
 
 
 def audit_lines(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -14,7 +15,7 @@ def audit_lines(summary: Mapping[str, Any]) -> dict[str, str]:
     if said is None:
         return {}
     whole, top = said["whole"], f"{said['top_share']:.0%}"
-    figure, where = _counting(said)
+    figure, where = counted(cascade=said["scorer"] == "cascade")
     found = f"exact top {top} in {where}"
     by_source = [f"{name} {interval(own[figure])}" for name, own in said["by_source"].items()]
     lines = {
@@ -35,13 +36,13 @@ def audit_line(summary: Mapping[str, Any]) -> str:
     said = summary.get(SUMMARY)
     if said is None:
         return ""
-    figure, where = _counting(said)
+    figure, where = counted(cascade=said["scorer"] == "cascade")
     return f"{said['scorer']}: {interval(said['whole'][figure])} of the exact top {said['top_share']:.0%} in {where}"
 
 
-def _counting(said: Mapping[str, Any]) -> tuple[str, str]:
-    """The figure of a certificate that counts for these scores, and where it looks for the exact top."""
-    return ("rechecked", "rechecked blocks") if said["scorer"] == "cascade" else ("recall", "the student's top 10%")
+def counted(*, cascade: bool) -> tuple[str, str]:
+    """Which figure of a certificate counts for a cascade or a student alone, and where it looks for the exact top."""
+    return ("rechecked", "rechecked blocks") if cascade else ("recall", f"the student's top {RECHECK_SHARE:.0%}")
 
 
 def interval(figure: Mapping[str, Any]) -> str:

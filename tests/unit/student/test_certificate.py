@@ -92,7 +92,7 @@ def test_of_a_student_alone_its_own_top_counts_and_of_a_cascade_what_was_recheck
     certificate = certify(nothing, bootstrap=QUICK)
     assert certificate.shortfalls(0.9, cascade=False) == []
     assert "0.000" in certificate.shortfalls(0.9, cascade=True)[0]
-    assert "in blocks that were rechecked" in certificate.shortfalls(0.9, cascade=True)[0]
+    assert "in rechecked blocks" in certificate.shortfalls(0.9, cascade=True)[0]
 
 
 def test_a_small_source_that_is_wrong_is_named_where_the_whole_hides_it() -> None:
