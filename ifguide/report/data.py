@@ -18,6 +18,7 @@ from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.outliers import dominant_line
 from ifguide.student.said import audit_lines
 from ifguide.telemetry import read_metrics
+from ifguide.training.choices import read_choices
 
 MAX_OUTLIERS = 20
 METRICS = "metrics.jsonl"  # of a training
@@ -112,6 +113,7 @@ def _of_any_page(sources: ReportSources, metrics: Mapping[str, Any]) -> dict[str
         "seed": str(sources.seed),
         "reliability of the queries": _reliability(sources.artifacts.get("query")),
         **_audit(sources.artifacts.get("scores")),
+        **_steps(sources.trained),
     }
     return {
         "title": sources.title,
@@ -146,6 +148,12 @@ def _audit(scores: Path | None) -> dict[str, str]:
     if scores is None or not (scores / MANIFEST).exists():
         return {}
     return audit_lines(read_manifest(scores).summary)
+
+
+def _steps(trained: Mapping[str, Path]) -> dict[str, str]:
+    """What the steps of each training ran by, as its folder tells it."""
+    chosen = {name: read_choices(folder) for name, folder in trained.items()}
+    return {f"training of {name}": choices.text() for name, choices in chosen.items() if choices}
 
 
 def _classifier_text(source: ClassifierSource) -> str:

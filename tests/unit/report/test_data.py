@@ -12,6 +12,7 @@ from ifguide.config import config_from_mapping, to_yaml
 from ifguide.report.data import ReportSources, comparison_data
 from ifguide.report.page import write_report
 from ifguide.student.said import audit_lines
+from ifguide.training.choices import Choices, Compiled
 from tests.unit.report.sample_report import row
 from tests.unit.student.test_said import summary as student_summary
 
@@ -77,6 +78,21 @@ def test_the_audit_of_scores_that_a_student_made_is_on_the_page(tmp_path: Path) 
     assert "exact top 2% in rechecked blocks" in settings
     exact = settings_beside(tmp_path / "exact" / "scores", "score_corpus", {"attribution": "target"})
     assert settings.keys() - exact.keys() == audit_lines(said).keys()
+
+
+def test_what_the_steps_of_a_training_ran_by_is_on_the_page(tmp_path: Path) -> None:
+    chosen = Choices(layers=Compiled(True, "asked for"), loss=Compiled(False, "no compiler"), attention="sdpa")
+    for name in ("chosen", "older"):
+        (tmp_path / name).mkdir()
+    chosen.write(tmp_path / "chosen")
+    config = config_from_mapping({"evaluate": {"prompts": "prompts.jsonl"}})
+    trained = {name: tmp_path / name for name in ("chosen", "older")}
+    sources = ReportSources(title="t", options=config.evaluate, seed=0, config_yaml="", artifacts={}, trained=trained)
+    settings = dict(comparison_data(sources, METRICS, (row("only", 0.5),)).settings)
+    assert settings["training of chosen"] == (
+        "layers compiled (asked for), loss not compiled (no compiler), attention by sdpa"
+    )
+    assert "training of older" not in settings
 
 
 def settings_beside(folder: Path, verb: str, summary: dict[str, Any]) -> dict[str, str]:
