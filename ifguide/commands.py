@@ -251,11 +251,11 @@ def plan(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """Print a run's top documents."""
-    from ifguide.report.terminal import terminal_view
+    from ifguide.report.terminal import paint_for, terminal_view
     from ifguide.run import Run
 
-    run = Run(config=Config(run_dir=str(options.run_dir)))
-    for line in terminal_view(run.selection, documents=options.documents, context=options.context):
+    run, paint = Run(config=Config(run_dir=str(options.run_dir))), paint_for(sys.stdout)
+    for line in terminal_view(run.selection, documents=options.documents, context=options.context, paint=paint):
         print(line)
     return 0
 

@@ -1,8 +1,11 @@
-"""`ifguide inspect`: the top documents of a run in a terminal, masked tokens in red."""
+"""`ifguide inspect`: the top documents of a run, masked tokens in red, or in ⟦ ⟧ where there are no colours."""
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -16,7 +19,28 @@ from ifguide.selection.outliers import dominant_line, outlier_line
 RED, DIM, BOLD, RESET = "\x1b[1;31m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
-def terminal_view(folders: SelectionFolders, *, documents: int, context: int) -> Iterator[str]:
+class Paint(NamedTuple):
+    """What stands before and after each kind of text."""
+
+    masked: tuple[str, str]
+    gap: tuple[str, str]
+    head: tuple[str, str]
+    warning: tuple[str, str]
+    plain: tuple[str, str] = ("", "")
+
+
+COLOURS = Paint(masked=(RED, RESET), gap=(DIM, RESET), head=(BOLD, RESET), warning=(RED, RESET))
+PLAIN = Paint(masked=("⟦", "⟧"), gap=("", ""), head=("", ""), warning=("", ""))
+
+
+def paint_for(stream: TextIO) -> Paint:
+    """Colours on a terminal; the variables NO_COLOR and FORCE_COLOR, where not empty, decide before that."""
+    if os.environ.get("NO_COLOR"):
+        return PLAIN
+    return COLOURS if os.environ.get("FORCE_COLOR") or stream.isatty() else PLAIN
+
+
+def terminal_view(folders: SelectionFolders, *, documents: int, context: int, paint: Paint = COLOURS) -> Iterator[str]:
     """Lines for a terminal: a head for each document, then its tokens within `context` of a masked one.
 
     Raises:
@@ -38,27 +62,30 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int) ->
     )
     yield outlier_line(summary, manifest.options["build_mask"])
     if dominant := dominant_line(summary, manifest.options["build_mask"]):
-        yield f"{RED}{dominant}{RESET}"
+        yield _within(paint.warning, dominant)
     for document in view.top_documents(documents):
         yield ""
         masked = int(document.masked.sum())
-        source = f"{BOLD}{document.rank}. {visible(document.source)}{RESET}"
+        source = _within(paint.head, f"{document.rank}. {visible(document.source)}")
         yield f"{source} rank score {document.rank_score:.4f}, {masked} masked"
-        yield _coloured(document, context)
+        yield _painted(document, context, paint)
 
 
-def _coloured(document: ShownDocument, context: int) -> str:
+def _painted(document: ShownDocument, context: int, paint: Paint) -> str:
     places = np.flatnonzero(document.masked)
     shown = np.zeros(len(document.texts), dtype=bool)
     for place in places:
         shown[max(0, place - context) : place + context + 1] = True
-    pieces, skipping = [], False
-    for text, masked, near in zip(document.texts, document.masked, shown, strict=True):
-        if not near:
-            if not skipping:
-                pieces.append(f"{DIM} ... {RESET}")
-            skipping = True
-            continue
-        skipping = False
-        pieces.append(f"{RED}{visible(text)}{RESET}" if masked else visible(text))
+    tokens = zip(document.texts, document.masked.tolist(), shown.tolist(), strict=True)
+    pieces = []
+    for (masked, near), run in itertools.groupby(tokens, key=lambda token: token[1:]):
+        if near:
+            text = "".join(visible(token) for token, _, _ in run)
+            pieces.append(_within(paint.masked if masked else paint.plain, text))
+        else:
+            pieces.append(_within(paint.gap, " ... "))
     return "".join(pieces)
+
+
+def _within(marks: tuple[str, str], text: str) -> str:
+    return f"{marks[0]}{text}{marks[1]}"

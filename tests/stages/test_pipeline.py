@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -191,14 +192,22 @@ def test_the_report_says_what_the_continuations_say(finished: Config) -> None:
     assert "penalised" in page
 
 
-def test_show_and_inspect_print_what_the_run_holds(finished: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_and_inspect_print_what_the_run_holds(
+    finished: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["show", finished.run_dir]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("corpus", "factors", "model/penalised", "tau"))
     assert main(["inspect", finished.run_dir, "--documents", "2"]) == 0
     inspected = capsys.readouterr().out
-    assert "\x1b[1;31m" in inspected
+    assert "⟦" in inspected
+    assert "\x1b" not in inspected
     assert "tokens masked" in inspected
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["inspect", finished.run_dir, "--documents", "2"]) == 0
+    coloured = capsys.readouterr().out
+    assert "\x1b[1;31m" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == re.sub("[⟦⟧]", "", inspected)
 
 
 def test_exported_factors_lack_nothing_that_kronfluence_writes(finished: Config) -> None:

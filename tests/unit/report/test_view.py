@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ifguide.report.terminal import DIM, RED, RESET, _coloured
+from ifguide.report.terminal import COLOURS, DIM, PLAIN, RED, RESET, _painted, paint_for
 from ifguide.report.view import ShownDocument, token_texts
 from ifguide.tokenizer import train_tokenizer
 
@@ -86,5 +87,18 @@ def test_inspect_shows_the_characters_of_the_text_and_no_controls() -> None:
         annotated=masked,
         left_out=0,
     )
-    red = f"{RED}👩\u200d{RESET}{RED}{RESET}"
-    assert _coloured(document, 1) == f"{DIM} ... {RESET} 北京\u3000{red}␛[2J"
+    red = f"{RED}👩\u200d{RESET}"
+    assert _painted(document, 1, COLOURS) == f"{DIM} ... {RESET} 北京\u3000{red}␛[2J"
+    assert _painted(document, 1, PLAIN) == " ...  北京\u3000⟦👩\u200d⟧␛[2J"
+
+
+def test_colours_are_for_terminals_unless_a_variable_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    file, terminal = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert [paint_for(file), paint_for(terminal)] == [PLAIN, COLOURS]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert paint_for(file) == COLOURS
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert paint_for(terminal) == PLAIN
