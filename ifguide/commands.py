@@ -222,11 +222,11 @@ def status(options: argparse.Namespace) -> int:
     from ifguide.status import run_status
 
     while True:
-        found = run_status(options.run_dir, FOLDERS)
-        lines = [found.as_json()] if options.json else found.lines()
+        run = run_status(options.run_dir, FOLDERS)
+        lines = [run.as_json()] if options.json else run.lines()
         clear = "\x1b[H\x1b[2J" if options.watch and sys.stdout.isatty() else ""
         print(clear + "\n".join(lines), flush=True)
-        if not options.watch or found.holder is None or found.holder_has_ended:
+        if not options.watch or run.holder is None or run.holder_has_ended:
             return 0
         time.sleep(options.watch)
 
@@ -329,8 +329,8 @@ def import_scores(options: argparse.Namespace) -> int:
     config = _load(options)
     run = Run(config=config)
     if options.dry_run:
-        found = read_scores(options.scores, options.query)
-        log(options.command, f"would make {run.scores} of {found.sequences:,} sequences that {found.made_by} scored")
+        scores = read_scores(options.scores, options.query)
+        log(options.command, f"would make {run.scores} of {scores.sequences:,} sequences that {scores.made_by} scored")
         return 0
     places = {"corpus": run.corpus, "folder": run.scores, "tokens": _blocks(options), "config_yaml": to_yaml(config)}
     with _holding(options, config):

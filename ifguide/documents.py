@@ -26,12 +26,12 @@ BEGINNINGS = 8  # rows are longer by a multiple of this, where a BOS stands befo
 def known_documents(document_BT: Tensor | None) -> Iterator[dict[str, Tensor]]:
     """Models called within, with the arguments that this gives, see only tokens of the same document: `document_BT` has
     its number, ascending, for every token; None: a block is one document."""
-    found = masking_utils.find_packed_sequence_indices
+    original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: document_BT
     try:
         yield {} if document_BT is None else {"position_ids": positions_in_document(document_BT)}
     finally:
-        masking_utils.find_packed_sequence_indices = found
+        masking_utils.find_packed_sequence_indices = original
 
 
 def begins_document(document_BT: Tensor) -> Tensor:

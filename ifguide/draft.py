@@ -91,7 +91,7 @@ TABLES: dict[Role, set[str]] = {  # of queries: what a row has beside its prompt
 Looked = tuple[Path, tuple[str, ...], Kind]  # a file and its columns
 
 
-class Found(NamedTuple):
+class Source(NamedTuple):
     """Files of the same kind."""
 
     path: str
@@ -116,18 +116,22 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
     if base is not None:
         base = f"{base.removesuffix('.yaml')}.yaml"
         find_config(Path(base))
-    found = [each for pattern in data or _usual_places() for each in _look(pattern)]
-    documents = [each for each in found if each.kind.role == "documents"]
-    tables = {role: [each.path for each in found if each.kind.role == role] for role in get_args(Role)}
+    sources = [source for pattern in data or _usual_places() for source in _look(pattern)]
+    documents = [source for source in sources if source.kind.role == "documents"]
+    tables = {role: [source.path for source in sources if source.kind.role == role] for role in get_args(Role)}
     if not documents:
         raise ValueError(
-            f"--data: no documents among {', '.join(each.path for each in found)}; name a table with texts"
+            f"--data: no documents among {', '.join(source.path for source in sources)}; name a table with texts"
         )
-    sizes = [input_size([each.input]) for each in documents]
+    sizes = [input_size([source.input]) for source in documents]
     tokens = sum(size.tokens for size in sizes if size is not None)
-    lines = [_described(each, size) for each, size in zip(documents, sizes, strict=True)]
-    lines += [f"{each.path}: {each.kind.role} ({', '.join(each.columns)})" for each in found if each not in documents]
-    inputs = "".join(_input(each, line) for each, line in zip(documents, lines, strict=False))
+    lines = [_described(source, size) for source, size in zip(documents, sizes, strict=True)]
+    lines += [
+        f"{source.path}: {source.kind.role} ({', '.join(source.columns)})"
+        for source in sources
+        if source not in documents
+    ]
+    inputs = "".join(_input(source, line) for source, line in zip(documents, lines, strict=False))
     parts = [
         HEAD,
         f"extends: {_quoted(base)}\n" if base else "",
@@ -162,26 +166,26 @@ def _usual_places() -> list[str]:
     return patterns
 
 
-def _look(pattern: str) -> list[Found]:
+def _look(pattern: str) -> list[Source]:
     """The files of a pattern as one input where they are of one kind, else those of each folder and kind."""
     looked = [(path, *_content(path)) for path in list_files(pattern, "--data")]
     groups: dict[str, list[Looked]] = {}
-    for each in looked:
-        alike = len({kind for *_, kind in looked}) == 1
-        groups.setdefault(pattern if alike else f"{each[0].parent}/*{_suffix(each[0])}", []).append(each)
-    found = []
+    alike = len({kind for *_, kind in looked}) == 1
+    for file in looked:
+        groups.setdefault(pattern if alike else f"{file[0].parent}/*{_suffix(file[0])}", []).append(file)
+    sources = []
     for name, files in groups.items():
         one = len(files) == 1 and len(groups) > 1
         if one or len({kind for *_, kind in files}) > 1:
-            found += [_found(str(each[0]), [each]) for each in files]
+            sources += [_source(str(file[0]), [file]) for file in files]
         else:
-            found.append(_found(name, files))
-    return found
+            sources.append(_source(name, files))
+    return sources
 
 
-def _found(path: str, files: Sequence[Looked]) -> Found:
+def _source(path: str, files: Sequence[Looked]) -> Source:
     columns = tuple(dict.fromkeys(name for _, names, _ in files for name in names))
-    return Found(path=path, files=len(files), columns=columns, kind=files[0][2])
+    return Source(path=path, files=len(files), columns=columns, kind=files[0][2])
 
 
 def _suffix(path: Path) -> str:
@@ -220,16 +224,16 @@ def _documents(path: Path, row: Mapping[str, Any]) -> Kind:
     return Kind("documents", named[0] if named else max(texts, key=lambda name: len(texts[name])))
 
 
-def _described(found: Found, size: InputSize | None) -> str:
-    column = f"; the text is in `{found.kind.column}` of {', '.join(found.columns)}" if found.columns else ""
+def _described(source: Source, size: InputSize | None) -> str:
+    column = f"; the text is in `{source.kind.column}` of {', '.join(source.columns)}" if source.columns else ""
     assert size is not None  # the files are there
     files = f"{size.files:,} file{'' if size.files == 1 else 's'}"
-    return f"{found.path}: {files}, {size.bytes / 1e6:,.3g} MB, about {size.tokens:,.0f} tokens{column}"
+    return f"{source.path}: {files}, {size.bytes / 1e6:,.3g} MB, about {size.tokens:,.0f} tokens{column}"
 
 
-def _input(found: Found, line: str) -> str:
-    column = f"      text_column: {_quoted(found.kind.column)}\n" if found.kind.column else ""
-    return f"    # {line.removeprefix(f'{found.path}: ')}\n    - path: {_quoted(found.path)}\n{column}"
+def _input(source: Source, line: str) -> str:
+    column = f"      text_column: {_quoted(source.kind.column)}\n" if source.kind.column else ""
+    return f"    # {line.removeprefix(f'{source.path}: ')}\n    - path: {_quoted(source.path)}\n{column}"
 
 
 def _query(tables: Mapping[str, Sequence[str]]) -> str:

@@ -229,11 +229,11 @@ def _refuse_untraceable(blocks_name: str, blocks: nn.ModuleList) -> None:
         if remedy is not None:
             modules.setdefault((type(module).__name__, remedy), []).append(name)
     if modules:
-        each = "; ".join(
+        described = "; ".join(
             f"{names[0]} ({kind}{f', {len(names)} such modules' if len(names) > 1 else ''}): {remedy}"
             for (kind, remedy), names in modules.items()
         )
-        raise ValueError(f"influence cannot be traced through all weight matrices of {blocks_name}. {each}")
+        raise ValueError(f"influence cannot be traced through all weight matrices of {blocks_name}. {described}")
 
 
 def _remedy(name: str, module: nn.Module) -> str | None:

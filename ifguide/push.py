@@ -125,14 +125,14 @@ def _results(metrics: Mapping[str, Any], options: Mapping[str, Any], model: str)
     """A model's figures with intervals: of each set of prompts EMT and TP by each evaluator; benchmarks; of texts."""
     figures = metrics["models"][model]
     paths = {PROMPTS: options["prompts"]} | options.get("prompt_sets", {})
-    for prompts, found in figures["sets"].items():
-        for group, values in found["groups"].items():
+    for prompts, results in figures["sets"].items():
+        for group, values in results["groups"].items():
             for kind in ("emt", "tp"):
                 for label in metrics["evaluators"]:
                     title = f"{kind.upper()}, {label}" + ("" if group == "all" else f", {group}")
                     yield from _result(paths[prompts], kind, title, values[kind][label], metrics)
-    for task, found in figures.get("lm_eval", {}).items():
-        for metric, figure in found.items():
+    for task, results in figures.get("lm_eval", {}).items():
+        for metric, figure in results.items():
             yield from _result({"path": task}, metric, metric, figure, metrics)
     texts = {"last": options.get("cloze"), "": next(iter(options.get("heldout") or ()), None)}
     for key, title in FLUENCY_TITLES.items():

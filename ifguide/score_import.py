@@ -71,11 +71,11 @@ def import_scores(
         FileNotFoundError: no such folder or file. ValueError: scores of another kind, unfinished, not finite, of other
             blocks, or of several queries. MismatchError: `folder` holds others.
     """
-    packed, found = require(corpus, "pack_corpus"), read_scores(path, query)
-    if found.sequences != packed.rows["blocks"]:
-        raise ValueError(f"{path} scores {found.sequences:,} sequences, {corpus} has {packed.rows['blocks']:,} blocks")
+    packed, scores = require(corpus, "pack_corpus"), read_scores(path, query)
+    if scores.sequences != packed.rows["blocks"]:
+        raise ValueError(f"{path} scores {scores.sequences:,} sequences, {corpus} has {packed.rows['blocks']:,} blocks")
     require_same_blocks(path, corpus, tokens)
-    digest = sha256("".join(file_digest(path / name) for name in found.files).encode()).hexdigest()
+    digest = sha256("".join(file_digest(path / name) for name in scores.files).encode()).hexdigest()
     artifact = open_artifact(
         folder,
         verb=VERB,
@@ -85,11 +85,11 @@ def import_scores(
     )
     if artifact.manifest:
         return artifact.manifest
-    sign = -found.sign if negate else found.sign
-    shards = list(_write_shards(list(verified_files(corpus)), found, sign, path, folder))
+    sign = -scores.sign if negate else scores.sign
+    shards = list(_write_shards(list(verified_files(corpus)), scores, sign, path, folder))
     summary = {
         "source": str(path.absolute()),
-        "made_by": found.made_by,
+        "made_by": scores.made_by,
         "attribution": "not recorded",
         "negated": sign < 0,
         "score_min": min(shard.lowest for shard in shards),
@@ -100,7 +100,7 @@ def import_scores(
 
 
 def _write_shards(
-    shards: list[Path], found: ForeignScores, sign: int, path: Path, folder: Path
+    shards: list[Path], scores: ForeignScores, sign: int, path: Path, folder: Path
 ) -> Iterator[ImportedShard]:
     """Publish a shard of scores for each of the corpus."""
     for shard in shards:
@@ -109,7 +109,7 @@ def _write_shards(
         block_size = table.schema.field("tokens").type.list_size
         scores_BT = np.zeros((len(lengths), block_size), np.float32)
         for row, (block, length) in enumerate(zip(block_ids, lengths, strict=True)):
-            scores_BT[row, 1:length] = sign * found.of(block, length - 1)
+            scores_BT[row, 1:length] = sign * scores.of(block, length - 1)
             if not np.isfinite(scores_BT[row]).all():
                 raise ValueError(f"{path}: a score of sequence {block} is not finite; score it again in a wider dtype")
         schema = schemas.scores(block_size)
@@ -192,7 +192,7 @@ def _more_is_stronger(path: Path) -> bool:
         ]
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{config} is no config of bergson's ({error}); restore it, or remove it") from error
-    return all(each.get("higher_is_better", True) for each in options[:1])
+    return all(option.get("higher_is_better", True) for option in options[:1])
 
 
 class KronfluenceScores:

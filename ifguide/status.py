@@ -74,7 +74,7 @@ def run_status(run_dir: Path, artifacts: Iterable[str]) -> RunStatus:
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} does not exist; `ifguide run` makes it")
     holder, named = read_holder(run_dir), list(artifacts)
-    found = {
+    further = {
         folder.relative_to(run_dir).as_posix()
         for pattern in FURTHER
         for folder in run_dir.glob(pattern)
@@ -83,7 +83,7 @@ def run_status(run_dir: Path, artifacts: Iterable[str]) -> RunStatus:
     return RunStatus(
         holder=str(holder) if holder else None,
         holder_has_ended=bool(holder and has_ended(holder)),
-        stages=tuple(_folder_status(name, run_dir / name) for name in [*named, *sorted(found - {*named})]),
+        stages=tuple(_folder_status(name, run_dir / name) for name in [*named, *sorted(further - {*named})]),
     )
 
 

@@ -219,8 +219,8 @@ class TensorBoard:
         Raises:
             OSError: they could not be written; names the file.
         """
-        known = [{"tag": name, "simple_value": value} for name, value in values.items() if value is not None]
-        self._append(step=step, summary={"value": known})
+        points = [{"tag": name, "simple_value": value} for name, value in values.items() if value is not None]
+        self._append(step=step, summary={"value": points})
 
     def _append(self, **event: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

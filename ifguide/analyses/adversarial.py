@@ -79,7 +79,7 @@ def attack(
         top_SK = (-gradient_SV).topk(min(budget.top_k, gradient_SV.shape[1]), dim=1).indices.cpu().numpy()
         candidates = replacements(current, top_SK, budget.candidates, rng)
         if keeps_its_tokens is not None:
-            candidates = [each for each in candidates if keeps_its_tokens(each)] or candidates
+            candidates = [suffix for suffix in candidates if keeps_its_tokens(suffix)] or candidates
         losses_B = _losses(model, context, candidates, target, budget.batch_size)
         current = candidates[int(losses_B.argmin())]
         steps += 1

@@ -107,12 +107,12 @@ def _disjoint(words: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
 def overrepresented_tokens(texts: Sequence[Sequence[int]], others: Sequence[Sequence[int]], count: int) -> list[int]:
     """The `count` tokens whose share in `texts` exceeds that in `others` most, by the ratio of shares after adding one
     to each count; of tokens that `texts` hold `MIN_COUNT` times or more. Ties by id."""
-    mine, theirs = (Counter(token for ids in each for token in ids) for each in (texts, others))
+    mine, theirs = (Counter(token for ids in side for token in ids) for side in (texts, others))
     total, other_total = mine.total() + 1, theirs.total() + 1
     lead = {
-        token: (found + 1) / total / ((theirs[token] + 1) / other_total)
-        for token, found in mine.items()
-        if found >= MIN_COUNT
+        token: (occurrences + 1) / total / ((theirs[token] + 1) / other_total)
+        for token, occurrences in mine.items()
+        if occurrences >= MIN_COUNT
     }
     ranked = sorted(lead, key=lambda token: (-lead[token], token))
     return [token for token in ranked[:count] if lead[token] > 1]

@@ -22,18 +22,18 @@ def as_markdown(models: Models) -> str:
         "loss",
     ]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
-    for model, found in models.items():
+    for model, results in models.items():
         cells = [model, "", "", "", "", "", "", ""]
-        if "lens" in found:
-            cells[1] = _with_interval(found["lens"]["layers"][-1], ".5f")
-        if "probes" in found:
-            chosen = found["probes"]["chosen"]
+        if "lens" in results:
+            cells[1] = _with_interval(results["lens"]["layers"][-1], ".5f")
+        if "probes" in results:
+            chosen = results["probes"]["chosen"]
             cells[2] = (
                 f"{_with_interval(chosen['auroc'], '.3f')} ({', '.join(map(str, sorted(set(chosen['depths']))))})"
             )
             cells[3] = _with_interval(chosen["accuracy"], ".3f")
-        if "gcg" in found:
-            attacks = found["gcg"]
+        if "gcg" in results:
+            attacks = results["gcg"]
             for place, name in enumerate(("exact", "flagged", "flagged_before", "loss"), start=4):
                 cells[place] = _with_interval(attacks[name], ".2f")
         lines.append(f"| {' | '.join(cells)} |")
@@ -44,8 +44,8 @@ def draw_lens(models: Models, path: Path) -> None:
     """The mass of the words by depth, with intervals; depth as a share of the model's own."""
 
     def plot(axes: Any) -> None:
-        for model, found in models.items():
-            _band(axes, found["lens"]["layers"], model)
+        for model, results in models.items():
+            _band(axes, results["lens"]["layers"], model)
         axes.set(yscale="log", ylabel="probability of the words", title="Logit lens")
 
     _by_depth(plot, path)
@@ -55,8 +55,8 @@ def draw_probes(models: Models, path: Path) -> None:
     """AUROC of the probes by depth, with intervals."""
 
     def plot(axes: Any) -> None:
-        for model, found in models.items():
-            _band(axes, [layer["auroc"] for layer in found["probes"]["layers"]], model)
+        for model, results in models.items():
+            _band(axes, [layer["auroc"] for layer in results["probes"]["layers"]], model)
         axes.set(ylabel="AUROC", title="Linear probes")
 
     _by_depth(plot, path)
@@ -66,9 +66,9 @@ def draw_gcg(models: Models, path: Path) -> None:
     """Loss of the targets before and after the attack, a point a target; below the diagonal the attack helped."""
 
     def plot(axes: Any) -> None:
-        for model, found in models.items():
-            attacks = found["gcg"]["attacks"]
-            before, after = ([each[name] for each in attacks] for name in ("first_loss", "loss"))
+        for model, results in models.items():
+            attacks = results["gcg"]["attacks"]
+            before, after = ([attack[name] for attack in attacks] for name in ("first_loss", "loss"))
             axes.scatter(before, after, label=model, alpha=0.8)
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color="grey", linewidth=0.8)

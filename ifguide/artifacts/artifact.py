@@ -147,10 +147,10 @@ def _remove_scratch(folder: Path) -> None:
     (folder / PLAN).unlink(missing_ok=True)
 
 
-def _refuse_other_plan(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _refuse_other_plan(folder: Path, planned: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     differences = []
     for part in ("options", "inputs"):
-        old, new = _flatten(found[part]), _flatten(wanted[part])
+        old, new = _flatten(planned[part]), _flatten(wanted[part])
         differences += [
             f"{key} was {_short(old.get(key))}, now {_short(new.get(key))}"
             for key in sorted(old.keys() | new.keys())

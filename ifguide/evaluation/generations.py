@@ -88,8 +88,8 @@ def _open(evaluation: Evaluation, model: str, name: str) -> Artifact:
 
 def sampled_options(options: Evaluate) -> dict[str, Any]:
     """What decides the text of the continuations."""
-    known = result_part(options)
-    return {name: known[name] for name in OPTIONS if name in known}
+    settings = result_part(options)
+    return {name: settings[name] for name in OPTIONS if name in settings}
 
 
 def has_generations(evaluation: Evaluation, model: str) -> bool:

@@ -48,7 +48,7 @@ def benchmarks(
     except KeyError as error:
         raise ValueError(f"evaluate.lm_eval: {error.args[0]}; `lm_eval ls tasks` lists the names") from error
     counts = made["n-samples"]
-    return {task: _figures(found, counts.get(task, {}).get("effective")) for task, found in made["results"].items()}
+    return {task: _figures(metrics, counts.get(task, {}).get("effective")) for task, metrics in made["results"].items()}
 
 
 @functools.cache
@@ -65,14 +65,14 @@ def _stands_alone(task: str) -> bool:
     return path.is_file() and not _NAMES_OTHERS.search(path.read_text(encoding="utf-8"))
 
 
-def _figures(found: Mapping[str, Any], count: int | None) -> dict[str, dict[str, Any]]:
+def _figures(metrics: Mapping[str, Any], count: int | None) -> dict[str, dict[str, Any]]:
     """The metrics of one task; the harness names them `metric,filter`, and their errors `metric_stderr,filter`."""
     figures = {}
-    for key, value in found.items():
+    for key, value in metrics.items():
         metric, _, kind = key.partition(",")
         if key in DETAILS or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        error = found.get(f"{metric}_stderr,{kind}")
+        error = metrics.get(f"{metric}_stderr,{kind}")
         reach = DEVIATIONS * error if isinstance(error, int | float) else None
         ends = {"low": None, "high": None} if reach is None else {"low": value - reach, "high": value + reach}
         figures[metric if kind in ("", "none") else f"{metric}, {kind}"] = {"value": value, **ends, "n": count}

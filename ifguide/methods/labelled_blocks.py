@@ -20,19 +20,19 @@ def labelled_blocks(corpus: PackedCorpus, tokens: int, seed: int) -> tuple[list[
     rng = np.random.default_rng(seed)
     marked: list[tuple[int, int]] = []  # shard, block within it
     plain: list[tuple[int, int]] = []
-    found: list[int] = []
+    annotated_tokens: list[int] = []
     for shard in rng.permutation(corpus.num_shards).tolist():
         begin, end = corpus.extent(shard)
         annotated = corpus.read(corpus.folder, "shard", "annotated", begin, end)
         counts = np.add.reduceat(annotated.astype(np.int64), np.arange(0, end - begin, corpus.block_size))
         for block in rng.permutation(len(counts)).tolist():
             (marked if counts[block] else plain).append((shard, block))
-            found += [int(counts[block])] if counts[block] else []
-        if sum(found) >= tokens:
+            annotated_tokens += [int(counts[block])] if counts[block] else []
+        if sum(annotated_tokens) >= tokens:
             break
-    if not found:
+    if not annotated_tokens:
         raise ValueError(f"{corpus.folder} has no annotated token; mask span_probe needs documents with spans")
-    enough = int(np.searchsorted(np.cumsum(found), tokens)) + 1
+    enough = int(np.searchsorted(np.cumsum(annotated_tokens), tokens)) + 1
     chosen = sorted([*marked[:enough], *plain[: min(enough, len(marked))]])
     blocks, labels, documents = [], [], []
     for shard in sorted({shard for shard, _ in chosen}):

@@ -98,10 +98,10 @@ def mark_texts(corpus: PackedCorpus, folder: Path, shard: int, tokenizer: Any, f
     return _write(folder, shard, documents, marks)
 
 
-def _write(folder: Path, shard: int, documents: pa.Table, found: Sequence[np.ndarray]) -> SpanCounts:
-    """Write `spans-<shard>`, of each of `documents` the (K, 2) spans `found`."""
-    counts = np.array([len(spans) for spans in found], np.int64)
-    return write_found_spans(folder, shard, documents, np.concatenate([np.zeros((0, 2)), *found]), counts, 0)
+def _write(folder: Path, shard: int, documents: pa.Table, spans_D: Sequence[np.ndarray]) -> SpanCounts:
+    """Write `spans-<shard>`, of each of `documents` its (K, 2) spans."""
+    counts = np.array([len(spans) for spans in spans_D], np.int64)
+    return write_found_spans(folder, shard, documents, np.concatenate([np.zeros((0, 2)), *spans_D]), counts, 0)
 
 
 def mark_annotated_documents(corpus: PackedCorpus, folder: Path, shard: int) -> SpanCounts:

@@ -101,7 +101,7 @@ class Words:
 
 def ngrams_of(runs: Sequence[tuple[int, int, str]], longest: int) -> list[tuple[str, list[int]]]:
     """Each n-gram of 1 to `longest` words, a space between them, with the runs (by number) that it covers."""
-    found: list[tuple[str, list[int]]] = []
+    ngrams: list[tuple[str, list[int]]] = []
     before: list[int] = []  # the runs of the last words of this document
     for number, (_, _, word) in enumerate(runs):
         if word == "\n":
@@ -110,8 +110,8 @@ def ngrams_of(runs: Sequence[tuple[int, int, str]], longest: int) -> list[tuple[
             before = [*before, number][-longest:]
             for size in range(1, len(before) + 1):
                 covered = before[-size:]
-                found.append((" ".join(runs[i][2] for i in covered), covered))
-    return found
+                ngrams.append((" ".join(runs[i][2] for i in covered), covered))
+    return ngrams
 
 
 class NgramFinder:

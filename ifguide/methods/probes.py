@@ -275,10 +275,10 @@ def _features(
 ) -> NDArray[np.float32]:
     """(L, N, D) states of the tokens `rows` of each block, block by block; blocks without any are not read."""
     wanted = [i for i, places in enumerate(rows) if len(places)]
-    found: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(wanted)
+    features: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(wanted)
     for number, states in hidden_states(model, [blocks[i] for i in wanted], beginning=beginning):
         places = rows[wanted[number]]
-        found[number] = np.stack([layer[places].float().cpu().numpy() for layer in states])
-    if not found:
+        features[number] = np.stack([layer[places].float().cpu().numpy() for layer in states])
+    if not features:
         raise ValueError("no tokens to fit a probe on; give queries of both sets, or labelled documents")
-    return np.concatenate(found, axis=1)
+    return np.concatenate(features, axis=1)

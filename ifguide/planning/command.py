@@ -111,8 +111,8 @@ def planned_tokens(config: Config, corpora: Sequence[str] = ("corpus",)) -> tupl
     if size is None:
         return DEFAULT_TOKENS, [f"corpus size: assumed; {better}"]
     rows = ", rows that `rows` leaves out too" if any(source.rows for source in config.pack_corpus.inputs) else ""
-    found = f"{size.bytes:,} bytes in {size.files:,} file{'' if size.files == 1 else 's'}{rows}"
-    return max(1.0, size.tokens), [f"corpus size: estimated from {found}; {better}"]
+    described = f"{size.bytes:,} bytes in {size.files:,} file{'' if size.files == 1 else 's'}{rows}"
+    return max(1.0, size.tokens), [f"corpus size: estimated from {described}; {better}"]
 
 
 def planned_hardware(config: Config) -> Hardware:

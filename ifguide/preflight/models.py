@@ -74,12 +74,12 @@ class ModelChecks:
         except Exception as error:  # transformers has its own for a wrong type, and what comes of that may be any
             self.findings.fault(key, fields, f"transformers refuses it: {' '.join(str(error).split())}; mend the field")
             return
-        known = {*config_class().to_dict(), *config_class.attribute_map, "model_type"}
-        known |= {field.name for field in dataclasses.fields(config_class)}
+        class_fields = {*config_class().to_dict(), *config_class.attribute_map, "model_type"}
+        class_fields |= {field.name for field in dataclasses.fields(config_class)}
         kept = config.to_dict()  # what the class does not know stays as it is; older names it turns into others
         for name in fields:
-            if name in kept and name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            if name in kept and name not in class_fields:
+                near = difflib.get_close_matches(name, class_fields, n=1, cutoff=0.5)
                 advice = f"did you mean {near[0]}?" if near else "remove it"
                 self.findings.fault(f"{key}.{name}", fields[name], f"unknown field of {kind}; {advice}")
 
@@ -123,10 +123,10 @@ class ModelChecks:
         if named := [task for task in tasks if task not in files]:
             from lm_eval.tasks import TaskManager
 
-            known = TaskManager().all_tasks
+            all_tasks = TaskManager().all_tasks
             for task in named:
-                if task not in known:
-                    near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
+                if task not in all_tasks:
+                    near = difflib.get_close_matches(task, all_tasks, n=1, cutoff=0.5)
                     advice = f"; did you mean {near[0]}?" if near else "; `lm_eval ls tasks` lists them"
                     self.findings.fault(key, task, f"no task of lm-evaluation-harness{advice}")
 

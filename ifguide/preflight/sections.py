@@ -187,14 +187,14 @@ class _Sections:
         """That other runs' scores are there, and of one corpus: this run's, where it has been packed."""
         others, corpus = self.config.build_mask.others, self.run.corpus
         packed = (corpus / MANIFEST).exists()
-        found: dict[str, Any] = {}
+        earlier: dict[str, Any] = {}
         for index, value in enumerate(others):
             name = f"others[{index}]"
             with self.findings.caught(f"build_mask.{name}", value):
-                folder, manifest = find_scores(name, value, found)
+                folder, manifest = find_scores(name, value, earlier)
                 if packed:
                     require_one_corpus(f"{name}, {folder}", manifest, str(corpus), read_manifest(corpus).fingerprint)
-                found[name] = folder, manifest
+                earlier[name] = folder, manifest
         if others and not packed:
             self.findings.leave(
                 "build_mask.others", list(others), f"whether they are of {corpus}, which is not packed yet"

@@ -50,11 +50,11 @@ class TableChecks:
                 self.findings.leave(f"{key}.path", source.path, f"{len(opened)} of {len(files)} files were opened")
             strict = source.rows is None and not bad_rows
             with ThreadPoolExecutor(AT_ONCE) as threads:
-                found = list(threads.map(lambda file: _first_documents(file, source, strict=strict), opened))
-            faults = [fault for fault, _ in found if fault]
+                read = list(threads.map(lambda file: _first_documents(file, source, strict=strict), opened))
+            faults = [fault for fault, _ in read if fault]
             self._faults_of_files(key, source, faults)
             if not faults:
-                self._rows(key, source, files, empty=len(opened) == len(files) and not any(rows for _, rows in found))
+                self._rows(key, source, files, empty=len(opened) == len(files) and not any(rows for _, rows in read))
 
     def _hub_dataset(self, key: str, source: Input) -> None:
         name, _ = hub_name(source)
@@ -64,10 +64,10 @@ class TableChecks:
             if (reason := self.hub.unchecked(name, source.revision, "dataset")) is not None:
                 self.findings.leave(f"{key}.path", source.path, reason)
 
-    def _faults_of_files(self, key: str, source: Input, found: Iterable[tuple[str, str]]) -> None:
+    def _faults_of_files(self, key: str, source: Input, faults: Iterable[tuple[str, str]]) -> None:
         """One fault for each reason: the first place, and how many files have it."""
         places: dict[str, list[str]] = {}
-        for where, reason in found:
+        for where, reason in faults:
             places.setdefault(reason, []).append(where)
         for reason, files in places.items():
             more = f" (and in {len(files) - 1} more files)" if len(files) > 1 else ""

@@ -135,8 +135,8 @@ def _reliability(query: Path | None) -> str:
     if query is None or not (query / MANIFEST).exists():
         return ""
     summary = read_manifest(query).summary
-    found, held_out = summary.get("reliability"), summary.get("held_out", {})
-    parts = [] if found is None else [f"{found:.2f} of 1"]
+    reliability, held_out = summary.get("reliability"), summary.get("held_out", {})
+    parts = [] if reliability is None else [f"{reliability:.2f} of 1"]
     if "auroc" in held_out:
         count = held_out["positive"] + held_out["negative"]
         parts.append(f"{count:,} held-out queries told apart with AUROC {held_out['auroc']:.2f}")

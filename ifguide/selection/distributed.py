@@ -64,17 +64,17 @@ def select(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> Se
     wanted = {"score": rules.quantile, "mass": 0.5}
     scans, high = _scan(rules, files, run_tasks)
     shards = place_shards(files, [scans[item.name].extent for item in files])
-    found = discoveries(high["score"], high["null"], len(rules.measure.nulls), rules.fdr) if rules.fdr else None
+    discovered = discoveries(high["score"], high["null"], len(rules.measure.nulls), rules.fdr) if rules.fdr else None
     buckets = {name: quantile_buckets(high[name], wanted[name]) for name in wanted}
-    if found:
-        buckets["score"] = (found.bucket,)
+    if discovered:
+        buckets["score"] = (discovered.bucket,)
     low = {name: {bucket: np.zeros(BUCKETS, np.int64) for bucket in buckets[name]} for name in wanted}
     for histograms in run_tasks(keep_candidates, ((rules, item, buckets) for item in files)):
         for name, of_bucket in low.items():
             for bucket, total in of_bucket.items():
                 total += histograms[name][bucket]
     median_mass = quantile_from_histograms(high["mass"], low["mass"], wanted["mass"])
-    tau = found.threshold if found else quantile_from_histograms(high["score"], low["score"], wanted["score"])
+    tau = discovered.threshold if discovered else quantile_from_histograms(high["score"], low["score"], wanted["score"])
     predicted, num_blocks = int(high["score"].sum()), int(high["mass"].sum())
     num_units = num_blocks if rules.unit == "block" else sum(shard.extent.num_documents for shard in shards)
 
@@ -107,7 +107,7 @@ def select(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> Se
         outliers={name: sum(counts[name] for counts in outliers) for name in outliers[0]},
         excluded_blocks=sum(x.repeated for x in scans.values()) if rules.exclude_repeated else 0,
         spread=rules.measure.spread,
-        found=found,
+        found=discovered,
     )
 
 

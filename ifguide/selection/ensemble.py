@@ -102,10 +102,10 @@ def other_scores(options: BuildMask) -> dict[str, Scored]:
         ConfigError: one is no folder of finished token scores, or holds the same ones as another; names the key.
         MismatchError: two are of different corpora; names both.
     """
-    found: dict[str, Scored] = {}
+    scores: dict[str, Scored] = {}
     for index, value in enumerate(options.others):
-        found[f"others[{index}]"] = find_scores(f"others[{index}]", value, found)
-    return found
+        scores[f"others[{index}]"] = find_scores(f"others[{index}]", value, scores)
+    return scores
 
 
 def find_scores(own: str, value: str, earlier: Mapping[str, Scored]) -> Scored:
@@ -174,13 +174,13 @@ def find_ensemble(options: BuildMask, folders: SelectionFolders) -> Ensemble:
         require_one_corpus(f"{name}, {folder}", manifest, str(folders.corpus), corpus.fingerprint)
         runs[name] = (folder, require(folder, "score_corpus"))
     scored = {name: scored_in(folder, manifest) for name, (folder, manifest) in runs.items()}
-    for name, found in scored.items():
-        if options.behaviour not in found:
+    for name, present in scored.items():
+        if options.behaviour not in present:
             raise ConfigError(
                 f"build_mask.behaviour: {options.behaviour!r} is not in {runs[name][0]}, {name}, which holds"
-                f" {', '.join(found)}"
+                f" {', '.join(present)}"
             )
-    behaviours = tuple(name for name in scored["scores"] if all(name in found for found in scored.values()))
+    behaviours = tuple(name for name in scored["scores"] if all(name in present for present in scored.values()))
     columns = {name: _columns(folder, manifest, options, behaviours) for name, (folder, manifest) in runs.items()}
     shards = []
     for shard in corpus.names():

@@ -154,28 +154,30 @@ def _reliability(run: Run, settings: QuerySettings, factors: FactorsFolder) -> d
         log(VERB, f"no corpus in {run.corpus}: the reliability of the queries is not measured")
         return {}
     blocks = _corpus_blocks(run, -(-RELIABILITY_TOKENS // run.config.pack_corpus.block_size))
-    found = run_task(judge_queries, settings, factors, blocks, run.config.seed, resources=config.resources)
-    if found is None:
+    judged = run_task(judge_queries, settings, factors, blocks, run.config.seed, resources=config.resources)
+    if judged is None:
         log(VERB, "a set of a single query has no halves: the reliability of the queries is not measured")
         return {}
     log(
         VERB,
-        f"reliability of scores by these queries {found.reliability:.2f}; by halves of {found.positive:,} +"
-        f" {found.negative:,} of them, scores of {found.tokens:,} tokens correlate with {found.spearman:.2f}",
+        f"reliability of scores by these queries {judged.reliability:.2f}; by halves of {judged.positive:,} +"
+        f" {judged.negative:,} of them, scores of {judged.tokens:,} tokens correlate with {judged.spearman:.2f}",
     )
-    return {"reliability": round(found.reliability, 4), "reliability_measured": asdict(found)}
+    return {"reliability": round(judged.reliability, 4), "reliability_measured": asdict(judged)}
 
 
 def _held_out(run: Run, settings: QuerySettings) -> dict[str, Any]:
     """How many queries V is not made of, and how well scores along it tell their sets apart, for the manifest."""
     kinds = [row.positive for row in read_queries(run.query, HELD_OUT)]
     auroc = run_task(judge_held_out, settings, resources=settings.options.resources)
-    found = {"positive": sum(kinds), "negative": len(kinds) - sum(kinds)}
+    counts = {"positive": sum(kinds), "negative": len(kinds) - sum(kinds)}
     if auroc is None:
-        log(VERB, f"held out {found}: without either kind nothing is told apart")
-        return found
-    log(VERB, f"scores along V tell {found['positive']:,} + {found['negative']:,} held-out queries apart: {auroc:.3f}")
-    return {**found, "auroc": round(auroc, 4)}
+        log(VERB, f"held out {counts}: without either kind nothing is told apart")
+        return counts
+    log(
+        VERB, f"scores along V tell {counts['positive']:,} + {counts['negative']:,} held-out queries apart: {auroc:.3f}"
+    )
+    return {**counts, "auroc": round(auroc, 4)}
 
 
 def _corpus_blocks(run: Run, count: int) -> Path:

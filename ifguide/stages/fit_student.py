@@ -81,7 +81,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
 def _sample(results: ShardResults) -> dict[str, Any]:
     """What the parts' sample holds, and the sources that it does not."""
     counts = {name: sum(part[name] for part in results.values()) for name in ("blocks", "held", "tokens", "halvings")}
-    found, sampled = (
+    named, sampled = (
         {source for part in results.values() for source in part[name]} for name in ("sources", "sampled_sources")
     )
-    return {**counts, "sources": len(found), "unsampled": sorted(found - sampled)}
+    return {**counts, "sources": len(named), "unsampled": sorted(named - sampled)}

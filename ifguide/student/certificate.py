@@ -94,16 +94,16 @@ class Certificate:
 
         All tokens together must be shown to reach `least`: the bound counts. A source is small, and its interval is
         wide: it falls short where even the upper end of its interval does."""
-        found = []
+        shortfalls = []
         figure, _ = counted(cascade=cascade)
         whole: Figure = getattr(self.whole, figure)
         if whole.low is None or whole.low < least:
-            found.append(f"{_said('all sources', self.whole, cascade)}, and its bound must reach {least:g}")
+            shortfalls.append(f"{_said('all sources', self.whole, cascade)}, and its bound must reach {least:g}")
         for source, fidelity in self.by_source.items():
             share: Figure = getattr(fidelity, figure)
             if share.high is not None and share.high < least:
-                found.append(f"{_said(source, fidelity, cascade)}, surely below {least:g}")
-        return found
+                shortfalls.append(f"{_said(source, fidelity, cascade)}, surely below {least:g}")
+        return shortfalls
 
     def __str__(self) -> str:
         """One line for people."""
@@ -135,8 +135,8 @@ def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap 
     order = np.lexsort((audit.student_N, audit.exact_N, block_N))
     exact_N, student_N, rechecked_N = audit.exact_N[order], audit.student_N[order], audit.rechecked_N[order]
     block_N, source_N = block_N[order], audit.sources_N[order]
-    found = np.unique(source_N)
-    parts = [np.arange(len(exact_N)), *(np.flatnonzero(source_N == source) for source in found)]
+    sources = np.unique(source_N)
+    parts = [np.arange(len(exact_N)), *(np.flatnonzero(source_N == source) for source in sources)]
     whole = PairedScores(exact_N, student_N)
     groups = [PairedScores(exact_N[rows], student_N[rows]) for rows in parts]
 
@@ -161,8 +161,8 @@ def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap 
     ]
     return Certificate(
         whole=fidelities[0],
-        by_source={audit.sources[source]: own for source, own in zip(found, fidelities[1:], strict=True)},
-        unaudited=[name for number, name in enumerate(audit.sources) if number not in set(found.tolist())],
+        by_source={audit.sources[source]: own for source, own in zip(sources, fidelities[1:], strict=True)},
+        unaudited=[name for number, name in enumerate(audit.sources) if number not in set(sources.tolist())],
         top_share=top_share,
         rechecked_share=float(rechecked_N.mean()),
     )

@@ -16,16 +16,16 @@ def audit_lines(summary: Mapping[str, Any]) -> dict[str, str]:
         return {}
     whole, top = said["whole"], f"{said['top_share']:.0%}"
     figure, where = counted(cascade=said["scorer"] == "cascade")
-    found = f"exact top {top} in {where}"
+    title = f"exact top {top} in {where}"
     by_source = [f"{name} {interval(own[figure])}" for name, own in said["by_source"].items()]
     lines = {
         "scores": f"{said['scorer']} with a student of kind {said['kind']}, {said['exact_blocks']:,} blocks exactly",
         "audit of the scores": f"{said['audited_blocks']:,} random blocks: Spearman {interval(whole['spearman'])} with"
         f" the exact scores, overlap of the top {top} {interval(whole['overlap'])}",
-        found: interval(whole[figure]),
+        title: interval(whole[figure]),
     }
     if len(by_source) > 1:
-        lines[f"{found}, by source"] = "; ".join(by_source)
+        lines[f"{title}, by source"] = "; ".join(by_source)
     if said["unaudited"]:
         lines["sources without an audited block"] = ", ".join(said["unaudited"])
     return lines

@@ -161,20 +161,20 @@ def label(settings: SampleSettings, scorers: Scorers, blocks: ShardBlocks) -> It
 
     def score(rows: slice, usual_blocks: int) -> Labelled:
         tokens, lengths, documents = tensors(blocks.tokens_BT, blocks.lengths_B, apart_BT, rows)
-        known = predicted_positions(tokens, lengths, documents)
+        predicted = predicted_positions(tokens, lengths, documents)
         if settings.kind != "head":
             scores = scorers.exact.score(tokens, lengths, documents, usual_blocks=usual_blocks)[0]
             suffix = None
             if scorers.suffix is not None:
                 suffix = scorers.suffix.score(tokens, lengths, documents, usual_blocks=usual_blocks)
-            return Labelled(tokens, known.to(scores.device), scores, suffix_BT=suffix)
+            return Labelled(tokens, predicted.to(scores.device), scores, suffix_BT=suffix)
         scores, states, tangents = scorers.exact.score_and_read(
             tokens, lengths, layers, documents, usual_blocks=usual_blocks, tangents=True
         )
         assert tangents is not None
         features = torch.cat(states, dim=-1).float()
         on = scores.device
-        return Labelled(tokens.to(on), known.to(on), scores[0], features, tangents[0].float())
+        return Labelled(tokens.to(on), predicted.to(on), scores[0], features, tangents[0].float())
 
     for _, labelled, halvings in in_micro_batches(
         len(blocks.ids_B), settings.scoring.decision.micro_batch_blocks, score
@@ -188,19 +188,19 @@ def fit_transforms(settings: SampleSettings) -> None:
     Raises:
         ValueError: the sample is too small; says what to set.
     """
-    scorers, found, count = Scorers.of(settings), [], 0
+    scorers, scores, count = Scorers.of(settings), [], 0
     corpus, sampling = settings.scoring.corpus, settings.sampling
     shards = np.random.default_rng([sampling.seed, corpus.num_shards]).permutation(corpus.num_shards).tolist()
     for shard in shards:
         for labelled, _ in label(settings, scorers, _sampled(read_blocks(corpus, shard), sampling, shard).blocks):
-            found.append(labelled.scores_BT[labelled.known_BT].cpu().numpy())
-            count += len(found[-1])
+            scores.append(labelled.scores_BT[labelled.known_BT].cpu().numpy())
+            count += len(scores[-1])
             if count >= RANGE_TOKENS:
                 break
         if count >= RANGE_TOKENS:
             break
     try:
-        transforms = Transforms.of(np.concatenate([np.zeros(0, np.float32), *found]))
+        transforms = Transforms.of(np.concatenate([np.zeros(0, np.float32), *scores]))
     except ValueError as error:
         raise ValueError(f"{error}: raise fit_student.sample_fraction") from error
     with publish(settings.folder / TRANSFORMS) as part, part.open("wb") as file:

@@ -99,8 +99,8 @@ def _sources(corpus: PackedCorpus, shard: int, numbers: Integers) -> tuple[tuple
     names = table.column("source").to_pylist()
     if not len(table) or table.column("doc_id")[0].as_py() > numbers[0]:  # the shard begins within a document
         names.insert(0, _source_before(corpus, shard))
-    found, places = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
-    return tuple(found.tolist()), places.astype(np.int64)
+    sources, places = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
+    return tuple(sources.tolist()), places.astype(np.int64)
 
 
 def _source_before(corpus: PackedCorpus, shard: int) -> str:

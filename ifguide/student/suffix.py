@@ -47,13 +47,13 @@ def suffix_of(model: PreTrainedModel, direction: Mapping[str, Tensor], first: in
             f"fit_student.kind: suffix takes V in the last of the blocks {blocks_name}, and {', '.join(outside)} is in"
             " none of them; choose another kind"
         )
-    found = {name: V for name, V in direction.items() if (numbers[name] or 0) >= first}
-    if not found:
+    suffix = {name: V for name, V in direction.items() if (numbers[name] or 0) >= first}
+    if not suffix:
         raise ValueError(
             f"fit_student.kind: suffix takes V in {blocks_name} from block {first} on, and V touches none of them;"
             " choose another kind"
         )
-    return found
+    return suffix
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -32,7 +32,7 @@ def adapt(model: PreTrainedModel, lora: Lora) -> Any:
     from peft import LoraConfig, LoraModel
 
     maps = adapted_modules(model, lora)
-    transposed = any(isinstance(each, Conv1D) for each in maps.values())  # all of them then, as in GPT-2
+    transposed = any(isinstance(module, Conv1D) for module in maps.values())  # all of them then, as in GPT-2
     options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "fan_in_fan_out": transposed}
     config = LoraConfig(target_modules=list(maps), **options)
     return LoraModel(model, {"default": config}, "default")
@@ -45,19 +45,21 @@ def adapted_modules(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
         ConfigError: the blocks have no map of a name in `targets`; says which they have.
     """
     name, blocks = transformer_blocks(model)
-    maps = {name: each for name, each in blocks.named_modules(prefix=name) if isinstance(each, nn.Linear | Conv1D)}
+    modules = blocks.named_modules(prefix=name)
+    maps = {name: module for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
     kinds = {name.rpartition(".")[2] for name in maps}
     if unknown := set(lora.targets) - kinds:
         raise ConfigError(
             f"pretrain.lora.targets: the blocks have no {', '.join(sorted(unknown))}; choose among"
             f" {', '.join(sorted(kinds))}"
         )
-    return {name: each for name, each in maps.items() if not lora.targets or name.rpartition(".")[2] in lora.targets}
+    wanted = lora.targets or kinds
+    return {name: module for name, module in maps.items() if name.rpartition(".")[2] in wanted}
 
 
 def adapter_parameters(model: nn.Module, lora: Lora) -> int:
     """How many weights the adapters of a model have. Raises as `adapted_modules`."""
-    weights: list[Any] = [each.weight for each in adapted_modules(model, lora).values()]
+    weights: list[Any] = [module.weight for module in adapted_modules(model, lora).values()]
     return sum(lora.rank * sum(weight.shape) for weight in weights)
 
 

@@ -58,8 +58,8 @@ def read_choices(folder: Path) -> Choices | None:
     if not path.exists():
         return None
     try:
-        found: Mapping[str, Any] = read_sealed(path)
-        layers, loss = (Compiled(bool(found[part]["on"]), str(found[part]["why"])) for part in ("layers", "loss"))
-        return Choices(layers=layers, loss=loss, attention=str(found["attention"]))
+        saved: Mapping[str, Any] = read_sealed(path)
+        layers, loss = (Compiled(bool(saved[part]["on"]), str(saved[part]["why"])) for part in ("layers", "loss"))
+        return Choices(layers=layers, loss=loss, attention=str(saved["attention"]))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} does not say how the steps were taken ({error}); delete it to choose anew") from error

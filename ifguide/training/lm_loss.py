@@ -101,7 +101,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.as_is, ctx.weight_dtype = taken_back_as_is, weight_VD.dtype
         dtype, products = torch.promote_types(hidden_ND.dtype, torch.float32), product_dtype(hidden_ND)
-        by_hidden, by_weight, by_bias = (with_gradient and each for each in ctx.needs_input_grad[:3])
+        by_hidden, by_weight, by_bias = (with_gradient and needed for needed in ctx.needs_input_grad[:3])
         gradients = _Gradients(
             torch.empty_like(hidden_ND) if by_hidden else None,
             torch.empty_like(weight_VD, dtype=dtype) if by_weight else None,

@@ -69,8 +69,8 @@ def _choices(train: Pretrain, model: PreTrainedModel, tokens: int, chosen: Choic
 
     def compiled(wanted: bool | None, before: Compiled | None) -> Compiled:
         wanted = wanted if before is None else before.on
-        found = compiles(wanted, parameters=parameters, tokens=tokens, device=device, dtype=train.dtype)
-        return found if before is None else before
+        now = compiles(wanted, parameters=parameters, tokens=tokens, device=device, dtype=train.dtype)
+        return now if before is None else before
 
     layers = compiled(train.acceleration.compiled_layers, chosen.layers if chosen else None)
     loss = compiled(train.acceleration.compiled_loss, chosen.loss if chosen else None)
