@@ -77,7 +77,7 @@ def compare(folder: Path, shards: int, shard_seconds: float, rounds: int) -> dic
     spans: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for turn in range(rounds):
         for actors in (0, 1, 2) if turn % 2 == 0 else (2, 1, 0):
-            span = _in_a_process(actors, folder)
+            span = in_a_process(actors, folder)
             spans[actors].append(span)
             print(f"round {turn}: {actors or 'no'} actors, {span:.1f} s", file=sys.stderr)
     bare, one, two = (spans[actors] for actors in (0, 1, 2))
@@ -91,7 +91,8 @@ def compare(folder: Path, shards: int, shard_seconds: float, rounds: int) -> dic
     }
 
 
-def _in_a_process(actors: int, folder: Path) -> float:
+def in_a_process(actors: int, folder: Path) -> float:
+    """`run_way` in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bench.scaling", "--way", str(actors), str(folder)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
