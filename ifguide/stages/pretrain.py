@@ -225,8 +225,8 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
             if (folder / SUMMARY).exists():
                 return
             log(VERB, f"{settings.name}: a machine is being taken away: {_kept(folder)}; going on on others")
-    except TrainingFailedError as error:
-        raise StageError(_reason(error)) from error
+    except TrainingFailedError as error:  # Ray's own may be of what it met while it ended the others
+        raise StageError(failure.read_text() if failure.exists() else _reason(error)) from error
     finally:
         for word in (failure, folder / STOP):
             word.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ import pytest
 import ray
 import torch
 import yaml
+from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from ifguide.artifacts import file_digest
@@ -248,6 +249,24 @@ def test_what_a_restart_cannot_mend_is_said_once(run: Run, cluster: None, tmp_pa
         pretrain(diverging)
     folder = diverging.model("penalised")
     assert [row["step"] for row in read_metrics(folder / METRICS)] == [1]
+    assert not (folder / FAILURE).exists()
+
+
+def test_what_a_rank_wrote_down_is_said_whatever_ray_met_in_ending_the_others(
+    run: Run, cluster: None, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = settings("failing", epochs=1)
+    folder = Path(failing.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def fit(trainer: Any, folder: Path) -> None:
+        (folder / FAILURE).write_text("the loss is nan at step 2")
+        raise TrainingFailedError("the actor died")
+
+    monkeypatch.setattr(pretrain_stage, "_trainer", lambda settings: None)
+    monkeypatch.setattr(pretrain_stage, "_fit", fit)
+    with pytest.raises(StageError, match=r"^the loss is nan at step 2$"):
+        pretrain_stage._train_on_ray(failing, run.config.cluster)
     assert not (folder / FAILURE).exists()
 
 
