@@ -26,7 +26,6 @@ class Paint(NamedTuple):
     gap: tuple[str, str]
     head: tuple[str, str]
     warning: tuple[str, str]
-    plain: tuple[str, str] = ("", "")
 
 
 COLOURS = Paint(masked=(RED, RESET), gap=(DIM, RESET), head=(BOLD, RESET), warning=(RED, RESET))
@@ -81,7 +80,7 @@ def _painted(document: ShownDocument, context: int, paint: Paint) -> str:
     for (masked, near), run in itertools.groupby(tokens, key=lambda token: token[1:]):
         if near:
             text = "".join(visible(token) for token, _, _ in run)
-            pieces.append(_within(paint.masked if masked else paint.plain, text))
+            pieces.append(_within(paint.masked, text) if masked else text)
         else:
             pieces.append(_within(paint.gap, " ... "))
     return "".join(pieces)
