@@ -37,6 +37,7 @@ class _State:
 
     received: int | None = None
     deferred = 0
+    lock = threading.Lock()  # of `deferred`: trainings may run side by side
     handled = False
 
 
@@ -89,11 +90,13 @@ def install() -> None:
 def deferring() -> Iterator[None]:
     """Within it a first signal raises nothing: look at `requested`, save, and raise `interruption`. Raises that at its
     end where nobody did."""
-    _State.deferred += 1
+    with _State.lock:
+        _State.deferred += 1
     try:
         yield
     finally:
-        _State.deferred -= 1
+        with _State.lock:
+            _State.deferred -= 1
     if requested():
         raise interruption(KEPT)
 

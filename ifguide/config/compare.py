@@ -217,6 +217,7 @@ class Compare:
 
     Attributes:
         methods: the methods by name; a name is a folder in `compare/`.
+        trainings: models that are trained at once, each by the workers of `pretrain`.
         samples: what DPO and the reward model learn from.
         reward: how the reward model is trained.
         ngrams: of masks by log-odds.
@@ -228,6 +229,7 @@ class Compare:
     """
 
     methods: dict[str, Method] = field(default_factory=dict)
+    trainings: int = option(1, at_least=1, affects_result=False)
     samples: Samples = Samples()
     reward: Reward = Reward()
     ngrams: Ngrams = Ngrams()

@@ -328,6 +328,8 @@ def _check_across(config: Config) -> None:
     check_evaluate(config.evaluate)
     check_names("compare.methods", config.compare.methods, of="a folder")
     check_compare(config.compare, config.evaluate.models)
+    if config.compare.trainings > 1 and config.pretrain.engine == "torch":
+        raise ConfigError("compare.trainings: engine: torch trains in this process, one model at a time; set it to 1")
     for name in ("proxy", "target"):
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:

@@ -1,20 +1,26 @@
 """`compare`: the run's models beside those of other methods: other masks, DPO, reward-augmented decoding.
 
 A method with a mask gets a run directory of its own in `compare/<name>`, for the method's mask and model; the rest is
-this run's. It is trained as this run's models were: the same blocks in the same order, the same initial weights. DPO
-and RAD learn from scored continuations in `compare/samples`; RAD's reward model is `compare/reward`, a DPO method's
-model `compare/<name>/model/dpo`. `compare/report/` holds the figures of all models, with the run's own first, as
-`comparison.md`, `comparison.json`, `comparison.png`, `metrics.json` and as a page, `index.html`. Continuations that
-`evaluate` has sampled from the run's own models are not sampled again. Running it again resumes.
+this run's. It is trained as this run's models were: the same blocks in the same order, the same initial weights.
+`compare.trainings` of them are trained at once. DPO and RAD learn from scored continuations in `compare/samples`; RAD's
+reward model is `compare/reward`, a DPO method's model `compare/<name>/model/dpo`. `compare/report/` holds the figures
+of all models, with the run's own first, as `comparison.md`, `comparison.json`, `comparison.png`, `metrics.json` and as
+a page, `index.html`. Continuations that `evaluate` has sampled from the run's own models are not sampled again. Running
+it again resumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ifguide import interrupts
 from ifguide.artifacts import (
     MANIFEST,
     Manifest,
@@ -67,10 +73,15 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
             log(VERB, f"would {'sample with' if method.rad else 'train'} {name}: {_describe(run, method)}")
         return None
     require(run.model(BASELINE), "pretrain --set pretrain.use_mask=false")
-    grid = _Grid(run)
-    for number, (name, method) in enumerate(methods.items(), start=1):
-        log(VERB, f"{name} ({number}/{len(methods)}): {_describe(run, method)}")
-        grid.add(name, method)
+    grid, masked = _Grid(run), {name: method for name, method in methods.items() if method.mask is not None}
+    for number, (name, method) in enumerate(masked.items(), start=1):
+        log(VERB, f"mask {number}/{len(masked)}: {name}: {_describe(run, method)}")
+        grid.add_mask(name, method)
+    grid.train()
+    for name, method in methods.items():
+        if name not in masked:
+            log(VERB, f"{name}: {_describe(run, method)}")
+            grid.add_preference(name, method)
     return _measure(run, grid)
 
 
@@ -80,32 +91,43 @@ class _Grid:
     def __init__(self, run: Run):
         self.run = run
         self.models = models_to_evaluate(run.models, run.config.evaluate.models)
+        self.own = tuple(self.models)
         self.made = {name: _own(run, name) for name in (BASELINE, PENALISED) if name in self.models}
         self.guides: dict[str, Guidance] = {}
         self.children: dict[str, Run] = {}
         self.masks: dict[tuple[str | float | None, ...], Run] = {}  # what made a mask first
         self.samples: _Samples | None = None
 
-    def add(self, name: str, method: Method) -> None:
-        """Train the method's model, or say how it decodes another's."""
-        if method.dpo:
-            self._add_dpo(name, method.dpo)
-        elif method.rad:
-            self._add_rad(name, method.rad)
-        else:
-            self._add_mask(name, method)
-
-    def _add_mask(self, name: str, method: Method) -> None:
+    def add_mask(self, name: str, method: Method) -> None:
+        """Make the method's mask, for `train`."""
         child, kind = method_run(self.run, name, method), method.mask_options()
         if kind in self.masks:  # another loss on the same mask
             child = child.borrow(self.masks[kind], "scores", "mask")
         mask = method_mask(self.run, child, method)
         self.masks.setdefault(kind, child)
-        pretrain(child)
         self.children[name] = child
-        self.models[name] = _model(child.model(PENALISED) / "hf", read_manifest(child.model(PENALISED)))
         self.made[name] = _trained(child, mask, method.describe())
-        log(VERB, f"{name}: {mask.summary['tokens_masked']:,} tokens masked ({_share(mask):.2%}), trained")
+        log(VERB, f"{name}: {mask.summary['tokens_masked']:,} tokens masked ({_share(mask):.2%})")
+
+    def train(self) -> None:
+        """Train the models of all masks."""
+        config = self.run.config
+        if config.pretrain.engine != "torch" and self.children:
+            connect(config.cluster)
+            train, at_once = config.pretrain, min(config.compare.trainings, len(self.children))
+            require_resources(config.cluster, "pretrain", train.resources, train.workers * at_once)
+        trainings = {name: partial(pretrain, child, name=name) for name, child in self.children.items()}
+        _side_by_side(trainings, at_once=config.compare.trainings)
+        for name, child in self.children.items():
+            folder = child.model(PENALISED)
+            self.models[name] = _model(folder / "hf", read_manifest(folder))
+
+    def add_preference(self, name: str, method: Method) -> None:
+        """Train the method's model by preference, or say how it decodes another's."""
+        if method.dpo:
+            self._add_dpo(name, method.dpo)
+        elif method.rad:
+            self._add_rad(name, method.rad)
 
     def _add_dpo(self, name: str, method: Dpo) -> None:
         start, samples = self._start(name, "dpo", method.model), self._samples()
@@ -156,6 +178,32 @@ class _Grid:
         if model not in self.models:
             raise ConfigError(f"compare.methods.{name}.{kind}.model: this run has no finished model {model}")
         return self.models[model]
+
+
+def _side_by_side(trainings: Mapping[str, Callable[[], object]], *, at_once: int) -> None:
+    """Train in threads, so many at once. Where one fails, or a signal comes, no other is begun; those that train are
+    finished, or saved as the signal asks, and then the first error is raised."""
+    failed = threading.Event()
+
+    def train(name: str) -> None:
+        if failed.is_set() or interrupts.requested():
+            return
+        try:
+            trainings[name]()
+        except BaseException as error:
+            failed.set()
+            if at_once > 1 and not interrupts.requested():
+                log(VERB, f"{name} failed: {error}; what trains beside it is finished first", level=logging.ERROR)
+            raise
+
+    if at_once == 1:
+        for name in trainings:
+            train(name)
+        return
+    with interrupts.deferring(), ThreadPoolExecutor(at_once, "training") as pool:
+        ended = [pool.submit(train, name) for name in trainings]
+    for training in ended:
+        training.result()
 
 
 class _Samples:
@@ -252,7 +300,8 @@ def method_run(run: Run, name: str, method: Method) -> Run:
 
 
 def _measure(run: Run, grid: _Grid) -> Manifest:
-    models = grid.models
+    in_order = (*grid.own, *run.config.compare.methods)  # they were made in another one
+    models = {name: grid.models[name] for name in in_order}
     evaluation = replace(run.config.evaluate, report="report")
     whole = Run(config=replace(run.config, run_dir=str(run.folder / VERB), evaluate=evaluation))
     sets = chosen_sets(run.config.evaluate, run.config.seed)
@@ -304,7 +353,7 @@ def _sources(run: Run, grid: _Grid) -> ReportSources:
         seed=run.config.seed,
         config_yaml=to_yaml(run.config),
         artifacts=artifacts,
-        trained={name: trained[name] for name in grid.models if name in trained},
+        trained={name: trained[name] for name in (*grid.own, *grid.children) if name in trained},
     )
 
 

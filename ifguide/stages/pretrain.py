@@ -52,8 +52,10 @@ END_SECONDS = 3.0  # of the time that a signal leaves: for Ray to end in, when t
 FAILURE = "failure.txt"  # its message, for the driver and for the workers that are started again
 
 
-def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
+def pretrain(run: Run, *, dry_run: bool = False, name: str | None = None) -> Manifest | None:
     """Make `model/penalised`, or `model/baseline` when `pretrain.use_mask` is false.
+
+    name: what the log calls the model; None: as its folder.
 
     Where the target has another tokenizer than the corpus, it is trained on `target/corpus`, which `pack_corpus` has
     packed, and the run's mask in its tokens, `target/mask`, is made first.
@@ -71,7 +73,7 @@ def pretrain(run: Run, *, dry_run: bool = False) -> Manifest | None:
         require_fit(plan)
         return None
     corpus, mask = training_data(run)
-    settings = _settings(run)
+    settings = _settings(run, name)
     _require_trainable(settings, corpus)
     inputs = {"corpus": corpus.fingerprint, **({"mask": mask.fingerprint} if mask else {})}
     artifact = run.open(location(settings.folder), VERB, keys=("pretrain", "target", "seed"), inputs=inputs)
@@ -136,12 +138,12 @@ def training_data(run: Run) -> tuple[Manifest, Manifest | None]:
     return corpus, mask
 
 
-def _settings(run: Run) -> TrainingSettings:
+def _settings(run: Run, name: str | None) -> TrainingSettings:
     data, config = run.target, run.config
-    name = PENALISED if config.pretrain.use_mask else BASELINE
+    model = PENALISED if config.pretrain.use_mask else BASELINE
     return TrainingSettings(
-        name=name,
-        folder=str(run.model(name)),
+        name=name or model,
+        folder=str(run.model(model)),
         corpus=str(data.corpus),
         mask=str(data.mask) if config.pretrain.use_mask else None,
         tokenizer=data.config.tokenizer_source,

@@ -14,7 +14,7 @@ class TrainingSettings:
     """One training. It travels to every worker, so folders are named as the config names them.
 
     `corpus` is packed in tokens of `tokenizer`, in blocks of `block_size`; `mask` is of its tokens (None: no mask). The
-    model, called `name`, is made in `folder`, from `target` unless `train.init_from` says what to start from.
+    model is made in `folder`, from `target` unless `train.init_from` says what to start from. The log calls it `name`.
     Relative names in the config are of `working_directory`. `logged` is what W&B shows of the whole config.
     """
 

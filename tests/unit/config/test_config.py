@@ -180,6 +180,13 @@ def test_what_can_be_offloaded_is_accepted(tmp_path, pretrain):
     load_config(write(tmp_path, f"pretrain: {pretrain}"))
 
 
+def test_trainings_of_one_process_are_one_at_a_time(tmp_path):
+    config = write(tmp_path, "pretrain: {engine: torch}")
+    assert load_config(config).compare.trainings == 1
+    with pytest.raises(ConfigError, match=r"^compare\.trainings: engine: torch trains in this process"):
+        load_config(config, ["compare.trainings=2"])
+
+
 def test_tokenizer_cannot_be_named_and_trained(tmp_path):
     with pytest.raises(ConfigError, match=r"^pack_corpus\.train_tokenizer: a tokenizer is named too"):
         load_config(write(tmp_path, "tokenizer: gpt2"), ["pack_corpus.train_tokenizer=512"])
