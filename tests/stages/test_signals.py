@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import yaml
 
 from ifguide.artifacts import file_digest
 from ifguide.config import Config, to_mapping
+from ifguide.config.compare import Compare, Method
 from ifguide.interrupts import GRACE
 from ifguide.run import Run
 from ifguide.stages.build_query import build_query
+from ifguide.stages.compare import method_run
 from ifguide.stages.evaluate import evaluate
 from ifguide.stages.fit_factors import fit_factors
 from ifguide.stages.pretrain import pretrain
@@ -34,10 +37,12 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 GRACE_SECONDS = 100
 
 
-def start(verb: str, config: dict[str, Any], folder: Path, **environment: str) -> forked.Popen:
+def start(
+    verb: str, config: dict[str, Any], folder: Path, program: Sequence[str] = ("-m", "ifguide.cli"), **environment: str
+) -> forked.Popen:
     """Start a verb, with more time to save and to end in than any machine needs."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "ifguide.cli", verb, "--config", str(folder / "config.yaml")]
+    command = [sys.executable, *program, verb, "--config", str(folder / "config.yaml")]
     environment = {**own_environment(), GRACE: str(GRACE_SECONDS), **environment}
     return forked.Popen(command, env=environment, stderr=forked.PIPE, text=True)
 
@@ -93,6 +98,35 @@ def test_a_training_saves_the_step_it_is_at_and_ends_as_if_nobody_had_ended_it(t
 @pytest.mark.slow
 def test_a_training_under_deepspeed_does_too(tmp_path: Path) -> None:
     interrupt(training(tmp_path, "deepspeed"), tmp_path)
+
+
+# The run is there, by an engine that trains one model at a time: it is not asked for again.
+COMPARE = """
+import sys
+
+from ifguide import cli, commands
+
+commands.run_pipeline = lambda *arguments, **options: None
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_trainings_side_by_side_save_the_steps_they_are_at(copied: Callable[..., Config], tmp_path: Path) -> None:
+    config = copied()
+    methods = {"first": Method(mask="influence"), "second": Method(mask="words"), "third": Method(mask="random")}
+    config = replace(
+        config,
+        pretrain=replace(config.pretrain, engine="deepspeed", log_steps=1, checkpoint_steps=1000),
+        compare=Compare(methods=methods, trainings=2),
+    )
+    run = Run(config=config)
+    models = {name: method_run(run, name, method).model("penalised") for name, method in methods.items()}
+    (tmp_path / "compare.py").write_text(COMPARE)
+    process = start("compare", to_mapping(config), tmp_path, [str(tmp_path / "compare.py")], **{holds.STEPS: "3"})
+    end(process, signal.SIGTERM, lambda: all(has_logged(models[name] / METRICS, 3) for name in ("first", "second")))
+    steps = {name: checkpoint.step for name in methods if (checkpoint := last_checkpoint(models[name]))}
+    assert steps == {"first": 4, "second": 4}  # the third had not begun
 
 
 VERBS: dict[str, tuple[Callable[[Run], Any], tuple[str, ...]]] = {
