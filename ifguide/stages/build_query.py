@@ -84,7 +84,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         inputs["corpus"] = require(run.corpus, "pack_corpus").fingerprint
     artifact = run.open(run.query, VERB, keys=("build_query", "tokenizer", "seed"), inputs=inputs)
     if artifact.manifest:
-        log(VERB, f"complete: {artifact.manifest.summary}")
+        log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
     require_resources(run.config.cluster, VERB, config.resources)
     summary = _select(run)

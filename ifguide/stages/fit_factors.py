@@ -59,7 +59,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     inputs = {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
     artifact = run.open(run.factors, VERB, keys=("fit_factors", "seed"), inputs=inputs)
     if artifact.manifest:
-        log(VERB, f"complete: {artifact.manifest.summary}")
+        log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
     num_blocks = min(config.sample_blocks, corpus.rows["blocks"])
     partitions = min(config.data_partitions, num_blocks)

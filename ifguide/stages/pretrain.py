@@ -221,14 +221,16 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
         while True:
             for word in (failure, folder / STOP):
                 word.unlink(missing_ok=True)
-            _fit(_trainer(settings), folder)
-            if failure.exists():
-                raise StageError(failure.read_text())
+            error: TrainingFailedError | None = None
+            try:
+                _fit(_trainer(settings), folder)
+            except TrainingFailedError as failed:  # it may be of what Ray met while it ended the others
+                error = failed
+            if error or failure.exists():
+                raise StageError(_reason(failure, error)) from error
             if (folder / SUMMARY).exists():
                 return
             log(VERB, f"{settings.name}: a machine is being taken away: {_kept(folder)}; going on on others")
-    except TrainingFailedError as error:  # Ray's own may be of what it met while it ended the others
-        raise StageError(failure.read_text() if failure.exists() else _reason(error)) from error
     finally:
         for word in (failure, folder / STOP):
             word.unlink(missing_ok=True)
@@ -291,8 +293,11 @@ def _fit(trainer: Any, folder: Path) -> None:
         raise errors[0]
 
 
-def _reason(error: Exception) -> str:
-    """What the first worker to fail said; one whose process died has said nothing, and others only that it is gone."""
+def _reason(failure: Path, error: Exception | None) -> str:
+    """What a rank has written down; else what the first worker to fail said. One whose process died has said nothing,
+    and others only that it is gone."""
+    if failure.exists():
+        return failure.read_text()
     failures = sorted(getattr(error, "worker_failures", {}).items())
     for _, cause in failures:
         if isinstance(cause, SAME_AGAIN):

@@ -95,14 +95,22 @@ class Certificate:
         All tokens together must be shown to reach `least`: the bound counts. A source is small, and its interval is
         wide: it falls short where even the upper end of its interval does."""
         shortfalls = []
-        figure, _ = counted(cascade=cascade)
+        figure, where = counted(cascade=cascade)
+
+        def said(source: str, share: Figure, top_tokens: int) -> str:
+            if share.value is None:
+                return f"{source}: the audit holds none of the highest exact scores"
+            highest = f"the {top_tokens} highest exact scores of the audit"
+            return f"{source}: {interval(asdict(share))} of {highest} are in {where}"
+
         whole: Figure = getattr(self.whole, figure)
         if whole.low is None or whole.low < least:
-            shortfalls.append(f"{_said('all sources', self.whole, cascade)}, and its bound must reach {least:g}")
+            of_all = said("all sources", whole, self.whole.top_tokens)
+            shortfalls.append(f"{of_all}, and its bound must reach {least:g}")
         for source, fidelity in self.by_source.items():
             share: Figure = getattr(fidelity, figure)
             if share.high is not None and share.high < least:
-                shortfalls.append(f"{_said(source, fidelity, cascade)}, surely below {least:g}")
+                shortfalls.append(f"{said(source, share, fidelity.top_tokens)}, surely below {least:g}")
         return shortfalls
 
     def __str__(self) -> str:
@@ -117,15 +125,6 @@ class Certificate:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _said(name: str, fidelity: Fidelity, cascade: bool) -> str:
-    figure, where = counted(cascade=cascade)
-    share: Figure = getattr(fidelity, figure)
-    if share.value is None:
-        return f"{name}: the audit holds none of the highest exact scores"
-    highest = f"the {fidelity.top_tokens} highest exact scores of the audit"
-    return f"{name}: {interval(asdict(share))} of {highest} are in {where}"
 
 
 def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap | None = None) -> Certificate:

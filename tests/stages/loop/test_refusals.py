@@ -47,11 +47,14 @@ def test_a_training_that_diverges_at_once_ends_in_its_advice_alone(
         pretrain(Run(config=replace(run.config, run_dir=str(tmp_path)), lent=lent))
 
 
-def test_of_several_failed_workers_the_one_that_says_what_to_do_is_heard() -> None:
+def test_of_several_failed_workers_the_one_that_says_what_to_do_is_heard(tmp_path: Path) -> None:
     lost, advice = RuntimeError("Connection closed by peer"), FloatingPointError("the loss is nan; lower it")
-    assert _reason(WorkerGroupError("...", {1: advice, 0: lost})) == "the loss is nan; lower it"
-    assert _reason(WorkerGroupError("...", {1: lost, 0: lost})) == "worker 0: RuntimeError: Connection closed by peer"
-    assert "no worker" in _reason(ControllerError(RuntimeError("no worker")))
+    failure, both_lost = tmp_path / "failure.txt", WorkerGroupError("...", {1: lost, 0: lost})
+    assert _reason(failure, WorkerGroupError("...", {1: advice, 0: lost})) == "the loss is nan; lower it"
+    assert _reason(failure, both_lost) == "worker 0: RuntimeError: Connection closed by peer"
+    assert "no worker" in _reason(failure, ControllerError(RuntimeError("no worker")))
+    failure.write_text("the loss is nan at step 2")
+    assert _reason(failure, both_lost) == "the loss is nan at step 2"
 
 
 @pytest.mark.parametrize(
