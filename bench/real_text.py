@@ -1,13 +1,14 @@
 """What each mask source gives for its price on real text, over a sweep of penalties and several seeds.
 
     python bench/real_text.py [--behaviours explicit implicit] [--seeds 0 1 2 3 4] [--penalties 0 0.5 1 2]
-                              [--proxy smollm2|configured|SOURCE] [--at 1.03] [--set a.b=c]
+                              [--methods NAME ...] [--proxy smollm2|configured|SOURCE] [--at 1.03] [--set a.b=c]
 
 A behaviour is a config, `configs/real_text.yaml` or `configs/real_text_implicit.yaml`. Its corpus is packed and its
 factors are fitted once; queries, scores and masks are of each seed. Then `ifguide compare` trains a model for every
 source of the config's masks and every penalty, with the same loss, in `<run_dir>/seeds/<N>`; a penalty of 0 is
 `ignore`. Methods with a loss of their own, filters, DPO and RAD are points beside the fronts. Seeds vary initial
-weights, the order of blocks, the queries and the sampling. Running it again resumes.
+weights, the order of blocks, the queries and the sampling. `--methods` takes some of the config's alone. Running it
+again resumes.
 
 Toxicity at equal benign perplexity is read off each front (`bench.common.fronts`), by every evaluator of the config;
 the first one is what the filters learn from, the others no method has learned from. Intervals are of Student's t over
@@ -55,6 +56,8 @@ def main() -> None:
     for behaviour in options.behaviours:
         overrides = [*source_overrides(options.proxy, "proxy.source"), *options.overrides]
         config = load_config(CONFIGS[behaviour], overrides)
+        if options.methods is not None:
+            config = replace(config, compare=replace(config.compare, methods=some_of(config, options.methods)))
         sources = sources_of(config)
         seeds = [_compared(config, seed, sources, options.penalties) for seed in options.seeds]
         results[behaviour] = figures_at(seeds, sources, options.penalties, options.at)
@@ -85,6 +88,14 @@ def _compared(config: Config, seed: int, sources: Mapping[str, Method], penaltie
     rows: Rows = json.loads((run.folder / "compare" / "report" / "comparison.json").read_text(encoding="utf-8"))
     log("real_text", f"seed {seed}: {json.dumps({row['model']: row['emt'][0] for row in rows})}")
     return rows
+
+
+def some_of(config: Config, names: Sequence[str]) -> dict[str, Method]:
+    """Some of the config's methods."""
+    methods = config.compare.methods
+    if unknown := sorted(set(names) - set(methods)):
+        raise SystemExit(f"--methods: {', '.join(unknown)}: none of {', '.join(methods)}")
+    return {name: method for name, method in methods.items() if name in names}
 
 
 def sources_of(config: Config) -> dict[str, Method]:
@@ -238,6 +249,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--behaviours", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--penalties", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0])
+    parser.add_argument("--methods", nargs="*", help="of the config's methods; default: all")
     parser.add_argument("--proxy", default="smollm2")
     parser.add_argument("--at", type=float, default=1.03, help="ratio of benign perplexities that is compared at")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")

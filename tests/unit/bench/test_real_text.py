@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from bench.common.fronts import Point
-from bench.real_text import CONFIGS, as_markdown, draw, figures_at, model_name, others_of, points_of, sources_of, swept
+from bench.real_text import (
+    CONFIGS,
+    as_markdown,
+    draw,
+    figures_at,
+    model_name,
+    others_of,
+    points_of,
+    some_of,
+    sources_of,
+    swept,
+)
 from ifguide.config import load_config
 from ifguide.config.compare import Method
 
@@ -80,3 +91,11 @@ def test_the_shipped_configs_have_rivals_with_the_same_loss(behaviour: str) -> N
     assert methods[model_name("probe", 0.5)].penalty == 0.5
     assert methods[model_name("probe", 0)].objective == "ignore"
     assert len(methods) == 2 * len(sources) + len(config.compare.methods) - (len(sources) - 1)
+
+
+def test_some_of_the_methods_are_named_and_a_wrong_name_is_refused() -> None:
+    config = load_config(CONFIGS["implicit"])
+    assert list(some_of(config, ["probe", "word_list"])) == ["word_list", "probe"]  # in the config's order
+    assert some_of(config, []) == {}
+    with pytest.raises(SystemExit, match="--methods: prob: none of influence_tokens, exact"):
+        some_of(config, ["prob"])
