@@ -83,10 +83,12 @@ def cluster_cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 1))
 
 
-def require_resources(cluster: Cluster, verb: str, resources: WorkerResources, count: int = 1) -> None:
+def require_resources(
+    cluster: Cluster, verb: str, resources: WorkerResources, count: int = 1, *, number: str = "their number"
+) -> None:
     """Refuse `count` processes of a stage that this machine can never hold: Ray would wait for ever.
 
-    A cluster that was joined may grow: there it says what it waits for.
+    A cluster that was joined may grow: there it says what it waits for. number: what to lower for fewer of them.
 
     Raises:
         ConfigError: Ray runs on this machine alone, and that is too small; names the key.
@@ -105,7 +107,7 @@ def require_resources(cluster: Cluster, verb: str, resources: WorkerResources, c
     processes = f"{count} process{'es' * (count > 1)}"
     text = f"{key}: {processes} of {wanted['CPU']:g} CPU and {wanted['GPU']:g} GPU asked for, there are {there}"
     if not _address(cluster):
-        raise ConfigError(f"{text}; lower it" + (" or their number" if count > 1 else ""))
+        raise ConfigError(f"{text}; lower it" + (f" or {number}" if count > 1 else ""))
     log(verb, f"waiting for the cluster to grow: {text}", level=logging.WARNING)
 
 

@@ -99,7 +99,8 @@ def _fit(features_ND: NDArray[np.float32], labels_N: Bools, C: float) -> tuple[F
 
 
 class ProbeFinder:
-    """Token scores by one probe, or by that of each fold of documents (`weights` (K, D), `biases` (K,))."""
+    """Token scores by one probe, or by that of each fold of documents (`weights` (K, D), `biases` (K,)). `precision`
+    is that of the states it was fitted on."""
 
     in_stream = False  # it reads blocks
     summary: dict[str, Any]
@@ -112,10 +113,11 @@ class ProbeFinder:
         weights: Floats,
         biases: Floats,
         auroc: Sequence[float],
+        precision: str,
         beginning: int | None = None,
     ):
         self.model, self.layer, self.weights, self.biases = model, layer, weights, biases
-        self.auroc, self.beginning = list(auroc), beginning
+        self.auroc, self.precision, self.beginning = list(auroc), precision, beginning
         self.summary = {"layer": layer, "auroc": [round(value, 4) for value in self.auroc]}
 
     def score(self, blocks: Blocks, documents: Sequence[Ints] | None = None) -> list[NDArray[np.float32]]:
@@ -123,7 +125,7 @@ class ProbeFinder:
 
         documents: the number (T,) of the document of each token, where the probe was fitted in folds of them."""
         scores = [np.zeros(len(block), np.float32) for block in blocks]
-        for number, states in hidden_states(self.model, blocks, beginning=self.beginning):
+        for number, states in hidden_states(self.model, blocks, beginning=self.beginning, precision=self.precision):
             odds_TK = states[self.layer].double().cpu().numpy() @ self.weights.T + self.biases
             folds_T = documents[number] % len(self.biases) if documents is not None else np.zeros(len(odds_TK), int)
             scores[number][:] = odds_TK[np.arange(len(odds_TK)), folds_T]
@@ -133,7 +135,14 @@ class ProbeFinder:
     def save(self, path: Path) -> None:
         """Write what `load_probe` reads."""
         with path.open("wb") as file:
-            np.savez(file, layer=self.layer, weights=self.weights, biases=self.biases, auroc=self.auroc)
+            np.savez(
+                file,
+                layer=self.layer,
+                weights=self.weights,
+                biases=self.biases,
+                auroc=self.auroc,
+                precision=self.precision,
+            )
 
 
 def load_probe(path: Path, model: PreTrainedModel, *, beginning: int | None) -> ProbeFinder:
@@ -145,6 +154,7 @@ def load_probe(path: Path, model: PreTrainedModel, *, beginning: int | None) -> 
             weights=saved["weights"],
             biases=saved["biases"],
             auroc=saved["auroc"].tolist(),
+            precision=str(saved["precision"]),
             beginning=beginning,
         )
 
@@ -168,10 +178,11 @@ def fit_query_probe(
         model,
         [query.token_ids for query in chosen],
         [np.arange(query.completion_start, len(query.token_ids)) for query in chosen],
+        precision=options.precision,
     )
     sizes = [len(query.token_ids) - query.completion_start for query in chosen]
     probe = fit_probe(features, np.repeat(kinds, sizes), np.repeat(np.arange(len(chosen)), sizes), options, seed)
-    return _finder(model, probe, sets.beginning)
+    return _finder(model, probe, options, sets.beginning)
 
 
 def fit_token_probe(
@@ -188,8 +199,9 @@ def fit_token_probe(
 
     Half of `options.tokens` are drawn of each kind. Raises ValueError for fewer documents than folds."""
     sample = _sample(blocks, labels, groups, options, seed)
-    features = _features(model, blocks, sample.rows, beginning=beginning)
-    return _finder(model, fit_probe(features, sample.labels_N, sample.groups_N, options, seed), beginning)
+    features = _features(model, blocks, sample.rows, precision=options.precision, beginning=beginning)
+    probe = fit_probe(features, sample.labels_N, sample.groups_N, options, seed)
+    return _finder(model, probe, options, beginning)
 
 
 def fit_cross_probe(
@@ -206,7 +218,7 @@ def fit_cross_probe(
 
     Document d is in fold d % `options.folds`. Layer and strength, two numbers, are chosen with all documents."""
     sample = _sample(blocks, labels, documents, options, seed)
-    features = _features(model, blocks, sample.rows, beginning=beginning)
+    features = _features(model, blocks, sample.rows, precision=options.precision, beginning=beginning)
     chosen = fit_probe(features, sample.labels_N, sample.groups_N, options, seed)
     weights, biases = [], []
     for fold in range(options.folds):
@@ -224,17 +236,19 @@ def fit_cross_probe(
         weights=np.stack(weights),
         biases=np.array(biases),
         auroc=chosen.auroc.tolist(),
+        precision=options.precision,
         beginning=beginning,
     )
 
 
-def _finder(model: PreTrainedModel, probe: LinearProbe, beginning: int | None) -> ProbeFinder:
+def _finder(model: PreTrainedModel, probe: LinearProbe, options: Probe, beginning: int | None) -> ProbeFinder:
     return ProbeFinder(
         model,
         layer=probe.layer,
         weights=probe.weight[None],
         biases=np.array([probe.bias]),
         auroc=probe.auroc.tolist(),
+        precision=options.precision,
         beginning=beginning,
     )
 
@@ -271,12 +285,12 @@ def _sample(
 
 
 def _features(
-    model: PreTrainedModel, blocks: Blocks, rows: Sequence[Ints], *, beginning: int | None = None
+    model: PreTrainedModel, blocks: Blocks, rows: Sequence[Ints], *, precision: str, beginning: int | None = None
 ) -> NDArray[np.float32]:
     """(L, N, D) states of the tokens `rows` of each block, block by block; blocks without any are not read."""
     wanted = [i for i, places in enumerate(rows) if len(places)]
     features: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(wanted)
-    for number, states in hidden_states(model, [blocks[i] for i in wanted], beginning=beginning):
+    for number, states in hidden_states(model, [blocks[i] for i in wanted], beginning=beginning, precision=precision):
         places = rows[wanted[number]]
         features[number] = np.stack([layer[places].float().cpu().numpy() for layer in states])
     if not features:

@@ -51,14 +51,16 @@ class QuerySets:
 
 @torch.no_grad()
 def hidden_states(
-    model: PreTrainedModel, blocks: Blocks, *, beginning: int | None = None
+    model: PreTrainedModel, blocks: Blocks, *, beginning: int | None = None, precision: str = "float32"
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """For each block, by its number and in order of length, the states (T, D) of each layer: the embedding, then what
     each block of the model gives, the last one normed as the LM head reads it. Entry t has read the tokens up to t.
 
-    `beginning`: a BOS that is read before each block and has no entry."""
+    `beginning`: a BOS that is read before each block and has no entry. `precision`: of matrix products; in bfloat16
+    norms, softmax and the stream between the layers stay float32."""
     for numbers, tokens_BT, lengths_B in _batches(model, blocks, beginning, STATE_TOKENS):
-        states = model.base_model(tokens_BT, use_cache=False, output_hidden_states=True).hidden_states
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            states = model.base_model(tokens_BT, use_cache=False, output_hidden_states=True).hidden_states
         first = int(beginning is not None)
         for row, number in enumerate(numbers):
             yield number, tuple(layer[row, first : int(lengths_B[row])] for layer in states)

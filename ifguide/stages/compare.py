@@ -115,7 +115,8 @@ class _Grid:
         if config.pretrain.engine != "torch" and self.children:
             connect(config.cluster)
             train, at_once = config.pretrain, min(config.compare.trainings, len(self.children))
-            require_resources(config.cluster, "pretrain", train.resources, train.workers * at_once)
+            number = "compare.trainings" if at_once > 1 else "pretrain.workers"
+            require_resources(config.cluster, "pretrain", train.resources, train.workers * at_once, number=number)
         trainings = {name: partial(pretrain, child, name=name) for name, child in self.children.items()}
         _side_by_side(trainings, at_once=config.compare.trainings)
         for name, child in self.children.items():

@@ -313,6 +313,9 @@ def test_models_trained_at_once_are_those_trained_one_by_one(
     shutil.rmtree(run.model("penalised"))
     shutil.rmtree(run.generations("penalised"))
     pretrain(run)
+    wide = replace(config, pretrain=replace(train, workers=2, micro_batch_blocks=1))
+    with pytest.raises(ConfigError, match=r"4 processes of 1 CPU .*; lower it or compare\.trainings"):
+        compare(Run(config=wide))
     manifest = compare(run)
     assert manifest is not None
     assert list(manifest.summary) == ["baseline", "penalised", "same", "filter"]

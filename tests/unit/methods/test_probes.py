@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,27 @@ def test_a_probe_of_the_query_sets_finds_their_tokens_elsewhere(
     np.testing.assert_allclose(scores[4][1:], by_hand[1:], rtol=1e-3, atol=1e-4)
     again = fit_query_probe(model, tokenizer, sets, options=OPTIONS, seed=3)
     np.testing.assert_array_equal(again.weights, finder.weights)
+    finder.save(tmp_path / "probe.npz")
+    for own, saved in zip(scores, load_probe(tmp_path / "probe.npz", model, beginning=None).score(blocks), strict=True):
+        np.testing.assert_array_equal(own, saved)
+
+
+def test_a_probe_in_bfloat16_reads_nearly_the_same_states_and_stays_in_it(tmp_path: Path) -> None:
+    model, blocks = tiny_model("gpt_neox"), random_texts(7, 60, 5, VOCABULARY)
+    exact, rounded = (dict(hidden_states(model, blocks, precision=name)) for name in ("float32", "bfloat16"))
+    for number, layers in exact.items():
+        for own, other in zip(layers, rounded[number], strict=True):
+            torch.testing.assert_close(own, other.float(), rtol=0.05, atol=0.05)
+    assert any((own != other).any() for own, other in zip(exact[0], rounded[0], strict=True))
+    labels = [np.array(block) < 12 for block in blocks]
+    options = replace(OPTIONS, precision="bfloat16")
+    finder = fit_token_probe(model, blocks, labels, list(range(60)), options=options)
+    scores = finder.score(blocks)
+    truth = np.concatenate([own[1:] for own in labels])
+    assert roc_auc_score(truth, np.concatenate([own[1:] for own in scores])) > 0.95
+    states = rounded[4][finder.layer].double().numpy()
+    by_hand = states @ finder.weights[0] + finder.biases[0]
+    np.testing.assert_allclose(scores[4][1:], by_hand[1:], rtol=1e-3, atol=1e-4)
     finder.save(tmp_path / "probe.npz")
     for own, saved in zip(scores, load_probe(tmp_path / "probe.npz", model, beginning=None).score(blocks), strict=True):
         np.testing.assert_array_equal(own, saved)
