@@ -21,7 +21,7 @@ from ifguide.report.figures import Figure, ModelRow, PromptSet
 INK = "#010203"  # stands for the page's text colour, so that a chart reads on light and on dark
 PALETTE = ("#8791a3", "#2f7de1", "#e0871b", "#1fa37c", "#a068d8", "#d1567f", "#2aa5b8", "#a3862b", "#6d78d6", "#b06a4c")
 BOX_RED = "#df3b3b"
-MARKERS = "soD^vPX*<>"
+MARKERS = "soD^vPX*<>"  # ten, beside nine colours that repeat: ninety pairs
 NAMED_BESIDE = 3  # models of a trade-off plot
 WIDTH = 4.6  # inches; on a phone it is shown at about this size, so that text stays legible
 RC: dict[Any, Any] = {
@@ -32,8 +32,9 @@ RC: dict[Any, Any] = {
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each name, in order."""
-    return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(dict.fromkeys(names))}
+    """A colour for each name, in order. Grey is the first's alone; the others repeat."""
+    first, *rest = PALETTE
+    return {name: rest[(index - 1) % len(rest)] if index else first for index, name in enumerate(dict.fromkeys(names))}
 
 
 def charts_of(data: ReportData, colours: dict[str, str]) -> dict[str, Any]:
@@ -101,8 +102,8 @@ def _points(axes: Axes, models: Sequence[ModelRow], colours: dict[str, str], eva
         if x is None or x.value is None or y is None or y.value is None or not math.isfinite(x.value):
             continue
         axes.errorbar(
-            [x.value], [y.value], xerr=_ends(x), yerr=_ends(y), fmt=_marker(index), color=colours[model.name],
-            ms=5, capsize=2, elinewidth=1, label=visible(model.name),
+            [x.value], [y.value], xerr=_ends(x), yerr=_ends(y), fmt=MARKERS[index % len(MARKERS)],
+            color=colours[model.name], ms=5, capsize=2, elinewidth=1, label=visible(model.name),
         )  # fmt: skip
         if beside:
             axes.annotate(
@@ -110,11 +111,6 @@ def _points(axes: Axes, models: Sequence[ModelRow], colours: dict[str, str], eva
                 parse_math=False,
             )  # fmt: skip
     axes.margins(x=0.12, y=0.12)
-
-
-def _marker(index: int) -> str:
-    """Colours repeat after ten models; the marker is another one then."""
-    return MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
 
 
 def _group_bars(models: Sequence[ModelRow], metric: str, colours: dict[str, str]) -> Markup:
