@@ -51,7 +51,7 @@ from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.stages.evaluate import evaluation_of
 from ifguide.stages.method_masks import VERB, check_mask, classifier_of, method_mask
-from ifguide.stages.pretrain import pretrain
+from ifguide.stages.pretrain import pretrain, training_data
 from ifguide.storage import file_sizes
 from ifguide.telemetry import log
 from ifguide.toxicity import training_inputs
@@ -104,6 +104,7 @@ class _Grid:
         if kind in self.masks:  # another loss on the same mask
             child = child.borrow(self.masks[kind], "scores", "mask")
         mask = method_mask(self.run, child, method)
+        training_data(child)  # the mask in the target's tokens: models that share it may be trained side by side
         self.masks.setdefault(kind, child)
         self.children[name] = child
         self.made[name] = _trained(child, mask, method.describe())

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_manifest, write_json, write_manifest
 from ifguide.config import Config, ConfigError, ModelSource
+from ifguide.config.compare import Method
 from ifguide.corpus.tables import document_table
 from ifguide.run import Run
+from ifguide.stages.compare import _Grid
 from ifguide.stages.pack_corpus import pack_corpus
 from ifguide.stages.pretrain import pretrain, training_data
 from ifguide.tokenizer import load_tokenizer
@@ -141,6 +143,19 @@ def test_a_tokenizer_is_trained_for_the_target_and_lent_artifacts_share_what_is_
     shared = made(method.borrow(run, "corpus", "mask"))
     assert (shared.corpus, shared.mask) == (target.corpus, target.mask)
     assert {path: path.stat().st_mtime_ns for path in target.folder.rglob("*.parquet")} == written
+
+
+def test_methods_that_share_a_mask_have_it_in_the_targets_tokens_before_they_are_trained(
+    targets: dict[str, str], copied: Callable[..., Config]
+) -> None:
+    run = Run(config=with_tokenizer(copied, targets["bytes"]))
+    pack_corpus(run)
+    grid = _Grid(run)
+    for name, penalty in (("words", 0.5), ("more", 2.0)):
+        grid.add_mask(name, Method(mask="words", penalty=penalty))
+    shared = {child.target.mask for child in grid.children.values()}
+    assert shared == {run.folder / "compare" / "words" / "target" / "mask"}
+    assert read_manifest(shared.pop()).summary["tokens_masked"] > 0
 
 
 def test_spans_have_a_row_for_each_document(finished: Config) -> None:
