@@ -113,13 +113,13 @@ class _Grid:
     def train(self) -> None:
         """Train the models of all masks."""
         config = self.run.config
-        if config.pretrain.engine != "torch" and self.children:
+        train, at_once = config.pretrain, min(config.compare.trainings, len(self.children))
+        if at_once > 1:  # what one of them takes, `pretrain` asks for
             connect(config.cluster)
-            train, at_once = config.pretrain, min(config.compare.trainings, len(self.children))
-            number = "compare.trainings" if at_once > 1 else "pretrain.workers"
-            require_resources(config.cluster, "pretrain", train.resources, train.workers * at_once, number=number)
+            workers = train.workers * at_once
+            require_resources(config.cluster, "pretrain", train.resources, workers, number="compare.trainings")
         trainings = {name: partial(pretrain, child, name=name) for name, child in self.children.items()}
-        _side_by_side(trainings, at_once=config.compare.trainings)
+        _side_by_side(trainings, at_once=at_once)
         for name, child in self.children.items():
             folder = child.model(PENALISED)
             self.models[name] = _model(folder / "hf", read_manifest(folder))
@@ -183,8 +183,12 @@ class _Grid:
 
 
 def _side_by_side(trainings: Mapping[str, Callable[[], object]], *, at_once: int) -> None:
-    """Train in threads, so many at once. Where one fails, or a signal comes, no other is begun; those that train are
-    finished, or saved as the signal asks, and then the first error is raised."""
+    """Train in threads, so many at once; one after the other in this one. Where one fails, or a signal comes, no other
+    is begun; those that train are finished, or saved as the signal asks, and then the first error is raised."""
+    if at_once <= 1:
+        for training in trainings.values():
+            training()
+        return
     failed = threading.Event()
 
     def train(name: str) -> None:
@@ -194,18 +198,14 @@ def _side_by_side(trainings: Mapping[str, Callable[[], object]], *, at_once: int
             trainings[name]()
         except BaseException as error:
             failed.set()
-            if at_once > 1 and not interrupts.requested():
+            if not interrupts.requested():
                 log(VERB, f"{name} failed: {error}; what trains beside it is finished first", level=logging.ERROR)
             raise
 
-    if at_once == 1:
-        for name in trainings:
-            train(name)
-        return
     with interrupts.deferring(), ThreadPoolExecutor(at_once, "training") as pool:
         ended = [pool.submit(train, name) for name in trainings]
-    for training in ended:
-        training.result()
+    for future in ended:
+        future.result()
 
 
 class _Samples:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +19,6 @@ from ifguide.config import Config, ConfigError
 from ifguide.config.compare import Compare, Dpo, ExcessLoss, Method, Probe, Rad, Reward, Samples
 from ifguide.config.resources import Resources
 from ifguide.corpus.tables import document_table
-from ifguide.distributed.shards import StageError
 from ifguide.influence.query_file import read_queries
 from ifguide.methods.excess_loss import tune_excess_loss
 from ifguide.methods.finders import sentence_spans, word_spans
@@ -36,9 +33,8 @@ from ifguide.report.view import View
 from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus
 from ifguide.stages.build_mask import build_mask
-from ifguide.stages.compare import _side_by_side, compare, method_run
+from ifguide.stages.compare import compare, method_run
 from ifguide.stages.method_masks import marked_mask, scored_mask
-from ifguide.stages.pretrain import pretrain
 from ifguide.toxicity import make_classifier
 from ifguide.words import WordList
 
@@ -300,55 +296,6 @@ def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config
     assert stream(plain, "masked").any()
     assert (stream(plain, "masked") != stream(run, "masked")).any()
     assert compare(run) == manifest
-
-
-def test_models_trained_at_once_are_those_trained_one_by_one(
-    copied: Callable[..., Config], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    config = with_methods(copied(), same=Method(mask="influence"), filter=Method(mask="words", objective="ignore"))
-    train = replace(config.pretrain, engine="deepspeed", log_steps=1)
-    config = replace(config, pretrain=train, compare=replace(config.compare, trainings=2))
-    run = Run(config=config)
-    shutil.rmtree(run.model("penalised"))
-    shutil.rmtree(run.generations("penalised"))
-    pretrain(run)
-    wide = replace(config, pretrain=replace(train, workers=2, micro_batch_blocks=1))
-    with pytest.raises(ConfigError, match=r"4 processes of 1 CPU .*; lower it or compare\.trainings"):
-        compare(Run(config=wide))
-    manifest = compare(run)
-    assert manifest is not None
-    assert list(manifest.summary) == ["baseline", "penalised", "same", "filter"]
-    weights = [
-        (folder / "hf" / "model.safetensors").read_bytes()
-        for folder in (run.model("penalised"), run.folder / "compare" / "same" / "model" / "penalised")
-    ]
-    assert weights[0] == weights[1]
-    said = [record.getMessage() for record in caplog.records]
-    first = {name: next(i for i, text in enumerate(said) if f"{name} step" in text) for name in ("same", "filter")}
-    last = {name: next(i for i, text in enumerate(said) if name in text and "last loss" in text) for name in first}
-    assert max(first.values()) < min(last.values())  # both had begun before one had ended
-
-
-def test_of_trainings_side_by_side_one_that_fails_lets_the_others_end_and_begins_none() -> None:
-    begun, ended, both = [], [], threading.Barrier(2, timeout=60)
-
-    def training(name: str, fails: bool) -> Callable[[], None]:
-        def train() -> None:
-            begun.append(name)
-            both.wait()
-            if fails:
-                raise StageError(f"{name} fell")
-            time.sleep(0.2)
-            ended.append(name)
-
-        return train
-
-    trainings = {"a": training("a", fails=True), "b": training("b", fails=False), "c": training("c", fails=False)}
-    with pytest.raises(StageError, match="a fell"):
-        _side_by_side(trainings, at_once=2)
-    assert sorted(begun) == ["a", "b"]
-    assert ended == ["b"]
 
 
 @pytest.mark.parametrize(
