@@ -12,7 +12,7 @@ from ifguide.config.sources import ClassifierSource, check_classifier
 from ifguide.config.typed_yaml import ConfigError, option
 
 OWN_MODELS = ("baseline", "penalised")
-SCORED = ("ngrams", "probe", "span_probe", "excess_loss")  # masks by token scores of their own
+SCORED = ("influence_words", "ngrams", "probe", "span_probe", "excess_loss")  # masks by token scores of their own
 INFLUENCE = {"influence": None, "exact": False, "smoothed": True}  # by the run's scores, smoothed or not
 SELECTING = ("quantile", "window", "max_fraction")  # a method's own, in place of `build_mask`'s
 OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own
@@ -157,7 +157,7 @@ class Method:
             with its quantile and window. Null: `tokens`; `influence` keeps the run's own mask.
         quantile: of `units`. Null: that of `build_mask`.
         window: of `units`. Null: that of `build_mask`.
-        max_fraction: of `units`. Null: as many tokens as the run's own mask has.
+        max_fraction: of the predicted tokens; of masks by scores. Null: as many as the run's own mask has.
         objective: kind of loss of masked tokens; `ignore` filters. Null: that of `pretrain`.
         penalty: lambda. Null: that of `pretrain`.
         dpo: train by preference.
@@ -170,6 +170,7 @@ class Method:
             "exact",
             "smoothed",
             "plain_influence",
+            "influence_words",
             "random",
             "random_types",
             "annotated",
@@ -265,9 +266,11 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
                 raise ConfigError(f"{key}.{option_name}: is of masked tokens; {kinds[0]} has none")
         if method.selection and method.mask not in (*INFLUENCE, *SCORED):
             raise ConfigError(f"{key}.selection: is of masks by scores: {', '.join((*INFLUENCE, *SCORED))}")
-        for option_name in SELECTING:
+        for option_name in ("quantile", "window"):
             if getattr(method, option_name) is not None and method.selection != "units":
                 raise ConfigError(f"{key}.{option_name}: is of `selection: units`")
+        if method.max_fraction is not None and (method.mask not in (*INFLUENCE, *SCORED) or method.keeps_mask):
+            raise ConfigError(f"{key}.max_fraction: is of masks by scores, and of `influence` with a selection")
         start = method.dpo or method.rad
         if start and start.model not in models:
             raise ConfigError(f"{key}.{kinds[0]}.model: {start.model!r} is none of {', '.join(models)}")

@@ -38,6 +38,7 @@ from ifguide.methods.reading import QuerySets
 
 _LETTER = re.compile(r"[\w*@$'’\ufffd]")  # with what may stand within a word; \ufffd is a part of a character
 SHOWN = 20
+CONTEXT = 64  # tokens on either side of a shard, for a word or pair of words on its edge
 DEFAULTS = Ngrams()
 
 

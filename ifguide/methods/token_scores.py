@@ -1,8 +1,8 @@
-"""Token scores of a corpus by a method that is fitted once: n-gram log-odds, a probe, or excess loss.
+"""Token scores of a corpus by a method that is fitted once: n-grams, a probe, excess loss, or words by influence.
 
 The finder is fitted in one worker and kept in `finder/` of the folder of scores. Then every shard of the corpus gets a
 table of scores of the same schema as `score_corpus` makes, rows in as rows out: whatever reads those reads these. Both
-steps are resumed.
+steps are resumed. Words by influence are counted shard by shard before.
 
 Bytes are the same for any number of workers. Another number of threads in a worker moves scores by rounding.
 """
@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ifguide import schemas
 from ifguide.artifacts import FileEntry, publish, require_same
 from ifguide.config import OWN, ConfigError, ModelSource
 from ifguide.config.compare import ExcessLoss, Ngrams, Probe
@@ -28,23 +30,27 @@ from ifguide.influence.proxy import load_proxy
 from ifguide.influence.query_file import read_queries
 from ifguide.influence.score_tables import write_scores
 from ifguide.methods.excess_loss import ExcessLossFinder, load_excess_loss, tune_excess_loss
+from ifguide.methods.influence_words import USES, score_words, sum_uses, summary_of, word_finder
 from ifguide.methods.labelled_blocks import labelled_blocks
-from ifguide.methods.ngrams import NgramFinder, fit_ngrams, load_ngrams
+from ifguide.methods.ngrams import CONTEXT, NgramFinder, Words, fit_ngrams, load_ngrams
 from ifguide.methods.probes import ProbeFinder, fit_cross_probe, fit_query_probe, load_probe
 from ifguide.methods.reading import QuerySets
 from ifguide.models import state_fingerprint
+from ifguide.selection.top import ScoredCorpus
 from ifguide.spans.tables import PackedCorpus, document_numbers, shard_name
 from ifguide.storage import local_copy
 from ifguide.tokenizer import load_tokenizer
 
-FINDER = "finder"  # folder of what is fitted, within that of the scores
-CONTEXT = 64  # tokens on either side of a shard, for a word or pair of words on its edge
+FINDER = "finder"  # scratch folder of what is fitted, within that of the scores
 FILES = {
-    "ngrams": "ngrams.json",
-    "probe": "probe.npz",
-    "span_probe": "probe.npz",
-    "excess_loss": "tuned.safetensors",
+    "ngrams": f"{FINDER}/ngrams.json",
+    "probe": f"{FINDER}/probe.npz",
+    "span_probe": f"{FINDER}/probe.npz",
+    "excess_loss": f"{FINDER}/tuned.safetensors",
+    "influence_words": "words.parquet",  # stays beside the scores: people read it
 }
+ON_QUERIES = ("ngrams", "probe", "excess_loss")  # which tell the two query sets apart
+WITHOUT_PROXY = ("ngrams", "influence_words")
 Finder = NgramFinder | ProbeFinder | ExcessLossFinder
 
 
@@ -53,10 +59,10 @@ class Scoring:
     """How a corpus is scored: a kind of `Method.mask`, its options, and what it learns from.
 
     `queries` is the folder of the query, `max_tokens` of one. `proxy_fingerprint` is the query's. `gpus` are a
-    worker's."""
+    worker's. `scored`: the scores that words are found by, of `influence_words` alone."""
 
     kind: str
-    options: Ngrams | Probe | ExcessLoss
+    options: Ngrams | Probe | ExcessLoss | None
     queries: Path
     max_tokens: int
     tokenizer: str
@@ -65,14 +71,17 @@ class Scoring:
     beginning: int | None
     seed: int
     gpus: float = 0.0
+    scored: ScoredCorpus | None = None
 
     def result_options(self) -> dict[str, Any]:
-        """What decides the scores, besides the corpus and the query."""
+        """What decides the scores, besides the corpus and the query, or the scores that words are found by."""
+        if self.scored is not None:
+            return {"scores": self.kind, "column": self.scored.column}
         return {"scores": self.kind, self.kind: result_part(self.options), "seed": self.seed}
 
     def file(self, folder: Path) -> Path:
         """Where the finder lies in the folder of the scores."""
-        return folder / FINDER / FILES[self.kind]
+        return folder / FILES[self.kind]
 
 
 def check_scored(kind: str, key: str, *, annotated: bool, differential: bool) -> None:
@@ -86,17 +95,19 @@ def check_scored(kind: str, key: str, *, annotated: bool, differential: bool) ->
         raise ConfigError(
             f"{key}.mask: {kind} needs spans that came with the documents; set pack_corpus.inputs[i].spans_column"
         )
-    if kind != "span_probe" and not differential:
+    if kind in ON_QUERIES and not differential:
         raise ConfigError(f"{key}.mask: {kind} needs queries of both sets; set build_query.differential")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredShards:
-    """What was scored: blocks and tokens, what the finder says of itself and the range of the scores; `files`."""
+    """What was scored: blocks and tokens, what the finder says of itself and the range of the scores; `files`, and of
+    these `further` ones beside the tables of scores."""
 
     rows: dict[str, int]
     summary: dict[str, Any]
     files: Mapping[str, FileEntry]
+    further: tuple[Path, ...] = ()
 
 
 def score_tokens(
@@ -107,9 +118,12 @@ def score_tokens(
     Raises:
         StageError: the fit or a shard failed, or not every block was scored.
     """
-    gpus = 0.0 if scoring.kind == "ngrams" else resources.gpus
+    gpus = 0.0 if scoring.kind in WITHOUT_PROXY else resources.gpus
     scoring, resources = replace(scoring, gpus=gpus), replace(resources, gpus=gpus)
-    settings = ScoringSettings(scoring=scoring, corpus=corpus, folder=folder)
+    settings, pool = ScoringSettings(scoring=scoring, corpus=corpus, folder=folder), Pool.filling_cluster(resources)
+    if scoring.scored is not None:
+        counts = [ShardTask(key=f"count-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
+        run_shards(verb, counts, CountWords, settings, folder=folder, pool=pool, unit="shards counted")
     fitted = run_shards(
         verb,
         [FitTask(key=f"fit-{scoring.kind}")],
@@ -119,8 +133,7 @@ def score_tokens(
         pool=Pool(size=1, resources=resources),
         unit="finders fitted",
     )
-    shards = [ScoreTask(key=f"score-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
-    pool = Pool.filling_cluster(resources)
+    shards = [ShardTask(key=f"score-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
     results = run_shards(verb, shards, ScoreShard, settings, folder=folder, pool=pool, unit="shards scored")
     rows = {name: sum(result[name] for result in results.values()) for name in ("blocks", "tokens")}
     if rows != {"blocks": corpus.num_blocks, "tokens": corpus.num_tokens}:
@@ -130,12 +143,13 @@ def score_tokens(
         "score_min": min(result["score_min"] for result in results.values()),
         "score_max": max(result["score_max"] for result in results.values()),
     }
-    return ScoredShards(rows=rows, summary=summary, files=results.files)
+    further = () if scoring.scored is None else (scoring.file(folder),)
+    return ScoredShards(rows=rows, summary=summary, files={**fitted.files, **results.files}, further=further)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringSettings:
-    """Of `FitFinder` and `ScoreShard`: the corpus, and the folder of its scores."""
+    """Of the workers: the corpus, and the folder of its scores."""
 
     scoring: Scoring
     corpus: PackedCorpus
@@ -150,22 +164,44 @@ class FitTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreTask:
+class ShardTask:
     """One shard of the corpus, by its number."""
 
     key: str
     shard: int
 
 
+class CountWords:
+    """Worker: one shard of the corpus and its scores -> the sums of its words."""
+
+    def __init__(self, settings: ScoringSettings):
+        assert settings.scoring.scored is not None
+        self.folder, self.scored = settings.folder, settings.scoring.scored
+        self.words = Words(load_tokenizer(settings.scoring.tokenizer))
+
+    def process(self, task: ShardTask) -> dict[str, Any]:
+        uses = sum_uses(self.scored, task.shard, self.words)
+        with publish(_counted(self.folder, task.shard)) as part:
+            pq.write_table(uses, part)
+        return {"words": len(uses)}
+
+
 class FitFinder:
-    """Worker: the queries, or annotated documents -> the finder."""
+    """Worker: the queries, annotated documents, or sums of words -> the finder."""
 
     def __init__(self, settings: ScoringSettings):
         self.settings, self.scoring = settings, settings.scoring
 
     def process(self, task: FitTask) -> dict[str, Any]:
+        file = self.scoring.file(self.settings.folder)
+        if self.scoring.scored is not None:
+            shards = range(self.settings.corpus.num_shards)
+            table, k = score_words(schemas.read_table(_counted(self.settings.folder, i), USES) for i in shards)
+            with publish(file) as part:
+                pq.write_table(table, part)
+            return summary_of(table, k)
         finder = self._fit()
-        with publish(self.scoring.file(self.settings.folder)) as part:
+        with publish(file) as part:
             finder.save(part)
         return finder.summary
 
@@ -184,6 +220,7 @@ class FitFinder:
             return fit_ngrams(tokenizer, sets, options=options)
         if isinstance(options, Probe):
             return fit_query_probe(_proxy(scoring), tokenizer, sets, options=options, seed=seed)
+        assert isinstance(options, ExcessLoss)
         return tune_excess_loss(_proxy(scoring), tokenizer, sets, options=options, seed=seed)
 
 
@@ -196,12 +233,14 @@ class ScoreShard:
         self.finder: Finder
         if self.scoring.kind == "ngrams":
             self.finder = load_ngrams(file, load_tokenizer(self.scoring.tokenizer))
+        elif self.scoring.kind == "influence_words":
+            self.finder = word_finder(file, Words(load_tokenizer(self.scoring.tokenizer)))
         elif self.scoring.kind == "excess_loss":
             self.finder = load_excess_loss(file, _proxy(self.scoring), beginning=beginning)
         else:
             self.finder = load_probe(file, _proxy(self.scoring), beginning=beginning)
 
-    def process(self, task: ScoreTask) -> dict[str, Any]:
+    def process(self, task: ShardTask) -> dict[str, Any]:
         begin, end = self.corpus.extent(task.shard)
         values, size = self._score(task.shard, begin, end), self.corpus.block_size
         num_blocks = -(-len(values) // size)
@@ -230,6 +269,10 @@ class ScoreShard:
             documents = _in_blocks(document_numbers(corpus, shard), corpus.block_size)
             return np.concatenate(self.finder.score([block.tolist() for block in blocks], documents))
         return np.concatenate(self.finder.score([block.tolist() for block in blocks]))
+
+
+def _counted(folder: Path, shard: int) -> Path:
+    return folder / FINDER / f"uses-{shard_name(shard)}.parquet"
 
 
 def _in_blocks(values: np.ndarray, block_size: int) -> list[np.ndarray]:

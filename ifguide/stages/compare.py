@@ -31,7 +31,7 @@ from ifguide.artifacts import (
     write_json,
 )
 from ifguide.config import Config, ConfigError, Pretrain, to_yaml
-from ifguide.config.compare import Dpo, Method, Rad
+from ifguide.config.compare import SCORED, Dpo, Method, Rad
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER
@@ -96,6 +96,7 @@ class _Grid:
         self.guides: dict[str, Guidance] = {}
         self.children: dict[str, Run] = {}
         self.masks: dict[tuple[str | float | None, ...], Run] = {}  # what made a mask first
+        self.scored: dict[str, Run] = {}  # what scored the corpus by a kind of mask first
         self.samples: _Samples | None = None
 
     def add_mask(self, name: str, method: Method) -> None:
@@ -103,9 +104,13 @@ class _Grid:
         child, kind = method_run(self.run, name, method), method.mask_options()
         if kind in self.masks:  # another loss on the same mask
             child = child.borrow(self.masks[kind], "scores", "mask")
+        elif method.mask in self.scored:  # another selection of the same scores
+            child = child.borrow(self.scored[method.mask], "scores")
         mask = method_mask(self.run, child, method)
         training_data(child)  # the mask in the target's tokens: models that share it may be trained side by side
         self.masks.setdefault(kind, child)
+        if method.mask in SCORED:
+            self.scored.setdefault(method.mask, child)
         self.children[name] = child
         self.made[name] = _trained(child, mask, method.describe())
         log(VERB, f"{name}: {mask.summary['tokens_masked']:,} tokens masked ({_share(mask):.2%})")

@@ -2,6 +2,7 @@
 
 Methods that mark text or draw tokens write a mask (`methods.masks`). Methods that score tokens write `scores/`, and
 their mask is the tokens of highest score, as many as the run's own mask has, or the run's selection of those scores.
+`influence_words` is scored by the run's scores, word by word.
 `exact` and `smoothed` take the run's scores, without those of other runs (`build_mask.others`); `influence` takes what
 the run does. `plain_influence` is the run's selection of other scores.
 """
@@ -12,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ifguide.artifacts import Manifest, data_files, require
-from ifguide.config import OWN, ClassifierSource, Config, ConfigError
+from ifguide.config import OWN, BuildMask, ClassifierSource, Config, ConfigError
 from ifguide.config.compare import INFLUENCE, SCORED, SELECTING, Method
 from ifguide.distributed.session import connect
 from ifguide.distributed.shards import LEDGER
@@ -23,6 +24,7 @@ from ifguide.methods.preferences import VERB
 from ifguide.methods.token_scores import FINDER, Scoring, check_scored, score_tokens
 from ifguide.run import Run
 from ifguide.schemas import smoothed_column
+from ifguide.selection.algorithm import token_budget
 from ifguide.selection.masks import measure_of
 from ifguide.selection.top import ScoredCorpus, select_top
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
@@ -104,7 +106,7 @@ def marked_mask(run: Run, child: Run, kind: str) -> Manifest:
 
 
 def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
-    """Make the mask of a method by token scores in `child.mask`: as many tokens as the mask of `run` has.
+    """Make the mask of a method by token scores in `child.mask`: as many tokens as the mask of `run` has, or a share.
 
     They are the tokens of highest score, ties by position, or are selected unit by unit as the run's own are; then
     there may be fewer, where fewer pass the quantile.
@@ -136,17 +138,19 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
         assert mask is not None
         return mask
     inputs = {"corpus": corpus.fingerprint, "scores": scores.fingerprint, "mask": own.fingerprint}
-    folder = child.ensemble if selecting.others else child.scores
-    column = measure_of(replace(selecting, standardise=False, fdr=None), folder).column
-    extra = {"mask": method.mask, "behaviour": selecting.behaviour, "column": column}
+    scored = _scored(child, corpus, selecting)
+    extra: dict[str, Any] = {"mask": method.mask, "behaviour": selecting.behaviour, "column": scored.column}
+    if method.max_fraction is not None:
+        extra["max_fraction"] = method.max_fraction
+        count = token_budget(method.max_fraction, own.summary["predicted_tokens"])
     artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=extra)
     if artifact.manifest:
         return artifact.manifest
     connect(run.config.cluster)
-    packed, on_the_cluster = PackedCorpus.of(run.corpus, corpus), run_tasks(run.config.build_mask.resources)
-    scored = ScoredCorpus(corpus=packed, scores=folder, column=column)
+    on_the_cluster = run_tasks(run.config.build_mask.resources)
     counts = select_top(scored, child.mask, count, on_the_cluster)
-    list(on_the_cluster(write_spans, ((packed, child.mask, shard) for shard in range(packed.num_shards))))
+    shards = range(scored.corpus.num_shards)
+    list(on_the_cluster(write_spans, ((scored.corpus, child.mask, shard) for shard in shards)))
     return artifact.finish(
         data_files(child.mask) + data_files(child.mask, SPANS),
         rows={"blocks": counts.blocks, "tokens": counts.masked},
@@ -155,9 +159,16 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
             "predicted_tokens": counts.predicted,
             "least_score": counts.least,
             "behaviour": selecting.behaviour,
-            "smoothed": column == smoothed_column(selecting.behaviour),
+            "smoothed": scored.column == smoothed_column(selecting.behaviour),
         },
     )
+
+
+def _scored(run: Run, corpus: Manifest, selecting: BuildMask) -> ScoredCorpus:
+    """The scores that `selecting` ranks tokens by, where nulls play no part."""
+    folder = run.ensemble if selecting.others else run.scores
+    column = measure_of(replace(selecting, standardise=False, fdr=None), folder).column
+    return ScoredCorpus(corpus=PackedCorpus.of(run.corpus, corpus), scores=folder, column=column)
 
 
 def method_scores(run: Run, child: Run, kind: str) -> Manifest:
@@ -165,18 +176,23 @@ def method_scores(run: Run, child: Run, kind: str) -> Manifest:
     manifest, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
     scoring = _scoring(run, query, kind)
     inputs = {"corpus": manifest.fingerprint, "query": query.fingerprint, "proxy": query.inputs["proxy"]}
+    if kind == "influence_words":
+        scored = _scored(run, manifest, run.config.build_mask)
+        verb = "build_mask" if scored.scores == run.ensemble else "score_corpus"
+        inputs["scores"] = require(scored.scores, verb).fingerprint
+        scoring = replace(scoring, scored=scored)
     artifact = run.open(child.scores, VERB, keys=("tokenizer",), inputs=inputs, extra=scoring.result_options())
     if artifact.manifest:
         return artifact.manifest
     run.require_proxy()
     connect(run.config.cluster)
     corpus = PackedCorpus.of(run.corpus, manifest)
-    scored = score_tokens(scoring, corpus, child.scores, verb=VERB, resources=run.config.compare.resources)
+    written = score_tokens(scoring, corpus, child.scores, verb=VERB, resources=run.config.compare.resources)
     return artifact.finish(
-        data_files(child.scores),
-        rows=scored.rows,
-        summary=scored.summary,
-        digests=scored.files,
+        [*data_files(child.scores), *written.further],
+        rows=written.rows,
+        summary=written.summary,
+        digests=written.files,
         remove=(LEDGER, FINDER),
     )
 
@@ -193,6 +209,7 @@ def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
         "probe": config.compare.probe,
         "span_probe": config.compare.probe,
         "excess_loss": config.compare.excess_loss,
+        "influence_words": None,
     }
     return Scoring(
         kind=kind,

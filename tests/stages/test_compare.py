@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from ifguide import schemas
@@ -24,7 +26,7 @@ from ifguide.methods.excess_loss import tune_excess_loss
 from ifguide.methods.finders import sentence_spans, word_spans
 from ifguide.methods.labelled_blocks import labelled_blocks
 from ifguide.methods.masks import ANNOTATED, CLASSIFIED, RANDOM, WORDS
-from ifguide.methods.ngrams import fit_ngrams
+from ifguide.methods.ngrams import Words, fit_ngrams
 from ifguide.methods.probes import fit_cross_probe
 from ifguide.methods.reading import QuerySets
 from ifguide.models import load_model
@@ -161,15 +163,23 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_rivals_mask_as_many_tokens_as_the_runs_own_mask_and_resume(copied: Callable[..., Config]) -> None:
     methods = {kind: Method(mask=kind) for kind in ("random_types", "ngrams", "probe")}
+    methods["fewer_ngrams"] = Method(mask="ngrams", max_fraction=0.01)
     config = with_methods(copied(), **methods, ngrams_ignored=Method(mask="ngrams", objective="ignore"))
     run = Run(config=config)
     manifest = compare(run)
     assert manifest is not None
-    assert list(manifest.summary) == ["baseline", "penalised", "random_types", "ngrams", "probe", "ngrams_ignored"]
+    assert list(manifest.summary) == ["baseline", "penalised", *methods, "ngrams_ignored"]
     # another loss on the same mask: it is made once
     assert sorted(path.name for path in (run.folder / "compare" / "ngrams_ignored").iterdir()) == ["model"]
+    # another number of tokens by the same scores: they are made once
+    assert not (run.folder / "compare" / "fewer_ngrams" / "scores").exists()
     size, own = config.pack_corpus.block_size, stream(run, "masked")
+    fewer = stream(method_run(run, "fewer_ngrams", methods.pop("fewer_ngrams")), "masked")
     children = {name: method_run(run, name, method) for name, method in methods.items()}
+    by_ngrams = stream(children["ngrams"], "token_score")
+    np.testing.assert_array_equal(
+        fewer, by_sorting(by_ngrams, size, int(0.01 * (np.arange(len(own)) % size > 0).sum()))
+    )
     for name, child in children.items():
         masked = stream(child, "masked")
         assert masked.sum() == own.sum() == read_manifest(child.mask).summary["tokens_masked"], name
@@ -188,7 +198,7 @@ def test_rivals_mask_as_many_tokens_as_the_runs_own_mask_and_resume(copied: Call
 
 
 def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Callable[..., Config]) -> None:
-    methods = {kind: Method(mask=kind) for kind in ("ngrams", "excess_loss", "span_probe")}
+    methods = {kind: Method(mask=kind) for kind in ("ngrams", "excess_loss", "span_probe", "influence_words")}
     comparison = Compare(methods=methods, excess_loss=ExcessLoss(epochs=1, learning_rate=1e-3), probe=Probe(tokens=400))
     run = Run(config=replace(copied(), compare=comparison))
     size, tokens = run.config.pack_corpus.block_size, stream(run, "tokens")
@@ -206,6 +216,25 @@ def test_scores_of_shards_are_those_of_the_finder_on_the_whole_stream(copied: Ca
     sets = QuerySets.of(rows, max_tokens=run.config.build_query.max_tokens)
     (whole,) = fit_ngrams(tokenizer, sets).score([tokens.tolist()])
     np.testing.assert_array_equal(scores["ngrams"][~first], whole[~first])
+    # The words of the whole stream, use by use, by the scores that the run's own mask is made of.
+    uses, runs = defaultdict[str, list[float]](list), Words(tokenizer).runs(tokens.tolist())
+    smoothed = np.where(first, -np.inf, scores_of(run, "smoothed_score").astype(float))
+    for start, stop, word in runs:
+        if word not in ("", "\n") and smoothed[start:stop].max() > -np.inf:
+            uses[word].append(smoothed[start:stop].max())
+    table = pq.read_table(method_run(run, "influence_words", methods["influence_words"]).scores / "words.parquet")
+    rows = {row["word"]: row for row in table.to_pylist()}
+    assert {word: len(values) for word, values in uses.items()} == {word: row["uses"] for word, row in rows.items()}
+    assert {word: np.mean(values) for word, values in uses.items()} == pytest.approx(
+        {word: row["mean"] for word, row in rows.items()}, rel=1e-5, abs=1e-5
+    )
+    of_words = np.zeros(len(tokens))
+    for start, stop, word in runs:
+        of_words[start:stop] = rows[word]["score"] if word in rows else 0.0
+    np.testing.assert_allclose(scores["influence_words"], np.where(first, 0.0, of_words), rtol=1e-6)
+    fewer = Method(mask="influence_words", max_fraction=0.01)
+    child = method_run(run, "fewer", fewer).borrow(method_run(run, "influence_words", fewer), "scores")
+    assert scored_mask(run, child, fewer).rows["tokens"] == int(0.01 * (~first).sum())
     finder = tune_excess_loss(
         load_model(run.proxy_source), tokenizer, sets, options=comparison.excess_loss,
         seed=run.config.seed,

@@ -340,6 +340,8 @@ def test_evaluations_that_cannot_be_are_refused(evaluate, message):
             "compare.methods.a.selection: is of masks by scores: influence",
         ),
         ({"a": {"mask": "influence", "window": 0}}, "compare.methods.a.window: is of `selection: units`"),
+        ({"a": {"mask": "words", "max_fraction": 0.1}}, "compare.methods.a.max_fraction: is of masks by scores"),
+        ({"a": {"mask": "influence", "max_fraction": 0.1}}, "compare.methods.a.max_fraction: is of masks by scores"),
         ({"a": {"rad": {"model": "b"}}}, "compare.methods.a.rad.model: 'b' is none of baseline, penalised"),
         ({"a": {"rad": {}}, "b": {"dpo": {"model": "a"}}}, "compare.methods.b.dpo.model: 'a' is none of baseline"),
         (
