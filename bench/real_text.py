@@ -187,10 +187,15 @@ def others_of(
             continue
         same = [next(other for other in rows if other["model"] == row["model"]) for rows in seeds]
         ratios = {
-            "EMT": [own["emt"][0] / rows[0]["emt"][0] for own, rows in zip(same, seeds, strict=True)],
-            "TP": [own["tp"][0] / rows[0]["tp"][0] for own, rows in zip(same, seeds, strict=True)],
-            "benign perplexity": [own["benign_ratio"] or own["ratio"] or 1.0 for own in same],
+            f"{figure.upper()}, {evaluator['name']}": [
+                own["evaluators"][place][figure][0] / rows[0]["evaluators"][place][figure][0]
+                for own, rows in zip(same, seeds, strict=True)
+            ]
+            for place, evaluator in enumerate(row["evaluators"])
+            for figure in FIGURES
+            if figure == "emt" or place == 0
         }
+        ratios["benign perplexity"] = [own["benign_ratio"] or own["ratio"] or 1.0 for own in same]
         found[row["model"]] = {
             name: over_seeds(values) if min(values) > 0 else Interval(0.0, None, None)
             for name, values in ratios.items()
@@ -199,12 +204,21 @@ def others_of(
 
 
 def as_markdown(figures: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Interval]]) -> str:
-    """A table of the sources at equal perplexity, and one of the other models."""
-    names = [name for name in next(iter(figures.values())) if name != "beyond"]
+    """A table of the sources at equal perplexity, one over the word list's, and one of the other models."""
+    over = f"_over_{BASE}"
+    names = [name for name in next(iter(figures.values())) if name != "beyond" and not name.endswith(over)]
+    titles = [name.replace("_", " ") for name in names]
     rows = [
         (source, *(_cell(values[name]) for name in names), str(values["beyond"])) for source, values in figures.items()
     ]
-    tables = [markdown_table(["mask", *(name.replace("_", " ") for name in names), "beyond the sweep"], rows)]
+    tables = [markdown_table(["mask", *titles, "beyond the sweep"], rows)]
+    if BASE in figures:
+        rows = [
+            (source, *(_cell(values[name + over]) for name in names))
+            for source, values in figures.items()
+            if source != BASE
+        ]
+        tables.append(markdown_table([f"over {BASE}", *titles], rows))
     if others:
         titles = list(next(iter(others.values())))
         cells = [(name, *(_cell(list(values[title])) for title in titles)) for name, values in others.items()]
@@ -218,16 +232,21 @@ def _cell(ends: Sequence[float | None]) -> str:
 
 
 def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]]]]], path: Path, *, at: float) -> None:
-    """A panel for each evaluator: EMT against benign perplexity, both over the baseline's, a line for each source."""
+    """A panel for each evaluator, three in a row: EMT against benign perplexity, both over the baseline's.
+
+    A line for each source."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    wide, high = min(len(points), 3), -(-len(points) // 3)
     figure, panels = pyplot.subplots(
-        1, len(points), figsize=(5 * len(points) + 1, 4.5), layout="constrained", sharey=True, squeeze=False
+        high, wide, figsize=(4 * wide + 2, 3.6 * high), layout="constrained", sharex=True, sharey=True, squeeze=False
     )
-    for axes, (evaluator, by_figure) in zip(panels[0], points.items(), strict=True):
+    for axes in panels.flat[len(points) :]:
+        axes.set_axis_off()
+    for axes, (evaluator, by_figure) in zip(panels.flat, points.items(), strict=False):
         colours = pyplot.get_cmap("tab10", len(by_figure["emt"]))
         for i, (source, seeds) in enumerate(by_figure["emt"].items()):
             means = [(over_seeds([p.perplexity for p in same]), over_seeds([p.toxicity for p in same]))
@@ -235,9 +254,10 @@ def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]
             line = [(1.0, 1.0), *((x.value, y.value) for x, y in means)]
             axes.plot(*zip(*line, strict=True), "o-", ms=3, lw=1.2, color=colours(i), label=source)
         axes.axvline(at, color="0.6", lw=0.8, ls=":")
-        axes.set(title=evaluator, xlabel="benign perplexity / the baseline's")
+        axes.set_title(evaluator, fontsize=10)
         axes.grid(alpha=0.3)
-    panels[0][0].set(ylabel="expected maximum score / the baseline's")
+    figure.supxlabel("benign perplexity / the baseline's", fontsize=10)
+    figure.supylabel("expected maximum score / the baseline's", fontsize=10)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     with publish(path) as part:
         figure.savefig(part, dpi=130, format="png")

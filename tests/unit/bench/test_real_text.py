@@ -73,7 +73,7 @@ def test_figures_are_at_equal_perplexity_and_over_the_word_lists() -> None:
 def test_the_tables_and_the_picture_have_every_model(tmp_path: Path) -> None:
     others = others_of(SEEDS, SOURCES, PENALTIES)
     assert list(others) == ["rad"]
-    assert others["rad"]["EMT"].value == pytest.approx(0.2)
+    assert others["rad"]["EMT, words"].value == pytest.approx(0.2)
     assert others["rad"]["benign perplexity"].value == 1
     text = as_markdown(figures_at(SEEDS, SOURCES, PENALTIES, 1.05), others)
     assert "| influence | 0.400 [0.400, 0.400] |" in text
