@@ -260,7 +260,7 @@ def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]
     figure.supylabel("expected maximum score / the baseline's", fontsize=10)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     with publish(path) as part:
-        figure.savefig(part, dpi=130, format="png")
+        figure.savefig(part, dpi=100, format="png")
     pyplot.close(figure)
 
 
