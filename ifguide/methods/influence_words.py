@@ -75,11 +75,11 @@ def score_words(tables: Iterable[pa.Table]) -> tuple[pa.Table, float]:
     mean = total / n
     spare = n.sum() - len(n)
     if not spare:
-        raise ValueError("no word of the corpus is used twice, so words cannot be told from their uses; mask tokens")
+        raise ValueError("no word is used twice, so words cannot be told from their uses; take `mask: influence`")
     within = max(float((squares - n * mean * mean).sum()), 0.0) / spare
     between = float(mean.var(ddof=1)) - within * float((1 / n).mean()) if len(n) > 1 else 0.0
     if between <= 0:
-        raise ValueError("the scores of words differ by no more than those of one word's uses do; mask tokens")
+        raise ValueError("words differ by no more than the uses of one word do; take `mask: influence`")
     k, centre = within / between, float(mean.mean())
     score = (total + k * centre) / (n + k)
     order = np.lexsort((word, -score))

@@ -85,7 +85,7 @@ def test_k_is_the_ratio_of_the_variances_that_made_the_scores() -> None:
 
 
 def test_words_that_cannot_be_told_from_their_uses_are_refused() -> None:
-    with pytest.raises(ValueError, match="no word of the corpus is used twice"):
+    with pytest.raises(ValueError, match="no word is used twice"):
         score_words([table({"a": [1.0], "b": [2.0]})])
     with pytest.raises(ValueError, match="differ by no more than"):
         score_words([table({"a": [-1.0, 1.0], "b": [-1.0, 1.0]})])
