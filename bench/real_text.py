@@ -246,7 +246,7 @@ def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]
     )
     for axes in panels.flat[len(points) :]:
         axes.set_axis_off()
-    for axes, (evaluator, by_figure) in zip(panels.flat, points.items(), strict=False):
+    for axes, (evaluator, by_figure) in zip(panels.flat[: len(points)], points.items(), strict=True):
         colours = pyplot.get_cmap("tab10", len(by_figure["emt"]))
         for i, (source, seeds) in enumerate(by_figure["emt"].items()):
             means = [(over_seeds([p.perplexity for p in same]), over_seeds([p.toxicity for p in same]))
