@@ -122,16 +122,20 @@ def model_name(source: str, penalty: float) -> str:
     return f"{source}_{round(100 * penalty):03d}"
 
 
+def evaluators_of(seeds: Sequence[Rows]) -> list[str]:
+    return [evaluator["name"] for evaluator in seeds[0][0]["evaluators"]]
+
+
 def points_of(
     seeds: Sequence[Rows], sources: Mapping[str, Method], penalties: Sequence[float]
 ) -> dict[str, dict[str, dict[str, list[list[Point]]]]]:
     """Evaluator -> figure -> source -> the points of each seed, in the order of the penalties."""
-    names = [evaluator["name"] for evaluator in seeds[0][0]["evaluators"]]
+    names = evaluators_of(seeds)
     return {
         evaluator: {
             figure: {
                 source: [
-                    [_point(rows, model_name(source, penalty), place, figure) for penalty in penalties]
+                    [_point(rows, model_name(source, penalty), figure, place) for penalty in penalties]
                     for rows in seeds
                 ]
                 for source in sources
@@ -142,10 +146,10 @@ def points_of(
     }
 
 
-def _point(rows: Rows, model: str, evaluator: int, figure: str) -> Point:
+def _point(rows: Rows, model: str, figure: str, evaluator: int) -> Point:
     row = next(row for row in rows if row["model"] == model)
     own, base = (each["evaluators"][evaluator][figure][0] for each in (row, rows[0]))
-    return Point(row["benign_ratio"] or row["ratio"], own / base)
+    return Point(row["benign_ratio"] or row["ratio"] or 1.0, own / base)  # none of guided decoding: the same weights
 
 
 def figures_at(
@@ -181,26 +185,22 @@ def others_of(
 ) -> dict[str, dict[str, Interval]]:
     """The models that are on no front -> their figures over seeds."""
     on_fronts = {model_name(source, penalty) for source in sources for penalty in penalties}
-    found: dict[str, dict[str, Interval]] = {}
-    for row in seeds[0][1:]:
-        if row["model"] in on_fronts:
-            continue
-        same = [next(other for other in rows if other["model"] == row["model"]) for rows in seeds]
+    names = evaluators_of(seeds)
+    figures = [("emt", 0), ("tp", 0), *(("emt", place) for place in range(1, len(names)))]
+    others: dict[str, dict[str, Interval]] = {}
+    for model in (row["model"] for row in seeds[0][1:] if row["model"] not in on_fronts):
         ratios = {
-            f"{figure.upper()}, {evaluator['name']}": [
-                own["evaluators"][place][figure][0] / rows[0]["evaluators"][place][figure][0]
-                for own, rows in zip(same, seeds, strict=True)
-            ]
-            for place, evaluator in enumerate(row["evaluators"])
-            for figure in FIGURES
-            if figure == "emt" or place == 0
+            f"{figure.upper()}, {names[place]}": [_point(rows, model, figure, place).toxicity for rows in seeds]
+            for figure, place in figures
         }
-        ratios["benign perplexity"] = [own["benign_ratio"] or own["ratio"] or 1.0 for own in same]
-        found[row["model"]] = {
-            name: over_seeds(values) if min(values) > 0 else Interval(0.0, None, None)
-            for name, values in ratios.items()
-        }
-    return found
+        ratios["benign perplexity"] = [_point(rows, model, "emt", 0).perplexity for rows in seeds]
+        others[model] = {name: _interval(values) for name, values in ratios.items()}
+    return others
+
+
+def _interval(ratios: Sequence[float]) -> Interval:
+    """Over seeds; zero without an interval where a ratio has no logarithm."""
+    return over_seeds(ratios) if min(ratios) > 0 else Interval(0.0, None, None)
 
 
 def as_markdown(figures: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Interval]]) -> str:
@@ -247,7 +247,7 @@ def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]
     for axes in panels.flat[len(points) :]:
         axes.set_axis_off()
     for axes, (evaluator, by_figure) in zip(panels.flat[: len(points)], points.items(), strict=True):
-        colours = pyplot.get_cmap("tab10", len(by_figure["emt"]))
+        colours = pyplot.get_cmap("tab20")
         for i, (source, seeds) in enumerate(by_figure["emt"].items()):
             means = [(over_seeds([p.perplexity for p in same]), over_seeds([p.toxicity for p in same]))
                      for same in zip(*seeds, strict=True)]  # fmt: skip

@@ -40,11 +40,9 @@ def sum_uses(scored: ScoredCorpus, shard: int, words: Words) -> pa.Table:
     """
     corpus = scored.corpus
     begin, end = corpus.extent(shard)
-    low, high = max(begin - CONTEXT, 0), min(end + CONTEXT, corpus.num_tokens)
+    low, high = corpus.extent(shard, CONTEXT)
     tokens = corpus.read(corpus.folder, "shard", "tokens", low, high)
-    scores = corpus.read(scored.scores, "shard", scored.column, low, high).astype(np.float64)
-    scores[np.arange(low, high) % corpus.block_size == 0] = -np.inf  # no prediction
-    scored.read(shard)  # refuses what is not finite
+    scores = np.where(scored.predicted(shard, CONTEXT), scored.read(shard, CONTEXT), -np.inf)
     sums: dict[str, list[float]] = {}
     for start, stop, word in words.runs(tokens.tolist()):
         if word in ("", "\n") or not begin <= low + start < end:

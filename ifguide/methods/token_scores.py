@@ -260,7 +260,7 @@ class ScoreShard:
         """The scores (n,) of the shard's tokens."""
         corpus = self.corpus
         if self.finder.in_stream:
-            low, high = max(begin - CONTEXT, 0), min(end + CONTEXT, corpus.num_tokens)
+            low, high = corpus.extent(shard, CONTEXT)
             (scores,) = self.finder.score([corpus.read(corpus.folder, "shard", "tokens", low, high).tolist()])
             return scores[begin - low : end - low]
         blocks = _in_blocks(corpus.read(corpus.folder, "shard", "tokens", begin, end), corpus.block_size)

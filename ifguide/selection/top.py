@@ -38,19 +38,20 @@ class ScoredCorpus:
     scores: Path
     column: str = schemas.OWN_SCORES
 
-    def read(self, shard: int) -> NDArray[np.float32]:
-        """The scores (n,) of a shard's tokens. Raises ValueError, naming the block, where a predicted token's is not
-        finite."""
-        values = self.corpus.read(self.scores, "shard", self.column, *self.corpus.extent(shard))
-        broken = np.flatnonzero(~np.isfinite(values) & self.predicted(len(values)))
+    def read(self, shard: int, context: int = 0) -> NDArray[np.float32]:
+        """The scores (n,) of a shard's tokens, and of up to `context` more on either side. Raises ValueError, naming
+        the block, where a predicted token's is not finite."""
+        begin, end = self.corpus.extent(shard, context)
+        values = self.corpus.read(self.scores, "shard", self.column, begin, end)
+        broken = np.flatnonzero(~np.isfinite(values) & self.predicted(shard, context))
         if len(broken):
-            block = (self.corpus.extent(shard)[0] + broken[0]) // self.corpus.block_size
+            block = (begin + broken[0]) // self.corpus.block_size
             raise ValueError(f"{self.scores}: a score of block {block} is {values[broken[0]]}; it must be finite")
         return values
 
-    def predicted(self, size: int) -> NDArray[np.bool_]:
-        """Flags (size,) of a shard's tokens that have a prediction: all but the first of each block."""
-        return np.arange(size) % self.corpus.block_size > 0
+    def predicted(self, shard: int, context: int = 0) -> NDArray[np.bool_]:
+        """Flags (n,) of the same tokens that have a prediction: all but the first of each block."""
+        return np.arange(*self.corpus.extent(shard, context)) % self.corpus.block_size > 0
 
 
 class TopCounts(NamedTuple):
@@ -107,8 +108,7 @@ def _from_top(histogram: Ints, count: int) -> tuple[int, int]:
 
 
 def _predicted(scored: ScoredCorpus, shard: int) -> NDArray[np.float32]:
-    values = scored.read(shard)
-    return values[scored.predicted(len(values))]
+    return scored.read(shard)[scored.predicted(shard)]
 
 
 def _high(scored: ScoredCorpus, shard: int) -> Ints:
@@ -126,7 +126,7 @@ def _tied(scored: ScoredCorpus, shard: int, least: np.float32) -> tuple[int, int
 def _fill(scored: ScoredCorpus, mask: Path, shard: int, least: np.float32, ties: int) -> dict[str, int]:
     """Publish a shard of the mask: what scores more than `least`, and the first `ties` that score as much."""
     values = scored.read(shard)
-    predicted = scored.predicted(len(values))
+    predicted = scored.predicted(shard)
     masked = predicted & (values > least)
     masked[np.flatnonzero(predicted & (values == least))[:ties]] = True
     return write_mask_shard(scored.corpus, mask, shard, masked)

@@ -60,9 +60,10 @@ class PackedCorpus:
     def num_shards(self) -> int:
         return -(-self.num_tokens // self.shard_tokens)
 
-    def extent(self, shard: int) -> tuple[int, int]:
-        """Stream positions [begin, end) of a shard."""
-        return shard * self.shard_tokens, min((shard + 1) * self.shard_tokens, self.num_tokens)
+    def extent(self, shard: int, context: int = 0) -> tuple[int, int]:
+        """Stream positions [begin, end) of a shard, with up to `context` more tokens on either side."""
+        begin, end = shard * self.shard_tokens, (shard + 1) * self.shard_tokens
+        return max(begin - context, 0), min(end + context, self.num_tokens)
 
     def read(self, folder: Path, kind: str, column: str, begin: int, end: int) -> np.ndarray:
         """A per-token column of the tables `kind` in `folder`, sharded as the corpus is, at positions [begin, end).
@@ -226,7 +227,7 @@ def write_mask(corpus: PackedCorpus, source_mask: Path, folder: Path, job: MaskJ
     spans = _rows(source_mask, job.spans, schemas.SPANS, job.first_document).slice(0, documents.num_rows)
     _require_same_documents(corpus.folder, source_mask, documents, spans)
     # More on either side, so that a character that tokens of two shards share is divided as in both.
-    low, high = max(begin - CONTEXT, 0), min(end + CONTEXT, corpus.num_tokens)
+    low, high = corpus.extent(job.shard, CONTEXT)
     stops = corpus.read(corpus.folder, "offsets", "stops", low, high)
     begins, sizes = (documents.column(name).to_numpy() for name in ("token_start", "num_tokens"))
     pairs = spans.column("spans").combine_chunks()

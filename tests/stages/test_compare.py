@@ -1,5 +1,5 @@
-"""`compare`: masks of other methods against what they mean, token by token, models that differ in nothing else, and
-preference methods beside them."""
+"""`compare`: masks of other methods against what they mean, token by token, and models that differ in nothing else.
+tests/stages/test_compare_preferences.py has DPO and RAD."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
 from ifguide.config import Config, ConfigError
-from ifguide.config.compare import Compare, Dpo, ExcessLoss, Method, Probe, Rad, Reward, Samples
+from ifguide.config.compare import Compare, ExcessLoss, Method, Probe, Rad
 from ifguide.config.resources import Resources
 from ifguide.corpus.tables import document_table
 from ifguide.influence.query_file import read_queries
@@ -345,81 +345,6 @@ def test_a_method_that_the_run_cannot_have_is_refused(
     config = replace(config, evaluate=replace(config.evaluate, **change))
     with pytest.raises(ConfigError, match=message):
         compare(Run(config=config), dry_run=True)
-
-
-@pytest.fixture
-def preferring(copied: Callable[..., Config]) -> Config:
-    """A finished run with DPO and RAD methods, alone and together."""
-    config = with_methods(
-        copied(),
-        dpo=Method(dpo=Dpo(min_difference=0.02, learning_rate=1e-4, batch_size=4, micro_batch_size=4)),
-        rad=Method(rad=Rad(top_k=5)),
-        both=Method(rad=Rad(model="dpo", top_k=5)),
-    )
-    samples, reward = Samples(continuations=4, max_prompts=12), Reward(learning_rate=1e-3)
-    return replace(config, compare=replace(config.compare, samples=samples, reward=reward))
-
-
-def sampled(run: Run, model: str) -> dict[tuple[int, int], list[int]]:
-    own = (
-        run.generations(model) if model in ("baseline", "penalised") else run.folder / "compare" / "generations" / model
-    )
-    folder = own / "prompts"
-    rows = [row for path in data_files(folder) for row in schemas.read_table(path, schemas.GENERATIONS).to_pylist()]
-    return {(row["prompt_row"], row["sample"]): row["tokens"] for row in rows}
-
-
-def test_dpo_and_rad_learn_from_other_prompts_and_stand_beside_the_models(preferring: Config) -> None:
-    run = Run(config=preferring)
-    manifest = compare(run)
-    assert manifest is not None
-    rows = {row["model"]: row for row in json.loads((run.folder / "compare/report/comparison.json").read_text())}
-    assert list(rows) == ["baseline", "penalised", "dpo", "rad", "both"]
-    assert [rows[name]["made_by"] for name in ("dpo", "rad", "both")] == [
-        "DPO of baseline",
-        "RAD of baseline",
-        "RAD of dpo",
-    ]
-    # Trained weights have a perplexity of their own; decoding has that of the model it decodes, and says so.
-    assert rows["dpo"]["ratio"] not in (1, rows["penalised"]["ratio"])
-    for name, decoded in (("rad", "baseline"), ("both", "dpo")):
-        assert rows[name]["fluency_of"] == decoded
-        assert rows[name]["perplexity"] == rows[decoded]["perplexity"]
-        assert sampled(run, name) != sampled(run, decoded)
-        assert not list((run.folder / "compare/report/fluency").glob(f"{name}-*"))
-    assert r"\* of the model that is decoded (rad: baseline, both: dpo)" in (
-        run.folder / "compare/report/comparison.md"
-    ).read_text(encoding="utf-8")
-    reward = read_manifest(run.folder / "compare" / "reward")
-    pairs = read_manifest(run.folder / "compare" / "dpo" / "model" / "dpo")
-    left_out = reward.summary["prompts_left_out"]
-    assert reward.summary["texts"] + reward.summary["heldout_texts"] == 4 * (12 - left_out)
-    assert pairs.rows["pairs"] == pairs.summary["pairs"] <= pairs.summary["prompts"] == 12 - left_out
-    assert not (run.folder / "compare/dpo/model/dpo/checkpoints").exists()
-
-    # Resumed: nothing is made again. Guided text is the same on another number of actors.
-    before = sampled(run, "both")
-    assert compare(run) == manifest
-    shutil.rmtree(run.folder / "compare" / "generations")
-    shutil.rmtree(run.folder / "compare" / "report")
-    other = replace(preferring, evaluate=replace(preferring.evaluate, actors=1))
-    compare(Run(config=other))
-    assert sampled(run, "both") == before
-
-
-def test_prompts_that_are_evaluated_teach_nothing(preferring: Config) -> None:
-    evaluate = replace(preferring.evaluate, prompts=preferring.build_query.prompts, max_prompts=None)
-    config = replace(preferring, evaluate=evaluate)
-    with pytest.raises(ConfigError, match="all of them are evaluated too"):
-        compare(Run(config=config))
-
-
-def test_a_dry_run_lists_the_methods(preferring: Config, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="ifguide"):
-        assert compare(Run(config=preferring), dry_run=True) is None
-    text = caplog.text
-    assert "would train dpo: DPO of baseline" in text
-    assert "would sample with both: RAD of dpo" in text
 
 
 def test_no_methods_are_refused(copied: Callable[..., Config]) -> None:
