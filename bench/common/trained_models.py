@@ -11,9 +11,6 @@ from ifguide.training.loop import EXPORT
 
 def trained_models(run: Run) -> dict[str, Path]:
     """Name -> the folder of a finished model's weights, the run's own first."""
-    folders = [*run.models.values(), *sorted((run.folder / "compare").glob("*/model/*"))]
-    return {
-        folder.parent.parent.name if "compare" in folder.parts else folder.name: folder / EXPORT
-        for folder in folders
-        if (folder / MANIFEST).exists()
-    }
+    compared = {folder.parent.parent.name: folder for folder in sorted((run.folder / "compare").glob("*/model/*"))}
+    folders = {**run.models, **compared}
+    return {name: folder / EXPORT for name, folder in folders.items() if (folder / MANIFEST).exists()}
