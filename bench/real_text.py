@@ -1,14 +1,16 @@
 """What each mask source gives for its price on real text, over a sweep of penalties and several seeds.
 
     python bench/real_text.py [--behaviours explicit implicit] [--seeds 0 1 2 3 4] [--penalties 0 0.5 1 2]
-                              [--methods NAME ...] [--proxy smollm2|configured|SOURCE] [--at 1.03] [--set a.b=c]
+                              [--budgets SHARE ...] [--methods NAME ...] [--proxy smollm2|configured|SOURCE]
+                              [--at 1.03] [--set a.b=c]
 
 A behaviour is a config, `configs/real_text.yaml` or `configs/real_text_implicit.yaml`. Its corpus is packed and its
 factors are fitted once; queries, scores and masks are of each seed. Then `ifguide compare` trains a model for every
 source of the config's masks and every penalty, with the same loss, in `<run_dir>/seeds/<N>`; a penalty of 0 is
-`ignore`. Methods with a loss of their own, filters, DPO and RAD are points beside the fronts. Seeds vary initial
-weights, the order of blocks, the queries and the sampling. `--methods` takes some of the config's alone. Running it
-again resumes.
+`ignore`. `--budgets` adds masks of other shares of the tokens, of the sources that have scores: what is selected unit
+by unit has the quantile that leaves as many. They are points of the same front. Methods with a loss of their own,
+filters, DPO and RAD are points beside the fronts. Seeds vary initial weights, the order of blocks, the queries and the
+sampling. `--methods` takes some of the config's alone. Running it again resumes.
 
 Toxicity at equal benign perplexity is read off each front (`bench.common.fronts`), by every evaluator of the config;
 the first one is what the filters learn from, the others no method has learned from. Intervals are of Student's t over
@@ -24,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +35,7 @@ from bench.common.places import this_machine
 from bench.common.proxies import source_overrides
 from ifguide.artifacts import publish
 from ifguide.config import Config, load_config
-from ifguide.config.compare import Method
+from ifguide.config.compare import INFLUENCE, SCORED, Method
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
 from ifguide.pipeline import run_pipeline, stage
@@ -49,6 +51,31 @@ FIGURES = ("emt", "tp")
 Rows = Sequence[Mapping[str, Any]]  # of a seed's comparison.json
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What every mask source is trained with: each penalty, with its own mask and one of each further budget."""
+
+    sources: Mapping[str, Method]
+    penalties: Sequence[float]
+    budgets: Sequence[float] = ()  # shares of the predicted tokens, for sources with scores and no budget of their own
+
+    def lines(self, source: str) -> dict[float | None, Method]:
+        """Budget -> the source's mask; None: the one that it has without."""
+        method = self.sources[source]
+        lines: dict[float | None, Method] = {None: method}
+        if method.max_fraction is not None or method.mask not in (*SCORED, *INFLUENCE):
+            return lines
+        by_units = method.keeps_mask or method.selection == "units"
+        for budget in self.budgets:
+            own = replace(method, max_fraction=budget)
+            lines[budget] = replace(own, selection="units", quantile=round(1 - budget, 6)) if by_units else own
+        return lines
+
+    def models(self, source: str) -> list[str]:
+        """The names of a source's models, budget by budget, each in the order of the penalties."""
+        return [model_name(source, penalty, budget) for budget in self.lines(source) for penalty in self.penalties]
+
+
 def main() -> None:
     options = _options()
     configure_logging()
@@ -58,21 +85,20 @@ def main() -> None:
         config = load_config(CONFIGS[behaviour], overrides)
         if options.methods is not None:
             config = replace(config, compare=replace(config.compare, methods=some_of(config, options.methods)))
-        sources = sources_of(config)
-        seeds = [_compared(config, seed, sources, options.penalties) for seed in options.seeds]
-        results[behaviour] = figures_at(seeds, sources, options.penalties, options.at)
+        sweep = Sweep(sources=sources_of(config), penalties=options.penalties, budgets=options.budgets)
+        seeds = [_compared(config, seed, sweep) for seed in options.seeds]
+        results[behaviour] = figures_at(seeds, sweep, options.at)
         folder = Path(config.run_dir) / "seeds"
         with publish(folder / "fronts.md") as part:
-            part.write_text(as_markdown(results[behaviour], others_of(seeds, sources, options.penalties)), "utf-8")
-        draw(points_of(seeds, sources, options.penalties), folder / "fronts.png", at=options.at)
-    shared = {"at": options.at, "seeds": options.seeds, "penalties": options.penalties, "machine": this_machine()}
-    print(json.dumps({**results, **shared}))
+            part.write_text(as_markdown(results[behaviour], others_of(seeds, sweep)), "utf-8")
+        draw(seeds, sweep, folder / "fronts.png", at=options.at)
+    shared = {name: getattr(options, name) for name in ("at", "seeds", "penalties", "budgets")}
+    print(json.dumps({**results, **shared, "machine": this_machine()}))
 
 
-def _compared(config: Config, seed: int, sources: Mapping[str, Method], penalties: Sequence[float]) -> Rows:
+def _compared(config: Config, seed: int, sweep: Sweep) -> Rows:
     """The rows of one seed's comparison, which is made where it is not there. Seeds share corpus and factors."""
-    methods = swept(config, sources, penalties)
-    config = replace(config, compare=replace(config.compare, methods=methods))
+    config = replace(config, compare=replace(config.compare, methods=swept(config, sweep)))
     try:
         run_pipeline(replace(config, baseline=config.proxy_is_baseline), dry_run=False, until="fit_factors")
     except FileNotFoundError as error:
@@ -107,42 +133,39 @@ def sources_of(config: Config) -> dict[str, Method]:
     }
 
 
-def swept(config: Config, sources: Mapping[str, Method], penalties: Sequence[float]) -> dict[str, Method]:
-    """The methods of the config without a source, and one for every source and penalty."""
-    methods = {name: method for name, method in config.compare.methods.items() if name not in sources}
-    for source, method in sources.items():
-        for penalty in penalties:
-            own = replace(method, penalty=penalty)
-            methods[model_name(source, penalty)] = own if penalty else replace(own, objective="ignore")
+def swept(config: Config, sweep: Sweep) -> dict[str, Method]:
+    """The methods of the config without a source, and one for every source, budget and penalty."""
+    methods = {name: method for name, method in config.compare.methods.items() if name not in sweep.sources}
+    for source in sweep.sources:
+        for budget, method in sweep.lines(source).items():
+            for penalty in sweep.penalties:
+                own = replace(method, penalty=penalty)
+                methods[model_name(source, penalty, budget)] = own if penalty else replace(own, objective="ignore")
     return methods
 
 
-def model_name(source: str, penalty: float) -> str:
-    """Of a source's model in the comparison: `word_list_050` for a penalty of 0.5."""
-    return f"{source}_{round(100 * penalty):03d}"
+def model_name(source: str, penalty: float, budget: float | None = None) -> str:
+    """Of a source's model in the comparison: `probe_050` for a penalty of 0.5, `probe_150bp_050` for that and a mask of
+    1.5% of the tokens."""
+    share = "" if budget is None else f"_{round(10_000 * budget)}bp"
+    return f"{source}{share}_{round(100 * penalty):03d}"
 
 
 def evaluators_of(seeds: Sequence[Rows]) -> list[str]:
     return [evaluator["name"] for evaluator in seeds[0][0]["evaluators"]]
 
 
-def points_of(
-    seeds: Sequence[Rows], sources: Mapping[str, Method], penalties: Sequence[float]
-) -> dict[str, dict[str, dict[str, list[list[Point]]]]]:
-    """Evaluator -> figure -> source -> the points of each seed, in the order of the penalties."""
-    names = evaluators_of(seeds)
+def points_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, dict[str, list[list[Point]]]]]:
+    """Evaluator -> figure -> source -> the points of each seed, in the order of `Sweep.models`."""
     return {
         evaluator: {
             figure: {
-                source: [
-                    [_point(rows, model_name(source, penalty), figure, place) for penalty in penalties]
-                    for rows in seeds
-                ]
-                for source in sources
+                source: [[_point(rows, model, figure, place) for model in sweep.models(source)] for rows in seeds]
+                for source in sweep.sources
             }
             for figure in FIGURES
         }
-        for place, evaluator in enumerate(names)
+        for place, evaluator in enumerate(evaluators_of(seeds))
     }
 
 
@@ -152,15 +175,13 @@ def _point(rows: Rows, model: str, figure: str, evaluator: int) -> Point:
     return Point(row["benign_ratio"] or row["ratio"] or 1.0, own / base)  # none of guided decoding: the same weights
 
 
-def figures_at(
-    seeds: Sequence[Rows], sources: Mapping[str, Method], penalties: Sequence[float], at: float
-) -> dict[str, dict[str, Any]]:
+def figures_at(seeds: Sequence[Rows], sweep: Sweep, at: float) -> dict[str, dict[str, Any]]:
     """Source -> figures at a ratio of benign perplexities; `beyond`: in how many seeds no model of the sweep has it."""
-    points = points_of(seeds, sources, penalties)
+    points = points_of(seeds, sweep)
     first, *further = points
     wanted = {"emt_ratio": (first, "emt"), "tp_ratio": (first, "tp")}
     wanted |= {f"emt_ratio_{'independent' if name == INDEPENDENT else name}": (name, "emt") for name in further}
-    result: dict[str, dict[str, Any]] = {source: {} for source in sources}
+    result: dict[str, dict[str, Any]] = {source: {} for source in sweep.sources}
     for name, (evaluator, figure) in wanted.items():
         reached = {
             source: [at_perplexity(seed, at) for seed in by_seed]
@@ -168,7 +189,7 @@ def figures_at(
         }
         ratios = {source: [front.toxicity for front in fronts] for source, fronts in reached.items()}
         over = compare_sources(ratios, BASE) if BASE in ratios else {}
-        for source in sources:
+        for source in sweep.sources:
             result[source][name] = _rounded(over_seeds(ratios[source]))
             if over:
                 result[source][f"{name}_over_{BASE}"] = _rounded(over[source])
@@ -180,11 +201,9 @@ def _rounded(interval: Interval) -> list[float | None]:
     return [None if end is None else round(end, 4) for end in interval]
 
 
-def others_of(
-    seeds: Sequence[Rows], sources: Mapping[str, Method], penalties: Sequence[float]
-) -> dict[str, dict[str, Interval]]:
+def others_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, Interval]]:
     """The models that are on no front -> their figures over seeds."""
-    on_fronts = {model_name(source, penalty) for source in sources for penalty in penalties}
+    on_fronts = {model for source in sweep.sources for model in sweep.models(source)}
     names = evaluators_of(seeds)
     figures = [("emt", 0), ("tp", 0), *(("emt", place) for place in range(1, len(names)))]
     others: dict[str, dict[str, Interval]] = {}
@@ -231,15 +250,16 @@ def _cell(ends: Sequence[float | None]) -> str:
     return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]]]]], path: Path, *, at: float) -> None:
+def draw(seeds: Sequence[Rows], sweep: Sweep, path: Path, *, at: float) -> None:
     """A panel for each evaluator, three in a row: EMT against benign perplexity, both over the baseline's.
 
-    A line for each source."""
+    A line for each source, and a dashed one of the same colour for each further budget."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    points = points_of(seeds, sweep)
     wide, high = min(len(points), 3), -(-len(points) // 3)
     figure, panels = pyplot.subplots(
         high, wide, figsize=(4 * wide + 2, 3.6 * high), layout="constrained", sharex=True, sharey=True, squeeze=False
@@ -248,11 +268,13 @@ def draw(points: Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[Point]
         axes.set_axis_off()
     for axes, (evaluator, by_figure) in zip(panels.flat[: len(points)], points.items(), strict=True):
         colours = pyplot.get_cmap("tab20")
-        for i, (source, seeds) in enumerate(by_figure["emt"].items()):
-            means = [(over_seeds([p.perplexity for p in same]), over_seeds([p.toxicity for p in same]))
-                     for same in zip(*seeds, strict=True)]  # fmt: skip
-            line = [(1.0, 1.0), *((x.value, y.value) for x, y in means)]
-            axes.plot(*zip(*line, strict=True), "o-", ms=3, lw=1.2, color=colours(i), label=source)
+        for i, (source, by_seed) in enumerate(by_figure["emt"].items()):
+            means = [(over_seeds([p.perplexity for p in same]).value, over_seeds([p.toxicity for p in same]).value)
+                     for same in zip(*by_seed, strict=True)]  # fmt: skip
+            for first in range(0, len(means), len(sweep.penalties)):  # of each budget
+                line = [(1.0, 1.0), *means[first : first + len(sweep.penalties)]]
+                style = {"ls": "--", "lw": 0.8} if first else {"lw": 1.2, "label": source}
+                axes.plot(*zip(*line, strict=True), marker="o", ms=3, color=colours(i), **style)
         axes.axvline(at, color="0.6", lw=0.8, ls=":")
         axes.set_title(evaluator, fontsize=10)
         axes.grid(alpha=0.3)
@@ -269,6 +291,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--behaviours", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--penalties", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0])
+    parser.add_argument("--budgets", type=float, nargs="*", default=[], help="further shares of the tokens to mask")
     parser.add_argument("--methods", nargs="*", help="of the config's methods; default: all")
     parser.add_argument("--proxy", default="smollm2")
     parser.add_argument("--at", type=float, default=1.03, help="ratio of benign perplexities that is compared at")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from bench.common.fronts import Point
 from bench.real_text import (
     CONFIGS,
+    Sweep,
     as_markdown,
     draw,
     figures_at,
@@ -23,8 +25,7 @@ from bench.real_text import (
 from ifguide.config import load_config
 from ifguide.config.compare import Method
 
-SOURCES = {"influence": Method(mask="influence"), "word_list": Method(mask="words")}
-PENALTIES = [0.0, 1.0]
+SWEEP = Sweep(sources={"influence": Method(mask="influence"), "word_list": Method(mask="words")}, penalties=[0.0, 1.0])
 
 
 def row(model: str, perplexity: float | None, *emts: float) -> dict[str, Any]:
@@ -53,7 +54,7 @@ SEEDS = [comparison(0.8), comparison(0.6)]
 
 
 def test_points_are_over_the_baseline_of_their_seed_and_evaluator() -> None:
-    points = points_of(SEEDS, SOURCES, PENALTIES)
+    points = points_of(SEEDS, SWEEP)
     assert list(points) == ["words", "held_out"]
     for seed in range(2):
         assert points["held_out"]["emt"]["influence"][seed][0] == pytest.approx(Point(1.01, 0.9))
@@ -61,24 +62,24 @@ def test_points_are_over_the_baseline_of_their_seed_and_evaluator() -> None:
 
 
 def test_figures_are_at_equal_perplexity_and_over_the_word_lists() -> None:
-    figures = figures_at(SEEDS, SOURCES, PENALTIES, 1.05)
+    figures = figures_at(SEEDS, SWEEP, 1.05)
     assert figures["influence"]["emt_ratio"] == pytest.approx([0.4, 0.4, 0.4], abs=1e-4)
     assert figures["word_list"]["emt_ratio"] == pytest.approx([0.6, 0.6, 0.6], abs=1e-4)
     assert figures["influence"]["emt_ratio_over_word_list"][0] == pytest.approx(0.4 / 0.6, abs=1e-4)
     assert figures["influence"]["emt_ratio_independent"][0] == pytest.approx(0.5, abs=1e-4)
     assert figures["word_list"]["beyond"] == 2
-    assert 0.4 < figures_at(SEEDS, SOURCES, PENALTIES, 1.03)["influence"]["emt_ratio"][0] < 0.8
+    assert 0.4 < figures_at(SEEDS, SWEEP, 1.03)["influence"]["emt_ratio"][0] < 0.8
 
 
 def test_the_tables_and_the_picture_have_every_model(tmp_path: Path) -> None:
-    others = others_of(SEEDS, SOURCES, PENALTIES)
+    others = others_of(SEEDS, SWEEP)
     assert list(others) == ["rad"]
     assert others["rad"]["EMT, words"].value == pytest.approx(0.2)
     assert others["rad"]["benign perplexity"].value == 1
-    text = as_markdown(figures_at(SEEDS, SOURCES, PENALTIES, 1.05), others)
+    text = as_markdown(figures_at(SEEDS, SWEEP, 1.05), others)
     assert "| influence | 0.400 [0.400, 0.400] |" in text
     assert "| rad | 0.200 [0.200, 0.200] |" in text
-    draw(points_of(SEEDS, SOURCES, PENALTIES), tmp_path / "fronts.png", at=1.03)
+    draw(SEEDS, SWEEP, tmp_path / "fronts.png", at=1.03)
     assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -87,10 +88,45 @@ def test_the_shipped_configs_have_rivals_with_the_same_loss(behaviour: str) -> N
     config = load_config(CONFIGS[behaviour])
     sources = sources_of(config)
     assert {"influence", "exact", "word_list", "ngrams", "probe", "excess_loss", "random_types"} <= sources.keys()
-    methods = swept(config, sources, [0, 0.5])
+    methods = swept(config, Sweep(sources=sources, penalties=[0, 0.5]))
     assert methods[model_name("probe", 0.5)].penalty == 0.5
     assert methods[model_name("probe", 0)].objective == "ignore"
     assert len(methods) == 2 * len(sources) + len(config.compare.methods) - (len(sources) - 1)
+
+
+def test_a_budget_is_a_further_mask_of_sources_with_scores() -> None:
+    sources = {
+        "influence": Method(mask="influence"),
+        "exact": Method(mask="exact", selection="units"),
+        "words": Method(mask="influence_words"),
+        "few_words": Method(mask="influence_words", max_fraction=0.02),
+        "word_list": Method(mask="words"),
+    }
+    sweep = Sweep(sources=sources, penalties=[0.5, 1], budgets=[0.015])
+    by_units = Method(mask="exact", selection="units", quantile=0.985, max_fraction=0.015)
+    assert {source: sweep.lines(source).get(0.015) for source in sources} == {
+        "influence": replace(by_units, mask="influence"),
+        "exact": by_units,
+        "words": Method(mask="influence_words", max_fraction=0.015),
+        "few_words": None,
+        "word_list": None,
+    }
+    assert sweep.models("exact") == ["exact_050", "exact_100", "exact_150bp_050", "exact_150bp_100"]
+    assert sweep.models("word_list") == ["word_list_050", "word_list_100"]
+    methods = swept(load_config(CONFIGS["explicit"]), sweep)
+    assert methods["exact_150bp_100"] == replace(by_units, penalty=1)
+
+
+def test_a_front_takes_the_best_of_all_budgets(tmp_path: Path) -> None:
+    sweep = replace(SWEEP, budgets=[0.02])
+    more = [row("influence_200bp_000", 1.01, 0.4, 0.4), row("influence_200bp_100", 1.03, 0.16, 0.4)]
+    seeds = [[*comparison(0.8), *more]]
+    assert figures_at(seeds, sweep, 1.03)["influence"]["emt_ratio"][0] == pytest.approx(0.2, abs=1e-4)
+    assert figures_at(seeds, sweep, 1.03)["word_list"] == figures_at(seeds[:1], SWEEP, 1.03)["word_list"]
+    assert list(others_of(seeds, sweep)) == ["rad"]
+    assert list(others_of(seeds, SWEEP)) == ["rad", "influence_200bp_000", "influence_200bp_100"]
+    draw(seeds, sweep, tmp_path / "fronts.png", at=1.03)
+    assert (tmp_path / "fronts.png").stat().st_size > 5_000
 
 
 def test_some_of_the_methods_are_named_and_a_wrong_name_is_refused() -> None:
