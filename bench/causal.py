@@ -165,13 +165,13 @@ def the_subject(run: Run, rows: Sequence[QueryRow], options: argparse.Namespace)
         folder=str(options.folder),
         corpus=str(run.corpus),
         mask=None,
-        tokenizer=config.tokenizer_source,
+        tokenizer=run.tokenizer_source,
         block_size=packed.block_size,
         target=config.target,
         train=train,
         seed=config.seed,
     )
-    tokenizer, longest = load_tokenizer(config.tokenizer_source), config.build_query.max_tokens
+    tokenizer, longest = load_tokenizer(run.tokenizer_source), config.build_query.max_tokens
     queries = [tokenise_query(tokenizer, row.prompt, row.completion, max_tokens=longest) for row in rows]
     shards = [read_documents(packed, shard) for shard in range(packed.num_shards)]
     starts = np.concatenate([shard.column("token_start").to_numpy() for shard in shards])
@@ -249,7 +249,7 @@ def score_into(name: str, run: Run, rows: Sequence[QueryRow], blocks_folder: Pat
 
 def other_score(name: str, run: Run, rows: Sequence[QueryRow], blocks: TrainingBlocks) -> NDArray[np.float32]:
     """One of `OTHER_SCORES`, which the run has not."""
-    config, tokenizer = run.config, load_tokenizer(run.config.tokenizer_source)
+    config, tokenizer = run.config, load_tokenizer(run.tokenizer_source)
     model = load_proxy(run.proxy_source, gpus=0).eval()
     beginning = Beginning.of(tokenizer, is_baseline=config.proxy_is_baseline).token
     longest, direction = config.build_query.max_tokens, read_direction(run.query)

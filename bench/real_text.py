@@ -213,13 +213,8 @@ def others_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, Interv
             for figure, place in figures
         }
         ratios["benign perplexity"] = [_point(rows, model, "emt", 0).perplexity for rows in seeds]
-        others[model] = {name: _interval(values) for name, values in ratios.items()}
+        others[model] = {name: over_seeds(values) for name, values in ratios.items()}
     return others
-
-
-def _interval(ratios: Sequence[float]) -> Interval:
-    """Over seeds; zero without an interval where a ratio has no logarithm."""
-    return over_seeds(ratios) if min(ratios) > 0 else Interval(0.0, None, None)
 
 
 def as_markdown(figures: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Interval]]) -> str:
@@ -247,6 +242,8 @@ def as_markdown(figures: Mapping[str, Mapping[str, Any]], others: Mapping[str, M
 
 def _cell(ends: Sequence[float | None]) -> str:
     value, low, high = ends
+    if value is None:
+        return ""
     return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 

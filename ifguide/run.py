@@ -9,6 +9,7 @@ from typing import Any
 
 from ifguide import artifacts
 from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
+from ifguide.corpus.tables import TOKENIZER
 from ifguide.selection.folders import SelectionFolders
 from ifguide.storage import location
 
@@ -108,7 +109,7 @@ class Run:
 
         Then `target/corpus` and `target/mask` lie beside what they are made of, another run's where those are lent."""
         config, train = self.config, self.config.pretrain
-        if not train.has_own_tokenizer or train.tokenizer == config.tokenizer_source:
+        if not train.has_own_tokenizer or train.tokenizer == self.tokenizer_source:
             return self
         config = replace(
             config,
@@ -118,6 +119,13 @@ class Run:
             pretrain=replace(train, tokenizer=None, train_tokenizer=None),
         )
         return Run(config=config, lent={"mask": self.mask.parent / TARGET / "mask"})
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The source of the tokenizer: the corpus' own if that is trained, another run's where the corpus is lent."""
+        if self.config.pack_corpus.train_tokenizer is not None:
+            return str(self.corpus / TOKENIZER)
+        return self.config.named_tokenizer
 
     @property
     def proxy_source(self) -> ModelSource:

@@ -50,15 +50,18 @@ def at_perplexity(points: Sequence[Point], ratio: float) -> Reached:
 
 
 class Interval(NamedTuple):
-    """A geometric mean over seeds with its 95% interval by Student's t on logarithms; None of a single seed."""
+    """A geometric mean over seeds with its 95% interval by Student's t on logarithms; none of a single seed. No mean
+    where it is over 0."""
 
-    value: float
+    value: float | None
     low: float | None
     high: float | None
 
 
 def over_seeds(ratios: Sequence[float]) -> Interval:
-    """Of the same ratio for every seed."""
+    """Of the same ratio for every seed; 0 without an interval where one is 0, which has no logarithm."""
+    if not all(ratios):
+        return Interval(0.0, None, None)
     logs = np.log(np.array(ratios))
     mean, ends = float(np.exp(logs.mean())), t_interval(logs.tolist())
     return Interval(mean, *map(float, np.exp(ends))) if ends else Interval(mean, None, None)
@@ -66,6 +69,8 @@ def over_seeds(ratios: Sequence[float]) -> Interval:
 
 def compare_sources(by_source: Mapping[str, Sequence[float]], against: str) -> dict[str, Interval]:
     """Every source over `against`, paired by seed."""
+    if not all(by_source[against]):
+        return dict.fromkeys(by_source, Interval(None, None, None))
     return {
         name: over_seeds([own / other for own, other in zip(values, by_source[against], strict=True)])
         for name, values in by_source.items()

@@ -14,6 +14,9 @@ from ifguide.config.typed_yaml import ConfigError, option
 OWN_MODELS = ("baseline", "penalised")
 SCORED = ("influence_words", "ngrams", "probe", "span_probe", "excess_loss")  # masks by token scores of their own
 INFLUENCE = {"influence": None, "exact": False, "smoothed": True}  # by the run's scores, smoothed or not
+ON_QUERIES = ("ngrams", "probe", "excess_loss")  # of these, what tells the two query sets apart
+WORDS, CLASSIFIED = ("words", "word_documents"), ("classified_words", "sentences", "documents")  # masks of marked text
+ANNOTATED, RANDOM = ("annotated", "annotated_documents"), ("random", "random_types")
 SELECTING = ("quantile", "window", "max_fraction")  # a method's own, in place of `build_mask`'s
 OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own
 

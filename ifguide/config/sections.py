@@ -33,7 +33,6 @@ from ifguide.config.score_corpus import ScoreCorpus
 from ifguide.config.secrets import redact, redacted_key
 from ifguide.config.sources import Input, check_input
 from ifguide.config.typed_yaml import ConfigError, apply_override, build, option, read_yaml, result_part, substitute
-from ifguide.storage import location
 
 OWN = "own"  # the name of a run's own query among the behaviours that are scored
 VERBS = (
@@ -209,10 +208,8 @@ class Config:
     analyse: Analyse = Analyse()  # noqa: RUF009  # frozen
 
     @property
-    def tokenizer_source(self) -> str:
-        """The tokenizer's source: the corpus' own if trained, else `tokenizer`, the proxy's, or the target's."""
-        if self.pack_corpus.train_tokenizer is not None:
-            return str(location(self.run_dir) / "corpus" / "tokenizer")
+    def named_tokenizer(self) -> str:
+        """The source of a tokenizer that is not trained: `tokenizer`, the proxy's, or the target's."""
         source = self.tokenizer or self.proxy.source or self.target.source
         if source is None:
             raise ConfigError("tokenizer: name a hub id or a local folder (no proxy or target source gives one)")

@@ -17,7 +17,7 @@ from ifguide.evaluation.reward_decoding import Guidance
 from ifguide.storage import file_sizes, local_copy
 from ifguide.telemetry import log
 from ifguide.tokenizer import locate
-from ifguide.toxicity import training_inputs
+from ifguide.toxicity import classifier_inputs
 
 VERB = "evaluate"
 
@@ -110,7 +110,7 @@ def measured_inputs(models: Mapping[str, Model], sets: Mapping[str, Prompts], op
         **{f"prompts/{name}": json_digest([vars(row) for row in rows]) for name, rows in sets.items()},
         **{name: _input_digest(source, f"{VERB}.{name}") for name, source in texts.items()},
         **{f"lm_eval/{task}": file_digest(Path(task)) for task in options.lm_eval if Path(task).is_file()},
-        **training_inputs(
+        **classifier_inputs(
             {f"{VERB}.classifier": options.classifier}
             | {f"{VERB}.classifiers.{name}": source for name, source in options.classifiers.items()}
         ),

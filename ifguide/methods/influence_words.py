@@ -10,7 +10,8 @@ A mean of few uses is drawn towards that of all words (one-way random effects, a
 where m is the mean of the words' means, `within` the variance of a word's uses around its mean, and `between` the
 variance of words: that of their means, less what `within` makes of it. Each word counts once in m and `between`.
 
-Words are those of `methods.ngrams`, without case. A use on the first token of a block has no score and does not count.
+Words are those of `methods.ngrams`, without case. A use on the first token of a block has no score and does not count,
+nor, where documents are read apart, one on the first token of a document.
 
 Cost: two loops over the words in Python, each about 250,000 tokens in a second, and a row for each distinct word.
 """
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 
 from ifguide.methods.ngrams import CONTEXT, SHOWN, NgramFinder, Words
 from ifguide.selection.top import ScoredCorpus
+from ifguide.spans.tables import document_starts
 
 USES = pa.schema([("word", pa.string()), ("uses", pa.int64()), ("sum", pa.float64()), ("squares", pa.float64())])
 WORDS = pa.schema([("word", pa.string()), ("uses", pa.int64()), ("mean", pa.float64()), ("score", pa.float64())])
@@ -42,7 +44,10 @@ def sum_uses(scored: ScoredCorpus, shard: int, words: Words) -> pa.Table:
     begin, end = corpus.extent(shard)
     low, high = corpus.extent(shard, CONTEXT)
     tokens = corpus.read(corpus.folder, "shard", "tokens", low, high)
-    scores = np.where(scored.predicted(shard, CONTEXT), scored.read(shard, CONTEXT), -np.inf)
+    has_score = scored.predicted(shard, CONTEXT)
+    if scored.documents_apart:
+        has_score[document_starts(corpus, low, high) - low] = False
+    scores = np.where(has_score, scored.read(shard, CONTEXT), -np.inf)
     sums: dict[str, list[float]] = {}
     for start, stop, word in words.runs(tokens.tolist()):
         if word in ("", "\n") or not begin <= low + start < end:

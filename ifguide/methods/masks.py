@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ifguide.config import ClassifierSource, ConfigError, to_mapping
+from ifguide.config import ClassifierSource, to_mapping
+from ifguide.config.compare import CLASSIFIED, RANDOM, WORDS
 from ifguide.config.resources import Resources
 from ifguide.distributed.shards import Pool, run_shards
+from ifguide.distributed.tasks import run_tasks
 from ifguide.methods.marks import (
     Find,
     find_classified_words,
@@ -33,10 +35,6 @@ from ifguide.spans.tables import PackedCorpus, shard_name, write_mask_shard, wri
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import LabelClassifier, make_classifier
 
-WORDS, CLASSIFIED = ("words", "word_documents"), ("classified_words", "sentences", "documents")
-RANDOM = ("random", "random_types")
-ANNOTATED = ("annotated", "annotated_documents")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Marking:
@@ -51,20 +49,6 @@ class Marking:
     tokenizer: str
     seed: int
     gpus: float = 0.0
-
-    def check(self, key: str, *, annotated: bool) -> None:
-        """Refuse what this run cannot have; `annotated`: its documents came with spans.
-
-        Raises:
-            ConfigError: no word list, no annotated spans, or a classifier that cannot score text; names `key`.
-        """
-        key = f"{key}.mask: {self.kind}"
-        if self.kind in WORDS and not self.words:
-            raise ConfigError(f"{key} needs words; list them in evaluate.word_list")
-        if self.kind in CLASSIFIED and self.classifier.name == "labels":
-            raise ConfigError(f"{key} needs a classifier that scores text; set compare.classifier")
-        if self.kind in ANNOTATED and not annotated:
-            raise ConfigError(f"{key} needs spans that came with the documents; set pack_corpus.inputs[i].spans_column")
 
     def result_options(self) -> dict[str, Any]:
         """What decides the mask, besides the corpus."""
@@ -90,7 +74,12 @@ class Marking:
 
 
 def _primary(classifier: Any, texts: list[str]) -> np.ndarray:
-    return np.asarray(classifier.score(texts)[classifier.classes[0]])
+    scores = np.asarray(classifier.score(texts)[classifier.classes[0]])
+    if len(broken := np.flatnonzero(~np.isfinite(scores))):
+        raise ValueError(
+            f"{classifier.name} gives {scores[broken[0]]} for {texts[broken[0]][:80]!r}; it must be finite"
+        )
+    return scores
 
 
 def mark_corpus(
@@ -109,8 +98,7 @@ def mark_corpus(
     settings = MarkSettings(marking=replace(marking, gpus=gpus), corpus=corpus, folder=folder, own_mask=own_mask)
     results = run_shards(verb, shards, MarkShard, settings, folder=folder, pool=pool, unit="shards marked")
     if marking.kind in RANDOM:
-        for shard in range(corpus.num_shards):
-            write_spans(corpus, folder, shard)
+        list(run_tasks(resources)(write_spans, ((corpus, folder, shard) for shard in range(corpus.num_shards))))
         return MaskShards.of(results, corpus, verb)
     filled = fill_mask(corpus, folder, folder, verb=verb, pool=pool)
     return replace(filled, files={**results.files, **filled.files})

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ifguide.artifacts import publish_folder, remove_tree
-from ifguide.config import ClassifierSource, ConfigError, ModelSource, Prompts
+from ifguide.config import ConfigError, ModelSource
 from ifguide.config.compare import Dpo, Reward
 from ifguide.config.resources import WorkerResources
 from ifguide.distributed.metrics import stage_progress
@@ -31,18 +31,6 @@ from ifguide.tokenizer import load_tokenizer
 VERB = "compare"
 DPO, HF, SCRATCH = "dpo", "hf", "checkpoints"
 HELDOUT = 10  # one prompt in so many says how good the reward model is
-
-
-def check_preferences(key: str, prompts: Prompts | None, classifier: ClassifierSource) -> None:
-    """Refuse a DPO or RAD method that a run cannot have.
-
-    Raises:
-        ConfigError: no prompts to sample from, or a classifier that cannot score text; names `key`.
-    """
-    if prompts is None:
-        raise ConfigError(f"{key} learns from continuations of other prompts; set build_query.prompts")
-    if classifier.name == "labels":
-        raise ConfigError(f"{key} needs a classifier that scores text; set compare.classifier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +80,8 @@ class RewardTraining:
 
     def describe(self, summary: Mapping[str, Any]) -> str:
         """What `run` gave, in a line."""
+        if summary["heldout_error"] is None:
+            return "reward model: of one prompt, so none is held out to say how good it is"
         return (
             f"reward model: squared error {summary['heldout_error']:.4f} on held-out prompts, where their mean has"
             f" {summary['heldout_variance']:.4f}"

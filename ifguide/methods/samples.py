@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ def sampling_options(evaluate: Evaluate, samples: Samples, prompts: Prompts, cla
         classifiers={},
         heldout=(),
         cloze=None,
+        lm_eval=(),
         models={},
         report="ratings",
     )
@@ -69,7 +71,7 @@ def read_samples(files: SampleFiles, tokenizer: Any, model: Any) -> tuple[list[S
     """The scored training prompts, and how many prompts were sampled but may not be learnt from.
 
     Raises:
-        ValueError: a file has changed since it was made; names it.
+        ValueError: a file has changed since it was made, or a score is not finite; names it.
     """
     tokens: dict[int, list[tuple[int, ...]]] = {}
     values: dict[int, list[float]] = {}
@@ -79,7 +81,9 @@ def read_samples(files: SampleFiles, tokenizer: Any, model: Any) -> tuple[list[S
         scored = schemas.read_table(verified(files.scores, scores.as_posix()), schemas.CONTINUATIONS)
         for row, by_class in zip(generated, scored.column("scores").to_pylist(), strict=True):
             tokens.setdefault(row["prompt_row"], []).append(tuple(row["tokens"]))
-            values.setdefault(row["prompt_row"], []).append(float(by_class[0][1]))  # of the primary class
+            values.setdefault(row["prompt_row"], []).append(score := float(by_class[0][1]))  # of the primary class
+            if not math.isfinite(score):
+                raise ValueError(f"{files.scores}: a continuation of prompt {row['prompt_row']} scores {score}")
     encoded = encode_prompts(model, tokenizer, [row.prompt for row in files.prompts], files.max_new_tokens)
     prompts = [
         ScoredPrompt(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ifguide import schemas
 from ifguide.artifacts import FileEntry, publish, require_same
-from ifguide.config import OWN, ConfigError, ModelSource
+from ifguide.config import OWN, ModelSource
 from ifguide.config.compare import ExcessLoss, Ngrams, Probe
 from ifguide.config.resources import Resources
 from ifguide.config.typed_yaml import result_part
@@ -49,7 +49,6 @@ FILES = {
     "excess_loss": f"{FINDER}/tuned.safetensors",
     "influence_words": "words.parquet",  # stays beside the scores: people read it
 }
-ON_QUERIES = ("ngrams", "probe", "excess_loss")  # which tell the two query sets apart
 WITHOUT_PROXY = ("ngrams", "influence_words")
 Finder = NgramFinder | ProbeFinder | ExcessLossFinder
 
@@ -82,21 +81,6 @@ class Scoring:
     def file(self, folder: Path) -> Path:
         """Where the finder lies in the folder of the scores."""
         return folder / FILES[self.kind]
-
-
-def check_scored(kind: str, key: str, *, annotated: bool, differential: bool) -> None:
-    """Refuse what a run cannot have. `annotated`: its documents came with spans; `differential`: its query has
-    negative ones.
-
-    Raises:
-        ConfigError: names `key`, and what to set.
-    """
-    if kind == "span_probe" and not annotated:
-        raise ConfigError(
-            f"{key}.mask: {kind} needs spans that came with the documents; set pack_corpus.inputs[i].spans_column"
-        )
-    if kind in ON_QUERIES and not differential:
-        raise ConfigError(f"{key}.mask: {kind} needs queries of both sets; set build_query.differential")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,9 +37,9 @@ def _vocabulary(config: Config) -> int:
     if config.pack_corpus.train_tokenizer is not None and config.pretrain.tokenizer is None:
         return config.pack_corpus.train_tokenizer
     try:
-        return len(load_tokenizer(config.pretrain.tokenizer or config.tokenizer_source))
+        return len(load_tokenizer(config.pretrain.tokenizer or config.named_tokenizer))
     except (OSError, ValueError) as error:
         raise ConfigError(
             "target.architecture.vocab_size: is left to the tokenizer, which cannot be read yet"
-            f" ({config.tokenizer_source}); plan with --set target.architecture.vocab_size=N"
+            f" ({config.named_tokenizer}); plan with --set target.architecture.vocab_size=N"
         ) from error

@@ -85,7 +85,7 @@ class ModelChecks:
 
     def classifier(self, key: str, source: ClassifierSource, *, of_new_text: bool) -> None:
         """A classifier by its name, its options and its files; `of_new_text`: it must score what models write."""
-        from ifguide.toxicity.classifiers import require_known, training_inputs
+        from ifguide.toxicity.classifiers import classifier_inputs, require_known
         from ifguide.words import read_word_list
 
         kind, _, rest = source.name.partition(":")
@@ -110,7 +110,7 @@ class ModelChecks:
         if kind == "fitted":
             with self.findings.caught(f"{key}.training", [texts.path for texts in source.training]):
                 self._package(f"{key}.name", source.name, "sklearn")
-                training_inputs({key: source})
+                classifier_inputs({key: source})
 
     def benchmarks(self, key: str, tasks: Sequence[str]) -> None:
         """Tasks of lm-evaluation-harness: files, or names that it knows. The list of those takes it some seconds."""

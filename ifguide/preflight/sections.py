@@ -10,6 +10,7 @@ from typing import Any
 
 from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import OWN, VERBS, Config, Evaluate
+from ifguide.config.methods import check_method
 from ifguide.config.resources import WorkerResources
 from ifguide.preflight.findings import Finding, Findings, PreflightError
 from ifguide.preflight.models import MODEL, TOKENIZER, ModelChecks, require_package
@@ -257,10 +258,15 @@ class _Sections:
         if compare.reward.source is not None:
             checks["compare.reward.source"] = self._model("compare.reward.source", compare.reward.source)
         for name, method in compare.methods.items():
+            checks[f"compare.methods.{name}"] = partial(self._method, name)
             if method.dpo:
                 key = f"compare.methods.{name}.dpo"
                 checks[key] = partial(require_package, self.findings, key, method.dpo.model, "trl")
         return checks
+
+    def _method(self, name: str) -> None:
+        with self.findings.caught(f"compare.methods.{name}", self.config.compare.methods[name].describe()):
+            check_method(self.config, name)
 
     def _analyse(self) -> dict[str, Check]:
         options, evaluated = self.config.analyse, self.config.evaluate

@@ -32,11 +32,13 @@ from ifguide.spans.tables import PackedCorpus, write_mask_shard
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredCorpus:
-    """A corpus and, in the folder `scores`, tables of its token scores, sharded as it is."""
+    """A corpus and, in the folder `scores`, tables of its token scores, sharded as it is. `documents_apart`: each
+    document was read alone, so that its first token has no score."""
 
     corpus: PackedCorpus
     scores: Path
     column: str = schemas.OWN_SCORES
+    documents_apart: bool = False
 
     def read(self, shard: int, context: int = 0) -> NDArray[np.float32]:
         """The scores (n,) of a shard's tokens, and of up to `context` more on either side. Raises ValueError, naming

@@ -129,6 +129,13 @@ def read_documents(corpus: PackedCorpus, shard: int) -> pa.Table:
     return schemas.read_table(sound(corpus.folder, f"documents-{shard_name(shard)}.parquet"), schemas.DOCUMENTS)
 
 
+def document_starts(corpus: PackedCorpus, begin: int, end: int) -> np.ndarray:
+    """Stream positions of the first tokens of the documents that begin in [begin, end), int64."""
+    shards = range(begin // corpus.shard_tokens, -(-end // corpus.shard_tokens))
+    starts = np.concatenate([read_documents(corpus, i).column("token_start").to_numpy() for i in shards])
+    return starts[(starts >= begin) & (starts < end)]
+
+
 def document_numbers(corpus: PackedCorpus, shard: int) -> np.ndarray:
     """The number (n,) of the document of each token of a shard, int64."""
     begin, end = corpus.extent(shard)

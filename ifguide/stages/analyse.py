@@ -20,7 +20,7 @@ from ifguide.evaluation.subjects import models_to_evaluate
 from ifguide.influence.query_file import QUERIES, read_queries
 from ifguide.run import Run
 from ifguide.telemetry import log
-from ifguide.toxicity import training_inputs
+from ifguide.toxicity import classifier_inputs
 
 VERB = "analyse"
 DRAW = {"lens": draw_lens, "probes": draw_probes, "gcg": draw_gcg}
@@ -46,7 +46,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     probed = probe_texts(options, queries, seed) if "probes" in options.methods else []
     inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
     inputs["query"] = query.fingerprint
-    inputs |= training_inputs({"evaluate.classifier": run.config.evaluate.classifier})
+    inputs |= classifier_inputs({"evaluate.classifier": run.config.evaluate.classifier})
     artifact = run.open(run.analyses, VERB, keys=("analyse", "evaluate", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {run.analyses / 'analyses.md'}")

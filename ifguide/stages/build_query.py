@@ -38,7 +38,7 @@ from ifguide.spans.tables import PackedCorpus
 from ifguide.storage import location
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer
-from ifguide.toxicity import QuerySets, choose_queries, read_prompt_rows, training_inputs
+from ifguide.toxicity import QuerySets, choose_queries, classifier_inputs, read_prompt_rows
 
 VERB = "build_query"
 RELIABILITY_TOKENS = 4096  # of the corpus, that both halves score: the correlation is then known to 0.02
@@ -65,14 +65,14 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         training = {}
     else:
         read_prompt_rows(config.prompts, "build_query.prompts")
-        training = training_inputs({"build_query.classifier": config.classifier})
+        training = classifier_inputs({"build_query.classifier": config.classifier})
     if config.factors is None:
         require(run.factors, "fit_factors")
     run.require_proxy()
     connect(run.config.cluster)
     block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
     beginning = Beginning.of(
-        load_tokenizer(run.config.tokenizer_source),
+        load_tokenizer(run.tokenizer_source),
         is_baseline=run.config.proxy_is_baseline,
         of_documents=run.config.pretrain.document_attention,
     )
@@ -91,7 +91,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     settings = QuerySettings(
         folder=run.query,
         proxy=run.proxy_source,
-        tokenizer=run.config.tokenizer_source,
+        tokenizer=run.tokenizer_source,
         module_names=proxy.module_names,
         beginning=beginning,
         options=config,

@@ -30,8 +30,9 @@ from ifguide.artifacts import (
     require,
     write_json,
 )
-from ifguide.config import Config, ConfigError, Pretrain, to_yaml
+from ifguide.config import ConfigError, Pretrain, to_yaml
 from ifguide.config.compare import SCORED, Dpo, Method, Rad
+from ifguide.config.methods import check_method, classifier_of
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER
@@ -42,7 +43,7 @@ from ifguide.evaluation.measuring import continue_prompts, measure_models
 from ifguide.evaluation.prompts import PROMPTS, chosen_prompts, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
 from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate
-from ifguide.methods.preferences import DPO, HF, DpoTraining, RewardTraining, check_preferences, train
+from ifguide.methods.preferences import DPO, HF, DpoTraining, RewardTraining, train
 from ifguide.methods.samples import SampleFiles, sampling_options, training_prompts
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.data import ReportSources, comparison_data
@@ -50,11 +51,11 @@ from ifguide.report.figures import Made, masked_loss, model_rows
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.stages.evaluate import evaluation_of
-from ifguide.stages.method_masks import VERB, check_mask, classifier_of, method_mask
+from ifguide.stages.method_masks import VERB, method_mask
 from ifguide.stages.pretrain import pretrain, training_data
 from ifguide.storage import file_sizes
 from ifguide.telemetry import log
-from ifguide.toxicity import training_inputs
+from ifguide.toxicity import classifier_inputs
 
 
 def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -66,8 +67,8 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     methods = run.config.compare.methods
     if not methods:
         raise ConfigError("compare.methods: name some, `name: {mask: ..., penalty: ...}`; see configs/demo.yaml")
-    for name, method in methods.items():
-        _check(run.config, f"compare.methods.{name}", method)
+    for name in methods:
+        check_method(run.config, name)
     if dry_run:
         for name, method in methods.items():
             log(VERB, f"would {'sample with' if method.rad else 'train'} {name}: {_describe(run, method)}")
@@ -103,7 +104,7 @@ class _Grid:
         """Make the method's mask, for `train`."""
         child, kind = method_run(self.run, name, method), method.mask_options()
         if kind in self.masks:  # another loss on the same mask
-            child = child.borrow(self.masks[kind], "scores", "mask")
+            child = child.borrow(self.masks[kind], "query", "scores", "ranking", "mask")
         elif method.mask in self.scored:  # another selection of the same scores
             child = child.borrow(self.scored[method.mask], "scores")
         mask = method_mask(self.run, child, method)
@@ -260,7 +261,7 @@ def _sample(sampler: Run, baseline: Model, sets: Mapping[str, Prompts]) -> Manif
     evaluate = sampler.config.evaluate
     options = sampled_options(evaluate) | {"classifier": result_part(evaluate.classifier)}
     inputs = {f"model/{BASELINE}": baseline[1], "prompts": prompts_digest(sets[PROMPTS])}
-    inputs |= training_inputs({"compare.classifier": evaluate.classifier})
+    inputs |= classifier_inputs({"compare.classifier": evaluate.classifier})
     artifact = sampler.open(sampler.report, VERB, keys=("seed",), inputs=inputs, extra={"samples": options})
     if artifact.manifest:
         return artifact.manifest
@@ -269,13 +270,6 @@ def _sample(sampler: Run, baseline: Model, sets: Mapping[str, Prompts]) -> Manif
     rows = {"continuations": count, "prompts": len(sets[PROMPTS])}
     log(VERB, f"{count:,} continuations of {len(sets[PROMPTS]):,} training prompts sampled and scored")
     return artifact.finish(measured_files(sampler.report), rows=rows, summary={}, remove=(LEDGER,))
-
-
-def _check(config: Config, key: str, method: Method) -> None:
-    if method.mask is None:
-        check_preferences(key, config.build_query.prompts, classifier_of(config))
-    else:
-        check_mask(config, key, method.mask)
 
 
 def _model(folder: Path, manifest: Manifest) -> Model:

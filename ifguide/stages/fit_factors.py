@@ -47,7 +47,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     run.require_proxy()
     connect(run.config.cluster)
     block_size = run.config.pack_corpus.block_size
-    tokenizer = load_tokenizer(run.config.tokenizer_source)
+    tokenizer = load_tokenizer(run.tokenizer_source)
     beginning = Beginning.of(
         tokenizer,
         is_baseline=run.config.proxy_is_baseline,
@@ -55,7 +55,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     )
     proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, config.min_coverage, resources=ONE_CPU)
     log(VERB, str(proxy))
-    check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
+    check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.tokenizer_source)
     inputs = {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
     artifact = run.open(run.factors, VERB, keys=("fit_factors", "seed"), inputs=inputs)
     if artifact.manifest:

@@ -49,7 +49,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return artifact.manifest
     require_resources(run.config.cluster, VERB, resources)
     if config.kind == "encoder" and config.encoder.source is not None:
-        require_readable(config.encoder.source, run.config.tokenizer_source, given.packed.block_size)
+        require_readable(config.encoder.source, run.tokenizer_source, given.packed.block_size)
     settings = SampleSettings(
         scoring=given.settings(VERB, run.student, resources),
         kind=config.kind,

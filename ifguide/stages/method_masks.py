@@ -13,15 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 from ifguide.artifacts import Manifest, data_files, require
-from ifguide.config import OWN, BuildMask, ClassifierSource, Config, ConfigError
-from ifguide.config.compare import INFLUENCE, SCORED, SELECTING, Method
+from ifguide.config import OWN, BuildMask
+from ifguide.config.compare import INFLUENCE, RANDOM, SCORED, SELECTING, Method
+from ifguide.config.methods import classifier_of
 from ifguide.distributed.session import connect
 from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_tasks
 from ifguide.influence.proxy import Beginning
-from ifguide.methods.masks import RANDOM, Marking, mark_corpus
+from ifguide.methods.masks import Marking, mark_corpus
 from ifguide.methods.preferences import VERB
-from ifguide.methods.token_scores import FINDER, Scoring, check_scored, score_tokens
+from ifguide.methods.token_scores import FINDER, Scoring, score_tokens
 from ifguide.run import Run
 from ifguide.schemas import smoothed_column
 from ifguide.selection.algorithm import token_budget
@@ -32,23 +33,7 @@ from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import build_query
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.tokenizer import load_tokenizer
-from ifguide.toxicity import training_inputs
-
-
-def check_mask(config: Config, key: str, kind: str) -> None:
-    """Refuse a mask that a run of this config cannot have.
-
-    Raises:
-        ConfigError: names `key` and what is missing.
-    """
-    annotated = any(source.spans_column for source in config.pack_corpus.inputs)
-    if kind in SCORED:
-        check_scored(kind, key, annotated=annotated, differential=config.build_query.differential)
-    elif kind in INFLUENCE:
-        if kind == "smoothed" and config.score_corpus.smooth is None:
-            raise ConfigError(f"{key}.mask: smoothed needs smoothed scores; set score_corpus.smooth")
-    else:
-        _marking(config, kind).check(key, annotated=annotated)
+from ifguide.toxicity import classifier_inputs
 
 
 def method_mask(run: Run, child: Run, method: Method) -> Manifest:
@@ -66,18 +51,14 @@ def method_mask(run: Run, child: Run, method: Method) -> Manifest:
     return marked_mask(run, child, method.mask)
 
 
-def classifier_of(config: Config) -> ClassifierSource:
-    """That of the compared methods."""
-    return config.compare.classifier or config.evaluate.classifier
-
-
-def _marking(config: Config, kind: str) -> Marking:
+def _marking(run: Run, kind: str) -> Marking:
+    config = run.config
     return Marking(
         kind=kind,
         words=config.evaluate.word_list,
         classifier=classifier_of(config),
         threshold=config.compare.threshold,
-        tokenizer=config.tokenizer_source,
+        tokenizer=run.tokenizer_source,
         seed=config.seed,
     )
 
@@ -90,9 +71,9 @@ def marked_mask(run: Run, child: Run, kind: str) -> Manifest:
             failed.
     """
     manifest = require(run.corpus, "pack_corpus")
-    marking, inputs = _marking(run.config, kind), {"corpus": manifest.fingerprint}
+    marking, inputs = _marking(run, kind), {"corpus": manifest.fingerprint}
     if "classifier" in marking.result_options():
-        inputs |= training_inputs({"compare.classifier": marking.classifier})
+        inputs |= classifier_inputs({"compare.classifier": marking.classifier})
     if kind in RANDOM:
         inputs["mask"] = require(run.mask, "build_mask").fingerprint
     artifact = run.open(child.mask, VERB, keys=(), inputs=inputs, extra=marking.result_options())
@@ -168,7 +149,8 @@ def _scored(run: Run, corpus: Manifest, selecting: BuildMask) -> ScoredCorpus:
     """The scores that `selecting` ranks tokens by, where nulls play no part."""
     folder = run.ensemble if selecting.others else run.scores
     column = measure_of(replace(selecting, standardise=False, fdr=None), folder).column
-    return ScoredCorpus(corpus=PackedCorpus.of(run.corpus, corpus), scores=folder, column=column)
+    apart = run.config.pretrain.document_attention
+    return ScoredCorpus(corpus=PackedCorpus.of(run.corpus, corpus), scores=folder, column=column, documents_apart=apart)
 
 
 def method_scores(run: Run, child: Run, kind: str) -> Manifest:
@@ -199,7 +181,7 @@ def method_scores(run: Run, child: Run, kind: str) -> Manifest:
 
 def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
     config = run.config
-    tokenizer = load_tokenizer(config.tokenizer_source)
+    tokenizer = load_tokenizer(run.tokenizer_source)
     beginning = Beginning.of(
         tokenizer, is_baseline=config.proxy_is_baseline, of_documents=config.pretrain.document_attention
     )
@@ -216,7 +198,7 @@ def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
         options=options[kind],
         queries=run.query,
         max_tokens=config.build_query.max_tokens,
-        tokenizer=config.tokenizer_source,
+        tokenizer=run.tokenizer_source,
         proxy=run.proxy_source,
         proxy_fingerprint=query.inputs["proxy"],
         beginning=beginning.token,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import Manifest, discard_if_mended
-from ifguide.config import Config, ConfigError
+from ifguide.config import ConfigError, PackCorpus
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
 from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, number_rows, placed_chunks, plan_chunks
@@ -58,7 +58,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
 def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
     """`own`: the run's directory, which is no input though it may lie in one."""
-    config, source = run.config.pack_corpus, run.config.tokenizer_source
+    config, source = run.config.pack_corpus, run.tokenizer_source
     commits = {} if dry_run else hub_commits(run.corpus, config.inputs)
     config = replace(config, inputs=at_commits(config.inputs, commits))
     chunks = plan_chunks(config, open_hub=not dry_run, apart=own)
@@ -87,7 +87,7 @@ def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
         return artifact.manifest
     connect(run.config.cluster)
     pool = Pool.filling_cluster(config.resources)
-    tokenised = _tokenise(run.corpus, replace(run.config, pack_corpus=config), keyed_chunks(chunks, files), pool)
+    tokenised = _tokenise(run.corpus, source, config, keyed_chunks(chunks, files), pool)
     _check_bad_rows(run.corpus, tokenised, config.max_bad_rows)
     tokenizer = load_tokenizer(source)
     plan = StreamPlan(run.corpus, config, chunks, tokenised, tokenizer)
@@ -140,15 +140,17 @@ def _input_files(run: Run, chunks: Sequence[Chunk]) -> dict[str, InputFile]:
     return input_files(run.corpus, paths, on_cluster)
 
 
-def _tokenise(corpus: Path, config: Config, keyed: Sequence[KeyedChunk], pool: Pool) -> dict[str, dict[str, Any]]:
-    """The result of every chunk by key, with the `first_row` of its file."""
-    inputs, source, vocab_size = config.pack_corpus.inputs, config.tokenizer_source, config.pack_corpus.train_tokenizer
+def _tokenise(
+    corpus: Path, source: str, config: PackCorpus, keyed: Sequence[KeyedChunk], pool: Pool
+) -> dict[str, dict[str, Any]]:
+    """The result of every chunk by key, with the `first_row` of its file. `source`: of the tokenizer."""
+    inputs, vocab_size = config.inputs, config.train_tokenizer
     some_rows = [item for item in keyed if inputs[item.chunk.input_index].rows]
     settings = TokeniseSettings(
         inputs=inputs,
         tokenizer=source,
         folder=str(corpus / TOKENS),
-        special_text=config.pack_corpus.special_tokens == "token",
+        special_text=config.special_tokens == "token",
     )
     counted = run_shards(VERB, some_rows, CountRows, settings, folder=corpus / COUNTS, pool=pool, unit="chunks counted")
     keyed = placed_chunks(keyed, inputs, counted)

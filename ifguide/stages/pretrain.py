@@ -146,7 +146,7 @@ def _settings(run: Run, name: str | None) -> TrainingSettings:
         folder=str(run.model(model)),
         corpus=str(data.corpus),
         mask=str(data.mask) if config.pretrain.use_mask else None,
-        tokenizer=data.config.tokenizer_source,
+        tokenizer=data.tokenizer_source,
         block_size=config.pack_corpus.block_size,
         target=config.target,
         train=config.pretrain,

@@ -53,7 +53,7 @@ class ScoringInputs:
         corpus, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
         run.require_proxy()
         connect(run.config.cluster)
-        tokenizer = load_tokenizer(run.config.tokenizer_source)
+        tokenizer = load_tokenizer(run.tokenizer_source)
         beginning = Beginning.of(
             tokenizer,
             is_baseline=run.config.proxy_is_baseline,
@@ -62,7 +62,7 @@ class ScoringInputs:
         block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
         proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
         log(verb, str(proxy))
-        check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.config.tokenizer_source)
+        check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.tokenizer_source)
         inputs = _queries(run, query, proxy, beginning)
         inputs |= {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
         return cls(run=run, corpus=corpus, proxy=proxy, beginning=beginning, inputs=inputs)

@@ -143,7 +143,9 @@ class _Tally:
         self.held += int(sampled.held_B.sum())
         self.tokens += int(sampled.blocks.lengths_B.sum())
         self.sources |= set(blocks.sources)
-        self.sampled |= {blocks.sources[place] for place in np.unique(sampled.blocks.sources_BT)}
+        sources_BT, lengths_B = sampled.blocks.sources_BT, sampled.blocks.lengths_B
+        own_BT = np.arange(sources_BT.shape[1]) < lengths_B[:, None]  # behind them is padding
+        self.sampled |= {blocks.sources[place] for place in np.unique(sources_BT[own_BT])}
 
     def result(self) -> dict[str, Any]:
         return {

@@ -8,9 +8,9 @@ from ifguide.toxicity.classifiers import (
     ProfanityClassifier,
     SequenceClassifier,
     WordListClassifier,
+    classifier_inputs,
     load_classifier,
     make_classifier,
-    training_inputs,
 )
 from ifguide.toxicity.fitted import FittedClassifier
 from ifguide.toxicity.prompts import (
@@ -39,6 +39,7 @@ __all__ = [
     "SequenceClassifier",
     "WordListClassifier",
     "choose_queries",
+    "classifier_inputs",
     "labelled_texts",
     "load_classifier",
     "make_classifier",
@@ -47,5 +48,4 @@ __all__ = [
     "read_prompt_rows",
     "read_prompts",
     "select_queries",
-    "training_inputs",
 ]

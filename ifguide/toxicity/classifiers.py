@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ifguide.artifacts import json_digest
+from ifguide.artifacts import file_digest, json_digest
 from ifguide.config import ClassifierSource, LabelledTexts
 from ifguide.storage import local_copy
 from ifguide.toxicity.fitted import FittedClassifier, require_both_kinds
@@ -217,8 +217,9 @@ def load_classifier(
     return ProfanityClassifier() if kind == "alt-profanity-check" else LabelClassifier(label)
 
 
-def training_inputs(classifiers: Mapping[str, ClassifierSource | None]) -> dict[str, str]:
-    """Digests of the texts and labels that fitted classifiers learn from, by dotted key; the others have none.
+def classifier_inputs(classifiers: Mapping[str, ClassifierSource | None]) -> dict[str, str]:
+    """Digests of what classifiers are made of, by dotted key: the texts that a fitted one learns from, a list's words,
+    a local checkpoint or folder. One of a package or of the hub has none: its name says what it is.
 
     They are inputs of whatever is made with these classifiers.
 
@@ -227,10 +228,20 @@ def training_inputs(classifiers: Mapping[str, ClassifierSource | None]) -> dict[
     """
     digests = {}
     for key, source in classifiers.items():
-        if source is not None and source.name == FittedClassifier.name:
+        if source is None:
+            continue
+        kind, _, rest = source.name.partition(":")
+        if kind == FittedClassifier.name:
             texts = labelled_texts(source.training, f"{key}.training")
             require_both_kinds(texts, f"{key}.training")
             digests[f"{key}.training"] = json_digest([(text.text, text.share) for text in texts])
+        elif kind == "words":
+            digests[f"{key}.words"] = json_digest(sorted(read_word_list(rest).words))
+        elif kind == "hf" and (folder := local_copy(rest)).is_dir():
+            files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+            digests[f"{key}.model"] = json_digest(files)
+        elif source.checkpoint is not None:
+            digests[f"{key}.checkpoint"] = file_digest(local_copy(source.checkpoint))
     return digests
 
 

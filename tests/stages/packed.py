@@ -122,7 +122,7 @@ def settings_of(run: Run, folder: Path, **changes: Any) -> TrainingSettings:
         folder=str(folder),
         corpus=str(run.corpus),
         mask=str(run.mask),
-        tokenizer=config.tokenizer_source,
+        tokenizer=run.tokenizer_source,
         block_size=BLOCK_SIZE,
         target=config.target,
         train=config.pretrain,

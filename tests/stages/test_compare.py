@@ -18,14 +18,23 @@ import pytest
 from ifguide import schemas
 from ifguide.artifacts import data_files, read_manifest
 from ifguide.config import Config, ConfigError
-from ifguide.config.compare import Compare, ExcessLoss, Method, Probe, Rad
+from ifguide.config.compare import (
+    ANNOTATED,
+    CLASSIFIED,
+    RANDOM,
+    WORDS,
+    Compare,
+    ExcessLoss,
+    Method,
+    Probe,
+    Rad,
+)
 from ifguide.config.resources import Resources
 from ifguide.corpus.tables import document_table
 from ifguide.influence.query_file import read_queries
 from ifguide.methods.excess_loss import tune_excess_loss
 from ifguide.methods.finders import sentence_spans, word_spans
 from ifguide.methods.labelled_blocks import labelled_blocks
-from ifguide.methods.masks import ANNOTATED, CLASSIFIED, RANDOM, WORDS
 from ifguide.methods.ngrams import Words, fit_ngrams
 from ifguide.methods.probes import fit_cross_probe
 from ifguide.methods.reading import QuerySets
@@ -332,7 +341,11 @@ def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config
     [
         (Method(mask="words"), {"word_list": ()}, "evaluate.word_list"),
         (Method(mask="documents"), {"classifier": "labels"}, "compare.classifier"),
-        (Method(rad=Rad()), {"classifier": "labels"}, "compare.methods.tried needs .* compare.classifier"),
+        (
+            Method(rad=Rad()),
+            {"classifier": "labels"},
+            "methods.tried: RAD of baseline needs .* compare.classifier",
+        ),
     ],
 )
 def test_a_method_that_the_run_cannot_have_is_refused(

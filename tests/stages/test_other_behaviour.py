@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ifguide.artifacts import read_manifest
 from ifguide.config import load_config
+from ifguide.config.compare import Compare, Method
 from ifguide.demo.praise import generate_praise
 from ifguide.influence.query_file import read_queries
 from ifguide.pipeline import run_pipeline
 from ifguide.run import Run
+from ifguide.stages.compare import compare, method_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "praise.yaml"
 SMALLER = (
@@ -48,3 +51,12 @@ def test_a_behaviour_of_pairs_goes_from_documents_to_the_report(tmp_path: Path) 
     assert summary["mask"]["precision"] > 3 * flattery / sum(len(row["text"]) for row in documents)
     assert 0 <= summary["baseline"]["emt"] <= 1
     assert "flattery" in (run.report / "index.html").read_text()
+
+    # The methods of a comparison read the tokenizer that was trained with the corpus.
+    methods = {"filter": Method(mask="annotated", objective="ignore"), "plain": Method(mask="plain_influence")}
+    compared = Run(config=replace(run.config, compare=Compare(methods=methods)))
+    manifest = compare(compared)
+    assert manifest is not None
+    assert list(manifest.summary) == ["baseline", "penalised", "filter", "plain"]
+    for name, method in methods.items():
+        assert method_run(compared, name, method).tokenizer_source == str(run.corpus / "tokenizer")

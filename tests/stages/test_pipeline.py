@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from ifguide import schemas
@@ -40,7 +41,7 @@ def test_the_blocks_are_the_documents_end_to_end(finished: Config, data: Path) -
     tables = [schemas.read_table(path) for path in data_files(corpus)]
     lengths = np.concatenate([table.column("length").to_numpy() for table in tables])
     stream = np.concatenate([schemas.per_token_array(table, "tokens").reshape(-1) for table in tables])[: lengths.sum()]
-    tokenizer = load_tokenizer(finished.tokenizer_source)
+    tokenizer = load_tokenizer(Run(config=finished).tokenizer_source)
     rows = [json.loads(line) for line in (data / "corpus.jsonl").read_text().splitlines()]
     documents = document_table(corpus).to_pylist()
     assert [record["doc_id"] for record in documents] == list(range(len(rows)))
@@ -77,9 +78,10 @@ def test_the_mask_is_algorithm_1_on_the_scores(finished: Config) -> None:
     ).to_pylist()
 
 
-def test_running_again_changes_nothing(finished: Config) -> None:
+def test_running_again_changes_nothing(finished: Config, shared: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in Path(finished.run_dir).rglob(MANIFEST)}
-    run_pipeline(finished, dry_run=False)
+    with FileLock(shared / "run.lock"):  # other processes of `pytest -n` come to it by the same fixture
+        run_pipeline(finished, dry_run=False)
     assert {path: path.stat().st_mtime_ns for path in Path(finished.run_dir).rglob(MANIFEST)} == before
 
 
@@ -104,7 +106,7 @@ def test_a_run_directory_is_read_without_what_it_was_made_from(copied: Callable[
     run = Run(config=copied())
     view = View(run.selection)
     assert view.tokenizer.name_or_path == str(run.corpus / "tokenizer")
-    assert view.tokenizer.get_vocab() == load_tokenizer(run.config.tokenizer_source).get_vocab()
+    assert view.tokenizer.get_vocab() == load_tokenizer(run.tokenizer_source).get_vocab()
     assert any(name.startswith("tokenizer/") for name in read_manifest(run.corpus).files)
 
 

@@ -67,7 +67,7 @@ def flat(folder: Path, column: str) -> np.ndarray:
 
 def pieces(run: Run, texts: dict[int, str]) -> Iterator[tuple[int, str, list[tuple[int, int]], np.ndarray]]:
     """Each document's id, text, the characters of its tokens by its own tokenizer's offsets, and its mask."""
-    tokenizer = load_tokenizer(run.config.tokenizer_source)
+    tokenizer = load_tokenizer(run.tokenizer_source)
     tokens, masked = flat(run.corpus, "tokens"), flat(run.mask, "masked")
     for record in document_table(run.corpus).to_pylist():
         own = slice(record["token_start"], record["token_start"] + record["num_tokens"])
@@ -111,12 +111,11 @@ def test_every_token_that_overlaps_a_span_is_masked_and_no_other(
 
 
 def test_the_corpus_own_tokenizer_has_the_identical_mask(finished: Config, copied: Callable[..., Config]) -> None:
-    own = with_tokenizer(copied, finished.tokenizer_source)
+    source = Run(config=finished).tokenizer_source
+    own = with_tokenizer(copied, source)
     own_run = Run(config=own)
     assert own_run.target is own_run
-    same = (
-        str(Path(finished.tokenizer_source) / "." / "..") + "/" + Path(finished.tokenizer_source).name
-    )  # by another name
+    same = str(Path(source) / "." / "..") + "/" + Path(source).name  # by another name
     run = Run(config=with_tokenizer(copied, same))
     target = made(run)
     assert target.corpus != run.corpus
@@ -130,7 +129,7 @@ def test_a_tokenizer_is_trained_for_the_target_and_lent_artifacts_share_what_is_
     run = Run(config=with_tokenizer(copied, None, train_tokenizer=300))
     target = made(run)
     assert target.folder == run.folder / "target"
-    assert len(load_tokenizer(target.config.tokenizer_source)) == 300 < len(load_tokenizer(run.config.tokenizer_source))
+    assert len(load_tokenizer(target.tokenizer_source)) == 300 < len(load_tokenizer(run.tokenizer_source))
     assert sum(1 for _ in pieces(target, documents_of(data))) == read_manifest(run.corpus).rows["documents"]
     assert flat(target.mask, "masked").sum() == read_manifest(target.mask).summary["tokens_masked"] > 0
 

@@ -218,7 +218,7 @@ def test_damaged_queries_are_named_by_line(damage: str, tmp_path: Path) -> None:
 def test_damaged_files_of_a_model_name_the_model(name: str, damage: str, made: Run, tmp_path: Path) -> None:
     model = load_model(ModelSource(architecture={**ARCHITECTURE, "vocab_size": 300}))
     model.save_pretrained(tmp_path)
-    shutil.copytree(made.config.tokenizer_source, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(made.tokenizer_source, tmp_path, dirs_exist_ok=True)
     content = (tmp_path / name).read_bytes()
     is_binary = name == "model.safetensors" and damage == "a key less"
     if is_binary:  # no JSON has it: damage its own head

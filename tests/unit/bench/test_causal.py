@@ -49,7 +49,7 @@ def subject(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """Four queries that end in the word that the run masks, and four in another."""
     folder = tmp_path_factory.mktemp("subject")
     flatten_blocks(run.corpus, run.mask, folder / "blocks")
-    tokenizer = load_tokenizer(run.config.tokenizer_source)
+    tokenizer = load_tokenizer(run.tokenizer_source)
     queries = []
     for word in (" clown", " calm"):
         for start in ("the pig saw a", "all was", "that", "and said that the"):

@@ -40,6 +40,12 @@ def test_seeds_give_a_geometric_mean_with_students_interval() -> None:
     assert over_seeds([0.5]) == (0.5, None, None)
 
 
+def test_a_ratio_of_nothing_has_no_interval_and_over_nothing_no_value() -> None:
+    assert over_seeds([0.0, 0.1]) == (0.0, None, None)
+    found = compare_sources({"words": [0.0, 0.1], "influence": [0.2, 0.1]}, "words")
+    assert found == {"words": (None, None, None), "influence": (None, None, None)}
+
+
 def test_sources_are_compared_by_seed() -> None:
     found = compare_sources({"words": [0.5, 0.8], "influence": [0.25, 0.4]}, "words")
     assert found["influence"] == pytest.approx((0.5, 0.5, 0.5))

@@ -256,16 +256,15 @@ def test_section_mapping_is_plain_json():
         ({"tokenizer": "t", "proxy": "p", "target": "x"}, "t"),
         ({"proxy": "p", "target": "x"}, "p"),
         ({"target": "x"}, "x"),
-        ({"run_dir": "/runs/a", "proxy": "p", "pack_corpus": {"train_tokenizer": 512}}, "/runs/a/corpus/tokenizer"),
     ],
 )
-def test_tokenizer_is_the_trained_the_named_the_proxys_or_the_targets(tree, expected):
-    assert config_from_mapping(tree).tokenizer_source == expected
+def test_tokenizer_is_the_named_the_proxys_or_the_targets(tree, expected):
+    assert config_from_mapping(tree).named_tokenizer == expected
 
 
 def test_no_tokenizer_at_all_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"^tokenizer: name a hub id or a local folder"):
-        _ = Config().tokenizer_source
+        _ = Config().named_tokenizer
 
 
 def test_a_file_extends_another_key_by_key(tmp_path):

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from ifguide.config import ClassifierSource
+from ifguide.methods import masks
 from ifguide.methods.finders import classifier_spans, word_spans
 from ifguide.methods.marks import find_classified_words
 
@@ -49,3 +51,20 @@ def test_words_are_classified_alone_and_once_each():
     ]
     assert find_classified_words(classify, 0.5)(["..."]) == [[]]
     assert len(calls) == 1
+
+
+def test_a_score_that_is_no_number_is_refused_with_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        name, classes = "broken", ("toxicity",)
+
+        def score(self, texts: list[str]) -> dict[str, np.ndarray]:
+            return {"toxicity": np.array([float("nan") if "pig" in text else 0.0 for text in texts])}
+
+    monkeypatch.setattr(masks, "make_classifier", lambda *_, **__: Broken())
+    marking = masks.Marking(
+        kind="sentences", words=(), classifier=ClassifierSource(name="broken"), threshold=0.5, tokenizer="t", seed=0
+    )
+    find = marking.finder()
+    assert find(["All is well."]) == [[]]
+    with pytest.raises(ValueError, match=r"^broken gives nan for 'You pig.'; it must be finite"):
+        find(["All is well. You pig."])

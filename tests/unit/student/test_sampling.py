@@ -1,9 +1,13 @@
 """Which blocks are scored exactly: the sample, the audit, and what a cascade rechecks."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
 
 from ifguide.student.recheck import LEAST, block_counts, least_count
+from ifguide.student.sample_worker import _Tally
 from ifguide.student.sampling import AUDITED_BLOCKS, Sampling, audit_share, audited_rows
 
 
@@ -65,3 +69,15 @@ def test_a_block_counts_its_scores_at_the_edge_and_less_than_one_for_how_far_the
 def test_an_audit_is_no_larger_than_intervals_pay() -> None:
     assert audit_share(0.01, 1000) == 0.01
     assert audit_share(0.01, 10_000_000) * 10_000_000 == pytest.approx(AUDITED_BLOCKS)
+
+
+def test_padding_of_the_last_block_is_of_no_source() -> None:
+    sampled_rows = SimpleNamespace(sources_BT=np.array([[1, 1, 2, 2], [1, 1, 0, 0]]), lengths_B=np.array([4, 2]))
+    tally = _Tally()
+    tally.add(
+        cast("Any", SimpleNamespace(sources=("a", "b", "c"))),
+        cast("Any", SimpleNamespace(blocks=sampled_rows, held_B=np.array([False, True]))),
+    )
+    assert tally.result()["sources"] == ["a", "b", "c"]
+    assert tally.result()["sampled_sources"] == ["b", "c"]
+    assert tally.result()["tokens"] == 6

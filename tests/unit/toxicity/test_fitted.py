@@ -17,10 +17,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 
-from ifguide.config import ConfigError, config_from_mapping
+from ifguide.artifacts import json_digest
+from ifguide.config import ClassifierSource, ConfigError, config_from_mapping
 from ifguide.evaluation.agreement import check_classifiers
 from ifguide.evaluation.subjects import measured_inputs
-from ifguide.toxicity import choose_queries, load_classifier, make_classifier, read_labelled, training_inputs
+from ifguide.toxicity import choose_queries, classifier_inputs, load_classifier, make_classifier, read_labelled
 from tests.real_text import DATA, needs_real_text
 
 RUDE = ("you rude pig", "what a rude fool", "rude rude man", "fool of a pig", "a rude reply from a fool")
@@ -140,14 +141,14 @@ def test_what_cannot_be_learned_from_is_named_with_its_key(tmp_path: Path, label
     one_kind = write(tmp_path / "kind.jsonl", [{"text": text, "toxic": 0.4} for text in KIND])
     where = {"evaluate.classifiers.own": source_of(str(one_kind))}
     with pytest.raises(ValueError, match=r"^evaluate\.classifiers\.own\.training: 0 of 6 texts with a label"):
-        training_inputs(where)
+        classifier_inputs(where)
     with pytest.raises(ValueError, match=r"^classifier\.training: 0 of 6 texts"):
         make_classifier(source_of(str(one_kind)), gpus=0)
     with pytest.raises(ValueError, match=r"^classifier\.training: 0 of 0 texts"):
         load_classifier("fitted")
     gone = {"evaluate.classifier": source_of(str(labelled), str(tmp_path / "gone.jsonl"))}
     with pytest.raises(FileNotFoundError, match=r"^evaluate\.classifier\.training\[1\]\.path: .*gone\.jsonl does not"):
-        training_inputs(gone)
+        classifier_inputs(gone)
 
 
 def test_what_is_made_with_it_depends_on_its_texts_and_labels_and_not_on_their_place(
@@ -166,7 +167,27 @@ def test_what_is_made_with_it_depends_on_its_texts_and_labels_and_not_on_their_p
     rows = [json.loads(line) for line in labelled.read_text().splitlines()]
     for change in ({"toxic": 0.75}, {"text": "you are a pig"}):
         assert inputs(write(copy, [rows[0] | change, *rows[1:]])) != first
-    assert training_inputs({"a": None, "b": config_from_mapping({}).evaluate.classifier}) == {}
+    assert classifier_inputs({"a": None, "b": config_from_mapping({}).evaluate.classifier}) == {}
+
+
+def test_a_local_list_checkpoint_and_folder_are_inputs_by_what_they_hold(tmp_path: Path) -> None:
+    words, checkpoint, folder = tmp_path / "words.txt", tmp_path / "model.ckpt", tmp_path / "model"
+    folder.mkdir()
+    sources = {
+        "words": (words, ClassifierSource(name=f"words:{words}")),
+        "checkpoint": (checkpoint, ClassifierSource(name="detoxify:original", checkpoint=str(checkpoint))),
+        "model": (folder / "model.safetensors", ClassifierSource(name=f"hf:{folder}")),
+    }
+    for file, _ in sources.values():
+        file.write_text("pig\n")
+    for kind, (file, source) in sources.items():
+        first = classifier_inputs({"k": source})
+        assert list(first) == [f"k.{kind}"]
+        file.write_text("pig\nfool\n")
+        assert classifier_inputs({"k": source}) != first
+    words.write_text("fool\n\npig\n")  # the same words
+    assert classifier_inputs({"k": sources["words"][1]}) == {"k.words": json_digest(["fool", "pig"])}
+    assert classifier_inputs({"k": ClassifierSource(name="hf:some/model")}) == {}
 
 
 def test_it_chooses_queries_and_is_checked_as_any_other(tmp_path: Path, labelled: Path) -> None:
