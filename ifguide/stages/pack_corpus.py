@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import Manifest, discard_if_mended
+from ifguide.artifacts import MANIFEST, PLAN, Manifest, discard_if_mended, read_manifest, read_plan
 from ifguide.config import ConfigError, PackCorpus
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
@@ -32,6 +32,7 @@ from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer, save_tokenizer
 
 VERB = "pack_corpus"
+TRAINED = "trained"  # the tokenizer's name in a plan
 SHOWN_BAD_ROWS = 10
 COUNTS = "counts"  # scratch folder of the row counts
 ONE_CPU = WorkerResources(gpus=0.0)
@@ -75,10 +76,7 @@ def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
         VERB,
         keys=("pack_corpus", "tokenizer"),
         inputs={},
-        extra={
-            "tokenizer": source,
-            "files": contents,
-        },
+        extra={"tokenizer": _planned_tokenizer(run), "files": contents},
     )
     write_inputs(run.corpus, files)
     write_commits(run.corpus, commits)
@@ -126,6 +124,20 @@ def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
     counts = ", ".join(f"{rows[name]:,} {name}" for name in ("documents", "tokens", "blocks"))
     log(VERB, f"{counts} in {run.corpus}")
     return manifest
+
+
+def _planned_tokenizer(run: Run) -> str:
+    """The tokenizer's name in the plan: a trained one lies in the corpus, which may be moved. Plans that were made
+    before had its path."""
+    if run.config.pack_corpus.train_tokenizer is None:
+        return run.tokenizer_source
+    options: dict[str, Any] = {}
+    if (run.corpus / MANIFEST).exists():
+        options = read_manifest(run.corpus).options
+    elif (run.corpus / PLAN).exists():
+        options = read_plan(run.corpus)["options"]
+    name = str(options.get("tokenizer"))
+    return name if name.endswith(f"/corpus/{TOKENIZER}") else TRAINED
 
 
 def _input_files(run: Run, chunks: Sequence[Chunk]) -> dict[str, InputFile]:
