@@ -6,7 +6,6 @@ fit comes as the reason why, where other readers would guess. Blank lines are no
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import math
@@ -45,7 +44,7 @@ def cell_rows(path: Path) -> Iterator[dict[str, Cell] | str]:
     csv.field_size_limit(CELL_CHARS)
     with open_bytes(path) as file:
         # Bytes that are not UTF-8 become lone surrogates, which the readers of texts know as such.
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter="\t" if _is_tabbed(path) else ",", strict=True)
         try:
             names = _header(path, reader)
@@ -74,7 +73,6 @@ def _header(path: Path, reader: Any) -> list[str]:
         names: list[str] = next(reader, [])
     except csv.Error as error:
         raise ValueError(f"{path}: its first line, which names the columns, is not CSV ({error})") from error
-    names = [name.removeprefix(codecs.BOM_UTF8.decode()) for name in names]
     if not any(names):
         raise ValueError(f"{path} is empty: its first line must name the columns")
     if any("\0" in name or "\udc80" <= max(name, default="") <= "\udcff" for name in names):

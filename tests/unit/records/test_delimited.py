@@ -48,8 +48,9 @@ def test_what_a_writer_of_tables_wrote_is_read_back(folder, texts, tabbed, endin
     assert documents(path) == [(text, None) for text in texts]
 
 
-def test_a_table_may_be_compressed_and_begin_with_a_byte_order_mark(tmp_path) -> None:
-    path = write(tmp_path / "a.csv.gz", gzip.compress('\ufefftext,n\n"a, ""b""\nc",1\n\nd,2\n'.encode()))
+@pytest.mark.parametrize("header", ["text,n", '"text","n"'])
+def test_a_table_may_be_compressed_and_begin_with_a_byte_order_mark(header, tmp_path) -> None:
+    path = write(tmp_path / "a.csv.gz", gzip.compress(f'\ufeff{header}\n"a, ""b""\nc",1\n\nd,2\n'.encode()))
     assert documents(path) == [('a, "b"\nc', None), ("d", None)]
 
 
