@@ -1,13 +1,15 @@
 """The rows of comma- and tab-separated tables (RFC 4180).
 
-The first line names the columns. A quoted cell may hold line ends. Quotes are read strictly: a row whose quotes do not
-fit comes as the reason why, where other readers would guess. Blank lines are no rows.
+The first line names the columns. A quoted cell may hold line ends. Quotes are read strictly, where other readers would
+guess. Where they do not fit, what is a row cannot be told, and every line that was read comes as the reason why. Blank
+lines are no rows.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,19 +51,26 @@ def cell_rows(path: Path) -> Iterator[dict[str, Cell] | str]:
         try:
             names = _header(path, reader)
             while True:
+                first = reader.line_num + 1
                 try:
                     cells = next(reader)
                 except csv.Error as error:
-                    yield f"not CSV ({error})"
+                    reason = f"not CSV ({error}){_over(first, reader.line_num)}"
+                    yield from itertools.repeat(reason, reader.line_num + 1 - first)
                     continue
                 if len(cells) == len(names):
                     yield {name: Cell(cell) for name, cell in zip(names, cells, strict=True)}
                 elif cells:
-                    yield f"has {len(cells)} cells, and the first line names {len(names)} columns"
+                    over = _over(first, reader.line_num)
+                    yield f"has {len(cells)} cells, and the first line names {len(names)} columns{over}"
         except StopIteration:
             return
         except OSError as error:
             raise ValueError(f"{path}: damaged or cut off ({error})") from error
+
+
+def _over(first: int, last: int) -> str:
+    return f"; lines {first} to {last} of the file" if last > first else ""
 
 
 def _is_tabbed(path: Path) -> bool:
