@@ -60,9 +60,10 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
 def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
     """`own`: the run's directory, which is no input though it may lie in one."""
     config, source = run.config.pack_corpus, run.tokenizer_source
-    commits = {} if dry_run else hub_commits(run.corpus, config.inputs)
+    ask_hub = not dry_run and not (run.corpus / MANIFEST).exists()
+    commits = hub_commits(run.corpus, config.inputs) if ask_hub else {}
     config = replace(config, inputs=at_commits(config.inputs, commits))
-    chunks = plan_chunks(config, open_hub=not dry_run, apart=own)
+    chunks = plan_chunks(config, open_hub=ask_hub, apart=own)
     if dry_run:
         paths = {chunk.path for chunk in chunks}
         log(VERB, f"would tokenise {len(chunks)} chunks of {len(paths)} inputs with {source}")
