@@ -175,12 +175,20 @@ def _look(pattern: str) -> list[Source]:
         groups.setdefault(pattern if alike else f"{file[0].parent}/*{_suffix(file[0])}", []).append(file)
     sources = []
     for name, files in groups.items():
-        one = len(files) == 1 and len(groups) > 1
-        if one or len({kind for *_, kind in files}) > 1:
+        apart = len(groups) > 1 and (len(files) == 1 or not _lists(name, files))
+        if apart or len({kind for *_, kind in files}) > 1:
             sources += [_source(str(file[0]), [file]) for file in files]
         else:
             sources.append(_source(name, files))
     return sources
+
+
+def _lists(pattern: str, files: Sequence[Looked]) -> bool:
+    """Whether a pattern takes these files and no other. It would take a README too, which a folder leaves out."""
+    try:
+        return set(map(str, list_files(pattern, "--data"))) == {str(path) for path, *_ in files}
+    except (FileNotFoundError, ValueError):  # the folder's own name is a pattern
+        return False
 
 
 def _source(path: str, files: Sequence[Looked]) -> Source:

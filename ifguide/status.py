@@ -2,8 +2,8 @@
 
 A folder with a manifest is complete, one with a plan is in progress, any other is not begun. Of a stage that works on
 shards the ledger says how many are done, which are being retried, and which were given up and why; the last line of
-its progress file gives total, rate and ETA. Of a training the last line of its metrics gives step, loss, rate and ETA;
-its choices say what is compiled and why.
+its progress file gives total, rate and ETA. Of a stage of several passes that with the newest line is shown. Of a
+training the last line of its metrics gives step, loss, rate and ETA; its choices say what is compiled and why.
 Nothing is asked of Ray, so a run whose driver died looks like one that is slow: the line says how old its news are.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ifguide.artifacts import MANIFEST, PLAN, has_ended, read_holder, read_manifest
 from ifguide.distributed.ledger import LEDGER, read_attempts, unfinished_attempts
 from ifguide.student.said import audit_line
-from ifguide.telemetry import METRICS, format_seconds, last_line, last_progress, progress_text
+from ifguide.telemetry import METRICS, PROGRESS, format_seconds, last_line, last_progress, progress_text
 from ifguide.training.choices import read_choices
 
 SHOWN_FAILURES = 20
@@ -97,12 +97,18 @@ def _folder_status(name: str, folder: Path) -> StageStatus:
         return StageStatus(name=name, state="not begun")
     if (training := _training_status(name, folder)) is not None:
         return training
-    values = last_progress(folder)
-    if values is None:
+    working = {place: values for place in _places(folder) if (values := last_progress(place)) is not None}
+    if not working:
         begun = _seconds_since((folder / PLAN).stat().st_mtime)
         text = f"begun {format_seconds(begun)} ago"
         return StageStatus(name=name, state="in progress", text=text, progress={"seconds_ago": begun})
-    return _shards_status(name, folder, values)
+    newest = max(working, key=lambda place: working[place]["time"])
+    return _shards_status(name, newest, working[newest])
+
+
+def _places(folder: Path) -> list[Path]:
+    """Where a stage may work on shards: its folder, and the scratch folders of its earlier passes."""
+    return [folder, *(path.parent for path in folder.glob(f"*/{PROGRESS}"))]
 
 
 def _shards_status(name: str, folder: Path, values: dict[str, Any]) -> StageStatus:

@@ -139,6 +139,16 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name: entry["size"] for name, entry in sorted(_listing(folder).items())}
 
 
+def entries(folder: Path) -> list[Path]:
+    """The files and folders within a folder, sorted. The empty object `folder/`, which consoles of object stores leave,
+    is none of them."""
+    if not is_remote(folder):
+        return sorted(folder.iterdir())
+    own = _key(folder).rstrip("/")
+    names = {name.rstrip("/") for name in _fs(folder).ls(own, detail=False)}
+    return [folder / name.rpartition("/")[2] for name in sorted(names - {own})]
+
+
 def subfolders(folder: Path) -> list[Path]:
     """The folders within a folder, sorted; those of an object store hold at least one file. None, if it is missing."""
     if not is_remote(folder):
@@ -266,9 +276,11 @@ def _at_once(path: Path) -> dict[str, int]:
 
 
 def _listing(path: Path) -> dict[str, dict[str, Any]]:
-    """Every file at or under a remote path: relative name ("" is the path itself) -> fsspec's description."""
+    """Every file at or under a remote path: relative name ("" is the path itself) -> fsspec's description. Left out are
+    the empty objects that stand for folders."""
     fs, root = _fs(path), _key(path).rstrip("/")
-    return {name[len(root) :].lstrip("/"): entry for name, entry in fs.find(root, detail=True).items()}
+    objects = fs.find(root, detail=True).items()
+    return {name[len(root) :].lstrip("/"): entry for name, entry in objects if not name.endswith("/")}
 
 
 def _stamp(entry: dict[str, Any]) -> str:

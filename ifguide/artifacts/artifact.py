@@ -150,7 +150,7 @@ def _remove_scratch(folder: Path) -> None:
 def _refuse_other_plan(folder: Path, planned: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     differences = []
     for part in ("options", "inputs"):
-        old, new = _flatten(planned[part]), _flatten(wanted[part])
+        old, new = _flatten(redact(planned[part])), _flatten(wanted[part])  # plans of before may hold more
         differences += [
             f"{key} was {_short(old.get(key))}, now {_short(new.get(key))}"
             for key in sorted(old.keys() | new.keys())

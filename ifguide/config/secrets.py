@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-NAMES = r"secret|passw(?:or)?d|credential|signature|(?:api|access|account)_?key|(?:auth|access|sas|session|api)_?token"
+NAMES = (
+    "secret|passw(?:or)?d|pwd|credential|signature|(?:api|access|account|subscription)[_-]?key"
+    "|(?:auth|access|sas|session|security|refresh|private|api|hf)[_-]?token(?!i[sz])"  # and no tokenizer
+)
 OF_OPTIONS = re.compile(NAMES, re.IGNORECASE)
-USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#@]+@", re.IGNORECASE)
+USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#]+@", re.IGNORECASE)
 PARAMETER = re.compile(rf"([?&;](?:[^\s=&;#]*(?:{NAMES})[^\s=&;#]*|token|sig|key|auth)=)[^\s&;#'\"]+", re.IGNORECASE)
 
 

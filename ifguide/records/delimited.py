@@ -1,14 +1,15 @@
 """The rows of comma- and tab-separated tables (RFC 4180).
 
-The first line names the columns. A quoted cell may hold line ends. Quotes are read strictly: a row whose quotes do not
-fit comes as the reason why, where other readers would guess. Blank lines are no rows.
+The first line names the columns. A quoted cell may hold line ends. Quotes are read strictly, where other readers would
+guess. Where they do not fit, what is a row cannot be told, and every line that was read comes as the reason why. Blank
+lines are no rows.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,24 +46,31 @@ def cell_rows(path: Path) -> Iterator[dict[str, Cell] | str]:
     csv.field_size_limit(CELL_CHARS)
     with open_bytes(path) as file:
         # Bytes that are not UTF-8 become lone surrogates, which the readers of texts know as such.
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter="\t" if _is_tabbed(path) else ",", strict=True)
         try:
             names = _header(path, reader)
             while True:
+                first = reader.line_num + 1
                 try:
                     cells = next(reader)
                 except csv.Error as error:
-                    yield f"not CSV ({error})"
+                    reason = f"not CSV ({error}){_over(first, reader.line_num)}"
+                    yield from itertools.repeat(reason, reader.line_num + 1 - first)
                     continue
                 if len(cells) == len(names):
                     yield {name: Cell(cell) for name, cell in zip(names, cells, strict=True)}
                 elif cells:
-                    yield f"has {len(cells)} cells, and the first line names {len(names)} columns"
+                    over = _over(first, reader.line_num)
+                    yield f"has {len(cells)} cells, and the first line names {len(names)} columns{over}"
         except StopIteration:
             return
         except OSError as error:
             raise ValueError(f"{path}: damaged or cut off ({error})") from error
+
+
+def _over(first: int, last: int) -> str:
+    return f"; lines {first} to {last} of the file" if last > first else ""
 
 
 def _is_tabbed(path: Path) -> bool:
@@ -74,7 +82,6 @@ def _header(path: Path, reader: Any) -> list[str]:
         names: list[str] = next(reader, [])
     except csv.Error as error:
         raise ValueError(f"{path}: its first line, which names the columns, is not CSV ({error})") from error
-    names = [name.removeprefix(codecs.BOM_UTF8.decode()) for name in names]
     if not any(names):
         raise ValueError(f"{path} is empty: its first line must name the columns")
     if any("\0" in name or "\udc80" <= max(name, default="") <= "\udcff" for name in names):

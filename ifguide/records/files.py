@@ -25,7 +25,7 @@ from typing import IO, Literal
 
 import pyarrow as pa
 
-from ifguide.storage import is_remote, location, matching
+from ifguide.storage import entries, is_remote, location, matching
 
 Kind = Literal["jsonl", "parquet", "arrow", "text", "json", "csv"]
 
@@ -142,7 +142,7 @@ def _below(folder: Path, dotted_key: str, apart: Path | None, above: tuple[str, 
         return
     if real in above:
         raise ValueError(f"{dotted_key}: {folder} is a link to a folder that holds it; remove the link")
-    for item in sorted(folder.iterdir()):
+    for item in entries(folder):
         if item.name.startswith((".", "_")):
             continue
         if item.is_dir():

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, Manifest, file_digest, read_manifest, require, require_same
+from ifguide.artifacts import MANIFEST, Manifest, file_digest, json_digest, read_manifest, require, require_same
 from ifguide.config import ConfigError
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import connect, require_resources
@@ -41,6 +41,7 @@ from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import QuerySets, choose_queries, classifier_inputs, read_prompt_rows
 
 VERB = "build_query"
+ROWS = "rows_sha256"  # in the summary: no input, since unfinished work goes on with a table that was edited
 RELIABILITY_TOKENS = 4096  # of the corpus, that both halves score: the correlation is then known to 0.02
 
 
@@ -48,8 +49,8 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `query/`.
 
     Raises:
-        ConfigError: no prompts. MismatchError: the factors are of another proxy. ValueError: an empty set, or
-            factors that do not fit the proxy.
+        ConfigError: no prompts. MismatchError: the factors are of another proxy, or a finished query is of other
+            prompts. ValueError: an empty set, or factors that do not fit the proxy.
     """
     config = run.config.build_query
     sources = [source for source in (config.prompts, config.pairs, config.positive, config.negative) if source]
@@ -61,10 +62,10 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         log(VERB, f"would take up to {config.max_positive:,} + {config.max_negative:,} queries from {paths}{by}")
         return None
     if config.prompts is None:
-        choose_queries(config, run.config.seed)
+        digest = json_digest(asdict(choose_queries(config, run.config.seed)))
         training = {}
     else:
-        read_prompt_rows(config.prompts, "build_query.prompts")
+        digest = json_digest([asdict(row) for row in read_prompt_rows(config.prompts, "build_query.prompts")])
         training = classifier_inputs({"build_query.classifier": config.classifier})
     if config.factors is None:
         require(run.factors, "fit_factors")
@@ -84,6 +85,13 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         inputs["corpus"] = require(run.corpus, "pack_corpus").fingerprint
     artifact = run.open(run.query, VERB, keys=("build_query", "tokenizer", "seed"), inputs=inputs)
     if artifact.manifest:
+        require_same(
+            f"the table that {run.query} was made from",
+            artifact.manifest.summary.get(ROWS, digest),
+            f"what {' and '.join(source.path for source in sources)} holds now",
+            digest,
+            f"set another run_dir, or delete {run.query} and what was made from it",
+        )
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
     require_resources(run.config.cluster, VERB, config.resources)
@@ -123,7 +131,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     manifest = artifact.finish(
         files,
         rows={"queries": used, "modules": len(norms)},
-        summary={**summary, **refinement, "direction_norm": norms},
+        summary={**summary, **refinement, "direction_norm": norms, ROWS: digest},
         remove=(LEDGER, PARTIAL),
     )
     log(VERB, f"{summary['positive']} positive and {summary['negative']} negative queries -> {run.query / DIRECTION}")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import Manifest, discard_if_mended
+from ifguide.artifacts import MANIFEST, PLAN, Manifest, discard_if_mended, read_manifest, read_plan
 from ifguide.config import ConfigError, PackCorpus
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
@@ -32,6 +32,7 @@ from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer, save_tokenizer
 
 VERB = "pack_corpus"
+TRAINED = "trained"  # the tokenizer's name in a plan
 SHOWN_BAD_ROWS = 10
 COUNTS = "counts"  # scratch folder of the row counts
 ONE_CPU = WorkerResources(gpus=0.0)
@@ -59,9 +60,10 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
 def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
     """`own`: the run's directory, which is no input though it may lie in one."""
     config, source = run.config.pack_corpus, run.tokenizer_source
-    commits = {} if dry_run else hub_commits(run.corpus, config.inputs)
+    ask_hub = not dry_run and not (run.corpus / MANIFEST).exists()
+    commits = hub_commits(run.corpus, config.inputs) if ask_hub else {}
     config = replace(config, inputs=at_commits(config.inputs, commits))
-    chunks = plan_chunks(config, open_hub=not dry_run, apart=own)
+    chunks = plan_chunks(config, open_hub=ask_hub, apart=own)
     if dry_run:
         paths = {chunk.path for chunk in chunks}
         log(VERB, f"would tokenise {len(chunks)} chunks of {len(paths)} inputs with {source}")
@@ -75,10 +77,7 @@ def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
         VERB,
         keys=("pack_corpus", "tokenizer"),
         inputs={},
-        extra={
-            "tokenizer": source,
-            "files": contents,
-        },
+        extra={"tokenizer": _planned_tokenizer(run), "files": contents},
     )
     write_inputs(run.corpus, files)
     write_commits(run.corpus, commits)
@@ -126,6 +125,20 @@ def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
     counts = ", ".join(f"{rows[name]:,} {name}" for name in ("documents", "tokens", "blocks"))
     log(VERB, f"{counts} in {run.corpus}")
     return manifest
+
+
+def _planned_tokenizer(run: Run) -> str:
+    """The tokenizer's name in the plan: a trained one lies in the corpus, which may be moved. Plans that were made
+    before had its path."""
+    if run.config.pack_corpus.train_tokenizer is None:
+        return run.tokenizer_source
+    options: dict[str, Any] = {}
+    if (run.corpus / MANIFEST).exists():
+        options = read_manifest(run.corpus).options
+    elif (run.corpus / PLAN).exists():
+        options = read_plan(run.corpus)["options"]
+    name = str(options.get("tokenizer"))
+    return name if name.endswith(f"/corpus/{TOKENIZER}") else TRAINED
 
 
 def _input_files(run: Run, chunks: Sequence[Chunk]) -> dict[str, InputFile]:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ifguide.artifacts import MismatchError, data_files, read_manifest, write_manifest
+from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_manifest, write_manifest
 from ifguide.artifacts.files import file_entry
 from ifguide.cli import main
 from ifguide.config import Config, ConfigError, config_from_mapping, to_mapping
@@ -23,7 +23,7 @@ from ifguide.influence.query_file import read_queries
 from ifguide.models import load_model
 from ifguide.pipeline import stage
 from ifguide.run import Run
-from ifguide.stages import build_query
+from ifguide.stages import build_query, pack_corpus
 from tests.stages.conftest import ARCHITECTURE, small_config
 from tests.stages.interrupting import interrupted_before
 
@@ -83,6 +83,31 @@ def test_a_tokenizer_of_no_documents_is_refused(pack: Callable[..., Any], data: 
     tree["pack_corpus"] = {"inputs": [str(tmp_path / "in.jsonl")], "train_tokenizer": 300}
     with pytest.raises(ValueError, match=r"pack_corpus.inputs: no document in .*in.jsonl"):
         stage("pack_corpus")(Run(config=config_from_mapping(tree)))
+
+
+@pytest.mark.parametrize("named", ["trained", "/old/run/corpus/tokenizer"])
+@pytest.mark.parametrize("record", [MANIFEST, PLAN])
+def test_a_run_that_trains_its_tokenizer_goes_on_where_it_was_moved_to(
+    named: str, record: str, data: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = small_config(data, tmp_path / "run")
+    del tree["tokenizer"]
+    tree["pack_corpus"] |= {"train_tokenizer": 300}
+    run = Run(config=config_from_mapping(tree))
+    if record == PLAN:
+        with interrupted_before(monkeypatch, pack_corpus, pack_corpus.train_on_chunks):
+            stage("pack_corpus")(run)
+    else:
+        stage("pack_corpus")(run)
+    content = json.loads((run.corpus / record).read_text())
+    assert content["options"]["tokenizer"] == "trained"
+    content["options"]["tokenizer"] = named  # plans that were made before had a path
+    content.pop("sha256", None)
+    (run.corpus / record).write_text(json.dumps(content))
+
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = stage("pack_corpus")(Run(config=replace(run.config, run_dir=str(tmp_path / "moved"))))
+    assert moved.options["tokenizer"] == named
 
 
 @pytest.mark.parametrize("verb", ["fit_factors", "build_query", "score_corpus"])

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from bench.chaos import prepare
-from ifguide.artifacts import read_manifest
-from ifguide.config import config_from_mapping, load_config, to_mapping
+from ifguide.artifacts import MismatchError, read_manifest, write_manifest
+from ifguide.config import Pairs, Prompts, config_from_mapping, load_config, to_mapping
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, read_queries
 from ifguide.pipeline import stage
 from ifguide.run import Run
 from ifguide.stages import build_query
-from ifguide.stages.build_query import PARTIAL
+from ifguide.stages.build_query import PARTIAL, ROWS
 from tests.stages.interrupting import interrupted_before
 
 
@@ -93,3 +93,26 @@ def test_queries_are_weighed_and_held_out_where_the_config_says(fitted: Run) -> 
     assert all(row.weight == 0.5 for row in queries if not row.positive)
     assert manifest.summary["held_out"].keys() == {"positive", "negative", "auroc"}
     assert HELD_OUT in manifest.files
+
+
+@pytest.mark.parametrize("kind", ["prompts", "pairs"])
+def test_a_finished_query_of_a_table_edited_since_is_refused(fitted: Run, kind: str, tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    rows = [{"prompt": f"{i} said", "chosen": " hello.", "rejected": " you clown."} for i in range(4)]
+    table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    if kind == "prompts":
+        assert fitted.config.build_query.prompts is not None
+        shutil.copy(fitted.config.build_query.prompts.path, table)
+        run = of(fitted, prompts=Prompts(path=str(table)))
+    else:
+        run = of(fitted, prompts=None, pairs=Pairs(path=str(table)))
+    manifest = stage("build_query")(run)
+    assert stage("build_query")(run) == manifest
+
+    table.write_text(table.read_text().replace("clown", "saint"))
+    with pytest.raises(MismatchError, match=r"table\.jsonl holds now .*delete .*query"):
+        stage("build_query")(run)
+
+    before = replace(manifest, summary={key: value for key, value in manifest.summary.items() if key != ROWS})
+    write_manifest(run.query, before)  # as one that was made when no digest was kept
+    assert stage("build_query")(run) == before

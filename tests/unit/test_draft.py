@@ -68,6 +68,18 @@ def test_unlike_files_and_prompts_are_told_apart(folder: Path) -> None:
     assert config.build_query.prompts.path == config.evaluate.prompts.path == "data/queries.jsonl"
 
 
+@pytest.mark.parametrize("folder_name", ["data", "data [1]"])
+def test_a_readme_that_a_folder_leaves_out_is_no_document_of_its_texts(folder: Path, folder_name: str) -> None:
+    data = folder / folder_name
+    lines(data / "web" / "a.jsonl", {"text": TEXT})
+    for name in ("a.txt", "b.txt", "README.txt"):
+        (data / name).write_text(TEXT)
+    config, text = drafted("--data", folder_name)
+    paths = [source.path for source in config.pack_corpus.inputs]
+    assert sorted(paths) == [f"{folder_name}/{name}" for name in ("a.txt", "b.txt", "web/a.jsonl")]
+    assert text.count("# 1 file, ") == 3
+
+
 @pytest.mark.parametrize("base", [[], ["--from", "pythia160m_owt"]])
 def test_tables_of_queries_are_taken_for_what_their_columns_are(base: list[str], folder: Path) -> None:
     lines(folder / "data" / "a.jsonl", {"text": TEXT})

@@ -64,6 +64,22 @@ def test_failed_shards_are_named_with_their_reason_and_retried_ones_counted(tmp_
     assert any(line.strip() == "failed shard-1: no space left" for line in run_status(tmp_path, FOLDERS).lines())
 
 
+@pytest.mark.parametrize(("newest", "unit"), [("counts", "counted"), ("tokens", "tokenised"), ("", "packed")])
+def test_of_a_stage_of_several_passes_the_newest_one_is_shown(tmp_path, newest, unit):
+    corpus = begin(tmp_path / "corpus").folder
+    for name, passed in (("counts", "counted"), ("tokens", "tokenised"), ("", "packed")):
+        folder = corpus / name
+        folder.mkdir(exist_ok=True)
+        values = {"verb": "v", "unit": passed, "done": 1, "total": 4, "per_second": 1.0, "eta_seconds": 3.0}
+        (folder / PROGRESS).write_text(json.dumps({"time": time.time() - 60 * (name != newest), **values}) + "\n")
+        lost = Attempts(folder / LEDGER, f"chunk-{passed}")
+        lost.begin()
+        lost.give_up("no space left")
+    assert f"1/4 {unit} (25%)" in line_of(tmp_path, "corpus")
+    (stage,) = [stage for stage in run_status(tmp_path, FOLDERS).stages if stage.name == "corpus"]
+    assert stage.failures == (f"chunk-{unit}: no space left",)
+
+
 def test_a_progress_line_cut_short_is_passed_over_and_old_news_are_called_old(tmp_path):
     folder = begin(tmp_path / "scores").folder
     values = {"verb": "v", "unit": "shards", "done": 1, "total": 4, "per_second": 1.0, "eta_seconds": 3.0}

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from ifguide.artifacts import publish_folder
-from ifguide.storage import Mirror, download_folder, file_sizes, local_copy, machine_folder, upload_folder
+from ifguide.records.files import list_files
+from ifguide.storage import Mirror, download_folder, file_sizes, local_copy, location, machine_folder, upload_folder
+from tests.s3_server import s3_server
 
 pytest.importorskip("upath")
 TEXTS = {"a": "one", "sub/b": "second", "sub/deep/c": ""}
@@ -133,3 +135,20 @@ def test_a_cache_that_the_user_chose_may_be_shared(tmp_path: Path, monkeypatch: 
         monkeypatch.setenv("IFGUIDE_CACHE", str(tmp_path / name))
         assert machine_folder() == tmp_path / name
         assert machine_folder().is_dir()
+
+
+def test_an_object_that_stands_for_a_folder_is_no_file_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    with s3_server(tmp_path):
+        folder: Any = location("s3://lake/docs")
+        for name in ("", "docs/", "docs/a.txt", "b.txt", "empty/"):
+            folder.fs.pipe_file(f"lake/docs/{name}", b"text" if name.endswith(".txt") else b"")
+        assert file_sizes(folder) == {"b.txt": 4, "docs/a.txt": 4}
+        for path in ("s3://lake/docs", "s3://lake/docs/", "s3://lake/*", "s3://lake/docs/*", "s3://lake/docs/**"):
+            assert {str(file) for file in list_files(path, "k")} == {
+                "s3://lake/docs/b.txt",
+                "s3://lake/docs/docs/a.txt",
+            }
+        with pytest.raises(FileNotFoundError, match="folder s3://lake/docs/empty holds no"):
+            list_files("s3://lake/docs/empty", "k")

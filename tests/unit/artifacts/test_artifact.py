@@ -105,6 +105,17 @@ def test_other_plan_is_refused_naming_what_differs(tmp_path, finished, change, m
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_plan_that_holds_a_secret_is_that_of_the_config_which_gave_it(tmp_path):
+    """Made before such a parameter was taken for a secret."""
+    url = "https://host/a?hf_token="
+    opened(tmp_path, source=f"{url}abc")
+    (tmp_path / PLAN).write_text((tmp_path / PLAN).read_text().replace("***", "abc"))
+    assert opened(tmp_path, source=f"{url}abc").manifest is None
+    with pytest.raises(MismatchError) as caught:
+        opened(tmp_path, source="https://host/b?hf_token=abc")
+    assert "abc" not in str(caught.value)
+
+
 def test_another_resolved_config_of_the_same_plan_is_no_other_plan(tmp_path):
     manifest = made(tmp_path)
     assert opened(tmp_path, config_yaml="cluster: {num_cpus: 3}\n").manifest == manifest

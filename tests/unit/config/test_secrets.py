@@ -26,6 +26,11 @@ from ifguide.telemetry import log
             "https://b.net/x?X-Amz-Credential=AK/1&X-Amz-Signature=ff&part=1",
             "https://b.net/x?X-Amz-Credential=***&X-Amz-Signature=***&part=1",
         ),
+        ("s3://b/x?X-Amz-Security-Token=IQo%2F&part=1", "s3://b/x?X-Amz-Security-Token=***&part=1"),
+        ("https://b.net/x?private_token=a&hf_token=b", "https://b.net/x?private_token=***&hf_token=***"),
+        ("https://b.net/x?access-token=a&subscription-key=b", "https://b.net/x?access-token=***&subscription-key=***"),
+        ("jdbc://b.net/x;user=me;pwd=a", "jdbc://b.net/x;user=me;pwd=***"),
+        ("ftp://me:pa@ss@host/a@b", "ftp://***@host/a@b"),
         ("two: http://u:p@h/a and gs://v@b/c.", "two: http://***@h/a and gs://***@b/c."),
         ("'hf://x?token=abc' cannot be opened", "'hf://x?token=***' cannot be opened"),
     ],
@@ -35,13 +40,20 @@ def test_credentials_of_urls_are_hidden_wherever_they_stand(text, shown):
     assert redact({"paths": [text, {text: 1}], "n": 3}) == {"paths": [shown, {shown: 1}], "n": 3}
 
 
-@pytest.mark.parametrize("text", ["s3://bucket/a@b/c", "a@b.c", "hf://name:train[:1%]", "/tmp/a?token", "1 < 2 && 3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/a@b/c", "a@b.c", "hf://name:train[:1%]", "/tmp/a?token", "1 < 2 && 3",
+        "x?tokenizer=a&hf_tokenizer=b&eos_token=c&max_tokens=3&key-word=d", "http://host/a, b@c",
+    ],
+)  # fmt: skip
 def test_what_is_no_credential_stays(text):
     assert redact(text) == text
 
 
 def test_options_that_are_called_so_are_hidden_and_token_ids_are_not():
     options = {"aws_secret_access_key": "x", "password": "y", "eos_token_id": 2, "tokenizer": "z", "api_key": None}
+    options |= {"eos_token": "</s>", "hf_tokenizer": "z"}
     assert redact(options) == {**options, "aws_secret_access_key": "***", "password": "***"}
 
 

@@ -19,6 +19,8 @@ from ifguide.corpus.inputs import (
     write_commits,
     write_inputs,
 )
+from ifguide.run import Run
+from ifguide.stages.pack_corpus import pack_corpus
 from ifguide.storage import location
 
 
@@ -114,6 +116,20 @@ def test_a_hub_dataset_stays_at_the_commit_that_its_corpus_was_begun_with(tmp_pa
     Told.sha = "later"
     assert hub_commits(tmp_path, [*inputs, Input(path="hf://c/d")]) == {**commits, "c/d@main": "later"}
     assert [source.revision for source in at_commits(inputs, commits)] == ["c0ffee", "c0ffee", None, "v2"]
+
+
+def test_a_finished_corpus_of_a_hub_dataset_asks_the_hub_nothing(tmp_path, monkeypatch):
+    tree = {"run_dir": str(tmp_path), "tokenizer": "t", "pack_corpus": {"inputs": ["hf://a/b"]}}
+    run = Run(config=config_from_mapping(tree))
+    begun = run.open(
+        run.corpus, "pack_corpus", keys=("pack_corpus", "tokenizer"), inputs={}, extra={"tokenizer": "t", "files": {}}
+    )
+    asked: list[str] = []
+    monkeypatch.setattr("datasets.load_dataset", lambda name, *options, **more: asked.append(name))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda hub, name, **more: asked.append(name))
+    manifest = begun.finish([], rows={"blocks": 1}, summary={})
+    assert pack_corpus(run) == manifest
+    assert asked == []
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ def test_what_a_writer_of_tables_wrote_is_read_back(folder, texts, tabbed, endin
     assert documents(path) == [(text, None) for text in texts]
 
 
-def test_a_table_may_be_compressed_and_begin_with_a_byte_order_mark(tmp_path) -> None:
-    path = write(tmp_path / "a.csv.gz", gzip.compress('\ufefftext,n\n"a, ""b""\nc",1\n\nd,2\n'.encode()))
+@pytest.mark.parametrize("header", ["text,n", '"text","n"'])
+def test_a_table_may_be_compressed_and_begin_with_a_byte_order_mark(header, tmp_path) -> None:
+    path = write(tmp_path / "a.csv.gz", gzip.compress(f'\ufeff{header}\n"a, ""b""\nc",1\n\nd,2\n'.encode()))
     assert documents(path) == [('a, "b"\nc', None), ("d", None)]
 
 
@@ -64,8 +65,17 @@ def test_rows_that_are_none_have_reasons_and_their_neighbours_are_read(tmp_path)
     assert reasons[3].startswith("not CSV (")
 
 
-def test_a_quote_that_is_never_closed_is_a_bad_row(tmp_path) -> None:
-    assert documents(write(tmp_path / "a.csv", 'text\na\n"b\nc\n'))[1] == ("", "not CSV (unexpected end of data)")
+@pytest.mark.parametrize(
+    ("content", "reason", "rows"),
+    [
+        ('text,b\n"a,1\nfine,2\nmore,"3"\nlast,4\n', "not CSV (',' expected after '\"'); lines 2 to 4 of the file", 3),
+        ('text,b\nlast,4\n"a,1\nb,2\n', "not CSV (unexpected end of data); lines 3 to 4 of the file", 2),
+        ('text,b\n"a,1\nb"\nlast,4\n', "has 1 cells, and the first line names 2 columns; lines 2 to 3 of the file", 1),
+    ],
+)
+def test_a_stray_quote_says_which_lines_it_took_and_each_is_a_bad_row(content, reason, rows, tmp_path) -> None:
+    """A row whose quotes fit is one row, however many lines it has."""
+    assert sorted(documents(write(tmp_path / "a.csv", content))) == [*[("", reason)] * rows, ("last", None)]
 
 
 @pytest.mark.parametrize(
