@@ -186,6 +186,11 @@ def check_pretrain(train: Pretrain) -> None:
     """Raises ConfigError, naming the key, for options that do not go together."""
     if train.tokenizer is not None and train.train_tokenizer is not None:
         raise ConfigError("pretrain.train_tokenizer: pretrain.tokenizer is named too; unset one of them")
+    if train.train_tokenizer is not None and train.init_from is not None:
+        raise ConfigError(
+            "pretrain.train_tokenizer: the weights of pretrain.init_from are of that model's own tokens; unset it, or"
+            f" name them by pretrain.tokenizer={train.init_from}"
+        )
     if train.lora is not None and train.init_from is None:
         raise ConfigError("pretrain.lora: adapters need weights to begin with; name a model by pretrain.init_from")
     per_step = train.workers * train.micro_batch_blocks

@@ -27,7 +27,7 @@ from ifguide.corpus.tables import require_same_documents
 from ifguide.distributed.metrics import ray_metrics
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import StageError
-from ifguide.models import check_vocabulary
+from ifguide.models import check_own_tokens, check_vocabulary
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.shapes import initial_model, require_positions, shape_of_fields
@@ -164,6 +164,8 @@ def _require_trainable(settings: TrainingSettings, corpus: Manifest) -> None:
     fields, name = architecture(target, tokenizer, block_size), target.source or "target.architecture"
     check_vocabulary(fields["vocab_size"], tokenizer, model_name=name, tokenizer_name=settings.tokenizer)
     require_positions(name, fields, block_size)
+    if train.init_from is not None:
+        check_own_tokens(target, tokenizer, tokenizer_name=settings.tokenizer)
     if train.lora is not None:
         adapted_modules(shape_of_fields(name, "its config", fields, traced=False).skeleton, train.lora)
 
