@@ -23,13 +23,16 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
+from ifguide.artifacts import file_digest, json_digest
 from ifguide.config import ModelSource
 from ifguide.documents import begins_document
+from ifguide.storage import file_sizes
 from ifguide.tokenizer import locate, own_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -95,6 +98,26 @@ def _random_model(architecture: dict[str, Any], seed: int, options: dict[str, An
         model = AutoModelForCausalLM.from_config(config, **options)
     model.config.pad_token_id = model.generation_config.pad_token_id = padding
     return model
+
+
+def source_fingerprint(source: str, revision: str | None = None) -> str:
+    """Of a model's files, if it is a local or remote one; of a hub id, the commit that it stands for now, and where
+    neither the hub nor this machine's cache says that, its name.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+    place, options = locate(source, revision, False)
+    path = Path(place)
+    if "gguf_file" in options:
+        return file_digest(path / options["gguf_file"])
+    if path.is_dir():
+        return json_digest({name: file_digest(path / name) for name in file_sizes(path) if not name.startswith(".")})
+    try:  # its snapshot, as `from_pretrained` finds it
+        return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
+    except (OSError, ValueError) as error:
+        logger.warning("%s is told by its name, as its commit is not known: %s", source, error)
+        return json_digest(source if revision is None else [source, revision])
 
 
 def load_architecture(model: ModelSource) -> dict[str, Any]:

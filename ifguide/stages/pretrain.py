@@ -27,7 +27,7 @@ from ifguide.corpus.tables import require_same_documents
 from ifguide.distributed.metrics import ray_metrics
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import StageError
-from ifguide.models import check_own_tokens, check_vocabulary
+from ifguide.models import check_own_tokens, check_vocabulary, source_fingerprint
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.shapes import initial_model, require_positions, shape_of_fields
@@ -76,6 +76,8 @@ def pretrain(run: Run, *, dry_run: bool = False, name: str | None = None) -> Man
     settings = _settings(run, name)
     _require_trainable(settings, corpus)
     inputs = {"corpus": corpus.fingerprint, **({"mask": mask.fingerprint} if mask else {})}
+    if (start := run.config.pretrain.init_from) is not None:
+        inputs["init_from"] = source_fingerprint(start, run.config.target.revision)
     artifact = run.open(location(settings.folder), VERB, keys=("pretrain", "target", "seed"), inputs=inputs)
     if artifact.manifest:
         log(VERB, f"{settings.name} is complete")

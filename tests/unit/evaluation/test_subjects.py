@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from ifguide import models
 from ifguide.artifacts import Manifest, write_json
 from ifguide.config import ConfigError, Evaluate, config_from_mapping
-from ifguide.evaluation import subjects
 from ifguide.evaluation.prompts import chosen_sets
-from ifguide.evaluation.subjects import Model, measured_inputs, models_to_evaluate, source_fingerprint
+from ifguide.evaluation.subjects import Model, measured_inputs, models_to_evaluate
 from ifguide.evaluation.worker import EvaluateModel, PromptGroups, WorkerSettings
+from ifguide.models import source_fingerprint
 
 # ---- models ----------------------------------------------------------------------------------------------
 
@@ -48,19 +49,21 @@ def test_a_local_model_is_told_by_its_files(tmp_path: Path) -> None:
 def test_a_hub_model_is_told_by_its_commit_or_by_name_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def snapshot(source: str, name: str) -> str:
-        return f"/cache/models--{source.replace('/', '--')}/snapshots/{commit}/{name}"
+    def snapshot(source: str, name: str, revision: str | None) -> str:
+        return f"/cache/models--{source.replace('/', '--')}/snapshots/{revision or commit}/{name}"
 
-    monkeypatch.setattr(subjects, "hf_hub_download", snapshot)
+    monkeypatch.setattr(models, "hf_hub_download", snapshot)
     for commit in ("1" * 40, "2" * 40):
         assert source_fingerprint("owner/name") == commit
+    assert source_fingerprint("owner/name", "3" * 40) == "3" * 40
 
-    def unreachable(source: str, name: str) -> str:
+    def unreachable(source: str, name: str, revision: str | None) -> str:
         raise OSError("no hub")
 
-    monkeypatch.setattr(subjects, "hf_hub_download", unreachable)
+    monkeypatch.setattr(models, "hf_hub_download", unreachable)
     with caplog.at_level(logging.WARNING):
         assert source_fingerprint("owner/name") == source_fingerprint("owner/name") != source_fingerprint("owner/other")
+        assert source_fingerprint("owner/name", "main") != source_fingerprint("owner/name", "step3")
     assert "owner/name is told by its name" in caplog.text
 
 
