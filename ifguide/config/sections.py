@@ -337,6 +337,8 @@ def _check_across(config: Config) -> None:
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:
             raise ConfigError(f"{name}: set either source or architecture, not both")
+    if config.target.trust_remote_code:
+        raise ConfigError("target.trust_remote_code: targets of remote code are not supported; set it to false")
 
 
 def _check_student(config: Config) -> None:

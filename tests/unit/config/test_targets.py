@@ -20,6 +20,10 @@ from ifguide.config import ConfigError, config_from_mapping
             {"pretrain": {"init_from": "a/b"}, "pack_corpus": {"train_tokenizer": 512}},
             r"pack_corpus\.train_tokenizer: .* that model's own tokens; set pretrain\.tokenizer=a/b, or tokenizer=a/b",
         ),
+        (
+            {"target": {"source": "a/b", "trust_remote_code": True}},
+            r"target\.trust_remote_code: targets of remote code are not supported; set it to false$",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(tree: dict[str, Any], message: str) -> None:
