@@ -123,7 +123,7 @@ class Pretrain:
         workers: processes that train.
         min_workers: start with as many workers as there are, from this many on, and follow the cluster.
         resources: of one worker.
-        checkpoint_steps: steps from one checkpoint to the next.
+        checkpoint_steps: steps from one checkpoint to the next; with `export: best` the model depends on them.
         keep_last: newest checkpoints that stay.
         keep_best: best checkpoints on `heldout_blocks` that stay.
         log_steps: steps from one line of the log to the next.
