@@ -193,6 +193,9 @@ def check_pretrain(train: Pretrain) -> None:
         )
     if train.lora is not None and train.init_from is None:
         raise ConfigError("pretrain.lora: adapters need weights to begin with; name a model by pretrain.init_from")
+    for index, beta in enumerate(train.betas):
+        if beta == 1:
+            raise ConfigError(f"pretrain.betas[{index}]: {beta} must be below 1")
     per_step = train.workers * train.micro_batch_blocks
     if train.batch_blocks % per_step:
         raise ConfigError(

@@ -20,6 +20,8 @@ from ifguide.config import ConfigError, config_from_mapping
             {"pretrain": {"init_from": "a/b"}, "pack_corpus": {"train_tokenizer": 512}},
             r"pack_corpus\.train_tokenizer: .* that model's own tokens; set pretrain\.tokenizer=a/b, or tokenizer=a/b",
         ),
+        ({"pretrain": {"betas": [1, 0.95]}}, r"pretrain\.betas\[0\]: 1\.0 must be below 1"),
+        ({"pretrain": {"betas": [0.9, 1.0]}}, r"pretrain\.betas\[1\]: 1\.0 must be below 1"),
         (
             {"target": {"source": "a/b", "trust_remote_code": True}},
             r"target\.trust_remote_code: targets of remote code are not supported; set it to false$",
