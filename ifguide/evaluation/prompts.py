@@ -17,7 +17,9 @@ Prompt = TypeVar("Prompt")
 
 def chosen_sets(options: Evaluate, seed: int) -> dict[str, list[PromptRow] | list[GroupedPrompt]]:
     """The prompts of every set by its name, that of `evaluate.prompts` first."""
-    further = {name: _read_set(name, source, seed) for name, source in options.prompt_sets.items()}
+    further = {
+        name: read_set(source, f"evaluate.prompt_sets.{name}", seed) for name, source in options.prompt_sets.items()
+    }
     return {PROMPTS: chosen_prompts(options, seed), **further}
 
 
@@ -56,12 +58,13 @@ def _draw(rows: Sequence[Prompt], limit: int | None, seed: int) -> list[Prompt]:
     return [rows[i] for i in chosen]
 
 
-def _read_set(name: str, source: PromptSet, seed: int) -> list[GroupedPrompt]:
+def read_set(source: PromptSet, dotted_key: str, seed: int) -> list[GroupedPrompt]:
+    """The prompts of a further set: all, or `max_prompts` drawn by seed."""
     rows = read_grouped_prompts(
         [source.path],
         text_column=source.text_column,
         group_column=source.group_column,
         prompts_per_name=source.prompts_per_name,
-        dotted_key=f"evaluate.prompt_sets.{name}.path",
+        dotted_key=f"{dotted_key}.path",
     )
     return _draw(rows, source.max_prompts, seed)
