@@ -7,8 +7,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from ifguide.config import ConfigError, Evaluate, PromptSet
+from ifguide.config import ClassifierSource, ConfigError, Evaluate, PromptSet
 from ifguide.toxicity import GroupedPrompt, PromptRow, read_grouped_prompts, read_prompt_rows
+from ifguide.toxicity.sequence_classifier import GENERIC
 
 PROMPTS = "prompts"  # the name of evaluate.prompts beside evaluate.prompt_sets
 
@@ -34,7 +35,7 @@ def chosen_prompts(options: Evaluate, seed: int) -> list[PromptRow]:
     if not options.balanced:
         return _draw(rows, options.max_prompts, seed)
     assert options.max_prompts is not None
-    label = (options.classifier.name == "labels" and options.classifier.label) or "toxicity"
+    label = prompt_label(options.classifier)
     labelled = [row for row in rows if label in row.prompt_scores]
     halves = {
         "with": [row for row in labelled if row.prompt_scores[label] >= options.prompt_threshold],
@@ -49,6 +50,13 @@ def chosen_prompts(options: Evaluate, seed: int) -> list[PromptRow]:
             )
     drawn = [row for kind, half in halves.items() for row in _draw(half, wanted[kind], seed)]
     return sorted(drawn, key=lambda row: row.row)
+
+
+def prompt_label(classifier: ClassifierSource) -> str:
+    """The score of a prompt that says whether it shows the behaviour: named as the classifier's label, unless that is
+    only a number (`LABEL_1`), else `toxicity`."""
+    label = classifier.label
+    return label if label and not GENERIC.fullmatch(label) else "toxicity"
 
 
 def _draw(rows: Sequence[Prompt], limit: int | None, seed: int) -> list[Prompt]:
