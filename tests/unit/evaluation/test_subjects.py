@@ -120,7 +120,7 @@ def test_a_report_is_of_the_content_of_its_prompts_and_texts(evaluated: Callable
         return measured_inputs({"a": Model("source", "its fingerprint")}, chosen_sets(options, seed=0), options)
 
     found = inputs(evaluated(0.1, 0.9))
-    assert set(found) == {"model/a", "prompts/prompts", "heldout[0]", "cloze"}
+    assert set(found) == {"model/a", "prompts/prompts", "heldout[0]", "cloze", "evaluate.classifier.words"}
     assert found["model/a"] == "its fingerprint"
     assert inputs(evaluated(0.1, 0.9)) == found
     edited = inputs(evaluated(0.1, 0.9, heldout="other text"))
