@@ -60,9 +60,14 @@ def evaluate(options: argparse.Namespace) -> int:
     """`evaluate`, or how well the classifiers agree with labels."""
     if not options.check_classifier:
         return run_verb(options)
+    config = _load_checked(options, "check_classifier")
+    if options.dry_run:
+        classifiers = [config.evaluate.classifier.name, *config.evaluate.classifiers]
+        files = [texts.path for texts in config.evaluate.check_data]
+        log("evaluate", f"would compare {', '.join(classifiers)} with the labels of {', '.join(files)}")
+        return 0
     from ifguide.evaluation.agreement import check_classifiers
 
-    config = _load_checked(options, "check_classifier")
     for agreement in check_classifiers(config.evaluate, config.seed):
         print(json.dumps(agreement))
     return 0

@@ -23,14 +23,17 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
+from ifguide.artifacts import file_digest, json_digest
 from ifguide.config import ModelSource
 from ifguide.documents import begins_document
-from ifguide.tokenizer import locate
+from ifguide.storage import file_sizes
+from ifguide.tokenizer import locate, own_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,26 @@ def _random_model(architecture: dict[str, Any], seed: int, options: dict[str, An
     return model
 
 
+def source_fingerprint(source: str, revision: str | None = None) -> str:
+    """Of a model's files, if it is a local or remote one; of a hub id, the commit that it stands for now, and where
+    neither the hub nor this machine's cache says that, its name.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+    place, options = locate(source, revision, False)
+    path = Path(place)
+    if "gguf_file" in options:
+        return file_digest(path / options["gguf_file"])
+    if path.is_dir():
+        return json_digest({name: file_digest(path / name) for name in file_sizes(path) if not name.startswith(".")})
+    try:  # its snapshot, as `from_pretrained` finds it
+        return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
+    except (OSError, ValueError) as error:
+        logger.warning("%s is told by its name, as its commit is not known: %s", source, error)
+        return json_digest(source if revision is None else [source, revision])
+
+
 def load_architecture(model: ModelSource) -> dict[str, Any]:
     """The config fields of `model` without its weights: what `ModelSource.architecture` takes."""
     if model.architecture is not None:
@@ -133,6 +156,23 @@ def check_vocabulary(
             f"tokenizer {tokenizer_name} has {len(tokenizer)} tokens but model {model_name} only {vocab_size}; "
             "use the model's own tokenizer, or set vocab_size of its architecture to at least that"
         )
+
+
+def check_own_tokens(model: ModelSource, tokenizer: PreTrainedTokenizerFast, *, tokenizer_name: str) -> None:
+    """Raises ValueError when the published weights of `model` are of other tokens than the tokenizer's: when its own
+    tokenizer has another id for one, or another token of that id. A model without a tokenizer is taken as it is."""
+    assert model.source is not None
+    own_ids = own_vocabulary(model.source, revision=model.revision)
+    if own_ids is None:
+        return
+    own_tokens = {number: token for token, number in own_ids.items()}
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if own_ids.get(token, number) != number or own_tokens.get(number, token) != token:
+            raise ValueError(
+                f"pretrain.tokenizer: token {number} is {token!r} in {tokenizer_name}, and"
+                f" {own_tokens.get(number, 'none')!r} in {model.source}, whose weights know its own tokens alone; set"
+                f" pretrain.tokenizer={model.source}, or tokenizer={model.source} where the proxy reads them too"
+            )
 
 
 def linearise(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import has_file
 
 from ifguide.artifacts import publish_folder, verify_folder
 from ifguide.storage import local_copy, location
 
 END_OF_TEXT = "<|endoftext|>"
 WEIGHTS = "*.safetensors"
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # a tokenizer has one of them
 
 
 def load_tokenizer(
@@ -31,19 +33,33 @@ def load_tokenizer(
     Raises FileNotFoundError when a local source does not exist; ValueError when its files cannot be read, when the
     tokenizer is not a fast one (character offsets are needed) or has no EOS token (documents are joined with it).
     """
-    place, options = locate(source, revision, trust_remote_code)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    except OSError:
-        raise  # of the hub or of the disk: it says what is missing
-    except Exception as error:  # of damaged files nearly any: of JSON, of missing keys, of the Rust parser
-        raise ValueError(f"{source}: its tokenizer cannot be read ({error}); restore its files") from error
+    tokenizer = _read(source, *locate(source, revision, trust_remote_code))
     if not tokenizer.is_fast:
         raise ValueError(f"{source}: a fast tokenizer (tokenizer.json) is needed for its character offsets")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{source}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     tokenizer.split_special_tokens = not special_text
     return cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def _read(source: str, place: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except OSError:
+        raise  # of the hub or of the disk: it says what is missing
+    except Exception as error:  # of damaged files nearly any: of JSON, of missing keys, of the Rust parser
+        raise ValueError(f"{source}: its tokenizer cannot be read ({error}); restore its files") from error
+
+
+def own_vocabulary(model: str, *, revision: str | None = None) -> dict[str, int] | None:
+    """The ids of a model's own tokens, by hub id, local folder or .gguf file; None where it has no tokenizer.
+
+    Raises FileNotFoundError when a local model does not exist; ValueError when its tokenizer cannot be read.
+    """
+    place, options = locate(model, revision, False)
+    if "gguf_file" not in options and not any(has_file(place, name, revision) for name in FILES):
+        return None  # transformers would make up one of a token or two
+    return _read(model, place, options).get_vocab()
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -123,7 +123,7 @@ class Pretrain:
         workers: processes that train.
         min_workers: start with as many workers as there are, from this many on, and follow the cluster.
         resources: of one worker.
-        checkpoint_steps: steps from one checkpoint to the next.
+        checkpoint_steps: steps from one checkpoint to the next; with `export: best` the model depends on them.
         keep_last: newest checkpoints that stay.
         keep_best: best checkpoints on `heldout_blocks` that stay.
         log_steps: steps from one line of the log to the next.
@@ -186,8 +186,16 @@ def check_pretrain(train: Pretrain) -> None:
     """Raises ConfigError, naming the key, for options that do not go together."""
     if train.tokenizer is not None and train.train_tokenizer is not None:
         raise ConfigError("pretrain.train_tokenizer: pretrain.tokenizer is named too; unset one of them")
+    if train.train_tokenizer is not None and train.init_from is not None:
+        raise ConfigError(
+            "pretrain.train_tokenizer: the weights of pretrain.init_from are of that model's own tokens; unset it, or"
+            f" name them by pretrain.tokenizer={train.init_from}"
+        )
     if train.lora is not None and train.init_from is None:
         raise ConfigError("pretrain.lora: adapters need weights to begin with; name a model by pretrain.init_from")
+    for index, beta in enumerate(train.betas):
+        if beta == 1:
+            raise ConfigError(f"pretrain.betas[{index}]: {beta} must be below 1")
     per_step = train.workers * train.micro_batch_blocks
     if train.batch_blocks % per_step:
         raise ConfigError(

@@ -317,6 +317,12 @@ def _check_across(config: Config) -> None:
         )
     if config.pack_corpus.train_tokenizer is not None and config.tokenizer is not None:
         raise ConfigError("pack_corpus.train_tokenizer: a tokenizer is named too; unset one of them")
+    start = config.pretrain.init_from
+    if config.pack_corpus.train_tokenizer is not None and start is not None and not config.pretrain.has_own_tokenizer:
+        raise ConfigError(
+            "pack_corpus.train_tokenizer: the weights of pretrain.init_from are of that model's own tokens; set"
+            f" pretrain.tokenizer={start}, or tokenizer={start} in place of this"
+        )
     for index, source in enumerate(config.pack_corpus.inputs):
         check_input(source, f"pack_corpus.inputs[{index}]")
         if source.tokens_column is not None:
@@ -331,6 +337,8 @@ def _check_across(config: Config) -> None:
         model: ModelSource = getattr(config, name)
         if model.source is not None and model.architecture is not None:
             raise ConfigError(f"{name}: set either source or architecture, not both")
+    if config.target.trust_remote_code:
+        raise ConfigError("target.trust_remote_code: targets of remote code are not supported; set it to false")
 
 
 def _check_student(config: Config) -> None:

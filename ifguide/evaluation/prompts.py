@@ -7,8 +7,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from ifguide.config import ConfigError, Evaluate, PromptSet
+from ifguide.config import ClassifierSource, ConfigError, Evaluate, PromptSet
 from ifguide.toxicity import GroupedPrompt, PromptRow, read_grouped_prompts, read_prompt_rows
+from ifguide.toxicity.sequence_classifier import GENERIC
 
 PROMPTS = "prompts"  # the name of evaluate.prompts beside evaluate.prompt_sets
 
@@ -17,7 +18,9 @@ Prompt = TypeVar("Prompt")
 
 def chosen_sets(options: Evaluate, seed: int) -> dict[str, list[PromptRow] | list[GroupedPrompt]]:
     """The prompts of every set by its name, that of `evaluate.prompts` first."""
-    further = {name: _read_set(name, source, seed) for name, source in options.prompt_sets.items()}
+    further = {
+        name: read_set(source, f"evaluate.prompt_sets.{name}", seed) for name, source in options.prompt_sets.items()
+    }
     return {PROMPTS: chosen_prompts(options, seed), **further}
 
 
@@ -32,7 +35,7 @@ def chosen_prompts(options: Evaluate, seed: int) -> list[PromptRow]:
     if not options.balanced:
         return _draw(rows, options.max_prompts, seed)
     assert options.max_prompts is not None
-    label = (options.classifier.name == "labels" and options.classifier.label) or "toxicity"
+    label = prompt_label(options.classifier)
     labelled = [row for row in rows if label in row.prompt_scores]
     halves = {
         "with": [row for row in labelled if row.prompt_scores[label] >= options.prompt_threshold],
@@ -49,6 +52,13 @@ def chosen_prompts(options: Evaluate, seed: int) -> list[PromptRow]:
     return sorted(drawn, key=lambda row: row.row)
 
 
+def prompt_label(classifier: ClassifierSource) -> str:
+    """The score of a prompt that says whether it shows the behaviour: named as the classifier's label, unless that is
+    only a number (`LABEL_1`), else `toxicity`."""
+    label = classifier.label
+    return label if label and not GENERIC.fullmatch(label) else "toxicity"
+
+
 def _draw(rows: Sequence[Prompt], limit: int | None, seed: int) -> list[Prompt]:
     if limit is None or limit >= len(rows):
         return list(rows)
@@ -56,12 +66,13 @@ def _draw(rows: Sequence[Prompt], limit: int | None, seed: int) -> list[Prompt]:
     return [rows[i] for i in chosen]
 
 
-def _read_set(name: str, source: PromptSet, seed: int) -> list[GroupedPrompt]:
+def read_set(source: PromptSet, dotted_key: str, seed: int) -> list[GroupedPrompt]:
+    """The prompts of a further set: all, or `max_prompts` drawn by seed."""
     rows = read_grouped_prompts(
         [source.path],
         text_column=source.text_column,
         group_column=source.group_column,
         prompts_per_name=source.prompts_per_name,
-        dotted_key=f"evaluate.prompt_sets.{name}.path",
+        dotted_key=f"{dotted_key}.path",
     )
     return _draw(rows, source.max_prompts, seed)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import hf_hub_download
-
 from ifguide.artifacts import MANIFEST, file_digest, json_digest, read_manifest
 from ifguide.config import ConfigError, Evaluate, Input
 from ifguide.corpus.reading import list_chunks
 from ifguide.evaluation.reward_decoding import Guidance
-from ifguide.storage import file_sizes, local_copy
-from ifguide.telemetry import log
-from ifguide.tokenizer import locate
+from ifguide.models import source_fingerprint
+from ifguide.storage import local_copy
 from ifguide.toxicity import classifier_inputs
 
 VERB = "evaluate"
@@ -77,26 +73,6 @@ def models_to_evaluate(own: Mapping[str, Path], given: Mapping[str, str]) -> dic
         place = next(iter(own.values())).parent
         raise FileNotFoundError(f"{place} holds no finished model; run `ifguide pretrain` first")
     return models
-
-
-def source_fingerprint(source: str) -> str:
-    """Of a model's files, if it is a local or remote one; of a hub id, the commit that it stands for now, and where
-    neither the hub nor this machine's cache says that, its name.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-    """
-    place, options = locate(source, None, False)
-    path = Path(place)
-    if "gguf_file" in options:
-        return file_digest(path / options["gguf_file"])
-    if path.is_dir():
-        return json_digest({name: file_digest(path / name) for name in file_sizes(path) if not name.startswith(".")})
-    try:
-        return Path(hf_hub_download(source, "config.json")).parent.name  # its snapshot, as `from_pretrained` finds it
-    except (OSError, ValueError) as error:
-        log(VERB, f"{source} is told by its name, as its commit is not known: {error}", level=logging.WARNING)
-        return json_digest(source)
 
 
 def measured_inputs(models: Mapping[str, Model], sets: Mapping[str, Prompts], options: Evaluate) -> dict[str, str]:

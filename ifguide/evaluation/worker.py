@@ -21,7 +21,7 @@ from ifguide.evaluation.figures import fluency_file, scored_file
 from ifguide.evaluation.generations import GenerationShard, generate_shard, takes_special_tokens
 from ifguide.evaluation.harness import benchmarks
 from ifguide.evaluation.metrics import THRESHOLD
-from ifguide.evaluation.prompts import PROMPTS, chosen_sets
+from ifguide.evaluation.prompts import PROMPTS, chosen_sets, prompt_label
 from ifguide.evaluation.reward_decoding import Guidance, RewardGuide
 from ifguide.evaluation.reward_model import load_reward_model
 from ifguide.evaluation.subjects import VERB
@@ -133,7 +133,8 @@ class EvaluateModel:
         how many each of the two has told."""
         primary, threshold = self.classifier.classes[0], self.options.prompt_threshold
         rows: list[Any] = list(self.sets[PROMPTS])
-        labels = [row.prompt_scores.get(primary, row.prompt_scores.get("toxicity")) for row in rows]
+        name = prompt_label(self.options.classifier)
+        labels = [row.prompt_scores.get(primary, row.prompt_scores.get(name)) for row in rows]
         flagged = np.array([label is not None and label >= threshold for label in labels])
         unlabelled = [i for i, label in enumerate(labels) if label is None]
         if unlabelled:

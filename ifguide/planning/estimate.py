@@ -16,7 +16,7 @@ from ifguide.influence.head_derivatives import CHUNK_VALUES
 from ifguide.influence.memory import USABLE, estimate_memory
 from ifguide.influence.method import chosen_method
 from ifguide.planning import flops
-from ifguide.planning.job import Job, Pass, StageEstimate, by_core, computed, rows
+from ifguide.planning.job import Job, Pass, StageEstimate, by_core, computed, rows, set_rows
 from ifguide.planning.measurements import efficiency, rates
 from ifguide.planning.training_memory import training_memory
 from ifguide.shapes import ModelShape, model_shape
@@ -282,6 +282,7 @@ def _evaluate(job: Job) -> StageEstimate:
     prompts = rows(job, config.prompts, "evaluate.prompts")
     if config.max_prompts is not None:
         prompts = min(prompts, config.max_prompts)
+    prompts += sum(set_rows(job, source, f"evaluate.prompt_sets.{name}") for name, source in config.prompt_sets.items())
     length = PROMPT_TOKENS + config.max_new_tokens
     continuations = models * prompts * config.continuations
     batch = config.batch_size * config.continuations * length

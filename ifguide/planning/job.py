@@ -12,8 +12,9 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ifguide.config import Completions, Config, Pairs, Prompts
+from ifguide.config import Completions, Config, Pairs, Prompts, PromptSet
 from ifguide.config.resources import WorkerResources
+from ifguide.evaluation.prompts import read_set
 from ifguide.hardware import Hardware
 from ifguide.planning.measurements import SPREAD, efficiency, rates
 from ifguide.shapes import ModelShape
@@ -206,3 +207,13 @@ def rows(job: Job, prompts: Prompts | Completions | Pairs | None, key: str) -> i
             return sum(1 for _ in lines)
     job.notes.append(f"{prompts.path} of {key} is not there yet: {ASSUMED_ROWS:,} rows are assumed")
     return ASSUMED_ROWS
+
+
+def set_rows(job: Job, source: PromptSet, key: str) -> int:
+    """How many prompts of a set are continued; assumed, with a note to the job, where its files are not there."""
+    try:
+        return len(read_set(source, key, seed=0))
+    except FileNotFoundError:
+        assumed = min(ASSUMED_ROWS, source.max_prompts or ASSUMED_ROWS)
+        job.notes.append(f"{source.path} of {key} is not there yet: {assumed:,} rows are assumed")
+        return assumed

@@ -6,6 +6,7 @@ those of `ifguide plan`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +59,7 @@ def plan_pretrain(config: Config) -> PretrainPlan:
     require_positions(target.name, target.skeleton.config.to_dict(), block_size)
     job = Job(config=config, proxy=target, target=target, tokens=tokens, machine=machine, core=hardware("cpu"))
     schedule = Schedule(
-        num_blocks=max(1, round(tokens / block_size)),
+        num_blocks=max(1, math.ceil(tokens / block_size) - train.heldout_blocks),
         batch_blocks=train.batch_blocks,
         epochs=train.epochs,
         seed=config.seed,

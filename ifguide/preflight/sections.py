@@ -290,11 +290,12 @@ class _Sections:
 
     def _resources(self, verb: str) -> dict[str, Check]:
         section = getattr(self.config, verb, None)
-        in_driver = verb == "pretrain" and self.config.pretrain.engine == "torch"
-        if section is None or in_driver or not hasattr(section, "resources") or (self._made(verb) / MANIFEST).exists():
+        if section is None or not hasattr(section, "resources") or (self._made(verb) / MANIFEST).exists():
             return {}
-        count = (section.min_workers or section.workers) if verb == "pretrain" else 1
         key = f"{verb}.resources"
+        if verb == "pretrain" and section.engine == "torch":
+            return {key: partial(self._in_driver, f"{key}.gpus", section.resources.gpus)}
+        count = (section.min_workers or section.workers) if verb == "pretrain" else 1
         return {key: partial(self._fits, key, section.resources, count)}
 
     def _made(self, verb: str) -> Path:
@@ -318,16 +319,31 @@ class _Sections:
             address = cluster.address or os.environ["RAY_ADDRESS"]
             self.findings.leave("cluster.address", address, "each stage asks for its resources when it begins")
             return
-        say = self.findings.leave if self.elsewhere else self.findings.fault
         cpus, gpus = cluster.num_cpus or os.cpu_count() or 1, _gpus() if resources.gpus else 0
         for name, wanted, there in (("cpus", resources.cpus, cpus), ("gpus", resources.gpus, gpus)):
             if wanted * count > there + 1e-6:
                 processes = f"{count} process{'es' * (count > 1)} of {wanted:g}"
-                say(
+                self._too_few(
                     f"{key}.{name}",
                     wanted,
                     f"{processes} asked for, this machine has {there}; lower it, or join a cluster",
                 )
+
+    def _in_driver(self, key: str, gpus: float) -> None:
+        """That this machine has the GPU of a training in this process, which no cluster gives one."""
+        there = _gpus() if gpus else 0
+        if gpus > there:
+            self._too_few(
+                key,
+                gpus,
+                f"engine: torch trains in this process, and this machine has {there}; lower it, or set pretrain.engine:"
+                " deepspeed",
+            )
+
+    def _too_few(self, key: str, value: float, what: str) -> None:
+        """What this machine lacks: a fault, unless the run may be on another one."""
+        say = self.findings.leave if self.elsewhere else self.findings.fault
+        say(key, value, what)
 
 
 def _gpus() -> int:

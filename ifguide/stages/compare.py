@@ -50,7 +50,7 @@ from ifguide.report.data import ReportSources, comparison_data
 from ifguide.report.figures import Made, masked_loss, model_rows
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import BASELINE, PENALISED, Run
-from ifguide.stages.evaluate import evaluation_of
+from ifguide.stages.evaluate import block_options, evaluation_of
 from ifguide.stages.method_masks import VERB, method_mask
 from ifguide.stages.pretrain import pretrain, training_data
 from ifguide.storage import file_sizes
@@ -307,7 +307,7 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
     whole = Run(config=replace(run.config, run_dir=str(run.folder / VERB), evaluate=evaluation))
     sets = chosen_sets(run.config.evaluate, run.config.seed)
     inputs = measured_inputs(models, sets, run.config.evaluate)
-    artifact = whole.open(whole.report, VERB, keys=("evaluate", "seed"), inputs=inputs)
+    artifact = whole.open(whole.report, VERB, keys=("evaluate", "seed"), inputs=inputs, extra=block_options(run.config))
     if artifact.manifest:
         log(VERB, f"complete: {whole.report / 'index.html'}")
         return artifact.manifest

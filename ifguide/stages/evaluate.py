@@ -14,7 +14,7 @@ from typing import Any
 
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, Manifest, data_files, read_manifest, write_json
-from ifguide.config import OWN, ConfigError, Evaluate, to_yaml
+from ifguide.config import OWN, Config, ConfigError, Evaluate, to_yaml
 from ifguide.config.resources import WorkerResources
 from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_tasks
@@ -56,7 +56,7 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
     for name, folder in (("mask", run.mask), ("scores", run.scores)):
         if (folder / MANIFEST).exists():
             inputs[name] = read_manifest(folder).fingerprint
-    artifact = run.open(run.report, VERB, keys=("evaluate", "seed"), inputs=inputs)
+    artifact = run.open(run.report, VERB, keys=("evaluate", "seed"), inputs=inputs, extra=block_options(run.config))
     if artifact.manifest:
         log(VERB, f"complete: {run.report / 'index.html'}")
         return artifact.manifest
@@ -83,6 +83,11 @@ def _check(options: Evaluate) -> None:
         if source.name == "labels":
             where = key if key == "classifier" else f"classifiers.{key}"
             raise ConfigError(f"evaluate.{where}: labels cannot score new text; choose another classifier")
+
+
+def block_options(config: Config) -> dict[str, Any]:
+    """What held-out perplexity depends on beside `evaluate`: how long the blocks are."""
+    return {"pack_corpus": {"block_size": config.pack_corpus.block_size}} if config.evaluate.heldout else {}
 
 
 def evaluation_of(run: Run, models: Mapping[str, Model], sets: Mapping[str, Prompts], **changes: Any) -> Evaluation:

@@ -27,7 +27,7 @@ from ifguide.corpus.tables import require_same_documents
 from ifguide.distributed.metrics import ray_metrics
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import StageError
-from ifguide.models import check_vocabulary
+from ifguide.models import check_own_tokens, check_vocabulary, source_fingerprint
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.run import BASELINE, PENALISED, Run
 from ifguide.shapes import initial_model, require_positions, shape_of_fields
@@ -76,7 +76,11 @@ def pretrain(run: Run, *, dry_run: bool = False, name: str | None = None) -> Man
     settings = _settings(run, name)
     _require_trainable(settings, corpus)
     inputs = {"corpus": corpus.fingerprint, **({"mask": mask.fingerprint} if mask else {})}
-    artifact = run.open(location(settings.folder), VERB, keys=("pretrain", "target", "seed"), inputs=inputs)
+    train, keys = settings.train, ("pretrain", "target", "seed")
+    if train.init_from is not None:
+        inputs["init_from"] = source_fingerprint(train.init_from, settings.target.revision)
+    choice = {"pretrain.checkpoint_steps": train.checkpoint_steps} if train.export == "best" else {}
+    artifact = run.open(location(settings.folder), VERB, keys=keys, inputs=inputs, extra=choice)
     if artifact.manifest:
         log(VERB, f"{settings.name} is complete")
         return artifact.manifest
@@ -164,6 +168,8 @@ def _require_trainable(settings: TrainingSettings, corpus: Manifest) -> None:
     fields, name = architecture(target, tokenizer, block_size), target.source or "target.architecture"
     check_vocabulary(fields["vocab_size"], tokenizer, model_name=name, tokenizer_name=settings.tokenizer)
     require_positions(name, fields, block_size)
+    if train.init_from is not None:
+        check_own_tokens(target, tokenizer, tokenizer_name=settings.tokenizer)
     if train.lora is not None:
         adapted_modules(shape_of_fields(name, "its config", fields, traced=False).skeleton, train.lora)
 

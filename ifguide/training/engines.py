@@ -94,6 +94,11 @@ class TorchEngine:
     """One device; bfloat16 is autocast over float32 weights."""
 
     def __init__(self, config: Pretrain, build: Callable[[], LanguageModelLoss], checkpoint: Checkpoint | None):
+        if config.resources.gpus and not torch.cuda.is_available():
+            raise ConfigError(
+                f"pretrain.resources.gpus: {config.resources.gpus:g} is set, and torch sees no GPU here; set it to 0,"
+                " or train on a machine with one"
+            )
         self.config = config
         self.device = torch.device("cuda" if config.resources.gpus else "cpu")
         self.module = build().to(self.device).train()

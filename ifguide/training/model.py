@@ -44,7 +44,7 @@ def build_model(
     target = initial_model(settings.target, train.init_from)
     if not train.init_from:
         fields = architecture(target, tokenizer, settings.block_size)
-        target = ModelSource(architecture=fields, trust_remote_code=target.trust_remote_code)
+        target = ModelSource(architecture=fields)
     model = load_model(target, seed=settings.seed, attn_implementation=_attention(train))
     if train.lora is not None:
         adapt(model, train.lora)

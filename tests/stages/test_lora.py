@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ifguide.artifacts import file_digest
+from ifguide.artifacts import MismatchError, file_digest
 from ifguide.config import ConfigError, ModelSource, config_from_mapping, to_mapping
 from ifguide.models import load_model
 from ifguide.run import PENALISED, Run
@@ -149,3 +150,18 @@ def test_the_card_tells_of_adapters(run: Run) -> None:
     card = (run.model(PENALISED) / "hf" / "README.md").read_text()
     assert "rank: 4" in card
     assert "fine-tuned from" in card
+
+
+def test_a_model_is_of_the_weights_that_it_began_with(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(str(run.config.pretrain.init_from), tmp_path / "published")
+    tree = to_mapping(run.config)
+    tree |= {"run_dir": str(tmp_path / "run")}
+    tree["pretrain"] |= {"init_from": str(tmp_path / "published"), "epochs": 0.2}
+    begun = Run(config=config_from_mapping(tree), lent={"corpus": run.corpus, "mask": run.mask})
+    made = pretrain(begun)
+    assert made is not None
+    assert made.inputs.keys() == {"corpus", "mask", "init_from"}
+    fields = {**ARCHITECTURE, "vocab_size": load_tokenizer(run.tokenizer_source).vocab_size}
+    load_model(ModelSource(architecture=fields), seed=1).save_pretrained(tmp_path / "published")
+    with pytest.raises(MismatchError, match="was made from something else: init_from was "):
+        pretrain(begun)

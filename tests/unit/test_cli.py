@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ifguide import cli, commands
 from ifguide.cli import main
@@ -55,6 +56,21 @@ def test_what_an_object_store_refuses_is_one_line(
 def test_show_of_a_folder_without_artifacts_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path)]) == 1
     assert "holds no artifacts" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_checked_classifiers_says_what_it_would_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ifguide.evaluation.agreement.check_classifiers", lambda *_: pytest.fail("it compares them"))
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "toxic": true}\n{"text": "b", "toxic": false}\n')
+    section = {"check_data": [f"{tmp_path}/a.jsonl"], "classifier": "alt-profanity-check"}
+    section |= {"classifiers": {"further": "labels"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"evaluate": section}))
+    command = ["evaluate", "--check-classifier", "--dry-run", "--config", str(tmp_path / "config.yaml")]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert not said.out
+    assert f"would compare alt-profanity-check, further with the labels of {tmp_path}/a.jsonl" in said.err
 
 
 def test_demo_dry_run_shows_the_resolved_config(capsys: pytest.CaptureFixture[str]) -> None:

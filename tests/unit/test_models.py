@@ -10,11 +10,12 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.config import ModelSource
 from ifguide.influence.proxy import Beginning, describe_proxy, load_proxy
 from ifguide.models import (
+    check_own_tokens,
     check_vocabulary,
     linearise,
     load_architecture,
@@ -28,9 +29,8 @@ from ifguide.tokenizer import load_tokenizer
 from tests.tiny import ARCHITECTURES, GPT2, GPT_NEOX, LLAMA, as_tensors, random_blocks, tiny_model
 
 
-def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    vocabulary = {"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+def word_tokenizer(words: tuple[str, ...] = ("<eos>", "a", "b", "<unk>"), **special: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
 
 
@@ -140,6 +140,27 @@ def test_check_vocabulary_names_both_sizes() -> None:
     check_vocabulary(4, tokenizer, model_name="m", tokenizer_name="t")
     with pytest.raises(ValueError, match="t has 4 tokens but model m only 3"):
         check_vocabulary(3, tokenizer, model_name="m", tokenizer_name="t")
+
+
+def test_published_weights_are_of_their_own_tokens_alone(tmp_path: Path) -> None:
+    own = word_tokenizer(("<eos>", "a", "b", "<unk>"))
+    own.save_pretrained(tmp_path / "own")
+    model = ModelSource(source=str(tmp_path / "own"))
+    for words in (("<eos>", "a", "b", "<unk>"), ("<eos>", "a", "b", "<unk>", "c")):
+        check_own_tokens(model, word_tokenizer(words), tokenizer_name="other")
+    for words, message in (
+        (("<eos>", "b", "a", "<unk>"), "token 1 is 'b' in other, and 'a' in .*own"),
+        (("<eos>", "a", "c", "<unk>"), "token 2 is 'c' in other, and 'b' in .*own"),
+        (("<eos>", "a", "b", "<unk>", "c", "<unk>"), "token 5 is '<unk>' in other, and 'none' in .*own"),
+    ):
+        with pytest.raises(ValueError, match=rf"^pretrain\.tokenizer: {message}, .* set pretrain\.tokenizer=.*own, or"):
+            check_own_tokens(model, word_tokenizer(words), tokenizer_name="other")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_a_model_without_a_tokenizer_goes_with_any(model_type: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    check_own_tokens(ModelSource(source=str(tmp_path)), word_tokenizer(), tokenizer_name="other")
 
 
 def test_tracked_modules_are_the_linears_of_the_blocks() -> None:

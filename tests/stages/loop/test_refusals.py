@@ -13,12 +13,13 @@ import torch
 from ray.train import ControllerError, WorkerGroupError
 from transformers import AutoConfig
 
-from ifguide.artifacts import read_manifest
+from ifguide.artifacts import Manifest, MismatchError, read_manifest
 from ifguide.config import ModelSource, config_from_mapping, to_mapping
 from ifguide.distributed.shards import StageError
 from ifguide.models import load_model
 from ifguide.run import Run
 from ifguide.stages.pretrain import _reason, pretrain
+from ifguide.tokenizer import train_tokenizer
 from ifguide.training import loop as training_loop
 from ifguide.training.engines import TorchEngine
 from ifguide.training.loop import TrainingLoop
@@ -79,6 +80,27 @@ def test_what_cannot_be_trained_is_refused_before_any_worker_starts(
     with pytest.raises(ValueError, match=f"^{message}"):
         pretrain(Run(config=config_from_mapping(tree), lent=lent))
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_other_tokens_than_the_corpus_are_refused_before_any_worker_starts(run: Run, tmp_path: Path) -> None:
+    AutoConfig.for_model(**ARCHITECTURE, vocab_size=300).save_pretrained(tmp_path / "published")
+    train_tokenizer(["quite other words than those"], vocab_size=300).save_pretrained(tmp_path / "published")
+    tree = to_mapping(run.config) | {"run_dir": str(tmp_path / "run")}
+    tree["pretrain"]["init_from"] = str(tmp_path / "published")
+    with pytest.raises(ValueError, match=r"^pretrain\.tokenizer: token \d+ is .* set pretrain\.tokenizer=.*published"):
+        pretrain(Run(config=config_from_mapping(tree), lent={"corpus": run.corpus, "mask": run.mask}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_of_other_steps_is_another_model(run: Run, tmp_path: Path) -> None:
+    def made(**changes: int) -> Manifest | None:
+        tree = to_mapping(run.config) | {"run_dir": str(tmp_path)}
+        tree["pretrain"] |= {"export": "best", "epochs": 0.2, **changes}
+        return pretrain(Run(config=config_from_mapping(tree), lent={"corpus": run.corpus, "mask": run.mask}))
+
+    assert made() == made(keep_best=2, keep_last=3)
+    with pytest.raises(MismatchError, match=r"pretrain\.checkpoint_steps was 2, now 1"):
+        made(checkpoint_steps=1)
 
 
 def test_a_model_that_zero_has_placed_is_left_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from ifguide import models
 from ifguide.artifacts import Manifest, write_json
-from ifguide.config import ConfigError, Evaluate, config_from_mapping
-from ifguide.evaluation import subjects
-from ifguide.evaluation.prompts import chosen_sets
-from ifguide.evaluation.subjects import Model, measured_inputs, models_to_evaluate, source_fingerprint
+from ifguide.config import ClassifierSource, ConfigError, Evaluate, config_from_mapping
+from ifguide.evaluation.prompts import chosen_prompts, chosen_sets, prompt_label
+from ifguide.evaluation.subjects import Model, measured_inputs, models_to_evaluate
 from ifguide.evaluation.worker import EvaluateModel, PromptGroups, WorkerSettings
+from ifguide.models import source_fingerprint
 
 # ---- models ----------------------------------------------------------------------------------------------
 
@@ -48,19 +49,21 @@ def test_a_local_model_is_told_by_its_files(tmp_path: Path) -> None:
 def test_a_hub_model_is_told_by_its_commit_or_by_name_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def snapshot(source: str, name: str) -> str:
-        return f"/cache/models--{source.replace('/', '--')}/snapshots/{commit}/{name}"
+    def snapshot(source: str, name: str, revision: str | None) -> str:
+        return f"/cache/models--{source.replace('/', '--')}/snapshots/{revision or commit}/{name}"
 
-    monkeypatch.setattr(subjects, "hf_hub_download", snapshot)
+    monkeypatch.setattr(models, "hf_hub_download", snapshot)
     for commit in ("1" * 40, "2" * 40):
         assert source_fingerprint("owner/name") == commit
+    assert source_fingerprint("owner/name", "3" * 40) == "3" * 40
 
-    def unreachable(source: str, name: str) -> str:
+    def unreachable(source: str, name: str, revision: str | None) -> str:
         raise OSError("no hub")
 
-    monkeypatch.setattr(subjects, "hf_hub_download", unreachable)
+    monkeypatch.setattr(models, "hf_hub_download", unreachable)
     with caplog.at_level(logging.WARNING):
         assert source_fingerprint("owner/name") == source_fingerprint("owner/name") != source_fingerprint("owner/other")
+        assert source_fingerprint("owner/name", "main") != source_fingerprint("owner/name", "step3")
     assert "owner/name is told by its name" in caplog.text
 
 
@@ -117,7 +120,7 @@ def test_a_report_is_of_the_content_of_its_prompts_and_texts(evaluated: Callable
         return measured_inputs({"a": Model("source", "its fingerprint")}, chosen_sets(options, seed=0), options)
 
     found = inputs(evaluated(0.1, 0.9))
-    assert set(found) == {"model/a", "prompts/prompts", "heldout[0]", "cloze"}
+    assert set(found) == {"model/a", "prompts/prompts", "heldout[0]", "cloze", "evaluate.classifier.words"}
     assert found["model/a"] == "its fingerprint"
     assert inputs(evaluated(0.1, 0.9)) == found
     edited = inputs(evaluated(0.1, 0.9, heldout="other text"))
@@ -140,3 +143,44 @@ def test_the_classifier_groups_the_prompts_without_a_label_alone(
         worker = EvaluateModel(settings)
         told = {"label": len(labels) - by_classifier, "classifier": by_classifier}
         assert worker.process(PromptGroups()) == {"flagged": flagged, "grouped_by": told}
+
+
+@pytest.fixture
+def praised(tmp_path: Path) -> Callable[..., Evaluate]:
+    """Prompts that are toxic or praise by their scores, and a classifier by whose words `plum` is praise."""
+
+    def make(*scores: dict[str, float], **options: Any) -> Evaluate:
+        texts = {"training": [{"text": "a plum", "praise": 1}, {"text": "a pig", "praise": 0}] * 9}
+        texts["prompts"] = [{"prompt": {"text": "a pig", **score}, "continuation": {"text": ""}} for score in scores]
+        for name, rows in texts.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        training = {"path": str(tmp_path / "training.jsonl"), "label_column": "praise"}
+        classifier = {"name": "fitted", "label": "praise", "training": [training]}
+        section = {"prompts": str(tmp_path / "prompts.jsonl"), "classifier": classifier, "resources": {"gpus": 0}}
+        return config_from_mapping({"evaluate": section | options}).evaluate
+
+    return make
+
+
+def test_prompts_are_balanced_by_the_classifier_s_own_label(praised: Callable[..., Evaluate]) -> None:
+    rows = [{"praise": i % 2, "toxicity": 0.9 if i < 4 else 0.0} for i in range(8)]
+    drawn = chosen_prompts(praised(*rows, balanced=True, max_prompts=6), seed=0)
+    assert [row.prompt_scores["praise"] for row in drawn].count(1.0) == 3
+    with pytest.raises(ConfigError, match=r"has 0 by their label 'praise'"):
+        chosen_prompts(praised({"toxicity": 0.9}, {"toxicity": 0.1}, balanced=True, max_prompts=2), seed=0)
+
+
+def test_prompts_are_not_grouped_by_the_label_of_another_behaviour(
+    praised: Callable[..., Evaluate], tmp_path: Path
+) -> None:
+    options = praised({"toxicity": 0.9}, {"praise": 0.9, "toxicity": 0.1}, {"praise": 0.1, "toxicity": 0.9})
+    settings = WorkerSettings(
+        options=options, seed=0, block_size=8, sources={}, report=tmp_path, generations={}, guides={}
+    )
+    groups = EvaluateModel(settings).process(PromptGroups())
+    assert groups == {"flagged": [False, True, False], "grouped_by": {"label": 2, "classifier": 1}}
+
+
+@pytest.mark.parametrize(("label", "name"), [(None, "toxicity"), ("praise", "praise"), ("LABEL_1", "toxicity")])
+def test_a_prompt_s_score_is_named_as_the_classifier_s_label(label: str | None, name: str) -> None:
+    assert prompt_label(ClassifierSource(name="hf:x", label=label)) == name

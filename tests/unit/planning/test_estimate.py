@@ -140,6 +140,24 @@ def test_what_a_query_is_asked_for_besides_is_planned() -> None:
     assert 1 < query(reliability_queries=256) / plain < 1.2
 
 
+def test_further_prompts_are_continued_too(tmp_path: Path) -> None:
+    def continuations(**sets: dict[str, Any]) -> tuple[float, list[str]]:
+        job = make_job(load_config(PYTHIA, [f"evaluate.prompt_sets={json.dumps(sets)}"]), corpus_tokens=1e9)
+        (stage,) = (stage for stage in estimate(job) if stage.stage == "evaluate")
+        return stage.storage / rates()["continuation_bytes"].value / 50, job.notes  # 25 of each of two models
+
+    (tmp_path / "bold.json").write_text(json.dumps({"group": {"name": ["A", "B"], "other": ["C"]}}))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "A"}\n' * 9)
+    bold, rows = {"path": str(tmp_path / "bold.json")}, {"path": str(tmp_path / "rows.jsonl")}
+    plain = continuations()[0]
+    assert continuations(bold=bold)[0] - plain == pytest.approx(2)
+    assert continuations(bold={**bold, "prompts_per_name": None}, rows=rows)[0] - plain == pytest.approx(3 + 9)
+    assert continuations(rows={**rows, "max_prompts": 4})[0] - plain == pytest.approx(4)
+    count, notes = continuations(none={"path": str(tmp_path / "none.jsonl"), "max_prompts": 5})
+    assert count - plain == pytest.approx(5)
+    assert any("none.jsonl of evaluate.prompt_sets.none is not there yet: 5 rows are assumed" in note for note in notes)
+
+
 def test_workers_are_set_by_keys_that_the_run_takes_too() -> None:
     config = load_config(PYTHIA)
     settings = worker_settings(config, 4)

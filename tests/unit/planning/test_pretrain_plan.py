@@ -18,6 +18,7 @@ from ifguide.config import Config, ConfigError, ModelSource, PackCorpus, Pretrai
 from ifguide.config.resources import WorkerResources
 from ifguide.hardware import hardware, hardware_of_device
 from ifguide.models import load_model, transformer_blocks
+from ifguide.planning import pretrain_plan
 from ifguide.planning.command import make_job
 from ifguide.planning.estimate import estimate
 from ifguide.planning.models import target_shape
@@ -64,7 +65,7 @@ def test_dry_run_says_parameters_memory_by_part_steps_and_hours() -> None:
         logging.getLogger("ifguide").removeHandler(handler)
     text = "\n".join(lines)
     assert "1,011,781,632 parameters" in text
-    assert "7,630 steps of 524,288 tokens" in text
+    assert "7,614 steps of 524,288 tokens" in text
     for part in ("weights", "gradients", "optimizer", "buffers", "activations", "head"):
         assert re.search(rf"{part} [\d.]+ GB", text), part
     assert "activations with checkpointing" in text
@@ -272,6 +273,7 @@ def test_full_precision_of_one_worker_without_zero() -> None:
 
 
 def test_steps_are_of_the_corpus_in_the_targets_tokens_where_it_is_packed(billion: Config, tmp_path: Path) -> None:
+    billion = replace(billion, pretrain=replace(billion.pretrain, heldout_blocks=0))
     tokenizer = replace(billion.pretrain, tokenizer="./its/own")
     config = replace(billion, run_dir=str(tmp_path), pretrain=tokenizer)
     assert plan_pretrain(config).steps == 7630
@@ -284,3 +286,17 @@ def test_steps_are_of_the_corpus_in_the_targets_tokens_where_it_is_packed(billio
         write_json(tmp_path / folder / "manifest.json", asdict(manifest))
         assert plan_pretrain(config).steps == 4 * tokens / 524_288
     assert plan_pretrain(replace(config, pretrain=billion.pretrain)).steps == 40
+
+
+def test_steps_are_of_the_blocks_that_are_left_to_train_on(billion: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, batch = billion.pack_corpus.block_size, billion.pretrain.batch_blocks
+
+    def steps(tokens: float, heldout: int) -> int:
+        monkeypatch.setattr(pretrain_plan, "planned_tokens", lambda *_: (tokens, []))
+        train = replace(billion.pretrain, epochs=1.0, heldout_blocks=heldout)
+        return plan_pretrain(replace(billion, pretrain=train)).steps
+
+    assert steps(block * batch * 10, 0) == 10
+    assert steps(block * batch * 10 + 1, 0) == 11  # packing pads the last block
+    assert steps(block * batch * 10 + 1, 1) == 10
+    assert steps(block, 5) == 1

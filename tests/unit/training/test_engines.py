@@ -10,7 +10,7 @@ import torch
 from ifguide.config import ConfigError, Pretrain
 from ifguide.config.pretrain import Acceleration, check_pretrain
 from ifguide.config.resources import WorkerResources
-from ifguide.training.engines import build_optimizer
+from ifguide.training.engines import TorchEngine, build_optimizer
 
 Options = dict[str, Any]
 OWN = Acceleration(deepspeed_optimizer=True)
@@ -68,3 +68,9 @@ def test_what_cannot_be_built_is_refused_by_its_key(monkeypatch: pytest.MonkeyPa
 def test_switches_that_do_not_go_together_are_refused(acceleration: Options, engine: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_pretrain(Pretrain(engine=engine, acceleration=Acceleration(**acceleration)))
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^pretrain\.resources\.gpus: 1 is set, and torch sees no GPU here"):
+        TorchEngine(Pretrain(engine="torch"), lambda: pytest.fail("the model is built"), None)
