@@ -84,13 +84,13 @@ def unchanged(path: str, file: InputFile | None) -> Iterator[None]:
         _check(path, file)  # first: what went wrong within may come of it
 
 
-def hub_commits(corpus: Path, inputs: Iterable[Input]) -> dict[str, str]:
-    """The commit of each dataset of the hub, by `name@revision`: that which this corpus was begun with, else the one
-    that the hub tells now; none where it tells none."""
-    try:
-        commits: dict[str, str] = read_sealed(corpus / COMMITS)["commits"]
-    except (FileNotFoundError, KeyError, ValueError):
-        commits = {}
+def hub_commits(corpora: Iterable[Path], inputs: Iterable[Input]) -> dict[str, str]:
+    """The commit of each dataset of the hub, by `name@revision`: that which the first of these corpora to have one was
+    begun with, else the one that the hub tells now; none where it tells none."""
+    commits: dict[str, str] = {}
+    for corpus in corpora:
+        with contextlib.suppress(FileNotFoundError, KeyError, ValueError):
+            commits = read_sealed(corpus / COMMITS)["commits"] | commits
     on_hub = {_at_revision(source): source for source in inputs if source.on_hub}
     told = {key: _told_commit(source) for key, source in on_hub.items() if key not in commits}
     return commits | {key: commit for key, commit in told.items() if commit}

@@ -27,11 +27,17 @@ def require_same_documents(corpus: Path, source: Manifest, target: Path, packed:
     """Refuse two corpora, by their manifests, that are not the same documents in two tokenizers' tokens.
 
     Raises:
-        MismatchError: the inputs or the number of documents differ.
+        MismatchError: the inputs, their commits on the hub or the number of documents differ.
     """
-    if (source.options["files"], source.rows["documents"]) != (packed.options["files"], packed.rows["documents"]):
+    own, other = _documents_of(source), _documents_of(packed)
+    if own != other:
         raise MismatchError(
-            f"{corpus} was packed from {source.rows['documents']:,} documents of {source.options['files']},"
-            f" {target} from {packed.rows['documents']:,} of {packed.options['files']}: the inputs have changed."
+            f"{corpus} was packed from {own}, {target} from {other}: the inputs have changed."
             f" Restore them and delete {target}, or pack and score the corpus again"
         )
+
+
+def _documents_of(corpus: Manifest) -> str:
+    commits = corpus.summary.get("commits")
+    at = f" at {commits}" if commits else ""
+    return f"{corpus.rows['documents']:,} documents of {corpus.options['files']}{at}"

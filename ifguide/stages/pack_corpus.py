@@ -49,19 +49,20 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if not run.config.pack_corpus.inputs:
         raise ConfigError("pack_corpus.inputs: name at least one file, folder or hf:// dataset")
     own = location(run.config.run_dir)
-    manifest = _pack(run, own, dry_run=dry_run)
+    manifest = _pack(run, own, run.corpus, dry_run=dry_run)
     if run.target is not run:
-        packed = _pack(run.target, own, dry_run=dry_run)
+        packed = _pack(run.target, own, run.corpus, dry_run=dry_run)
         if manifest and packed:
             require_same_documents(run.corpus, manifest, run.target.corpus, packed)
     return manifest
 
 
-def _pack(run: Run, own: Path, *, dry_run: bool) -> Manifest | None:
-    """`own`: the run's directory, which is no input though it may lie in one."""
+def _pack(run: Run, own: Path, documents: Path, *, dry_run: bool) -> Manifest | None:
+    """`own`: the run's directory, which is no input though it may lie in one. `documents`: the corpus whose documents
+    these are, at the same commits of the hub."""
     config, source = run.config.pack_corpus, run.tokenizer_source
     ask_hub = not dry_run and not (run.corpus / MANIFEST).exists()
-    commits = hub_commits(run.corpus, config.inputs) if ask_hub else {}
+    commits = hub_commits([run.corpus, documents], config.inputs) if ask_hub else {}
     config = replace(config, inputs=at_commits(config.inputs, commits))
     chunks = plan_chunks(config, open_hub=ask_hub, apart=own)
     if dry_run:

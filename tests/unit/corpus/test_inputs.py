@@ -110,11 +110,16 @@ def test_a_hub_dataset_stays_at_the_commit_that_its_corpus_was_begun_with(tmp_pa
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     inputs = [Input(path="hf://a/b", split="train"), Input(path="hf://a/b:test", revision="v1"), Input(path="a.jsonl")]
     inputs.append(Input(path="hf://not/reached", revision="v2"))
-    commits = hub_commits(tmp_path, inputs)
+    commits = hub_commits([tmp_path], inputs)
     assert commits == {"a/b@main": "c0ffee", "a/b@v1": "c0ffee"}
     write_commits(tmp_path, commits)
     Told.sha = "later"
-    assert hub_commits(tmp_path, [*inputs, Input(path="hf://c/d")]) == {**commits, "c/d@main": "later"}
+    assert hub_commits([tmp_path], [*inputs, Input(path="hf://c/d")]) == {**commits, "c/d@main": "later"}
+    # The same documents in another tokenizer's tokens: those commits, unless this corpus was begun at others.
+    other = tmp_path / "other"
+    assert hub_commits([other, tmp_path], inputs) == commits
+    write_commits(other, {"a/b@v1": "own"})
+    assert hub_commits([other, tmp_path], inputs) == commits | {"a/b@v1": "own"}
     assert [source.revision for source in at_commits(inputs, commits)] == ["c0ffee", "c0ffee", None, "v2"]
 
 
