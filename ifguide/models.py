@@ -85,6 +85,11 @@ def load_model(
     return loaded.eval()
 
 
+def max_positions(model: PreTrainedModel) -> int:
+    """The longest input of the model, in tokens."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def _random_model(architecture: dict[str, Any], seed: int, options: dict[str, Any]) -> PreTrainedModel:
     if "model_type" not in architecture:
         raise ValueError(f"architecture needs model_type (llama, gpt_neox, ...); it has {sorted(architecture)}")

@@ -22,10 +22,10 @@ from ifguide.analyses.inputs import AnalysisTask
 from ifguide.config import ClassifierSource, ModelSource
 from ifguide.config.analyse import Analyse
 from ifguide.evaluation import Bootstrap
-from ifguide.evaluation.generation import decode, max_positions
+from ifguide.evaluation.generation import decode
 from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.influence.query_file import QueryRow
-from ifguide.models import load_model
+from ifguide.models import load_model, max_positions
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import make_classifier
 

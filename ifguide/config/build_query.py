@@ -35,7 +35,7 @@ class BuildQuery:
             other set begins, or by the margin of its pair (`pairs.margin_column`).
         held_out: queries of each set that V is not made of; the manifest says how well scores tell them apart.
         differential: subtract the negative mean. False is plain influence, which also finds what is merely common.
-        max_tokens: tokens of prompt and completion together; longer queries are cut.
+        max_tokens: of prompt and completion together, and at most the proxy's positions; longer queries are cut.
         batch_tokens: tokens of one backward pass.
         partitions: tasks that share the queries.
         factors: folder of factors that kronfluence fitted elsewhere. Null: the run's own.

@@ -21,7 +21,7 @@ not fit factors and does not approximate G by low rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.influence.head_derivatives import HeadDerivatives
+from ifguide.models import max_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,19 @@ def tokenise_query(
     room = max_tokens - len(answer) - len(first)
     context = [*first, *(context[-room:] if room else [])]
     return TokenisedQuery(token_ids=(*context, *answer), completion_start=len(context))
+
+
+def tokenise_queries(
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Iterable[tuple[str, str]],
+    model: PreTrainedModel | None,
+    *,
+    max_tokens: int,
+    beginning: int | None = None,
+) -> list[TokenisedQuery]:
+    """`tokenise_query` of (prompt, completion) pairs, cut to the positions of `model` as well if it is given."""
+    longest = max_tokens if model is None else min(max_tokens, max_positions(model))
+    return [tokenise_query(tokenizer, *pair, max_tokens=longest, beginning=beginning) for pair in pairs]
 
 
 def differential_weights(positive: Sequence[bool], weights: Sequence[float] | None = None) -> list[float]:
@@ -205,11 +219,10 @@ def build_direction(
     """V per module of `factors`, float32 of (d_out, d_in [+ 1]), from (prompt, completion) pairs of both sets.
 
     `positive` completions show the behaviour, `negative` ones do not; without any of the latter V is that of the
-    positive mean alone. The other options are those of `tokenise_query`, `mean_completion_gradient` and `precondition`,
-    which this calls, and so are the errors.
+    positive mean alone. The other options are those of `tokenise_queries`, `mean_completion_gradient` and
+    `precondition`, which this calls, and so are the errors.
     """
-    pairs = (*positive, *negative)
-    queries = [tokenise_query(tokenizer, *pair, max_tokens=max_tokens, beginning=beginning) for pair in pairs]
+    queries = tokenise_queries(tokenizer, (*positive, *negative), model, max_tokens=max_tokens, beginning=beginning)
     weights = differential_weights([True] * len(positive) + [False] * len(negative))
     gradient = mean_completion_gradient(model, list(factors), queries, weights, batch_tokens=batch_tokens)
     return precondition(gradient, factors, damping=damping, damping_scale=damping_scale)

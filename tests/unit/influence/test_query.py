@@ -9,16 +9,21 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from ifguide.config import ModelSource
+from ifguide.influence.proxy import load_proxy
 from ifguide.influence.query import (
     ModuleFactors,
     TokenisedQuery,
+    build_direction,
     load_factors,
     mean_completion_gradient,
     precondition,
+    tokenise_queries,
     tokenise_query,
 )
 from ifguide.models import state_fingerprint, tracked_modules
-from tests.tiny import tiny_model
+from tests.tiny import GPT2, tiny_model
+from tests.tokenizers import byte_level
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,17 @@ def test_impossible_queries_are_refused(tokenizer: PreTrainedTokenizerFast) -> N
     for start in (0, 3):
         with pytest.raises(ValueError, match="completion_start"):
             TokenisedQuery(token_ids=(1, 2, 3), completion_start=start)
+
+
+def test_queries_are_cut_to_the_positions_of_the_model() -> None:
+    model, tokenizer = load_proxy(ModelSource(architecture={**GPT2, "vocab_size": 257}), gpus=0), byte_level()
+    positive, negative = [("You " * 40, " clown")], [("You", " river" * 40)]
+    factors = {"transformer.h.0.mlp.c_fc": small_factors(torch.ones(24, 17))}
+    direction = build_direction(model, tokenizer, positive, negative, factors)
+    (first, second) = tokenise_queries(tokenizer, (*positive, *negative), model, max_tokens=512)
+    assert len(first.token_ids) == len(second.token_ids) == GPT2["max_position_embeddings"]
+    gradient = mean_completion_gradient(model, list(factors), [first, second], [1.0, -1.0], batch_tokens=4096)
+    torch.testing.assert_close(direction, precondition(gradient, factors))
 
 
 QUERIES = [
