@@ -15,6 +15,7 @@ from ifguide.artifacts import Artifact, Manifest, publish, require, verified, wr
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.evaluation import Bootstrap
+from ifguide.evaluation.generations import takes_special_tokens
 from ifguide.evaluation.prompts import chosen_prompts
 from ifguide.evaluation.subjects import models_to_evaluate
 from ifguide.influence.query_file import QUERIES, read_queries
@@ -55,6 +56,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     settings = AnalysisSettings(
         options=options,
         models={name: source for name, (source, _) in models.items()},
+        special_tokens=frozenset(name for name in models if takes_special_tokens(run.config.evaluate, name)),
         queries=tuple(queries),
         probed=tuple(probed),
         prompts=tuple(row.prompt for row in prompts),
