@@ -248,7 +248,7 @@ def _remedy(name: str, module: nn.Module) -> str | None:
             return "not a plain nn.Linear; load the model dequantised, and without parametrisations"
     elif isinstance(getattr(module, "base_layer", None), nn.Module):
         return "an adapter; merge it into its base model (peft: merge_and_unload) and save that"
-    elif type(module) is Conv1D:
+    elif type(module) in (Conv1D, OPTDecoderLayer):
         return "linearise(model) first"
     elif name.endswith("experts"):
         return "a mixture of experts; choose a dense proxy"
