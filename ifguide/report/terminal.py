@@ -11,7 +11,7 @@ import numpy as np
 
 from ifguide.artifacts import require
 from ifguide.config import OWN
-from ifguide.display import visible
+from ifguide.display import visible, visible_pieces
 from ifguide.report.view import ShownDocument, View, selected
 from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.outliers import dominant_line, outlier_line
@@ -75,11 +75,11 @@ def _painted(document: ShownDocument, context: int, paint: Paint) -> str:
     shown = np.zeros(len(document.texts), dtype=bool)
     for place in places:
         shown[max(0, place - context) : place + context + 1] = True
-    tokens = zip(document.texts, document.masked.tolist(), shown.tolist(), strict=True)
+    tokens = zip(visible_pieces(document.texts), document.masked.tolist(), shown.tolist(), strict=True)
     pieces = []
     for (masked, near), run in itertools.groupby(tokens, key=lambda token: token[1:]):
         if near:
-            text = "".join(visible(token) for token, _, _ in run)
+            text = "".join(token for token, _, _ in run)
             pieces.append(_within(paint.masked, text) if masked else text)
         else:
             pieces.append(_within(paint.gap, " ... "))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from ifguide.report.contents import RankedDocument, Token
+from ifguide.report.page import token_spans
 from ifguide.report.terminal import COLOURS, DIM, PLAIN, RED, RESET, _painted, paint_for
 from ifguide.report.view import ShownDocument, token_texts
 from ifguide.tokenizer import train_tokenizer
@@ -90,6 +94,17 @@ def test_inspect_shows_the_characters_of_the_text_and_no_controls() -> None:
     red = f"{RED}👩\u200d{RESET}"
     assert _painted(document, 1, COLOURS) == f"{DIM} ... {RESET} 北京\u3000{red}␛[2J"
     assert _painted(document, 1, PLAIN) == " ...  北京\u3000⟦👩\u200d⟧␛[2J"
+    heart = dataclasses.replace(document, texts=(*texts[:3], "❤", "\ufe0f\u200d", "🔥\u200b"))
+    assert _painted(heart, 1, PLAIN) == " ...  北京\u3000⟦❤\ufe0f\u200d⟧🔥\ufffd"
+
+
+def test_the_page_shows_what_changes_the_token_before_it() -> None:
+    texts = ("❤", "\ufe0f", " \u200d")
+    document = RankedDocument(
+        doc_id=0, source="s", rank=1, rank_score=1.0, tokens=tuple(Token(text=text, score=1.0) for text in texts)
+    )
+    shown = re.findall(r">([^<]*)</span>", token_spans(document, 1.0))
+    assert shown == ["❤", "\ufe0f", " \ufffd"]
 
 
 def test_colours_are_for_terminals_unless_a_variable_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
