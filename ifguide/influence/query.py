@@ -145,8 +145,11 @@ def mean_completion_gradient(
     padded tokens (or one query); padding is on the right, which a causal model never looks back on, so it needs
     no attention mask. Returns tensors (d_out, d_in [+ 1]) in the model's dtype on its device.
 
-    Raises ValueError when queries and weights differ in number, or the model's LM head is not understood.
+    Raises ValueError when queries and weights differ in number, when the model is in training mode (dropout would make
+    the gradients random), or when its LM head is not understood.
     """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before building a direction")
     if len(queries) != len(weights):
         raise ValueError(f"{len(queries)} queries but {len(weights)} weights; give one weight per query")
     modules = {name: _linear(model, name) for name in names}

@@ -144,6 +144,14 @@ def test_one_weight_per_query() -> None:
         mean_completion_gradient(tiny_model("llama"), [], QUERIES, [1.0], batch_tokens=8)
 
 
+def test_a_model_in_training_mode_is_refused() -> None:
+    model = tiny_model("llama").train()
+    with pytest.raises(ValueError, match=r"in training mode; call model\.eval\(\)"):
+        build_direction(
+            model, byte_level(), [("a", "b")], [], {"model.layers.0.mlp.up_proj": small_factors(torch.ones(2, 2))}
+        )
+
+
 def small_factors(lambda_mean: torch.Tensor) -> ModuleFactors:
     d_out, d_in = lambda_mean.shape
     return ModuleFactors(Q_A=torch.eye(d_in), Q_S=torch.eye(d_out), lambda_mean=lambda_mean)
