@@ -13,6 +13,7 @@ from ifguide.artifacts import require
 from ifguide.config import OWN
 from ifguide.display import visible, visible_pieces
 from ifguide.report.view import ShownDocument, View, selected
+from ifguide.selection.fdr import LARGEST
 from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.outliers import dominant_line, outlier_line
 
@@ -56,7 +57,7 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int, pa
         yield f"behaviour {visible(summary['behaviour'])}"
     view = View(folders)
     yield (
-        f"tau {summary['tau']:.6g} of the {view.measure_name}, {summary['units_masked']:,} {summary['unit']}s touched,"
+        f"{_tau_line(summary['tau'], view.measure_name)}, {summary['units_masked']:,} {summary['unit']}s touched,"
         f" {summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked"
     )
     yield outlier_line(summary, manifest.options["build_mask"])
@@ -68,6 +69,10 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int, pa
         source = _within(paint.head, f"{document.rank}. {visible(document.source)}")
         yield f"{source} rank score {document.rank_score:.4f}, {masked} masked"
         yield _painted(document, context, paint)
+
+
+def _tau_line(tau: float, measure: str) -> str:
+    return f"no {measure} is above tau" if tau == LARGEST else f"tau {tau:.6g} of the {measure}"
 
 
 def _painted(document: ShownDocument, context: int, paint: Paint) -> str:

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ifguide.report.contents import RankedDocument, Token
 from ifguide.report.page import token_spans
-from ifguide.report.terminal import COLOURS, DIM, PLAIN, RED, RESET, _painted, paint_for
+from ifguide.report.terminal import COLOURS, DIM, PLAIN, RED, RESET, _painted, _tau_line, paint_for
 from ifguide.report.view import ShownDocument, token_texts
+from ifguide.selection.fdr import LARGEST
 from ifguide.tokenizer import train_tokenizer
 
 TEXT = "This is a text 🤡🤡 北京。\n Is it?"
@@ -105,6 +106,11 @@ def test_the_page_shows_what_changes_the_token_before_it() -> None:
     )
     shown = re.findall(r">([^<]*)</span>", token_spans(document, 1.0))
     assert shown == ["❤", "\ufe0f", " \ufffd"]
+
+
+def test_a_tau_above_every_token_is_told_in_words() -> None:
+    assert _tau_line(0.25, "influence score") == "tau 0.25 of the influence score"
+    assert _tau_line(LARGEST, "z-score") == "no z-score is above tau"
 
 
 def test_colours_are_for_terminals_unless_a_variable_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
