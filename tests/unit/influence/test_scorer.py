@@ -142,6 +142,14 @@ def test_a_model_that_an_engine_cannot_take_is_refused(attribution: Attribution,
             TokenScorer(model, random_directions(model), attribution=attribution, method=method)
 
 
+@pytest.mark.parametrize("method", [PRESETS["exact"], FULL])
+@pytest.mark.parametrize("attribution", ["target", "position"])
+def test_blocks_of_one_token_score_nothing(attribution: Attribution, method: Method) -> None:
+    model = tiny_model("llama")
+    scorer = TokenScorer(model, random_directions(model), attribution=attribution, method=method)
+    assert torch.equal(scorer.score(torch.tensor([[3], [4]]), torch.tensor([1, 1])), torch.zeros(2, 1))
+
+
 def test_options_that_do_not_go_together_are_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="own precision"):
