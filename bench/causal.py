@@ -51,7 +51,7 @@ from ifguide.artifacts import publish, require, write_json
 from ifguide.config import load_config
 from ifguide.demo.generate import SUMMARY, generate_demo
 from ifguide.influence.proxy import Beginning, load_proxy
-from ifguide.influence.query import differential_weights, mean_completion_gradient, tokenise_query
+from ifguide.influence.query import differential_weights, mean_completion_gradient, tokenise_queries, tokenise_query
 from ifguide.influence.query_file import QueryRow, read_direction, read_queries
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_query_probe
@@ -258,10 +258,13 @@ def other_score(name: str, run: Run, rows: Sequence[QueryRow], blocks: TrainingB
     if name == "position":
         return score_tokens(model, direction, *of_blocks, attribution="position", beginning=beginning)
     if name == "identity":
-        queries = [
-            tokenise_query(tokenizer, row.prompt, row.completion, max_tokens=longest, beginning=beginning)
-            for row in rows
-        ]
+        queries = tokenise_queries(
+            tokenizer,
+            [(row.prompt, row.completion) for row in rows],
+            model,
+            max_tokens=longest,
+            beginning=beginning,
+        )
         weights, at_once = differential_weights([row.positive for row in rows]), config.build_query.batch_tokens
         gradient = mean_completion_gradient(model, list(direction), queries, weights, batch_tokens=at_once)
         return score_tokens(model, gradient, *of_blocks, method=METHOD, beginning=beginning)

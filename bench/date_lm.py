@@ -70,7 +70,13 @@ from bench.common.similarity import (
     token_scores,
 )
 from ifguide.artifacts import json_digest, write_json
-from ifguide.influence.query import TokenisedQuery, load_factors, mean_completion_gradient, precondition, tokenise_query
+from ifguide.influence.query import (
+    TokenisedQuery,
+    load_factors,
+    mean_completion_gradient,
+    precondition,
+    tokenise_queries,
+)
 from ifguide.models import next_token_nll
 from ifguide.selection.algorithm import Extremes, rank_scores
 from ifguide.telemetry import Progress, configure_logging, log
@@ -119,10 +125,12 @@ def run(
         return result
 
     def encode(examples: Sequence[Example]) -> list[TokenisedQuery]:
-        return [
-            tokenise_query(tokenizer, e.prompt and f"{e.prompt}\n", e.response, max_tokens=options.max_tokens)
-            for e in examples
-        ]
+        return tokenise_queries(
+            tokenizer,
+            [(e.prompt and f"{e.prompt}\n", e.response) for e in examples],
+            model,
+            max_tokens=options.max_tokens,
+        )
 
     train, reference, benign = (encode(each) for each in (benchmark.train, benchmark.reference, benchmark.benign))
     timed("fine_tune", lambda: fine_tune(model, train, options.epochs, options.learning_rate, options.seed))

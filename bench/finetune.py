@@ -40,7 +40,7 @@ from ifguide.config import Config, ModelSource, load_config
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
 from ifguide.evaluation.prompts import PROMPTS
-from ifguide.influence.query import tokenise_query
+from ifguide.influence.query import tokenise_queries
 from ifguide.models import load_model
 from ifguide.pipeline import run_pipeline
 from ifguide.records.rows import read_json
@@ -130,7 +130,7 @@ def continuation_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
 ) -> float:
     """exp of the mean NLL, in nats, of the tokens of continuations after their prompts; empty ones have none."""
-    texts = [tokenise_query(tokenizer, *pair, max_tokens=MAX_TOKENS) for pair in pairs if pair[1].strip()]
+    texts = tokenise_queries(tokenizer, [pair for pair in pairs if pair[1].strip()], model, max_tokens=MAX_TOKENS)
     tokens = sum(len(text.token_ids) - text.completion_start for text in texts)
     return math.exp(sum(query_losses(model.eval(), texts)) / tokens)
 

@@ -57,7 +57,7 @@ from bench.common.smoothing import TextSmoother
 from bench.common.texts import read_rows
 from bench.localise import PROBE, encode_document, factor_documents
 from ifguide.config.compare import ExcessLoss
-from ifguide.influence.query import tokenise_query
+from ifguide.influence.query import tokenise_queries
 from ifguide.influence.reliability import HALVES, spearman_brown
 from ifguide.methods.excess_loss import tune
 from ifguide.methods.probes import fit_query_probe
@@ -202,7 +202,7 @@ def _checkpoint(scorings: Scorings, options: argparse.Namespace) -> PreTrainedMo
     documents = scorings.behaviour.others[max(0, last - SECOND.batch_size * options.second_steps) : last]
     texts = [("", row["text"]) for row in documents if row["text"].strip()]
     second = copy.deepcopy(model)
-    queries = [tokenise_query(tokenizer, *text, max_tokens=MAX_QUERY_TOKENS) for text in texts]
+    queries = tokenise_queries(tokenizer, texts, model, max_tokens=MAX_QUERY_TOKENS)
     losses = tune(second, queries, SECOND, np.random.default_rng(options.seed))
     log("checkpoint", f"{len(texts)} documents, mean loss of a token {losses[0]:.3f}")
     return second

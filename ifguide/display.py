@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -62,6 +63,12 @@ def visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(text, place) for place in range(len(text)))
+
+
+def visible_pieces(pieces: Sequence[str]) -> list[str]:
+    """`visible` of a text in pieces, as those pieces: what a joiner does depends on the piece before."""
+    shown, ends = visible("".join(pieces)), list(itertools.accumulate(map(len, pieces)))
+    return [shown[begin:end] for begin, end in itertools.pairwise((0, *ends))]
 
 
 def _shown(text: str, place: int) -> str:

@@ -88,6 +88,11 @@ def load_model(
     return loaded.eval()
 
 
+def max_positions(model: PreTrainedModel) -> int:
+    """The longest input of the model, in tokens."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def _random_model(architecture: dict[str, Any], seed: int, options: dict[str, Any]) -> PreTrainedModel:
     if "model_type" not in architecture:
         raise ValueError(f"architecture needs model_type (llama, gpt_neox, ...); it has {sorted(architecture)}")
@@ -283,7 +288,7 @@ def _remedy(name: str, module: nn.Module) -> str | None:
             return "not a plain nn.Linear; load the model dequantised, and without parametrisations"
     elif isinstance(getattr(module, "base_layer", None), nn.Module):
         return "an adapter; merge it into its base model (peft: merge_and_unload) and save that"
-    elif type(module) is Conv1D:
+    elif type(module) in (Conv1D, OPTDecoderLayer):
         return "linearise(model) first"
     elif name.endswith("experts"):
         return "a mixture of experts; choose a dense proxy"

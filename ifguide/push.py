@@ -152,7 +152,11 @@ def _result(
     if source is None or figure is None or value is None or not math.isfinite(value):
         return
     path = str(source["path"])
-    dataset = path.removeprefix(HUB_PREFIX) if path.startswith(HUB_PREFIX) else Path(path).name.partition(".")[0]
+    dataset = (
+        path.removeprefix(HUB_PREFIX).partition(":")[0]
+        if path.startswith(HUB_PREFIX)
+        else Path(path).name.partition(".")[0]
+    )
     yield EvalResult(
         task_type="text-generation",
         dataset_type=dataset,

@@ -76,16 +76,16 @@ def import_scores(
         raise ValueError(f"{path} scores {scores.sequences:,} sequences, {corpus} has {packed.rows['blocks']:,} blocks")
     require_same_blocks(path, corpus, tokens)
     digest = sha256("".join(file_digest(path / name) for name in scores.files).encode()).hexdigest()
+    sign = -scores.sign if negate else scores.sign
     artifact = open_artifact(
         folder,
         verb=VERB,
-        options={VERB: {"query": query, "negate": negate}},
+        options={VERB: {"query": query, "sign": sign}},
         inputs={"corpus": packed.fingerprint, "score_files": digest},
         config_yaml=config_yaml,
     )
     if artifact.manifest:
         return artifact.manifest
-    sign = -scores.sign if negate else scores.sign
     shards = list(_write_shards(list(verified_files(corpus)), scores, sign, path, folder))
     summary = {
         "source": str(path.absolute()),

@@ -31,7 +31,7 @@ from ifguide.corpus.packing import pack, tokenise
 from ifguide.corpus.reading import RawDocument
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.factors import STEPS, EkfacFit
-from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_query
+from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_queries
 from ifguide.models import state_fingerprint, tracked_modules
 from ifguide.telemetry import Progress, log
 
@@ -147,7 +147,7 @@ def mean_gradient(
     cache_dir: Path = CACHE,
 ) -> dict[str, Tensor]:
     """The mean over `queries` of grad of the completion's summed NLL, per module; from the cache if it is there."""
-    tokenised = [tokenise_query(tokenizer, *query, max_tokens=MAX_QUERY_TOKENS) for query in queries]
+    tokenised = tokenise_queries(tokenizer, queries, model, max_tokens=MAX_QUERY_TOKENS)
     identity = [[query.token_ids, query.completion_start] for query in tokenised]
     path = cache_dir / digest("gradient", state_fingerprint(model), list(names), identity) / "gradient.safetensors"
     if path.is_file():

@@ -33,7 +33,7 @@ from bench.common.places import CACHE
 from bench.common.scores import BATCH_TOKENS, METHOD, score_blocks
 from ifguide.artifacts import publish
 from ifguide.influence.nulls import null_directions
-from ifguide.influence.query import load_factors, precondition, tokenise_query
+from ifguide.influence.query import load_factors, precondition, tokenise_queries
 from ifguide.influence.refinement import GaussNewton, Refinement, refine
 from ifguide.influence.reliability import HALVES
 from ifguide.influence.scorer import TokenScorer
@@ -156,7 +156,9 @@ class Scorings:
         model, tokenizer = self.proxy
         return null_directions(
             model,
-            [tokenise_query(tokenizer, *query, max_tokens=MAX_QUERY_TOKENS) for own in self.sets for query in own],
+            tokenise_queries(
+                tokenizer, [query for own in self.sets for query in own], model, max_tokens=MAX_QUERY_TOKENS
+            ),
             [kind for kind, own in zip((True, False), self.sets, strict=True) for _ in own],
             factors,
             count=self.nulls,

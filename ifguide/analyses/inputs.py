@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ifguide.analyses.probes import LEAST
+from ifguide.artifacts import json_digest
 from ifguide.config import ConfigError, Evaluate
 from ifguide.config.analyse import Analyse
+from ifguide.evaluation.generations import prompts_digest
 from ifguide.influence.query_file import QueryRow
-from ifguide.toxicity import labelled_texts
+from ifguide.toxicity import PromptRow, labelled_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +88,9 @@ def probe_texts(options: Analyse, queries: Sequence[QueryRow], seed: int) -> lis
         )
     rng = np.random.default_rng(seed)
     return [texts[i] for texts in (positive, negative) for i in rng.permutation(len(texts))[:count]]
+
+
+def text_digests(options: Analyse, prompts: Sequence[PromptRow], probed: Sequence[tuple[str, bool]]) -> dict[str, str]:
+    """Digests of the texts that the analyses read beside the query's: the lens' prompts, the probes' texts."""
+    digests = {"prompts": prompts_digest(prompts)} if "lens" in options.methods else {}
+    return digests | ({"texts": json_digest(probed)} if "probes" in options.methods and options.texts else {})

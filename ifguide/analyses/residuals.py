@@ -59,15 +59,17 @@ def recorded_residuals(model: PreTrainedModel) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def mean_residuals(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, batch_size: int) -> Tensor:
+def mean_residuals(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, batch_size: int, skip: int = 0) -> Tensor:
     """(L + 1, N, D) float32: the mean over each text's tokens of the stream at each depth; texts are token ids.
+
+    `skip`: tokens at the beginning of each that are read and not in the mean, as a BOS, whose stream dwarfs all others.
 
     Padding is on the right, which a causal model never looks back on. ValueError for a text without tokens, and for no
     text at all.
     """
     if not texts:
         raise ValueError("no texts; an analysis needs at least one")
-    empty = [i for i, ids in enumerate(texts) if not len(ids)]
+    empty = [i for i, ids in enumerate(texts) if len(ids) <= skip]
     if empty:
         raise ValueError(f"text {empty[0]} has no tokens; every text of an analysis needs one")
     residuals: list[Tensor] = [torch.empty(0)] * len(texts)
@@ -77,7 +79,8 @@ def mean_residuals(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, ba
             rows = order[begin : begin + batch_size]
             tokens_BT, lengths_B = padded([texts[i] for i in rows], model.device)
             model.base_model(tokens_BT, use_cache=False)
-            real_BT = torch.arange(tokens_BT.shape[1], device=model.device) < lengths_B[:, None]
+            places_T = torch.arange(tokens_BT.shape[1], device=model.device)
+            real_BT = (places_T >= skip) & (places_T < lengths_B[:, None])
             for place, i in enumerate(rows):
                 residuals[i] = torch.stack([depth[place, real_BT[place]].float().mean(0) for depth in depths]).cpu()
     return torch.stack(residuals, dim=1)

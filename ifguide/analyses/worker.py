@@ -22,21 +22,23 @@ from ifguide.analyses.inputs import AnalysisTask
 from ifguide.config import ClassifierSource, ModelSource
 from ifguide.config.analyse import Analyse
 from ifguide.evaluation import Bootstrap
-from ifguide.evaluation.generation import decode, max_positions
+from ifguide.evaluation.generation import decode
 from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.influence.query_file import QueryRow
-from ifguide.models import load_model
-from ifguide.tokenizer import load_tokenizer
+from ifguide.models import load_model, max_positions
+from ifguide.tokenizer import beginning_token, load_tokenizer
 from ifguide.toxicity import make_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisSettings:
-    """`models`: name -> source. `prompts` are the lens', `probed` the probes' texts with their labels.
-    `word_list` has the lens' words. `classifier` judges `max_new_tokens` tokens after an attack."""
+    """`models`: name -> source; the texts of those in `special_tokens` begin with their BOS. `prompts` are the
+    lens', `probed` the probes' texts with their labels. `word_list` has the lens' words. `classifier` judges
+    `max_new_tokens` tokens after an attack."""
 
     options: Analyse
     models: dict[str, str]
+    special_tokens: frozenset[str]
     queries: tuple[QueryRow, ...]
     probed: tuple[tuple[str, bool], ...]
     prompts: tuple[str, ...]
@@ -57,13 +59,16 @@ class AnalyseModel:
         )
         self.device = "cuda" if self.options.resources.gpus else "cpu"
         self.loaded: tuple[str, Any, Any] | None = None
+        self.beginning: list[int] = []  # of the texts of the loaded model
 
     def process(self, task: AnalysisTask) -> dict[str, Any]:
         if self.loaded is None or self.loaded[0] != task.model:
             self.loaded = None  # frees the old model before the new one is read
             source = self.settings.models[task.model]
-            model = load_model(ModelSource(source=source), device=self.device)
-            self.loaded = (task.model, model, load_tokenizer(source))
+            model, tokenizer = load_model(ModelSource(source=source), device=self.device), load_tokenizer(source)
+            first = beginning_token(tokenizer) if task.model in self.settings.special_tokens else None
+            self.beginning = [] if first is None else [first]
+            self.loaded = (task.model, model, tokenizer)
         _, model, tokenizer = self.loaded
         if task.method == "lens":
             return self._lens(model, tokenizer)
@@ -73,8 +78,8 @@ class AnalyseModel:
 
     def _lens(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         words = self._lens_words(tokenizer)
-        room = max_positions(model) - max(map(len, words), default=1) + 1
-        texts = [self._encode(tokenizer, prompt)[-room:] for prompt in self.settings.prompts]
+        following = max(map(len, words), default=1) - 1
+        texts = [self._begun(model, tokenizer, prompt, following) for prompt in self.settings.prompts]
         mass_NL = LogitLens(model).mass(texts, words, batch_size=self.options.batch_size)
         return {"tokens": [tokenizer.decode(word) for word in words], "token_ids": words, "mass": mass_NL.tolist()}
 
@@ -84,14 +89,17 @@ class AnalyseModel:
             forms = [form for word in self.settings.word_list for form in (word, f" {word}")]
             return sorted({tuple(form): form for form in (self._encode(tokenizer, text) for text in forms)}.values())
         positive, negative = (
-            [self._encode(tokenizer, row.completion) for row in rows] for rows in (self.positive, self.negative)
+            [self._encode(tokenizer, row.completion)[-self.options.max_tokens :] for row in rows]
+            for rows in (self.positive, self.negative)
         )
         return [[token] for token in overrepresented_tokens(positive, negative, self.options.lens_tokens)]
 
     def _probes(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        encoded = [self._encode(tokenizer, text)[: self.options.max_tokens] for text, _ in self.settings.probed]
+        encoded = [self._begun(model, tokenizer, text) for text, _ in self.settings.probed]
         labels_N = np.array([label for _, label in self.settings.probed])
-        features_LND = mean_residuals(model, encoded, batch_size=self.options.batch_size).numpy()
+        features_LND = mean_residuals(
+            model, encoded, batch_size=self.options.batch_size, skip=len(self.beginning)
+        ).numpy()
         probes = probe_layers(
             features_LND,
             labels_N,
@@ -103,7 +111,8 @@ class AnalyseModel:
 
     def _attack(self, model: Any, tokenizer: Any, row: QueryRow) -> dict[str, Any]:
         gcg = self.options.gcg
-        context = self._encode(tokenizer, row.prompt)
+        following = gcg.suffix_tokens + max(gcg.target_tokens, self.settings.max_new_tokens)
+        context = self._begun(model, tokenizer, row.prompt, following)
         target = self._encode(tokenizer, row.completion)[: gcg.target_tokens]
         first = self._encode(tokenizer, " !")[:1] * gcg.suffix_tokens
         allowed_V = torch.zeros(model.get_input_embeddings().weight.shape[0], dtype=torch.bool)
@@ -147,7 +156,19 @@ class AnalyseModel:
         before, after = (classifier.score(texts)[classifier.classes[0]] >= THRESHOLD).tolist()
         return (texts[0], before), (texts[1], after)
 
+    def _begun(self, model: Any, tokenizer: Any, text: str, following: int = 0) -> list[int]:
+        """The last tokens of a text after the BOS, if the model reads one: `analyse.max_tokens` in all, and so few that
+        `following` tokens still fit the model."""
+        positions = max_positions(model)
+        room = min(self.options.max_tokens, positions - following) - len(self.beginning)
+        if room < 1:
+            raise ValueError(
+                f"{following} tokens after a text leave it no room in the model's {positions} positions; lower"
+                " evaluate.max_new_tokens or analyse.gcg.suffix_tokens, or shorten the words of evaluate.word_list"
+            )
+        return [*self.beginning, *self._encode(tokenizer, text)[-room:]]
+
     def _encode(self, tokenizer: Any, text: str) -> list[int]:
-        """The last tokens of a text, without special ones; the EOS where there are none."""
+        """The tokens of a text, without special ones; the EOS where there are none."""
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids[-self.options.max_tokens :] or [tokenizer.eos_token_id]
+        return ids or [tokenizer.eos_token_id]

@@ -35,7 +35,7 @@ class BuildQuery:
             other set begins, or by the margin of its pair (`pairs.margin_column`).
         held_out: queries of each set that V is not made of; the manifest says how well scores tell them apart.
         differential: subtract the negative mean. False is plain influence, which also finds what is merely common.
-        max_tokens: tokens of prompt and completion together; longer queries are cut.
+        max_tokens: of prompt and completion together, and at most the proxy's positions; longer queries are cut.
         batch_tokens: tokens of one backward pass.
         partitions: tasks that share the queries.
         factors: folder of factors that kronfluence fitted elsewhere. Null: the run's own.
@@ -45,7 +45,7 @@ class BuildQuery:
             and `fdr`. Each costs most of a further behaviour's scores.
         refine_steps: conjugate gradient steps on the Gauss-Newton product, from EK-FAC's V. 0: V is EK-FAC's.
         refine_blocks: corpus blocks of that product, drawn by seed. Null: those that the factors were fitted on.
-        reliability_queries: queries of each set, at most, whose halves are compared. 0: no reliability is measured.
+        reliability_queries: queries of each set, at most, whose halves are compared: 2 or more, or 0 for none.
         resources: of one task.
     """
 
@@ -98,6 +98,10 @@ def check_build_query(config: BuildQuery) -> None:
         )
     if margin and config.weigh == "equally":
         raise ConfigError("build_query.pairs.margin_column: weighs by confidence; set build_query.weigh to confidence")
+    if config.reliability_queries == 1:
+        raise ConfigError(
+            "build_query.reliability_queries: 1 query has no halves to compare; set 2 or more, or 0 for no reliability"
+        )
     if config.refine_steps and config.nulls:
         raise ConfigError(
             f"build_query.refine_steps: {config.refine_steps} beside build_query.nulls = {config.nulls}; nulls are of"

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ifguide.evaluation.generation import evaluating, max_positions
+from ifguide.evaluation.generation import evaluating
+from ifguide.models import max_positions
 
 log = logging.getLogger(__name__)
 

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ifguide.models import max_positions
+
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
@@ -309,8 +311,3 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def max_positions(model: PreTrainedModel) -> int:
-    """The longest input of the model, in tokens."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

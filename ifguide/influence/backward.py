@@ -58,7 +58,7 @@ class BackwardEngine:
                 tokens_BT[:, 1:].flatten(),
                 has_loss_BT.flatten().to(hidden_BTD.dtype),
             )
-            gradient_BTD = F.pad(gradient.view(*has_loss_BT.shape, -1), (0, 0, 0, 1))
+            gradient_BTD = F.pad(gradient.view(*has_loss_BT.shape, hidden_BTD.shape[-1]), (0, 0, 0, 1))
         torch.autograd.grad(hidden_BTD, anchor, gradient_BTD)
         scores_KBT = sink_KN.view(-1, *tokens_BT.shape)
         return F.pad(scores_KBT[..., :-1], (1, 0))

@@ -340,6 +340,7 @@ def _tracking(model: PreTrainedModel, task: NextTokenTask) -> Iterator[State]:
     it is made anew for the model's device, and dropped.
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    was_training = model.training
     device = model.device
     State._reset_state()
     state = State(cpu=True)
@@ -356,6 +357,7 @@ def _tracking(model: PreTrainedModel, task: NextTokenTask) -> Iterator[State]:
             yield state
     finally:
         _unwrap(model)
+        model.train(was_training)
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         State._reset_state()

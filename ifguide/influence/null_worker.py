@@ -24,7 +24,7 @@ def build_nulls(settings: QuerySettings, factors: FactorsFolder, seed: int) -> d
     options = settings.options
     model = load_proxy(settings.proxy, gpus=options.resources.gpus)
     rows = read_queries(settings.folder)
-    queries = settings.tokenise(load_tokenizer(settings.tokenizer), rows)
+    queries = settings.tokenise(load_tokenizer(settings.tokenizer), rows, model)
     positive = [row.positive for row in rows]
     _require_halves(positive, groups_for(options.nulls))
     nulls = null_directions(

@@ -21,7 +21,7 @@ not fit factors and does not approximate G by low rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.influence.head_derivatives import HeadDerivatives
+from ifguide.models import max_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,19 @@ def tokenise_query(
     return TokenisedQuery(token_ids=(*context, *answer), completion_start=len(context))
 
 
+def tokenise_queries(
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Iterable[tuple[str, str]],
+    model: PreTrainedModel | None,
+    *,
+    max_tokens: int,
+    beginning: int | None = None,
+) -> list[TokenisedQuery]:
+    """`tokenise_query` of (prompt, completion) pairs, cut to the positions of `model` as well if it is given."""
+    longest = max_tokens if model is None else min(max_tokens, max_positions(model))
+    return [tokenise_query(tokenizer, *pair, max_tokens=longest, beginning=beginning) for pair in pairs]
+
+
 def differential_weights(positive: Sequence[bool], weights: Sequence[float] | None = None) -> list[float]:
     """The weight of each query in the differential gradient, by whether it is of the positive set: 1 / n of the n
     positive ones, -1 / m of the m negative ones. Without negative ones it is the mean of the positive ones. `weights`:
@@ -131,8 +145,11 @@ def mean_completion_gradient(
     padded tokens (or one query); padding is on the right, which a causal model never looks back on, so it needs
     no attention mask. Returns tensors (d_out, d_in [+ 1]) in the model's dtype on its device.
 
-    Raises ValueError when queries and weights differ in number, or the model's LM head is not understood.
+    Raises ValueError when queries and weights differ in number, when the model is in training mode (dropout would make
+    the gradients random), or when its LM head is not understood.
     """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before building a direction")
     if len(queries) != len(weights):
         raise ValueError(f"{len(queries)} queries but {len(weights)} weights; give one weight per query")
     modules = {name: _linear(model, name) for name in names}
@@ -205,11 +222,10 @@ def build_direction(
     """V per module of `factors`, float32 of (d_out, d_in [+ 1]), from (prompt, completion) pairs of both sets.
 
     `positive` completions show the behaviour, `negative` ones do not; without any of the latter V is that of the
-    positive mean alone. The other options are those of `tokenise_query`, `mean_completion_gradient` and `precondition`,
-    which this calls, and so are the errors.
+    positive mean alone. The other options are those of `tokenise_queries`, `mean_completion_gradient` and
+    `precondition`, which this calls, and so are the errors.
     """
-    pairs = (*positive, *negative)
-    queries = [tokenise_query(tokenizer, *pair, max_tokens=max_tokens, beginning=beginning) for pair in pairs]
+    queries = tokenise_queries(tokenizer, (*positive, *negative), model, max_tokens=max_tokens, beginning=beginning)
     weights = differential_weights([True] * len(positive) + [False] * len(negative))
     gradient = mean_completion_gradient(model, list(factors), queries, weights, batch_tokens=batch_tokens)
     return precondition(gradient, factors, damping=damping, damping_scale=damping_scale)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, publish, verified_files
@@ -27,7 +27,7 @@ from ifguide.influence.query import (
     load_factors,
     mean_completion_gradient,
     precondition,
-    tokenise_query,
+    tokenise_queries,
 )
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, QueryRow, read_queries
 from ifguide.influence.refinement import GaussNewton, Refinement, refine
@@ -49,13 +49,17 @@ class QuerySettings:
     beginning: Beginning
     options: BuildQuery
 
-    def tokenise(self, tokenizer: PreTrainedTokenizerFast, rows: Sequence[QueryRow]) -> list[TokenisedQuery]:
-        """The queries as the proxy reads them."""
-        beginning, longest = self.beginning.token, self.options.max_tokens
-        return [
-            tokenise_query(tokenizer, row.prompt, row.completion, max_tokens=longest, beginning=beginning)
-            for row in rows
-        ]
+    def tokenise(
+        self, tokenizer: PreTrainedTokenizerFast, rows: Sequence[QueryRow], model: PreTrainedModel
+    ) -> list[TokenisedQuery]:
+        """The queries as the proxy, `model`, reads them."""
+        return tokenise_queries(
+            tokenizer,
+            [(row.prompt, row.completion) for row in rows],
+            model,
+            max_tokens=self.options.max_tokens,
+            beginning=self.beginning.token,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,7 @@ class SumGradients:
         rows = read_queries(self.settings.folder)
         weights = differential_weights([row.positive for row in rows], [row.weight for row in rows])
         mine = slice(part.partition, None, options.partitions)
-        queries = self.settings.tokenise(self.tokenizer, rows[mine])
+        queries = self.settings.tokenise(self.tokenizer, rows[mine], self.model)
         gradient = mean_completion_gradient(
             self.model, self.settings.module_names, queries, weights[mine], batch_tokens=options.batch_tokens
         )
@@ -173,9 +177,10 @@ def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path,
     drawn = [own[i] for own in sets for i in np.sort(rng.permutation(len(own))[: options.reliability_queries])]
     sample = schemas.read_table(blocks)
     documents_NT = sampled_documents(sample)
+    model = load_proxy(settings.proxy, gpus=options.resources.gpus)
     return measure_reliability(
-        load_proxy(settings.proxy, gpus=options.resources.gpus),
-        settings.tokenise(load_tokenizer(settings.tokenizer), drawn),
+        model,
+        settings.tokenise(load_tokenizer(settings.tokenizer), drawn, model),
         [row.positive for row in drawn],
         factors.load(settings.module_names),
         torch.from_numpy(schemas.per_token_array(sample, "tokens").astype(np.int64)),
@@ -197,9 +202,10 @@ def judge_held_out(settings: QuerySettings) -> float | None:
     positive = [row.positive for row in rows]
     if all(positive) or not any(positive):
         return None
+    model = load_proxy(settings.proxy, gpus=settings.options.resources.gpus)
     return separation(
-        load_proxy(settings.proxy, gpus=settings.options.resources.gpus),
-        settings.tokenise(load_tokenizer(settings.tokenizer), rows),
+        model,
+        settings.tokenise(load_tokenizer(settings.tokenizer), rows, model),
         positive,
         load_file(local_copy(settings.folder / DIRECTION)),
         batch_tokens=settings.options.batch_tokens,

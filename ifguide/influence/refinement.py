@@ -224,7 +224,7 @@ class GaussNewton:
                     tangent_BTD[:, :-1].flatten(0, 1),
                     predicted_BT.flatten().to(hidden_BTD),
                 )
-            at_hidden_BTD = F.pad(at_hidden_ND.view(*predicted_BT.shape, -1), (0, 0, 0, 1))
+            at_hidden_BTD = F.pad(at_hidden_ND.view(*predicted_BT.shape, hidden_BTD.shape[-1]), (0, 0, 0, 1))
             with torch.enable_grad(), only_trainable(self.model, parameters):
                 hidden = last_hidden_state(self.model, tokens_BT, document_BT)
                 for total, gradient in zip(totals, torch.autograd.grad(hidden, parameters, at_hidden_BTD), strict=True):

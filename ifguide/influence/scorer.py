@@ -77,8 +77,8 @@ class TokenScorer:
     each document in it where documents are given.
 
     Raises ValueError when a direction names no `nn.Linear` of the model or has another shape, when there is
-    none, when the model is in training mode (dropout would make the scores random), when its LM head is not one
-    that is understood, or when the options do not go together.
+    none, when the model is in training mode (dropout would make the scores random) or of a dtype that the engine cannot
+    score in, when its LM head is not one that is understood, or when the options do not go together.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class TokenScorer:
             raise ValueError(f"attribution is {attribution!r}; it must be 'target' or 'position'")
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() before scoring")
+        _require_precision(model, attribution, method)
         self.model = model.requires_grad_(False)
         self.attribution, self.method, self.beginning = attribution, method, beginning
         self._several = not isinstance(directions, Mapping)
@@ -190,3 +191,11 @@ class TokenScorer:
         scores_KBT = scores_KBT.masked_fill(~predicted_BT, 0.0)
         scores_KBT = scores_KBT if scores_KBT.dtype == torch.float64 else scores_KBT.float()
         return scores_KBT if self._several else scores_KBT[0]
+
+
+def _require_precision(model: PreTrainedModel, attribution: Attribution, method: Method) -> None:
+    """Refuse float16, in which losses overflow, and for the difference engine all but its streams' precisions."""
+    differences = attribution == "target" and method.engine == "difference"
+    if model.dtype == torch.float16 or (differences and model.dtype not in (torch.float32, torch.float64)):
+        engine = "engine difference" if differences else "scoring"
+        raise ValueError(f"the model is of {model.dtype}, which {engine} cannot take; call model.float() before")

@@ -88,7 +88,8 @@ def tune_excess_loss(
     copies, losses = [], {}
     for side, pairs in sets.sides():
         rng = np.random.default_rng(seed)
-        queries = sets.tokenised(tokenizer, [pairs[i] for i in rng.permutation(len(pairs))[:count].tolist()])
+        chosen = [pairs[i] for i in rng.permutation(len(pairs))[:count].tolist()]
+        queries = sets.tokenised(tokenizer, chosen, model)
         tuned = copy.deepcopy(model)
         losses[side] = [round(value, 4) for value in tune(tuned, queries, options, rng)]
         copies.append(tuned)

@@ -167,7 +167,7 @@ def fit_query_probe(
     Raises ValueError for fewer queries than folds."""
     rng, chosen, kinds = np.random.default_rng(seed), [], []
     for side, pairs in sets.sides():
-        queries, tokens = sets.tokenised(tokenizer, pairs), 0
+        queries, tokens = sets.tokenised(tokenizer, pairs, model), 0
         for i in rng.permutation(len(queries)).tolist():
             if tokens >= options.tokens // 2:
                 break

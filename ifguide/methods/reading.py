@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ifguide.influence.query import TokenisedQuery, tokenise_query
+from ifguide.influence.query import TokenisedQuery, tokenise_queries
 from ifguide.influence.query_file import QueryRow
 from ifguide.models import next_token_nll
 
@@ -42,11 +42,9 @@ class QuerySets:
     def sides(self) -> tuple[tuple[str, Pairs], tuple[str, Pairs]]:
         return ("positive", self.positive), ("negative", self.negative)
 
-    def tokenised(self, tokenizer: Any, pairs: Pairs) -> list[TokenisedQuery]:
-        """Some of the queries as `build_query` reads them."""
-        return [
-            tokenise_query(tokenizer, *pair, max_tokens=self.max_tokens, beginning=self.beginning) for pair in pairs
-        ]
+    def tokenised(self, tokenizer: Any, pairs: Pairs, model: PreTrainedModel | None = None) -> list[TokenisedQuery]:
+        """Some of the queries as `build_query` reads them, with `model` as the proxy."""
+        return tokenise_queries(tokenizer, pairs, model, max_tokens=self.max_tokens, beginning=self.beginning)
 
 
 @torch.no_grad()

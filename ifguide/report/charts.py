@@ -213,13 +213,18 @@ def _histogram(histogram: ScoreHistogram, behaviour: str) -> Markup:
     axes.stairs(histogram.counts, histogram.bin_edges, fill=True, color=PALETTE[0], alpha=0.6)
     if histogram.annotated_counts is not None:
         axes.stairs(histogram.annotated_counts, histogram.bin_edges, color=PALETTE[1], linewidth=1.4)
-    axes.axvline(histogram.tau, color=BOX_RED, linewidth=1.2, linestyle=(0, (4, 2)))
-    axes.text(histogram.tau, 1.02, f"τ = {histogram.tau:.3g}", transform=axes.get_xaxis_transform(), color=BOX_RED)
+    highest = histogram.bin_edges[-1]
+    reached = histogram.tau <= highest
+    if reached:
+        axes.axvline(histogram.tau, color=BOX_RED, linewidth=1.2, linestyle=(0, (4, 2)))
+    place, note = (histogram.tau, f"τ = {histogram.tau:.3g}") if reached else (highest, "no token is above τ")
+    axes.text(place, 1.02, note, transform=axes.get_xaxis_transform(), color=BOX_RED, ha="left" if reached else "right")
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
     axes.minorticks_off()
-    return _svg(canvas, f"Histogram of token scores for {behaviour} on a log scale, with tau at {histogram.tau:.3g}")
+    tau = f"tau at {histogram.tau:.3g}" if reached else "no token above tau"
+    return _svg(canvas, f"Histogram of token scores for {behaviour} on a log scale, with {tau}")
 
 
 # ---- the canvas ----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from ifguide.artifacts import write_text
-from ifguide.display import visible
+from ifguide.display import visible, visible_pieces
 from ifguide.evaluation import benjamini_hochberg
 from ifguide.report.card import card_fragment, summary_line
 from ifguide.report.charts import PALETTE, charts_of, colours_of, domains_of, group_names
@@ -113,12 +113,13 @@ def token_spans(document: RankedDocument, full_score: float) -> Markup:
     """The document's tokens, one `<span>` each: class w (score above 0) or c with its level of colour, m if masked,
     k if annotated; the score is the title. There is no space between them: the text is shown as it is."""
     parts = []
-    for token in document.tokens:
+    shown = visible_pieces([token.text for token in document.tokens])
+    for token, text in zip(document.tokens, shown, strict=True):
         level = round(LEVELS * min(1.0, abs(token.score) / full_score)) if full_score else 0
         kinds = [f"{'w' if token.score > 0 else 'c'}{level}"] if level else []
         kinds += ["m"] * token.masked + ["k"] * token.annotated
         attribute = f' class="{" ".join(kinds)}"' if kinds else ""
-        parts.append(f'<span{attribute} title="{token.score:.3g}">{escape(visible(token.text))}</span>')
+        parts.append(f'<span{attribute} title="{token.score:.3g}">{escape(text)}</span>')
     return Markup("".join(parts))
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from ifguide.artifacts import require
 from ifguide.config import OWN
-from ifguide.display import visible
+from ifguide.display import visible, visible_pieces
 from ifguide.report.view import ShownDocument, View, selected
+from ifguide.selection.fdr import LARGEST
 from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.outliers import dominant_line, outlier_line
 
@@ -56,7 +57,7 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int, pa
         yield f"behaviour {visible(summary['behaviour'])}"
     view = View(folders)
     yield (
-        f"tau {summary['tau']:.6g} of the {view.measure_name}, {summary['units_masked']:,} {summary['unit']}s touched,"
+        f"{_tau_line(summary['tau'], view.measure_name)}, {summary['units_masked']:,} {summary['unit']}s touched,"
         f" {summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked"
     )
     yield outlier_line(summary, manifest.options["build_mask"])
@@ -70,16 +71,20 @@ def terminal_view(folders: SelectionFolders, *, documents: int, context: int, pa
         yield _painted(document, context, paint)
 
 
+def _tau_line(tau: float, measure: str) -> str:
+    return f"no {measure} is above tau" if tau == LARGEST else f"tau {tau:.6g} of the {measure}"
+
+
 def _painted(document: ShownDocument, context: int, paint: Paint) -> str:
     places = np.flatnonzero(document.masked)
     shown = np.zeros(len(document.texts), dtype=bool)
     for place in places:
         shown[max(0, place - context) : place + context + 1] = True
-    tokens = zip(document.texts, document.masked.tolist(), shown.tolist(), strict=True)
+    tokens = zip(visible_pieces(document.texts), document.masked.tolist(), shown.tolist(), strict=True)
     pieces = []
     for (masked, near), run in itertools.groupby(tokens, key=lambda token: token[1:]):
         if near:
-            text = "".join(visible(token) for token, _, _ in run)
+            text = "".join(token for token, _, _ in run)
             pieces.append(_within(paint.masked, text) if masked else text)
         else:
             pieces.append(_within(paint.gap, " ... "))

@@ -8,19 +8,20 @@ resumes.
 from __future__ import annotations
 
 from ifguide.analyses.figures import collect
-from ifguide.analyses.inputs import check_options, check_queries, probe_texts, tasks
+from ifguide.analyses.inputs import check_options, check_queries, probe_texts, tasks, text_digests
 from ifguide.analyses.summary import as_markdown, draw_gcg, draw_lens, draw_probes
 from ifguide.analyses.worker import AnalyseModel, AnalysisSettings
 from ifguide.artifacts import Artifact, Manifest, publish, require, verified, write_json, write_text
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.evaluation import Bootstrap
+from ifguide.evaluation.generations import takes_special_tokens
 from ifguide.evaluation.prompts import chosen_prompts
 from ifguide.evaluation.subjects import models_to_evaluate
 from ifguide.influence.query_file import QUERIES, read_queries
 from ifguide.run import Run
 from ifguide.telemetry import log
-from ifguide.toxicity import classifier_inputs
+from ifguide.toxicity import PromptRow, classifier_inputs
 
 VERB = "analyse"
 DRAW = {"lens": draw_lens, "probes": draw_probes, "gcg": draw_gcg}
@@ -44,8 +45,9 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     queries = read_queries(run.query)
     check_queries(options, run.config.evaluate.word_list, queries)
     probed = probe_texts(options, queries, seed) if "probes" in options.methods else []
+    prompts = _lens_prompts(run)
     inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
-    inputs["query"] = query.fingerprint
+    inputs |= {"query": query.fingerprint, **text_digests(options, prompts, probed)}
     inputs |= classifier_inputs({"evaluate.classifier": run.config.evaluate.classifier})
     artifact = run.open(run.analyses, VERB, keys=("analyse", "evaluate", "seed"), inputs=inputs)
     if artifact.manifest:
@@ -54,9 +56,10 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     settings = AnalysisSettings(
         options=options,
         models={name: source for name, (source, _) in models.items()},
+        special_tokens=frozenset(name for name in models if takes_special_tokens(run.config.evaluate, name)),
         queries=tuple(queries),
         probed=tuple(probed),
-        prompts=_lens_prompts(run),
+        prompts=tuple(row.prompt for row in prompts),
         word_list=run.config.evaluate.word_list,
         classifier=run.config.evaluate.classifier,
         max_new_tokens=run.config.evaluate.max_new_tokens,
@@ -68,12 +71,10 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     return manifest
 
 
-def _lens_prompts(run: Run) -> tuple[str, ...]:
+def _lens_prompts(run: Run) -> list[PromptRow]:
     if "lens" not in run.config.analyse.methods:
-        return ()
-    return tuple(
-        row.prompt for row in chosen_prompts(run.config.evaluate, run.config.seed)[: run.config.analyse.max_prompts]
-    )
+        return []
+    return chosen_prompts(run.config.evaluate, run.config.seed)[: run.config.analyse.max_prompts]
 
 
 def _analyse(run: Run, artifact: Artifact, settings: AnalysisSettings) -> Manifest:

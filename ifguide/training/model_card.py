@@ -17,7 +17,7 @@ import yaml
 from ifguide.artifacts import MANIFEST, Manifest, read_manifest, write_text
 from ifguide.config import to_mapping
 from ifguide.config.sources import HUB_PREFIX
-from ifguide.display import markdown_table
+from ifguide.display import markdown_table, plain_markdown
 from ifguide.training.settings import TrainingSettings
 
 CARD = "README.md"
@@ -72,8 +72,8 @@ def card_text(settings: TrainingSettings, sources: Sequence[str], provenance: Ma
 
 def _body(settings: TrainingSettings, provenance: Mapping[str, Any]) -> str:
     masked, target, start = provenance.get("mask"), settings.target, settings.train.init_from
-    model = target.source or (target.architecture or {}).get("model_type", "a model")
-    origin = f"fine-tuned from {start}" if start else "trained from scratch"
+    model = plain_markdown(target.source or (target.architecture or {}).get("model_type", "a model"))
+    origin = f"fine-tuned from {plain_markdown(start)}" if start else "trained from scratch"
     what = (
         f"{masked['tokens_masked']:,} of its tokens, chosen by influence functions of a proxy, were penalised."
         if masked
@@ -132,7 +132,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
         if isinstance(value, Mapping):
             yield from _flat(value, name)
         else:
-            yield name, value
+            yield name, value if isinstance(value, int) else plain_markdown(str(value))
 
 
 def _is_hub_id(source: str) -> bool:

@@ -76,6 +76,14 @@ def test_the_product_is_that_of_the_dense_matrix(family: str) -> None:
     assert before == [parameter.requires_grad for parameter in model.parameters()]
 
 
+def test_blocks_of_one_token_have_no_curvature() -> None:
+    family = FAMILIES[0]
+    batch = {"input_ids": torch.tensor([[3], [4]]), "lengths": torch.tensor([1, 1])}
+    model, names, _ = dense(family)
+    product = GaussNewton(model, names, [batch])
+    assert not oracles.flat(product(random_vector(family))).any()
+
+
 def dense_product(family: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     """v -> H v by the dense matrix: as `product_of`, which another test compares with it, and quicker."""
     _, _, H = dense(family)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ifguide.artifacts import MismatchError
 from ifguide.cli import main
-from ifguide.config import ClassifierSource, Config, ConfigError, to_yaml
+from ifguide.config import ClassifierSource, Config, ConfigError, LabelledTexts, to_yaml
 from ifguide.config.analyse import Analyse, Gcg
 from ifguide.config.resources import Resources
 from ifguide.run import Run
@@ -54,6 +56,27 @@ def test_the_analyses_of_a_finished_run(copied: Callable[..., Config], capsys: p
     again = replace(config, analyse=replace(SMALL, max_prompts=5))
     with pytest.raises(ValueError, match=r"analyse\.max_prompts"):
         analyse(Run(config=again))
+
+
+def test_prompts_and_texts_that_were_edited_are_another_analysis(copied: Callable[..., Config], tmp_path: Path) -> None:
+    config = copied()
+    prompts, texts = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    assert config.evaluate.prompts is not None
+    prompts.write_text(Path(config.evaluate.prompts.path).read_text())
+    texts.write_text("".join(json.dumps({"text": f"t{i}", "toxic": i < 8}) + "\n" for i in range(16)))
+    config = replace(
+        config,
+        evaluate=replace(config.evaluate, prompts=replace(config.evaluate.prompts, path=str(prompts))),
+        analyse=replace(SMALL, methods=("lens", "probes"), max_prompts=4, texts=(LabelledTexts(path=str(texts)),)),
+    )
+    assert analyse(Run(config=config)) is not None
+    for path, named in ((prompts, "prompts"), (texts, "texts")):
+        before = path.read_text()
+        path.write_text(before.replace("t1", "other").replace("You", "They").replace("The", "A"))
+        with pytest.raises(MismatchError, match=named):
+            analyse(Run(config=config))
+        path.write_text(before)
+    assert analyse(Run(config=config)) is not None
 
 
 def test_what_cannot_be_analysed_is_refused(copied: Callable[..., Config]) -> None:

@@ -201,6 +201,13 @@ def test_a_linearised_gpt2_is_tracked_whole() -> None:
     assert state_fingerprint(linearise(gpt2)) == state_fingerprint(gpt2)
 
 
+def test_an_opt_that_flattens_its_blocks_is_refused() -> None:
+    opt = load_model(ModelSource(architecture=ARCHITECTURES["opt"]))
+    with pytest.raises(ValueError, match=r"layers\.0 \(OPTDecoderLayer, 2 such modules\): linearise\(model\) first"):
+        tracked_modules(opt)
+    assert len(tracked_modules(linearise(opt)).names) == 12
+
+
 @pytest.mark.parametrize("architecture", [GPT2, LLAMA])
 def test_driver_and_workers_agree_on_the_proxys_fingerprint(architecture: dict[str, Any]) -> None:
     source = ModelSource(architecture=architecture)

@@ -27,7 +27,7 @@ AutoModelForCausalLM.from_pretrained("path/of/this/folder")
 """
 CONFIG = """evaluate:
   prompts: {path: /data/prompts.jsonl.gz}
-  prompt_sets: {bold: {path: "hf://AlexaAI/bold"}}
+  prompt_sets: {bold: {path: "hf://AlexaAI/bold:train"}}
   heldout: [{path: texts.parquet}]
   cloze: null
 """

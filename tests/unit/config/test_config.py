@@ -151,6 +151,10 @@ def test_every_verb_has_its_section():
         ),
         ("build_query.negative_threshold=0.5", "build_query.negative_threshold: 0.5 is not below"),
         (
+            "build_query={reliability_queries: 1}",
+            "build_query.reliability_queries: 1 query has no halves to compare; set 2 or more",
+        ),
+        (
             "build_query={refine_steps: 2, nulls: 3}",
             "build_query.refine_steps: 2 beside build_query.nulls = 3; nulls are of the direction before it is refined",
         ),

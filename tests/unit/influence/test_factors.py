@@ -120,6 +120,12 @@ def test_the_model_comes_back_as_it_was(tmp_path: Path) -> None:
     assert State._shared_state == {}
     assert logging.getLogger().level == root_level
     assert not list(tmp_path.glob(".part-*"))
+    MODEL.train()
+    try:
+        steps(sample(), tmp_path).covariances(1)
+        assert MODEL.training
+    finally:
+        MODEL.eval()
 
 
 def test_a_finished_partition_is_kept_and_a_foreign_one_refused(tmp_path: Path) -> None:

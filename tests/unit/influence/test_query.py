@@ -9,16 +9,21 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from ifguide.config import ModelSource
+from ifguide.influence.proxy import load_proxy
 from ifguide.influence.query import (
     ModuleFactors,
     TokenisedQuery,
+    build_direction,
     load_factors,
     mean_completion_gradient,
     precondition,
+    tokenise_queries,
     tokenise_query,
 )
 from ifguide.models import state_fingerprint, tracked_modules
-from tests.tiny import tiny_model
+from tests.tiny import GPT2, tiny_model
+from tests.tokenizers import byte_level
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,17 @@ def test_impossible_queries_are_refused(tokenizer: PreTrainedTokenizerFast) -> N
             TokenisedQuery(token_ids=(1, 2, 3), completion_start=start)
 
 
+def test_queries_are_cut_to_the_positions_of_the_model() -> None:
+    model, tokenizer = load_proxy(ModelSource(architecture={**GPT2, "vocab_size": 257}), gpus=0), byte_level()
+    positive, negative = [("You " * 40, " clown")], [("You", " river" * 40)]
+    factors = {"transformer.h.0.mlp.c_fc": small_factors(torch.ones(24, 17))}
+    direction = build_direction(model, tokenizer, positive, negative, factors)
+    (first, second) = tokenise_queries(tokenizer, (*positive, *negative), model, max_tokens=512)
+    assert len(first.token_ids) == len(second.token_ids) == GPT2["max_position_embeddings"]
+    gradient = mean_completion_gradient(model, list(factors), [first, second], [1.0, -1.0], batch_tokens=4096)
+    torch.testing.assert_close(direction, precondition(gradient, factors))
+
+
 QUERIES = [
     TokenisedQuery(token_ids=(5, 6, 7, 8, 9, 10, 11), completion_start=3),
     TokenisedQuery(token_ids=(5, 6), completion_start=1),
@@ -126,6 +142,14 @@ def test_prompt_tokens_carry_no_loss() -> None:
 def test_one_weight_per_query() -> None:
     with pytest.raises(ValueError, match="3 queries but 1 weights"):
         mean_completion_gradient(tiny_model("llama"), [], QUERIES, [1.0], batch_tokens=8)
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    model = tiny_model("llama").train()
+    with pytest.raises(ValueError, match=r"in training mode; call model\.eval\(\)"):
+        build_direction(
+            model, byte_level(), [("a", "b")], [], {"model.layers.0.mlp.up_proj": small_factors(torch.ones(2, 2))}
+        )
 
 
 def small_factors(lambda_mean: torch.Tensor) -> ModuleFactors:

@@ -68,6 +68,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuerySettings, F
     return settings, factors, parts, root / "blocks.parquet"
 
 
+def test_queries_are_cut_to_the_positions_of_the_proxy(prepared: Any) -> None:
+    settings, *_ = prepared
+    settings = replace(settings, options=replace(settings.options, max_tokens=512))
+    rows = [QueryRow(row=0, positive=True, score=0.5, prompt="You " * 40, completion=" clown")]
+    (query,) = settings.tokenise(byte_level(), rows, load_proxy(settings.proxy, gpus=0))
+    assert len(query.token_ids) == ARCHITECTURES["llama"]["max_position_embeddings"]
+
+
 def test_a_refinement_that_was_interrupted_goes_on_to_the_same_bytes(prepared: Any, tmp_path: Path) -> None:
     settings, factors, parts, blocks = prepared
 

@@ -131,6 +131,25 @@ def test_a_scorer_leaves_the_model_as_it_was() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("attribution", "method"), [("target", PRESETS["exact"]), ("target", FULL), ("target", LOW), ("position", FULL)]
+)
+def test_a_model_that_an_engine_cannot_take_is_refused(attribution: Attribution, method: Method) -> None:
+    differences = attribution == "target" and method.engine == "difference"
+    for dtype in (torch.float16, torch.bfloat16)[: 1 + differences]:
+        model = tiny_model("llama", dtype=dtype)
+        with pytest.raises(ValueError, match=rf"{dtype}, .* call model\.float\(\)"):
+            TokenScorer(model, random_directions(model), attribution=attribution, method=method)
+
+
+@pytest.mark.parametrize("method", [PRESETS["exact"], FULL])
+@pytest.mark.parametrize("attribution", ["target", "position"])
+def test_blocks_of_one_token_score_nothing(attribution: Attribution, method: Method) -> None:
+    model = tiny_model("llama")
+    scorer = TokenScorer(model, random_directions(model), attribution=attribution, method=method)
+    assert torch.equal(scorer.score(torch.tensor([[3], [4]]), torch.tensor([1, 1])), torch.zeros(2, 1))
+
+
 def test_options_that_do_not_go_together_are_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="own precision"):

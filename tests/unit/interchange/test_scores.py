@@ -117,6 +117,17 @@ def test_scores_of_the_other_sign_are_turned(
     np.testing.assert_array_equal(importing(folder, negate=negate), expected(scores, 0, sign))
 
 
+def test_scores_whose_config_turns_them_are_others(
+    scores: Scores, importing: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    own = [each[:, :1] for each in scores]
+    importing(bergson_folder(tmp_path / "b", own, higher_is_better=True))
+    turned = bergson_folder(tmp_path / "turned", own, higher_is_better=False)
+    with pytest.raises(MismatchError, match=r"import_scores\.sign"):
+        importing(turned)
+    np.testing.assert_array_equal(importing(turned, negate=True), expected(scores, 0))  # the same as before
+
+
 @pytest.mark.parametrize("behaviour", [OWN, "insult"])
 def test_what_was_exported_for_kronfluence_comes_back(behaviour: str, run_dir: Path, tmp_path: Path) -> None:
     before = [schemas.read_table(path) for path in data_files(run_dir / "scores")]

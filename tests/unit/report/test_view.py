@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
+import re
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ifguide.report.terminal import COLOURS, DIM, PLAIN, RED, RESET, _painted, paint_for
+from ifguide.report.contents import RankedDocument, Token
+from ifguide.report.page import token_spans
+from ifguide.report.terminal import COLOURS, DIM, PLAIN, RED, RESET, _painted, _tau_line, paint_for
 from ifguide.report.view import ShownDocument, token_texts
+from ifguide.selection.fdr import LARGEST
 from ifguide.tokenizer import train_tokenizer
 
 TEXT = "This is a text 🤡🤡 北京。\n Is it?"
@@ -90,6 +95,22 @@ def test_inspect_shows_the_characters_of_the_text_and_no_controls() -> None:
     red = f"{RED}👩\u200d{RESET}"
     assert _painted(document, 1, COLOURS) == f"{DIM} ... {RESET} 北京\u3000{red}␛[2J"
     assert _painted(document, 1, PLAIN) == " ...  北京\u3000⟦👩\u200d⟧␛[2J"
+    heart = dataclasses.replace(document, texts=(*texts[:3], "❤", "\ufe0f\u200d", "🔥\u200b"))
+    assert _painted(heart, 1, PLAIN) == " ...  北京\u3000⟦❤\ufe0f\u200d⟧🔥\ufffd"
+
+
+def test_the_page_shows_what_changes_the_token_before_it() -> None:
+    texts = ("❤", "\ufe0f", " \u200d")
+    document = RankedDocument(
+        doc_id=0, source="s", rank=1, rank_score=1.0, tokens=tuple(Token(text=text, score=1.0) for text in texts)
+    )
+    shown = re.findall(r">([^<]*)</span>", token_spans(document, 1.0))
+    assert shown == ["❤", "\ufe0f", " \ufffd"]
+
+
+def test_a_tau_above_every_token_is_told_in_words() -> None:
+    assert _tau_line(0.25, "influence score") == "tau 0.25 of the influence score"
+    assert _tau_line(LARGEST, "z-score") == "no z-score is above tau"
 
 
 def test_colours_are_for_terminals_unless_a_variable_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,3 +109,13 @@ def test_the_table_survives_odd_values(tmp_path: Path) -> None:
     assert "| corpus.tokens | 4,000 |" in text
     table = [line for line in text.splitlines() if line.startswith("| ")]
     assert all(line.replace("\\|", "").count("|") == 3 for line in table)
+
+
+def test_no_name_is_markup(tmp_path: Path) -> None:
+    evil = "x/<b>[a](http://b)\n# c"
+    text = card(tmp_path, settings_of(ModelSource(source=evil), init_from=evil)).text
+    shown = "x/&lt;b>\\[a\\](http://b) # c"
+    assert text.lstrip().startswith(f"# {shown}, penalised\n\n{shown}, fine-tuned from {shown} on")
+    assert f"| training.initial_weights | {shown} |" in text
+    assert "<b>" not in text
+    assert "[a]" not in text
