@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from ifguide.storage import location
@@ -39,6 +40,7 @@ def s3_server(folder: Path) -> Iterator[int]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
                 patch.setenv(name, value)
+            fsspec.get_filesystem_class("s3").clear_instance_cache()  # of a server before this one, at its port
             location("s3://lake").fs.mkdir("lake")  # type: ignore[attr-defined]
             yield port
     finally:
