@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, PLAN, Manifest, discard_if_mended, read_manifest, read_plan
+from ifguide.artifacts import MANIFEST, PLAN, Manifest, discard_if_mended, read_manifest
+from ifguide.artifacts.manifest import read_plan
 from ifguide.config import ConfigError, PackCorpus
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
