@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from ifguide.config.compare import ExcessLoss
 from ifguide.influence.query import TokenisedQuery
-from ifguide.methods.reading import Blocks, QuerySets, token_losses
+from ifguide.methods.reading import Blocks, QuerySets, in_precision, token_losses
 from ifguide.models import next_token_nll
 
 DEFAULTS = ExcessLoss()
@@ -44,10 +44,14 @@ class ExcessLossFinder:
     negative: PreTrainedModel
     summary: dict[str, Any]
     beginning: int | None = None
+    precision: str = "float32"
 
     def score(self, blocks: Blocks) -> list[NDArray[np.float32]]:
         """For each block of token ids its excess loss (T,) in nats, label-aligned; entry 0 is 0."""
-        losses = (token_losses(model, blocks, beginning=self.beginning) for model in (self.negative, self.positive))
+        losses = (
+            token_losses(model, blocks, beginning=self.beginning, precision=self.precision)
+            for model in (self.negative, self.positive)
+        )
         scores = [(negative - positive).float().numpy() for negative, positive in zip(*losses, strict=True)]
         for block in scores:
             block[:1] = 0
@@ -63,7 +67,9 @@ class ExcessLossFinder:
         save_file(tensors, path)
 
 
-def load_excess_loss(path: Path, model: PreTrainedModel, *, beginning: int | None) -> ExcessLossFinder:
+def load_excess_loss(
+    path: Path, model: PreTrainedModel, *, beginning: int | None, precision: str = "float32"
+) -> ExcessLossFinder:
     """What `ExcessLossFinder.save` wrote, for copies of the same model."""
     saved = load_file(path)
     copies = []
@@ -73,7 +79,7 @@ def load_excess_loss(path: Path, model: PreTrainedModel, *, beginning: int | Non
             for name, parameter in tuned.named_parameters():
                 parameter.copy_(saved[f"{side}.{name}"])
         copies.append(tuned)
-    return ExcessLossFinder(copies[0], copies[1], summary={}, beginning=beginning)
+    return ExcessLossFinder(copies[0], copies[1], summary={}, beginning=beginning, precision=precision)
 
 
 def tune_excess_loss(
@@ -94,7 +100,9 @@ def tune_excess_loss(
         losses[side] = [round(value, 4) for value in tune(tuned, queries, options, rng)]
         copies.append(tuned)
     summary = {"queries": count, "loss": losses}
-    return ExcessLossFinder(copies[0], copies[1], summary=summary, beginning=sets.beginning)
+    return ExcessLossFinder(
+        copies[0], copies[1], summary=summary, beginning=sets.beginning, precision=options.precision
+    )
 
 
 def tune(
@@ -109,7 +117,8 @@ def tune(
     for _ in range(options.epochs):
         order, total, tokens = rng.permutation(len(queries)).tolist(), 0.0, 0
         for start in range(0, len(order), options.batch_size):
-            nll_N = _completion_losses(model, [queries[i] for i in order[start : start + options.batch_size]])
+            with in_precision(model, options.precision):
+                nll_N = _completion_losses(model, [queries[i] for i in order[start : start + options.batch_size]])
             nll_N.mean().backward()
             optimiser.step()
             optimiser.zero_grad()

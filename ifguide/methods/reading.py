@@ -57,19 +57,29 @@ def hidden_states(
     `beginning`: a BOS that is read before each block and has no entry. `precision`: of matrix products; in bfloat16
     norms, softmax and the stream between the layers stay float32."""
     for numbers, tokens_BT, lengths_B in _batches(model, blocks, beginning, STATE_TOKENS):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with in_precision(model, precision):
             states = model.base_model(tokens_BT, use_cache=False, output_hidden_states=True).hidden_states
         first = int(beginning is not None)
         for row, number in enumerate(numbers):
             yield number, tuple(layer[row, first : int(lengths_B[row])] for layer in states)
 
 
+def in_precision(model: PreTrainedModel, precision: str) -> torch.autocast:
+    """Within it the model's matrix products are of that precision; its norms, softmax and stream stay as they are."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 @torch.no_grad()
-def token_losses(model: PreTrainedModel, blocks: Blocks, *, beginning: int | None = None) -> list[Tensor]:
-    """Of each block the NLL (T,) of its tokens, float32 on the CPU; entry 0 is 0 without a `beginning`."""
+def token_losses(
+    model: PreTrainedModel, blocks: Blocks, *, beginning: int | None = None, precision: str = "float32"
+) -> list[Tensor]:
+    """Of each block the NLL (T,) of its tokens, float32 on the CPU; entry 0 is 0 without a `beginning`. `precision`: of
+    matrix products, the LM head's too."""
     losses: list[Tensor] = [torch.empty(0)] * len(blocks)
     for numbers, tokens_BT, lengths_B in _batches(model, blocks, beginning, LOSS_TOKENS):
-        nll_BT = next_token_nll(model(tokens_BT, use_cache=False).logits, tokens_BT, lengths_B).cpu()
+        with in_precision(model, precision):
+            logits_BTV = model(tokens_BT, use_cache=False).logits
+        nll_BT = next_token_nll(logits_BTV, tokens_BT, lengths_B).cpu()
         for row, number in enumerate(numbers):
             losses[number] = nll_BT[row, int(beginning is not None) : int(lengths_B[row])]
     return losses

@@ -220,7 +220,9 @@ class ScoreShard:
         elif self.scoring.kind == "influence_words":
             self.finder = word_finder(file, Words(load_tokenizer(self.scoring.tokenizer)))
         elif self.scoring.kind == "excess_loss":
-            self.finder = load_excess_loss(file, _proxy(self.scoring), beginning=beginning)
+            assert isinstance(self.scoring.options, ExcessLoss)
+            precision = self.scoring.options.precision
+            self.finder = load_excess_loss(file, _proxy(self.scoring), beginning=beginning, precision=precision)
         else:
             self.finder = load_probe(file, _proxy(self.scoring), beginning=beginning)
 

@@ -89,6 +89,28 @@ def test_a_score_is_the_difference_of_the_two_losses(beginning: int | None, tmp_
         np.testing.assert_array_equal(own, saved)
 
 
+def test_bfloat16_products_give_nearly_the_same_scores_and_copies() -> None:
+    positive, negative = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    blocks = [np.random.default_rng(0).integers(0, VOCABULARY, 60).tolist()]
+    (exact,), (near,) = (
+        ExcessLossFinder(positive, negative, summary={}, precision=precision).score(blocks)
+        for precision in ("float32", "bfloat16")
+    )
+    assert near.dtype == np.float32
+    assert not np.array_equal(near, exact)
+    assert np.corrcoef(near, exact)[0, 1] > 0.999
+    options = ExcessLoss(epochs=2, batch_size=2, learning_rate=1e-3)
+    halved = replace(options, precision="bfloat16")
+    copies = [copy.deepcopy(positive) for _ in range(2)]
+    full, half = (
+        tune(model, QUERIES, own, np.random.default_rng(5))
+        for model, own in zip(copies, (options, halved), strict=True)
+    )
+    assert half == pytest.approx(full, rel=1e-2)
+    assert half != full
+    assert all(parameter.dtype == torch.float32 for parameter in copies[1].parameters())
+
+
 def test_tokens_of_the_positive_set_score_above_those_of_the_negative(tokenizer: PreTrainedTokenizerFast) -> None:
     rng = np.random.default_rng(0)
 
