@@ -29,10 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
-from ifguide.artifacts import file_digest, json_digest
+from ifguide.artifacts import file_digest, folder_digest, json_digest
 from ifguide.config import ModelSource
 from ifguide.documents import begins_document
-from ifguide.storage import file_sizes
 from ifguide.tokenizer import locate, own_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ def source_fingerprint(source: str, revision: str | None = None) -> str:
     if "gguf_file" in options:
         return file_digest(path / options["gguf_file"])
     if path.is_dir():
-        return json_digest({name: file_digest(path / name) for name in file_sizes(path) if not name.startswith(".")})
+        return folder_digest(path)
     try:  # its snapshot, as `from_pretrained` finds it
         return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ifguide.storage import is_remote, remove_folder, upload, upload_folder
+from ifguide.storage import file_sizes, is_remote, remove_folder, upload, upload_folder
 
 REMOVALS = 5  # of a folder that is written to meanwhile
 
@@ -140,6 +140,11 @@ def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 (hex) of the names and contents of a folder's files, but for hidden ones."""
+    return json_digest({name: file_digest(folder / name) for name in file_sizes(folder) if not name.startswith(".")})
 
 
 def json_digest(content: Any) -> str:

@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ifguide.artifacts import file_digest, json_digest
+from ifguide.artifacts import file_digest, folder_digest, json_digest
 from ifguide.config import ClassifierSource, LabelledTexts
 from ifguide.storage import local_copy
 from ifguide.toxicity.fitted import FittedClassifier, require_both_kinds
@@ -238,8 +238,7 @@ def classifier_inputs(classifiers: Mapping[str, ClassifierSource | None]) -> dic
         elif kind == "words":
             digests[f"{key}.words"] = json_digest(sorted(read_word_list(rest).words))
         elif kind == "hf" and (folder := local_copy(rest)).is_dir():
-            files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
-            digests[f"{key}.model"] = json_digest(files)
+            digests[f"{key}.model"] = folder_digest(folder)
         elif source.checkpoint is not None:
             digests[f"{key}.checkpoint"] = file_digest(local_copy(source.checkpoint))
     return digests
