@@ -10,6 +10,9 @@ Entry j of a block's mask speaks of the loss of predicting token j. The first to
 padding, in the last block alone, has none: neither is masked, both have the label -100. `spans` are of characters and
 so for any tokenizer; every other format is of the corpus' own blocks.
 
+Where the run keeps documents apart (`pretrain.document_attention`), `hf` and `npy` also hold `position_ids`. They count
+from each document's first token, as transformers wants packed documents; that token's label is -100.
+
 A corpus of a target with another tokenizer lies with its mask in RUN/target, which can be exported as a run can.
 
 The folder appears by one rename when all is written and counted. Cost: one reading of corpus and mask, and for the
@@ -18,13 +21,15 @@ time of the export 5 bytes a token of disk; memory is one shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 
 from ifguide import schemas
 from ifguide.artifacts import (
@@ -39,11 +44,13 @@ from ifguide.artifacts import (
     verified,
 )
 from ifguide.artifacts.manifest import CONFIG
+from ifguide.documents import positions_in_document
 from ifguide.lm_head import chunks
-from ifguide.models import IGNORE
+from ifguide.models import IGNORE, predicted_positions
 from ifguide.spans.tables import PackedCorpus, shard_name, write_spans
 from ifguide.storage import is_remote
-from ifguide.training.blocks import MASKED, TOKENS, TrainingBlocks, flatten_blocks
+from ifguide.telemetry import log
+from ifguide.training.blocks import MASKED, TOKENS, Blocks, TrainingBlocks, flatten_blocks
 from ifguide.training.signed_loss import MASKED_ZERO
 
 SCRATCH = "scratch"  # in the folder that is being made
@@ -91,19 +98,27 @@ def export_mask(run_dir: Path, out: Path, *, kind: str, penalty: float = 1.0) ->
 
 
 def _write(part: Path, run_dir: Path, corpus: Manifest, mask: Manifest, kind: str, penalty: float) -> Manifest:
+    config = (run_dir / "mask" / CONFIG).read_text(encoding="utf-8")
     artifact = open_artifact(
         part,
         verb="export_mask",
         options={"export_mask": {"format": kind, **({"penalty": penalty} if kind == "hf" else {})}},
         inputs={"corpus": corpus.fingerprint, "mask": mask.fingerprint},
-        config_yaml=(run_dir / "mask" / CONFIG).read_text(encoding="utf-8"),
+        config_yaml=config,
     )
     write_blocks = FORMATS[kind]
     if write_blocks is None:
         rows = _write_spans(part, run_dir, corpus)
         expected = {"documents": corpus.rows["documents"], "masked": mask.rows["tokens"]}
     else:
-        flatten_blocks(run_dir / "corpus", run_dir / "mask", part / SCRATCH)
+        apart = bool((yaml.safe_load(config).get("pretrain") or {}).get("document_attention"))
+        if apart and kind == "paper":
+            log(
+                "export_mask",
+                "the paper's files cannot say that documents do not see each other",
+                level=logging.WARNING,
+            )
+        flatten_blocks(run_dir / "corpus", run_dir / "mask", part / SCRATCH, documents=apart)
         blocks = TrainingBlocks(part / SCRATCH)
         assert blocks.masked is not None
         write_blocks(part, blocks, penalty)
@@ -143,6 +158,12 @@ def _write_npy(part: Path, blocks: TrainingBlocks, _: float) -> None:
     np.save(part / "tokens.npy", blocks.tokens)
     np.save(part / "mask.npy", blocks.masked.view(np.uint8))  # type: ignore[union-attr]
     np.save(part / "lengths.npy", blocks.lengths)
+    if blocks.starts is not None:
+        shape = blocks.tokens.shape
+        positions = np.lib.format.open_memmap(part / "position_ids.npy", mode="w+", dtype=np.int32, shape=shape)
+        for rows in _some_rows(blocks):
+            positions[rows] = _positions(_taken(blocks, rows))
+        positions.flush()
 
 
 def _write_paper(part: Path, blocks: TrainingBlocks, _: float) -> None:
@@ -156,17 +177,20 @@ def _write_hf(part: Path, blocks: TrainingBlocks, penalty: float) -> None:
     import datasets
 
     kinds = {"input_ids": "int32", "labels": "int32", "loss_weight": "float32"}
+    if blocks.starts is not None:
+        kinds["position_ids"] = "int32"
     features = datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in kinds.items()})
     schema, block_size = features.arrow_schema, blocks.tokens.shape[1]
     table = part / SCRATCH / "table.arrow"
     with pa.OSFile(str(table), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-        for rows in chunks(len(blocks.tokens), max(1, TOKENS_AT_ONCE // block_size)):
-            tokens_BT, masked_BT = blocks.tokens[rows], blocks.masked[rows]  # type: ignore[index]
-            index = np.arange(block_size)
-            predicted_BT = (index >= 1) & (index < blocks.lengths[rows, None])
+        for rows in _some_rows(blocks):
+            taken = _taken(blocks, rows)
+            assert taken.mask_BT is not None
+            tokens_BT, masked_BT, predicted_BT = taken.tokens_BT.astype(np.int32), taken.mask_BT, _predicted(taken)
             labels_BT = np.where(masked_BT, MASKED_ZERO - tokens_BT, tokens_BT)
             weights_BT = np.where(masked_BT, -penalty, 1.0) * predicted_BT
-            columns = (tokens_BT, np.where(predicted_BT, labels_BT, IGNORE), weights_BT.astype(np.float32))
+            columns = [tokens_BT, np.where(predicted_BT, labels_BT, IGNORE), weights_BT.astype(np.float32)]
+            columns += [] if taken.document_BT is None else [_positions(taken)]
             bounds = pa.array(np.arange(len(tokens_BT) + 1) * block_size, pa.int32())
             arrays = [pa.ListArray.from_arrays(bounds, np.ascontiguousarray(column).ravel()) for column in columns]
             stream.write_table(pa.Table.from_arrays(arrays, schema=schema))
@@ -180,6 +204,26 @@ def _write_hf(part: Path, blocks: TrainingBlocks, penalty: float) -> None:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+def _some_rows(blocks: TrainingBlocks) -> Iterator[slice]:
+    yield from chunks(len(blocks.tokens), max(1, TOKENS_AT_ONCE // blocks.tokens.shape[1]))
+
+
+def _taken(blocks: TrainingBlocks, rows: slice) -> Blocks:
+    return blocks.take(np.arange(rows.start, rows.stop))
+
+
+def _predicted(blocks: Blocks) -> np.ndarray:
+    """Boolean (B, T): the tokens that `pretrain` has a loss of."""
+    documents = None if blocks.document_BT is None else torch.from_numpy(blocks.document_BT)
+    tokens, lengths = torch.from_numpy(blocks.tokens_BT), torch.from_numpy(blocks.lengths_B)
+    return predicted_positions(tokens, lengths, documents).numpy()
+
+
+def _positions(blocks: Blocks) -> np.ndarray:
+    """int32 (B, T): the place of each token in its document, where these do not see each other."""
+    return positions_in_document(torch.from_numpy(blocks.document_BT)).numpy().astype(np.int32)
 
 
 FORMATS: dict[str, Callable[[Path, TrainingBlocks, float], None] | None] = {

@@ -8,8 +8,9 @@ head, L layers of attention width A and blocks of T tokens, a forward pass takes
 
     2 N + 2 H + 2 L A T        (the last is causal attention: half of the full square that plain kernels compute)
 
-and a backward pass with weight gradients twice that. Element-wise operations, norms and embeddings are left out: they
-cost bandwidth, and show in the efficiency that was measured.
+and a backward pass with weight gradients twice that; where only adapters are trained, little more than once.
+Element-wise operations, norms and embeddings are left out: they cost bandwidth, and show in the efficiency that was
+measured.
 
 Cost: about a second per model and no memory. It does not read weights.
 """
@@ -59,9 +60,16 @@ class ModelShape:
         """One forward pass with logits, FLOP per token."""
         return 2.0 * self.tracked + 2.0 * self.head + self.attention_flop(block_size)
 
-    def training_flop(self, block_size: int, *, recomputed: bool = False) -> float:
-        """Forward and backward with weight gradients; `recomputed` adds the forward of activation checkpointing."""
-        return (4.0 if recomputed else 3.0) * self.forward_flop(block_size)
+    def training_flop(self, block_size: int, *, recomputed: bool = False, adapters: int | None = None) -> float:
+        """Forward and backward with weight gradients, FLOP per token; `recomputed` adds the forward of activation
+        checkpointing. With so many weights in `adapters` only those have gradients, and every other map's backward
+        pass is one product instead of two."""
+        forward = self.forward_flop(block_size)
+        if adapters is None:
+            return (4.0 if recomputed else 3.0) * forward
+        forward += 2.0 * adapters
+        backward = forward + self.attention_flop(block_size) + 2.0 * adapters
+        return (2.0 if recomputed else 1.0) * forward + backward
 
 
 def published_shapes() -> dict[str, dict[str, Any]]:
@@ -106,8 +114,9 @@ def _positions(fields: Mapping[str, Any]) -> int | None:
     return text.get("max_position_embeddings", text.get("n_positions"))
 
 
-def model_shape(model: ModelSource, key: str, *, traced: bool = True) -> ModelShape:
-    """The shape of a configured model. `key` (proxy, target) names it in errors; `traced` as in `shape_of_fields`.
+def model_shape(model: ModelSource, key: str, *, traced: bool = True, vocabulary: int | None = None) -> ModelShape:
+    """The shape of a configured model. `key` (proxy, target) names it in errors; `traced` as in `shape_of_fields`; a
+    `vocabulary` takes the place of a named model's own.
 
     Raises:
         ValueError: a hub id that is neither packaged nor to be had; FileNotFoundError: no such local model.
@@ -116,8 +125,10 @@ def model_shape(model: ModelSource, key: str, *, traced: bool = True) -> ModelSh
         return shape_of_fields(key, f"{key}.architecture", model.architecture, traced=traced)
     assert model.source is not None
     published = published_shapes()
+    other = {} if vocabulary is None else {"vocab_size": vocabulary}
     if model.source in published:
-        return shape_of_fields(model.source, "published shape", published[model.source]["fields"], traced=traced)
+        fields = published[model.source]["fields"] | other
+        return shape_of_fields(model.source, "published shape", fields, traced=traced)
     try:
         fields = load_architecture(model)
     except FileNotFoundError as error:
@@ -129,7 +140,7 @@ def model_shape(model: ModelSource, key: str, *, traced: bool = True) -> ModelSh
             f"{key}: the config of {model.source} cannot be fetched. Name a local folder that holds its config.json,"
             f" give its shape as {key}.architecture, or a model of known shape: {', '.join(published)}"
         ) from error
-    return shape_of_fields(model.source, "its config", fields, traced=traced)
+    return shape_of_fields(model.source, "its config", fields | other, traced=traced)
 
 
 def shape_of_fields(name: str, known_from: str, fields: dict[str, Any], *, traced: bool = True) -> ModelShape:

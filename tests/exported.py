@@ -20,11 +20,12 @@ def finish(
     rows: Mapping[str, int],
     options: Mapping[str, Any] = {},
     summary: Mapping[str, Any] = {},
+    config_yaml: str = "seed: 0\n",
 ) -> Manifest:
     """A manifest over the files that lie in a folder."""
     files = sorted(folder.glob("*.parquet"))
     moved = [path.rename(folder.parent / path.name) for path in files]
-    artifact = open_artifact(_emptied(folder), verb=verb, options=options, inputs=inputs, config_yaml="seed: 0\n")
+    artifact = open_artifact(_emptied(folder), verb=verb, options=options, inputs=inputs, config_yaml=config_yaml)
     for path in moved:
         path.rename(folder / path.name)
     return artifact.finish(files, rows=rows, summary=summary)
@@ -37,7 +38,14 @@ def _emptied(folder: Path) -> Path:
 
 
 def make_run(
-    run_dir: Path, texts: Sequence[str], tokenizer: Any, *, block_size: int, blocks_per_shard: int, share: float = 0.1
+    run_dir: Path,
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    block_size: int,
+    blocks_per_shard: int,
+    share: float = 0.1,
+    config_yaml: str = "seed: 0\n",
 ) -> Path:
     """The run of these texts; a random `share` of their tokens is masked, the first of a block never."""
     shape = {"block_size": block_size, "blocks_per_shard": blocks_per_shard}
@@ -54,5 +62,6 @@ def make_run(
     masked[::block_size] = False
     write_mask_shards(packed, run_dir / "mask", masked)
     rows = {"blocks": packed.num_blocks, "tokens": int(masked.sum())}
-    finish(run_dir / "mask", "build_mask", {"corpus": corpus.fingerprint}, rows=rows)
+    inputs = {"corpus": corpus.fingerprint}
+    finish(run_dir / "mask", "build_mask", inputs, rows=rows, config_yaml=config_yaml)
     return run_dir

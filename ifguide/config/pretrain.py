@@ -121,7 +121,7 @@ class Pretrain:
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
         acceleration: what makes a step faster.
         workers: processes that train.
-        min_workers: start with as many workers as there are, from this many on, and follow the cluster.
+        min_workers: start with as many workers as there are, from this many on; each restart counts them again.
         resources: of one worker.
         checkpoint_steps: steps from one checkpoint to the next; with `export: best` the model depends on them.
         keep_last: newest checkpoints that stay.
@@ -175,6 +175,11 @@ class Pretrain:
     def has_own_tokenizer(self) -> bool:
         """True when the target is given another tokenizer than the corpus'."""
         return self.tokenizer is not None or self.train_tokenizer is not None
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that it may start with."""
+        return self.min_workers or self.workers
 
     @property
     def parts_parameters(self) -> bool:

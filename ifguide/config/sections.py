@@ -216,6 +216,13 @@ class Config:
         return source
 
     @property
+    def target_tokenizer_size(self) -> int | None:
+        """Tokens of the target's tokenizer, where that is trained; None: it is not."""
+        if self.pretrain.has_own_tokenizer:
+            return self.pretrain.train_tokenizer
+        return self.pack_corpus.train_tokenizer
+
+    @property
     def proxy_is_baseline(self) -> bool:
         """True when no proxy is named, so that the baseline model of this run serves as one."""
         return self.proxy.source is None and self.proxy.architecture is None

@@ -18,10 +18,11 @@ from ifguide.influence.method import chosen_method
 from ifguide.planning import flops
 from ifguide.planning.job import Job, Pass, StageEstimate, by_core, computed, rows, set_rows
 from ifguide.planning.measurements import efficiency, rates
-from ifguide.planning.training_memory import training_memory
+from ifguide.planning.training_memory import checkpoint_bytes, training_memory
 from ifguide.shapes import ModelShape, model_shape
 from ifguide.student.encoder import encoder_source
 from ifguide.student.sampling import audit_share
+from ifguide.training.adapters import adapter_parameters
 
 QUERY_TOKENS, PROMPT_TOKENS = 64, 16
 
@@ -257,8 +258,10 @@ def _score_corpus(job: Job) -> StageEstimate:
 def pretrain_estimate(job: Job, *, models: int) -> StageEstimate:
     """Training of one model, or of two: the penalised one and the baseline."""
     config, target = job.config.pretrain, job.target
-    per_token = target.training_flop(job.block, recomputed=config.activation_checkpointing)
-    parameters, width = float(target.parameters), 2 if config.dtype == "bfloat16" else 4
+    adapters = None if config.lora is None else adapter_parameters(target.skeleton, config.lora)
+    per_token = target.training_flop(job.block, recomputed=config.activation_checkpointing, adapters=adapters)
+    kept = config.keep_last + (config.keep_best if config.heldout_blocks else 0)
+    checkpoints = (models * kept + 1) * checkpoint_bytes(config, target)  # a new one is whole before an old one goes
     host = job.tokens * 5.0
     return computed(
         job,
@@ -267,7 +270,7 @@ def pretrain_estimate(job: Job, *, models: int) -> StageEstimate:
         workers=config.workers,
         resources=config.resources,
         memory=training_memory(config, target, job.block).total,
-        storage=models * parameters * (4 + width + 12),
+        storage=4.0 * models * target.parameters + checkpoints,
         repeats=models,
         notes=(
             f"{models} models of {config.epochs:g} epochs; while one trains, its workers map flat files of the corpus"

@@ -17,7 +17,8 @@ def proxy_shape(config: Config) -> ModelShape:
 
 
 def target_shape(config: Config) -> ModelShape:
-    """The model to be trained; its vocabulary is the tokenizer's where the architecture leaves it open.
+    """The model to be trained; its vocabulary is the tokenizer's where the architecture leaves it open, or where the
+    model is named and the tokenizer is trained.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: the shape cannot be known; says what to set.
@@ -28,14 +29,13 @@ def target_shape(config: Config) -> ModelShape:
         if "vocab_size" not in fields:
             fields["vocab_size"] = _vocabulary(config)
         return shape_of_fields("target", "target.architecture", fields, traced=traced)
-    return model_shape(source, "target", traced=traced)
+    trained = None if config.pretrain.init_from else config.target_tokenizer_size
+    return model_shape(source, "target", traced=traced, vocabulary=trained)
 
 
 def _vocabulary(config: Config) -> int:
-    if config.pretrain.train_tokenizer is not None:
-        return config.pretrain.train_tokenizer
-    if config.pack_corpus.train_tokenizer is not None and config.pretrain.tokenizer is None:
-        return config.pack_corpus.train_tokenizer
+    if config.target_tokenizer_size is not None:
+        return config.target_tokenizer_size
     try:
         return len(load_tokenizer(config.pretrain.tokenizer or config.named_tokenizer))
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ those of `ifguide plan`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -94,7 +95,7 @@ def require_fit(plan: PretrainPlan) -> None:
     with_them = training_memory(
         replace(plan.config.pretrain, **changes), plan.target, plan.config.pack_corpus.block_size
     )
-    settings = " ".join(f"--set pretrain.{key}={_yaml(value)}" for key, value in changes.items())
+    settings = " ".join(f"--set pretrain.{key}={json.dumps(value)}" for key, value in changes.items())
     raise ConfigError(f"pretrain.{next(iter(changes))}: {needed}; it fits with {settings} ({size(with_them.total)})")
 
 
@@ -109,7 +110,7 @@ def _remedy(plan: PretrainPlan) -> dict[str, Any] | None:
         attempts.append(dict(together))
     workers = train.workers
     while (workers := 2 * workers) <= MOST_WORKERS:
-        attempts.append({"workers": workers, **together})
+        attempts.append({"workers": workers, **together, **_all_workers(train)})
     for changes in (_with_needs(train, attempt) for attempt in attempts):
         changed = replace(train, **changes)
         if changed.batch_blocks % (changed.workers * changed.micro_batch_blocks):
@@ -119,7 +120,14 @@ def _remedy(plan: PretrainPlan) -> dict[str, Any] | None:
     return None
 
 
+def _all_workers(train: Pretrain) -> dict[str, Any]:
+    """What makes a training start with all its workers."""
+    return {} if train.min_workers is None else {"min_workers": None}
+
+
 def _single_changes(train: Pretrain) -> Iterator[dict[str, Any]]:
+    if train.fewest_workers < train.workers:
+        yield _all_workers(train)
     if not train.activation_checkpointing:
         yield {"activation_checkpointing": True}
     if train.workers > 1:
@@ -159,14 +167,16 @@ def describe(plan: PretrainPlan) -> list[str]:
         f"{part} {size(getattr(memory, part))}"
         for part in ("weights", "gradients", "optimizer", "buffers", "activations", "head")
     )
+    fewest = f"{train.fewest_workers} to " if train.fewest_workers < train.workers else ""
     checkpointing = "without" if train.activation_checkpointing else "with"
     limit = f" of {size(plan.machine.memory)}" if train.resources.gpus else ""
     place = f"GPU ({plan.machine.name})" if train.resources.gpus else "worker"
+    place += f" of {train.fewest_workers}" if fewest else ""
     hours = "~" if estimate.extrapolated else ""
     return [
         f"would train {name}: {plan.target.name} ({plan.target.known_from}), {plan.target.parameters:,} parameters,"
         f" {start}",
-        f"{train.workers} workers, ZeRO {train.zero_stage}, {train.dtype}, activation checkpointing"
+        f"{fewest}{train.workers} workers, ZeRO {train.zero_stage}, {train.dtype}, activation checkpointing"
         f" {'on' if train.activation_checkpointing else 'off'}, micro-batches of {train.micro_batch_blocks} blocks,"
         f" {accumulation} to a step",
         f"memory per {place}: {size(memory.total)}{limit}: {parts}",
@@ -178,7 +188,3 @@ def describe(plan: PretrainPlan) -> list[str]:
         f" {size(estimate.storage)} on disk",
         *plan.notes,
     ]
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

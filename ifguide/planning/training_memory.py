@@ -59,11 +59,10 @@ class Activations:
 
 
 def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> TrainingMemory:
-    """The parts for a config and a target, blocks of `block_size` tokens."""
-    parameters, width = float(shape.parameters), 2 if config.dtype == "bfloat16" else 4
-    trained = float(adapter_parameters(shape.skeleton, config.lora)) if config.lora else parameters
-    workers, stage = config.workers, config.zero_stage
-    states = (8 if width == 4 and stage == 0 else 12) * trained / (workers if stage >= 1 else 1)
+    """The parts for a config and a target, blocks of `block_size` tokens; on as few workers as it may start with."""
+    parameters, width, trained = float(shape.parameters), _width(config), _trained_parameters(config, shape)
+    workers, stage = config.fewest_workers, config.zero_stage
+    states = _state_bytes(config) * trained / (workers if stage >= 1 else 1)
     kept = count_activations(shape, block_size, config.dtype)
     per_block = kept.checkpointed if config.activation_checkpointing else kept.whole
     tokens = config.micro_batch_blocks * block_size
@@ -77,6 +76,27 @@ def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> Tra
     )
 
 
+def checkpoint_bytes(config: Pretrain, shape: ModelShape) -> float:
+    """One checkpoint, of all ranks: the weights that are trained, and the optimizer's state."""
+    trained = _trained_parameters(config, shape)
+    if config.engine == "torch":
+        return 12.0 * trained  # float32, whatever the products are in
+    return trained * (_width(config) + _state_bytes(config))
+
+
+def _width(config: Pretrain) -> int:
+    return 2 if config.dtype == "bfloat16" else 4
+
+
+def _state_bytes(config: Pretrain) -> int:
+    """Of the optimizer, for a weight that is trained: two moments and, unless that is one, a copy in float32."""
+    return 8 if config.dtype == "float32" and config.zero_stage == 0 else 12
+
+
+def _trained_parameters(config: Pretrain, shape: ModelShape) -> float:
+    return float(shape.parameters if config.lora is None else adapter_parameters(shape.skeleton, config.lora))
+
+
 def _head(tokens: int, shape: ModelShape, width: int, *, trained: bool) -> float:
     """What `ifguide.training.lm_loss` takes: a chunk's logits twice in float32, its gradient of the head's weights in
     float32 (and once more in the weights' own precision where that is another), and that of the hidden states."""
@@ -88,8 +108,8 @@ def _head(tokens: int, shape: ModelShape, width: int, *, trained: bool) -> float
 def _buffers(config: Pretrain, parameters: float, width: int) -> float:
     """What is on its way between workers during the backward pass, or the gradients in float32 that a step makes of its
     share: the larger. With ZeRO, DeepSpeed takes a whole bucket, however few the workers and the parameters."""
-    alone, stage = config.workers == 1, config.zero_stage
-    share = parameters / config.workers if stage >= 1 else parameters
+    workers, stage = config.fewest_workers, config.zero_stage
+    alone, share = workers == 1, parameters / workers if stage >= 1 else parameters
     step = 0.0 if width == 4 or config.offload_optimizer else 4 * share
     if stage == 0:
         return max(0.0 if alone else width * min(parameters, BUCKET), step)

@@ -295,7 +295,7 @@ class _Sections:
         key = f"{verb}.resources"
         if verb == "pretrain" and section.engine == "torch":
             return {key: partial(self._in_driver, f"{key}.gpus", section.resources.gpus)}
-        count = (section.min_workers or section.workers) if verb == "pretrain" else 1
+        count = section.fewest_workers if verb == "pretrain" else 1
         return {key: partial(self._fits, key, section.resources, count)}
 
     def _made(self, verb: str) -> Path:

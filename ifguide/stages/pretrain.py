@@ -155,6 +155,7 @@ def _settings(run: Run, name: str | None) -> TrainingSettings:
         target=config.target,
         train=config.pretrain,
         seed=config.seed,
+        trained_tokenizer=config.target_tokenizer_size is not None,
         working_directory=os.getcwd(),
         logged=redact(to_mapping(config)),
     )
@@ -165,7 +166,9 @@ def _require_trainable(settings: TrainingSettings, corpus: Manifest) -> None:
     train, block_size = settings.train, settings.block_size
     require_training_blocks(corpus.rows["blocks"], train.heldout_blocks)
     target, tokenizer = initial_model(settings.target, train.init_from), load_tokenizer(settings.tokenizer)
-    fields, name = architecture(target, tokenizer, block_size), target.source or "target.architecture"
+    trained = settings.trained_tokenizer and not train.init_from
+    fields = architecture(target, tokenizer, block_size, trained_tokenizer=trained)
+    name = target.source or "target.architecture"
     check_vocabulary(fields["vocab_size"], tokenizer, model_name=name, tokenizer_name=settings.tokenizer)
     require_positions(name, fields, block_size)
     if train.init_from is not None:
@@ -222,7 +225,7 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
 
     train, folder = settings.train, location(settings.folder)
     failure = folder / FAILURE
-    require_resources(cluster, VERB, train.resources, train.min_workers or train.workers)
+    require_resources(cluster, VERB, train.resources, train.fewest_workers)
     try:
         while True:
             for word in (failure, folder / STOP):
@@ -249,13 +252,16 @@ def _trainer(settings: TrainingSettings) -> Any:
 
     train = settings.train
     use_gpu = train.resources.gpus > 0
-    workers: Any = train.workers if train.min_workers is None else (train.min_workers, train.workers)
+    workers = train.workers if train.min_workers is None else (train.min_workers, train.workers)
+    scaling: Any = ray.train.ScalingConfig  # its types are those of before it could count workers again
     return TorchTrainer(
         train_loop,
         train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=scaling(
             num_workers=workers,
+            # a group that is made larger while it trains would be ended without a checkpoint
+            elastic_resize_monitor_interval_s=float("inf"),
             use_gpu=use_gpu,
             resources_per_worker={
                 "CPU": train.resources.cpus,

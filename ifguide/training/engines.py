@@ -155,7 +155,8 @@ def _write_torch(state: dict[str, Any], folder: Path) -> None:
 
 
 class DeepSpeedEngine:
-    """One rank of `world_size`, whose process group is there already. `leads`: it prepares its machine's files."""
+    """One rank of `world_size`, whose process group is there already. `leads`: it prepares its machine's files, and the
+    others wait for it at the `barrier`."""
 
     def __init__(
         self,
@@ -165,6 +166,7 @@ class DeepSpeedEngine:
         *,
         leads: bool,
         world_size: int,
+        barrier: Callable[[], None],
     ):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
@@ -173,7 +175,7 @@ class DeepSpeedEngine:
         source = None
         if checkpoint is not None:
             reshape = checkpoint.world_size != world_size and config.zero_stage > 0
-            source = _universal(checkpoint, leads, config) if reshape else checkpoint.folder
+            source = _universal(checkpoint, leads, config, barrier) if reshape else checkpoint.folder
         universal = source is not None and source.suffix == UNIVERSAL
         settings = deepspeed_config(config, world_size=world_size, load_universal=universal)
         # alive while the model is built: HF then partitions ZeRO-3 parameters as it initialises them
@@ -254,7 +256,7 @@ class DeepSpeedEngine:
         return {name: of_parameter[id(parameter)] for name, parameter in named if id(parameter) in of_parameter}
 
 
-def _universal(checkpoint: Checkpoint, leads: bool, config: Pretrain) -> Path:
+def _universal(checkpoint: Checkpoint, leads: bool, config: Pretrain, barrier: Callable[[], None]) -> Path:
     """The checkpoint in DeepSpeed's universal form beside it: converted once, by the rank that leads."""
     final = checkpoint.folder.with_suffix(UNIVERSAL)
     if leads:
@@ -278,5 +280,5 @@ def _universal(checkpoint: Checkpoint, leads: bool, config: Pretrain) -> Path:
                 )
             )
         part.rename(final)
-    torch.distributed.barrier()
+    barrier()
     return final

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from ifguide.training.writing import CheckpointWriter
 
 VERB = "pretrain"
 SUMMARY, EXPORT = "summary.json", "hf"
+PATIENCE = timedelta(days=2)  # of ranks that wait for one at work on files: a whole corpus, or a checkpoint
 
 
 class TrainingStopped(Exception):
@@ -77,6 +79,7 @@ class TrainingLoop:
     ):
         self.settings, self.train, self.name = settings, settings.train, settings.name
         self.rank, self.world_size = rank, world_size
+        self.patient = self._group(timeout=PATIENCE) if world_size > 1 else None
         torch.set_num_threads(max(1, int(self.train.resources.cpus)))
         self.place = TrainingFolder(
             settings.folder,
@@ -125,7 +128,10 @@ class TrainingLoop:
         """The process group in which hosts agree without their devices; None: the one that there is."""
         if self.world_size == 1 or torch.distributed.get_backend() == "gloo":
             return None
-        return torch.distributed.new_group(backend="gloo")
+        return self._group()
+
+    def _group(self, **options: Any) -> Any:
+        return torch.distributed.new_group(backend="gloo", **options)
 
     def _blocks(self) -> TrainingBlocks:
         folder, mask = self.place.local / BLOCKS, self.settings.mask
@@ -163,7 +169,8 @@ class TrainingLoop:
         build = partial(build_model, self.settings, self.tokenizer, tokens=tokens, chosen=chosen)
         if self.train.engine == "torch":
             return TorchEngine(self.train, build, checkpoint)
-        return DeepSpeedEngine(self.train, build, checkpoint, leads=self.place.leads, world_size=self.world_size)
+        leads, barrier = self.place.leads, self._barrier
+        return DeepSpeedEngine(self.train, build, checkpoint, leads=leads, world_size=self.world_size, barrier=barrier)
 
     def run(self) -> None:
         """Train to the last step, export, and publish the summary.
@@ -300,8 +307,10 @@ class TrainingLoop:
         return sums.totals(self.world_size).benign
 
     def _barrier(self) -> None:
+        """Wait for all ranks. One of them may be at work on files, for as long as it takes; one that has died ends all
+        by Ray Train."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(group=self.patient)
 
     def _save(self, heldout: float | None) -> None:
         """Publish the engine's state of this step, then remove what need not be kept; from a copy, by a thread, where

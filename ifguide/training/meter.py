@@ -24,6 +24,7 @@ from ifguide.hardware import hardware_of_device
 from ifguide.shapes import shape_of_fields
 from ifguide.storage import is_remote
 from ifguide.telemetry import Sink, cut_torn_line, format_seconds, log
+from ifguide.training.adapters import adapter_parameters
 
 
 class Meter:
@@ -73,7 +74,8 @@ def meter_of(
     if machine is not None:  # else it would be counted for nothing
         with contextlib.suppress(ValueError):  # of a model whose FLOP are not known
             shape = shape_of_fields("target", "its config", dict(fields), traced=False)
-            per_token = shape.training_flop(block_size)
+            adapters = adapter_parameters(shape.skeleton, train.lora) if train.lora else None
+            per_token = shape.training_flop(block_size, adapters=adapters)
     return Meter(
         step=step,
         steps=steps,

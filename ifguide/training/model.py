@@ -24,10 +24,14 @@ from ifguide.training.objective import Objective
 from ifguide.training.settings import TrainingSettings
 
 
-def architecture(target: ModelSource, tokenizer: PreTrainedTokenizerFast, block_size: int) -> dict[str, Any]:
-    """The HF config fields of the model to train; vocabulary and special tokens follow the tokenizer if unset."""
+def architecture(
+    target: ModelSource, tokenizer: PreTrainedTokenizerFast, block_size: int, *, trained_tokenizer: bool = False
+) -> dict[str, Any]:
+    """The HF config fields of the model to train; special tokens are the tokenizer's, and so is the vocabulary where
+    `target.architecture` leaves it open, or where the target is named and the tokenizer was trained for it."""
     fields = with_positions(load_architecture(target), block_size)
-    fields.setdefault("vocab_size", len(tokenizer))
+    if "vocab_size" not in fields or (trained_tokenizer and target.architecture is None):
+        fields["vocab_size"] = len(tokenizer)
     return {**fields, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
@@ -43,7 +47,7 @@ def build_model(
     train = settings.train
     target = initial_model(settings.target, train.init_from)
     if not train.init_from:
-        fields = architecture(target, tokenizer, settings.block_size)
+        fields = architecture(target, tokenizer, settings.block_size, trained_tokenizer=settings.trained_tokenizer)
         target = ModelSource(architecture=fields)
     model = load_model(target, seed=settings.seed, attn_implementation=_attention(train))
     if train.lora is not None:

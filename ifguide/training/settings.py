@@ -15,7 +15,8 @@ class TrainingSettings:
 
     `corpus` is packed in tokens of `tokenizer`, in blocks of `block_size`; `mask` is of its tokens (None: no mask). The
     model is made in `folder`, from `target` unless `train.init_from` says what to start from. The log calls it `name`.
-    Relative names in the config are of `working_directory`. `logged` is what W&B shows of the whole config.
+    `trained_tokenizer`: it was trained for this run, so the vocabulary of a `target` that is named is its own. Relative
+    names in the config are of `working_directory`. `logged` is what W&B shows of the whole config.
     """
 
     name: str
@@ -27,5 +28,6 @@ class TrainingSettings:
     target: ModelSource
     train: Pretrain
     seed: int
+    trained_tokenizer: bool = False
     working_directory: str = "."
     logged: Mapping[str, Any] = field(default_factory=dict)

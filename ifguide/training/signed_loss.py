@@ -73,7 +73,9 @@ def signed_loss(
     labels_BT: int64 token ids, as the input, not shifted; -100 where no loss is wanted (padding). Index 0 has none.
     mask_BT: bool, label aligned as ifguide's masks are: [b, j] speaks of predicting token j. None: nothing is masked.
     token_count: N; None counts the tokens of this batch that have a loss, masked ones too. A step of several
-        micro-batches or ranks wants one count for all of them, so that their gradients add up to the step's.
+        micro-batches or ranks wants one count for all of them, so that their gradients add up to the step's; where
+        gradients are averaged over ranks (DDP, FSDP), multiply the loss by the number of ranks. Several numbers, as
+        transformers' `Trainer` has one for each device of a `DataParallel`, are added up.
 
     Returns a scalar with a gradient, float32 or wider. With nothing masked it is cross-entropy.
 
@@ -93,7 +95,8 @@ def signed_loss(
     logits_NV = logits_BTV[:, :-1].flatten(0, 1).to(torch.promote_types(logits_BTV.dtype, torch.float32))
     nll_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="none")
     loss_N = _OfTokens.apply(nll_N, masked_N, objective)
-    count = counted_N.sum().clamp(min=1) if token_count is None else torch.as_tensor(token_count, device=nll_N.device)
+    given = counted_N.sum().clamp(min=1) if token_count is None else token_count
+    count = torch.as_tensor(given, device=nll_N.device).sum()
     return loss_N.masked_fill(~counted_N, 0).sum() / count.to(nll_N.dtype)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ifguide.config import ModelSource
+from ifguide.config.pretrain import Lora
 from ifguide.models import load_model
 from ifguide.shapes import (
     initial_model,
@@ -16,6 +17,7 @@ from ifguide.shapes import (
     shape_of_fields,
     with_positions,
 )
+from ifguide.training.adapters import adapt, adapter_parameters
 from tests.tiny import ARCHITECTURES, random_blocks, tiny_model
 
 TOKENS = 12
@@ -76,6 +78,25 @@ def test_training_is_counted_as_torch_counts_it() -> None:
     products = sum(count for op, count in counts.items() if "mm" in str(op) and "bmm" not in str(op))
     wanted = 2 * TOKENS * (shape.training_flop(TOKENS) - 3 * shape.attention_flop(TOKENS))
     assert products == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_training_of_adapters_is_counted_as_torch_counts_it(family: str) -> None:
+    """But for the lowest maps, whose inputs have no gradient."""
+    lora, fields = Lora(rank=4), {**ARCHITECTURES[family], "num_hidden_layers": 24}
+    model = load_model(ModelSource(architecture=fields))
+    shape = shape_of_fields("tiny", "test", fields)
+    adapters = adapter_parameters(shape.skeleton, lora)
+    adapt(model, lora)
+    tokens = torch.from_numpy(random_blocks(2, TOKENS, ragged=False)[0]).long()
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, use_cache=False).logits.logsumexp(-1).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counts.items() if "mm" in str(op) and "bmm" not in str(op))
+    wanted = 2 * TOKENS * (shape.training_flop(TOKENS, adapters=adapters) - 3 * shape.attention_flop(TOKENS))
+    assert products == pytest.approx(wanted, rel=0.03)
+    again = shape.training_flop(TOKENS, adapters=adapters, recomputed=True)
+    assert again - shape.training_flop(TOKENS, adapters=adapters) == shape.forward_flop(TOKENS) + 2 * adapters
 
 
 def test_a_model_that_cannot_be_fetched_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,18 @@ from datasets import load_from_disk
 from ifguide import mask_export
 from ifguide.artifacts import data_files, read_manifest, verify_folder
 from ifguide.cli import main
-from ifguide.config import Input
+from ifguide.config import Input, ModelSource
 from ifguide.interchange import import_mask, read_mask
 from ifguide.mask_export import FORMATS, export_mask
+from ifguide.models import load_model
 from ifguide.spans.mapping import mask_of_spans, spans_of_mask, token_edges
 from ifguide.storage import upload_folder
 from ifguide.training.blocks import TrainingBlocks, flatten_blocks
+from ifguide.training.lm_loss import LanguageModelLoss
+from ifguide.training.objective import Objective
+from ifguide.training.signed_loss import objective
 from tests.exported import finish, make_run
+from tests.tiny import GPT_NEOX
 from tests.tokenizers import TEXTS, tokenizers
 
 TEXTS_HERE = [*TEXTS, "pig", "", *TEXTS]
@@ -77,6 +82,30 @@ def test_a_folder_of_datasets_has_signed_labels_and_weights(run_dir: Path, tmp_p
     assert np.array_equal(np.stack(rows["input_ids"]), blocks.tokens)
     assert np.array_equal(np.stack(rows["labels"]), labels)
     assert np.array_equal(np.stack(rows["loss_weight"]), predicted * np.where(blocks.masked, -0.5, 1.0))
+
+
+def test_documents_that_do_not_see_each_other_are_apart_in_transformers_too(tmp_path: Path) -> None:
+    """The loss of a model that reads the exported rows is that of `pretrain`, whose documents are apart."""
+    config = "seed: 0\npretrain: {document_attention: true}\n"
+    shape = {"block_size": T, "blocks_per_shard": 3, "config_yaml": config}
+    run_dir = make_run(tmp_path / "run", TEXTS_HERE, tokenizers()["bpe"], **shape)
+    for kind in ("hf", "npy", "paper"):
+        export_mask(run_dir, tmp_path / kind, kind=kind)
+    rows = load_from_disk(str(tmp_path / "hf")).with_format("torch")[:]
+    flatten_blocks(run_dir / "corpus", run_dir / "mask", tmp_path / "flat", documents=True)
+    blocks = TrainingBlocks(tmp_path / "flat")
+    every = np.arange(len(blocks.tokens))
+    count = blocks.predicted_tokens(every)
+    assert int((rows["labels"] != -100).sum()) == count < blocks.lengths.sum() - len(every)
+    assert np.array_equal(np.load(tmp_path / "npy" / "position_ids.npy"), rows["position_ids"].numpy())
+    model = load_model(ModelSource(architecture={**GPT_NEOX, "vocab_size": len(tokenizers()["bpe"])})).double()
+    taken = blocks.take(every)
+    tokens, lengths, mask, documents = (torch.from_numpy(values) for values in taken if values is not None)
+    own = LanguageModelLoss(model, Objective(kind="penalty", penalty=0.5))(tokens, lengths, mask, count, documents)[0]
+    outputs = model(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False)
+    assert objective(outputs, rows["labels"], kind="penalty", penalty=0.5).item() == pytest.approx(own.item(), rel=1e-9)
+    seen = objective(model(input_ids=rows["input_ids"]), rows["labels"], kind="penalty", penalty=0.5).item()
+    assert seen != pytest.approx(own.item(), rel=1e-4)
 
 
 def test_the_papers_files_come_back_as_the_same_mask(run_dir: Path, tmp_path: Path) -> None:

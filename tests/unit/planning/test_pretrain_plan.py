@@ -91,6 +91,38 @@ def test_adapters_fit_where_all_weights_do_not() -> None:
     assert f"from EleutherAI/pythia-12b, adapters of {count:,} parameters alone" in describe(adapters)[0]
 
 
+def test_a_training_that_may_begin_on_fewer_workers_must_fit_on_those() -> None:
+    changes = ["target=EleutherAI/pythia-6.9b", "pretrain.workers=8", "pretrain.activation_checkpointing=true"]
+    all_workers = plan_pretrain(load_config(CONFIGS / "pythia1b.yaml", changes))
+    fewer = plan_pretrain(load_config(CONFIGS / "pythia1b.yaml", [*changes, "pretrain.min_workers=2"]))
+    assert (all_workers.fits, fewer.fits) == (True, False)
+    assert fewer.memory.optimizer == pytest.approx(4 * all_workers.memory.optimizer)
+    text = "\n".join(describe(fewer))
+    assert "2 to 8 workers" in text
+    assert "memory per GPU (h100) of 2" in text
+    with pytest.raises(ConfigError, match=r"it fits with --set pretrain\.min_workers=null") as refused:
+        require_fit(fewer)
+    advised = re.findall(r"--set (\S+)", str(refused.value))
+    require_fit(plan_pretrain(load_config(CONFIGS / "pythia1b.yaml", [*changes, "pretrain.min_workers=2", *advised])))
+
+
+def test_the_disk_holds_the_model_the_checkpoints_that_stay_and_one_more() -> None:
+    changes = ["pretrain.keep_last=2", "pretrain.heldout_blocks=8", "pretrain.keep_best=1"]
+    one = ["pretrain.keep_last=1", "pretrain.heldout_blocks=0", "pretrain.export=last"]
+    plain, more = (plan_pretrain(load_config(CONFIGS / "pythia1b.yaml", which)) for which in (one, changes))
+    P = PARAMETERS["pythia1b"]
+    assert plain.estimate.storage == pytest.approx(4 * P + 2 * 14 * P)
+    assert more.estimate.storage == pytest.approx(4 * P + 4 * 14 * P)
+
+
+def test_adapters_take_less_of_the_disk_and_of_the_hours_than_all_weights() -> None:
+    changes = ["pretrain.init_from=EleutherAI/pythia-1b"]
+    whole = plan_pretrain(load_config(CONFIGS / "pythia1b.yaml", changes))
+    adapters = plan_pretrain(load_config(CONFIGS / "pythia1b.yaml", [*changes, "pretrain.lora={rank: 16}"]))
+    assert 0.6 < adapters.estimate.flop / whole.estimate.flop < 0.75
+    assert adapters.estimate.storage < 1.1 * 4 * PARAMETERS["pythia1b"]
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "llama3", "gemma2", "gpt2", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_are_those_that_autograd_keeps_of_the_real_model(family: str, dtype: str) -> None:

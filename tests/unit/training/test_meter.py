@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from ifguide.config import Pretrain
+from ifguide.config.pretrain import Lora
 from ifguide.hardware import hardware
 from ifguide.shapes import shape_of_fields
 from ifguide.training.meter import Meter, meter_of, training_line
@@ -51,6 +53,17 @@ def test_mfu_is_of_the_data_sheets_peak_of_all_workers(workers: int, monkeypatch
     assert meter.tokens_per_step == 64 * 32
     assert meter.flop_per_second == workers * hardware("h100").bfloat16
     assert meter.flop_per_token == shape_of_fields("tiny", "test", fields).training_flop(32)
+    adapters = meter_of(
+        fields,
+        replace(train, lora=Lora(rank=2)),
+        block_size=32,
+        step=0,
+        steps=9,
+        device=torch.device("cuda"),
+        workers=workers,
+    )
+    assert adapters.flop_per_token is not None
+    assert adapters.flop_per_token < meter.flop_per_token
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus")
     assert (
         meter_of(fields, train, block_size=32, step=0, steps=9, device=torch.device("cuda"), workers=1).values(1)["mfu"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ifguide.config.pretrain import ObjectiveKind
 from ifguide.training.lm_loss import LanguageModelLoss, chunked_loss
 from ifguide.training.objective import Objective
-from ifguide.training.signed_loss import signed_loss
+from ifguide.training.signed_loss import objective, signed_loss
 from tests.tiny import VOCABULARY, as_tensors, random_blocks, tiny_model
 
 FLOOR = 0.1
@@ -50,6 +50,15 @@ def test_a_model_in_anybodys_loop_moves_as_in_ours() -> None:
     signed_loss(theirs(input_ids=tokens).logits, as_labels(tokens, lengths), mask).backward()
     for own, found in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(found.grad, own.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_count_for_each_device_is_one_of_all() -> None:
+    """As transformers' Trainer gives them, who then multiplies the loss by the number of devices."""
+    logits = torch.randn(2, 6, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(2))
+    one, four = (objective(logits, labels, count) for count in (torch.tensor(9), torch.tensor(9).expand(4, 1)))
+    assert four.shape == ()
+    torch.testing.assert_close(4 * four, one)
 
 
 def test_without_a_mask_it_is_cross_entropy_and_parts_with_one_count_add_up() -> None:

@@ -1,0 +1,90 @@
+"""How a training starts: how long its ranks wait, how many there are, and what model they build."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from ifguide.config import ModelSource, Pretrain
+from ifguide.config.resources import WorkerResources
+from ifguide.models import load_model
+from ifguide.stages.pretrain import _trainer
+from ifguide.training.model import architecture
+from ifguide.training.settings import TrainingSettings
+from tests.tiny import ARCHITECTURES
+from tests.tokenizers import tokenizers
+
+TIMEOUT = 2.0  # seconds, of the process group
+
+
+def _wait(rank: int, folder: Path) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+
+    from ifguide.training.loop import PATIENCE, TrainingLoop
+
+    store = f"file://{folder / 'store'}"
+    timeout = timedelta(seconds=TIMEOUT)
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
+    loop = object.__new__(TrainingLoop)
+    loop.world_size = 2
+    loop.patient = loop._group(timeout=PATIENCE)
+    if rank == 0:  # it writes files for all
+        time.sleep(2 * TIMEOUT)
+    loop._barrier()
+    (folder / f"done{rank}").write_text("")
+
+
+def test_ranks_wait_longer_for_one_at_work_on_files_than_for_each_others_gradients(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ifguide.training.loop"])
+    ranks = [context.Process(target=_wait, args=(rank, tmp_path), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+        process.kill()
+    assert {path.name for path in tmp_path.glob("done*")} == {"done0", "done1"}
+
+
+def test_a_group_is_not_ended_because_the_cluster_has_grown(tmp_path: Path) -> None:
+    """Ray Train would look every minute, and end a group without a checkpoint to begin a larger one."""
+    train = Pretrain(min_workers=1, workers=4, batch_blocks=64, resources=WorkerResources(gpus=0))
+    settings = TrainingSettings(
+        name="model",
+        folder=str(tmp_path),
+        corpus="corpus",
+        mask=None,
+        tokenizer="tokenizer",
+        block_size=16,
+        target=ModelSource(architecture=ARCHITECTURES["llama"]),
+        train=train,
+        seed=0,
+    )
+    scaling = _trainer(settings).scaling_config
+    assert (scaling.min_workers, scaling.max_workers) == (1, 4)
+    assert scaling.elastic_resize_monitor_interval_s == float("inf")
+
+
+def test_the_vocabulary_of_a_named_target_is_that_of_a_tokenizer_trained_for_it(tmp_path: Path) -> None:
+    tokenizer = tokenizers()["bytes"]
+    fields = {**ARCHITECTURES["llama"], "vocab_size": 5000}
+    load_model(ModelSource(architecture=fields)).config.save_pretrained(tmp_path)
+    named = ModelSource(source=str(tmp_path))
+    assert architecture(named, tokenizer, 32, trained_tokenizer=True)["vocab_size"] == len(tokenizer)
+    assert architecture(named, tokenizer, 32)["vocab_size"] == 5000, (
+        "a published tokenizer leaves room beside its tokens"
+    )
+    given = ModelSource(architecture=fields)
+    assert architecture(given, tokenizer, 32, trained_tokenizer=True)["vocab_size"] == 5000, "as it was asked for"
+
+
+@pytest.mark.parametrize("workers", [(4, None, 4), (4, 2, 2)])
+def test_the_fewest_workers_are_those_it_may_start_with(workers: tuple[int, int | None, int]) -> None:
+    most, least, fewest = workers
+    assert Pretrain(workers=most, min_workers=least).fewest_workers == fewest
