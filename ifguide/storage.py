@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 S3 = ("s3", "s3a")
+CACHING = (*S3, "gs", "gcs", "abfs", "abfss", "az")  # whose clients keep listings, unless told not to
 STORE_ERRORS = "botocore."  # modules of what s3fs raises besides OSError: no credentials, no connection
 AT_ONCE = 4  # files moved side by side: s3fs holds up to half a GB of each large one
 
@@ -33,7 +34,8 @@ def location(path: str | Path) -> Path:
     """The absolute local path, or the remote one, that a config or a command line names.
 
     Raises:
-        ValueError: the path is of a file system whose package is not installed.
+        ValueError: the path is of a file system whose package is not installed, or names a host that workers, who are
+            given paths as text, would not be told.
     """
     text = str(path)
     if "://" not in text:
@@ -42,7 +44,7 @@ def location(path: str | Path) -> Path:
         return path  # remote already
     protocol = text.partition("://")[0]
     # Listings are never cached: other processes write beside this one.
-    options: dict[str, Any] = {"use_listings_cache": False} if protocol in S3 else {}
+    options: dict[str, Any] = {"use_listings_cache": False} if protocol in CACHING else {}
     if protocol in S3:
         options["config_kwargs"] = {"retries": {"max_attempts": 10, "mode": "standard"}}
     try:
@@ -52,6 +54,11 @@ def location(path: str | Path) -> Path:
         place.fs  # noqa: B018  # opens the file system, so that a missing package is said here
     except (ImportError, ValueError) as error:
         raise ValueError(f"{text}: {error}; install ifguide[s3], or the fsspec package of {protocol}://") from error
+    if UPath(str(place), **options).storage_options != place.storage_options:
+        raise ValueError(
+            f"{place}: workers would not be told the host; name it in the settings of the file system (HDFS:"
+            f" fs.defaultFS, and {protocol}:///path; Azure: AZURE_STORAGE_ACCOUNT_NAME, and abfs://container/path)"
+        )
     return cast(Path, place)
 
 
@@ -279,8 +286,10 @@ def _listing(path: Path) -> dict[str, dict[str, Any]]:
     """Every file at or under a remote path: relative name ("" is the path itself) -> fsspec's description. Left out are
     the empty objects that stand for folders."""
     fs, root = _fs(path), _key(path).rstrip("/")
-    objects = fs.find(root, detail=True).items()
-    return {name[len(root) :].lstrip("/"): entry for name, entry in objects if not name.endswith("/")}
+    objects = fs.find(root, detail=True)
+    if not isinstance(objects, dict):  # adlfs, of a single file
+        objects = {name: fs.info(name) for name in objects}
+    return {name[len(root) :].lstrip("/"): entry for name, entry in objects.items() if not name.endswith("/")}
 
 
 def _stamp(entry: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ifguide.config.resources import WorkerResources
 from ifguide.telemetry import log
 
 NOTICE_SECONDS = 5.0  # between looks for Ray's notice
+FIXED = "IFGUIDE_FIXED_CLUSTER"  # set where no machine can join, as in the nodes of a Slurm job
 
 
 def connect(cluster: Cluster) -> None:
@@ -88,10 +89,11 @@ def require_resources(
 ) -> None:
     """Refuse `count` processes of a stage that this machine can never hold: Ray would wait for ever.
 
-    A cluster that was joined may grow: there it says what it waits for. number: what to lower for fewer of them.
+    A cluster that was joined may grow, unless `FIXED` says that it does not: there it says what it waits for. number:
+    what to lower for fewer of them.
 
     Raises:
-        ConfigError: Ray runs on this machine alone, and that is too small; names the key.
+        ConfigError: Ray runs on this machine alone, or on a cluster that cannot grow, which is too small; names the key.
     """
     wanted = {"CPU": resources.cpus, "GPU": resources.gpus}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -106,9 +108,14 @@ def require_resources(
     there = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in wanted)
     processes = f"{count} process{'es' * (count > 1)}"
     text = f"{key}: {processes} of {wanted['CPU']:g} CPU and {wanted['GPU']:g} GPU asked for, there are {there}"
-    if not _address(cluster):
+    if is_fixed(cluster):
         raise ConfigError(f"{text}; lower it" + (f" or {number}" if count > 1 else ""))
     log(verb, f"waiting for the cluster to grow: {text}", level=logging.WARNING)
+
+
+def is_fixed(cluster: Cluster) -> bool:
+    """Whether no machine will join: Ray runs on this one alone, or the environment says so."""
+    return not _address(cluster) or bool(os.environ.get(FIXED))
 
 
 def _address(cluster: Cluster) -> str | None:

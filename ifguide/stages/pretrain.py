@@ -25,7 +25,8 @@ from ifguide.artifacts import Manifest, file_entry, read_sealed, remove_tree, re
 from ifguide.config import Cluster, redact, to_mapping, to_yaml
 from ifguide.corpus.tables import require_same_documents
 from ifguide.distributed.metrics import ray_metrics
-from ifguide.distributed.session import connect, require_resources
+from ifguide.distributed.network import name_interface
+from ifguide.distributed.session import connect, is_fixed, require_resources
 from ifguide.distributed.shards import StageError
 from ifguide.models import check_own_tokens, check_vocabulary, source_fingerprint
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
@@ -49,6 +50,7 @@ from ifguide.training.settings import TrainingSettings
 SAME_AGAIN = (ValueError, FloatingPointError)  # what a training started again would end with, too
 RAY_TRAIN = "ray_train"  # Ray Train's own folder of a model in training
 END_SECONDS = 3.0  # of the time that a signal leaves: for Ray to end in, when the ranks have saved
+STARTS = 10  # attempts to start the workers where no machine can join: Ray Train gives each a minute
 FAILURE = "failure.txt"  # its message, for the driver and for the workers that are started again
 
 
@@ -232,7 +234,7 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
                 word.unlink(missing_ok=True)
             error: TrainingFailedError | None = None
             try:
-                _fit(_trainer(settings), folder)
+                _fit(_trainer(settings, fixed=is_fixed(cluster)), folder)
             except TrainingFailedError as failed:  # it may be of what Ray met while it ended the others
                 error = failed
             if error or failure.exists():
@@ -245,15 +247,17 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
             word.unlink(missing_ok=True)
 
 
-def _trainer(settings: TrainingSettings) -> Any:
-    """One run of Ray Train."""
+def _trainer(settings: TrainingSettings, *, fixed: bool = False) -> Any:
+    """One run of Ray Train. `fixed`: no machine will join, so it does not wait for some without end."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     train = settings.train
     use_gpu = train.resources.gpus > 0
     workers = train.workers if train.min_workers is None else (train.min_workers, train.workers)
-    scaling: Any = ray.train.ScalingConfig  # its types are those of before it could count workers again
+    # their types are those of another class
+    scaling: Any = ray.train.ScalingConfig
+    failures: Any = ray.train.FailureConfig
     return TorchTrainer(
         train_loop,
         train_loop_config={"settings": settings},
@@ -272,7 +276,7 @@ def _trainer(settings: TrainingSettings) -> Any:
         run_config=ray.train.RunConfig(
             name=f"{settings.name}-{time.time_ns()}",
             **_ray_storage(location(settings.folder) / RAY_TRAIN),
-            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+            failure_config=failures(max_failures=train.max_failures, controller_failure_limit=STARTS if fixed else -1),
         ),
     )
 
@@ -333,6 +337,7 @@ def train_loop(given: dict[str, TrainingSettings]) -> None:
     configure_logging()
     settings = given["settings"]
     os.chdir(settings.working_directory)  # Ray Train moved to its own; relative paths in the config are the driver's
+    name_interface(ray.util.get_node_ip_address())
     context, failure = ray.train.get_context(), location(settings.folder) / FAILURE
     if failure.exists():
         return
@@ -356,7 +361,7 @@ def train_loop(given: dict[str, TrainingSettings]) -> None:
 
 def _machine_is_taken_away() -> bool:
     """Whether Ray has said so to the ranks: after a SIGTERM to a node's `ray start --block`, as in a pod that ends, or
-    by its cloud.
+    by `ray drain-node`.
 
     The public `ray.train.get_preemption_info` says the same, but has all ranks wait for each other every time.
     """

@@ -222,6 +222,30 @@ def test_pods_have_what_they_name(path: Path) -> None:
     assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in worker["spec"]["tolerations"]
 
 
+@pytest.mark.parametrize("path", RAY_FILES, ids=lambda path: path.name)
+def test_what_is_mounted_of_the_claim_is_made_for_the_containers_user_first(path: Path) -> None:
+    """Kubernetes makes a subPath that is not there, as root."""
+    for pod in pods_of(path):
+        (folders,) = pod["spec"]["initContainers"]
+        assert folders["securityContext"]["runAsUser"] == 0
+        ((name, place),) = ((mount["name"], mount["mountPath"]) for mount in folders["volumeMounts"])
+        words = folders["command"]
+        assert (words[0], words[words.index("-o") + 1]) == ("install", "1000")
+        (container,) = pod["spec"]["containers"]
+        assert folders["image"] == container["image"]
+        parts = [mount for mount in container["volumeMounts"] if "subPath" in mount]
+        assert parts
+        assert all(mount["name"] == name for mount in parts)
+        assert {f"{place}/{mount['subPath']}" for mount in parts} <= set(words)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_a_jobs_machines_go_when_it_ends(path: Path) -> None:
+    spec = yaml.safe_load(path.read_text())["spec"]
+    assert spec["shutdownAfterJobFinishes"]
+    assert spec.get("ttlSecondsAfterFinished", 0) <= 60
+
+
 def test_the_launchers_file_is_as_ray_wants_it() -> None:
     ray = pytest.importorskip("ray")
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
@@ -265,17 +289,20 @@ FAKES = {
     # a job that saves for as long as it is asked to, and counts what it was asked
     "python": """trap 'sleep 0.5; echo saved >>"$CALLS"; exit 143' TERM
 echo "python $* RAY_ADDRESS=$RAY_ADDRESS" >>"$CALLS"
+echo "fixed $IFGUIDE_FIXED_CLUSTER, files in $RAY_TMPDIR" >>"$CALLS"
 stat -c "token %a" "$RAY_AUTH_TOKEN_PATH" >>"$CALLS"
 for _ in $(seq $((STEPS * 10))); do sleep 0.1; done""",
 }
 
 
-def run_slurm(folder: Path, steps: int, *signals: signal.Signals) -> tuple[int, list[str], set[str]]:
+def run_slurm(
+    folder: Path, steps: int, *signals: signal.Signals, fakes: dict[str, str] = FAKES
+) -> tuple[int, list[str], set[str]]:
     """The exit code of the Slurm job beside commands that only say what they were told, what those were told, and what
     it has left in its folder."""
     commands, calls = folder / "bin", folder / "calls"
     commands.mkdir()
-    for name, script in FAKES.items():
+    for name, script in fakes.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (commands / name).chmod(0o755)
     checkout = folder / "checkout"
@@ -293,6 +320,8 @@ def run_slurm(folder: Path, steps: int, *signals: signal.Signals) -> tuple[int, 
     process = subprocess.Popen(["bash", str(CLUSTER / "slurm.sbatch"), "--set", "seed=1"], env=environment)
     deadline = time.monotonic() + 300
     while not (calls.exists() and "token" in calls.read_text()) and time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
         time.sleep(0.05)
     for number in signals:
         time.sleep(0.2)
@@ -304,11 +333,20 @@ def run_slurm(folder: Path, steps: int, *signals: signal.Signals) -> tuple[int, 
 def test_the_slurm_job_starts_ray_on_every_node_and_the_verb_on_one(tmp_path: Path) -> None:
     code, calls, left = run_slurm(tmp_path, 1)
     assert (code, left) == (0, set())
-    srun, ray, python, token = calls
+    srun, ray, python, places, token = calls
     assert srun.startswith("srun --nodes=4 --ntasks-per-node=1 --cpus-per-task=64 ray symmetric-run ")
     assert ray.startswith("ray symmetric-run --address 10.0.0.5:6379 --min-nodes 4 --num-cpus=64 --num-gpus=8 -- ")
     assert python == ("python jobs/pretrain.py --config configs/pythia12b.yaml --set seed=1 RAY_ADDRESS=10.0.0.5:6379")
+    assert places == "fixed 1, files in /tmp/ifguide-42"
     assert token == "token 600"
+
+
+def test_a_slurm_job_in_which_ray_does_not_start_has_failed(tmp_path: Path) -> None:
+    """`ray symmetric-run` itself ends with 0."""
+    fakes = FAKES | {"ray": 'echo "ray $*" >>"$CALLS"; echo "Failed to start Ray"'}
+    code, calls, left = run_slurm(tmp_path, 1, fakes=fakes)
+    assert (code, left) == (1, set())
+    assert [call.split()[0] for call in calls] == ["srun", "ray"]
 
 
 @pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
@@ -317,4 +355,4 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
 ) -> None:
     code, calls, left = run_slurm(tmp_path, 30, number)
     assert (code, left) == (143, set())
-    assert calls[4:] == ["saved", *(["scontrol requeue 42"] if requeued else [])]
+    assert calls[5:] == ["saved", *(["scontrol requeue 42"] if requeued else [])]

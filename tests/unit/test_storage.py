@@ -152,3 +152,29 @@ def test_an_object_that_stands_for_a_folder_is_no_file_of_it(tmp_path: Path) -> 
             }
         with pytest.raises(FileNotFoundError, match="folder s3://lake/docs/empty holds no"):
             list_files("s3://lake/docs/empty", "k")
+
+
+@pytest.mark.parametrize("text", ["hdfs://namenode:9000/runs", "abfs://box@account.dfs.core.windows.net/runs"])
+def test_a_host_that_workers_would_not_be_told_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are given paths as text, which leaves it out."""
+    monkeypatch.setattr("upath.core.UPath.fs", property(lambda path: None), raising=False)
+    with pytest.raises(ValueError, match=r"workers would not be told the host .* fs\.defaultFS"):
+        location(text)
+
+
+@pytest.mark.parametrize("text", ["hdfs:///runs", "s3://bucket/runs", "s3://key:secret@bucket/runs", "gs://bucket/a"])
+def test_a_place_without_a_host_is_taken(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upath.core.UPath.fs", property(lambda path: None), raising=False)
+    assert str(location(text)).endswith(text.rpartition("@")[2].partition("://")[2].lstrip("/"))
+
+
+def test_one_file_is_copied_from_a_store_that_lists_it_by_name_alone(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_folder(folder, store)
+    fs = store.fs  # type: ignore[attr-defined]
+    find = type(fs).find
+    monkeypatch.setattr(
+        type(fs), "find", lambda self, path, **options: [path] if self.isfile(path) else find(self, path, **options)
+    )
+    assert local_copy(store / "a").read_text() == "one"

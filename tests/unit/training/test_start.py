@@ -66,7 +66,10 @@ def test_a_group_is_not_ended_because_the_cluster_has_grown(tmp_path: Path) -> N
         train=train,
         seed=0,
     )
-    scaling = _trainer(settings).scaling_config
+    trainer = _trainer(settings)
+    assert trainer.run_config.failure_config.controller_failure_limit == -1
+    assert _trainer(settings, fixed=True).run_config.failure_config.controller_failure_limit == 10
+    scaling = trainer.scaling_config
     assert (scaling.min_workers, scaling.max_workers) == (1, 4)
     assert scaling.elastic_resize_monitor_interval_s == float("inf")
 

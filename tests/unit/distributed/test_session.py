@@ -1,0 +1,48 @@
+"""What a cluster cannot hold is refused where no machine can join, and waited for elsewhere."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import ray
+
+from ifguide.config import Cluster, ConfigError
+from ifguide.config.resources import WorkerResources
+from ifguide.distributed.network import GLOO, interface_of, name_interface
+from ifguide.distributed.session import FIXED, require_resources
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node])
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    monkeypatch.delenv(FIXED, raising=False)
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_only_a_cluster_that_may_grow_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = WorkerResources(cpus=4, gpus=1)
+    require_resources(Cluster(), "pretrain", one, 32)
+    monkeypatch.setenv(FIXED, "1")
+    require_resources(Cluster(), "pretrain", one, 16)
+    with pytest.raises(ConfigError, match=r"pretrain\.resources\.gpus: 32 processes .* there are 128 CPU and 16 GPU"):
+        require_resources(Cluster(), "pretrain", one, 32)
+
+
+def test_the_interface_of_an_address_is_named_to_gloo_unless_it_is_named_already(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loopback = interface_of("127.0.0.1")
+    assert loopback is not None
+    monkeypatch.delenv(GLOO, raising=False)
+    name_interface("192.0.2.1")
+    assert GLOO not in os.environ, "an address that this machine has not"
+    name_interface("127.0.0.1")
+    assert os.environ[GLOO] == loopback
+    monkeypatch.setenv(GLOO, "ib0")
+    name_interface("127.0.0.1")
+    assert os.environ[GLOO] == "ib0"
