@@ -17,7 +17,7 @@ from ifguide.config import Input, load_config
 from ifguide.config.packaged import find_config
 from ifguide.planning.corpus_size import InputSize, input_size
 from ifguide.records.files import KINDS, is_compressed, kind_of, list_files
-from ifguide.records.rows import table_rows
+from ifguide.records.rows import NOT_AN_OBJECT, column_names, table_rows, value_at
 
 TEXT_COLUMNS = ("text", "content", "document", "body", "article", "raw_content", "markdown")
 SIZES = (  # up to so many tokens: width, layers, heads, vocabulary of the target
@@ -205,7 +205,8 @@ def _content(path: Path) -> tuple[tuple[str, ...], Kind]:
     if kind_of(path) == "text":
         return (), Kind("documents")
     row = next(iter(table_rows(path, "text")), None)
-    if isinstance(row, list) and row and isinstance(row[0], str):  # one document a string
+    listed = isinstance(row, list) and row and isinstance(row[0], str)
+    if listed or (row == NOT_AN_OBJECT and kind_of(path) == "json"):  # one document a string
         return (), Kind("documents")
     if not isinstance(row, dict):
         raise ValueError(f"{path}: {row if isinstance(row, str) else 'its first row is no object'}; mend or remove it")
@@ -223,12 +224,13 @@ def _kind(row: Mapping[str, Any]) -> Kind | None:
 
 
 def _documents(path: Path, row: Mapping[str, Any]) -> Kind:
-    texts = {name: value for name, value in row.items() if isinstance(value, str)}
-    if not texts:
+    names = column_names(row)
+    texts = {name: value for name in names if isinstance(value := value_at(row, name), str)}
+    named = [name for name in TEXT_COLUMNS if name in texts or (name in row and row[name] is None)]
+    if not texts and not named:
         raise ValueError(
-            f"{path}: none of its columns ({', '.join(row)}) holds a text; convert it, or name other files"
+            f"{path}: none of its columns ({', '.join(names)}) holds a text; convert it, or name other files"
         )
-    named = [name for name in TEXT_COLUMNS if name in texts]
     return Kind("documents", named[0] if named else max(texts, key=lambda name: len(texts[name])))
 
 

@@ -56,7 +56,7 @@ def location(path: str | Path) -> Path:
         raise ValueError(f"{text}: {error}; install ifguide[s3], or the fsspec package of {protocol}://") from error
     if UPath(str(place), **options).storage_options != place.storage_options:
         raise ValueError(
-            f"{place}: workers would not be told the host; name it in the settings of the file system (HDFS:"
+            f"{text}: workers would not be told the host; name it in the settings of the file system (HDFS:"
             f" fs.defaultFS, and {protocol}:///path; Azure: AZURE_STORAGE_ACCOUNT_NAME, and abfs://container/path)"
         )
     return cast(Path, place)

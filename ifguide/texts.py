@@ -32,7 +32,9 @@ class PackedTexts:
 
 
 def pack_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, block_size: int) -> PackedTexts:
-    """The texts as a corpus has them. Raises ValueError when there are none."""
+    """The texts as a corpus has them. Raises ValueError when there are none, TypeError for a single string."""
+    if isinstance(texts, str):
+        raise TypeError("texts: one string, not a sequence of them; write [text]")
     if not texts:
         raise ValueError("no texts to pack")
     raw = [RawDocument(row=row, text=text) for row, text in enumerate(texts)]

@@ -90,6 +90,13 @@ def check_build_query(config: BuildQuery) -> None:
         )
     check_classifier(config.classifier, "build_query.classifier")
     check_queries(config.prompts, config.pairs, config.positive, config.negative)
+    if config.positive is not None and config.negative is None and config.differential:
+        raise ConfigError(
+            "build_query.negative: required beside build_query.positive, and not set; or set build_query.differential"
+            " to false: V is then of the positive set alone"
+        )
+    if config.positive is not None and config.positive == config.negative:
+        raise ConfigError(f"build_query.negative: {config.negative.path} is build_query.positive, too: V would be 0")
     margin = config.pairs is not None and config.pairs.margin_column is not None
     if config.weigh == "confidence" and config.prompts is None and not margin:
         raise ConfigError(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 MAX_INT = 2**63 - 1
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class ConfigError(ValueError):
@@ -260,6 +261,8 @@ def _plain(raw: Any, dotted: str) -> Any:
         return {_key(key, dotted): _plain(value, f"{dotted}.{key}") for key, value in raw.items()}
     if isinstance(raw, list | tuple):
         return [_plain(item, f"{dotted}[{i}]") for i, item in enumerate(raw)]
+    if isinstance(raw, str) and EXPONENT.fullmatch(raw):
+        return _checked(float(raw), dotted)  # YAML 1.1 reads 5e5 as a string
     if raw is None or isinstance(raw, bool | int | float | str):
         return _checked(raw, dotted)
     raise ConfigError(f"{dotted}: YAML reads it as {raw!r}; write it in quotes")

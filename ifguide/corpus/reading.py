@@ -32,6 +32,7 @@ from ifguide.records.rows import (
     arrow_rows,
     decode_json_line,
     lone_surrogate,
+    no_text,
     open_parquet,
     parquet_rows,
     read_json,
@@ -189,7 +190,7 @@ def _json_rows(path: Path, source: Input) -> Iterator[Any]:
     if isinstance(tree, dict) and source.column in tree:
         yield tree
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        yield from tree
+        yield from map(no_text, tree)
     else:
         texts = list(_listed(tree))
         if source.column != Input.text_column or not all(isinstance(text, str) for text in texts):

@@ -40,7 +40,9 @@ class RayMetrics:
     Ray forgets a gauge that is not set for half a minute, and a shard may take longer: a thread sets them again."""
 
     def __init__(self, verb: str, folder: Path):
-        self.tags = {"stage": verb, "artifact": redact(str(folder))}
+        # Ray takes ASCII alone
+        artifact = redact(str(folder)).encode("ascii", "backslashreplace").decode()
+        self.tags = {"stage": verb, "artifact": artifact}
         self.gauges = {
             gauge.name: Gauge(f"{PREFIX}{gauge.name}", f"{gauge.help} ({gauge.unit})", TAGS) for gauge in GAUGES
         }

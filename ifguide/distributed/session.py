@@ -93,7 +93,7 @@ def require_resources(
     what to lower for fewer of them.
 
     Raises:
-        ConfigError: Ray runs on this machine alone, or on a cluster that cannot grow, which is too small; names the key.
+        ConfigError: Ray runs on this machine alone, or on a cluster that cannot grow, and is too small; names the key.
     """
     wanted = {"CPU": resources.cpus, "GPU": resources.gpus}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

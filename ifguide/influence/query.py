@@ -224,7 +224,14 @@ def build_direction(
     `positive` completions show the behaviour, `negative` ones do not; without any of the latter V is that of the
     positive mean alone. The other options are those of `tokenise_queries`, `mean_completion_gradient` and
     `precondition`, which this calls, and so are the errors.
+
+    Raises:
+        TypeError: a query is no pair of strings; names it.
     """
+    for name, pairs in (("positive", positive), ("negative", negative)):
+        for index, pair in enumerate(pairs):
+            if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+                raise TypeError(f"{name}[{index}]: {pair!r} is no pair of strings, (prompt, completion)")
     queries = tokenise_queries(tokenizer, (*positive, *negative), model, max_tokens=max_tokens, beginning=beginning)
     weights = differential_weights([True] * len(positive) + [False] * len(negative))
     gradient = mean_completion_gradient(model, list(factors), queries, weights, batch_tokens=batch_tokens)

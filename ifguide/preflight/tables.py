@@ -1,21 +1,22 @@
 """Whether files are there and hold what the config says: every name, the first rows, and the rows that it counts on.
 
-Documents: the first rows of up to OPENED_FILES files. Prompts and labelled texts: whole tables, by the functions that
-read them later, or the first rows where they are large. Rows are counted, and compressed files read to their ends, as
-far as READ_BYTES go.
+Documents: the first rows of up to OPENED_FILES files; of held-out texts all, where they are small. Prompts, queries and
+labelled texts: whole tables, by the functions that read them later, or the first rows where they are large. Rows are
+counted, and compressed files read to their ends, as far as READ_BYTES go.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ifguide.config import Completions, ConfigError, Input, LabelledTexts, Pairs, Prompts, PromptSet
+from ifguide.config import BuildQuery, Completions, ConfigError, Input, LabelledTexts, Pairs, Prompts, PromptSet
 from ifguide.corpus.reading import Chunk, check_row, count_rows, hub_name, list_chunks, raw_rows
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
@@ -29,6 +30,7 @@ AT_ONCE = 8
 READ_BYTES = 2**26  # a fifth of a second
 INFLATION = 6  # of compressed bytes to plain ones, about
 ONE_CHUNK = 2**62
+BAD_ROW = "mend the row, or allow for it with pack_corpus.max_bad_rows"
 
 
 class TableChecks:
@@ -37,8 +39,8 @@ class TableChecks:
     def __init__(self, findings: Findings, hub: Hub, apart: Path):
         self.findings, self.hub, self.apart = findings, hub, apart
 
-    def documents(self, key: str, source: Input, *, bad_rows: int = 0) -> None:
-        """Documents, of which `bad_rows` may be unusable."""
+    def documents(self, key: str, source: Input, *, bad_rows: int | None = None) -> None:
+        """Documents, of which `bad_rows` may be unusable; None: texts that are all wanted."""
         if source.on_hub:
             self._hub_dataset(key, source)
             return
@@ -48,9 +50,16 @@ class TableChecks:
             opened = _spread(files, OPENED_FILES)
             if len(opened) < len(files):
                 self.findings.leave(f"{key}.path", source.path, f"{len(opened)} of {len(files)} files were opened")
-            strict = source.rows is None and not bad_rows
+            small = bad_rows is None and sum(map(_plain_bytes, files)) <= READ_BYTES
+            look = partial(
+                _first_documents,
+                source=source,
+                strict=source.rows is None and not bad_rows,
+                most=None if small else FIRST_ROWS,
+                advice="mend the row" if bad_rows is None else BAD_ROW,
+            )
             with ThreadPoolExecutor(AT_ONCE) as threads:
-                read = list(threads.map(lambda file: _first_documents(file, source, strict=strict), opened))
+                read = list(threads.map(look, opened))
             faults = [fault for fault, _ in read if fault]
             self._faults_of_files(key, source, faults)
             if not faults:
@@ -115,13 +124,29 @@ class TableChecks:
         )
 
     def queries(self, key: str, source: Completions | Pairs) -> None:
-        """A table of queries."""
-        from ifguide.toxicity.prompts import read_completions, read_pairs
+        """A table of queries, by itself."""
+        self._table(key, source, lambda: _read_queries(source, key), None)
 
-        def read() -> object:
-            return read_pairs(source, key) if isinstance(source, Pairs) else read_completions(source, key)
+    def query_sets(self, options: BuildQuery, seed: int) -> None:
+        """That both sets have queries, and some are left beside those that are held out: of tables, and of prompts with
+        scores of their own. Other classifiers need a continuation to score."""
+        from ifguide.toxicity.prompts import read_prompt_rows
+        from ifguide.toxicity.queries import choose_queries
 
-        self._table(key, source, read, None)
+        tables = [table for table in (options.prompts, options.pairs, options.positive, options.negative) if table]
+        try:
+            files = [file for table in tables for file in list_files(table.path, "build_query", TABLES)]
+            if not tables or sum(map(_plain_bytes, files)) > READ_BYTES:
+                return
+            for table in tables:
+                _read_queries(table, "build_query")
+        except (ValueError, OSError):  # a check of the table itself says so
+            return
+        with self.findings.caught("build_query", ", ".join(table.path for table in tables)):
+            if options.prompts is None or options.classifier.name == "labels":
+                choose_queries(options, seed).hold_out(options.held_out, seed)
+            elif not any(row.continuation.strip() for row in read_prompt_rows(options.prompts, "build_query.prompts")):
+                raise ValueError("no row has a continuation to score; name prompts that have")
 
     def prompt_set(self, key: str, prompts: PromptSet) -> None:
         """A set of prompts in groups, which is small."""
@@ -171,32 +196,54 @@ class TableChecks:
                 self.findings.fault(f"{key}.rows", table.rows, str(error))
 
 
+def _read_queries(table: Prompts | Completions | Pairs, key: str) -> object:
+    from ifguide.toxicity.prompts import read_completions, read_pairs, read_prompt_rows
+
+    if isinstance(table, Prompts):
+        return read_prompt_rows(table, key)
+    return read_pairs(table, key) if isinstance(table, Pairs) else read_completions(table, key)
+
+
 def _plain_bytes(file: Path) -> int:
     """What reading it to its end takes, about."""
     return file.stat().st_size * (INFLATION if is_compressed(file) else 1)
 
 
-def _first_documents(file: Path, source: Input, *, strict: bool) -> tuple[tuple[str, str] | None, int]:
-    """What is wrong with the first rows of a file, and where, and how many rows were read. Unless `strict`, they are
-    wrong only if all are."""
+def _first_documents(
+    file: Path, source: Input, *, strict: bool, most: int | None, advice: str
+) -> tuple[tuple[str, str] | None, int]:
+    """What is wrong with the first rows of a file, and where, and how many rows were read, at `most`. Unless `strict`,
+    they are wrong only if all are. `advice`: what to do about one row."""
     first, bad, rows = None, 0, 0
+    names: set[str] = set()
     try:
         for chunk in _chunks(file, source)[:1]:
-            for row, content in enumerate(itertools.islice(raw_rows(chunk, source), FIRST_ROWS)):
+            for row, content in enumerate(itertools.islice(raw_rows(chunk, source), most)):
                 rows += 1
+                names |= set(column_names(content)) if isinstance(content, dict) else set()
                 if reason := check_row(row, content, source).reason:
                     bad += 1
-                    first = first or (f"{file} row {row}", f"{reason}; {_advice(content, source)}")
+                    first = first or (f"{file} row {row}", f"{reason}; {_advice(content, source, advice)}")
+        if first is None and (near := _meant(source.spans_column, names)):
+            first = str(file), f"no row has {source.spans_column!r}; did you mean spans_column: {near}?"
+            return first, rows
     except (ValueError, OSError) as error:
         return (str(file), str(error).removeprefix(f"{file}: ").removeprefix(f"{file} ")), rows
     return first if strict or bad == rows else None, rows
 
 
-def _advice(content: Any, source: Input) -> str:
+def _meant(column: str | None, names: Collection[str]) -> str | None:
+    """The column that is there in place of one that is not: rows without spans may leave theirs out."""
+    if column is None or column in names:
+        return None
+    return next(iter(difflib.get_close_matches(column, sorted(names), n=1)), None)
+
+
+def _advice(content: Any, source: Input, of_row: str) -> str:
     """What to do about a row that cannot be used."""
     names = column_names(content) if isinstance(content, dict) else []
     if not isinstance(content, dict) or source.column in names:
-        return "mend the row, or allow for it with pack_corpus.max_bad_rows"
+        return of_row
     near = difflib.get_close_matches(source.column, names, n=1, cutoff=0.5)
     has = f"it has {', '.join(names) or 'none'}"
     key = "text_column" if source.tokens_column is None else "tokens_column"

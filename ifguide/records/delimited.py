@@ -17,6 +17,7 @@ from typing import Any
 
 from ifguide.records.files import open_bytes
 
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that tables are written with, and are not read by
 CELL_CHARS = 2**30  # of a cell; Python's own limit of 2**17 is too low for documents
 
 
@@ -86,6 +87,11 @@ def _header(path: Path, reader: Any) -> list[str]:
         raise ValueError(f"{path} is empty: its first line must name the columns")
     if any("\0" in name or "\udc80" <= max(name, default="") <= "\udcff" for name in names):
         raise ValueError(f"{path} is not text in UTF-8 (UTF-16?); convert it")
+    if len(names) == 1 and (other := next((mark for mark in SEPARATORS if mark in names[0]), None)):
+        raise ValueError(
+            f"{path}: its first line, {names[0]!r}, is separated by {SEPARATORS[other]}; separate it by commas, or by"
+            " tabs in a .tsv"
+        )
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{path}: two columns have the name {twice[0]!r}; rename one")
     return names

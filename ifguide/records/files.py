@@ -57,14 +57,18 @@ def list_files(
     if place.is_dir():
         files = _checked(list(_below(place, dotted_key, apart)), dotted_key, kinds)
         if not files:
-            raise FileNotFoundError(f"{dotted_key}: folder {path} holds no {', '.join(_suffixes(kinds))} file")
+            more = " (it is the run's own)" if apart is not None and _real(apart) == _real(place) else ""
+            raise FileNotFoundError(f"{dotted_key}: folder {path}{more} holds no {', '.join(_suffixes(kinds))} file")
         return files
     if place.is_file():
         return _checked([place], dotted_key, kinds)
     if not glob.has_magic(path):
         raise FileNotFoundError(f"{dotted_key}: {path} does not exist: check the path")
     matches = matching(place) if is_remote(place) else sorted(map(Path, glob.glob(str(place), recursive=True)))
-    matches = [item for item in matches if apart is None or not {_real(apart)} & {*map(_real, (item, *item.parents))}]
+    if apart is not None:
+        own, fixed = _real(apart), _fixed_part(place)
+        if own not in map(_real, (fixed, *fixed.parents)):  # else its files are named on purpose
+            matches = [item for item in matches if own not in map(_real, (item, *item.parents))]
     for item in matches:
         _require_something(item, dotted_key)
     files = [item for item in matches if item.is_file()]
@@ -77,6 +81,11 @@ def list_files(
     if not files:
         raise FileNotFoundError(f"{dotted_key}: no file matches {path}")
     return _checked(files, dotted_key, kinds)
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder of a pattern that has no wildcard."""
+    return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
 
 
 def kind_of(path: Path) -> Kind | None:

@@ -23,6 +23,7 @@ from ifguide.records.files import holds_json_lines, kind_of, open_bytes
 from ifguide.storage import readable
 
 BATCH_ROWS = 1024
+NOT_AN_OBJECT = "a str, not an object"
 FILE_FORMAT = b"ARROW1"  # how Arrow's file format begins; its stream format does not
 STREAM_END = (
     b"\xff\xff\xff\xff\0\0\0\0"  # without it a stream that was cut off between two batches would pass for whole
@@ -80,7 +81,12 @@ def decode_json_line(line: bytes) -> Any:
         return f"not JSON ({error.msg} at column {error.colno})"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
         return f"not JSON that can be read ({error})"
-    return "a str, not an object" if isinstance(content, str) else content
+    return no_text(content)
+
+
+def no_text(content: Any) -> Any:
+    """What JSON gives for a row; a text is none, and would pass for the reason why there is none."""
+    return NOT_AN_OBJECT if isinstance(content, str) else content
 
 
 def lone_surrogate(text: str) -> str | None:
@@ -134,7 +140,7 @@ def table_rows(path: Path, column: str = "") -> Iterator[Any]:
         yield from cell_rows(path)
     elif kind == "json" and not holds_json_lines(path, column):
         tree = read_json(path)
-        yield from tree if isinstance(tree, list) else [tree]
+        yield from map(no_text, tree if isinstance(tree, list) else [tree])
     else:
         yield from map(decode_json_line, read_lines(path))
 

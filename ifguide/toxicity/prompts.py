@@ -2,7 +2,7 @@
 
 - A prompt table has RealToxicityPrompts' own schema, one row {"prompt": {"text", score: value, ...}, "continuation":
   {"text", score: value, ...}}; the scores are those of Perspective there, and of anything else elsewhere.
-  Plain strings stand for objects with a text alone, and a plain prompt needs no continuation.
+  Plain strings stand for objects with a text alone, and there need be no continuation.
 - Completions of a query set are rows {prompt, completion} or {text}; pairs are rows {prompt, chosen, rejected}.
 - Prompts in groups are rows with a text column and, if there are groups, a group column (AttaQ: `input`, `label`), or
   BOLD's own JSON, {group: {name: [prompt, ...]}}, one file for each domain.
@@ -92,14 +92,13 @@ def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str,
 
 
 def read_prompts(path: str | Path, dotted_key: str = "prompt table", first: int | None = None) -> list[PromptRow]:
-    """All rows of a prompt table, or the `first` of each file. A row whose prompt is a plain string need have no
-    continuation, which is empty then.
+    """All rows of a prompt table, or the `first` of each file. A row need have no continuation, which is empty then.
 
     Raises ValueError that names file and row."""
     rows = []
     for row, where, record in _records(path, dotted_key, first):
         prompt, prompt_scores = _text_and_scores(record, "prompt", where)
-        alone = isinstance(record.get("prompt"), str) and "continuation" not in record
+        alone = not any(name.partition(".")[0] == "continuation" for name in record)
         continuation, continuation_scores = ("", {}) if alone else _text_and_scores(record, "continuation", where)
         rows.append(
             PromptRow(
@@ -221,12 +220,19 @@ def read_grouped_prompts(
                 prompts += _bold_prompts(file, tree, prompts_per_name)
                 continue
         for where, record in _file_records(file):
-            text = _column(record, text_column, str, where)
+            text = _prompt(record, text_column, where)
             group = "" if group_column is None else str(_column(record, group_column, object, where))
             prompts.append((text, group, ""))
     if not prompts:
         raise ValueError(f"{', '.join(map(str, paths)) or 'no file'}: the prompt set is empty")
     return [GroupedPrompt(row=row, prompt=t, group=g, domain=d) for row, (t, g, d) in enumerate(prompts)]
+
+
+def _prompt(record: Any, column: str, where: str) -> str:
+    """The text of a column, or of the object there, as in a prompt table."""
+    holder, name = _holder(record, column, where)
+    value = holder.get(name) if isinstance(holder, dict) else None
+    return str(_column(value, "text", str, where) if isinstance(value, dict) else _column(holder, name, str, where))
 
 
 def _bold_prompts(path: Path, groups: dict[str, Any], prompts_per_name: int | None) -> list[tuple[str, str, str]]:

@@ -157,3 +157,20 @@ def test_a_file_that_is_there_stays(folder: Path, capsys: pytest.CaptureFixture[
     assert main(["init"]) == 1
     assert "ifguide.yaml exists; name another file by --out" in capsys.readouterr().err
     assert (folder / "ifguide.yaml").read_text() == "seed: 3\n"
+
+
+def test_a_text_that_is_null_or_nested_in_the_first_row_is_found(folder: Path) -> None:
+    lines(
+        folder / "data" / "a.jsonl", {"url": "http://example.org/a/long/one", "text": None}, {"url": "b", "text": TEXT}
+    )
+    config, _ = drafted()
+    assert config.pack_corpus.inputs[0].text_column == "text"
+    (folder / "ifguide.yaml").unlink()
+    lines(folder / "data" / "a.jsonl", {"meta": {"id": "1"}, "doc": {"body": TEXT}})
+    config, _ = drafted()
+    assert config.pack_corpus.inputs[0].text_column == "doc.body"
+    (folder / "ifguide.yaml").unlink()
+    (folder / "data" / "a.jsonl").unlink()
+    (folder / "data" / "a.json").write_text(json.dumps([TEXT, TEXT]))
+    config, _ = drafted()
+    assert config.pack_corpus.inputs[0].text_column == "text"

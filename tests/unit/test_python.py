@@ -57,3 +57,14 @@ def test_the_page_runs_without_the_libraries_of_a_cluster() -> None:
     blocked = f"import sys; sys.modules.update(dict.fromkeys({CLUSTER!r}))\n"
     done = subprocess.run([sys.executable, "-c", blocked + code_of_page()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_would_be_taken_for_other_queries_or_texts_is_refused() -> None:
+    """A dict of two keys unpacks to its keys, and a string to its characters."""
+    row = {"prompt": "You are a", "completion": " pig."}
+    with pytest.raises(TypeError, match=r"positive\[1\]: .* is no pair of strings, \(prompt, completion\)"):
+        ifguide.build_direction(None, None, [("a", "b"), row], [("a", "c")], {})
+    with pytest.raises(TypeError, match=r"negative\[0\]: 'ab' is no pair"):
+        ifguide.build_direction(None, None, [("a", "b")], ["ab"], {})
+    with pytest.raises(TypeError, match="one string, not a sequence"):
+        ifguide.pack_texts(None, "hello there", block_size=4)

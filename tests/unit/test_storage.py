@@ -158,7 +158,7 @@ def test_an_object_that_stands_for_a_folder_is_no_file_of_it(tmp_path: Path) -> 
 def test_a_host_that_workers_would_not_be_told_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are given paths as text, which leaves it out."""
     monkeypatch.setattr("upath.core.UPath.fs", property(lambda path: None), raising=False)
-    with pytest.raises(ValueError, match=r"workers would not be told the host .* fs\.defaultFS"):
+    with pytest.raises(ValueError, match=r"workers would not be told the host; .* fs\.defaultFS"):
         location(text)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 import pytest
 import ray
 
 from ifguide.config import Cluster, ConfigError
 from ifguide.config.resources import WorkerResources
+from ifguide.distributed import metrics
 from ifguide.distributed.network import GLOO, interface_of, name_interface
 from ifguide.distributed.session import FIXED, require_resources
 
@@ -46,3 +49,13 @@ def test_the_interface_of_an_address_is_named_to_gloo_unless_it_is_named_already
     monkeypatch.setenv(GLOO, "ib0")
     name_interface("127.0.0.1")
     assert os.environ[GLOO] == "ib0"
+
+
+def test_a_folder_of_any_name_is_a_tag_that_ray_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(metrics.Gauge, "set", lambda self, value, tags: seen.append(tags))
+    with contextlib.closing(metrics.RayMetrics("pack_corpus", tmp_path / "Jürgen" / "项目")) as sink:
+        sink({"unit": "shards", "done": 1})
+    assert seen
+    assert all(tag.isascii() for tags in seen for tag in tags.values())
+    assert seen[0]["artifact"].endswith("J\\xfcrgen/\\u9879\\u76ee")

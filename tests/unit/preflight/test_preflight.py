@@ -138,8 +138,46 @@ def test_tables_of_queries_are_read_in_the_place_of_prompts_and_their_classifier
     (found,) = faults("build_query", build_query__pairs=str(tmp_path / "pairs.jsonl"), **changes)
     assert "row 0: has no column 'rejected', only prompt, chosen" in found
     changes |= {"build_query__pairs": None}
+    changes |= {"build_query__differential": False}
     (found,) = faults("build_query", build_query__positive="none.jsonl", **changes)
     assert "build_query.positive.path = none.jsonl: none.jsonl does not exist" in found
+
+
+def test_query_sets_that_would_be_empty_are_said_before_anything_is_trained(faults, tmp_path) -> None:
+    pair = {"prompt": "p", "chosen": " good", "rejected": " bad"}
+    pairs, empty = lines(tmp_path / "pairs.jsonl", *[pair] * 6), lines(tmp_path / "e.jsonl", {**pair, "chosen": ""})
+    tables = {"build_query__prompts": None}
+    assert faults("build_query", build_query__pairs=pairs, build_query__held_out=5, **tables) == []
+    (found,) = faults("build_query", build_query__pairs=pairs, build_query__held_out=50, **tables)
+    assert f"build_query = {pairs}: build_query.held_out: 50 of 6 positive queries leave none" in found
+    (found,) = faults("build_query", build_query__pairs=empty, **tables)
+    assert "build_query.negative: no table gives a completion for this set" in found
+    bare = lines(tmp_path / "bare.jsonl", {"prompt": "p"}, {"prompt": {"text": "q", "toxicity": 0.3}})
+    tables = {"build_query__pairs": None, "build_query__prompts": bare}
+    (found,) = faults("build_query", build_query__classifier="alt-profanity-check", **tables)
+    assert found == f"build_query = {bare}: no row has a continuation to score; name prompts that have"
+    (found,) = faults("build_query", build_query__classifier="labels")
+    assert "none of 2 prompt rows has a continuation that labels can score" in found
+
+
+def test_what_an_evaluation_lacks_is_said_before_anything_is_trained(faults, tmp_path) -> None:
+    late = lines(tmp_path / "late.jsonl", *[{"text": "x"}] * 30, {"text": None})
+    (found,) = faults("evaluate", evaluate__heldout=[late])
+    assert f"{late} row 30: column 'text' is missing; mend the row" in found
+    assert "max_bad_rows" not in found
+    plain = lines(tmp_path / "plain.jsonl", *[{"prompt": "p"}] * 9)
+    changes = {"evaluate__prompts": plain, "evaluate__balanced": True, "evaluate__max_prompts": 4}
+    (found,) = faults("evaluate", evaluate__heldout=[], **changes)
+    assert "evaluate.balanced: 2 prompts with toxicity are wanted" in found.replace(
+        "evaluate.balanced = true: ", "evaluate.balanced: "
+    )
+
+
+def test_a_mistyped_column_of_spans_is_said_where_rows_may_leave_it_out(faults, tmp_path) -> None:
+    marked = lines(tmp_path / "marked.jsonl", {"text": "a pig", "spans": [[2, 5]]}, {"text": "calm"})
+    assert faults("pack_corpus", pack_corpus__inputs=[{"path": marked, "spans_column": "spans"}]) == []
+    (found,) = faults("pack_corpus", pack_corpus__inputs=[{"path": marked, "spans_column": "spanz"}])
+    assert "no row has 'spanz'; did you mean spans_column: spans?" in found
 
 
 @pytest.mark.parametrize(
@@ -300,7 +338,8 @@ def test_bad_documents_are_one_line_with_file_row_and_what_to_do(tmp_path, fault
         (found,) = faults(where.partition("__")[0], **{where: [str(tmp_path / name)]})
         assert found.startswith(f"{where.replace('__', '.')}[0].path = {tmp_path / name}: "), found
         assert place in found, (name, found)
-        assert reason in found, (name, found)
+        wanted = reason if where == "pack_corpus__inputs" else reason.removesuffix(", or allow for it")
+        assert wanted in found, (name, found)
         assert "\n" not in found
 
 

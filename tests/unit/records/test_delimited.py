@@ -131,3 +131,11 @@ def test_prompts_and_labelled_texts_may_be_separated_tables(tmp_path) -> None:
     (attack,) = read_grouped_prompts([write(tmp_path / "c.csv", "input,label\nx,3\n")], text_column="input",
                                      group_column="label")  # fmt: skip
     assert (attack.prompt, attack.group) == ("x", "3")
+
+
+@pytest.mark.parametrize(("line", "by"), [("id;text", "semicolons"), ("id\ttext", "tabs"), ("id|text", "bars")])
+def test_a_table_that_something_else_separates_is_no_table_of_one_column(line: str, by: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"{line}\n1;hello\n")
+    with pytest.raises(ValueError, match=rf"a\.csv: its first line, .* is separated by {by}"):
+        list(cell_rows(path))

@@ -213,3 +213,14 @@ def test_files_of_one_name_are_told_apart_and_a_moved_folder_keeps_its_names() -
     assert short_names(["/data/a.jsonl"]) == {"/data/a.jsonl": "a.jsonl"}
     assert list(short_names(["s3://b/x/a.jsonl", "s3://b/y/a.jsonl"]).values()) == ["x/a.jsonl", "y/a.jsonl"]
     assert len(set(short_names(["s3://b/a.jsonl", "/data/a.jsonl", "a.jsonl"]).values())) == 3
+
+
+def test_files_of_the_run_are_taken_where_a_pattern_names_them(tmp_path: Path) -> None:
+    run, text = tmp_path / "run", tmp_path / "run" / "d" / "a.jsonl"
+    text.parent.mkdir(parents=True)
+    text.write_text("{}\n")
+    assert list_files(f"{run}/d/*.jsonl", "k", apart=run) == [text]
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        list_files(f"{tmp_path}/*/d/*.jsonl", "k", apart=run)
+    with pytest.raises(FileNotFoundError, match=r"run \(it is the run's own\) holds no"):
+        list_files(str(run), "k", apart=run)

@@ -134,3 +134,26 @@ def test_a_table_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> None
     evaluate = config_from_mapping({"evaluate": {"check_data": [data], "classifier": "alt-profanity-check"}}).evaluate
     with pytest.raises(ValueError, match=r"^evaluate\.check_data\[0\]\.path: not read are .*a\.txt"):
         check_classifiers(evaluate, 0)
+
+
+def test_a_prompt_with_scores_needs_no_continuation_and_may_stand_in_a_set(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": {"text": "a", "toxicity": 0.3}}\n{"prompt": "b"}\n')
+    rows = read_prompts(path)
+    assert [(row.prompt, row.continuation, row.prompt_scores) for row in rows] == [
+        ("a", "", {"toxicity": 0.3}),
+        ("b", "", {}),
+    ]
+    assert [row.prompt for row in read_grouped_prompts([path])] == ["a", "b"]
+    (tmp_path / "p.csv").write_text("prompt.text,prompt.toxicity\nc,0.5\n")
+    (row,) = read_prompts(tmp_path / "p.csv")
+    assert (row.prompt, row.prompt_scores) == ("c", {"toxicity": 0.5})
+    (tmp_path / "n.jsonl").write_text('{"q": {"text": "d"}}\n')
+    for column in ("q", "q.text"):
+        assert [row.prompt for row in read_grouped_prompts([tmp_path / "n.jsonl"], text_column=column)] == ["d"]
+
+
+def test_a_string_in_a_list_of_rows_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text('["Hello there", "You are"]')
+    with pytest.raises(ValueError, match=r"s\.json, row 0: a str, not an object"):
+        read_prompts(tmp_path / "s.json")

@@ -170,7 +170,7 @@ def test_jsonl_and_parquet_give_the_same_rows_and_null_is_missing(tmp_path: Path
     [
         ("{", r"row 1: not JSON \(Expecting property name"),
         ("[]", "row 1: needs prompt.text"),
-        ('{"prompt": {"text": "a"}}', "row 1: needs continuation.text"),
+        ('{"prompt": {"text": "a"}, "continuation": null}', "row 1: needs continuation.text"),
         ('{"prompt": {"text": null}, "continuation": {"text": "b"}}', "row 1: needs prompt.text"),
         ('{"prompt": {"text": "a", "toxicity": 7}, "continuation": {"text": "b"}}', "row 1: prompt.toxicity is 7"),
         ('{"prompt": {"text": "a"}, "continuation": {"text": "b", "x": "y"}}', "row 1: continuation.x is 'y'"),

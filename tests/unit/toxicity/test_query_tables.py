@@ -68,7 +68,10 @@ def test_pairs_weigh_by_their_margin(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"weigh": "confidence", "positive": "a"}, "build_query.weigh: confidence wants scores"),
+        (
+            {"weigh": "confidence", "positive": "a", "negative": "b"},
+            "build_query.weigh: confidence wants scores",
+        ),
         ({"weigh": "confidence", "pairs": "a"}, "build_query.weigh: confidence wants scores"),
         ({"pairs": {"path": "a", "margin_column": "m"}}, "build_query.pairs.margin_column: weighs by confidence"),
     ],
@@ -154,3 +157,16 @@ def test_prompts_may_be_plain_strings(tmp_path: Path) -> None:
     path = write(tmp_path / "b.jsonl", {"prompt": "p", "continuation": None})
     with pytest.raises(ValueError, match=r"row 0: needs continuation\.text"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"positive": "a"}, r"build_query\.negative: required beside .*differential to false"),
+        ({"positive": "a", "negative": "a"}, r"build_query\.negative: a is build_query\.positive, too: V would be 0"),
+    ],
+)
+def test_a_difference_wants_two_sets(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_mapping({"build_query": section})
+    config_from_mapping({"build_query": {"positive": "a", "differential": False}})
