@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest, remove_tree, write_text
 from ifguide.config import Config, Input, load_config, to_yaml
-from ifguide.pipeline import pipeline_steps, run_pipeline, stage
+from ifguide.pipeline import pipeline_steps, run_pipeline, run_stage
 from ifguide.storage import file_sizes, location, machine_folder, subfolders
 from ifguide.telemetry import log
 
@@ -52,7 +52,7 @@ def run_verb(options: argparse.Namespace) -> int:
 
     config = _load_checked(options, options.command)
     with _holding(options, config):
-        stage(options.command)(Run(config=config), dry_run=options.dry_run)
+        run_stage(options.command, Run(config=config), dry_run=options.dry_run)
     return 0
 
 

@@ -7,8 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from ifguide.artifacts import hold
-from ifguide.config import VERBS, Config
+from ifguide.artifacts import hold, standing
+from ifguide.config import VERBS, Config, result_options
 from ifguide.run import Run
 from ifguide.telemetry import log
 
@@ -18,7 +18,7 @@ def run_pipeline(config: Config, *, dry_run: bool, until: str | None = None) -> 
     run, steps = Run(config=config), pipeline_steps(config, until=until)
     with contextlib.nullcontext() if dry_run else hold(run.folder, "run"):
         for verb, step in steps:
-            stage(verb)(step, dry_run=dry_run)
+            run_stage(verb, step, dry_run=dry_run)
     if not dry_run and until in (None, VERBS[-1]):
         log("run", f"done: open {run.report / 'index.html'}")
 
@@ -46,6 +46,23 @@ def pipeline_steps(config: Config, *, until: str | None = None) -> list[tuple[st
             raise ValueError(f"--until {until}: this config does not run it")
         steps = steps[: places[-1] + 1]
     return steps
+
+
+def run_stage(verb: str, run: Run, *, dry_run: bool) -> None:
+    """One verb. A dry run says what is there of it already.
+
+    Raises:
+        MismatchError: it was made with other options.
+    """
+    if dry_run:
+        folder = run.made_by(verb)
+        state = standing(folder, result_options(run.config, [verb]))
+        if state == "complete":
+            log(verb, f"{folder} is complete, and is left alone unless its inputs have changed")
+            return
+        if state == "begun":
+            log(verb, f"{folder} is begun, and is gone on with")
+    stage(verb)(run, dry_run=dry_run)
 
 
 def stage(verb: str) -> Callable[..., Any]:

@@ -79,6 +79,14 @@ class Run:
         """Folder of a trained model: `baseline` or `penalised`."""
         return self._place(f"model/{name}")
 
+    def made_by(self, verb: str) -> Path:
+        """Folder of what a verb makes."""
+        folders = {"pack_corpus": self.corpus, "fit_factors": self.factors, "build_query": self.query}
+        folders |= {"fit_student": self.student, "score_corpus": self.scores, "build_mask": self.mask}
+        folders |= {"evaluate": self.report, "analyse": self.analyses}
+        folders["pretrain"] = self.model(PENALISED if self.config.pretrain.use_mask else BASELINE)
+        return folders.get(verb, self.folder / verb)
+
     def behaviour(self, name: str) -> SelectionFolders:
         """The ranking and mask of a behaviour that was scored, which the report shows and no model is trained with."""
         folder = self.report / "behaviours" / name

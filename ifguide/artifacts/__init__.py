@@ -4,7 +4,7 @@
 `reading` verifies what is read, `lock` keeps a run directory to one driver.
 """
 
-from ifguide.artifacts.artifact import Artifact, discard_if_mended, environment, open_artifact
+from ifguide.artifacts.artifact import Artifact, discard_if_mended, environment, open_artifact, standing
 from ifguide.artifacts.files import (
     FileEntry,
     data_files,
@@ -72,6 +72,7 @@ __all__ = [
     "require",
     "require_same",
     "sound",
+    "standing",
     "unsealed",
     "verified",
     "verified_files",

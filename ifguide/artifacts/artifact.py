@@ -125,6 +125,24 @@ def open_artifact(
     return artifact
 
 
+def standing(folder: Path, options: Mapping[str, Any]) -> str | None:
+    """What is there of an artifact of these `options`, some of all: `complete`, `begun` or nothing (None).
+
+    Raises:
+        MismatchError: it was made, or is being made, with others.
+    """
+    if (folder / MANIFEST).exists():
+        state, made = "complete", read_manifest(folder).options
+    elif (folder / PLAN).exists():
+        state, made = "begun", read_plan(folder)["options"]
+    else:
+        return None
+    wanted = json.loads(json.dumps(redact(options)))
+    some = {key: made[key] for key in wanted if key in made}
+    _refuse_other_plan(folder, {"options": some, "inputs": {}}, {"options": wanted, "inputs": {}})
+    return state
+
+
 def discard_if_mended(folder: Path, files: Mapping[str, Any]) -> bool:
     """Remove unfinished work on the same files with other contents: they were mended since. `files`: the option of that
     name, by path. Returns whether there was such work; what is complete stays, for `open_artifact` to refuse."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import MANIFEST, read_manifest
@@ -15,7 +14,7 @@ from ifguide.config.resources import WorkerResources
 from ifguide.preflight.findings import Finding, Findings, PreflightError
 from ifguide.preflight.models import MODEL, TOKENIZER, ModelChecks, require_package
 from ifguide.preflight.tables import TableChecks
-from ifguide.run import BASELINE, PENALISED, Run
+from ifguide.run import Run
 from ifguide.selection.ensemble import find_scores, require_one_corpus
 from ifguide.storage import is_remote, location
 
@@ -305,28 +304,15 @@ class _Sections:
         return partial(self.findings.fault, key, None, f"name {what}")
 
     def _resources(self, verb: str) -> dict[str, Check]:
+        """That there are resources for it; what is finished needs none."""
         section = getattr(self.config, verb, None)
-        if section is None or not hasattr(section, "resources") or (self._made(verb) / MANIFEST).exists():
+        if section is None or not hasattr(section, "resources") or (self.run.made_by(verb) / MANIFEST).exists():
             return {}
         key = f"{verb}.resources"
         if verb == "pretrain" and section.engine == "torch":
             return {key: partial(self._in_driver, f"{key}.gpus", section.resources.gpus)}
         count = section.fewest_workers if verb == "pretrain" else 1
         return {key: partial(self._fits, key, section.resources, count)}
-
-    def _made(self, verb: str) -> Path:
-        """The artifact of a verb: a finished one needs no resources."""
-        run = self.run
-        folders = {"pack_corpus": run.corpus, "fit_factors": run.factors, "build_query": run.query}
-        folders |= {
-            "fit_student": run.student,
-            "score_corpus": run.scores,
-            "build_mask": run.mask,
-            "evaluate": run.report,
-            "analyse": run.analyses,
-        }
-        folders["pretrain"] = run.model(PENALISED if self.config.pretrain.use_mask else BASELINE)
-        return folders.get(verb, run.folder / verb)
 
     def _fits(self, key: str, resources: WorkerResources, count: int) -> None:
         """That this machine is large enough, if Ray will run on it alone; a cluster says it when it is joined."""
