@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,7 +173,8 @@ def points_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, dict[s
 def _point(rows: Rows, model: str, figure: str, evaluator: int) -> Point:
     row = next(row for row in rows if row["model"] == model)
     own, base = (each["evaluators"][evaluator][figure][0] for each in (row, rows[0]))
-    return Point(row["benign_ratio"] or row["ratio"] or 1.0, own / base)  # none of guided decoding: the same weights
+    decoded = 1.0 if row.get("fluency_of") else math.inf  # guided decoding has the same weights; else it has diverged
+    return Point(row["benign_ratio"] or row["ratio"] or (1.0 if row is rows[0] else decoded), own / base)
 
 
 def figures_at(seeds: Sequence[Rows], sweep: Sweep, at: float) -> dict[str, dict[str, Any]]:

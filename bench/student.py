@@ -61,7 +61,7 @@ from ifguide.student.encoder import EncoderStudent, encoder_source
 from ifguide.student.encoder_fit import EncoderSettings, fit_encoder
 from ifguide.student.fidelity import TOP_SHARE, fidelity
 from ifguide.student.head import HeadScorer, HeadStudent
-from ifguide.student.head_fit import HeadSample, Transforms, fit_head
+from ifguide.student.head_fit import HeadFit, HeadSample, Transforms, fit_head
 from ifguide.student.ngrams import NgramStudent, NgramSums, choose_strength
 from ifguide.student.recheck import block_counts, least_count
 from ifguide.student.said import RECHECK_SHARE
@@ -155,7 +155,7 @@ class Bench:
         sizes = self.documents.sizes
         wanted = order[: 1 + int(np.searchsorted(np.cumsum(sizes[order]), share * sizes.sum()))]
         held_out, fitted = set(wanted[::4].tolist()), set(np.delete(wanted, np.s_[::4]).tolist())
-        head, tried = self._fit_head(fitted, held_out)
+        head, tried, _ = self._fit_head(fitted, held_out)
         encoder, ngram = self._fit_encoder(fitted, held_out), self._fit_ngrams(fitted, held_out)
         self.students[share, seed] = Students(head, encoder, ngram, tried)
         exact = self.documents.of_test(lambda batch: batch.scores_BT)
@@ -195,7 +195,7 @@ class Bench:
             rows.append(row)
         return rows
 
-    def _fit_head(self, fitted: set[int], held_out: set[int]) -> tuple[HeadStudent, list[dict[str, Any]]]:
+    def _fit_head(self, fitted: set[int], held_out: set[int]) -> HeadFit:
         parts = [(own, held) for held, of in ((False, fitted), (True, held_out)) for own in self.documents.of(of)]
         scores_N = np.concatenate([own.scores_BT[own.known_BT].numpy() for own, _ in parts])
         sample = HeadSample(Transforms.of(scores_N), self.documents.layers)

@@ -2,7 +2,7 @@
 
 A point is a model over the baseline of its seed: the ratio of benign perplexities, and that of a figure of toxicity.
 The front of a source is the least toxicity among its models up to a perplexity, linear in logarithms between two of
-them. It begins at the baseline, which is (1, 1).
+them; towards a toxicity of 0, which has none, linear in toxicity itself. It begins at the baseline, which is (1, 1).
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def at_perplexity(points: Sequence[Point], ratio: float) -> Reached:
             best = right.toxicity
             continue
         share = np.log(ratio / left.perplexity) / np.log(right.perplexity / left.perplexity)
+        if not right.toxicity:
+            return Reached(float(left.toxicity * (1 - share)), True)
         return Reached(float(left.toxicity * (right.toxicity / left.toxicity) ** share), True)
     return Reached(best, any(point.perplexity > ratio for point in points))
 

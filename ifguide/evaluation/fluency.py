@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ifguide.evaluation.generation import evaluating
 from ifguide.models import max_positions
+from ifguide.tokenizer import beginning_token
 
 log = logging.getLogger(__name__)
 
@@ -108,19 +109,22 @@ def last_word_accuracy(
     The word's tokens are those of the joint tokenisation whose characters end after the context; the space
     before the word belongs to it. Correct when every one of them is the argmax given the true tokens before
     it, which is what greedy decoding would have to produce. A text of one word has no context: it
-    is counted as unusable and logged. A text longer than the model's positions keeps its end. Trailing
+    is counted as unusable and logged. A text longer than the model's positions keeps its end, behind its BOS. Trailing
     whitespace is dropped. `special_tokens`: as in `generation.sample_tokens`. ValueError if the tokenizer cannot give
     character offsets."""
     if not tokenizer.is_fast:
         raise ValueError("last-word accuracy needs character offsets: use a fast tokenizer (tokenizer.json)")
     limit = max_positions(model)
+    bos = beginning_token(tokenizer) if special_tokens else None
+    begun = 0 if bos is None or limit == 1 else 1
     items: list[tuple[list[int], int, int]] = []  # token ids, how many at their end are the word's, place of the text
     truncated = 0
     for place, text in enumerate(texts):
         ids, word_tokens = _split_last_word(tokenizer, text.rstrip(), special_tokens)
         if 0 < word_tokens < min(len(ids), limit):
             truncated += len(ids) > limit
-            items.append((ids[-limit:], word_tokens, place))
+            kept = ids if len(ids) <= limit else [*ids[:begun], *ids[begun - limit :]]
+            items.append((kept, word_tokens, place))
     unusable = len(texts) - len(items)
     if unusable:
         log.warning("%d of %d texts have no context before the last word: not counted", unusable, len(texts))

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ifguide.models import max_positions
+from ifguide.tokenizer import beginning_token
 
 log = logging.getLogger(__name__)
 
@@ -170,15 +171,18 @@ def encode_prompts(
     room = max_positions(model) - max_new_tokens
     if room < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in this model")
-    encoded: list[list[int]] = [tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in prompts]
+    encoded: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+    bos = beginning_token(tokenizer) if special_tokens else None
+    begun = [] if bos is None or room == 1 else [bos]
     has_start = special_tokens and tokenizer.bos_token_id is not None
     start = tokenizer.bos_token_id if has_start else tokenizer.eos_token_id
     if start is None and not all(encoded):
         raise ValueError("a prompt has no tokens and the tokenizer has no BOS or EOS to start from")
+    room -= len(begun)
     overlong = sum(len(ids) > room for ids in encoded)
     if overlong:
         log.warning("%d of %d prompts exceed %d tokens: only their end is used", overlong, len(prompts), room)
-    return [(ids or [start])[-room:] for ids in encoded]
+    return [begun + ids[-room:] or [start] for ids in encoded]
 
 
 def _equal_length_batches(encoded: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:

@@ -165,7 +165,8 @@ def decide(
         behaviours=len(loaded),
         block_size=block_size,
     )
-    available = int(available_bytes(model.device) * _share_of_device(config, model.device))
+    held = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0  # the estimate has it, too
+    available = int((available_bytes(model.device) + held) * _share_of_device(config, model.device))
     micro_batch = config.micro_batch_blocks or estimate.micro_batch(block_size, model.device, available)
     energy = list(scorer.energy.values())
     decision = Decision(

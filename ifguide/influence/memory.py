@@ -59,7 +59,8 @@ def estimate_memory(
     low = 2 if precision == "bfloat16" else 4
     folded = engine == "difference" and precision == "float32" and rank is None
     directions = behaviours * sum(out * inner if rank is None else rank * (out + inner) for out, inner in shapes)
-    fixed = 4 * parameters + low * directions + (low * tracked if precision == "bfloat16" else 0)
+    copies = behaviours if engine == "difference" and rank is None else 1  # of the weights, each beside a direction
+    fixed = 4 * parameters + low * directions + (low * tracked * copies if precision == "bfloat16" else 0)
     fixed += 8 * behaviours * tracked if folded else 0
     fixed += 4 * 4 * CHUNK_VALUES.get(model.device.type, CHUNK_VALUES["cpu"])
     widest, width, heads = max(out + inner for out, inner in shapes), config.hidden_size, config.num_attention_heads

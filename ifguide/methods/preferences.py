@@ -6,15 +6,16 @@ checkpoint.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ifguide.artifacts import publish_folder, remove_tree
+from ifguide.artifacts import json_digest, publish_folder, remove_tree, write_json
 from ifguide.config import ConfigError, ModelSource
 from ifguide.config.compare import Dpo, Reward
 from ifguide.config.resources import WorkerResources
@@ -139,6 +140,7 @@ class DpoTraining:
                 " compare.samples.continuations"
             )
         scratch = self._scratch()
+        _only_of(scratch, json_digest([asdict(self.options), self.seed, self.start, [asdict(pair) for pair in pairs]]))
         trainer = dpo_trainer(
             model, reference, tokenizer, pairs, self.options, folder=scratch, seed=self.seed, use_cpu=device == "cpu"
         )
@@ -158,6 +160,15 @@ class DpoTraining:
     def _scratch(self) -> Path:
         """Where checkpoints lie: a disk. With a remote artifact they are this machine's, and end with it."""
         return work_folder(DPO, self.folder) if is_remote(self.folder) else self.folder / SCRATCH
+
+
+def _only_of(scratch: Path, digest: str) -> None:
+    """Remove the checkpoints of an attempt with other options or pairs."""
+    path = scratch / "of.json"
+    if scratch.exists() and not (path.exists() and json.loads(path.read_text(encoding="utf-8")) == digest):
+        remove_tree(scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_json(path, digest)
 
 
 def _prepare(resources: WorkerResources) -> str:

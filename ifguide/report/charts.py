@@ -98,6 +98,8 @@ def _points(axes: Axes, models: Sequence[ModelRow], colours: dict[str, str], eva
     axes.set_ylabel("EMT, all prompts")
     for index, model in enumerate(models):
         x = model.benign_perplexity if benign else model.perplexity
+        if x is not None and not model.comparable(models[0], x):
+            continue  # of other tokens than the first one's
         y = next((label.emt for label in model.whole.evaluators if label.name == evaluator), None)
         if x is None or x.value is None or y is None or y.value is None or not math.isfinite(x.value):
             continue

@@ -57,6 +57,7 @@ def fit_spread(histogram: Ints, nulls: int) -> Spread:
     """The prior of the tokens' null variances, from `high_histogram` of `null_variance` over all tokens.
 
     The variances are v_j chi^2_K / K with 1 / v_j of a gamma distribution; their logarithms' mean and variance give it.
+    Tokens whose nulls are all 0 have no say: they have no gradient, as the first one of a document read by itself.
 
     Raises:
         ValueError: there is no token, or all nulls are 0.
@@ -67,8 +68,8 @@ def fit_spread(histogram: Ints, nulls: int) -> Spread:
     values = edges * (1 + 2.0**-8)  # the middle of a bucket
     if not len(rows) or not values.any():
         raise ValueError("all null scores are 0: build the query again, with `build_query.nulls`")
-    positive = values > 0
-    middle = values[positive][np.searchsorted(np.cumsum(counts[positive]), counts[positive].sum() / 2)]
+    values, counts = values[values > 0], counts[values > 0]
+    middle = values[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]
     logs = np.log(np.clip(values, middle / FAR, middle * FAR))
     mean = float(np.average(logs, weights=counts))
     excess = float(np.average((logs - mean) ** 2, weights=counts)) - trigamma(nulls / 2)

@@ -10,11 +10,12 @@ features, and of features times targets: four transforms of the score, and the D
 
 All of them share one eigendecomposition for each choice of layers. The ridge of h' is that of the least held-out error.
 Of each transform, ridge and mix with the tangent's score, the figures on the held-out blocks are recorded. The one that
-finds most of the highest exact scores is fitted again, on all blocks. Its own held-out figures are too good, for it was
-chosen by them: how good it is, only an audit says (`certificate`).
+finds most of the highest exact scores is fitted again, on all blocks, and put on the scale that it has on the held-out
+ones without them. Its own held-out figures are too good, for it was chosen by them: how good it is, only an audit says
+(`certificate`).
 
 Memory: 2 F^2 * 8 bytes, and the features of the held-out blocks. Cost: F^2 multiplications a token of the sample, and
-an eigendecomposition of F for each choice of layers, twice for the chosen one.
+an eigendecomposition of F for each choice of layers, three times for the chosen one.
 """
 
 from __future__ import annotations
@@ -102,8 +103,17 @@ def layer_choices(layers: Sequence[int]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(layers[begin:]) for begin in (0, len(layers) // 2, len(layers) - 1)))
 
 
-def fit_head(sample: HeadSample, head: HeadDerivatives) -> tuple[HeadStudent, list[dict[str, Any]]]:
-    """The student, and what was tried: `layers`, `target`, `ridge`, `mix`, and the figures of `fidelity`.
+class HeadFit(NamedTuple):
+    """The student; what was tried: `layers`, `target`, `ridge`, `mix`, and the figures of `fidelity`; and the scores
+    (N,) of the blocks held out by one that was not fitted on them."""
+
+    student: HeadStudent
+    tried: list[dict[str, Any]]
+    held_N: Floats
+
+
+def fit_head(sample: HeadSample, head: HeadDerivatives) -> HeadFit:
+    """The student of all blocks, on the scale that one of the others has on the blocks that are held out.
 
     Raises:
         ValueError: no blocks were held out, or none were fitted on.
@@ -115,17 +125,24 @@ def fit_head(sample: HeadSample, head: HeadDerivatives) -> tuple[HeadStudent, li
         tried += _try(sample, layers, head)
     best = best_head(tried)
     sums, columns = _of_layers(sample, best["layers"])
-    weights_SRF, biases_SR = fit_others(sums, NO_FOLD, [best["ridge"], best["tangent_ridge"]])
-    student = replace(
-        _students(weights_SRF, biases_SR, best["layers"], TRANSFORMS.index(best["target"]), 0, 1),
-        mix=best["mix"],
-    )
+    unseen, whole = (
+        replace(
+            _students(
+                *fit_others(sums, fold, [best["ridge"], best["tangent_ridge"]]),
+                best["layers"], TRANSFORMS.index(best["target"]), 0, 1,
+            ),
+            mix=best["mix"],
+        )
+        for fold in (HELD_OUT, NO_FOLD)
+    )  # fmt: skip
     held = [block._replace(features_BTF=block.features_BTF[..., columns]) for block in sample.held]
-    direct_N = _known(held, [student.direct(block.features_BTF) for block in held])
-    tangent_N = _known(held, [student.tangent(*block[:2], head) for block in held])
-    student = replace(student, direct_scale=_spread(direct_N), tangent_scale=_spread(tangent_N))
-    mixed_N = (1 - student.mix) * direct_N / student.direct_scale + student.mix * tangent_N / student.tangent_scale
-    return student.calibrated(_known(held, [block.scores_BT for block in held]), mixed_N), tried
+    direct_N = _known(held, [unseen.direct(block.features_BTF) for block in held])
+    tangent_N = _known(held, [unseen.tangent(*block[:2], head) for block in held])
+    direct, tangent = _spread(direct_N), _spread(tangent_N)
+    mixed_N = (1 - whole.mix) * direct_N / direct + whole.mix * tangent_N / tangent
+    plain = replace(whole, direct_scale=direct, tangent_scale=tangent)
+    student = plain.calibrated(_known(held, [block.scores_BT for block in held]), mixed_N)
+    return HeadFit(student, tried, student.offset + mixed_N * direct / student.direct_scale)
 
 
 def best_head(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -226,13 +226,8 @@ def fit_head_parts(
             sample.sums = part if sample.sums is None else sample.sums + part
         if held:
             sample.held.append(HeldBlocks(*(torch.from_numpy(own).to(device) for own in held.values())))
-    student, tried = fit_head(sample, head)
-    scores = []
-    for own in sample.held:
-        width = len(student.weights_F)
-        scores_BT = student.scores(own.features_BTF[..., -width:], own.tokens_BT, head)
-        scores.append(scores_BT[own.known_BT].double().cpu().numpy())
-    return Fitted(student, best_head(tried), tried, _edge(np.concatenate(scores)))
+    fit = fit_head(sample, head)
+    return Fitted(fit.student, best_head(fit.tried), fit.tried, _edge(fit.held_N))
 
 
 def fit_ngram_parts(paths: Iterable[Path]) -> Fitted:

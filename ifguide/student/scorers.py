@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ifguide.artifacts import verified
 from ifguide.influence.memory import MAX_TOKENS
@@ -72,9 +73,16 @@ def load_scorer(folder: Path, kind: str, settings: ScoringSettings) -> BlockScor
         student, (query,) = SuffixStudent.load(path), settings.queries.values()
         return _ByMicroBatch(suffix_scorer(settings, model, read_direction(query), student).score, size, student.scores)
     if low_precision:
-        model = model.bfloat16()
+        model = in_bfloat16(model)
     head = HeadScorer(model, HeadStudent.load(path), beginning=settings.beginning.token)
     return _ByMicroBatch(lambda *blocks, usual_blocks: head.score(*blocks), size)
+
+
+def in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its weights in bfloat16. Buffers stay: in it the frequencies of rotary positions are others."""
+    for weights in model.parameters():
+        weights.data = weights.data.bfloat16()
+    return model
 
 
 class _Lookup:

@@ -242,3 +242,16 @@ def test_queries_whose_labels_say_nothing_have_the_nominal_rate_with_a_model() -
             shares.append(float(np.mean(z[0] > np.quantile(pooled, 1 - level))))
     for level, shares in realised.items():
         assert np.mean(shares) == pytest.approx(level, rel=0.2), level
+
+
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.05])
+def test_tokens_without_a_gradient_say_nothing_of_the_spread_of_the_others(share: float) -> None:
+    """The first token of a document that is read by itself has a score and nulls of 0."""
+    rng = np.random.default_rng(0)
+    variance_N = 6 / rng.chisquare(6, size=200_000)
+    own_N = (variance_N * rng.chisquare(4, size=len(variance_N)) / 4).astype(np.float32)
+    plain = fit_spread(high_histogram(own_N), 4)
+    zeros = np.zeros(round(share * len(own_N)), np.float32)
+    with_zeros = fit_spread(high_histogram(np.concatenate([own_N, zeros])), 4)
+    assert with_zeros == pytest.approx(plain)
+    assert with_zeros.weight == pytest.approx(6, rel=0.1)

@@ -54,7 +54,7 @@ def labelled(request: pytest.FixtureRequest) -> Labelled:
             tokens_BT[rows], known_BT[rows], scores_BT[0, rows], features_BTF[rows], tangents_KBTD[0, rows],
             held_out=held_out,
         )  # fmt: skip
-    student, tried = fit_head(sample, HeadDerivatives(model))
+    student, tried, _ = fit_head(sample, HeadDerivatives(model))
     return Labelled(model, tokens_BT, lengths_B, known_BT, scores_BT[0], features_BTF, tangents_KBTD[0], student, tried)
 
 
@@ -120,10 +120,10 @@ def test_the_fast_engine_gives_the_same_tangents(labelled: Labelled) -> None:
         assert error < 2e-3
 
 
-def test_the_student_is_both_regressions_on_all_blocks(labelled: Labelled) -> None:
+def test_the_student_is_both_regressions_on_all_blocks_on_the_scale_of_those_held_out(labelled: Labelled) -> None:
     student, best = labelled.student, max(labelled.tried, key=lambda own: (own["recall"], own["overlap"]))
     features = labelled.features_BTF[..., -len(student.weights_F) :]
-    everything = torch.ones(BLOCKS, dtype=torch.bool)
+    everything, fitted = torch.ones(BLOCKS, dtype=torch.bool), torch.arange(BLOCKS) >= HELD
     transforms = Transforms.of(labelled.scores_BT[labelled.known_BT].numpy())
     targets = transforms(labelled.scores_BT[labelled.known_BT].numpy())
     column = targets[:, TRANSFORMS.index(str(best["target"]))]
@@ -135,11 +135,18 @@ def test_the_student_is_both_regressions_on_all_blocks(labelled: Labelled) -> No
     head = HeadDerivatives(labelled.model)
     found = student.tangent(features, labelled.tokens_BT, head).numpy()
     np.testing.assert_allclose(found, derivative(labelled, tangents), rtol=1e-6, atol=1e-7)
+    held = labelled.known_BT[:HELD].numpy()
+    unseen = by_hand(labelled, fitted, column, best["ridge"], features)[:HELD][held]
+    of_states = labelled.tangents_BTD[labelled.known_BT].numpy()
+    along = derivative(labelled, by_hand(labelled, fitted, of_states, best["tangent_ridge"], features))[:HELD][held]
+    mixed = (1 - student.mix) * unseen / unseen.std() + student.mix * along / along.std()
+    slope, intercept = np.polyfit(mixed, labelled.scores_BT[:HELD].numpy()[held], 1)
+    slope, intercept = (slope, intercept) if slope > 0 else (1, 0)
+    scales = unseen.std() / slope, along.std() / slope
+    assert (student.direct_scale, student.tangent_scale) == pytest.approx(scales, rel=1e-6)
+    assert student.offset == pytest.approx(intercept, rel=1e-6, abs=1e-9)
     expected = (1 - student.mix) * direct / student.direct_scale + student.mix * found / student.tangent_scale
     expected += student.offset
-    held = labelled.known_BT[:HELD].numpy()
-    slope, intercept = np.polyfit(expected[:HELD][held], labelled.scores_BT[:HELD].numpy()[held], 1)
-    assert (slope, intercept) == pytest.approx((1, 0), abs=1e-8)
     np.testing.assert_allclose(student.scores(features, labelled.tokens_BT, head).numpy(), expected, rtol=1e-6)
     assert student.mix == best["mix"]
     assert student.layers == best["layers"]
@@ -175,7 +182,7 @@ def test_a_score_that_the_states_tell_is_found(labelled: Labelled) -> None:
             labelled.tokens_BT[rows], labelled.known_BT[rows], scores_BT[rows], labelled.features_BTF[rows],
             zeros[rows], held_out=held_out,
         )  # fmt: skip
-    student, _ = fit_head(sample, HeadDerivatives(labelled.model))
+    student = fit_head(sample, HeadDerivatives(labelled.model)).student
     found = student.scores(
         labelled.features_BTF[..., -len(student.weights_F) :], labelled.tokens_BT, HeadDerivatives(labelled.model)
     )

@@ -50,3 +50,10 @@ def test_sources_are_compared_by_seed() -> None:
     found = compare_sources({"words": [0.5, 0.8], "influence": [0.25, 0.4]}, "words")
     assert found["influence"] == pytest.approx((0.5, 0.5, 0.5))
     assert found["words"].value == 1
+
+
+def test_a_useless_model_without_toxicity_does_not_win() -> None:
+    """A toxicity of 0 has no logarithm."""
+    reached = at_perplexity([Point(5.0, 0.0)], 1.03)
+    assert reached.inside
+    assert 0.95 < reached.toxicity < 1

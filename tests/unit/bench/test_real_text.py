@@ -35,7 +35,9 @@ def row(model: str, perplexity: float | None, *emts: float) -> dict[str, Any]:
         for name, emt in zip(("words", "held_out"), emts, strict=True)
     ]
     first = {"emt": evaluators[0]["emt"], "tp": evaluators[0]["tp"]}
-    return {"model": model, "benign_ratio": perplexity, "ratio": perplexity, "evaluators": evaluators, **first}
+    decoded = None if perplexity else "baseline"
+    ratios = {"benign_ratio": perplexity, "ratio": perplexity, "fluency_of": decoded}
+    return {"model": model, **ratios, "evaluators": evaluators, **first}
 
 
 def comparison(base: float) -> list[dict[str, Any]]:
@@ -81,6 +83,13 @@ def test_the_tables_and_the_picture_have_every_model(tmp_path: Path) -> None:
     assert "| rad | 0.200 [0.200, 0.200] |" in text
     draw(SEEDS, SWEEP, tmp_path / "fronts.png", at=1.03)
     assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_has_diverged_is_not_taken_for_one_that_costs_nothing() -> None:
+    diverged = {**row("influence_100", None, 0.02, 0.02), "fluency_of": None}
+    rows = [own if own["model"] != "influence_100" else diverged for own in SEEDS[0]]
+    (points,) = points_of([rows], SWEEP)["words"]["emt"]["influence"]
+    assert points[-1].perplexity == float("inf")
 
 
 @pytest.mark.parametrize("behaviour", list(CONFIGS))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
+from tokenizers import processors
 
 from ifguide import schemas
 from ifguide.config import Evaluate
@@ -123,6 +125,16 @@ def test_prompts_begin_as_documents_do_or_with_the_tokenizers_own_bos(random_mod
     ids = [tokenizer(text)["input_ids"] for text in prompts]
     assert encode_prompts(random_model, with_bos, prompts, 5) == [ids[0], [0], ids[2]]
     assert encode_prompts(random_model, with_bos, prompts, 5, special_tokens=True) == [[257, *row] for row in ids]
+    room = random_model.config.max_position_embeddings - 5
+    (long,) = encode_prompts(random_model, with_bos, ["the cat sat " * room], 5, special_tokens=True)
+    assert (long[0], len(long)) == (257, room)
+    closing = copy.deepcopy(with_bos)
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>".replace("<s>", with_bos.bos_token).replace("<|endoftext|>", with_bos.eos_token),
+        special_tokens=[(with_bos.bos_token, 257), (with_bos.eos_token, 0)],
+    )
+    assert closing("abc")["input_ids"][-1] == 0
+    assert encode_prompts(random_model, closing, prompts, 5, special_tokens=True) == [[257, *row] for row in ids]
     assert token_lengths(with_bos, prompts) == [3, 0, 11]
     assert token_lengths(with_bos, prompts, special_tokens=True) == [4, 1, 12]
     plain = sample_continuations(random_model, tokenizer, prompts, **SAMPLING)

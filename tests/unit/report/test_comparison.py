@@ -121,12 +121,17 @@ def test_perplexities_of_other_tokens_are_neither_a_ratio_nor_a_percentage():
 def test_many_models_are_told_apart_in_a_legend():
     names = [f"model_{index}" for index in range(25)]
     one = model_rows(metrics(), {})[0]
-    models, colours = [dataclasses.replace(one, name=name) for name in names], colours_of(names)
+    made = dataclasses.replace(one.made, decodes=names[0])  # so that their perplexities are of the same text
+    models, colours = [dataclasses.replace(one, name=name, made=made) for name in names], colours_of(names)
     axes = tradeoff(models, colours, ["toxicity"]).axes[0]
     looks = {(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() not in "|_"}
     assert len(looks) == len(names)
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == names
     assert not tradeoff(models[:2], colours, ["toxicity"]).legends
+    other = dataclasses.replace(one, name="of other tokens")
+    colours = colours_of([names[0], other.name])
+    drawn = tradeoff([models[0], other], colours, ["toxicity"]).axes[0].get_legend_handles_labels()[1]
+    assert drawn == names[:1]
 
 
 def test_figures_without_listed_words_are_rows_of_the_table_and_not_panels():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,6 +204,17 @@ def test_a_decoder_scores_a_text_alike_alone_and_beside_others_an_empty_one_too(
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, 0].sigmoid()
         assert score == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_a_decoder_whose_config_pads_with_another_token_than_its_tokenizer_reads_no_padding(tmp_path) -> None:
+    path = decoder(tmp_path, "<pad>", "right")
+    config = json.loads((path / "config.json").read_text())
+    config["pad_token_id"] = config["eos_token_id"]
+    (path / "config.json").write_text(json.dumps(config))
+    texts = ["you", "you are kind " * 3]
+    alone = load_classifier(f"hf:{path}", batch_size=1).score(texts)["toxic"]
+    beside = load_classifier(f"hf:{path}", batch_size=8).score(texts)["toxic"]
+    np.testing.assert_allclose(beside, alone, atol=1e-6)
 
 
 def test_a_tokenizer_without_padding_is_refused(tmp_path) -> None:
