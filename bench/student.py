@@ -62,7 +62,7 @@ from ifguide.student.encoder_fit import EncoderSettings, fit_encoder
 from ifguide.student.fidelity import TOP_SHARE, fidelity
 from ifguide.student.head import HeadScorer, HeadStudent
 from ifguide.student.head_fit import HeadFit, HeadSample, Transforms, fit_head
-from ifguide.student.ngrams import NgramStudent, NgramSums, choose_strength
+from ifguide.student.ngrams import NgramStudent, NgramSums, choose_ngrams
 from ifguide.student.recheck import block_counts, least_count
 from ifguide.student.said import RECHECK_SHARE
 from ifguide.student.suffix import first_of_suffix, suffix_of
@@ -211,7 +211,7 @@ class Bench:
 
     def _fit_ngrams(self, fitted: set[int], held_out: set[int]) -> NgramStudent:
         tokens_BT, scores_BT, known_BT = self.documents.padded(held_out)
-        student, _ = choose_strength(NgramSums.of(*self.documents.padded(fitted)), tokens_BT, scores_BT, known_BT)
+        student, _ = choose_ngrams(NgramSums.of(*self.documents.padded(fitted)), tokens_BT, scores_BT, known_BT)
         return replace(student, sums=student.sums + NgramSums.of(tokens_BT, scores_BT, known_BT))
 
     def _head_scores(self, student: HeadStudent) -> list[np.ndarray]:

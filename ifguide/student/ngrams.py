@@ -6,9 +6,10 @@ With g_n(j) the last n tokens up to and with token j, and sums over the tokens o
     p_n(j) = (sum of the scores of g_n(j) + k p_{n-1}(j)) / (count of g_n(j) + k),  n = 1, ..., longest
 
 so an n-gram that was seen seldom says what its last n - 1 tokens say, as in a hierarchical language model (MacKay and
-Peto 1995), for means. k is chosen on blocks that were held out (`choose_strength`): the tables do not depend on it, and
-add up over parts of a sample in any order. An n-gram is found by its hash, and two may share a place:
-2^20 places for each n are enough for about a million different n-grams.
+Peto 1995), for means. k and the longest n are chosen on blocks that were held out (`choose_ngrams`): the tables do not
+depend on them, and add up over parts of a sample in any order. An n-gram is found by its hash, and two may share a
+place: 2^20 places for each n are enough for about a million different n-grams. Of a larger sample long n-grams share
+theirs with many others, and say the mean of those; shorter ones are then chosen.
 
 Nothing is read but token ids: no model, no accelerator. Before the first token of a block there is none.
 
@@ -17,6 +18,7 @@ Memory: 16 bytes * longest * 2^bits. Cost: about 30 operations a token for each 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -74,10 +76,11 @@ class NgramSums(Sums):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NgramStudent:
-    """Scores from sums; `strength` is k."""
+    """Scores from sums; `strength` is k, `longest` the greatest n that is used."""
 
     sums: NgramSums
     strength: float
+    longest: int = LONGEST
 
     def score(self, tokens_BT: Integers) -> NDArray[np.float32]:
         """(B, T) p_N of every token, label-aligned; entry 0 of a block is 0, for nothing predicts it.
@@ -87,7 +90,7 @@ class NgramStudent:
         """
         if not self.sums.tokens:
             raise ValueError("the sample holds no token with a score; take a larger one")
-        longest, size = self.sums.scores_NP.shape
+        longest, size = min(self.longest, len(self.sums.scores_NP)), self.sums.scores_NP.shape[1]
         mean_BT = np.full(tokens_BT.shape, self.sums.total / self.sums.tokens)
         for n, places_BT in enumerate(ngram_places(tokens_BT, longest=longest, bits=size.bit_length() - 1)):
             of_ngram_BT, count_BT = self.sums.scores_NP[n][places_BT], self.sums.counts_NP[n][places_BT]
@@ -98,25 +101,28 @@ class NgramStudent:
     def save(self, path: Path) -> None:
         """Publish what `load` reads."""
         with publish(path) as part, part.open("wb") as file:
-            np.savez_compressed(file, **vars(self.sums), strength=self.strength)
+            np.savez_compressed(file, **vars(self.sums), strength=self.strength, longest=self.longest)
 
     @classmethod
     def load(cls, path: Path) -> NgramStudent:
         """What `save` wrote."""
         with np.load(path) as saved:
-            return cls(sums=NgramSums.read(saved), strength=float(saved["strength"]))
+            longest = int(saved["longest"]) if "longest" in saved.files else LONGEST
+            return cls(sums=NgramSums.read(saved), strength=float(saved["strength"]), longest=longest)
 
 
-def choose_strength(
+def choose_ngrams(
     sums: NgramSums, tokens_BT: Integers, scores_BT: Floats, known_BT: NDArray[np.bool_]
 ) -> tuple[NgramStudent, list[dict[str, float]]]:
-    """The student of `sums` whose strength finds most of the highest scores of blocks that `sums` does not hold, and
-    the figures (`fidelity`) of all strengths."""
+    """The student of `sums` whose strength and longest n find most of the highest scores of blocks that `sums` does not
+    hold, and the figures (`fidelity`) of all of them."""
     tried = []
-    for strength in STRENGTHS:
-        found_BT = NgramStudent(sums=sums, strength=strength).score(tokens_BT)
-        tried.append({"strength": strength, **fidelity(scores_BT[known_BT], found_BT[known_BT])})
-    return NgramStudent(sums=sums, strength=best_ngram(tried)["strength"]), tried
+    for longest, strength in itertools.product(range(len(sums.scores_NP), 0, -1), STRENGTHS):
+        found_BT = NgramStudent(sums=sums, strength=strength, longest=longest).score(tokens_BT)
+        figures = fidelity(scores_BT[known_BT], found_BT[known_BT])
+        tried.append({"strength": strength, "longest": longest, **figures})
+    best = best_ngram(tried)
+    return NgramStudent(sums=sums, strength=best["strength"], longest=int(best["longest"])), tried
 
 
 def best_ngram(tried: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ give the student.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +25,7 @@ from ifguide.student.encoder_fit import EncoderSettings, LabelledBlocks, fit_enc
 from ifguide.student.fidelity import TOP_SHARE, fidelity
 from ifguide.student.head import HeadStudent
 from ifguide.student.head_fit import HeadSample, HeldBlocks, Transforms, best_head, fit_head
-from ifguide.student.ngrams import NgramStudent, NgramSums, best_ngram, choose_strength
+from ifguide.student.ngrams import NgramStudent, NgramSums, best_ngram, choose_ngrams
 from ifguide.student.suffix import SuffixStudent
 
 HELD_FEATURES = 1 << 15  # tokens of all parts whose features are kept
@@ -249,9 +250,9 @@ def fit_ngram_parts(paths: Iterable[Path]) -> Fitted:
     if "fitted" not in sums or not held:
         raise ValueError(NO_BLOCKS)
     tokens_BT, scores_BT, known_BT = (np.concatenate(own) for own in zip(*held, strict=True))
-    student, tried = choose_strength(sums["fitted"], tokens_BT, scores_BT, known_BT)
+    student, tried = choose_ngrams(sums["fitted"], tokens_BT, scores_BT, known_BT)
     edge = _edge(student.score(tokens_BT)[known_BT])
-    whole = NgramStudent(sums=student.sums + sums["held"], strength=student.strength)
+    whole = replace(student, sums=student.sums + sums["held"])
     return Fitted(whole, dict(best_ngram(tried)), list(tried), edge)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ifguide.student.ngrams import NgramStudent, NgramSums, ngram_places
+from ifguide.student.ngrams import NgramStudent, NgramSums, choose_ngrams, ngram_places
 
 LONGEST = 3
 
@@ -83,3 +83,28 @@ def test_ngrams_of_nothing_and_of_no_number_are_refused() -> None:
         NgramStudent(sums=NgramSums.of(tokens, scores, known & False), strength=1.0).score(tokens)
     with pytest.raises(ValueError, match="not finite"):
         NgramSums.of(tokens, np.full(tokens.shape, np.nan), known)
+
+
+def test_a_larger_sample_than_there_are_places_makes_a_student_no_worse(tmp_path: Path) -> None:
+    """Where a place holds hundreds of different n-grams, their mean is no news; a shorter one is taken."""
+    rng = np.random.default_rng(4)
+    means = rng.normal(size=500)
+
+    def sample(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tokens = rng.integers(0, 500, (rows, 64))
+        known = np.ones(tokens.shape, bool)
+        known[:, 0] = False
+        return tokens, means[tokens] + rng.normal(size=tokens.shape), known
+
+    held = sample(200)
+    recalls = {}
+    for rows in (100, 10_000):
+        student, tried = choose_ngrams(NgramSums.of(*sample(rows), bits=12), *held)
+        recalls[rows] = max(own["recall"] for own in tried)
+        assert {own["longest"] for own in tried} == {1, 2, 3, 4}
+    assert student.longest < 4, "4-grams share their places with hundreds of others"
+    assert recalls[10_000] >= recalls[100] - 0.02
+    whole = [own["recall"] for own in tried if own["longest"] == 4]
+    assert max(whole) < recalls[100] - 0.2, "which they would bring down"
+    student.save(tmp_path / "student.npz")
+    assert NgramStudent.load(tmp_path / "student.npz").longest == student.longest
