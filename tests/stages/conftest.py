@@ -135,7 +135,8 @@ def copied(finished: Config, tmp_path: Path) -> Callable[..., Config]:
 
     def copy(*, drop: tuple[str, ...] = (), **changes: Any) -> Config:
         target = tmp_path / "copy"
-        shutil.copytree(finished.run_dir, target, dirs_exist_ok=True)
+        # another process of the tests may be looking whether that run is finished, and holds it
+        shutil.copytree(finished.run_dir, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock.json"))
         for name in drop:
             shutil.rmtree(target / name)
         tree = {**to_mapping(finished), "run_dir": str(target)}

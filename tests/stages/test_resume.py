@@ -263,7 +263,7 @@ def test_what_a_rank_wrote_down_is_said_whatever_ray_met_in_ending_the_others(
         (folder / FAILURE).write_text("the loss is nan at step 2")
         raise TrainingFailedError("the actor died")
 
-    monkeypatch.setattr(pretrain_stage, "_trainer", lambda settings: None)
+    monkeypatch.setattr(pretrain_stage, "_trainer", lambda settings, **_: None)
     monkeypatch.setattr(pretrain_stage, "_fit", fit)
     with pytest.raises(StageError, match=r"^the loss is nan at step 2$"):
         pretrain_stage._train_on_ray(failing, run.config.cluster)
