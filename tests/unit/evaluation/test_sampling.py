@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import processors
 
 from ifguide import schemas
+from ifguide.artifacts import open_artifact
 from ifguide.config import Evaluate
 from ifguide.evaluation import sample_continuations, token_lengths
 from ifguide.evaluation.generation import encode_prompts
-from ifguide.evaluation.generations import generate_shard
+from ifguide.evaluation.generations import generate_shard, takes_special_tokens
 from ifguide.toxicity import PromptRow
 from tests.unit.evaluation.small import EOS, tiny_model
 
@@ -154,3 +156,13 @@ def test_given_models_keep_their_special_tokens_and_the_runs_own_have_none(rando
         found = schemas.read_table(path, schemas.GENERATIONS).column("continuation").to_pylist()
         expected = sample_continuations(random_model, with_bos, ["abc"], **settings, special_tokens=special_tokens)
         assert found == expected[0]
+
+
+def test_a_model_that_another_run_trained_begins_as_the_runs_own(tmp_path: Path) -> None:
+    folder = tmp_path / "other" / "model" / "penalised"
+    artifact = open_artifact(folder, verb="pretrain", options={}, inputs={}, config_yaml="")
+    options = Evaluate(models={"other": str(folder / "hf"), "hub": "owner/name", "local": str(tmp_path)})
+    assert takes_special_tokens(options, "other"), "nothing says what made it"
+    artifact.finish([], rows={}, summary={})
+    found = {name: takes_special_tokens(options, name) for name in ("penalised", "other", "hub", "local")}
+    assert found == {"penalised": False, "other": False, "hub": True, "local": True}

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.config.compare import Dpo
+from ifguide.methods import preferences
 from ifguide.methods.dpo import dpo_trainer, last_complete, train_dpo
 from ifguide.methods.pairs import Pair, ScoredPrompt, make_pairs, rate_continuations
 from ifguide.telemetry import Progress
@@ -146,3 +147,13 @@ def test_training_prefers_the_chosen_and_resumes_to_the_same_weights(
     assert again["steps"] == 12
     for name, values in weights.items():
         assert torch.equal(resumed[name], values), name
+
+
+def test_checkpoints_of_other_options_or_pairs_are_not_gone_on_with(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    preferences._only_of(scratch, "one")
+    (scratch / "checkpoint-1").mkdir()
+    preferences._only_of(scratch, "one")
+    assert (scratch / "checkpoint-1").exists()
+    preferences._only_of(scratch, "another")
+    assert not (scratch / "checkpoint-1").exists()
