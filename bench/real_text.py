@@ -173,8 +173,10 @@ def points_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, dict[s
 def _point(rows: Rows, model: str, figure: str, evaluator: int) -> Point:
     row = next(row for row in rows if row["model"] == model)
     own, base = (each["evaluators"][evaluator][figure][0] for each in (row, rows[0]))
-    decoded = 1.0 if row.get("fluency_of") else math.inf  # guided decoding has the same weights; else it has diverged
-    return Point(row["benign_ratio"] or row["ratio"] or (1.0 if row is rows[0] else decoded), own / base)
+    perplexity = row["benign_ratio"] or row["ratio"]
+    if perplexity is None:  # of the first model, or of guided decoding, which has its weights; else it diverged
+        perplexity = 1.0 if row is rows[0] or row["fluency_of"] else math.inf
+    return Point(perplexity, own / base)
 
 
 def figures_at(seeds: Sequence[Rows], sweep: Sweep, at: float) -> dict[str, dict[str, Any]]:

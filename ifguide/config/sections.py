@@ -217,7 +217,7 @@ class Config:
 
     @property
     def target_tokenizer_size(self) -> int | None:
-        """Tokens of the target's tokenizer, where that is trained; None: it is not."""
+        """Tokens of the target's tokenizer, where that is trained; None: it is not, as with `pretrain.init_from`."""
         if self.pretrain.has_own_tokenizer:
             return self.pretrain.train_tokenizer
         return self.pack_corpus.train_tokenizer

@@ -29,8 +29,7 @@ def target_shape(config: Config) -> ModelShape:
         if "vocab_size" not in fields:
             fields["vocab_size"] = _vocabulary(config)
         return shape_of_fields("target", "target.architecture", fields, traced=traced)
-    trained = None if config.pretrain.init_from else config.target_tokenizer_size
-    return model_shape(source, "target", traced=traced, vocabulary=trained)
+    return model_shape(source, "target", traced=traced, vocabulary=config.target_tokenizer_size)
 
 
 def _vocabulary(config: Config) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ifguide.artifacts import MANIFEST, read_manifest
-from ifguide.config import OWN, VERBS, Config, ConfigError, Evaluate
+from ifguide.config import OWN, VERBS, Config, Evaluate
 from ifguide.config.methods import check_method
 from ifguide.config.resources import WorkerResources
 from ifguide.preflight.findings import Finding, Findings, PreflightError
@@ -223,26 +223,13 @@ class _Sections:
         texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(options.heldout)}
         for key, source in (texts | ({"evaluate.cloze": options.cloze} if options.cloze else {})).items():
             checks[key] = partial(self.tables.documents, key, source)
-        if options.prompts is not None and options.balanced:
-            checks["evaluate.balanced"] = self._balanced
+        if options.balanced:
+            checks["evaluate.balanced"] = partial(self.tables.balanced, options, self.config.seed)
         if options.lm_eval:
             checks["evaluate.lm_eval"] = partial(self.models.benchmarks, "evaluate.lm_eval", options.lm_eval)
         for name, model in options.models.items():
             checks[f"evaluate.models.{name}"] = self._model(f"evaluate.models.{name}", model)
         return checks
-
-    def _balanced(self) -> None:
-        """That there are as many prompts of either kind as are wanted, where the table can be read here."""
-        from ifguide.evaluation.prompts import chosen_prompts
-
-        options = self.config.evaluate
-        with self.findings.caught("evaluate.balanced", options.balanced):
-            try:
-                chosen_prompts(options, self.config.seed)
-            except ConfigError:
-                raise
-            except (ValueError, OSError):  # a check of the table itself says so
-                return
 
     def _classifiers(self, options: Evaluate, *, of_new_text: bool = True) -> dict[str, Check]:
         named = {"evaluate.classifier": options.classifier}

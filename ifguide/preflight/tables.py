@@ -16,7 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ifguide.config import BuildQuery, Completions, ConfigError, Input, LabelledTexts, Pairs, Prompts, PromptSet
+from ifguide.config import (
+    BuildQuery,
+    Completions,
+    ConfigError,
+    Evaluate,
+    Input,
+    LabelledTexts,
+    Pairs,
+    Prompts,
+    PromptSet,
+)
 from ifguide.corpus.reading import Chunk, check_row, count_rows, hub_name, list_chunks, raw_rows
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
@@ -125,7 +135,12 @@ class TableChecks:
 
     def queries(self, key: str, source: Completions | Pairs) -> None:
         """A table of queries, by itself."""
-        self._table(key, source, lambda: _read_queries(source, key), None)
+        from ifguide.toxicity.prompts import read_completions, read_pairs
+
+        def read() -> object:
+            return read_pairs(source, key) if isinstance(source, Pairs) else read_completions(source, key)
+
+        self._table(key, source, read, None)
 
     def query_sets(self, options: BuildQuery, seed: int) -> None:
         """That both sets have queries, and some are left beside those that are held out: of tables, and of prompts with
@@ -134,19 +149,29 @@ class TableChecks:
         from ifguide.toxicity.queries import choose_queries
 
         tables = [table for table in (options.prompts, options.pairs, options.positive, options.negative) if table]
-        try:
-            files = [file for table in tables for file in list_files(table.path, "build_query", TABLES)]
-            if not tables or sum(map(_plain_bytes, files)) > READ_BYTES:
-                return
-            for table in tables:
-                _read_queries(table, "build_query")
-        except (ValueError, OSError):  # a check of the table itself says so
+        if not self._can_be_read("build_query", tables):
             return
         with self.findings.caught("build_query", ", ".join(table.path for table in tables)):
             if options.prompts is None or options.classifier.name == "labels":
                 choose_queries(options, seed).hold_out(options.held_out, seed)
             elif not any(row.continuation.strip() for row in read_prompt_rows(options.prompts, "build_query.prompts")):
                 raise ValueError("no row has a continuation to score; name prompts that have")
+
+    def balanced(self, options: Evaluate, seed: int) -> None:
+        """That there are as many prompts of either kind as an evaluation wants."""
+        from ifguide.evaluation.prompts import chosen_prompts
+
+        if options.prompts is not None and self._can_be_read("evaluate.prompts", [options.prompts]):
+            with self.findings.caught("evaluate.balanced", options.balanced):
+                chosen_prompts(options, seed)
+
+    def _can_be_read(self, key: str, tables: Sequence[Prompts | Completions | Pairs]) -> bool:
+        """Whether there are tables, small enough to be read here, in which their own checks, which come first, found no
+        fault of `key`."""
+        if not tables or any(fault.key.startswith(key) for fault in self.findings.faults):
+            return False
+        files = [file for table in tables for file in list_files(table.path, key, TABLES)]
+        return sum(map(_plain_bytes, files)) <= READ_BYTES
 
     def prompt_set(self, key: str, prompts: PromptSet) -> None:
         """A set of prompts in groups, which is small."""
@@ -194,14 +219,6 @@ class TableChecks:
                 if not str(error).startswith(f"{key}.rows: "):
                     raise
                 self.findings.fault(f"{key}.rows", table.rows, str(error))
-
-
-def _read_queries(table: Prompts | Completions | Pairs, key: str) -> object:
-    from ifguide.toxicity.prompts import read_completions, read_pairs, read_prompt_rows
-
-    if isinstance(table, Prompts):
-        return read_prompt_rows(table, key)
-    return read_pairs(table, key) if isinstance(table, Pairs) else read_completions(table, key)
 
 
 def _plain_bytes(file: Path) -> int:

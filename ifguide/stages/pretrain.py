@@ -168,8 +168,7 @@ def _require_trainable(settings: TrainingSettings, corpus: Manifest) -> None:
     train, block_size = settings.train, settings.block_size
     require_training_blocks(corpus.rows["blocks"], train.heldout_blocks)
     target, tokenizer = initial_model(settings.target, train.init_from), load_tokenizer(settings.tokenizer)
-    trained = settings.trained_tokenizer and not train.init_from
-    fields = architecture(target, tokenizer, block_size, trained_tokenizer=trained)
+    fields = architecture(target, tokenizer, block_size, trained_tokenizer=settings.trained_tokenizer)
     name = target.source or "target.architecture"
     check_vocabulary(fields["vocab_size"], tokenizer, model_name=name, tokenizer_name=settings.tokenizer)
     require_positions(name, fields, block_size)

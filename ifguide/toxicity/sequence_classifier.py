@@ -151,9 +151,8 @@ class SequenceClassifier:
         if config.model_type != "xlnet":  # it alone reads a text's last place; others number places from the left
             self._tokenizer.padding_side = "right"
         padding = self._tokenizer.pad_token_id
-        config.pad_token_id = config.get_text_config().pad_token_id = (
-            padding  # a decoder reads the last place before it
-        )
+        # a decoder's score is that of the last token before the padding
+        config.pad_token_id = config.get_text_config().pad_token_id = padding
         special = (getattr(self._tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk"))
         self._blank = [next((token for token in special if token not in (None, padding)), padding)]
 

@@ -21,7 +21,6 @@ from ifguide.config import (
     to_yaml,
 )
 from ifguide.config.packaged import packaged_configs
-from ifguide.config.typed_yaml import read_yaml
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 FILE_NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]*", fullmatch=True)
@@ -398,9 +397,3 @@ def test_a_packaged_config_is_found_by_name_from_any_folder(tmp_path, monkeypatc
     for name in ("huge", "elsewhere/tiny.yaml", "../configs/tiny.yaml"):
         with pytest.raises(FileNotFoundError, match=r"does not exist; packaged are demo, finetune, "):
             load_config(name)
-
-
-def test_numbers_with_an_exponent_are_numbers_in_a_models_own_options_too() -> None:
-    text = "target: {architecture: {model_type: llama, rope_theta: 5e5, layer_norm_eps: 1e-5, name: 5ever}}"
-    fields = config_from_mapping(read_yaml(text)).target.architecture
-    assert fields == {"model_type": "llama", "rope_theta": 5e5, "layer_norm_eps": 1e-5, "name": "5ever"}

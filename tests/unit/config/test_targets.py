@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ifguide.config import ConfigError, config_from_mapping
+from ifguide.config.typed_yaml import read_yaml
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,9 @@ def test_what_does_not_go_together_is_refused(tree: dict[str, Any], message: str
 def test_published_weights_go_with_a_corpus_of_trained_tokens_where_they_read_their_own() -> None:
     pretrain = {"init_from": "a/b", "tokenizer": "a/b"}
     config_from_mapping({"proxy": "p", "pretrain": pretrain, "pack_corpus": {"train_tokenizer": 512}})
+
+
+def test_numbers_with_an_exponent_are_numbers_in_a_models_own_options_too() -> None:
+    text = "target: {architecture: {model_type: llama, rope_theta: 5e5, layer_norm_eps: 1e-5, name: 5ever}}"
+    fields = config_from_mapping(read_yaml(text)).target.architecture
+    assert fields == {"model_type": "llama", "rope_theta": 5e5, "layer_norm_eps": 1e-5, "name": "5ever"}
