@@ -2,7 +2,7 @@
 
     python bench/real_text.py [--behaviours explicit implicit] [--seeds 0 1 2 3 4] [--penalties 0 0.5 1 2]
                               [--budgets SHARE ...] [--methods NAME ...] [--proxy smollm2|configured|SOURCE]
-                              [--at 1.03] [--set a.b=c]
+                              [--at 1.03] [--set a.b=c] [--record] [--recorded]
 
 A behaviour is a config, `configs/real_text.yaml` or `configs/real_text_implicit.yaml`. Its corpus is packed and its
 factors are fitted once; queries, scores and masks are of each seed. Then `ifguide compare` trains a model for every
@@ -10,7 +10,8 @@ source of the config's masks and every penalty, with the same loss, in `<run_dir
 `ignore`. `--budgets` adds masks of other shares of the tokens, of the sources that have scores: what is selected unit
 by unit has the quantile that leaves as many. They are points of the same front. Methods with a loss of their own,
 filters, DPO and RAD are points beside the fronts. Seeds vary initial weights, the order of blocks, the queries and the
-sampling. `--methods` takes some of the config's alone. Running it again resumes.
+sampling. `--methods` takes some of the config's alone. Running it again resumes. `--record` keeps each seed's rows in
+`bench/records/real_text`; `--recorded` takes a seed from there where it has one made with the same options.
 
 Toxicity at equal benign perplexity is read off each front (`bench.common.fronts`), by every evaluator of the config;
 the first one is what the filters learn from, the others no method has learned from. Intervals are of Student's t over
@@ -34,6 +35,7 @@ from typing import Any, Literal
 from bench.common.fronts import Interval, Point, at_perplexity, compare_sources, over_seeds
 from bench.common.places import this_machine
 from bench.common.proxies import source_overrides
+from bench.common.recorded import Record, read_record, record_path, write_record
 from ifguide.artifacts import publish
 from ifguide.config import Config, load_config
 from ifguide.config.compare import INFLUENCE, SCORED, Method
@@ -80,39 +82,57 @@ class Sweep:
 def main() -> None:
     options = _options()
     configure_logging()
-    results = {}
+    results, recorded = {}, {}
     for behaviour in options.behaviours:
         overrides = [*source_overrides(options.proxy, "proxy.source"), *options.overrides]
         config = load_config(CONFIGS[behaviour], overrides)
         if options.methods is not None:
             config = replace(config, compare=replace(config.compare, methods=some_of(config, options.methods)))
         sweep = Sweep(sources=sources_of(config), penalties=options.penalties, budgets=options.budgets)
-        seeds = [_compared(config, seed, sweep) for seed in options.seeds]
+        config = replace(config, compare=replace(config.compare, methods=swept(config, sweep)))
+        records = _records(behaviour, config, options) if options.recorded else {}
+        seeds = []
+        for seed in options.seeds:
+            seeds.append(records[seed].rows if seed in records else _compared(config, seed))
+            if options.record and seed not in records:
+                write_record(record_path(behaviour, seed), config, _report_of(config, seed), proxy=options.proxy)
         results[behaviour] = figures_at(seeds, sweep, options.at)
+        recorded[behaviour] = {seed: record.made for seed, record in records.items()}
         folder = Path(config.run_dir) / "seeds"
         with publish(folder / "fronts.md") as part:
             part.write_text(as_markdown(results[behaviour], others_of(seeds, sweep)), "utf-8")
         draw(seeds, sweep, folder / "fronts.png", at=options.at)
     shared = {name: getattr(options, name) for name in ("at", "seeds", "penalties", "budgets")}
-    print(json.dumps({**results, **shared, "machine": this_machine()}))
+    print(json.dumps({**results, **shared, "recorded": recorded, "machine": this_machine()}))
 
 
-def _compared(config: Config, seed: int, sweep: Sweep) -> Rows:
+def _records(behaviour: str, config: Config, options: argparse.Namespace) -> dict[int, Record]:
+    """The records of the seeds that have one."""
+    found = {seed: read_record(record_path(behaviour, seed), config, proxy=options.proxy) for seed in options.seeds}
+    return {seed: record for seed, record in found.items() if record is not None}
+
+
+def _seeded(config: Config, seed: int) -> Config:
+    return replace(config, seed=seed, run_dir=str(Run(config=config).folder / "seeds" / str(seed)))
+
+
+def _report_of(config: Config, seed: int) -> Path:
+    return Run(config=_seeded(config, seed)).folder / "compare" / "report"
+
+
+def _compared(config: Config, seed: int) -> Rows:
     """The rows of one seed's comparison, which is made where it is not there. Seeds share corpus and factors."""
-    config = replace(config, compare=replace(config.compare, methods=swept(config, sweep)))
     try:
         run_pipeline(replace(config, baseline=config.proxy_is_baseline), dry_run=False, until="fit_factors")
     except FileNotFoundError as error:
         raise SystemExit(f"{error}{advice(str(error))}") from error
-    base = Run(config=config)
-    seeded = replace(config, seed=seed, run_dir=str(base.folder / "seeds" / str(seed)))
-    run = Run(config=seeded).borrow(base, "corpus", "factors")
+    run = Run(config=_seeded(config, seed)).borrow(Run(config=config), "corpus", "factors")
     for verb in ("build_query", "score_corpus", "build_mask"):
         stage(verb)(run)
     for use_mask in (False, True):
         stage("pretrain")(run.with_mask(use_mask))
     compare(run)
-    rows: Rows = json.loads((run.folder / "compare" / "report" / "comparison.json").read_text(encoding="utf-8"))
+    rows: Rows = json.loads((_report_of(config, seed) / "comparison.json").read_text(encoding="utf-8"))
     log("real_text", f"seed {seed}: {json.dumps({row['model']: row['emt'][0] for row in rows})}")
     return rows
 
@@ -296,6 +316,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", help="of the config's methods; default: all")
     parser.add_argument("--proxy", default="smollm2")
     parser.add_argument("--at", type=float, default=1.03, help="ratio of benign perplexities that is compared at")
+    parser.add_argument("--record", action="store_true", help="keep the seeds' rows in bench/records/real_text")
+    parser.add_argument("--recorded", action="store_true", help="take seeds from bench/records/real_text")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
     return parser.parse_args()
 

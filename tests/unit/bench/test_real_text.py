@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from bench.common.fronts import Point
+from bench.common.recorded import read_record, record_path, write_record
 from bench.real_text import (
     CONFIGS,
     Sweep,
@@ -22,6 +24,7 @@ from bench.real_text import (
     sources_of,
     swept,
 )
+from ifguide.artifacts import Manifest, write_manifest
 from ifguide.config import load_config
 from ifguide.config.compare import Method
 
@@ -144,3 +147,46 @@ def test_some_of_the_methods_are_named_and_a_wrong_name_is_refused() -> None:
     assert some_of(config, []) == {}
     with pytest.raises(SystemExit, match="--methods: prob: none of influence_tokens, exact"):
         some_of(config, ["prob"])
+
+
+def test_a_record_stands_for_the_same_options_alone(tmp_path: Path) -> None:
+    config = load_config(CONFIGS["explicit"])
+    config = replace(config, compare=replace(config.compare, methods=swept(config, SWEEP)))
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "comparison.json").write_text(json.dumps(comparison(1.0)))
+    manifest = Manifest(
+        verb="compare",
+        fingerprint="f",
+        options={},
+        inputs={},
+        rows={},
+        summary={},
+        files={},
+        created="2026-01-02T03:04:05+00:00",
+        seconds=1.0,
+        environment={"git": "0123456789abcdef"},
+    )
+    write_manifest(report, manifest)
+    path = record_path("explicit", 3, tmp_path)
+    assert read_record(path, config, proxy="smollm2") is None
+    write_record(path, config, report, proxy="smollm2")
+
+    record = read_record(path, config, proxy="smollm2")
+    assert record is not None
+    assert (record.made["commit"], record.made["date"]) == ("0123456", "2026-01-02")
+    assert record.rows == comparison(1.0)
+    few = replace(config, compare=replace(config.compare, methods={}), run_dir="elsewhere", seed=3)
+    only_own = read_record(path, few, proxy="smollm2")
+    assert only_own is not None
+    assert [own["model"] for own in only_own.rows] == ["baseline"]
+
+    with pytest.raises(SystemExit, match="proxy was smollm2, now configured"):
+        read_record(path, config, proxy="configured")
+    other = replace(config, build_mask=replace(config.build_mask, quantile=0.9))
+    with pytest.raises(SystemExit, match=r"build_mask\.quantile was 0\.97, now 0\.9"):
+        read_record(path, other, proxy="smollm2")
+    stronger = replace(config.compare.methods["word_list_100"], penalty=3)
+    methods = {"word_list_100": stronger, "more": stronger}
+    with pytest.raises(SystemExit, match=r"word_list_100 is of other options; compare\.methods\.more is not in it"):
+        read_record(path, replace(config, compare=replace(config.compare, methods=methods)), proxy="smollm2")
