@@ -12,17 +12,20 @@ of them, which are a random audit and, of a cascade, those in which the student 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ifguide.artifacts import Manifest, require, require_same
 from ifguide.config import ScoreCorpus
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import require_resources
 from ifguide.distributed.shards import LEDGER, Pool, ShardResults, StageError, run_shards
-from ifguide.distributed.tasks import run_task
+from ifguide.distributed.tasks import run_task, run_tasks
 from ifguide.influence.decision import METHOD, Decision
 from ifguide.influence.method import chosen_method
 from ifguide.influence.scoring_worker import SMOOTHER, CorpusShard, ScoreShard, ScoringSettings
@@ -37,16 +40,18 @@ from ifguide.student.cascade_worker import (
     CascadeSettings,
     Recheck,
     ScoreByStudent,
-    choose_least,
+    count_blocks,
     first_pass,
 )
 from ifguide.student.certificate import Certificate
+from ifguide.student.recheck import least_count
 from ifguide.student.said import SUMMARY
 from ifguide.student.sampling import audit_share
 from ifguide.student.scorers import StudentFacts
 from ifguide.telemetry import log
 
 VERB = "score_corpus"
+COUNTED_SHARDS = 64  # of one task: a shard is a small column to read
 
 
 def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -135,8 +140,8 @@ def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequenc
         replaces=config.scorer == "cascade",
     )
     passed = _run(given, [first_pass(shard) for shard in shards], ScoreByStudent, cascade)
-    numbers, share = [shard.number for shard in shards], config.recheck_fraction
-    least = run_task(choose_least, cascade, numbers, share, resources=ONE_CPU)
+    numbers = [shard.number for shard in shards]
+    least = least_count(lambda bucket: _count_blocks(cascade, numbers, bucket), config.recheck_fraction)
     log(VERB, f"the student's pass is done; blocks that count {least:g} or more are rechecked")
     results = _run(given, shards, Recheck, replace(cascade, least=least))
     audits = [cascade.audit(number) for number in numbers]
@@ -153,6 +158,13 @@ def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequenc
             " the interval is wide, take scorer: exact, or accept it by a lower score_corpus.min_recall"
         )
     return _Scored(results=_added(results, passed), files=audits, summary={SUMMARY: said})
+
+
+def _count_blocks(cascade: CascadeSettings, shards: Sequence[int], bucket: int | None) -> np.ndarray:
+    """The sum of `count_blocks` over all shards, `COUNTED_SHARDS` a task."""
+    parts = [shards[first : first + COUNTED_SHARDS] for first in range(0, len(shards), COUNTED_SHARDS)]
+    counted = run_tasks(ONE_CPU)(count_blocks, ((cascade, part, bucket) for part in parts))
+    return functools.reduce(np.add, counted)
 
 
 def require_student(given: ScoringInputs) -> Manifest:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ifguide.influence.score_tables import write_scores
 from ifguide.influence.scoring_worker import CorpusShard, ScoringSettings, by_micro_batch, tensors
 from ifguide.models import predicted_positions
 from ifguide.spans.tables import shard_name
-from ifguide.student.recheck import block_counts, least_count
+from ifguide.student.recheck import block_counts, histogram_of
 from ifguide.student.sampling import ShardBlocks, audited_rows, read_blocks
 from ifguide.student.scorers import StudentFacts, load_scorer
 
@@ -147,13 +148,10 @@ class Recheck:
             pq.write_table(pa.Table.from_arrays(columns, schema=schemas.AUDIT), part)
 
 
-def choose_least(settings: CascadeSettings, shards: Sequence[int], share: float) -> float:
-    """The count from which on blocks are rechecked, so that these are `share` of all at most."""
-
-    def counts() -> Iterator[np.ndarray]:
-        return (_read_first(settings.first(shard), scores=False)[1] for shard in shards)
-
-    return least_count(counts, share)
+def count_blocks(settings: CascadeSettings, shards: Sequence[int], bucket: int | None) -> np.ndarray:
+    """`recheck.histogram_of` the counts of some shards."""
+    counts = (_read_first(settings.first(shard), scores=False)[1] for shard in shards)
+    return functools.reduce(np.add, (histogram_of(counts_B, bucket) for counts_B in counts))
 
 
 def _first_schema(block_size: int) -> pa.Schema:

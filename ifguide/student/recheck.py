@@ -5,14 +5,13 @@ Among equal counts those come first whose tokens are further above it. It is the
 made of: by the sum of what they exceed the edge by, a few outliers took the blocks, and these held less of the exact
 top than blocks at random (bench/LOG.md). Blocks are taken from the highest count on, while they are within the share
 that may be rechecked. The bound is found as an exact quantile is (`selection.quantiles`): by two histograms, which add
-up over the shards.
+up over the shards, so that any number of tasks may count.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,16 +32,19 @@ def block_counts(scores_BT: Floats, edge: float) -> Floats:
     return (count_B + mean_B / (1 + mean_B)).astype(np.float32)
 
 
-def least_count(read: Callable[[], Iterable[Floats]], share: float) -> float:
+def histogram_of(counts_B: Floats, bucket: int | None) -> NDArray[np.int64]:
+    """(65536,) how many blocks have counts in each bucket, or (`bucket`) in each part of that one. Adds up."""
+    return high_histogram(counts_B) if bucket is None else low_histogram(counts_B, bucket)
+
+
+def least_count(histogram: Callable[[int | None], NDArray[np.int64]], share: float) -> float:
     """The least count that is rechecked: as low as can be with at most `share` of the blocks at or above it, and above
-    0. `read` gives the counts (B,) of every shard, each time anew."""
-    high = functools.reduce(np.add, map(high_histogram, read()))
-    allowed = math.floor(share * int(high.sum()))
-    bucket, room = _last_that_does_not_fit(high, allowed)
+    0. `histogram(bucket)` is the sum of `histogram_of` over all shards."""
+    high = histogram(None)
+    bucket, room = _last_that_does_not_fit(high, math.floor(share * int(high.sum())))
     if bucket is None:
         return LEAST
-    low = functools.reduce(np.add, (low_histogram(counts, bucket) for counts in read()))
-    place, _ = _last_that_does_not_fit(low, room)
+    place, _ = _last_that_does_not_fit(histogram(bucket), room)
     assert place is not None, "the bucket as a whole does not fit"
     least = from_order_preserving_uint32(np.array([(bucket << 16) + place + 1], dtype=np.uint32))[0]
     return max(float(least), LEAST)

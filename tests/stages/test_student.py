@@ -70,8 +70,9 @@ SMALL = {"hidden_size": 16, "layers": 1, "heads": 2, "epochs": 2, "batch_tokens"
 
 @pytest.mark.parametrize("kind", ["head", "suffix", "encoder", "ngram"])
 def test_a_cascade_holds_exact_scores_where_it_rechecked_and_the_students_elsewhere(
-    copied: Copied, finished: Config, kind: str
+    copied: Copied, finished: Config, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(scoring, "COUNTED_SHARDS", 2)  # more than one task
     config = copied(
         drop=MADE, fit_student__kind=kind, fit_student__encoder=SMALL, score_corpus__scorer="cascade", **OPTIONS
     )
