@@ -62,9 +62,9 @@ def log(verb: str, text: str, *, level: int = logging.INFO) -> None:
 class Progress:
     """A throttled progress line: done / total, share, rate and ETA of this run's own work.
 
-    `already` counts work found finished from an earlier run; the rate leaves it out. Each line's values also go to the
-    `sinks`: `verb`, `unit`, and by the names of `GAUGES` `done`, `total`, `per_second`, `eta_seconds` (None where
-    unknown) and the caller's counts.
+    `already` counts work found finished from an earlier run; the rate leaves it out. `says_end`: the end has a line of
+    its own, even where none is due. Each line's values also go to the `sinks`: `verb`, `unit`, and by the names of
+    `GAUGES` `done`, `total`, `per_second`, `eta_seconds` (None where unknown) and the caller's counts.
     """
 
     def __init__(
@@ -75,9 +75,10 @@ class Progress:
         *,
         already: float = 0,
         every_seconds: float = 5.0,
+        says_end: bool = True,
         sinks: Iterable[Sink] = (),
     ):
-        self.verb, self.total, self.unit = verb, total, unit
+        self.verb, self.total, self.unit, self.says_end = verb, total, unit, says_end
         self.done = self.already = already
         self.every_seconds, self.sinks = every_seconds, tuple(sinks)
         self.started = self.last_shown = time.monotonic()
@@ -96,10 +97,10 @@ class Progress:
         log(self.verb, f"resuming: {self.already:,.0f} of {self.total:,.0f} {self.unit} already done")
 
     def advance(self, amount: float, **counts: Any) -> None:
-        """Add finished work; shows a line when due, and always at the end."""
+        """Add finished work; shows a line when due, and at the end."""
         self.done += amount
         now = time.monotonic()
-        if self.done >= self.total or now - self.last_shown >= self.every_seconds:
+        if (self.says_end and self.done >= self.total) or now - self.last_shown >= self.every_seconds:
             self.last_shown = now
             log(self.verb, self.line(now - self.started, **counts))
             self.publish(**counts)

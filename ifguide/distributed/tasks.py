@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import ray
 
 from ifguide.config.resources import Resources, WorkerResources
 from ifguide.distributed.session import cluster_cpus
-from ifguide.telemetry import format_seconds, log
+from ifguide.telemetry import Progress, format_seconds, log
 
 SAID_EVERY_SECONDS = 60.0
 
@@ -29,20 +30,21 @@ def run_task(function: Callable[..., Any], *arguments: Any, resources: WorkerRes
 
 def run_tasks(resources: WorkerResources) -> Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]:
     """`RunTasks` of `ifguide.selection.distributed` on the Ray cluster: each task has `resources`, and its error is
-    that of `run_task`."""
+    that of `run_task`. What takes more than a few seconds says how far it is."""
 
     def run(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         # Twice what can run: results wait in the object store, and a histogram is half a megabyte.
         most = max(8, int(2 * cluster_cpus() / resources.cpus))
-        pending: list[Any] = []
-        for arguments in calls:
-            if len(pending) >= most:
+        waiting, pending = deque(calls), list[Any]()
+        progress = Progress(function.__name__, len(waiting), "tasks", says_end=False)
+        with progress.never_silent(SAID_EVERY_SECONDS):
+            while waiting or pending:
+                while waiting and len(pending) < most:
+                    pending.append(_start(function, waiting.popleft(), resources))
                 (ready,), pending = ray.wait(pending)
-                yield _result(ready)
-            pending.append(_start(function, arguments, resources))
-        while pending:
-            (ready,), pending = ray.wait(pending)
-            yield _result(ready)
+                result = _result(ready)
+                progress.advance(1)
+                yield result
 
     return run
 

@@ -65,6 +65,15 @@ def test_lines_are_throttled_but_the_end_is_always_shown(shown, clock):
     assert shown[1].endswith("ETA 0s, 2 retries")
 
 
+def test_the_end_of_short_work_may_pass_without_a_line(shown, clock):
+    progress = Progress("v", 2, "tasks", says_end=False)
+    progress.advance(2)
+    assert shown == []
+    clock[0] += 5
+    progress.advance(0)
+    assert len(shown) == 1
+
+
 def test_no_work_at_all_is_complete():
     assert "0/0 shards (100%)" in Progress("v", 0, "shards").line(1.0)
 
