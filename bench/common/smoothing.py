@@ -29,6 +29,7 @@ class TextSmoother:
         for number, of_block in hidden_states(model, [block.tolist() for block in blocks]):
             states[number] = np.concatenate([of_block[i].float().cpu().numpy()[1:] for i in layers], axis=1)
         self.names, self.sizes = list(scores), [len(own) for own in states]
+        # Texts of one kind lie together here, so that a remainder deals every kind to all folds.
         self.x, self.folds = np.concatenate(states), np.repeat(np.arange(len(blocks)) % DEFAULTS.folds, self.sizes)
         self.s = np.stack([np.concatenate([own[1:] for own in scores[name]]) for name in self.names], axis=1)
         limits = ranges(self.s)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ifguide import schemas
 from ifguide.artifacts import require_same, verified
 from ifguide.config import ModelSource
+from ifguide.folds import fold_of
 from ifguide.influence.decision import Decision
 from ifguide.influence.memory import is_out_of_memory, keep_memory
 from ifguide.influence.method import Attribution
@@ -141,7 +142,7 @@ class ScoreShard:
             halvings += times
             if self.smoother is not None:
                 assert documents_BT is not None
-                folds_BT = torch.from_numpy(documents_BT[rows] % self.smoother.folds)
+                folds_BT = torch.from_numpy(fold_of(documents_BT[rows], self.smoother.folds))
                 lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
                 own = _smoothed(self.smoother, scores_KBT, states, folds_BT, lengths, _rows(apart_BT, rows))
                 smoothed.append(own.cpu().numpy())

@@ -1,8 +1,8 @@
 """Smoothed token scores: a token's own score, drawn towards what the scores of like contexts say of it.
 
 An influence score is an unbiased and very noisy measurement of one token in one context. A ridge regression of the
-scores on the proxy's hidden states takes the mean over like contexts. It is cross-fitted: documents are dealt to folds,
-and a token meets the regression on the documents of the other folds. So no token is smoothed by its own document. The
+scores on the proxy's hidden states takes the mean over like contexts. It is cross-fitted: documents are dealt to folds
+(`ifguide.folds`), and a token meets the regression on the other folds. So no token is smoothed by its own document. The
 ridge is chosen by the held-out sum of squares of the scores alone.
 
     w_k = argmin_w sum_{i not in k} (s_i - w_0 - w . z_i)^2 + ridge * n_k |w|^2
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ifguide.artifacts import publish
+from ifguide.folds import DEALT, require_dealt
 from ifguide.sums import Sums
 
 Floats = NDArray[np.float64]
@@ -113,13 +114,14 @@ class Smoother:
     def save(self, path: Path) -> None:
         """Publish what `load` reads."""
         with publish(path) as part, part.open("wb") as file:
-            np.savez(file, **vars(self))
+            np.savez(file, dealt=DEALT, **vars(self))
 
     @classmethod
     def load(cls, path: Path) -> Smoother:
-        """What `save` wrote."""
+        """What `save` wrote. Raises ValueError where an earlier version did, whose folds were others."""
         with np.load(path) as saved:
-            arrays = {name: saved[name] for name in saved.files}
+            require_dealt(path, saved)
+            arrays = {name: saved[name] for name in saved.files if name != "dealt"}
         return cls(**arrays | {"own_weight": float(arrays["own_weight"])})
 
 

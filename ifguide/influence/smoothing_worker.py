@@ -11,6 +11,7 @@ import torch
 from ifguide import schemas
 from ifguide.artifacts import verified
 from ifguide.config.score_corpus import Smoothing
+from ifguide.folds import fold_of
 from ifguide.influence.query_file import read_direction
 from ifguide.influence.scoring_worker import SMOOTHER, ScoringSettings, by_micro_batch, layers_of
 from ifguide.influence.smoothing import FoldSums, fit_smoother, ranges
@@ -39,7 +40,7 @@ class _Sums:
         self.sums: FoldSums | None = None
 
     def add(self, features_ND: np.ndarray, scores_NS: np.ndarray, documents_N: np.ndarray) -> None:
-        self.held.append((features_ND, scores_NS, documents_N % self.folds))
+        self.held.append((features_ND, scores_NS, fold_of(documents_N, self.folds)))
         if sum(len(part[0]) for part in self.held) >= RANGE_TOKENS:
             self.add_held()
 

@@ -28,6 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel
 
 from ifguide.config.compare import Probe
+from ifguide.folds import DEALT, fold_of, require_dealt
 from ifguide.methods.reading import Blocks, QuerySets, hidden_states
 
 Floats = NDArray[np.float64]
@@ -127,7 +128,9 @@ class ProbeFinder:
         scores = [np.zeros(len(block), np.float32) for block in blocks]
         for number, states in hidden_states(self.model, blocks, beginning=self.beginning, precision=self.precision):
             odds_TK = states[self.layer].double().cpu().numpy() @ self.weights.T + self.biases
-            folds_T = documents[number] % len(self.biases) if documents is not None else np.zeros(len(odds_TK), int)
+            folds_T = (
+                fold_of(documents[number], len(self.biases)) if documents is not None else np.zeros(len(odds_TK), int)
+            )
             scores[number][:] = odds_TK[np.arange(len(odds_TK)), folds_T]
             scores[number][0] = 0
         return scores
@@ -137,6 +140,7 @@ class ProbeFinder:
         with path.open("wb") as file:
             np.savez(
                 file,
+                dealt=DEALT,
                 layer=self.layer,
                 weights=self.weights,
                 biases=self.biases,
@@ -146,8 +150,10 @@ class ProbeFinder:
 
 
 def load_probe(path: Path, model: PreTrainedModel, *, beginning: int | None) -> ProbeFinder:
-    """What `ProbeFinder.save` wrote, of the same model."""
+    """What `ProbeFinder.save` wrote, of the same model. Raises ValueError where it has folds of an earlier version."""
     with np.load(path) as saved:
+        if len(saved["biases"]) > 1:
+            require_dealt(path, saved)
         return ProbeFinder(
             model,
             layer=int(saved["layer"]),
@@ -216,13 +222,13 @@ def fit_cross_probe(
 ) -> ProbeFinder:
     """As `fit_token_probe`, with a probe for each fold of documents, from tokens of the other folds' documents alone.
 
-    Document d is in fold d % `options.folds`. Layer and strength, two numbers, are chosen with all documents."""
+    `ifguide.folds` deals the documents. Layer and strength, two numbers, are chosen with all documents."""
     sample = _sample(blocks, labels, documents, options, seed)
     features = _features(model, blocks, sample.rows, precision=options.precision, beginning=beginning)
     chosen = fit_probe(features, sample.labels_N, sample.groups_N, options, seed)
     weights, biases = [], []
     for fold in range(options.folds):
-        others = sample.groups_N % options.folds != fold
+        others = fold_of(sample.groups_N, options.folds) != fold
         if len(np.unique(sample.labels_N[others])) < 2:
             raise ValueError(
                 f"documents outside of fold {fold} have tokens of one kind alone; lower compare.probe.folds"

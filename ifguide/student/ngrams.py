@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ifguide.artifacts import publish
+from ifguide.folds import GOLDEN, spread_bits
 from ifguide.student.fidelity import fidelity
 from ifguide.sums import Sums
 
@@ -137,12 +138,5 @@ def ngram_places(tokens_BT: Integers, *, longest: int, bits: int) -> Iterator[ND
     for n in range(longest):
         shifted_BT = np.zeros_like(ids_BT)
         shifted_BT[:, n:] = ids_BT[:, : ids_BT.shape[1] - n]
-        hash_BT = _mixed(hash_BT + shifted_BT * np.uint64(0x9E3779B97F4A7C15))
+        hash_BT = spread_bits(hash_BT + shifted_BT * GOLDEN)
         yield (hash_BT >> np.uint64(64 - bits)).astype(np.int64)
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Bits spread by multiplications and shifts, the last steps of SplitMix64 (Steele, Lea and Flood 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

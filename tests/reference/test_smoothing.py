@@ -106,6 +106,14 @@ def test_parts_add_up_to_the_whole_and_files_keep_it(tmp_path: Path) -> None:
     assert again.folds == FOLDS
 
 
+def test_folds_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    smoother = fitted(*tokens())
+    with (tmp_path / "smoother.npz").open("wb") as file:
+        np.savez(file, **vars(smoother))
+    with pytest.raises(ValueError, match=r"smoother\.npz: fitted by folds of an earlier version; delete the folder"):
+        Smoother.load(tmp_path / "smoother.npz")
+
+
 def test_no_score_of_a_document_moves_what_is_predicted_of_it() -> None:
     features, scores, folds = tokens()
     before = predicted(fitted(features, scores, folds, 0.1), features, folds)

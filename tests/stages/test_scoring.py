@@ -17,6 +17,7 @@ from ifguide import schemas
 from ifguide.artifacts import MismatchError, data_files, read_manifest
 from ifguide.config import OWN, Config, ConfigError
 from ifguide.corpus.tables import document_table
+from ifguide.folds import fold_of
 from ifguide.influence import decision
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.proxy import Beginning, load_proxy
@@ -156,7 +157,7 @@ def test_smoothed_scores_are_drawn_towards_what_other_documents_say_of_like_cont
     sizes = document_table(run.corpus).column("num_tokens").to_numpy()
     numbers = np.zeros(tokens.numel(), int)
     numbers[: sizes.sum()] = np.repeat(np.arange(len(sizes)), sizes)
-    folds = numbers.reshape(tokens.shape)[predicted] % config.score_corpus.smooth.folds
+    folds = fold_of(numbers.reshape(tokens.shape)[predicted], config.score_corpus.smooth.folds)
     s = exact[predicted].astype(np.float64)
     (limits,) = Smoother.load(run.scores / SMOOTHER).ranges_S2  # of the first tokens that were read
     np.testing.assert_allclose(limits, np.quantile(s, [CUT, 1 - CUT]), rtol=0.1)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ifguide.config.compare import Probe
+from ifguide.folds import fold_of
 from ifguide.methods.probes import (
     fit_cross_probe,
     fit_probe,
@@ -154,13 +155,13 @@ def test_a_probe_of_labelled_tokens_and_one_for_each_fold_of_documents() -> None
     documents = [np.full(len(block), number) for number, block in enumerate(blocks)]
     crossed = fit_cross_probe(model, blocks, labels, documents, options=OPTIONS)
     scores = crossed.score(blocks, documents)
-    states = dict(hidden_states(model, blocks))
+    states, folds = dict(hidden_states(model, blocks)), fold_of(np.arange(60), 3).tolist()
     for number, own in enumerate(scores):
         # a document is scored by the probe of its fold, which was fitted on the others
-        odds = states[number][crossed.layer].double().numpy() @ crossed.weights[number % 3] + crossed.biases[number % 3]
+        fold = folds[number]
+        odds = states[number][crossed.layer].double().numpy() @ crossed.weights[fold] + crossed.biases[fold]
         np.testing.assert_allclose(own[1:], odds[1:], rtol=1e-3, atol=1e-4)
-    others = [number for number in range(60) if number % 3 != 1]
-    changed = [own if number in others else own[::-1] for number, own in enumerate(blocks)]
+    changed = [own[::-1] if fold == 1 else own for fold, own in zip(folds, blocks, strict=True)]
     again = fit_cross_probe(model, changed, labels, documents, options=OPTIONS)
     if again.layer == crossed.layer:
         np.testing.assert_allclose(again.weights[1], crossed.weights[1], rtol=1e-6)
