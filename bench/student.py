@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import sys
 import time
@@ -63,7 +64,7 @@ from ifguide.student.fidelity import TOP_SHARE, fidelity
 from ifguide.student.head import HeadScorer, HeadStudent
 from ifguide.student.head_fit import HeadFit, HeadSample, Transforms, fit_head
 from ifguide.student.ngrams import NgramStudent, NgramSums, choose_ngrams
-from ifguide.student.recheck import block_counts, least_count
+from ifguide.student.recheck import block_counts, histogram_of, least_count
 from ifguide.student.said import RECHECK_SHARE
 from ifguide.student.suffix import first_of_suffix, suffix_of
 from ifguide.telemetry import configure_logging, log
@@ -233,9 +234,8 @@ class Bench:
         exact_N, student_N = (np.concatenate([own[1:] for own in of]) for of in (exact, student))
         edge = float(np.quantile(student_N, 1 - TOP_SHARE))
         counts = np.concatenate([block_counts(own[None, 1:], edge) for own in student])
-        rechecked_N = np.repeat(
-            counts >= least_count(lambda: [counts], RECHECK_SHARE), self.documents.sizes[self.documents.test] - 1
-        )
+        least = least_count(functools.partial(histogram_of, counts), RECHECK_SHARE)
+        rechecked_N = np.repeat(counts >= least, self.documents.sizes[self.documents.test] - 1)
         merged_N = np.where(rechecked_N, exact_N, student_N)
         marks_N = np.concatenate([self.truth[number][1:] for number in self.documents.test])
         names = sorted(set(self.sources))

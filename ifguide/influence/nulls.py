@@ -26,13 +26,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide.influence.query import (
-    GroupGradient,
     ModuleFactors,
     TokenisedQuery,
     add_gradient,
-    group_gradients,
     precondition,
 )
+from ifguide.influence.query_groups import GroupGradient, deal_queries, group_gradients, group_weights
 
 Floats = NDArray[np.float64]
 
@@ -78,7 +77,7 @@ def null_gradients(
 ) -> list[dict[str, Tensor]]:
     """G_null of each row of signs, per module as the gradients are; K of them are held, and one group's.
 
-    groups: of G groups, as `ifguide.influence.query.group_gradients` gives them. sizes: how many queries each group of
+    groups: of G groups, as `group_gradients` gives them. sizes: how many queries each group of
     the positive set has (True), and of the negative one (False; none where V is of the positive mean alone), or the sum
     of their weights.
     """
@@ -111,13 +110,9 @@ def null_directions(
     Raises ValueError when there are too few queries of a set to halve them.
     """
     signs_KG = half_signs(count, seed)
-    number, own = signs_KG.shape[1], [1.0] * len(queries) if weights is None else weights
-    groups = group_gradients(
-        model, list(factors), queries, positive, groups=number, batch_tokens=batch_tokens, weights=own
-    )
-    sets = {kind: [w for w, of in zip(own, positive, strict=True) if of == kind] for kind in (True, False)}
-    sizes = {
-        kind: [sum(members[group::number]) for group in range(number)] for kind, members in sets.items() if members
-    }
+    own = [1.0] * len(queries) if weights is None else weights
+    dealt = deal_queries(queries, positive, signs_KG.shape[1])
+    groups = group_gradients(model, list(factors), queries, positive, dealt, batch_tokens=batch_tokens, weights=own)
+    sizes = {kind: list(map(sum, of_set)) for kind, of_set in group_weights(own, positive, dealt).items()}
     gradients = null_gradients(groups, signs_KG, sizes)
     return [precondition(gradient, factors, damping=damping, damping_scale=damping_scale) for gradient in gradients]

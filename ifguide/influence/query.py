@@ -167,45 +167,6 @@ def mean_completion_gradient(
     return by_module(modules, totals)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GroupGradient:
-    """The sum over the queries of one set (`positive` or not) in one group of the gradients of their completions'
-    summed NLL, per module, each times the query's weight; `weight` is the sum of these."""
-
-    group: int
-    positive: bool
-    weight: float
-    gradient: dict[str, Tensor]
-
-
-def group_gradients(
-    model: PreTrainedModel,
-    names: Sequence[str],
-    queries: Sequence[TokenisedQuery],
-    positive: Sequence[bool],
-    *,
-    groups: int,
-    batch_tokens: int,
-    weights: Sequence[float] | None = None,
-) -> Iterator[GroupGradient]:
-    """The gradients of `groups` disjoint groups of each set, one at a time: query r of its set is in group r % groups.
-
-    Means of groups are independent of each other, so what differs between them is noise of the choice of queries. A set
-    without queries has no groups. Without `weights` each is 1. Cost: that of `mean_completion_gradient` of all queries.
-
-    Raises ValueError when a set has fewer queries than groups.
-    """
-    own = [1.0] * len(queries) if weights is None else weights
-    for kind in (True, False):
-        members = [(query, w) for query, w, of in zip(queries, own, positive, strict=True) if of == kind]
-        if 0 < len(members) < groups:
-            raise ValueError(f"{len(members)} queries of a set cannot be dealt to {groups} groups")
-        for group in range(groups if members else 0):
-            part, of_part = zip(*members[group::groups], strict=True)
-            gradient = mean_completion_gradient(model, names, part, of_part, batch_tokens=batch_tokens)
-            yield GroupGradient(group=group, positive=kind, weight=sum(of_part), gradient=gradient)
-
-
 def build_direction(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

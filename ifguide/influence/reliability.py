@@ -1,11 +1,14 @@
 """How far scores depend on which queries were drawn: the agreement of scores by either half of the queries.
 
-The queries of each set are dealt to two halves. Each half has a direction V of its own, with the same factors, and the
-same tokens are scored along both. What differs is noise: of the choice of queries, not of the model or the factors.
-With r the rank correlation of the two scorings, that of scores by all queries with what endlessly many would give is
-estimated by the Spearman-Brown formula,
+The queries of each set are dealt to two halves, those of one prompt to the same. Each half has a direction V of its
+own, with the same factors, and the same tokens are scored along both. What differs is noise: of the choice of queries,
+not of the model or the factors. With r the rank correlation of the two scorings, the Spearman-Brown formula estimates
+that of scores by all queries with scores by as many others,
 
     reliability = f r / (1 + (f - 1) r),    f = (noise variance of a half) / (that of all queries).
+
+It is the share of the scores' variance that is not noise. Their correlation with scores by endlessly many queries is
+its square root.
 
 The differential gradient is a difference of two means, so its noise variance goes with 1 / positive + 1 / negative
 queries, if a query of either set is as noisy; weighted ones count as (sum w)^2 / sum w^2. f is 2 where the halves are
@@ -33,11 +36,11 @@ from ifguide.influence.query import (
     ModuleFactors,
     TokenisedQuery,
     add_gradient,
-    group_gradients,
     length_batches,
     padded,
     precondition,
 )
+from ifguide.influence.query_groups import deal_queries, group_gradients, group_weights
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
 
@@ -80,23 +83,23 @@ def measure_reliability(
     """
     halves: list[dict[str, Tensor]] = [{} for _ in range(HALVES)]
     own = [1.0] * len(queries) if weights is None else weights
-    sets = {kind: [w for w, of_set in zip(own, positive, strict=True) if of_set == kind] for kind in (True, False)}
-    for part in group_gradients(
-        model, list(factors), queries, positive, groups=HALVES, batch_tokens=batch_tokens, weights=own
-    ):
+    dealt = deal_queries(queries, positive, HALVES)
+    for part in group_gradients(model, list(factors), queries, positive, dealt, batch_tokens=batch_tokens, weights=own):
         add_gradient(halves[part.group], part.gradient, (1 if part.positive else -1) / part.weight)
     directions = [precondition(half, factors, damping=damping, damping_scale=damping_scale) for half in halves]
     scorer = TokenScorer(model, directions, attribution="target", method=PRESETS["exact"], beginning=beginning)
     scores_KNT = scorer.score_one_by_one(tokens_NT, lengths_N, document_NT)
     predicted_NT = predicted_positions(tokens_NT, lengths_N, document_NT)
     spearman = compare(scores_KNT[0], scores_KNT[1], predicted_NT).spearman
-    noises = (_noise(*(effective_number(sets[kind][half::HALVES]) for kind in (True, False))) for half in range(HALVES))
-    noise = sum(noises) / HALVES
+    none: list[list[float]] = [[]] * HALVES
+    by_set = group_weights(own, positive, dealt)
+    numbers = [map(effective_number, by_set.get(kind, none)) for kind in (True, False)]
+    noise = sum(map(_noise, *numbers)) / HALVES
     return Reliability(
         reliability=spearman_brown(spearman, noise / _noise(*of)),
         spearman=spearman,
-        positive=len(sets[True]),
-        negative=len(sets[False]),
+        positive=sum(positive),
+        negative=len(positive) - sum(positive),
         tokens=int(predicted_NT.sum()),
     )
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import special
 
 from ifguide.influence.nulls import groups_for, half_signs, half_weights, null_gradients
-from ifguide.influence.query import GroupGradient, TokenisedQuery, mean_completion_gradient
+from ifguide.influence.query import TokenisedQuery, mean_completion_gradient
+from ifguide.influence.query_groups import GroupGradient
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import tracked_modules
 from ifguide.selection.fdr import (

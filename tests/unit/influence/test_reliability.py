@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from ifguide.influence.agreement import mean_rank
+from ifguide.influence.nulls import null_directions
 from ifguide.influence.query import (
     ModuleFactors,
     TokenisedQuery,
     differential_weights,
-    group_gradients,
     mean_completion_gradient,
 )
+from ifguide.influence.query_groups import deal_queries, group_gradients, group_weights
 from ifguide.influence.reliability import (
     Reliability,
     effective_number,
@@ -38,10 +42,18 @@ def queries(*, seed: int = 0, spread: int = 40) -> list[TokenisedQuery]:
     ]
 
 
+def identity_factors(model: PreTrainedModel, names: Sequence[str]) -> dict[str, ModuleFactors]:
+    factors = {}
+    for name in names:
+        d_out, d_in = model.get_submodule(name).weight.shape
+        factors[name] = ModuleFactors(Q_A=torch.eye(d_in), Q_S=torch.eye(d_out), lambda_mean=torch.ones(d_out, d_in))
+    return factors
+
+
 def test_groups_of_a_set_add_up_to_it() -> None:
     model = tiny_model("llama", dtype=torch.float64)
     names, asked = list(tracked_modules(model).names), queries(spread=15)
-    parts = list(group_gradients(model, names, asked, POSITIVE, groups=2, batch_tokens=64))
+    parts = list(group_gradients(model, names, asked, POSITIVE, deal_queries(asked, POSITIVE, 2), batch_tokens=64))
     assert [(part.positive, part.group, part.weight) for part in parts] == [
         (True, 0, 3), (True, 1, 2), (False, 0, 2), (False, 1, 2),
     ]  # fmt: skip
@@ -63,7 +75,7 @@ def test_a_query_of_weight_two_is_that_query_twice() -> None:
     twice = mean_completion_gradient(model, names, again, differential_weights(kinds), batch_tokens=64)
     torch.testing.assert_close(weighted, twice, rtol=1e-9, atol=1e-12)
     parts = list(
-        group_gradients(model, names, asked, POSITIVE[:4], groups=1, batch_tokens=64, weights=[2.0, 1.0, 0.5, 1.0])
+        group_gradients(model, names, asked, POSITIVE[:4], [0] * 4, batch_tokens=64, weights=[2.0, 1.0, 0.5, 1.0])
     )
     assert [part.weight for part in parts] == [4.0, 0.5]
     for name in names:
@@ -90,22 +102,49 @@ def test_queries_that_are_told_apart() -> None:
 
 
 def test_a_set_smaller_than_the_groups_is_refused() -> None:
-    model = tiny_model("llama")
     with pytest.raises(ValueError, match="4 queries of a set cannot be dealt to 5 groups"):
-        list(
-            group_gradients(
-                model, list(tracked_modules(model).names), queries(spread=15), POSITIVE, groups=5, batch_tokens=64
-            )
-        )
+        deal_queries(queries(), POSITIVE, 5)
+
+
+def test_completions_of_a_prompt_are_dealt_together_where_there_are_prompts_enough() -> None:
+    def asked(prompts: Sequence[int]) -> list[TokenisedQuery]:
+        return [TokenisedQuery(token_ids=(prompt, 9), completion_start=1) for prompt in prompts]
+
+    kinds = [True] * 6 + [False] * 4
+    assert deal_queries(asked([1, 1, 2, 2, 3, 3, 1, 7, 8, 7]), kinds, 2) == [0, 0, 1, 1, 0, 0, 0, 1, 0, 1]
+    assert deal_queries(asked(range(10)), kinds, 2) == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]
+    assert deal_queries(asked([4] * 10), kinds, 2) == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]  # one prompt tells nothing apart
+    weights = [float(2**row) for row in range(10)]
+    dealt = deal_queries(asked([1, 1, 2, 2, 3, 3, 1, 7, 8, 7]), kinds, 2)
+    assert group_weights(weights, kinds, dealt) == {
+        True: [[1.0, 2.0, 16.0, 32.0], [4.0, 8.0]],
+        False: [[64.0, 256.0], [128.0, 512.0]],
+    }
+    assert group_weights([1.0, 1.0], [True, True], [0, 1]) == {True: [[1.0], [1.0]]}
+
+
+def test_copies_of_a_query_make_no_query_more_reliable() -> None:
+    """Two rows of each prompt that say the same are one query in noise: the halves must not share them."""
+    model = tiny_model("llama")
+    names = list(tracked_modules(model).names)
+    rng = np.random.default_rng(3)
+    kinds = [True] * 12 + [False] * 12
+    drawn = [TokenisedQuery(token_ids=tuple(int(t) for t in rng.integers(3, 40, 5)), completion_start=2) for _ in kinds]
+    twice = [query for query in drawn for _ in range(2)]
+    kinds_twice = [kind for kind in kinds for _ in range(2)]
+    factors = identity_factors(model, names)
+    (once,), (again,) = (
+        null_directions(model, of, own, factors, count=1, seed=0, batch_tokens=256)
+        for of, own in ((drawn, kinds), (twice, kinds_twice))
+    )
+    for name in names:
+        torch.testing.assert_close(again[name], once[name], rtol=1e-4, atol=1e-6)
 
 
 def test_queries_that_agree_are_more_reliable_than_those_that_do_not() -> None:
     model = tiny_model("llama")
     names = tracked_modules(model).names[:6]
-    factors = {}
-    for name in names:
-        d_out, d_in = model.get_submodule(name).weight.shape
-        factors[name] = ModuleFactors(Q_A=torch.eye(d_in), Q_S=torch.eye(d_out), lambda_mean=torch.ones(d_out, d_in))
+    factors = identity_factors(model, names)
     blocks = as_tensors(*random_blocks(4, 10))
 
     def measured(asked: list[TokenisedQuery], positive: list[bool], of: tuple[int, int]) -> Reliability:
