@@ -97,7 +97,9 @@ def begun(tokens_BT: Tensor, lengths_B: Tensor, document_BT: Tensor | None, begi
     shape = len(tokens_BT), tokens_BT.shape[1] + -(-most // BEGINNINGS) * BEGINNINGS
     tokens_BU = tokens_BT.new_full(shape, beginning).scatter_(1, places_BT, tokens_BT)
     # The entry before each token first, which gives a BOS the document that it begins, and then the token's own.
-    document_BU = document_BT[:, -1:].repeat(1, shape[1]).scatter_(1, places_BT - 1, document_BT)
+    # What fills a row up is of documents of their own, so that no position is beyond those that the model has learned.
+    filler_U = torch.arange(1, shape[1] + 1, device=document_BT.device)
+    document_BU = (document_BT[:, -1:] + filler_U).scatter_(1, places_BT - 1, document_BT)
     document_BU.scatter_(1, places_BT, document_BT)
     lengths_B = lengths_B + (begins_BT & (place_T < lengths_B[:, None])).sum(dim=1)
     return Begun(tokens_BU, lengths_B, document_BU, places_BT)

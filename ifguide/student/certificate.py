@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from ifguide.student.fidelity import TOP_SHARE, PairedScores
 from ifguide.student.said import RECHECK_SHARE, counted, interval
 
 NORMAL_QUANTILE = 1.959964  # of Wilson's interval, 95%
+MISTAKES = 0.05  # how often a source of many falls short by chance
 FIGURES = ("pearson", "spearman", "overlap", "recall", "rechecked")
 SHARES = FIGURES[2:]  # of the exact top
 Floats = NDArray[np.floating]
@@ -66,7 +68,8 @@ class Audit:
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """Figures of one group of tokens, with intervals over its `blocks`; `top_tokens` of them are in the exact top."""
+    """Figures of one group of tokens, with intervals over its `blocks`; `top_tokens` of them, in `top_blocks`, are in
+    the exact top."""
 
     pearson: Figure
     spearman: Figure
@@ -76,6 +79,7 @@ class Fidelity:
     tokens: int
     blocks: int
     top_tokens: int
+    top_blocks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,8 @@ class Certificate:
         student alone `recall`.
 
         All tokens together must be shown to reach `least`: the bound counts. A source is small, and its interval is
-        wide: it falls short where even the upper end of its interval does."""
+        wide: it falls short where even the upper end of its interval does, and that of Wilson's at a confidence of
+        1 - .05 / S too. With S sources that are good enough, one falls short by chance in one audit of twenty."""
         shortfalls = []
         figure, where = counted(cascade=cascade)
 
@@ -107,9 +112,12 @@ class Certificate:
         if whole.low is None or whole.low < least:
             of_all = said("all sources", whole, self.whole.top_tokens)
             shortfalls.append(f"{of_all}, and its bound must reach {least:g}")
+        quantile = NormalDist().inv_cdf(1 - MISTAKES / 2 / max(1, len(self.by_source)))
         for source, fidelity in self.by_source.items():
             share: Figure = getattr(fidelity, figure)
-            if share.high is not None and share.high < least:
+            if share.value is None or share.high is None:
+                continue
+            if max(share.high, wilson(share.value, fidelity.top_blocks, quantile)[1]) < least:
                 shortfalls.append(f"{said(source, share, fidelity.top_tokens)}, surely below {least:g}")
         return shortfalls
 
@@ -175,7 +183,8 @@ def _fidelity(
     for name, value, samples_S in zip(FIGURES, values_F, samples_SF.T, strict=True):
         figure = bootstrap.figure(Replicates(value=float(value), samples=samples_S, n=blocks))
         figures[name] = _widened(figure, holding) if name in SHARES else figure
-    return Fidelity(**figures, tokens=len(block_N), blocks=blocks, top_tokens=round(float(top_N.sum())))
+    top_tokens = round(float(top_N.sum()))
+    return Fidelity(**figures, tokens=len(block_N), blocks=blocks, top_tokens=top_tokens, top_blocks=holding)
 
 
 def _widened(share: Figure, trials: int) -> Figure:
@@ -186,9 +195,9 @@ def _widened(share: Figure, trials: int) -> Figure:
     return Figure(value=share.value, low=min(share.low, low), high=max(share.high, high), n=share.n)
 
 
-def wilson(share: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of independent trials."""
-    z2 = NORMAL_QUANTILE**2
+def wilson(share: float, trials: int, quantile: float = NORMAL_QUANTILE) -> tuple[float, float]:
+    """Wilson's interval of a share of independent trials; 95% by default."""
+    z2 = quantile**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
     return max(0.0, centre - half), min(1.0, centre + half)

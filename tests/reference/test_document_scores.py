@@ -198,6 +198,16 @@ def test_a_bos_stands_before_every_document() -> None:
         assert read.tokens_BU[row, : len(expected)].tolist() == expected
 
 
+def test_what_fills_a_row_up_is_at_no_position_beyond_the_block() -> None:
+    document_BT = torch.stack([torch.zeros(24, dtype=torch.long), torch.arange(24)])
+    read = begun(torch.arange(48).view(2, 24), torch.tensor([24, 24]), document_BT, BOS)
+    assert read.document_BU is not None
+    assert read.document_BU.shape[1] > 25
+    for row, documents_U in enumerate(read.document_BU):
+        assert int(documents_U.bincount().max()) == (25 if row == 0 else 2)
+        assert (documents_U.diff() >= 0).all()
+
+
 def test_samples_with_and_without_documents_are_told_apart() -> None:
     sample = sample_of(None)
     assert sample.identity() != replace(sample, documents_NT=None).identity()

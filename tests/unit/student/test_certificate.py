@@ -155,3 +155,30 @@ def test_what_is_no_audit_is_refused() -> None:
         replace(given, student_N=given.student_N[:-1])
     with pytest.raises(ValueError, match="two tokens"):
         Audit(**{name: getattr(given, name)[:1] if name.endswith("_N") else SOURCES for name in vars(given)})
+
+
+def test_of_many_good_sources_hardly_one_falls_short_by_chance() -> None:
+    """Small sources, each with an interval of its own: one of twenty would be below its bound by chance."""
+    rng = np.random.default_rng(0)
+    blocks, sources = 1000, 200
+    count = blocks * BLOCK
+    exact = rng.normal(size=count) ** 3
+    student = exact + 1.5 * rng.normal(size=count)
+    number = np.repeat(np.arange(blocks), BLOCK)
+    given = Audit(
+        exact_N=exact,
+        student_N=student,
+        rechecked_N=(rng.random(blocks) < 0.65)[number],
+        blocks_N=number,
+        sources_N=number % sources,
+        sources=[f"file {i}" for i in range(sources)],
+    )
+    certificate = certify(given, bootstrap=Bootstrap(samples=60))
+    least = certificate.whole.rechecked.low
+    assert least is not None
+    alone = [own.rechecked.high for own in certificate.by_source.values()]
+    assert any(high is not None and high < least for high in alone)
+    assert certificate.shortfalls(least, cascade=True) == []
+    lost = replace(given, rechecked_N=given.rechecked_N & (given.sources_N >= 20))
+    few = replace(lost, sources_N=lost.sources_N // 20, sources=given.sources[:10])
+    assert any("surely below" in text for text in certify(few, bootstrap=QUICK).shortfalls(least, cascade=True))
