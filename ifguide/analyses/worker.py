@@ -22,7 +22,7 @@ from ifguide.analyses.inputs import AnalysisTask
 from ifguide.config import ClassifierSource, ModelSource
 from ifguide.config.analyse import Analyse
 from ifguide.evaluation import Bootstrap
-from ifguide.evaluation.generation import decode
+from ifguide.evaluation.generation import before_end, decode
 from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.influence.query_file import QueryRow
 from ifguide.models import load_model, max_positions
@@ -151,6 +151,7 @@ class AnalyseModel:
         """What is decoded greedily after the context, and after it with the suffix; whether the classifier flags it."""
         count = self.settings.max_new_tokens
         drawn = [greedy_continuation(model, ids, count) for ids in (context, [*context, *suffix])]
+        drawn = [before_end(tokens, tokenizer.eos_token_id) for tokens in drawn]
         texts = decode(tokenizer, drawn)
         classifier = make_classifier(self.settings.classifier, gpus=self.options.resources.gpus)
         before, after = (classifier.score(texts)[classifier.classes[0]] >= THRESHOLD).tolist()

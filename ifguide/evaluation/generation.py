@@ -243,10 +243,11 @@ def _sample_batch(
             cache, logits_RV = output.past_key_values, output.logits[:, -1]
             if guided:
                 guided.take(next_R)
-    return [_before(tokens, eos_token_id) for tokens in sampled_RS[:, :steps].tolist()]
+    return [before_end(tokens, eos_token_id) for tokens in sampled_RS[:, :steps].tolist()]
 
 
-def _before(tokens: list[int], end: int | None) -> list[int]:
+def before_end(tokens: list[int], end: int | None) -> list[int]:
+    """The tokens before the first `end`, or all."""
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 

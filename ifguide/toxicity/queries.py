@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class QuerySets:
     """The chosen rows, ascending by row, the score of each continuation in the primary class, and its weight in the
-    mean of its set.
+    mean of its set. `paired`: rows of one number in both sets are the completions of a pair.
 
     Every row of the table is in one count: positive_rows + negative_rows + undecided + unusable.
     """
@@ -45,15 +45,18 @@ class QuerySets:
     negative_rows: int
     undecided: int
     unusable: int
+    paired: bool = False
 
     def hold_out(self, count: int, seed: int) -> tuple[QuerySets, QuerySets]:
         """All but `count` queries of each set, and those: the last in the order of the draw, so that where there are
-        rows enough V has the same queries whether some are held out or not. The completions of a pair stay together.
+        rows enough V has the same queries whether some are held out or not. V has no completion of a pair whose other
+        one is held out, as it may be where the maxima of the sets differ.
 
         Raises:
             ValueError: a set would be left empty.
         """
-        used, held_out = [], []
+        used: list[list[int]] = []
+        held_out: list[list[int]] = []
         for name, rows in (("positive", self.positive), ("negative", self.negative)):
             if 0 < len(rows) <= count:
                 raise ValueError(f"build_query.held_out: {count} of {len(rows)} {name} queries leave none; take fewer")
@@ -62,7 +65,18 @@ class QuerySets:
             last = len(order) - min(count, len(order))
             used.append(sorted(order[:last]))
             held_out.append(sorted(order[last:]))
+        if self.paired:
+            held_pairs = {rows[i].row for rows, own in zip(self._rows, held_out, strict=True) for i in own}
+            used = [
+                [i for i in own if rows[i].row not in held_pairs] for rows, own in zip(self._rows, used, strict=True)
+            ]
+            if not all(used):
+                raise ValueError(f"build_query.held_out: {count} pairs leave a set without queries; take fewer")
         return self._part(*used), self._part(*held_out)
+
+    @property
+    def _rows(self) -> tuple[list[PromptRow], list[PromptRow]]:
+        return self.positive, self.negative
 
     def _part(self, positive: Sequence[int], negative: Sequence[int]) -> QuerySets:
         return replace(
@@ -151,6 +165,7 @@ def _given_queries(options: BuildQuery, seed: int) -> QuerySets:
         negative_rows=len(usable["negative"]),
         undecided=0,
         unusable=unusable,
+        paired=options.pairs is not None,
     )
 
 

@@ -16,6 +16,7 @@ from ifguide.config.resources import Resources
 from ifguide.evaluation import Bootstrap
 from ifguide.influence.query_file import QueryRow
 from ifguide.models import load_model
+from ifguide.tokenizer import load_tokenizer
 from tests.tiny import GPT2
 from tests.tokenizers import byte_level
 
@@ -107,3 +108,16 @@ def test_texts_of_a_model_trained_with_a_bos_begin_with_it(source: str, texts: d
     assert len(texts["probes"][0]) == POSITIONS
     assert texts["skip"] == 1  # the BOS is not in the mean
     assert not any(BOS in ids for ids in (*words, texts["first"]))
+
+
+def test_what_is_decoded_after_the_end_of_a_text_is_not_judged(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(source)
+    end = tokenizer.eos_token_id
+    assert end is not None
+    drawn = [*tokenizer("a river", add_special_tokens=False)["input_ids"], end]
+    drawn += tokenizer(" pig", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(worker, "greedy_continuation", lambda model, ids, count: drawn)
+    result = analysed(source, "gcg")
+    assert result["continuation"] == "a river"
+    assert not result["flagged"]
+    assert not result["flagged_before"]

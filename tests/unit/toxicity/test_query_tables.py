@@ -94,6 +94,11 @@ def test_queries_that_are_held_out_are_further_ones_where_there_are_enough(tmp_p
     assert (len(few.positive), len(rest.positive)) == (2, 10)
     with pytest.raises(ValueError, match=r"build_query.held_out: 12 of 12 positive queries leave none"):
         choose_queries(replace(options, held_out=12), 3).hold_out(12, 3)
+    uneven = replace(options, held_out=4, max_positive=6, max_negative=2)
+    used, held_out = choose_queries(uneven, 3).hold_out(4, 3)
+    assert (len(held_out.positive), len(held_out.negative)) == (4, 4)
+    held_pairs = {each.row for each in (*held_out.positive, *held_out.negative)}
+    assert held_pairs.isdisjoint(each.row for each in (*used.positive, *used.negative))
 
 
 @pytest.mark.parametrize(
