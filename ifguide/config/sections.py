@@ -353,6 +353,8 @@ def _check_student(config: Config) -> None:
     key = f"score_corpus.scorer: {scoring.scorer}"
     if scoring.queries:
         raise ConfigError(f"{key} scores the run's own query alone; unset score_corpus.queries, or take exact")
+    if config.fit_student.sample_fraction == 1:
+        raise ConfigError(f"fit_student.sample_fraction: 1 leaves no block to audit the {scoring.scorer} by; lower it")
     kind = config.fit_student.kind
     if scoring.attribution == "position" and kind in ("head", "suffix"):
         raise ConfigError(f"{key}: fit_student.kind: {kind} makes target scores; set score_corpus.attribution: target")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ifguide.artifacts import Manifest, require, require_same
-from ifguide.config import ScoreCorpus
+from ifguide.config import Config, ScoreCorpus
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import require_resources
 from ifguide.distributed.shards import LEDGER, Pool, ShardResults, StageError, run_shards
@@ -46,7 +46,7 @@ from ifguide.student.cascade_worker import (
 from ifguide.student.certificate import Certificate
 from ifguide.student.recheck import least_count
 from ifguide.student.said import SUMMARY
-from ifguide.student.sampling import audit_share
+from ifguide.student.sampling import audit_share, require_audit
 from ifguide.student.scorers import StudentFacts
 from ifguide.telemetry import log
 
@@ -77,7 +77,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     inputs = dict(given.inputs)
     if config.uses_student:
         inputs["student"] = require_student(given).fingerprint
-    artifact = run.open(run.scores, VERB, keys=("score_corpus",), inputs=inputs)
+    artifact = run.open(run.scores, VERB, keys=("score_corpus",), inputs=inputs, extra=_drawn_by(run.config))
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
@@ -101,6 +101,12 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     )
     log(VERB, f"{rows['tokens']:,} tokens, {summary['tokens_per_second_per_actor']:,.0f} tok/s per actor, {run.scores}")
     return manifest
+
+
+def _drawn_by(config: Config) -> dict[str, int]:
+    """The seed where a sample or an audit is drawn by it; 0 is not said, nor was any by earlier versions."""
+    scoring = config.score_corpus
+    return {"seed": config.seed} if config.seed and (scoring.smooth or scoring.uses_student) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +134,17 @@ def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequenc
     """Every block by the student, then some of them exactly, and the certificate.
 
     Raises:
-        ValueError: the certificate falls short of `score_corpus.min_recall`; says what to do.
+        ValueError: the audit would hold hardly a block, or the certificate falls short of `score_corpus.min_recall`;
+            says what to do.
     """
     config, folder, student = given.run.config.score_corpus, settings.scores, given.run.student
+    share = audit_share(config.audit_fraction, given.packed.num_blocks)
+    require_audit(share, given.packed.num_blocks)
     cascade = CascadeSettings(
         scoring=settings,
         student=student,
         facts=StudentFacts.read(student),
-        audit_fraction=audit_share(config.audit_fraction, given.packed.num_blocks),
+        audit_fraction=share,
         seed=given.run.config.seed,
         replaces=config.scorer == "cascade",
     )

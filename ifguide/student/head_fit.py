@@ -54,7 +54,9 @@ class Transforms:
             ValueError: no score differs from another, or one is not finite.
         """
         if not len(scores_N) or not np.isfinite(scores_N).all() or scores_N.min() == scores_N.max():
-            raise ValueError("a student needs finite scores that differ from each other; take a larger sample")
+            raise ValueError(
+                "a student needs finite scores that differ from each other; raise fit_student.sample_fraction"
+            )
         return cls(quantiles_Q=np.quantile(scores_N.astype(np.float64), np.linspace(0, 1, GRID + 1)))
 
     def __call__(self, scores_N: NDArray[np.floating]) -> Floats:
@@ -119,7 +121,10 @@ def fit_head(sample: HeadSample, head: HeadDerivatives) -> HeadFit:
         ValueError: no blocks were held out, or none were fitted on.
     """
     if sample.sums is None or not sample.sums.tokens_K.all():
-        raise ValueError("a student needs blocks to be fitted on and others that are held out; take a larger sample")
+        raise ValueError(
+            "a student needs blocks to be fitted on and others that are held out; raise fit_student.sample_fraction, or"
+            " held_out"
+        )
     tried: list[dict[str, Any]] = []
     for layers in layer_choices(sample.layers):
         tried += _try(sample, layers, head)

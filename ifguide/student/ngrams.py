@@ -90,7 +90,7 @@ class NgramStudent:
             ValueError: the sample had no token.
         """
         if not self.sums.tokens:
-            raise ValueError("the sample holds no token with a score; take a larger one")
+            raise ValueError("the sample holds no token with a score; raise fit_student.sample_fraction")
         longest, size = min(self.longest, len(self.sums.scores_NP)), self.sums.scores_NP.shape[1]
         mean_BT = np.full(tokens_BT.shape, self.sums.total / self.sums.tokens)
         for n, places_BT in enumerate(ngram_places(tokens_BT, longest=longest, bits=size.bit_length() - 1)):

@@ -30,7 +30,10 @@ from ifguide.student.suffix import SuffixStudent
 
 HELD_FEATURES = 1 << 15  # tokens of all parts whose features are kept
 HELD_TOKENS = 1 << 22  # of all parts whose ids and scores are
-NO_BLOCKS = "a student needs blocks to be fitted on and others that are held out; take a larger sample"
+NO_BLOCKS = (
+    "a student needs blocks to be fitted on and others that are held out; raise fit_student.sample_fraction, or its"
+    " held_out"
+)
 
 
 class Labelled(NamedTuple):

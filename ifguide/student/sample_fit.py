@@ -31,10 +31,7 @@ def fit_on_parts(settings: SampleSettings, sample: dict[str, Any]) -> dict[str, 
         ValueError: the sample is too small; says what to set.
     """
     paths = [local_copy(settings.part(number)) for number in range(settings.partitions)]
-    try:
-        fitted = _fit(settings, paths)
-    except ValueError as error:
-        raise ValueError(f"{error}: raise fit_student.sample_fraction, or held_out") from error
+    fitted = _fit(settings, paths)
     fitted.student.save(settings.folder / STUDENT)
     chosen = _finite(fitted.chosen)
     facts = {

@@ -201,10 +201,7 @@ def fit_transforms(settings: SampleSettings) -> None:
                 break
         if count >= RANGE_TOKENS:
             break
-    try:
-        transforms = Transforms.of(np.concatenate([np.zeros(0, np.float32), *scores]))
-    except ValueError as error:
-        raise ValueError(f"{error}: raise fit_student.sample_fraction") from error
+    transforms = Transforms.of(np.concatenate([np.zeros(0, np.float32), *scores]))
     with publish(settings.folder / TRANSFORMS) as part, part.open("wb") as file:
         np.savez(file, **vars(transforms))
 

@@ -7,6 +7,7 @@ of the blocks that are not in it: a student is not judged by what it was fitted 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from ifguide.artifacts import verified
 from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks, read_documents, shard_name
 
 AUDITED_BLOCKS = 2000  # at most: beyond these an interval hardly narrows, and the bootstrap takes minutes
+LEAST_AUDITED = 5  # blocks, on average
 SAMPLE, HELD_OUT, AUDIT = 1, 2, 3  # what a random stream is for
 Integers = NDArray[np.integer]
 
@@ -47,6 +49,16 @@ class Sampling:
 def audit_share(fraction: float, blocks: int) -> float:
     """The share of a corpus' blocks that is audited."""
     return min(fraction, AUDITED_BLOCKS / blocks)
+
+
+def require_audit(fraction: float, blocks: int) -> None:
+    """Raise ValueError where so small a share of a corpus' blocks is audited that it may be none of them."""
+    if fraction * blocks < LEAST_AUDITED:
+        least = min(1.0, LEAST_AUDITED / blocks)
+        raise ValueError(
+            f"score_corpus.audit_fraction: {fraction:g} of {blocks:,} blocks is an audit of {fraction * blocks:.1f},"
+            f" which tells nothing; set it to {math.ceil(1000 * least) / 1000:g} or more, or score with scorer: exact"
+        )
 
 
 def audited_rows(blocks: int, sampled: Integers, fraction: float, seed: int, shard: int) -> NDArray[np.intp]:

@@ -2,15 +2,18 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from ifguide.config import ConfigError, config_from_mapping
+from ifguide.stages.score_corpus import _drawn_by
 from ifguide.student.recheck import LEAST, block_counts, histogram_of, least_count
 from ifguide.student.sample_worker import _Tally
-from ifguide.student.sampling import AUDITED_BLOCKS, Sampling, audit_share, audited_rows
+from ifguide.student.sampling import AUDITED_BLOCKS, Sampling, audit_share, audited_rows, require_audit
 
 
 def test_the_sample_takes_the_same_share_of_every_source_and_the_audit_none_of_it() -> None:
@@ -76,6 +79,25 @@ def test_a_block_counts_its_scores_at_the_edge_and_less_than_one_for_how_far_the
 def test_an_audit_is_no_larger_than_intervals_pay() -> None:
     assert audit_share(0.01, 1000) == 0.01
     assert audit_share(0.01, 10_000_000) * 10_000_000 == pytest.approx(AUDITED_BLOCKS)
+
+
+def test_an_audit_of_hardly_a_block_is_refused_before_anything_is_scored() -> None:
+    require_audit(0.01, 500)
+    with pytest.raises(
+        ValueError, match=r"audit_fraction: 0\.01 of 60 blocks is an audit of 0\.6, .* set it to 0\.084"
+    ):
+        require_audit(0.01, 60)
+    require_audit(0.084, 60)
+    sections = {"score_corpus": {"scorer": "cascade"}, "fit_student": {"sample_fraction": 1}}
+    with pytest.raises(ConfigError, match=r"fit_student\.sample_fraction: 1 leaves no block to audit the cascade by"):
+        config_from_mapping(sections)
+
+
+def test_scores_say_their_seed_where_something_is_drawn_by_it() -> None:
+    smoothed = config_from_mapping({"seed": 3, "score_corpus": {"smooth": {}}})
+    assert _drawn_by(smoothed) == {"seed": 3}
+    assert _drawn_by(replace(smoothed, seed=0)) == {}
+    assert _drawn_by(replace(smoothed, score_corpus=replace(smoothed.score_corpus, smooth=None))) == {}
 
 
 def test_padding_of_the_last_block_is_of_no_source() -> None:
