@@ -180,10 +180,12 @@ def _try(sample: HeadSample, layers: tuple[int, ...], head: HeadDerivatives) -> 
 
 
 def _of_layers(sample: HeadSample, layers: tuple[int, ...]) -> tuple[FoldSums, slice]:
-    """The sums of the features of some layers, the last ones, and where these features are."""
+    """The sums of the features of some layers, the last ones, and where these features are. The top one, of which there
+    is a tangent, may have another width than the others, as OPT-350M's has."""
     assert sample.sums is not None
-    width = sample.sums.features_KD.shape[1]
-    columns = slice(width - width // len(sample.layers) * len(layers), width)
+    width, top = sample.sums.features_KD.shape[1], sample.sums.scores_KS.shape[1] - len(TRANSFORMS)
+    other = (width - top) // max(1, len(sample.layers) - 1)
+    columns = slice(width - top - other * (len(layers) - 1), width)
     return replace(
         sample.sums,
         products_KDD=sample.sums.products_KDD[:, columns, columns],

@@ -19,7 +19,7 @@ from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
 from ifguide.student.fidelity import fidelity
 from ifguide.student.head import HeadScorer, HeadStudent, read_features
-from ifguide.student.head_fit import TRANSFORMS, HeadSample, Transforms, fit_head, layer_choices
+from ifguide.student.head_fit import TRANSFORMS, HeadSample, Transforms, _of_layers, fit_head, layer_choices
 from tests.reference.test_influence import random_directions
 from tests.tiny import as_tensors, random_blocks, tiny_model
 
@@ -218,3 +218,20 @@ def test_a_sample_that_cannot_be_fitted_is_refused(labelled: Labelled) -> None:
     scorer = TokenScorer(labelled.model, random_directions(labelled.model), attribution="position")
     with pytest.raises(ValueError, match="use target"):
         scorer.score_and_read(labelled.tokens_BT[:2], labelled.lengths_B[:2], LAYERS, tangents=True)
+
+
+def test_the_features_of_a_top_layer_of_another_width_are_known() -> None:
+    """OPT-350M's last state is narrower than the others: the columns of some layers are counted from the end."""
+    rng = np.random.default_rng(0)
+    sample = HeadSample(Transforms.of(np.arange(99.0)), (1, 2, 4))
+    features_BTF, tangents_BTD = (
+        torch.from_numpy(rng.normal(size=(2, 9, 16))),
+        torch.from_numpy(rng.normal(size=(2, 9, 4))),
+    )
+    known_BT, tokens_BT = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.long)
+    sample.add(tokens_BT, known_BT, features_BTF[..., 0], features_BTF, tangents_BTD, held_out=True)
+    for layers, first in (((1, 2, 4), 0), ((2, 4), 6), ((4,), 12)):
+        sums, columns = _of_layers(sample, layers)
+        assert columns == slice(first, 16)
+        assert sums.features_KD.shape[1] == sums.products_KDD.shape[1] == 16 - first
+        np.testing.assert_allclose(sums.features_KD.sum(axis=0), features_BTF.sum(dim=(0, 1))[first:])
