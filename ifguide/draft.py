@@ -2,13 +2,15 @@
 
 It reads the first row of each file, chooses the column of the documents by its name or by its longest text, estimates
 the tokens from bytes, and writes a commented config: with `--from` one that extends a packaged one, else one that
-trains its own tokenizer and a small model, and downloads nothing. What shows the behaviour cannot be guessed: where
-no table of prompts is found, the config says what to name.
+trains its own tokenizer and a small model, and downloads nothing. Documents in files named as held out (test, valid,
+...) are for the perplexity and no model is trained on them. What shows the behaviour cannot be guessed: where no table
+of prompts is found, the config says what to name.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,6 +21,7 @@ from ifguide.planning.corpus_size import InputSize, input_size
 from ifguide.records.files import KINDS, is_compressed, kind_of, list_files
 from ifguide.records.rows import NOT_AN_OBJECT, column_names, table_rows, value_at
 
+HELD_OUT = re.compile(r"(?:^|[^a-z])(?:held[-_ ]?out|valid|validation|val|dev|test|eval)(?:[^a-z]|$)", re.IGNORECASE)
 TEXT_COLUMNS = ("text", "content", "document", "body", "article", "raw_content", "markdown")
 SIZES = (  # up to so many tokens: width, layers, heads, vocabulary of the target
     (5e6, 128, 4, 4, 4096),
@@ -73,7 +76,13 @@ NO_QUERIES = """  # What shows the behaviour, and what does not. One of these mu
 """
 
 
-Role = Literal["documents", "prompts", "pairs", "completions", "bare prompts"]
+ANALYSIS = """analyse:
+  resources: {gpus: 0}
+"""
+NO_HELD_OUT = "  # heldout: [...]  # documents for the perplexity, which no model is trained on\n"
+
+
+Role = Literal["documents", "held-out documents", "prompts", "pairs", "completions", "bare prompts"]
 
 
 class Kind(NamedTuple):
@@ -118,6 +127,9 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
         find_config(Path(base))
     sources = [source for pattern in data or _usual_places() for source in _look(pattern)]
     documents = [source for source in sources if source.kind.role == "documents"]
+    held_out = [source for source in sources if source.kind.role == "held-out documents"]
+    if not documents:  # a corpus may have such a name where there is no other
+        documents, held_out = held_out, []
     tables = {role: [source.path for source in sources if source.kind.role == role] for role in get_args(Role)}
     if not documents:
         raise ValueError(
@@ -127,7 +139,7 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
     tokens = sum(size.tokens for size in sizes if size is not None)
     lines = [_described(source, size) for source, size in zip(documents, sizes, strict=True)]
     lines += [
-        f"{source.path}: {source.kind.role} ({', '.join(source.columns)})"
+        f"{source.path}: {source.kind.role} ({', '.join(source.columns) or 'a text'})"
         for source in sources
         if source not in documents
     ]
@@ -142,6 +154,7 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
         taken = load_config(base).build_query.prompts is not None and not tables["prompts"]
         query = _query(tables)
         parts += [packing, f"build_query:\n{NO_OTHER if taken else ''}{query}" if query else ""]
+        parts += [f"evaluate:\n{_held_out(held_out)}" if held_out else ""]
     else:
         width, layers, heads, vocabulary = next(shape[1:] for shape in SIZES if tokens <= shape[0])
         shape = {"width": width, "inner": 4 * width, "layers": layers, "heads": heads}
@@ -149,7 +162,8 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
         parts += [
             f"build_query:\n{_query(tables) or NO_QUERIES}  resources: {{gpus: 0}}\n",
             SCORING,
-            _evaluation(tables),
+            _evaluation(tables, held_out),
+            ANALYSIS,
         ]
     return "".join(parts), lines
 
@@ -203,14 +217,19 @@ def _suffix(path: Path) -> str:
 def _content(path: Path) -> tuple[tuple[str, ...], Kind]:
     """The columns of a file by its first row, and what it holds."""
     if kind_of(path) == "text":
-        return (), Kind("documents")
+        return (), Kind(_role(path))
     row = next(iter(table_rows(path, "text")), None)
     listed = isinstance(row, list) and row and isinstance(row[0], str)
     if listed or (row == NOT_AN_OBJECT and kind_of(path) == "json"):  # one document a string
-        return (), Kind("documents")
+        return (), Kind(_role(path))
     if not isinstance(row, dict):
         raise ValueError(f"{path}: {row if isinstance(row, str) else 'its first row is no object'}; mend or remove it")
     return tuple(row), _kind(row) or _documents(path, row)
+
+
+def _role(path: Path) -> Role:
+    """Of a file of documents, by its name."""
+    return "held-out documents" if HELD_OUT.search(path.name.partition(".")[0]) else "documents"
 
 
 def _kind(row: Mapping[str, Any]) -> Kind | None:
@@ -231,7 +250,7 @@ def _documents(path: Path, row: Mapping[str, Any]) -> Kind:
         raise ValueError(
             f"{path}: none of its columns ({', '.join(names)}) holds a text; convert it, or name other files"
         )
-    return Kind("documents", named[0] if named else max(texts, key=lambda name: len(texts[name])))
+    return Kind(_role(path), named[0] if named else max(texts, key=lambda name: len(texts[name])))
 
 
 def _described(source: Source, size: InputSize | None) -> str:
@@ -260,10 +279,22 @@ def _query(tables: Mapping[str, Sequence[str]]) -> str:
     return ""
 
 
-def _evaluation(tables: Mapping[str, Sequence[str]]) -> str:
+def _held_out(sources: Sequence[Source]) -> str:
+    rows = (
+        f"    - path: {_quoted(source.path)}\n"
+        + (f"      text_column: {_quoted(source.kind.column)}\n" if source.kind.column else "")
+        for source in sources
+    )
+    return f"  heldout:\n{''.join(rows)}" if sources else NO_HELD_OUT
+
+
+def _evaluation(tables: Mapping[str, Sequence[str]], held_out: Sequence[Source]) -> str:
     paths = [path for role in ("bare prompts", "prompts", "pairs", "completions") for path in tables[role]]
     prompts = f"  prompts: {_quoted(paths[0])}" if paths else "  # prompts: prompts.jsonl"
-    return f"evaluate:\n{prompts}  # best others than those of build_query\n{CLASSIFIER}  resources: {{gpus: 0}}\n"
+    return (
+        f"evaluate:\n{prompts}  # best others than those of build_query\n{CLASSIFIER}{_held_out(held_out)}"
+        "  resources: {gpus: 0}\n"
+    )
 
 
 def _quoted(text: str) -> str:

@@ -68,6 +68,25 @@ def test_unlike_files_and_prompts_are_told_apart(folder: Path) -> None:
     assert config.build_query.prompts.path == config.evaluate.prompts.path == "data/queries.jsonl"
 
 
+def test_files_named_as_held_out_are_for_the_perplexity(folder: Path) -> None:
+    names = ("train", "contest", "heldout", "valid-00", "my_test")
+    for name in names:
+        lines(folder / "data" / f"{name}.jsonl", {"body": TEXT})
+    config, _ = drafted()
+    assert {source.path for source in config.pack_corpus.inputs} == {"data/train.jsonl", "data/contest.jsonl"}
+    held_out = {"data/heldout.jsonl", "data/valid-00.jsonl", "data/my_test.jsonl"}
+    assert {(source.path, source.text_column) for source in config.evaluate.heldout} == {(p, "body") for p in held_out}
+    assert config.analyse.resources.gpus == 0
+    for name in names[:2]:
+        (folder / "data" / f"{name}.jsonl").unlink()
+    Path("ifguide.yaml").unlink()
+    alone, text = drafted()  # nothing else is there
+    assert {source.path for source in alone.pack_corpus.inputs} == held_out or alone.pack_corpus.inputs[
+        0
+    ].path == "data"
+    assert "# heldout: [...]" in text
+
+
 @pytest.mark.parametrize("folder_name", ["data", "data [1]"])
 def test_a_readme_that_a_folder_leaves_out_is_no_document_of_its_texts(folder: Path, folder_name: str) -> None:
     data = folder / folder_name
