@@ -221,6 +221,9 @@ class _Sections:
             key = f"evaluate.prompt_sets.{name}"
             checks[key] = partial(self.tables.prompt_set, key, prompts)
         texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(options.heldout)}
+        inputs = self.config.pack_corpus.inputs
+        for key, source in texts.items():
+            checks[f"{key} apart"] = partial(self.tables.apart_from, key, source, inputs)
         for key, source in (texts | ({"evaluate.cloze": options.cloze} if options.cloze else {})).items():
             checks[key] = partial(self.tables.documents, key, source)
         if options.balanced:

@@ -49,6 +49,34 @@ class TableChecks:
     def __init__(self, findings: Findings, hub: Hub, apart: Path):
         self.findings, self.hub, self.apart = findings, hub, apart
 
+    def apart_from(self, key: str, source: Input, inputs: Sequence[Input]) -> None:
+        """That no model is trained on the rows of `source`: the inputs of the corpus have none of them."""
+        for index, own in enumerate(inputs):
+            if shared := self._shared(source, own):
+                self.findings.fault(
+                    f"{key}.path",
+                    source.path,
+                    f"{shared} is trained on as well (pack_corpus.inputs[{index}]); name texts that are held out, or"
+                    " part the file by `rows` in both",
+                )
+
+    def _shared(self, one: Input, other: Input) -> str | None:
+        """What two inputs both read: a path, or a file. Rows are compared where both paths are the same, and are two
+        numbers."""
+        if one.path == other.path and (one.subset, one.split) == (other.subset, other.split):
+            ranges = [own.rows for own in (one, other) if own.rows is not None]
+            if any(isinstance(rows, str) for rows in ranges):
+                return None
+            begins, ends = zip(*ranges, strict=True) if ranges else ((0,), (1,))
+            return one.path if max(begins) < min(ends) else None
+        if one.rows or other.rows or one.on_hub or other.on_hub:
+            return None
+        try:
+            files = [list_files(own.path, "path", apart=self.apart) for own in (one, other)]
+        except (FileNotFoundError, ValueError):  # named by the check of its own key
+            return None
+        return next((str(path) for path in files[0] if path in set(files[1])), None)
+
     def documents(self, key: str, source: Input, *, bad_rows: int | None = None) -> None:
         """Documents, of which `bad_rows` may be unusable; None: texts that are all wanted."""
         if source.on_hub:

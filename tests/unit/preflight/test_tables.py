@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -148,3 +150,25 @@ def test_lists_of_rows_are_read_and_must_fit(tmp_path, faults) -> None:
     assert found.startswith(f"pack_corpus.inputs[0].rows = {rows}: ends at 31, but {corpus['path']} has 30 rows")
     rows.write_text("3\n29\n")
     assert faults("pack_corpus") == []
+
+
+def test_held_out_texts_that_are_trained_on_are_a_fault(tmp_path: Path, faults: Callable[..., list[str]]) -> None:
+    (tmp_path / "texts").mkdir()
+    texts = lines(tmp_path / "texts" / "a.jsonl", *[{"text": "fine"}] * 9)
+    lines(tmp_path / "texts" / "b.jsonl", {"text": "fine"})
+
+    def found(inputs: Any, heldout: Any) -> list[str]:
+        return faults("evaluate", pack_corpus__inputs=[inputs], evaluate__heldout=[heldout])
+
+    for inputs, heldout in (
+        (texts, texts),
+        (str(tmp_path / "texts"), texts),
+        (str(tmp_path / "texts"), str(tmp_path / "*" / "b.jsonl")),
+        (texts, {"path": texts, "rows": [2, 4]}),
+        ({"path": texts, "rows": [3, 9]}, {"path": texts, "rows": [2, 4]}),
+    ):
+        (fault,) = found(inputs, heldout)
+        assert fault.startswith("evaluate.heldout[0].path = ")
+        assert "is trained on as well (pack_corpus.inputs[0]); name texts that are held out" in fault
+    assert found({"path": texts, "rows": [4, 9]}, {"path": texts, "rows": [2, 4]}) == []
+    assert found(texts, str(tmp_path / "texts" / "b.jsonl")) == []
