@@ -25,6 +25,7 @@ from ifguide.training.adapters import adapter_parameters
 from ifguide.training.schedule import Schedule
 
 MOST_WORKERS = 4096
+LEAST_STEPS = 100  # of a training that is worth its warm-up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +174,13 @@ def describe(plan: PretrainPlan) -> list[str]:
     place = f"GPU ({plan.machine.name})" if train.resources.gpus else "worker"
     place += f" of {train.fewest_workers}" if fewest else ""
     hours = "~" if estimate.extrapolated else ""
+    engine = "engine torch" if train.engine == "torch" else f"ZeRO {train.zero_stage}"
     return [
         f"would train {name}: {plan.target.name} ({plan.target.known_from}), {plan.target.parameters:,} parameters,"
         f" {start}",
-        f"{fewest}{train.workers} workers, ZeRO {train.zero_stage}, {train.dtype}, activation checkpointing"
+        f"{fewest}{train.workers} workers, {engine}, {train.dtype}, activation checkpointing"
         f" {'on' if train.activation_checkpointing else 'off'}, micro-batches of {train.micro_batch_blocks} blocks,"
-        f" {accumulation} to a step",
+        f" {accumulation} micro-batches to a step",
         f"memory per {place}: {size(memory.total)}{limit}: {parts}",
         f"activations {checkpointing} checkpointing: {size(plan.other.activations)}, {size(plan.other.total)} in all",
         f"{plan.steps:,} steps of {train.batch_blocks * block_size:,} tokens:"
@@ -186,5 +188,17 @@ def describe(plan: PretrainPlan) -> list[str]:
         f"{hours}{duration(estimate.seconds / 3600)} ({duration(estimate.low / 3600)} -"
         f" {duration(estimate.high / 3600)}), at least {duration(estimate.floor / 3600)};"
         f" {size(estimate.storage)} on disk",
+        *_few_steps(plan),
         *plan.notes,
+    ]
+
+
+def _few_steps(plan: PretrainPlan) -> list[str]:
+    """A warning where a training is over before its learning rate has risen and fallen."""
+    blocks, wanted = plan.steps * plan.config.pretrain.batch_blocks, plan.config.pretrain.batch_blocks
+    if plan.steps >= LEAST_STEPS or blocks < LEAST_STEPS:
+        return []
+    return [
+        f"few steps: pretrain.batch_blocks = {wanted} blocks are one step; with {blocks // LEAST_STEPS} there are"
+        f" {LEAST_STEPS} and more"
     ]

@@ -61,16 +61,16 @@ class Activations:
 def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> TrainingMemory:
     """The parts for a config and a target, blocks of `block_size` tokens; on as few workers as it may start with."""
     parameters, width, trained = float(shape.parameters), _width(config), _trained_parameters(config, shape)
-    workers, stage = config.fewest_workers, config.zero_stage
+    workers, stage = config.fewest_workers, 0 if config.engine == "torch" else config.zero_stage
     states = _state_bytes(config) * trained / (workers if stage >= 1 else 1)
     kept = count_activations(shape, block_size, config.dtype)
     per_block = kept.checkpointed if config.activation_checkpointing else kept.whole
     tokens = config.micro_batch_blocks * block_size
     return TrainingMemory(
-        weights=width * parameters / (workers if stage >= 3 else 1),
-        gradients=width * trained / (workers if stage >= 2 else 1),
+        weights=_held_width(config) * parameters / (workers if stage >= 3 else 1),
+        gradients=_held_width(config) * trained / (workers if stage >= 2 else 1),
         optimizer=0.0 if config.offload_optimizer else states,
-        buffers=_buffers(config, trained, width),
+        buffers=_buffers(config, parameters, trained, width),
         activations=float(config.micro_batch_blocks * per_block),
         head=_head(tokens, shape, width, trained=config.lora is None),
     )
@@ -85,12 +85,18 @@ def checkpoint_bytes(config: Pretrain, shape: ModelShape) -> float:
 
 
 def _width(config: Pretrain) -> int:
+    """Of what products take."""
     return 2 if config.dtype == "bfloat16" else 4
+
+
+def _held_width(config: Pretrain) -> int:
+    """Of weights and gradients: the engine `torch` holds float32, and casts for each product."""
+    return 4 if config.engine == "torch" else _width(config)
 
 
 def _state_bytes(config: Pretrain) -> int:
     """Of the optimizer, for a weight that is trained: two moments and, unless that is one, a copy in float32."""
-    return 8 if config.dtype == "float32" and config.zero_stage == 0 else 12
+    return 8 if config.engine == "torch" or (config.dtype == "float32" and config.zero_stage == 0) else 12
 
 
 def _trained_parameters(config: Pretrain, shape: ModelShape) -> float:
@@ -105,15 +111,18 @@ def _head(tokens: int, shape: ModelShape, width: int, *, trained: bool) -> float
     return float(8 * logits + weights + width * tokens * shape.hidden)
 
 
-def _buffers(config: Pretrain, parameters: float, width: int) -> float:
+def _buffers(config: Pretrain, parameters: float, trained: float, width: int) -> float:
     """What is on its way between workers during the backward pass, or the gradients in float32 that a step makes of its
-    share: the larger. With ZeRO, DeepSpeed takes a whole bucket, however few the workers and the parameters."""
+    share: the larger. With ZeRO, DeepSpeed takes a whole bucket, however few the workers and the parameters. Of the
+    engine `torch` the weights in bfloat16, which autocast makes and keeps for the backward pass."""
+    if config.engine == "torch":
+        return width * parameters if width < 4 else 0.0
     workers, stage = config.fewest_workers, config.zero_stage
-    alone, share = workers == 1, parameters / workers if stage >= 1 else parameters
+    alone, share = workers == 1, trained / workers if stage >= 1 else trained
     step = 0.0 if width == 4 or config.offload_optimizer else 4 * share
     if stage == 0:
-        return max(0.0 if alone else width * min(parameters, BUCKET), step)
-    gathered = width * min(parameters, LIVE) if stage == 3 and not alone else 0.0
+        return max(0.0 if alone else width * min(trained, BUCKET), step)
+    gathered = width * min(trained, LIVE) if stage == 3 and not alone else 0.0
     return max(width * BUCKET + gathered, step)
 
 

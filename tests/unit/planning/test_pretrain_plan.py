@@ -304,6 +304,27 @@ def test_full_precision_of_one_worker_without_zero() -> None:
     assert (memory.weights, memory.gradients, memory.optimizer, memory.buffers) == (4 * P, 4 * P, 8 * P, 0)
 
 
+def test_the_engine_torch_holds_float32_and_copies_in_bfloat16_and_no_bucket() -> None:
+    shape = shape_of_fields("tiny", "test", ARCHITECTURES["llama"])
+    config = Pretrain(workers=1, engine="torch", dtype="bfloat16", micro_batch_blocks=2)
+    P = shape.parameters
+    for dtype, copies in (("bfloat16", 2 * P), ("float32", 0)):
+        memory = training_memory(replace(config, dtype=dtype), shape, 16)
+        assert (memory.weights, memory.gradients, memory.optimizer, memory.buffers) == (4 * P, 4 * P, 8 * P, copies)
+
+
+def test_a_training_of_few_steps_is_told_which_batch_has_more(billion: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(blocks: int) -> list[str]:
+        monkeypatch.setattr(pretrain_plan, "planned_tokens", lambda *_: (2048 * blocks, []))
+        train = replace(billion.pretrain, epochs=1.0, batch_blocks=256, heldout_blocks=0)
+        lines = pretrain_plan.describe(plan_pretrain(replace(billion, pretrain=train)))
+        return [line for line in lines if line.startswith("few steps")]
+
+    (line,) = said(2560)
+    assert line == "few steps: pretrain.batch_blocks = 256 blocks are one step; with 25 there are 100 and more"
+    assert said(25_600) == []
+
+
 def test_steps_are_of_the_corpus_in_the_targets_tokens_where_it_is_packed(billion: Config, tmp_path: Path) -> None:
     billion = replace(billion, pretrain=replace(billion.pretrain, heldout_blocks=0))
     tokenizer = replace(billion.pretrain, tokenizer="./its/own")
