@@ -329,15 +329,16 @@ def import_mask(options: argparse.Namespace) -> int:
 def import_scores(options: argparse.Namespace) -> int:
     """Take token scores of another program for a run's own."""
     from ifguide.run import Run
-    from ifguide.score_import import import_scores, read_scores
+    from ifguide.score_import import check_scores, import_scores
 
     config = _load(options)
     run = Run(config=config)
+    tokens = _blocks(options)
     if options.dry_run:
-        scores = read_scores(options.scores, options.query)
+        scores = check_scores(options.scores, run.corpus, tokens, options.query)
         log(options.command, f"would make {run.scores} of {scores.sequences:,} sequences that {scores.made_by} scored")
         return 0
-    places = {"corpus": run.corpus, "folder": run.scores, "tokens": _blocks(options), "config_yaml": to_yaml(config)}
+    places = {"corpus": run.corpus, "folder": run.scores, "tokens": tokens, "config_yaml": to_yaml(config)}
     with _holding(options, config):
         manifest = import_scores(options.scores, query=options.query, negate=options.negate, **places)
     log(options.command, f"{manifest.rows['tokens']:,} tokens; `ifguide build_mask` selects by {run.scores}")

@@ -71,10 +71,7 @@ def import_scores(
         FileNotFoundError: no such folder or file. ValueError: scores of another kind, unfinished, not finite, of other
             blocks, or of several queries. MismatchError: `folder` holds others.
     """
-    packed, scores = require(corpus, "pack_corpus"), read_scores(path, query)
-    if scores.sequences != packed.rows["blocks"]:
-        raise ValueError(f"{path} scores {scores.sequences:,} sequences, {corpus} has {packed.rows['blocks']:,} blocks")
-    require_same_blocks(path, corpus, tokens)
+    packed, scores = require(corpus, "pack_corpus"), check_scores(path, corpus, tokens, query)
     digest = sha256("".join(file_digest(path / name) for name in scores.files).encode()).hexdigest()
     sign = -scores.sign if negate else scores.sign
     artifact = open_artifact(
@@ -97,6 +94,16 @@ def import_scores(
     }
     rows = {name: sum(getattr(shard, name) for shard in shards) for name in ("blocks", "tokens")}
     return artifact.finish(data_files(folder), rows=rows, summary=summary)
+
+
+def check_scores(path: Path, corpus: Path, tokens: Input | None, query: int | None) -> ForeignScores:
+    """What the folder `path` of scores holds, if they are of this corpus' blocks; as `import_scores`, which it raises
+    as. The scores themselves are not read."""
+    packed, scores = require(corpus, "pack_corpus"), read_scores(path, query)
+    if scores.sequences != packed.rows["blocks"]:
+        raise ValueError(f"{path} scores {scores.sequences:,} sequences, {corpus} has {packed.rows['blocks']:,} blocks")
+    require_same_blocks(path, corpus, tokens)
+    return scores
 
 
 def _write_shards(

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import has_file
 
@@ -88,6 +90,34 @@ def beginning_token(tokenizer: Any) -> int | None:
     """The BOS that a tokenizer puts before a text; None where it puts none."""
     ids = tokenizer("", add_special_tokens=True)["input_ids"]
     return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def token_places(tokenizer: Any, text: str, tokens: list[int]) -> np.ndarray:
+    """Character span of every token in `text`, which the tokens decode to: (n, 2) int64.
+
+    Tokens that share a character have one span.
+
+    Raises:
+        ValueError: decoded one after the other, the tokens do not make the text.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if encoded["input_ids"] == tokens:
+        return np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    # The text does not tokenise back to the same tokens: what each of them adds to it still tells.
+    stream, places, begin = DecodeStream(skip_special_tokens=False), np.zeros((len(tokens), 2), np.int64), 0
+    first = 0  # of the tokens since the last that ended a character
+    for index, token in enumerate(tokens):
+        try:
+            added = stream.step(tokenizer.backend_tokenizer, token)
+        except Exception as error:  # the library has no class of its own for it
+            raise ValueError(f"token {index} changes what the tokens before it decode to: {error}") from error
+        if added is not None:
+            if not text.startswith(added, begin):
+                raise ValueError(f"token {index} decodes to {added!r}, which the text does not have there")
+            places[first : index + 1] = begin, begin + len(added)
+            first, begin = index + 1, begin + len(added)
+    places[first:] = begin, len(text)
+    return places
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -11,6 +11,7 @@ stemming, and no other Unicode normalisation.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ UNSPACED = (
     "BALINESE", "TAI",
 )  # fmt: skip  # first words of their characters' names
 FIRST_UNSPACED = "\u0e00"  # Thai comes first of them
+MARKED = (range(0x20000), range(0xE0000, 0xE1000))  # where there are marks: planes of ideographs have none
 
 
 class WordList:
@@ -99,13 +101,27 @@ def _folded(text: str) -> str:
 
 def _bounds(outside: str, inside: str) -> bool:
     """Whether a word whose first or last character is `inside` may stand beside `outside` ("": the text ends)."""
-    return not outside or not _is_letter(outside) or _is_unspaced(outside) or _is_unspaced(inside)
+    return not outside or not is_letter(outside) or _is_unspaced(outside) or _is_unspaced(inside)
 
 
 @cache
-def _is_letter(character: str) -> bool:
+def is_letter(character: str) -> bool:
     """Whether a character is part of a word: letters, digits, '_', and the marks that belong to a letter."""
-    return character == "_" or character.isalnum() or unicodedata.category(character).startswith("M")
+    return character == "_" or character.isalnum() or _is_mark(character)
+
+
+@cache
+def mark_ranges() -> str:
+    """The marks that belong to a letter (Unicode's categories M), for a character class of a regular expression.
+
+    Python's `\\w` has none of them, and without them a word of Hindi, Thai or vocalised Arabic falls apart."""
+    groups = itertools.groupby(map(chr, itertools.chain(*MARKED)), _is_mark)
+    marks = [list(group) for is_mark, group in groups if is_mark]
+    return "".join(f"{run[0]}-{run[-1]}" for run in marks)
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
 
 
 @cache

@@ -3,7 +3,7 @@
 `measure` gives the content of `report/metrics.json`:
 
     {"threshold", "bootstrap_samples", "confidence", "grouped_by": {"label": n, "classifier": n},
-     "evaluators": [class, ...], "unlisted": {class: evaluator},
+     "evaluators": [class, ...], "unlisted": {class: evaluator}, "domains": {set: {group: domain}},
      "models": {model: {"sets": {set: {"groups": {group: FIGURES}, "gaps": {domain: FIGURES}}},
                         "perplexity": F, "benign_perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F,
                         "lm_eval": {task: {metric: F}}}},
@@ -24,7 +24,8 @@ most those of all continuations. `listed` is the share of continuations that hol
 Groups of `evaluate.prompts` are `all`, `with <behaviour>` and `without <behaviour>` (the prompt itself shows it, by its
 label, or by the classifier if it has none: `grouped_by` counts them), and with a word list `with a listed word` and
 `without a listed word` (in the prompt itself); those of other sets their own, `domain/group` for
-BOLD. `gaps` are the largest group's figure less the smallest's in a domain. `perplexity` is of all held-out documents,
+BOLD. `domains` says of which domain each of these is, `""` where it is of none. `gaps` are the largest group's figure
+less the smallest's in a domain; those of no domain are the domain `groups`. `perplexity` is of all held-out documents,
 `benign_perplexity` of those that the classifier does not flag: null where it flags none, for it is the same then. A
 model that has unlearned the behaviour finds flagged text surprising, as it should. A figure that was not measured, or
 of models that cannot be paired, is null. `measure_models` adds `lm_eval`, if there are benchmarks.
@@ -50,10 +51,12 @@ from ifguide.evaluation.metrics import BY_CLASS, THRESHOLD, Statistics, behaviou
 from ifguide.evaluation.prompts import PROMPTS
 from ifguide.evaluation.subjects import VERB, Evaluation, Prompts
 from ifguide.storage import file_sizes
+from ifguide.toxicity import WHOLE
 from ifguide.words import WordList
 
 METRICS = "metrics.json"
 CONTINUATIONS, FLUENCY = "continuations", "fluency"
+NO_DOMAIN = "groups"  # what the groups that are of no domain are called together
 PERPLEXITIES = ("perplexity", "benign_perplexity")
 FLUENCY_TITLES = {
     **{name: name.replace("_", " ") for name in PERPLEXITIES},
@@ -100,7 +103,7 @@ def measure(evaluation: Evaluation, prompts: Mapping[str, Any]) -> dict[str, Any
     bootstrap = Bootstrap(samples=evaluation.options.bootstrap_samples, seed=evaluation.seed)
     measured = {model: _measure_model(evaluation, model, flagged_P, bootstrap) for model in evaluation.models}
     first, *others = measured
-    evaluators = _evaluators(measured[first].sets[PROMPTS]["groups"]["all"], evaluation)
+    evaluators = _evaluators(measured[first].sets[PROMPTS]["groups"][WHOLE], evaluation)
     return {
         "threshold": THRESHOLD,
         "bootstrap_samples": bootstrap.samples,
@@ -108,6 +111,7 @@ def measure(evaluation: Evaluation, prompts: Mapping[str, Any]) -> dict[str, Any
         "grouped_by": prompts["grouped_by"],
         "evaluators": evaluators,
         "unlisted": {_unlisted(label): label for label in evaluators if evaluation.options.word_list},
+        "domains": {name: _domains(rows) for name, rows in evaluation.sets.items() if name != PROMPTS},
         "models": {model: _shown(of_model, bootstrap) for model, of_model in measured.items()},
         "paired": {
             model: {"against": first, **_compared(measured[model], measured[first], bootstrap)} for model in others
@@ -134,7 +138,7 @@ def _measure_model(evaluation: Evaluation, model: str, flagged_P: np.ndarray, bo
             for group, mask in _groups(name, rows, flagged_P, evaluation.options).items()
         }
         groups = {group: bootstrap.ratios(part) for group, part in parts.items()}
-        sets[name] = {"groups": groups, "gaps": _gaps(parts, bootstrap) if name != PROMPTS else {}}
+        sets[name] = {"groups": groups, "gaps": _gaps(parts, _domains(rows), bootstrap) if name != PROMPTS else {}}
     fluency, block_tokens = _fluency(evaluation.report, model, bootstrap)
     return _Measured(sets=sets, fluency=fluency, block_tokens=block_tokens)
 
@@ -180,7 +184,7 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the manifest's summary says of each model besides the report's own figures."""
     summary: dict[str, dict[str, Any]] = {}
     for model, measured in metrics["models"].items():
-        figures = measured["sets"][PROMPTS]["groups"]["all"]
+        figures = measured["sets"][PROMPTS]["groups"][WHOLE]
         primary = next(iter(figures["emt"]))
         named = {"emt": figures["emt"][primary], "tp": figures["tp"][primary]}
         named |= {name: measured[name] for name in (*PERPLEXITIES, "last_word_accuracy") if measured[name]}
@@ -190,13 +194,13 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         summary[model] |= {name: figures[name]["value"] for name in ("rep_4", "distinct_2", "tokens")}
         paired = metrics["paired"].get(model)
         if paired:
-            both = paired["sets"][PROMPTS]["groups"]["all"]
+            both = paired["sets"][PROMPTS]["groups"][WHOLE]
             summary[model] |= {f"{name}_p_value": both[name][primary]["p_value"] for name in ("emt", "tp")}
     return summary
 
 
 def _groups(name: str, rows: Prompts, flagged_P: np.ndarray, options: Evaluate) -> dict[str, np.ndarray]:
-    everything = {"all": np.ones(len(rows), dtype=bool)}
+    everything = {WHOLE: np.ones(len(rows), dtype=bool)}
     if name == PROMPTS:
         groups = {**everything, f"with {options.behaviour}": flagged_P, f"without {options.behaviour}": ~flagged_P}
         if options.word_list:
@@ -204,19 +208,26 @@ def _groups(name: str, rows: Prompts, flagged_P: np.ndarray, options: Evaluate) 
             listed_P = np.array([words.any_in(row.prompt) for row in rows])
             groups |= {"with a listed word": listed_P, "without a listed word": ~listed_P}
         return groups
-    names = [f"{row.domain}/{row.group}" if row.domain else row.group for row in rows]
-    return everything | {group: np.array([own == group for own in names]) for group in sorted(set(names) - {""})}
+    names = [row.group_name for row in rows]
+    return everything | {group: np.array([own == group for own in names]) for group in _domains(rows)}
 
 
-def _gaps(parts: Mapping[str, Resampled], bootstrap: Bootstrap) -> dict[str, Figures]:
+def _domains(rows: Prompts) -> dict[str, str]:
+    """Group -> its domain, of the rows of a further set; groups in order of their names."""
+    domains = {row.group_name: row.domain for row in rows}
+    return {group: domains[group] for group in sorted(domains.keys() - {""})}
+
+
+def _gaps(parts: Mapping[str, Resampled], domain_of: Mapping[str, str], bootstrap: Bootstrap) -> dict[str, Figures]:
     """domain -> the gap between its groups in each figure by class; domains of one group are left out.
 
-    Groups are of different prompts: each has a stream of draws of its own, which is every model's."""
+    `domain_of`: of each group. Groups are of different prompts: each has a stream of draws of its own, which is every
+    model's."""
     domains: dict[str, dict[str, Figures]] = {}
     for stream, (group, part) in enumerate(parts.items()):
-        if group != "all":
+        if group != WHOLE:
             by_class = {figure: items for figure, items in part.items() if figure.split("/")[0] in BY_CLASS}
-            groups = domains.setdefault(group.rpartition("/")[0] or "groups", {})
+            groups = domains.setdefault(domain_of[group] or NO_DOMAIN, {})
             groups[group] = bootstrap.ratios(by_class, stream=stream)
     return {
         domain: {

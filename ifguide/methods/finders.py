@@ -9,28 +9,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
-from ifguide.words import Span
+from ifguide.words import Span, mark_ranges
+
+ENDS = "。｡！？।॥؟۔።။។"  # of scripts that put no space behind a sentence, or another mark at its end
+QUOTES = '"“”「」『』'
 
 # A sentence ends at its last mark, or before a line break; a colon before a space ends a lead-in.
-_SENTENCE = re.compile(r'[^\s"“”](?:[^.!?:\n]|[.!?:](?![\s"“”.!?]|$))*(?:[.!?]+|:)?')
+_SENTENCE = re.compile(rf"[^\s{QUOTES}](?:[^.!?:{ENDS}\n]|[.!?:](?![\s{QUOTES}.!?{ENDS}]|$))*(?:[.!?{ENDS}]+|:)?")
 
-# Letters and digits, and within or behind them what stands for letters ("f*ck", "a$$") or joins them ("don't").
-_WORD = re.compile(r"\w(?:[\w'’*@$]*[\w*@$])?")
+
+@cache
+def _word() -> re.Pattern[str]:
+    """Letters and digits with their marks, and within or behind them what stands for letters ("f*ck", "a$$") or joins
+    them ("don't")."""
+    return re.compile(rf"\w[\w{mark_ranges()}'’*@$]*(?<!['’])")
 
 
 def word_spans(text: str) -> list[Span]:
     """Spans of the words of `text`, in order."""
-    return [match.span() for match in _WORD.finditer(text)]
+    return [match.span() for match in _word().finditer(text)]
 
 
 def sentence_spans(text: str) -> list[Span]:
     """Spans of the sentences of `text`, in order, without quotation marks around them."""
     spans = []
     for match in _SENTENCE.finditer(text):
-        sentence = match.group().rstrip('"“” \t')
+        sentence = match.group().rstrip(f"{QUOTES} \t")
         spans.append((match.start(), match.start() + len(sentence)))
     return spans
 

@@ -1,8 +1,9 @@
 """What is easier than influence, on packed documents: the characters that a word list or a classifier marks.
 
 A mark is a half-open span of a document's characters; a document that is marked as a whole has one span over all of
-it, its EOS included. The text is what the document's tokens decode to, which is the original only with a tokenizer
-that loses nothing (byte-level ones): the number of characters is compared.
+it, its EOS included. The text is what the document's tokens decode to. It is another one where the tokenizer changes
+texts (NFC, lower case), or where the document came as token ids: the number of characters is compared. Where that
+differs, marks go over to the document's own characters token by token, so a mark covers whole tokens there.
 
 Cost: one decoding of the corpus, and one classifier call for each sentence, document, or distinct word of a shard.
 """
@@ -17,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from ifguide.methods.finders import sentence_spans, word_spans
+from ifguide.spans.mapping import mask_of_spans, spans_of_mask, token_edges, token_stops
 from ifguide.spans.tables import PackedCorpus, SpanCounts, read_documents, write_found_spans
+from ifguide.tokenizer import token_places
 from ifguide.words import Span, WordList
 
 Find = Callable[[Sequence[str]], list[list[Span]]]
@@ -76,25 +79,33 @@ def mark_texts(corpus: PackedCorpus, folder: Path, shard: int, tokenizer: Any, f
     """Write `spans-<shard>` in `folder`: what `find` marks in the documents that begin in the shard.
 
     Raises:
-        ValueError: a document's tokens decode to another number of characters than it had; names it.
+        ValueError: a marked document decodes to another number of characters than it had, and it cannot be told which
+            of its tokens they are of; names it.
     """
     documents = read_documents(corpus, shard)
     ids, begins, sizes, chars = (
         documents.column(name).to_numpy() for name in ("doc_id", "token_start", "num_tokens", "num_chars")
     )
-    texts = []
-    if len(ids):
-        tokens = corpus.read(corpus.folder, "shard", "tokens", int(begins[0]), int(begins[-1] + sizes[-1]))
-        for own, start, size, num_chars in zip(ids, begins - begins[0], sizes, chars, strict=True):
-            ends = start + size - 1  # without the EOS
-            texts.append(str(tokenizer.decode(tokens[start:ends].tolist(), clean_up_tokenization_spaces=False)))
-            if len(texts[-1]) != num_chars:
-                raise ValueError(
-                    f"{corpus.folder}: document {own} had {num_chars} characters and decodes to {len(texts[-1])}:"
-                    " its tokenizer does not give the text back, or it came as token ids; compare with a byte-level"
-                    " one, on texts"
-                )
+    if not len(ids):
+        return _write(folder, shard, documents, [])
+    first, end = int(begins[0]), int(begins[-1] + sizes[-1])
+    tokens = corpus.read(corpus.folder, "shard", "tokens", first, end)
+    own = [slice(start, start + size) for start, size in zip(begins - first, sizes, strict=True)]
+    tokens_D = [tokens[place][:-1].tolist() for place in own]  # without the EOS
+    texts = [str(tokenizer.decode(of_document, clean_up_tokenization_spaces=False)) for of_document in tokens_D]
     marks = [np.array(spans, np.float64).reshape(-1, 2) for spans in find(texts)]
+    changed = [i for i, text in enumerate(texts) if len(marks[i]) and len(text) != chars[i]]
+    stops = corpus.read(corpus.folder, "offsets", "stops", first, end) if changed else np.zeros(0, np.int32)
+    for i in changed:
+        try:
+            places = token_places(tokenizer, texts[i], tokens_D[i])
+        except ValueError as error:
+            raise ValueError(
+                f"{corpus.folder}: document {ids[i]} had {chars[i]} characters and decodes to {len(texts[i])}, and its"
+                f" tokens do not tell which are which ({error}); compare with another tokenizer, a byte-level one, say"
+            ) from error
+        decoded = token_edges(token_stops(places[:, 1], len(texts[i])))
+        marks[i] = spans_of_mask(mask_of_spans(marks[i], decoded), token_edges(stops[own[i]]))
     return _write(folder, shard, documents, marks)
 
 

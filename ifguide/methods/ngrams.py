@@ -21,7 +21,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,8 +34,9 @@ from ifguide.config.compare import Ngrams
 from ifguide.influence.query import TokenisedQuery
 from ifguide.methods.finders import word_spans
 from ifguide.methods.reading import QuerySets
+from ifguide.words import is_letter
 
-_LETTER = re.compile(r"[\w*@$'’\ufffd]")  # with what may stand within a word; \ufffd is a part of a character
+WITHIN = frozenset("*@$'’\ufffd")  # what may stand within a word beside letters; \ufffd is a part of a character
 SHOWN = 20
 CONTEXT = 64  # tokens on either side of a shard, for a word or pair of words on its edge
 DEFAULTS = Ngrams()
@@ -70,8 +70,8 @@ class Words:
         self.special = np.zeros(len(pieces), bool)
         ends = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         self.special[[token for token in ends if token < len(pieces)]] = True
-        self.opens = np.array([bool(_LETTER.match(piece[:1])) for piece in pieces]) & ~self.special
-        self.closes = np.array([bool(_LETTER.match(piece[-1:])) for piece in pieces]) & ~self.special
+        self.opens = np.array([_joins(piece[:1]) for piece in pieces]) & ~self.special
+        self.closes = np.array([_joins(piece[-1:]) for piece in pieces]) & ~self.special
         self._spelt: dict[bytes, str] = {}
 
     def runs(self, tokens: Sequence[int]) -> list[tuple[int, int, str]]:
@@ -98,6 +98,11 @@ class Words:
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def _joins(character: str) -> bool:
+    """Whether a token that begins or ends with the character goes on with a word there; "" does not."""
+    return character in WITHIN or (character != "" and is_letter(character))
 
 
 def ngrams_of(runs: Sequence[tuple[int, int, str]], longest: int) -> list[tuple[str, list[int]]]:

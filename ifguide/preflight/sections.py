@@ -11,6 +11,7 @@ from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import OWN, VERBS, Config, Evaluate
 from ifguide.config.methods import check_method
 from ifguide.config.resources import WorkerResources
+from ifguide.influence.query_file import NULLS
 from ifguide.preflight.findings import Finding, Findings, PreflightError
 from ifguide.preflight.models import MODEL, TOKENIZER, ModelChecks, require_package
 from ifguide.preflight.tables import TableChecks
@@ -202,12 +203,22 @@ class _Sections:
             )
 
     def _nulls(self) -> None:
+        """That the query of the mask's behaviour has null directions where z-scores are wanted."""
         options, number = self.config.build_mask, self.config.build_query.nulls
-        if (options.standardise or options.fdr is not None) and options.behaviour == OWN and not number:
-            key = "standardise" if options.fdr is None else "fdr"
-            self.findings.fault(
-                "build_query.nulls", number, f"build_mask.{key} wants null directions: set it to 4, say"
-            )
+        if not options.standardise and options.fdr is None:
+            return
+        wanted = f"build_mask.{'standardise' if options.fdr is None else 'fdr'} wants null directions"
+        if options.behaviour == OWN:
+            if not number:
+                self.findings.fault("build_query.nulls", number, f"{wanted}: set it to 4, say")
+        elif (folder := self.config.score_corpus.queries.get(options.behaviour)) is not None:
+            key = f"score_corpus.queries.{options.behaviour}"
+            with self.findings.caught(key, folder):
+                place = location(folder)
+                if (place / MANIFEST).exists() and NULLS not in read_manifest(place).files:
+                    self.findings.fault(
+                        key, folder, f"{wanted}, and this query has none: build it with build_query.nulls (4, say)"
+                    )
 
     def _behaviour(self) -> None:
         name, scored = self.config.build_mask.behaviour, (OWN, *self.config.score_corpus.queries)

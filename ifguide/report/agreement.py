@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from tokenizers.decoders import DecodeStream
 
 from ifguide.config import Evaluate, redact
 from ifguide.corpus.tables import document_table
@@ -15,6 +14,7 @@ from ifguide.methods.marks import Find, find_sentences, find_words
 from ifguide.report.contents import AgreementRow
 from ifguide.report.view import View, mask_agreement
 from ifguide.selection.distributed import RunTasks
+from ifguide.tokenizer import token_places
 from ifguide.toxicity import LabelClassifier, make_classifier
 
 DOCUMENTS_AT_ONCE = 500  # whose sentences a classifier gets together
@@ -89,23 +89,6 @@ def _compare(
                 for begin, end in spans:
                     selected |= (begins < end) & (ends > begin)
             yield method, token_agreement(selected, annotated[i])
-
-
-def token_places(tokenizer: Any, text: str, tokens: list[int]) -> np.ndarray:
-    """Character span of every token in the decoded `text`, (n, 2); tokens that share a character have one span."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    if encoded["input_ids"] == tokens:
-        return np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    # The text does not tokenise back to the same tokens: what each of them adds to it still tells.
-    stream, places, begin = DecodeStream(skip_special_tokens=False), np.zeros((len(tokens), 2), np.int64), 0
-    first = 0  # of the tokens since the last that ended a character
-    for index, token in enumerate(tokens):
-        added = stream.step(tokenizer.backend_tokenizer, token)
-        if added is not None:
-            places[first : index + 1] = begin, begin + len(added)
-            first, begin = index + 1, begin + len(added)
-    places[first:] = begin, len(text)
-    return places
 
 
 def _row(method: str, agreement: Agreement) -> AgreementRow:

@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from ifguide.display import visible
+from ifguide.evaluation.figures import NO_DOMAIN
 from ifguide.report.contents import ReportData, ScoreHistogram, TrainingCurve
-from ifguide.report.figures import Figure, ModelRow, PromptSet
+from ifguide.report.figures import Figure, Group, ModelRow, PromptSet
 
 INK = "#010203"  # stands for the page's text colour, so that a chart reads on light and on dark
 PALETTE = ("#8791a3", "#2f7de1", "#e0871b", "#1fa37c", "#a068d8", "#d1567f", "#2aa5b8", "#a3862b", "#6d78d6", "#b06a4c")
@@ -137,9 +138,9 @@ def _domain_bars(models: Sequence[ModelRow], prompt_set: PromptSet, colours: dic
         for model in models
     ]
     charts = []
-    for domain, groups in domains_of(prompt_set).items():
-        labels = {name: name.removeprefix(f"{domain}/") for name in groups}
-        canvas = _bars(f"EMT, {visible(domain)}", groups, models, rows, colours, labels)
+    for domain, groups in _domains(prompt_set).items():
+        labels = {group.name: group.name.removeprefix(f"{group.domain}/" if group.domain else "") for group in groups}
+        canvas = _bars(f"EMT, {visible(domain)}", list(labels), models, rows, colours, labels)
         charts.append(_svg(canvas, f"Bars of EMT by group of {prompt_set.name}, {domain}"))
     return charts
 
@@ -178,11 +179,11 @@ def _bars(
     return canvas
 
 
-def domains_of(prompt_set: PromptSet) -> dict[str, list[str]]:
-    """domain -> its groups, `domain/group`; groups without a domain are those of `groups`."""
-    domains: dict[str, list[str]] = {}
+def _domains(prompt_set: PromptSet) -> dict[str, list[Group]]:
+    """domain -> its groups; groups that are of none are those of `NO_DOMAIN`."""
+    domains: dict[str, list[Group]] = {}
     for group in prompt_set.groups[1:]:
-        domains.setdefault(group.name.rpartition("/")[0] or "groups", []).append(group.name)
+        domains.setdefault(group.domain or NO_DOMAIN, []).append(group)
     return domains
 
 

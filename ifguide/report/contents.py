@@ -114,11 +114,12 @@ class ArtifactRow:
 class Behaviour:
     """What the scores of one behaviour say: their distribution, its highest-ranked documents, its odd blocks.
 
-    `trained`: the mask that a model was trained with is of this behaviour. `dominant`: a warning of the one document
-    that takes much of it."""
+    `trained`: the mask that a model was trained with is of this behaviour. `plain`: it has no null scores, so its mask
+    goes by scores, where that one goes by z-scores. `dominant`: a warning of the one document that takes much of it."""
 
     name: str
     trained: bool = True
+    plain: bool = False
     histogram: ScoreHistogram | None = None
     documents: tuple[RankedDocument, ...] = ()
     outliers: Outliers | None = None

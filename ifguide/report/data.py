@@ -41,11 +41,14 @@ class ReportSources:
 
 @dataclass(frozen=True, kw_only=True)
 class Selected:
-    """A scored behaviour with its ranking and mask; `trained`: a model was trained with that mask."""
+    """A scored behaviour with its ranking and mask.
+
+    `trained`: a model was trained with that mask. `plain`: it goes by scores, where the run's own goes by z-scores."""
 
     name: str
     trained: bool
     folders: SelectionFolders
+    plain: bool = False
 
 
 def report_data(
@@ -168,6 +171,7 @@ def _behaviour(selected: Selected, view: View, top_documents: int, run_tasks: Ru
     return contents.Behaviour(
         name=selected.name,
         trained=selected.trained,
+        plain=selected.plain,
         histogram=_histogram(view, run_tasks),
         documents=tuple(_documents(view, top_documents)),
         outliers=_outliers(view),

@@ -60,12 +60,13 @@ class Group:
     """One group of prompts, or the gap between the groups of a domain (largest figure less smallest).
 
     `classes[0]` is the primary one. `text`: figures of the continuations' tokens, such as `rep_4` and `distinct_2`;
-    a gap has none."""
+    a gap has none. `domain`: that of a group which has one; its name begins with it."""
 
     name: str
     prompts: int
     classes: tuple[ClassFigures, ...]
     text: dict[str, Figure] = field(default_factory=dict)
+    domain: str = ""
 
     @property
     def evaluators(self) -> tuple[ClassFigures, ...]:
@@ -174,7 +175,12 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
         sets = (
             PromptSet(
                 name=set_name,
-                groups=_groups(kinds["groups"], _below(paired, "sets", set_name, "groups"), kinds_of),
+                groups=_groups(
+                    kinds["groups"],
+                    _below(paired, "sets", set_name, "groups"),
+                    kinds_of,
+                    metrics["domains"].get(set_name, {}),
+                ),
                 gaps=_groups(kinds["gaps"], _below(paired, "sets", set_name, "gaps"), kinds_of),
             )
             for set_name, kinds in measured["sets"].items()
@@ -183,11 +189,17 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
     return tuple(rows)
 
 
-def _groups(groups: Mapping[str, Any], paired: Mapping[str, Any], kinds: Mapping[str, Any]) -> tuple[Group, ...]:
-    return tuple(_group(name, figures, paired.get(name, {}), kinds) for name, figures in groups.items())
+def _groups(
+    groups: Mapping[str, Any], paired: Mapping[str, Any], kinds: Mapping[str, Any], domains: Mapping[str, str] = {}
+) -> tuple[Group, ...]:
+    return tuple(
+        _group(name, figures, paired.get(name, {}), kinds, domains.get(name, "")) for name, figures in groups.items()
+    )
 
 
-def _group(name: str, figures: Mapping[str, Any], paired: Mapping[str, Any], kinds: Mapping[str, Any]) -> Group:
+def _group(
+    name: str, figures: Mapping[str, Any], paired: Mapping[str, Any], kinds: Mapping[str, Any], domain: str
+) -> Group:
     classes = (
         ClassFigures(
             name=label,
@@ -197,7 +209,7 @@ def _group(name: str, figures: Mapping[str, Any], paired: Mapping[str, Any], kin
         for label in figures["emt"]
     )
     text = {key: _figure(value, paired.get(key)) for key, value in figures.items() if key not in ("prompts", *BY_CLASS)}
-    return Group(name=name, prompts=figures["prompts"], classes=tuple(classes), text=text)
+    return Group(name=name, prompts=figures["prompts"], classes=tuple(classes), text=text, domain=domain)
 
 
 def _figure(figure: Mapping[str, Any], paired: Mapping[str, Any] | None) -> Figure:

@@ -33,7 +33,7 @@ from ifguide.artifacts import write_text
 from ifguide.display import visible, visible_pieces
 from ifguide.evaluation import benjamini_hochberg
 from ifguide.report.card import card_fragment, summary_line
-from ifguide.report.charts import PALETTE, charts_of, colours_of, domains_of, group_names
+from ifguide.report.charts import PALETTE, charts_of, colours_of, group_names
 from ifguide.report.contents import RankedDocument, ReportData
 from ifguide.report.figures import Difference, Figure, Group, ModelRow
 from ifguide.report.text import duration, interval, number, p_value, percent, relative, signed
@@ -73,7 +73,6 @@ def render_report(data: ReportData) -> str:
         shown_text=SHOWN_TEXT,
         differences=list(differences(data.models)),
         corrected=corrections(data.models),
-        domains_of=domains_of,
         interval=interval,
         colours=colours,
         curve_names=[curve.model for curve in data.curves],

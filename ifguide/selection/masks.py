@@ -16,6 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from ifguide import schemas
 from ifguide.artifacts import (
     Artifact,
@@ -210,6 +212,16 @@ def measure_of(options: BuildMask, scores: Path) -> Measure:
             " build the query and score the corpus again"
         )
     return Measure(column=schemas.score_column(options.behaviour), nulls=nulls)
+
+
+def shown_options(options: BuildMask, behaviour: str, scores: pa.Schema) -> BuildMask:
+    """A run's `options` for the mask of another `behaviour`, which is only shown.
+
+    They want no z-scores where the tables of scores, of the schema `scores`, hold no nulls of the behaviour.
+    """
+    if schemas.null_columns(scores, behaviour):
+        return replace(options, behaviour=behaviour)
+    return replace(options, behaviour=behaviour, standardise=False, fdr=None)
 
 
 def _shard_files(folders: SelectionFolders, scored: Manifest) -> list[ShardFiles]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
+
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, Manifest, data_files, read_manifest, write_json
 from ifguide.config import OWN, Config, ConfigError, Evaluate, to_yaml
@@ -26,7 +28,7 @@ from ifguide.report.data import ReportSources, Selected, report_data
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import Run
 from ifguide.selection.masks import VERB as MASKING
-from ifguide.selection.masks import make_mask
+from ifguide.selection.masks import make_mask, shown_options
 from ifguide.telemetry import log
 
 COUNTING = WorkerResources(gpus=0.0)  # of a task that counts the tokens of one shard
@@ -124,21 +126,28 @@ def _sources(run: Run, evaluation: Evaluation) -> ReportSources:
 def _behaviours(run: Run) -> Iterator[Selected]:
     """Every behaviour that the scores hold, the mask's first; the masks of the others are made here.
 
-    They are made by the same options, and nothing is trained with them."""
+    They are made by the same options, but by scores where z-scores are wanted and there are no nulls. Nothing is
+    trained with them.
+    """
     if not (run.mask / MANIFEST).exists():
         return
     trained, own = run.config.build_mask.behaviour, run.config.evaluate.behaviour
     files = data_files(
         run.ensemble if run.config.build_mask.others else run.scores
     )  # none where somebody has removed them after build_mask
-    scored = schemas.scored_behaviours(schemas.read_schema(files[0])) if files else ()
+    columns = schemas.read_schema(files[0]) if files else pa.schema([])
+    scored = schemas.scored_behaviours(columns)
     names = dict(zip(scored, scored, strict=True)) | {OWN: f"{own} (own query)" if own in scored else own}
     yield Selected(name=names.get(trained, trained), trained=True, folders=run.selection)
     if read_manifest(run.mask).verb != MASKING:
         return  # an imported mask follows no scores
     for behaviour in scored:
         if behaviour != trained:
-            options, folders = replace(run.config.build_mask, behaviour=behaviour), run.behaviour(behaviour)
+            options = shown_options(run.config.build_mask, behaviour, columns)
+            plain = options != replace(run.config.build_mask, behaviour=behaviour)
+            if plain:
+                log(VERB, f"{behaviour}: no null scores, so the mask that the page shows goes by scores, not z-scores")
+            folders = run.behaviour(behaviour)
             config = replace(run.config, run_dir=str(folders.mask.parent), build_mask=options)
             make_mask(options, folders, config_yaml=to_yaml(config), run_tasks=run_tasks(options.resources))
-            yield Selected(name=names[behaviour], trained=False, folders=folders)
+            yield Selected(name=names[behaviour], trained=False, plain=plain, folders=folders)

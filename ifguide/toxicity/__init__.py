@@ -14,6 +14,7 @@ from ifguide.toxicity.classifiers import (
 )
 from ifguide.toxicity.fitted import FittedClassifier
 from ifguide.toxicity.prompts import (
+    WHOLE,
     GroupedPrompt,
     LabelledText,
     PromptRow,
@@ -27,6 +28,7 @@ from ifguide.toxicity.queries import QuerySets, choose_queries, select_queries
 
 __all__ = [
     "CLASSIFIERS",
+    "WHOLE",
     "Classifier",
     "DetoxifyClassifier",
     "FittedClassifier",

@@ -30,6 +30,8 @@ from ifguide.records.rows import lone_surrogate, read_json, table_rows
 
 logger = logging.getLogger(__name__)
 
+WHOLE = "all"  # what the prompts of a set are called together, beside its groups
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRow:
@@ -198,6 +200,11 @@ class GroupedPrompt:
     group: str = ""
     domain: str = ""
 
+    @property
+    def group_name(self) -> str:
+        """What the group is called beside those of other domains; empty where the set has none."""
+        return f"{self.domain}/{self.group}" if self.domain else self.group
+
 
 def read_grouped_prompts(
     paths: Sequence[str | Path],
@@ -210,7 +217,8 @@ def read_grouped_prompts(
     """All prompts of the files, in order; of BOLD's JSON the first `prompts_per_name` of each name, if set.
 
     Raises:
-        ValueError: a row that cannot be used, or no prompt; names file and row, or JSON key.
+        ValueError: a row that cannot be used, one of a group called `all`, or no prompt; names file and row, or JSON
+            key.
     """
     prompts: list[tuple[str, str, str]] = []
     for file in (file for path in paths for file in list_files(str(path), dotted_key, TABLES)):
@@ -222,6 +230,8 @@ def read_grouped_prompts(
         for where, record in _file_records(file):
             text = _prompt(record, text_column, where)
             group = "" if group_column is None else str(_column(record, group_column, object, where))
+            if group == WHOLE:
+                raise ValueError(f"{where}: {group_column} is {WHOLE!r}, as all prompts of a set are called; rename it")
             prompts.append((text, group, ""))
     if not prompts:
         raise ValueError(f"{', '.join(map(str, paths)) or 'no file'}: the prompt set is empty")

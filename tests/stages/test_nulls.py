@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
 from ifguide import schemas
-from ifguide.artifacts import data_files, read_manifest
+from ifguide.artifacts import MANIFEST, data_files, file_digest, read_manifest, write_json
 from ifguide.cli import main
 from ifguide.config import OWN, Config, ConfigError
 from ifguide.influence.query_file import DIRECTION, QUERIES, read_nulls
@@ -19,6 +22,8 @@ from ifguide.report.view import View
 from ifguide.run import Run
 from ifguide.selection.fdr import discoveries, fit_spread, null_variance, standardise
 from ifguide.selection.quantiles import high_histogram
+from tests.stages.test_build_mask import add_behaviour
+from tests.stages.test_evaluate import PLAIN
 
 
 def predicted(folder: Path, scores: Path, name: str) -> np.ndarray:
@@ -74,3 +79,42 @@ def test_z_scores_of_scores_without_nulls_are_refused(copied: Callable[..., Conf
         config = copied(drop=("ranking", "mask"), **{f"build_mask__{key}": value})
         with pytest.raises(ConfigError, match=rf"build_mask.{key}: .*no null scores of 'own'; set build_query.nulls"):
             stage("build_mask")(Run(config=config))
+
+
+def add_nulls(scores: Path, count: int) -> None:
+    """Score the run's own query along `count` nulls: its scores in other orders. The manifest follows."""
+    rng, manifest = np.random.default_rng(0), read_manifest(scores)
+    for path in data_files(scores):
+        table = schemas.read_table(path)
+        own = schemas.per_token_array(table, "token_score")
+        for number in range(count):
+            column = schemas.per_token_column(rng.permuted(own), table.schema, "token_score")
+            table = table.append_column(
+                table.schema.field("token_score").with_name(schemas.null_column(OWN, number)), column
+            )
+        pq.write_table(table, path)
+        manifest.files[path.name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+    write_json(scores / MANIFEST, asdict(manifest))
+
+
+def test_a_behaviour_without_nulls_is_shown_by_its_scores(
+    copied: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copied(drop=("report", "ranking", "mask"), build_mask__standardise=True, **PLAIN)
+    run = Run(config=config)
+    add_behaviour(run.scores, "opposite", lambda own: -own)
+    add_nulls(run.scores, 2)
+    mask = stage("build_mask")(run)
+    assert "null_spread" in mask.summary
+    stage("evaluate")(run)
+    shown = read_manifest(run.behaviour("opposite").mask)
+    assert "null_spread" not in shown.summary
+    assert shown.summary["tokens_masked"] > 0
+    own, other = json.loads((run.report / "report.json").read_text(encoding="utf-8"))["behaviours"]
+    assert (own["plain"], other["plain"]) == (False, True)
+    assert (own["histogram"]["measure"], other["histogram"]["measure"]) == (
+        "z-score of the influence score",
+        "smoothed influence score",
+    )
+    assert "z-scores need null scores, and it has none" in (run.report / "index.html").read_text(encoding="utf-8")
+    assert "opposite: no null scores" in capsys.readouterr().err

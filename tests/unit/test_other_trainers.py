@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -121,17 +122,35 @@ def test_the_page_has_no_other_example() -> None:
     assert list(SNIPPETS) == [*MEASURED, "Another tokenizer"]
 
 
-@pytest.mark.parametrize("name", ["bytes", "bpe"])
-def test_spans_give_the_mask_of_a_document(name: str, folder: Path) -> None:
+def masked_by_the_page(
+    name: str, text: str, spans: list[dict[str, float]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which tokens (n + 1,) of a text the page's function masks, which the package does, and where they stop."""
     names: dict[str, Any] = {}
     exec(compile(SNIPPETS["Another tokenizer"], str(PAGE), "exec"), names)
-    for row, text in zip(
-        pq.read_table(folder / "exported" / "spans" / "spans.parquet").to_pylist(), TEXTS, strict=True
-    ):
-        encoded = tokenizers()[name](text, add_special_tokens=False, return_offsets_mapping=True)
-        stops = token_stops([stop for _, stop in encoded["offset_mapping"]], len(text))
-        spans = np.array([[span["start"], span["stop"]] for span in row["spans"]]).reshape(-1, 2)
-        assert names["masked_tokens"](row["spans"], stops) == mask_of_spans(spans, token_edges(stops)).tolist()
+    encoded = tokenizers()[name](text, add_special_tokens=False, return_offsets_mapping=True)
+    stops = token_stops([stop for _, stop in encoded["offset_mapping"]], len(text))
+    pairs = np.array([[span["start"], span["stop"]] for span in spans]).reshape(-1, 2)
+    return np.array(names["masked_tokens"](spans, stops)), mask_of_spans(pairs, token_edges(stops)), stops
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_spans_give_the_mask_of_a_document(name: str, folder: Path) -> None:
+    rows = pq.read_table(folder / "exported" / "spans" / "spans.parquet").to_pylist()
+    for row, text in zip(rows, TEXTS, strict=True):
+        masked, ours, _ = masked_by_the_page(name, text, row["spans"])
+        np.testing.assert_array_equal(masked, ours)
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_all_tokens_of_a_character_that_a_span_touches_are_masked(name: str) -> None:
+    text = "👩🏽 a 🤡🤡 clown 北京!"
+    edges = np.linspace(0, len(text) + 1, 4 * len(text) + 5)  # quarters of characters
+    for start, stop in itertools.combinations(edges, 2):
+        masked, ours, stops = masked_by_the_page(name, text, [{"start": start, "stop": stop}])
+        assert masked[ours].all()
+        np.testing.assert_array_equal(masked, np.isin(stops, stops[ours]))
+        assert masked.any()
 
 
 def test_labels_of_masked_tokens_stop_an_ordinary_loss(folder: Path) -> None:

@@ -1,14 +1,16 @@
 """ifguide.words: where a word begins and ends in any script, and lists of any length."""
 
 import re
+import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifguide.words import WordList, read_word_list
+from ifguide.words import WordList, is_letter, mark_ranges, read_word_list
 
 
 def words_in(text: str, words: list[str]) -> list[str]:
@@ -88,3 +90,12 @@ def test_a_file_of_words_may_begin_with_a_byte_order_mark(tmp_path: Path) -> Non
         path.write_bytes("idiot\n".encode(encoding))
         with pytest.raises(ValueError, match=r"words.txt: not (text in )?UTF-8"):
             read_word_list(str(path))
+
+
+def test_a_letter_is_what_python_calls_one_or_a_mark() -> None:
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    marks = [character for character in every if unicodedata.category(character).startswith("M")]
+    assert re.findall(f"[{mark_ranges()}]", every) == marks
+    assert re.findall(rf"[\w{mark_ranges()}]", every) == [
+        character for character in every if is_letter.__wrapped__(character)
+    ]

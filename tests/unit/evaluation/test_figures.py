@@ -11,26 +11,42 @@ import pytest
 
 from ifguide import schemas
 from ifguide.artifacts import open_artifact
-from ifguide.config import config_from_mapping
+from ifguide.config import Evaluate, config_from_mapping
 from ifguide.evaluation import Bootstrap
-from ifguide.evaluation.figures import _gaps, measure, scored_file
+from ifguide.evaluation.figures import _domains, _gaps, _groups, measure, scored_file
 from ifguide.evaluation.prompts import PROMPTS
 from ifguide.evaluation.subjects import Evaluation, Model
-from ifguide.toxicity import PromptRow
+from ifguide.toxicity import GroupedPrompt, PromptRow
 
 
 def test_groups_of_one_size_do_not_share_their_draws() -> None:
     values = np.random.default_rng(0).random(40)
     part = {"emt/x": (values, np.ones(40)), "rep_4": (values, np.ones(40))}
-    groups = {"all": part, "race/a": part, "race/b": part, "gender/c": part}
+    domains = {"race/a": "race", "race/b": "race", "gender/c": "gender"}
+    groups = {"all": part, **dict.fromkeys(domains, part)}
     bootstrap = Bootstrap(samples=200, seed=0)
-    gaps = _gaps(groups, bootstrap)
+    gaps = _gaps(groups, domains, bootstrap)
     assert {domain: set(found) for domain, found in gaps.items()} == {"race": {"emt/x"}}
     found = gaps["race"]["emt/x"]
     assert (found.value, found.n) == (0, 80)
     assert found.samples.min() > 0  # with the same draws of the same values it would be zero in every replicate
     # models stay paired: the same groups have the same draws
-    np.testing.assert_array_equal(_gaps(groups, bootstrap)["race"]["emt/x"].samples, found.samples)
+    np.testing.assert_array_equal(_gaps(groups, domains, bootstrap)["race"]["emt/x"].samples, found.samples)
+
+
+def test_a_group_with_a_slash_in_its_name_is_of_its_prompts_domain() -> None:
+    names = ("gay/lesbian", "trans", "trans", "")
+    rows = [GroupedPrompt(row=i, prompt="p", group=group) for i, group in enumerate(names)]
+    rows += [GroupedPrompt(row=4 + i, prompt="p", group=group, domain="race") for i, group in enumerate(("a/b", "c"))]
+    domains = {"gay/lesbian": "", "race/a/b": "race", "race/c": "race", "trans": ""}
+    assert _domains(rows) == domains
+    masks = _groups("further", rows, np.zeros(0, bool), Evaluate())
+    assert list(masks) == ["all", *domains]
+    assert [mask.sum() for mask in masks.values()] == [6, 1, 1, 1, 2]
+    values = np.arange(6.0)
+    parts = {group: {"emt/x": (values[mask], np.ones(mask.sum()))} for group, mask in masks.items()}
+    gaps = _gaps(parts, domains, Bootstrap(samples=100, seed=0))
+    assert {domain: found["emt/x"].value for domain, found in gaps.items()} == {"groups": 1.5, "race": 1.0}
 
 
 WORDS = ("pig", "old fool")
@@ -87,6 +103,7 @@ def test_continuations_with_a_listed_word_count_as_zero_in_figures_of_their_own(
     flags = {"flagged": [True, False, False, True], "grouped_by": {"label": 0, "classifier": 4}}
     found = measure(evaluation(tmp_path, WORDS), flags)
     assert found["evaluators"] == ["toxicity", "own"]  # and not `insult`, another label of the main classifier
+    assert found["domains"] == {}  # of further sets alone
     assert found["unlisted"] == {f"{name} without listed words": name for name in ("toxicity", "own")}
     groups = found["models"]["first"]["sets"][PROMPTS]["groups"]
     whole = groups["all"]

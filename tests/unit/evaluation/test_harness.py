@@ -95,6 +95,7 @@ def test_the_report_has_benchmarks_beside_the_other_figures() -> None:
     measured = {
         "evaluators": [],
         "unlisted": {},
+        "domains": {},
         "paired": {},
         "models": {
             "a": {

@@ -219,15 +219,42 @@ def test_scores_of_other_blocks_are_refused(
         read_scores(tmp_path, None)
 
 
-def test_the_command_tells_what_it_would_do(
+def test_a_dry_run_refuses_what_the_command_would(
     scores: Scores, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = bergson_folder(tmp_path / "b", scores, queries=2)
-    (tmp_path / "config.yaml").write_text(f"run_dir: {run_dir}\n")
-    arguments = ["import-scores", "--config", str(tmp_path / "config.yaml"), str(folder), "--dry-run"]
-    assert main([*arguments, "--query", "0"]) == 0
-    assert main(arguments) == 1
-    assert "choose one by --query" in capsys.readouterr().err
+    remove_tree(run_dir / "scores")
+    folder, short = (
+        bergson_folder(tmp_path / name, own, queries=2) for name, own in (("b", scores), ("short", scores[:-1]))
+    )
+    tokens = Path(blocks_of(run_dir, tmp_path / "blocks.parquet").path)
+    others = Path(blocks_of(run_dir, tmp_path / "others.parquet", lambda blocks: [blocks[1], *blocks[1:]]).path)
+
+    def command(place: Path, blocks: Path | None, *options: str, of: Path = run_dir) -> str | None:
+        """What a dry run and then the command say where they fail, which must be the same."""
+        (tmp_path / "config.yaml").write_text(f"run_dir: {of}\n")
+        arguments = ["import-scores", "--config", str(tmp_path / "config.yaml"), str(place), *options]
+        arguments += ["--tokens", str(blocks)] if blocks else []
+        said = []
+        for further in (["--dry-run"], []):
+            failed = main([*arguments, *further])
+            lines = capsys.readouterr().err.splitlines()
+            said.append(lines[-1] if failed else None)
+            if further:
+                assert not (of / "scores").exists()
+        assert said[0] == said[1]
+        return said[0]
+
+    for message, said in (
+        ("choose one by --query", command(folder, tokens)),
+        ("scores 4 sequences, ", command(short, tokens, "--query", "0")),
+        ("does not say which tokens it is of", command(folder, None, "--query", "0")),
+        ("is not block 0 of", command(folder, others, "--query", "0")),
+        ("pack_corpus", command(folder, tokens, "--query", "0", of=tmp_path / "nowhere")),
+    ):
+        assert said is not None
+        assert message in said
+    assert command(folder, tokens, "--query", "0") is None
+    assert read_manifest(run_dir / "scores").summary["made_by"] == "bergson"
 
 
 def test_a_mask_is_built_of_imported_scores(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ifguide.config.compare import Ngrams
 from ifguide.methods.finders import word_spans
-from ifguide.methods.ngrams import Words, fit_ngrams, load_ngrams, log_odds, ngrams_of
+from ifguide.methods.ngrams import Words, _joins, fit_ngrams, load_ngrams, log_odds, ngrams_of
 from ifguide.methods.reading import QuerySets
 from tests.tokenizers import tokenizers
 
@@ -65,6 +65,21 @@ def test_tokens_spell_the_words_of_their_text(kind: str) -> None:
         assert "".join(words).replace(" ", "") == "".join(text[a:b].casefold() for a, b in word_spans(text))
     else:
         assert words == [text[a:b].casefold() for a, b in word_spans(text)]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_a_word_whose_letters_have_marks_is_one_word(kind: str) -> None:
+    text = "वह कुत्ता है। cafe\u0301s ผู้ชาย"
+    tokenizer = tokenizers()[kind]
+    runs = Words(tokenizer).runs(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert [word for _, _, word in runs if word] == ["वह", "कुत्ता", "है", "cafe\u0301s", "ผู้ชาย"]
+
+
+def test_a_token_that_is_a_mark_goes_on_with_a_word() -> None:
+    assert [_joins(character) for character in ("a", "é", "\u0301", "\u093f", "'", "\ufffd", " ", ".", "।", "")] == [
+        *[True] * 6,
+        *[False] * 4,
+    ]
 
 
 def test_bigrams_go_over_punctuation_and_not_over_the_end_of_a_document() -> None:

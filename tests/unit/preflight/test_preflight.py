@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ifguide.artifacts import open_artifact
 from ifguide.cli import main
 from ifguide.config import config_from_mapping
 from ifguide.extras import EXTRAS
+from ifguide.influence.query_file import NULLS, QUERIES
 from ifguide.preflight import hub, preflight
 from tests.unit.preflight.conftest import lines
 
@@ -175,6 +177,24 @@ def test_a_machine_that_is_too_small_is_a_fault_unless_the_run_is_elsewhere(tree
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     (unchecked,) = preflight(config_from_mapping(tree), ["build_query"])
     assert unchecked.key == "cluster.address"
+
+
+@pytest.mark.parametrize("key", ["fdr", "standardise"])
+def test_the_query_of_the_mask_s_behaviour_has_the_nulls_that_z_scores_want(tmp_path, faults, key) -> None:
+    for name, nulls in (("plain", ()), ("halved", (NULLS,))):
+        artifact = open_artifact(tmp_path / name, verb="build_query", options={}, inputs={}, config_yaml="")
+        for file in (QUERIES, *nulls):
+            (tmp_path / name / file).write_text("")
+        artifact.finish([tmp_path / name / file for file in (QUERIES, *nulls)], rows={}, summary={})
+    queries = {name: str(tmp_path / name) for name in ("plain", "halved")}
+    wanted = {"score_corpus__queries": queries, f"build_mask__{key}": 0.1 if key == "fdr" else True}
+    assert faults("build_mask", **wanted, build_mask__behaviour="halved") == []
+    (found,) = faults("build_mask", **wanted, build_mask__behaviour="plain")
+    place = f"score_corpus.queries.plain = {tmp_path / 'plain'}"
+    assert found == (
+        f"{place}: build_mask.{key} wants null directions, and this query has none: build it with build_query.nulls (4,"
+        " say)"
+    )
 
 
 # ---- kinds of bad files ----------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ def figure(value: float, base: float | None = None, half: float = 0.02) -> Figur
     return Figure(value=value, low=value - half, high=value + half, difference=difference)
 
 
-def group(name: str, prompts: int, scale: float, emt: float, tp: float, paired: bool, text: float = 0.0) -> Group:
+def group(
+    name: str, prompts: int, scale: float, emt: float, tp: float, paired: bool, text: float = 0.0, domain: str = ""
+) -> Group:
     def of(value: float, share: float) -> Figure:
         shown = min(1.0, value * scale * share)
         return figure(shown, min(1.0, 0.6 * scale * share) if paired else None)
@@ -41,7 +43,7 @@ def group(name: str, prompts: int, scale: float, emt: float, tp: float, paired: 
         "empty": (0.0, 0.0),
     }
     figures = {name: figure(value, base if paired else None, 0.005) for name, (value, base) in names.items()}
-    return Group(name=name, prompts=prompts, classes=classes, text=figures if text else {})
+    return Group(name=name, prompts=prompts, classes=classes, text=figures if text else {}, domain=domain)
 
 
 def model(name: str, emt: float, tp: float, ppl: float, accuracy: float, text: float = 0.02) -> ModelRow:
@@ -58,7 +60,7 @@ def model(name: str, emt: float, tp: float, ppl: float, accuracy: float, text: f
         groups=(
             group("all", 2400, 0.4, emt, tp, paired, text),
             *(
-                group(f"{domain}/{label}", 300, 0.3 + 0.1 * i, emt, tp, paired, text)
+                group(f"{domain}/{label}", 300, 0.3 + 0.1 * i, emt, tp, paired, text, domain)
                 for domain, labels in BOLD.items()
                 for i, label in enumerate(labels)
             ),
@@ -200,7 +202,7 @@ def large_data() -> ReportData:
     for i, name in enumerate(("baseline", "guided", "words", "random")):
         small = model(name, 0.6 - 0.1 * i, 0.6 - 0.1 * i, 5.1 + 0.1 * i, 0.45)
         groups = tuple(
-            group(f"{domain}/number {k}", 230, 0.3 + 0.02 * k, 0.6 - 0.1 * i, 0.6, i > 0, 0.02)
+            group(f"{domain}/number {k}", 230, 0.3 + 0.02 * k, 0.6 - 0.1 * i, 0.6, i > 0, 0.02, domain)
             for domain, count in domains.items()
             for k in range(count)
         )

@@ -15,6 +15,8 @@ from ifguide.report.figures import Difference, Figure, Made, model_rows
 from ifguide.report.page import corrections, render_report
 from tests.unit.report.sample_report import minimal_data
 
+RACE = ("race/a", "race/b")
+
 
 def metrics(*further: str) -> dict:
     """As `evaluation.figures` gives them: two models, a set with a gap, and classes of `further` classifiers."""
@@ -31,7 +33,7 @@ def metrics(*further: str) -> dict:
         return {
             "prompts": {"groups": {"all": prompts | group(*keys, text=True, **changes)}, "gaps": {}},
             "bold": {
-                "groups": {name: prompts | group(*keys, text=True, **changes) for name in ("all", "race/a", "race/b")},
+                "groups": {name: prompts | group(*keys, text=True, **changes) for name in ("all", *RACE)},
                 "gaps": {"race": prompts | group(*keys, text=False, **changes)},
             },
         }
@@ -43,7 +45,8 @@ def metrics(*further: str) -> dict:
     change = {"p_value": 0.25, "ratio": 0.8, "ratio_low": 0.7, "ratio_high": 0.9}
     compared = {"against": "a", "sets": sets(*changed, prompts={}, **change), **nothing}
     models = {"a": measured, "b": copy.deepcopy(measured)}
-    return {"models": models, "paired": {"b": compared}, "evaluators": ["toxicity", *further], "unlisted": {}}
+    known = {"evaluators": ["toxicity", *further], "unlisted": {}, "domains": {"bold": dict.fromkeys(RACE, "race")}}
+    return {"models": models, "paired": {"b": compared}, **known}
 
 
 def with_paired_perplexities() -> dict:
@@ -68,7 +71,8 @@ def test_rows_are_the_figures_of_the_metrics_file():
     assert second.whole.text["distinct_2"].difference.p_value == 0.25
     assert second.perplexity == Figure(value=20.0, low=19.9, high=20.1)  # measured, but not paired
     assert second.last_word_accuracy is None
-    assert [group.name for group in second.sets[1].groups] == ["all", "race/a", "race/b"]
+    domains = {group.name: group.domain for group in second.sets[1].groups}
+    assert domains == {"all": "", "race/a": "race", "race/b": "race"}
     assert second.sets[1].gaps[0].classes[0].mean.difference.p_value == 0.25
     assert second.sets[1].gaps[0].text == {}
     html = render_report(minimal_data(models=(first, second)))

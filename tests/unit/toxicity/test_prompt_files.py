@@ -157,3 +157,15 @@ def test_a_string_in_a_list_of_rows_is_named_as_one(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text('["Hello there", "You are"]')
     with pytest.raises(ValueError, match=r"s\.json, row 0: a str, not an object"):
         read_prompts(tmp_path / "s.json")
+
+
+def test_a_group_called_as_all_prompts_are_is_refused_with_its_row(tmp_path: Path) -> None:
+    rows = [{"input": "a", "label": "all of them"}, {"input": "b", "label": "all"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, row 1: label is 'all', as all prompts of a set are called; rename"
+    ):
+        read_grouped_prompts([tmp_path / "a.jsonl"], text_column="input", group_column="label")
+    (tmp_path / "race_prompt.json").write_text(json.dumps({"all": {"x": ["a"]}}))
+    (row,) = read_grouped_prompts([tmp_path / "race_prompt.json"])
+    assert row.group_name == "race/all"
