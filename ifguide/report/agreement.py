@@ -40,9 +40,10 @@ def agreement_rows(view: View, options: Evaluate, seed: int, run_tasks: RunTasks
 def span_agreement(view: View, finders: Mapping[str, Find], seed: int) -> Iterator[AgreementRow]:
     """The tokens that overlap a span of a finder against the annotated ones, for each finder.
 
-    The text is what a document's tokens decode to. Of a large corpus it is that of a sample, and the row says so.
+    The text is what a document's tokens decode to. Of a large corpus it is that of a sample, and the row says so, as it
+    does of marked documents whose text does not tell where its tokens are.
     """
-    totals = dict.fromkeys(finders, Agreement())
+    totals, unplaced = dict.fromkeys(finders, Agreement()), dict.fromkeys(finders, 0)
     table = document_table(view.corpus)
     starts = table.column("token_start").to_numpy()
     stops = starts + table.column("num_tokens").to_numpy()
@@ -54,11 +55,13 @@ def span_agreement(view: View, finders: Mapping[str, Find], seed: int) -> Iterat
             own = [slice(starts[i] - begin, stops[i] - begin - 1) for i in part[first : first + DOCUMENTS_AT_ONCE]]
             tokens, annotated = ([columns[name][place] for place in own] for name in ("tokens", "annotated"))
             for method, agreement in _compare(view.tokenizer, finders, tokens, annotated):
-                totals[method] += agreement
+                totals[method] += agreement or Agreement()
+                unplaced[method] += agreement is None
     sampled = sum(map(len, parts))
     sample = f", in {sampled:,} of {len(starts):,} documents" if sampled < len(starts) else ""
     for method, total in totals.items():
-        yield _row(method + sample, total)
+        left_out = f", without {unplaced[method]:,} whose tokens cannot be placed" if unplaced[method] else ""
+        yield _row(method + sample + left_out, total)
 
 
 def sampled_documents(view: View, starts: np.ndarray, stops: np.ndarray, seed: int) -> list[range]:
@@ -77,15 +80,19 @@ def sampled_documents(view: View, starts: np.ndarray, stops: np.ndarray, seed: i
 
 def _compare(
     tokenizer: Any, finders: Mapping[str, Find], tokens: list[np.ndarray], annotated: list[np.ndarray]
-) -> Iterator[tuple[str, Agreement]]:
-    """The agreement in each document, of each finder."""
+) -> Iterator[tuple[str, Agreement | None]]:
+    """The agreement in each document, of each finder; None where its text does not tell where its tokens are."""
     ids = [of_document.tolist() for of_document in tokens]
     texts = [str(tokenizer.decode(of_document, clean_up_tokenization_spaces=False)) for of_document in ids]
     for method, find in finders.items():
         for i, spans in enumerate(find(texts)):
             selected = np.zeros(len(ids[i]), dtype=bool)
             if spans:
-                begins, ends = token_places(tokenizer, texts[i], ids[i]).T
+                try:
+                    begins, ends = token_places(tokenizer, texts[i], ids[i]).T
+                except ValueError:
+                    yield method, None
+                    continue
                 for begin, end in spans:
                     selected |= (begins < end) & (ends > begin)
             yield method, token_agreement(selected, annotated[i])

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ifguide.report import agreement
-from ifguide.report.agreement import sampled_documents
+from ifguide.report.agreement import sampled_documents, span_agreement
 
 
 def test_a_large_corpus_is_compared_in_documents_of_drawn_shards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +36,28 @@ def test_a_large_corpus_is_compared_in_documents_of_drawn_shards(monkeypatch: py
         assert limit - 60 * 2 * (limit // shard + 1) <= lengths[documents].sum() <= limit
     assert sampled(5 * shard) != sampled(5 * shard, seed=1)
     assert sampled(5 * shard) == sampled(5 * shard)
+
+
+def test_a_marked_document_whose_tokens_cannot_be_placed_is_left_out_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def places(tokenizer: Any, text: str, tokens: list[int]) -> np.ndarray:
+        if tokens[0] == 9:
+            raise ValueError("no place")
+        return np.stack([np.arange(len(tokens)), np.arange(len(tokens)) + 1], axis=1)
+
+    tokens, annotated = np.array([1, 2, 3, 0, 9, 2, 3, 0]), np.array([0, 1, 0, 0, 1, 1, 1, 0], dtype=bool)
+    table = pa.table({"token_start": [0, 4], "num_tokens": [4, 4]})
+    monkeypatch.setattr(agreement, "token_places", places)
+    monkeypatch.setattr(agreement, "document_table", lambda corpus: table)
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(map(str, ids)))
+    view: Any = SimpleNamespace(
+        corpus=None, tokenizer=tokenizer, read=lambda first, last: {"tokens": tokens, "annotated": annotated}
+    )
+    finders = {
+        "twos": lambda texts: [[(text.index("2"), text.index("2") + 1)] for text in texts],
+        "none": lambda texts: [[] for _ in texts],
+    }
+    twos, none = span_agreement(view, finders, 0)
+    assert (twos.method, twos.selected, twos.precision) == ("twos, without 1 whose tokens cannot be placed", 1, 1.0)
+    assert (none.method, none.selected) == ("none", 0)
