@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
 from ifguide import commands, extras, interrupts
 from ifguide.config import OWN, VERBS, redact
@@ -75,8 +76,16 @@ def _interrupted(command: str, error: BaseException) -> int:
     return interrupts.exit_code()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says how a config is named where none is."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f", as in `{self.prog} --config mine.yaml`" if message.endswith("required: --config") else ""
+        super().error(message + hint)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ifguide", description="Influence-function-guided detoxification of LMs")
+    parser = _Parser(prog="ifguide", description="Influence-function-guided detoxification of LMs")
     parser.add_argument("--version", action="version", version=f"ifguide {_version()}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     verbs = {verb: subparsers.add_parser(verb, help=VERB_HELP[verb]) for verb in VERBS}

@@ -241,7 +241,8 @@ def _convert(hint: Any, raw: Any, dotted: str, default: Any = None) -> Any:
 
 def _convert_tuple(arguments: tuple[Any, ...], raw: Any, dotted: str) -> tuple[Any, ...]:
     if not isinstance(raw, list | tuple):
-        raise ConfigError(f"{dotted}: expected a list, got {raw!r}")
+        hint = f"; of one: [{raw}]" if isinstance(raw, str) else ""
+        raise ConfigError(f"{dotted}: expected a list, got {raw!r}{hint}")
     if arguments[-1] is Ellipsis:
         return tuple(_convert(arguments[0], item, f"{dotted}[{i}]") for i, item in enumerate(raw))
     if len(raw) != len(arguments):

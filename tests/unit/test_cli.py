@@ -33,6 +33,12 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "score_corpus" in capsys.readouterr().err
 
 
+def test_how_a_config_is_named_is_said_where_none_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "mine.yaml"])
+    assert "required: --config, as in `ifguide run --config mine.yaml`" in capsys.readouterr().err
+
+
 def test_a_missing_config_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--config", "nowhere.yaml"]) == 1
     packaged = ", ".join(packaged_configs())

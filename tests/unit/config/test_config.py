@@ -93,7 +93,7 @@ def test_every_verb_has_its_section():
         ("pretrain.betas=[0.9, x]", "pretrain.betas[1]: expected float, got 'x'"),
         ("pretrain.betas=[0.9, .nan]", "pretrain.betas[1]: expected a finite number, got nan"),
         ("pretrain.betas=[1.5, 0.9]", "pretrain.betas[0]: 1.5 is above 1"),
-        ("pack_corpus.inputs=a.jsonl", "pack_corpus.inputs: expected a list"),
+        ("pack_corpus.inputs=a.jsonl", "pack_corpus.inputs: expected a list, got 'a.jsonl'; of one: [a.jsonl]"),
         ("pack_corpus.inputs=[3]", "pack_corpus.inputs[0]: expected a section with keys, got 3"),
         ("pack_corpus.inputs=[{path: a, rows: [-3, 5]}]", "pack_corpus.inputs[0].rows[0]: -3 is below 0"),
         ("pack_corpus.inputs=[{path: a, rows: [5, 5]}]", "pack_corpus.inputs[0].rows: [5, 5] is not in ascending"),
