@@ -11,6 +11,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 from ifguide.config.score_corpus import Smoothing
+from ifguide.folds import fold_of
 from ifguide.influence.smoothing import FoldSums, Smoother, fit_smoother, ranges, smoothing_layers
 
 FOLDS = 3
@@ -139,3 +140,20 @@ def test_scores_far_out_are_cut_and_layers_are_spread() -> None:
     np.testing.assert_allclose(ranges(np.stack([scores, -scores], axis=1))[1], [-high, -low])
     assert smoothing_layers(30) == (5, 15, 25, 30)
     assert smoothing_layers(1) == (1,)
+
+
+def test_an_input_at_regular_places_is_smoothed_by_others_of_its_kind() -> None:
+    """What only one input teaches is known to the regression that its tokens meet. A remainder of the documents' numbers
+    would make that input a fold of its own."""
+    rng = np.random.default_rng(0)
+    documents = np.repeat(np.arange(500), 20)
+    kind = (documents % FOLDS == 1).astype(float)  # documents at regular places of the stream
+    features = np.column_stack([kind * rng.normal(1, 0.1, len(documents)), rng.normal(size=len(documents))])
+    scores = 5 * kind + rng.normal(size=len(documents))
+
+    def of_kind(folds: np.ndarray) -> float:
+        smoother = fitted(features, scores, folds, 0.01)
+        return float(predicted(smoother, features, folds)[kind > 0].mean())
+
+    assert of_kind(documents % FOLDS) < 1
+    assert of_kind(fold_of(documents, FOLDS)) == pytest.approx(5, abs=0.3)
