@@ -143,7 +143,7 @@ def test_scores_far_out_are_cut_and_layers_are_spread() -> None:
 
 
 def test_an_input_at_regular_places_is_smoothed_by_others_of_its_kind() -> None:
-    """What only one input teaches is known to the regression that its tokens meet. A remainder of the documents' numbers
+    """What only one input teaches is known to the regression that its tokens meet. A remainder of documents' numbers
     would make that input a fold of its own."""
     rng = np.random.default_rng(0)
     documents = np.repeat(np.arange(500), 20)
