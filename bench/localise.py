@@ -1,6 +1,6 @@
 """How well do token scores find what people marked? Average precision per token, for two behaviours, beside rivals.
 
-    python bench/localise.py [--behaviour explicit|implicit] [--proxy smollm2|FOLDER] [--sweep] [--quick]
+    python bench/localise.py [--behaviour explicit|implicit] [--proxy smollm2|FOLDER] [--words] [--sweep] [--quick]
 
 `bench.common.behaviours` says what the behaviours' documents and queries are. Each document is scored as a block of its
 own after an EOS. A token is positive when it overlaps a marked span. Factors come from other documents of the same
@@ -14,17 +14,18 @@ Compared, all with the same queries:
   that `regression` alone;
 - `ngrams` (log-odds of words and pairs of words between the queries), `probe` (logistic regression on the proxy's
   hidden states, of the queries' labels), `excess_loss` (of the proxy tuned on the negative queries over that tuned on
-  the positive ones), `classified_words` (words that alt-profanity-check flags alone), `classifier` (its probability of
-  the token's sentence).
+  the positive ones), and what words alone find (`bench.common.word_rivals`): `classified_words` and `word_probability`
+  by alt-profanity-check, `classifier` by sentence.
 
-`word_list` and `span_probe` have seen what the others have not, the marked spans of documents outside the sample:
-words that lie in them in at least half of five or more uses, and a probe of their tokens.
+`word_list`, `word_marks` and `span_probe` have seen what the others have not, the marked spans of documents outside the
+sample: words that lie in them, and a probe of their tokens. `--words` measures those of words alone, in seconds.
 
 Scores are those of the difference engine at full rank, in bfloat16 where the CPU has instructions for it; directions
 share one pass. A mask is often widened by a window of neighbours, which hides much of a shift by one. So the precision
 of masks of equal size (`--budget`) is given too, without a window and with one of one token on either side; ties are
-broken by seed. `--sweep` adds what raises or lowers the result. Intervals are of a bootstrap over documents, those of
-ratios paired.
+broken by seed. Where people judged whole sentences, a score that is even along one has an advantage that says nothing
+of tokens: `ap_sentences` is that of the sentences' means, of every score. `--sweep` adds what raises or lowers the
+result. Intervals are of a bootstrap over documents, those of ratios paired.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ import argparse
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,14 @@ from bench.common.proxies import load_proxy
 from bench.common.scores import score_blocks
 from bench.common.smoothing import TextSmoother
 from bench.common.texts import Document
+from bench.common.word_rivals import sentence_means, spread, word_rivals
 from ifguide.config.compare import Probe
 from ifguide.influence.query import load_factors, precondition
 from ifguide.methods.excess_loss import tune_excess_loss
-from ifguide.methods.finders import sentence_spans
-from ifguide.methods.marks import find_classified_words
 from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_query_probe, fit_token_probe
 from ifguide.methods.reading import QuerySets
 from ifguide.telemetry import configure_logging, log
-from ifguide.words import WordList
 
 MAX_TOKENS = 128
 PROBE = Probe(tokens=6000, strengths=(0.03,))  # a regression for each layer and fold: minutes with more
@@ -83,25 +81,42 @@ def main() -> int:
         return 2
     proxy = load_proxy(options.proxy)
     blocks = [encode_document(proxy[1], document) for document in behaviour.documents]
-    scores = _influence(proxy, behaviour, blocks, options) | _rivals(proxy, behaviour, blocks, options)
-    result = measure([marked for _, _, marked in blocks], scores, budget=options.budget, seed=options.seed)
+    offsets = [places for _, places, _ in blocks]
+    scores: Scores = word_rivals(behaviour.documents, behaviour.others, offsets, predict_prob)
+    if not options.words:
+        scores = {
+            **_influence(proxy, behaviour, blocks, options),
+            **_rivals(proxy, behaviour, blocks, options),
+            **scores,
+        }
+    texts = [document["text"] for document in behaviour.documents]
+    sentences = {
+        name: [sentence_means(*each) for each in zip(texts, offsets, own, strict=True)] for name, own in scores.items()
+    }
+    truth = [marked for _, _, marked in blocks]
+    result = measure(truth, scores, sentences, budget=options.budget, seed=options.seed)
     print(json.dumps({"behaviour": options.behaviour, **result, "proxy": options.proxy}))
     return 0
 
 
-def measure(truth: Sequence[np.ndarray], scores: Scores, *, budget: float, seed: int) -> dict[str, Any]:
-    """Every figure of every score; prints a table."""
+def measure(
+    truth: Sequence[np.ndarray], scores: Scores, sentences: Scores, *, budget: float, seed: int
+) -> dict[str, Any]:
+    """Every figure of every score; prints a table. `sentences`: their means by sentence. Ratios are of `target`, where
+    that is among them, else of the first."""
+    base = "target" if "target" in scores else next(iter(scores))
     flat_truth = _flat(truth)
     flat = {name: _flat(blocks) for name, blocks in scores.items()}
     precision = {name: float(average_precision_score(flat_truth, values)) for name, values in flat.items()}
-    intervals, ratios = bootstrap(truth, scores, seed=seed)
+    intervals, ratios = bootstrap(truth, scores, seed=seed, base=base)
     rows = {
         name: {
             "ap": round(precision[name], 4),
             "ap_interval": intervals[name],
             "auroc": round(float(roc_auc_score(flat_truth, flat[name])), 4),
-            "target_over": round(precision["target"] / precision[name], 3),
-            "target_over_interval": ratios[name],
+            "ap_sentences": round(float(average_precision_score(flat_truth, _flat(sentences[name]))), 4),
+            f"{base}_over": round(precision[base] / precision[name], 3),
+            f"{base}_over_interval": ratios[name],
             **{
                 f"precision_window_{window}": round(
                     mask_precision(truth, scores[name], budget=budget, window=window, seed=seed), 4
@@ -113,7 +128,8 @@ def measure(truth: Sequence[np.ndarray], scores: Scores, *, budget: float, seed:
     }
     for name, row in rows.items():
         print(
-            f"{name:20s} AP {row['ap']:.4f} {row['ap_interval']}  AUROC {row['auroc']:.4f}  at {budget:.0%}:"
+            f"{name:20s} AP {row['ap']:.4f} {row['ap_interval']}  AUROC {row['auroc']:.4f}  AP of sentences' means"
+            f" {row['ap_sentences']:.4f}  at {budget:.0%}:"
             f" {row['precision_window_0']:.3f}, with a window {row['precision_window_1']:.3f}"
         )
     return {
@@ -158,15 +174,7 @@ def _rivals(
     finders: dict[str, Any] = {"ngrams": fit_ngrams(tokenizer, queries), "probe": probe, "span_probe": span_probe}
     if options.tune:
         finders["excess_loss"] = tune_excess_loss(model, tokenizer, queries, seed=options.seed)
-    words = WordList(marked_words(behaviour.others))
-    texts = [document["text"] for document in behaviour.documents]
-    flagged = find_classified_words(predict_prob, 0.5)(texts)
-    offsets = [places for _, places, _ in blocks]
-    return {name: finder.score(tokens) for name, finder in finders.items()} | {
-        "word_list": [spread(places, words.spans(text), 1.0) for text, places in zip(texts, offsets, strict=True)],
-        "classified_words": [spread(places, spans, 1.0) for spans, places in zip(flagged, offsets, strict=True)],
-        "classifier": [sentence_scores(text, places) for text, places in zip(texts, offsets, strict=True)],
-    }
+    return {name: finder.score(tokens) for name, finder in finders.items()}
 
 
 def _directions(
@@ -208,35 +216,9 @@ def encode_document(tokenizer: PreTrainedTokenizerFast, document: Document) -> E
     return tokens, offsets, spread(offsets, document.get(SPANS, []), 1.0) > 0
 
 
-def spread(offsets: Sequence[tuple[int, int]], spans: Sequence[Sequence[int]], value: float) -> np.ndarray:
-    """`value` at the tokens that overlap one of the character spans, 0 elsewhere; index 0, the EOS, is 0."""
-    return np.array([value * any(begin < stop and end > start for start, stop in spans) for begin, end in offsets])
-
-
 def off_by_one(scores_T: np.ndarray) -> np.ndarray:
     """Label-aligned `position` scores as the paper's code applies them: what speaks of t + 1 is taken for t."""
     return np.append(scores_T[1:], 0.0)
-
-
-def sentence_scores(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The classifier's probability of the sentence that a token lies in."""
-    spans = sentence_spans(text)
-    scores = np.zeros(len(offsets))
-    if spans:
-        for span, probability in zip(spans, predict_prob([text[a:b] for a, b in spans]), strict=True):
-            scores = np.maximum(scores, spread(offsets, [span], float(probability)))
-    return scores
-
-
-def marked_words(documents: Sequence[Document], *, least: int = 5, share: float = 0.5) -> list[str]:
-    """Words with at least `least` uses of which at least `share` lie in marked spans."""
-    uses, inside = Counter[str](), Counter[str]()
-    for document in documents:
-        for match in re.finditer(r"\w[\w'*$@]*", document["text"]):
-            word = match.group().lower()
-            uses[word] += 1
-            inside[word] += any(match.start() < b and match.end() > a for a, b in document.get(SPANS, []))
-    return sorted(word for word, count in uses.items() if count >= least and inside[word] >= share * count)
 
 
 def mask_precision(
@@ -271,9 +253,9 @@ def mask_precision(
 
 
 def bootstrap(
-    truth: Sequence[np.ndarray], scores: Scores, *, seed: int, times: int = 300
+    truth: Sequence[np.ndarray], scores: Scores, *, seed: int, times: int = 300, base: str = "target"
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """95% intervals over documents, of each score's average precision and of that of `target` over it."""
+    """95% intervals over documents, of each score's average precision and of that of `base` over it."""
     rng = np.random.default_rng(seed)
     samples: dict[str, list[float]] = {name: [] for name in scores}
     marked = [block[1:] for block in truth]
@@ -286,7 +268,7 @@ def bootstrap(
     found = {name: np.array(each) for name, each in samples.items()}
     return (
         {name: _interval(each) for name, each in found.items()},
-        {name: _interval(found["target"] / each) for name, each in found.items()},
+        {name: _interval(found[base] / each) for name, each in found.items()},
     )
 
 
@@ -320,6 +302,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--factor-tokens", type=int, default=14_000)
     parser.add_argument("--budget", type=float, default=0.05, help="share of the tokens that a mask holds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--words", action="store_true", help="only what words alone find: no proxy, seconds")
     parser.add_argument("--sweep", action="store_true", help="also dampings, ranks, module sets, numbers of queries")
     parser.add_argument("--quick", action="store_true", help="small numbers of everything: does it run?")
     options = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from profanity_check import predict_prob
 from sklearn.metrics import average_precision_score
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -9,14 +10,20 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from bench.common.behaviours import BEHAVIOURS, SPANS, read_behaviour
+from bench.common.word_rivals import (
+    count_marks,
+    mark_shares,
+    marked_words,
+    sentence_means,
+    sentence_scores,
+    spread,
+    word_rivals,
+)
 from bench.localise import (
     bootstrap,
     encode_document,
-    marked_words,
     mask_precision,
     off_by_one,
-    sentence_scores,
-    spread,
 )
 from tests.real_text import DATA, needs_real_text
 
@@ -48,9 +55,32 @@ def test_spread_covers_what_overlaps_and_not_what_touches() -> None:
 
 def test_word_list_needs_enough_uses_and_the_share_of_marked_ones() -> None:
     marked, plain = {"text": "fool dolt", SPANS: [[0, 4]]}, {"text": "fool dolt"}
-    assert marked_words([marked] * 3 + [plain] * 2) == ["fool"]
-    assert marked_words([marked] * 4) == []  # four uses
-    assert marked_words([marked] * 2 + [plain] * 3) == []  # two of five
+    assert marked_words(*count_marks([marked] * 3 + [plain] * 2)) == ["fool"]
+    assert marked_words(*count_marks([marked] * 4)) == []  # four uses
+    assert marked_words(*count_marks([marked] * 2 + [plain] * 3)) == []  # two of five
+
+
+def test_what_words_alone_find_is_ranked_as_well_as_listed() -> None:
+    others = [{"text": "fool dolt", SPANS: [[0, 4]]}] * 3 + [{"text": "fool dolt"}] * 2
+    uses, marked = count_marks(others)
+    assert mark_shares(uses, marked) == pytest.approx({"fool": (3 + 5 * 0.3) / 10, "dolt": (0 + 5 * 0.3) / 10})
+    texts, offsets = [{"text": "Fool dolt new."}], [[(0, 0), (0, 4), (5, 9), (10, 13), (13, 14)]]
+
+    def classify(words: list[str]) -> np.ndarray:
+        return np.array([{"Fool": 0.9, "dolt": 0.4}.get(word, 0.2) for word in words])
+
+    found = {name: scores[0].tolist() for name, scores in word_rivals(texts, others, offsets, classify).items()}
+    assert found["word_marks"] == pytest.approx([0, 0.45, 0.15, 0.3, 0])
+    assert found["word_list"] == [0, 1, 0, 0, 0]
+    assert found["word_probability"] == pytest.approx([0, 0.9, 0.4, 0.2, 0])
+    assert found["classified_words"] == [0, 1, 0, 0, 0]
+    assert found["classifier"] == pytest.approx([0, 0.2, 0.2, 0.2, 0.2])
+
+
+def test_the_mean_of_a_sentence_is_that_of_its_tokens() -> None:
+    offsets = [(0, 0), (0, 1), (2, 3), (3, 4), (5, 6), (6, 7)]
+    means = sentence_means("a b. c.", offsets, np.array([9.0, 1, 2, 3, 5, 6]))
+    assert means.tolist() == [9.0, 2, 2, 2, 5.5, 5.5]
 
 
 def test_interval_of_a_perfect_score_is_one_and_its_ratio_the_inverse_of_the_other() -> None:
@@ -103,6 +133,6 @@ def test_behaviours_have_disjoint_documents_and_no_scored_document_among_the_que
 
 
 def test_a_sentences_score_is_that_of_its_tokens() -> None:
-    score = sentence_scores("You are kind. You are a fool.", [(0, 0), (0, 3), (14, 17)])
+    score = sentence_scores("You are kind. You are a fool.", [(0, 0), (0, 3), (14, 17)], predict_prob)
     assert score[0] == 0
     assert score[2] > score[1]
