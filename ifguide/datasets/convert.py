@@ -24,6 +24,7 @@ OFFENSIVE = {"OFF": True, "NOT": False}  # OLID's subtask A
 TARGETED = {"TIN": True, "UNT": False, "NULL": None}  # subtask B
 QUERY_PARTS, PROMPT_PARTS, DOCUMENT_PARTS = range(4), range(4, 5), range(5, 10)  # tenths of the forum's posts
 PROMPT_SHARE = 3  # a third of a sentence's words is its prompt
+TRAINED_POSTS = 1400  # of the forum's documents, in their order; later ones are held out
 HATEFUL = {"hate": True, "noHate": False}  # the forum's labels; "relation" and "idk/skip" are left out
 
 
@@ -120,6 +121,13 @@ def forum_posts(originals: Files) -> bytes:
     return _lines(documents)
 
 
+def forum_heldout(originals: Files) -> bytes:
+    """Of the forum's posts the later ones without a hateful sentence: what no model is trained on, to see what it costs
+    to unlearn their register."""
+    later = itertools.islice(_rows(originals), TRAINED_POSTS, None)
+    return _lines({"id": post["id"], "text": post["text"]} for post in later if not post["hateful"])
+
+
 def forum_queries(originals: Files) -> bytes:
     """Sentences of posts that are no documents, as RealToxicityPrompts has them: the first words of a sentence are its
     prompt. Those of fewer than four words are left out. The label is that of the whole sentence."""
@@ -208,7 +216,7 @@ CONVERTERS: Mapping[str, Callable[[Files], bytes]] = {
     function.__name__: function
     for function in (
         copy, json_lines, toxic_spans, other_comments, olid, offensive_tweets, other_tweets, forum, forum_posts,
-        forum_queries, forum_prompts, hatecheck, toxigen, wikitext, tokenizer_config,
+        forum_heldout, forum_queries, forum_prompts, hatecheck, toxigen, wikitext, tokenizer_config,
     )
 }  # fmt: skip
 

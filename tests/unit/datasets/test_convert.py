@@ -123,6 +123,9 @@ def test_posts_of_a_forum_are_documents_queries_or_prompts() -> None:
     assert [text[start:stop] for start, stop in documents[0]["hateful_spans"]] == [sentences[1][0], sentences[2][0]]
     query = {"prompt": {"text": "Four five"}, "continuation": {"text": " six seven eight nine ten.", "hateful": 1.0}}
     assert all(row == query for row in queries + prompts)  # the others are too short
+    calm = [{"id": post, "text": "a", "hateful": post % 2 == 0, "hateful_spans": []} for post in range(1404)]
+    held_out = rows_of(convert("forum_heldout", {"forum_posts.jsonl": lines_of(calm)}))
+    assert held_out == [{"id": 1401, "text": "a"}, {"id": 1403, "text": "a"}]
     assert len(documents) + len(queries) + len(prompts) == len(posts)
     assert min(len(documents), len(queries)) > 20
     assert prompts
