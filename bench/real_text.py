@@ -19,7 +19,7 @@ seeds, of logarithms of ratios.
 
 Written to `<run_dir>/seeds`: `fronts.md`, `fronts.png`. The last line printed is one JSON object: per behaviour and
 source `emt_ratio`, `tp_ratio` at `--at` by the first evaluator, `emt_ratio_independent` by `held_out`, each with its
-interval, and the same over the word list's. `ifguide fetch-data` makes the data that the configs name.
+interval, and the same over the word list's and over the run's own mask's. `ifguide fetch-data` makes the data that the configs name.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from ifguide.telemetry import configure_logging, log
 CONFIGS = {"explicit": Path("configs/real_text.yaml"), "implicit": Path("configs/real_text_implicit.yaml")}
 OWN: Literal["influence"] = "influence"  # the run's own mask among the sources
 INDEPENDENT = "held_out"  # the evaluator of the configs that has other rows of the queries' kind of label
-BASE = "word_list"  # what the others are compared with
+BASES = ("word_list", OWN)  # what the others are compared with, seed by seed
 FIGURES = ("emt", "tp")
 Rows = Sequence[Mapping[str, Any]]  # of a seed's comparison.json
 
@@ -212,11 +212,10 @@ def figures_at(seeds: Sequence[Rows], sweep: Sweep, at: float) -> dict[str, dict
             for source, by_seed in points[evaluator][figure].items()
         }
         ratios = {source: [front.toxicity for front in fronts] for source, fronts in reached.items()}
-        over = compare_sources(ratios, BASE) if BASE in ratios else {}
+        over = {base: compare_sources(ratios, base) for base in BASES if base in ratios}
         for source in sweep.sources:
             result[source][name] = _rounded(over_seeds(ratios[source]))
-            if over:
-                result[source][f"{name}_over_{BASE}"] = _rounded(over[source])
+            result[source] |= {f"{name}_over_{base}": _rounded(own[source]) for base, own in over.items()}
             result[source]["beyond"] = sum(not front.inside for front in reached[source])
     return result
 
@@ -242,21 +241,22 @@ def others_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, Interv
 
 
 def as_markdown(figures: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Interval]]) -> str:
-    """A table of the sources at equal perplexity, one over the word list's, and one of the other models."""
-    over = f"_over_{BASE}"
-    names = [name for name in next(iter(figures.values())) if name != "beyond" and not name.endswith(over)]
+    """A table of the sources at equal perplexity, one over each of `BASES`, and one of the other models."""
+    names = [name for name in next(iter(figures.values())) if name != "beyond" and "_over_" not in name]
     titles = [name.replace("_", " ") for name in names]
     rows = [
         (source, *(_cell(values[name]) for name in names), str(values["beyond"])) for source, values in figures.items()
     ]
     tables = [markdown_table(["mask", *titles, "beyond the sweep"], rows)]
-    if BASE in figures:
+    for base in BASES:
+        if base not in figures:
+            continue
         rows = [
-            (source, *(_cell(values[name + over]) for name in names))
+            (source, *(_cell(values[f"{name}_over_{base}"]) for name in names))
             for source, values in figures.items()
-            if source != BASE
+            if source != base
         ]
-        tables.append(markdown_table([f"over {BASE}", *titles], rows))
+        tables.append(markdown_table([f"over {base}", *titles], rows))
     if others:
         titles = list(next(iter(others.values())))
         cells = [(name, *(_cell(list(values[title])) for title in titles)) for name, values in others.items()]

@@ -71,6 +71,7 @@ def test_figures_are_at_equal_perplexity_and_over_the_word_lists() -> None:
     assert figures["influence"]["emt_ratio"] == pytest.approx([0.4, 0.4, 0.4], abs=1e-4)
     assert figures["word_list"]["emt_ratio"] == pytest.approx([0.6, 0.6, 0.6], abs=1e-4)
     assert figures["influence"]["emt_ratio_over_word_list"][0] == pytest.approx(0.4 / 0.6, abs=1e-4)
+    assert figures["word_list"]["emt_ratio_over_influence"][0] == pytest.approx(0.6 / 0.4, abs=1e-4)
     assert figures["influence"]["emt_ratio_independent"][0] == pytest.approx(0.5, abs=1e-4)
     assert figures["word_list"]["beyond"] == 2
     assert 0.4 < figures_at(SEEDS, SWEEP, 1.03)["influence"]["emt_ratio"][0] < 0.8
@@ -83,6 +84,7 @@ def test_the_tables_and_the_picture_have_every_model(tmp_path: Path) -> None:
     assert others["rad"]["benign perplexity"].value == 1
     text = as_markdown(figures_at(SEEDS, SWEEP, 1.05), others)
     assert "| influence | 0.400 [0.400, 0.400] |" in text
+    assert "| over influence | " in text
     assert "| rad | 0.200 [0.200, 0.200] |" in text
     draw(SEEDS, SWEEP, tmp_path / "fronts.png", at=1.03)
     assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
