@@ -19,7 +19,8 @@ seeds, of logarithms of ratios.
 
 Written to `<run_dir>/seeds`: `fronts.md`, `fronts.png`. The last line printed is one JSON object: per behaviour and
 source `emt_ratio`, `tp_ratio` at `--at` by the first evaluator, `emt_ratio_independent` by `held_out`, each with its
-interval, and the same over the word list's and over the run's own mask's. `ifguide fetch-data` makes the data that the configs name.
+interval, and the same over the word list's and over the run's own mask's. `ifguide fetch-data` makes the data that the
+configs name.
 """
 
 from __future__ import annotations

@@ -130,18 +130,27 @@ def _results(metrics: Mapping[str, Any], options: Mapping[str, Any], model: str)
             for kind in ("emt", "tp"):
                 for label in metrics["evaluators"]:
                     title = f"{kind.upper()}, {label}" + ("" if group == "all" else f", {group}")
-                    yield from _result(paths[prompts], kind, title, values[kind][label], metrics)
+                    yield from _result(_dataset(paths[prompts]), kind, title, values[kind][label], metrics)
     for task, results in figures.get("lm_eval", {}).items():
         for metric, figure in results.items():
-            yield from _result({"path": task}, metric, metric, figure, metrics)
-    texts = {"last": options.get("cloze"), "": next(iter(options.get("heldout") or ()), None)}
+            yield from _result(task, metric, metric, figure, metrics)
+    cloze, heldout = options.get("cloze"), options.get("heldout") or ()  # the perplexity is of all held-out texts
+    texts = {"last": _dataset(cloze) if cloze else None, "": " + ".join(map(_dataset, heldout)) or None}
     for key, title in FLUENCY_TITLES.items():
         kind = "accuracy" if key.startswith("last") else "perplexity"
         yield from _result(texts["last" if key.startswith("last") else ""], kind, title, figures[key], metrics)
 
 
+def _dataset(source: Mapping[str, Any]) -> str:
+    """How the card names a source: by its name on the hub, or its file's."""
+    path = str(source["path"])
+    if path.startswith(HUB_PREFIX):
+        return path.removeprefix(HUB_PREFIX).partition(":")[0]
+    return Path(path).name.partition(".")[0]
+
+
 def _result(
-    source: Mapping[str, Any] | None,
+    dataset: str | None,
     kind: str,
     title: str,
     figure: Mapping[str, Any] | None,
@@ -149,14 +158,8 @@ def _result(
 ) -> Iterator[EvalResult]:
     """One figure; none where it was not measured."""
     value = (figure or {}).get("value")
-    if source is None or figure is None or value is None or not math.isfinite(value):
+    if dataset is None or figure is None or value is None or not math.isfinite(value):
         return
-    path = str(source["path"])
-    dataset = (
-        path.removeprefix(HUB_PREFIX).partition(":")[0]
-        if path.startswith(HUB_PREFIX)
-        else Path(path).name.partition(".")[0]
-    )
     yield EvalResult(
         task_type="text-generation",
         dataset_type=dataset,

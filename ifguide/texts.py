@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,14 +32,26 @@ class PackedTexts:
     documents: Documents
 
 
-def pack_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, block_size: int) -> PackedTexts:
-    """The texts as a corpus has them. Raises ValueError when there are none, TypeError for a single string."""
+def pack_texts(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    *,
+    block_size: int,
+    special_tokens: Literal["text", "token"] = "text",
+) -> PackedTexts:
+    """The texts as a corpus has them. `special_tokens`: what the name of a special token within a text is, as in
+    `pack_corpus.special_tokens`. Raises ValueError when there are no texts, TypeError for a single string."""
     if isinstance(texts, str):
         raise TypeError("texts: one string, not a sequence of them; write [text]")
     if not texts:
         raise ValueError("no texts to pack")
     raw = [RawDocument(row=row, text=text) for row, text in enumerate(texts)]
-    tokens = [encoded.tokens for encoded in tokenise(raw, tokenizer, annotate=False)]
+    before = tokenizer.split_special_tokens
+    tokenizer.split_special_tokens = special_tokens == "text"
+    try:
+        tokens = [encoded.tokens for encoded in tokenise(raw, tokenizer, annotate=False)]
+    finally:
+        tokenizer.split_special_tokens = before
     sizes = np.array([len(ids) for ids in tokens], np.int64)
     blocks_NT, lengths_N = pack(
         tokens, skip=0, num_tokens=int(sizes.sum()), block_size=block_size, fill=int(tokenizer.eos_token_id)

@@ -133,12 +133,19 @@ class SequenceClassifier:
                 raise FileNotFoundError(f"classifier folder {source!r} does not exist: check the path")
             source = str(folder)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True
+            )
             self._tokenizer = AutoTokenizer.from_pretrained(source)
         except OSError as error:
             raise FileNotFoundError(f"{self.name} could not load its files ({error}): name a local folder") from error
         except ValueError as error:  # such as a problem_type that does not fit the number of labels
             raise ValueError(f"{self.name} cannot be used as its config.json says: {error}") from error
+        if missing := sorted(loaded["missing_keys"]):
+            raise ValueError(
+                f"{self.name} has no weights for {', '.join(missing[:3])}: it is no trained classifier, and its scores"
+                " would be random; name a model with a head for classification"
+            )
         self._model = torch.nn.Module.to(model, device).eval()  # transformers' own wrapper of it has no types
         config = self._model.config
         labels, primary, self._head = outputs_of(config, self.name, label=label, head=head)

@@ -28,7 +28,7 @@ AutoModelForCausalLM.from_pretrained("path/of/this/folder")
 CONFIG = """evaluate:
   prompts: {path: /data/prompts.jsonl.gz}
   prompt_sets: {bold: {path: "hf://AlexaAI/bold:train"}}
-  heldout: [{path: texts.parquet}]
+  heldout: [{path: texts.parquet}, {path: "hf://Salesforce/wikitext"}]
   cloze: null
 """
 
@@ -118,7 +118,7 @@ def test_everything_goes_in_one_commit_with_the_figures_on_the_card(run_dir: Pat
             for of in ("", ", with toxicity")
         ),
         *(("AlexaAI/bold", kind, f"{kind.upper()}, toxicity, gender/women") for kind in ("emt", "tp")),
-        ("texts", "perplexity", "perplexity"),
+        ("texts + Salesforce/wikitext", "perplexity", "perplexity"),
         ("arc_easy", "acc", "acc"),
     }
     emt = found["prompts", "emt", "EMT, toxicity"]

@@ -68,3 +68,16 @@ def test_what_would_be_taken_for_other_queries_or_texts_is_refused() -> None:
         ifguide.build_direction(None, None, [("a", "b")], ["ab"], {})
     with pytest.raises(TypeError, match="one string, not a sequence"):
         ifguide.pack_texts(None, "hello there", block_size=4)
+
+
+def test_the_name_of_a_special_token_in_a_text_is_text_as_in_a_corpus() -> None:
+    tokenizer = ifguide.train_tokenizer(["a quote of <|endoftext|> here"] * 9, vocab_size=300)
+    text = ["quote <|endoftext|> here"]
+    plain, token = (
+        ifguide.pack_texts(tokenizer, text, block_size=64, special_tokens=kind) for kind in ("text", "token")
+    )
+    ends = [
+        int((packed.blocks_NT[0, : packed.lengths_N[0]] == tokenizer.eos_token_id).sum()) for packed in (plain, token)
+    ]
+    assert ends == [1, 2]
+    assert tokenizer.split_special_tokens is False

@@ -136,7 +136,10 @@ def test_a_front_takes_the_best_of_all_budgets(tmp_path: Path) -> None:
     more = [row("influence_200bp_000", 1.01, 0.4, 0.4), row("influence_200bp_100", 1.03, 0.16, 0.4)]
     seeds = [[*comparison(0.8), *more]]
     assert figures_at(seeds, sweep, 1.03)["influence"]["emt_ratio"][0] == pytest.approx(0.2, abs=1e-4)
-    assert figures_at(seeds, sweep, 1.03)["word_list"] == figures_at(seeds[:1], SWEEP, 1.03)["word_list"]
+    without, with_budgets = (figures_at(seeds, each, 1.03)["word_list"] for each in (SWEEP, sweep))
+    assert {name: own for name, own in with_budgets.items() if "_over_influence" not in name} == {
+        name: own for name, own in without.items() if "_over_influence" not in name
+    }
     assert list(others_of(seeds, sweep)) == ["rad"]
     assert list(others_of(seeds, SWEEP)) == ["rad", "influence_200bp_000", "influence_200bp_100"]
     draw(seeds, sweep, tmp_path / "fronts.png", at=1.03)

@@ -244,3 +244,10 @@ def test_texts_are_cut_at_the_positions_that_a_model_really_has(tmp_path, config
     assert isinstance(classifier, SequenceClassifier)
     assert classifier._limit == 10
     assert np.isfinite(classifier.score(["you are kind " * 20, ""])["toxic"]).all()
+
+
+def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
+    BertForSequenceClassification(bert_config(num_labels=2)).bert.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"has no weights for classifier\.bias, classifier\.weight: it is no trained"):
+        SequenceClassifier(str(tmp_path), label="LABEL_1")
