@@ -98,6 +98,12 @@ def test_a_pattern_enters_no_circle_and_leaves_no_link_to_nothing_out(tmp_path: 
         list_files(str(tmp_path), "k")
 
 
+def test_a_pattern_that_finds_a_file_in_several_ways_takes_it_once(tmp_path: Path) -> None:
+    for name in ("en/a/en/b.jsonl", "en/c.jsonl", "de/d.jsonl"):
+        write(tmp_path / name)
+    assert names(tmp_path, "**/en/**/*.jsonl") == ["en/a/en/b.jsonl", "en/c.jsonl"]
+
+
 def test_the_run_s_own_directory_is_no_input_though_it_lies_in_one(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl")
     for name in ("lock.json", "corpus/shard-00000.parquet", "corpus/notes.bin"):
