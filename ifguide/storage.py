@@ -73,9 +73,11 @@ def readable(path: Path) -> Any:
 
 
 def matching(pattern: Path) -> list[Path]:
-    """The remote files that a pattern with wildcards matches, sorted."""
-    fs = _fs(pattern)
-    return [location(fs.unstrip_protocol(name)) for name in sorted(fs.glob(_key(pattern)))]
+    """The remote files and folders that a pattern with wildcards matches, sorted. As of local ones, a name that begins
+    with a dot is matched by what begins with one: fsspec has wildcards match it too."""
+    fs, key = _fs(pattern), _key(pattern)
+    names = [name for name in sorted(fs.glob(key)) if _hidden_parts(name) == _hidden_parts(key)]
+    return [location(fs.unstrip_protocol(name)) for name in names]
 
 
 def make_folder(folder: Path) -> None:
@@ -295,6 +297,11 @@ def _listing(path: Path) -> dict[str, dict[str, Any]]:
 def _stamp(entry: dict[str, Any]) -> str:
     times = (entry.get(name) for name in ("mtime", "LastModified", "created"))
     return str(entry.get("ETag") or (entry.get("size"), *times))
+
+
+def _hidden_parts(name: str) -> int:
+    """How many parts of a name begin with a dot. Of a pattern each matches one such part of a file's name."""
+    return sum(part.startswith(".") for part in name.split("/"))
 
 
 def _digest(text: str) -> str:
