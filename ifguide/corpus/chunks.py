@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from ifguide.records.choice import RowChoice
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedChunk:
-    """A chunk to read of a file, of whose input `first_input_row` rows lie before it."""
+    """A chunk to read, of whose input `first_input_row` rows lie before it. `files`, by path: its own, which a hub
+    dataset has not, and the one that lists the rows of its input, if one does."""
 
     key: str
     chunk: Chunk
-    file: InputFile | None = None  # of a hub dataset there is none
+    files: Mapping[str, InputFile] = field(default_factory=dict)
     first_input_row: int = 0
 
     def __str__(self) -> str:
@@ -45,12 +46,15 @@ def plan_chunks(config: PackCorpus, *, open_hub: bool, apart: Path | None = None
     return chunks
 
 
-def keyed_chunks(chunks: Sequence[Chunk], files: Mapping[str, InputFile]) -> list[KeyedChunk]:
-    """The chunks, each with a key and what its file holds."""
-    return [
-        KeyedChunk(key=f"chunk-{number:05d}", chunk=chunk, file=files.get(chunk.path))
-        for number, chunk in enumerate(chunks)
-    ]
+def keyed_chunks(chunks: Sequence[Chunk], inputs: Sequence[Input], files: Mapping[str, InputFile]) -> list[KeyedChunk]:
+    """The chunks, each with a key and what its files hold."""
+    keyed = []
+    for number, chunk in enumerate(chunks):
+        rows = inputs[chunk.input_index].rows
+        paths = [chunk.path, rows] if isinstance(rows, str) else [chunk.path]
+        own = {path: files[path] for path in paths if path in files}
+        keyed.append(KeyedChunk(key=f"chunk-{number:05d}", chunk=chunk, files=own))
+    return keyed
 
 
 def placed_chunks(

@@ -72,17 +72,19 @@ def write_inputs(corpus: Path, files: Mapping[str, InputFile]) -> None:
 
 
 @contextlib.contextmanager
-def unchanged(path: str, file: InputFile | None) -> Iterator[None]:
-    """Read a file within, which is the one that was planned with (None: a hub dataset, which has no stamp).
+def unchanged(files: Mapping[str, InputFile]) -> Iterator[None]:
+    """Read files within, by path, which are those that were planned with.
 
     Raises:
-        ValueError: it grew, shrank, is gone or was changed otherwise, before or meanwhile.
+        ValueError: one grew, shrank, is gone or was changed otherwise, before or meanwhile.
     """
-    _check(path, file)
+    for path, file in files.items():
+        _check(path, file)
     try:
         yield
     finally:
-        _check(path, file)  # first: what went wrong within may come of it
+        for path, file in files.items():
+            _check(path, file)  # first: what went wrong within may come of it
 
 
 def hub_commits(corpora: Iterable[Path], inputs: Iterable[Input]) -> dict[str, str]:
@@ -124,9 +126,7 @@ def _told_commit(source: Input) -> str | None:
         return None
 
 
-def _check(path: str, file: InputFile | None) -> None:
-    if file is None:
-        return
+def _check(path: str, file: InputFile) -> None:
     place = location(path)
     try:
         mark = stamp(place)

@@ -38,7 +38,7 @@ class CountRows:
         self.inputs = settings.inputs
 
     def process(self, shard: KeyedChunk) -> dict[str, Any]:
-        with unchanged(shard.chunk.path, shard.file):
+        with unchanged(shard.files):
             return {"rows": count_rows(shard.chunk, self.inputs[shard.chunk.input_index])}
 
 
@@ -66,7 +66,7 @@ class TokeniseChunk:
         self.tokenizer = load_tokenizer(settings.tokenizer, special_text=settings.special_text)
 
     def process(self, shard: KeyedChunk) -> dict[str, Any]:
-        with unchanged(shard.chunk.path, shard.file):
+        with unchanged(shard.files):
             table, bad, rows = token_table(
                 shard.chunk,
                 self.settings.inputs[shard.chunk.input_index],
@@ -202,7 +202,7 @@ def train_on_chunks(chunks: Sequence[KeyedChunk], inputs: Sequence[Input], vocab
             source = inputs[shard.chunk.input_index]
             choice = RowChoice.of(source.rows)
             left = share
-            with unchanged(shard.chunk.path, shard.file):
+            with unchanged(shard.files):
                 for document in read_documents(shard.chunk, source, first_row=shard.first_input_row):
                     if left <= 0 or document.row >= choice.stop:
                         break

@@ -90,7 +90,7 @@ def _pack(run: Run, own: Path, documents: Path, *, dry_run: bool) -> Manifest | 
         return artifact.manifest
     connect(run.config.cluster)
     pool = Pool.filling_cluster(config.resources)
-    tokenised = _tokenise(run.corpus, source, config, keyed_chunks(chunks, files), pool)
+    tokenised = _tokenise(run.corpus, source, config, keyed_chunks(chunks, config.inputs, files), pool)
     _check_bad_rows(run.corpus, tokenised, config.max_bad_rows)
     plan = StreamPlan(run.corpus, config, chunks, tokenised, load_tokenizer(str(run.corpus / TOKENIZER)))
     results = run_shards(

@@ -216,7 +216,7 @@ def test_of_a_store_without_tags_and_times_nothing_is_trusted(
     _, file = digest_input(str(rows))
     assert file.stamp is None
     write_inputs(tmp_path, {str(rows): file})
-    with unchanged(str(rows), file):
+    with unchanged({str(rows): file}):
         assert RowChoice.of(str(rows)).start == 1
     copy = local_copy(rows)
     assert local_copy(rows) == copy
@@ -231,7 +231,7 @@ def test_of_a_store_without_tags_and_times_nothing_is_trusted(
     }
     assert RowChoice.of(str(rows)).start == 2
     assert (local_copy(rows).read_text(), copy.read_text()) == ("2\n", "1\n")
-    with pytest.raises(ValueError, match="was written to while it was packed"), unchanged(str(rows), file):
+    with pytest.raises(ValueError, match="was written to while it was packed"), unchanged({str(rows): file}):
         pass
     with pytest.raises(ValueError, match="has changed since it was made"):
         verified(folder, SHARD)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +13,11 @@ from ifguide import schemas
 from ifguide.config import Input, PackCorpus
 from ifguide.corpus import workers
 from ifguide.corpus.chunks import keyed_chunks, number_rows, plan_chunks
+from ifguide.corpus.inputs import digest_input
 from ifguide.corpus.packing import stream_order, tokenise
 from ifguide.corpus.reading import Chunk, RawDocument
 from ifguide.corpus.stream import TOKENS, StreamPlan
-from ifguide.corpus.workers import PackShard, TokeniseChunk, TokeniseSettings
+from ifguide.corpus.workers import CountRows, PackShard, TokeniseChunk, TokeniseSettings
 from tests.tokenizers import tokenizers
 
 
@@ -51,7 +53,7 @@ def test_shards_are_the_stream_of_all_documents(tmp_path, monkeypatch, interleav
     (tmp_path / TOKENS).mkdir()
     chunks = plan_chunks(config, open_hub=True)
     assert len(chunks) > 6
-    keyed = keyed_chunks(chunks, {})
+    keyed = keyed_chunks(chunks, config.inputs, {})
     tokenised = {item.key: TokeniseChunk(settings).process(item) for item in keyed}
     number_rows(keyed, tokenised)
     plan = StreamPlan(tmp_path, config, chunks, tokenised, tokenizer)
@@ -79,6 +81,22 @@ def test_shards_are_the_stream_of_all_documents(tmp_path, monkeypatch, interleav
     assert [(row["source"], row["row"]) for row in rows] == [(f"{i}.jsonl", row) for i, row in order]
     assert [row["num_tokens"] for row in rows] == [len(document.tokens) for document in encoded]
     assert [row["token_start"] for row in rows] == [0, *np.cumsum([row["num_tokens"] for row in rows])[:-1].tolist()]
+
+
+@pytest.mark.parametrize("worker", [CountRows, TokeniseChunk])
+def test_a_list_of_rows_that_changes_while_chunks_are_read_is_said(tmp_path, monkeypatch, worker):
+    (source,) = write_inputs(tmp_path, [["the cat", "sat", "naïve"]])
+    rows = tmp_path / "rows.txt"
+    rows.write_text("0\n2\n")
+    config = PackCorpus(inputs=(replace(source, rows=str(rows)),))
+    files = dict(digest_input(path) for path in (source.path, str(rows)))
+    (item,) = keyed_chunks(plan_chunks(config, open_hub=True), config.inputs, files)
+    monkeypatch.setattr(workers, "load_tokenizer", lambda *_, **__: tokenizers()["bpe"])
+    made = worker(TokeniseSettings(inputs=config.inputs, tokenizer="", folder=str(tmp_path / TOKENS)))
+    made.process(item)
+    rows.write_text("1\n2\n")
+    with pytest.raises(ValueError, match=r"rows\.txt was written to while it was packed"):
+        made.process(item)
 
 
 def test_descriptors_of_shards_do_not_grow_with_the_number_of_inputs(tmp_path):
