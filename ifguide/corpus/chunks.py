@@ -60,7 +60,8 @@ def keyed_chunks(chunks: Sequence[Chunk], inputs: Sequence[Input], files: Mappin
 def placed_chunks(
     keyed: Sequence[KeyedChunk], inputs: Sequence[Input], counted: Mapping[str, Mapping[str, Any]]
 ) -> list[KeyedChunk]:
-    """The chunks, each with its `first_input_row`, from the results of `CountRows`; 0 where no rows were counted.
+    """The chunks, each with its `first_input_row`, from the results of `CountRows`; 0 where no rows were counted. That
+    of a chunk behind the last row that is taken may be too small, but it lies behind that row too.
 
     Raises:
         ConfigError: an input has fewer rows than its `rows` ask for; names the key.
@@ -79,7 +80,7 @@ def placed_chunks(
 
 
 def number_rows(keyed: Sequence[KeyedChunk], tokenised: Mapping[str, dict[str, Any]]) -> None:
-    """Give each result of `TokeniseChunk` the `first_row` of its chunk in its file."""
+    """Give each result of `TokeniseChunk` the `first_row` of its chunk in its file, as far as rows are taken of it."""
     rows_read: dict[tuple[int, str], int] = {}  # of a file so far; one may be two inputs, of different rows
     for item in keyed:
         result, file = tokenised[item.key], (item.chunk.input_index, item.chunk.path)

@@ -40,6 +40,10 @@ class RowChoice:
             return cls(start=int(indices[0]), stop=stop, wanted=stop, indices=indices)
         return cls(start=rows[0], stop=rows[1], wanted=rows[1])
 
+    def rows_from(self, first: int) -> int:
+        """How many rows from row `first` on have to be read: none after the last one that is taken."""
+        return max(0, self.stop - first)
+
     def __contains__(self, row: int) -> bool:
         if not self.start <= row < self.stop:
             return False

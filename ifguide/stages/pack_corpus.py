@@ -1,10 +1,10 @@
 """`pack_corpus`: documents -> packed token blocks, where each token stops in its text, and a document table.
 
-Two passes, each a task per chunk or shard: tokenise chunks (scratch Parquet), pack shards. Inputs of which only some
-`rows` are taken are read once more before, to count them. The driver holds one integer per document (its token count),
-never text or tokens. A copy of the tokenizer is kept in the corpus before the first chunk, and every chunk is tokenised
-with it: the source may move or change before a pack that was ended goes on. Where the target has another tokenizer, the
-same documents are packed in its tokens too.
+Two passes, each a task per chunk or shard: tokenise chunks (scratch Parquet), pack shards. Of inputs of which only some
+`rows` are taken, the rows of a chunk are counted before, up to the number of the last one taken. The driver holds one
+integer per document (its token count), never text or tokens. A copy of the tokenizer is kept in the corpus before the
+first chunk, and every chunk is tokenised with it: the source may move or change before a pack that was ended goes on.
+Where the target has another tokenizer, the same documents are packed in its tokens too.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ifguide import schemas
-from ifguide.config import Input, PackCorpus
+from ifguide.config import ConfigError, Input, PackCorpus
 from ifguide.corpus import workers
-from ifguide.corpus.chunks import keyed_chunks, number_rows, plan_chunks
+from ifguide.corpus.chunks import keyed_chunks, number_rows, placed_chunks, plan_chunks
 from ifguide.corpus.inputs import digest_input
 from ifguide.corpus.packing import stream_order, tokenise
 from ifguide.corpus.reading import Chunk, RawDocument
@@ -97,6 +97,40 @@ def test_a_list_of_rows_that_changes_while_chunks_are_read_is_said(tmp_path, mon
     rows.write_text("1\n2\n")
     with pytest.raises(ValueError, match=r"rows\.txt was written to while it was packed"):
         made.process(item)
+
+
+@pytest.mark.parametrize("rows", [(2, 13), "rows.txt"])
+def test_of_a_hub_dataset_no_row_behind_the_last_one_taken_is_read(tmp_path, monkeypatch, rows):
+    read = []
+
+    class Hub:
+        def shard(self, num_shards, index):
+            for row in range(5):
+                read.append((index, row))
+                yield {"text": f"the {index} {row}"}
+
+    (tmp_path / "rows.txt").write_text("12\n2\n3\n")
+    source = Input(path="hf://a/b", rows=str(tmp_path / rows) if isinstance(rows, str) else rows)
+    monkeypatch.setattr("ifguide.corpus.reading._open_hub", lambda _: Hub())
+    monkeypatch.setattr(workers, "load_tokenizer", lambda *_, **__: tokenizers()["bpe"])
+    settings = TokeniseSettings(inputs=(source,), tokenizer="", folder=str(tmp_path / TOKENS))
+    keyed = keyed_chunks(
+        [Chunk(input_index=0, kind="hub", path="hf://a/b", start=i, stop=9) for i in range(9)], [source], {}
+    )
+    counted = {item.key: CountRows(settings).process(item) for item in keyed}
+    placed = placed_chunks(keyed, [source], counted)
+    read.clear()
+    tokenised = [TokeniseChunk(settings).process(item) for item in placed]
+    assert read == [(i, row) for i in range(3) for row in range(5)][:13]
+    taken = [2, 3, 12] if isinstance(rows, str) else range(2, 13)
+    assert [result["documents"] for result in tokenised] == [sum(row // 5 == i for row in taken) for i in range(9)]
+
+    few = replace(source, rows=(0, 3))
+    read.clear()
+    CountRows(replace(settings, inputs=(few,))).process(keyed[0])
+    assert read == [(0, 0), (0, 1), (0, 2)]
+    with pytest.raises(ConfigError, match="ends at 46, but hf://a/b has 45 rows"):
+        placed_chunks(keyed, [replace(source, rows=(0, 46))], counted)
 
 
 def test_descriptors_of_shards_do_not_grow_with_the_number_of_inputs(tmp_path):
