@@ -57,6 +57,22 @@ def keyed_chunks(chunks: Sequence[Chunk], inputs: Sequence[Input], files: Mappin
     return keyed
 
 
+def uncounted_chunks(
+    keyed: Sequence[KeyedChunk], inputs: Sequence[Input], counted: Mapping[str, Mapping[str, Any]], at_once: int
+) -> list[KeyedChunk]:
+    """The next chunks to count: of every input whose chunks so far have fewer rows than are asked of it, as many again,
+    and `at_once` at least. So a few rounds suffice, and an input is counted little further than its rows go."""
+    chunks_of_input: dict[int, list[KeyedChunk]] = {}
+    for item in keyed:
+        chunks_of_input.setdefault(item.chunk.input_index, []).append(item)
+    following = []
+    for index, chunks in chunks_of_input.items():
+        results = [counted[item.key]["rows"] for item in chunks if item.key in counted]
+        if sum(results) < RowChoice.of(inputs[index].rows).wanted:
+            following += chunks[len(results) :][: max(at_once, len(results))]
+    return following
+
+
 def placed_chunks(
     keyed: Sequence[KeyedChunk], inputs: Sequence[Input], counted: Mapping[str, Mapping[str, Any]]
 ) -> list[KeyedChunk]:

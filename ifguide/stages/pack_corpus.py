@@ -1,7 +1,7 @@
 """`pack_corpus`: documents -> packed token blocks, where each token stops in its text, and a document table.
 
 Two passes, each a task per chunk or shard: tokenise chunks (scratch Parquet), pack shards. Of inputs of which only some
-`rows` are taken, the rows of a chunk are counted before, up to the number of the last one taken. The driver holds one
+`rows` are taken, chunks are counted before, until they have as many rows as are asked for. The driver holds one
 integer per document (its token count), never text or tokens. A copy of the tokenizer is kept in the corpus before the
 first chunk, and every chunk is tokenised with it: the source may move or change before a pack that was ended goes on.
 Where the target has another tokenizer, the same documents are packed in its tokens too.
@@ -20,7 +20,7 @@ from ifguide.artifacts.manifest import read_plan
 from ifguide.config import ConfigError, PackCorpus
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
-from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, number_rows, placed_chunks, plan_chunks
+from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, number_rows, placed_chunks, plan_chunks, uncounted_chunks
 from ifguide.corpus.inputs import InputFile, at_commits, hub_commits, input_files, write_commits, write_inputs
 from ifguide.corpus.reading import Chunk
 from ifguide.corpus.stream import TOKENS, StreamPlan
@@ -159,14 +159,17 @@ def _tokenise(
 ) -> dict[str, dict[str, Any]]:
     """The result of every chunk by key, with the `first_row` of its file. `source`: of the tokenizer."""
     inputs, vocab_size, kept = config.inputs, config.train_tokenizer, corpus / TOKENIZER
-    some_rows = [item for item in keyed if inputs[item.chunk.input_index].rows]
     settings = TokeniseSettings(
         inputs=inputs,
         tokenizer=str(kept),
         folder=str(corpus / TOKENS),
         special_text=config.special_tokens == "token",
     )
-    counted = run_shards(VERB, some_rows, CountRows, settings, folder=corpus / COUNTS, pool=pool, unit="chunks counted")
+    counted: dict[str, dict[str, Any]] = {}
+    while following := uncounted_chunks(keyed, inputs, counted, pool.size):
+        counted |= run_shards(
+            VERB, following, CountRows, settings, folder=corpus / COUNTS, pool=pool, unit="chunks counted"
+        )
     keyed = placed_chunks(keyed, inputs, counted)
     if _keeps_tokenizer(corpus):
         if vocab_size is None:

@@ -12,7 +12,7 @@ import pytest
 from ifguide import schemas
 from ifguide.config import ConfigError, Input, PackCorpus
 from ifguide.corpus import workers
-from ifguide.corpus.chunks import keyed_chunks, number_rows, placed_chunks, plan_chunks
+from ifguide.corpus.chunks import keyed_chunks, number_rows, placed_chunks, plan_chunks, uncounted_chunks
 from ifguide.corpus.inputs import digest_input
 from ifguide.corpus.packing import stream_order, tokenise
 from ifguide.corpus.reading import Chunk, RawDocument
@@ -131,6 +131,22 @@ def test_of_a_hub_dataset_no_row_behind_the_last_one_taken_is_read(tmp_path, mon
     assert read == [(0, 0), (0, 1), (0, 2)]
     with pytest.raises(ConfigError, match="ends at 46, but hf://a/b has 45 rows"):
         placed_chunks(keyed, [replace(source, rows=(0, 46))], counted)
+
+
+def test_chunks_are_counted_until_they_have_the_rows_that_are_asked_for():
+    inputs = [Input(path="a", rows=(0, 30)), Input(path="b"), Input(path="c", rows=(5, 9))]
+    chunks = [Chunk(input_index=i, kind="text", path=f"{i}.{n}") for i in range(3) for n in range(20)]
+    keyed = keyed_chunks(chunks, inputs, {})
+    counted, rounds = {}, []
+    while following := uncounted_chunks(keyed, inputs, counted, 2):
+        rounds.append([item.chunk.path for item in following])
+        counted |= {item.key: {"rows": 5} for item in following}
+    assert rounds == [["0.0", "0.1", "2.0", "2.1"], ["0.2", "0.3"], ["0.4", "0.5", "0.6", "0.7"]]
+    assert [item.first_input_row for item in placed_chunks(keyed, inputs, counted)][:10] == [*range(0, 45, 5), 40]
+    few = {item.key: {"rows": 1} for item in keyed}
+    assert uncounted_chunks(keyed, inputs, few, 2) == []
+    with pytest.raises(ConfigError, match="ends at 30, but a has 20 rows"):
+        placed_chunks(keyed, inputs, few)
 
 
 def test_descriptors_of_shards_do_not_grow_with_the_number_of_inputs(tmp_path):
