@@ -146,7 +146,7 @@ def _packing(folder: Path, inputs: Sequence[Input], **options: Any) -> Work:
     def work() -> dict[str, Any]:
         chunks = plan_chunks(config, open_hub=False)
         files = dict(digest_input(path) for path in dict.fromkeys(chunk.path for chunk in chunks))
-        keyed = keyed_chunks(chunks, files)
+        keyed = keyed_chunks(chunks, config.inputs, files)
         settings = TokeniseSettings(
             inputs=config.inputs, tokenizer=str(tokenizer_folder), folder=str(folder / TOKENS), special_text=False
         )

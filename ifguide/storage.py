@@ -15,13 +15,15 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 S3 = ("s3", "s3a")
 CACHING = (*S3, "gs", "gcs", "abfs", "abfss", "az")  # whose clients keep listings, unless told not to
 STORE_ERRORS = "botocore."  # modules of what s3fs raises besides OSError: no credentials, no connection
+TAGS = ("ETag", "etag")
+TIMES = ("mtime", "LastModified", "created", "last_modified", "updated", "Last-Modified", "modify", "modificationTime")
 AT_ONCE = 4  # files moved side by side: s3fs holds up to half a GB of each large one
 
 
@@ -73,9 +75,11 @@ def readable(path: Path) -> Any:
 
 
 def matching(pattern: Path) -> list[Path]:
-    """The remote files that a pattern with wildcards matches, sorted."""
-    fs = _fs(pattern)
-    return [location(fs.unstrip_protocol(name)) for name in sorted(fs.glob(_key(pattern)))]
+    """The remote files and folders that a pattern with wildcards matches, sorted. As of local ones, a name that begins
+    with a dot is matched by what begins with one: fsspec has wildcards match it too."""
+    fs, key = _fs(pattern), _key(pattern)
+    names = [name for name in sorted(fs.glob(key)) if _hidden_parts(name) == _hidden_parts(key)]
+    return [location(fs.unstrip_protocol(name)) for name in names]
 
 
 def make_folder(folder: Path) -> None:
@@ -126,8 +130,9 @@ def sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: all_sizes[name] for name in names if name in all_sizes}
 
 
-def stamp(path: Path) -> str:
-    """What changes when a file is written to: of a local one size, times and inode, of a remote one the store's tag.
+def stamp(path: Path) -> str | None:
+    """What changes when a file is written to: of a local one size, times and inode, of a remote one the store's tag, or
+    size and times. None where the store tells neither: whether such a file has changed its contents alone say.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -217,27 +222,47 @@ def work_folder(kind: str, folder: Path) -> Path:
 def local_copy(path: str | Path) -> Path:
     """A local path as it is; of a remote file or folder a copy in `machine_folder`.
 
-    A file that changes has another name there. Copies are never removed.
+    A file that changes has another name there. Copies are never removed. What has no stamp is copied each time, and
+    known by its contents.
+
+    Raises:
+        FileNotFoundError: there is nothing. OSError: a file came with another size than its listing says.
     """
     source = location(path)
     if not is_remote(source):
         return source
     cache = machine_folder()
     listing = _listing(source)
-    stamp = "-".join(sorted(f"{name}:{_stamp(entry)}" for name, entry in listing.items()))
-    target = cache / f"{_digest(f'{source} {stamp}')}" / source.name
-    if not target.exists():
-        if not listing:
-            raise FileNotFoundError(f"{source} does not exist")
+    if not listing:
+        raise FileNotFoundError(f"{source} does not exist")
+    stamps = {name: _stamp(entry) for name, entry in listing.items()}
+    target = None if None in stamps.values() else _copy_folder(source, stamps)
+    if target is None or not target.exists():
         with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as part:
             _download(source, listing, Path(part) / source.name)
+            target = target or _copy_folder(source, _contents(Path(part) / source.name, listing))
             try:
                 os.rename(part, target.parent)
             except OSError:
-                if not target.exists():  # another process has not put it there meanwhile
+                if not target.exists():  # nobody has put it there, before or meanwhile
                     raise
             Path(part).mkdir(exist_ok=True)  # for the context to remove
     return target
+
+
+def _copy_folder(source: Path, marks: Mapping[str, str | None]) -> Path:
+    """Where the copy lies of a remote file or folder whose files have these marks, by name."""
+    said = "-".join(sorted(f"{name}:{mark}" for name, mark in marks.items()))
+    return machine_folder() / _digest(f"{source} {said}") / source.name
+
+
+def _contents(copy: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 (hex) of the files `names` of a local folder, or of the file `copy` itself by the name ""."""
+    digests = {}
+    for name in names:
+        with (copy / name if name else copy).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 class Mirror:
@@ -292,9 +317,18 @@ def _listing(path: Path) -> dict[str, dict[str, Any]]:
     return {name[len(root) :].lstrip("/"): entry for name, entry in objects.items() if not name.endswith("/")}
 
 
-def _stamp(entry: dict[str, Any]) -> str:
-    times = (entry.get(name) for name in ("mtime", "LastModified", "created"))
-    return str(entry.get("ETag") or (entry.get("size"), *times))
+def _stamp(entry: dict[str, Any]) -> str | None:
+    """`stamp` of fsspec's description of a file, whose names for tag and times are each store's own."""
+    tag = next((entry[name] for name in TAGS if entry.get(name)), None)
+    times = [entry.get(name) for name in TIMES]
+    if tag is None and not any(times):
+        return None
+    return str(tag or (entry.get("size"), *times))
+
+
+def _hidden_parts(name: str) -> int:
+    """How many parts of a name begin with a dot. Of a pattern each matches one such part of a file's name."""
+    return sum(part.startswith(".") for part in name.split("/"))
 
 
 def _digest(text: str) -> str:

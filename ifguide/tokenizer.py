@@ -6,6 +6,7 @@ of it.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import has_file
 
-from ifguide.artifacts import publish_folder, verify_folder
+from ifguide.artifacts import MismatchError, publish_folder, verify_folder
 from ifguide.storage import local_copy, location
 
 END_OF_TEXT = "<|endoftext|>"
@@ -124,6 +125,34 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Publish a tokenizer's folder, local or remote."""
     with publish_folder(folder) as part:
         tokenizer.save_pretrained(part)
+
+
+def require_kept(source: str, kept: Path) -> None:
+    """Refuse a source whose tokenizer is not, or no longer, the one that was saved in the folder `kept`. A source that
+    cannot be reached is not compared.
+
+    Raises:
+        MismatchError: it is another one. ValueError: its files, or the saved ones, cannot be read.
+    """
+    try:
+        now = load_tokenizer(source)
+    except OSError:
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # saved too: some tokenizers are written otherwise than they were read
+        now.save_pretrained(folder)
+        same = _definition(load_tokenizer(folder)) == _definition(load_tokenizer(str(kept)))
+    if not same:
+        raise MismatchError(
+            f"{source} is another tokenizer now than the one that {kept.parent} was begun with: restore it, or delete"
+            f" {kept.parent} and pack anew"
+        )
+
+
+def _definition(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ...]:
+    """All that tokens and their offsets come of."""
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, sorted(tokenizer.all_special_tokens)
 
 
 def names_path(source: str) -> bool:

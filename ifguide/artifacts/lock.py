@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ifguide.artifacts.files import write_json
-from ifguide.storage import create, is_remote, make_folder
+from ifguide.storage import create, is_remote, is_store_error, make_folder
 from ifguide.telemetry import log
 
 LOCK = "lock.json"
@@ -158,13 +158,16 @@ def _beat(path: Path, holder: Holder, ended: threading.Event) -> None:
     beat = 0
     while not ended.wait(BEAT_SECONDS):
         beat += 1
-        with contextlib.suppress(OSError):  # a store that is away for a moment: the next beat may reach it
+        try:
             if not _is_mine(path, holder):
                 if not ended.is_set():
                     log("lock", f"{path.parent} was taken over by {_read(path)}: ending", level=logging.ERROR)
                     os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread; raised here it would not
                 return
             write_json(path, dataclasses.asdict(dataclasses.replace(holder, beat=beat)))
+        except Exception as error:  # a store that is away for a moment: the next beat may reach it
+            if not (isinstance(error, OSError) or is_store_error(error)):
+                raise
 
 
 def _is_mine(path: Path, holder: Holder) -> bool:

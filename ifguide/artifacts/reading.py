@@ -1,7 +1,7 @@
 """Reading what an artifact holds: every file is checked against its digest when this process first reads it.
 
 A digest takes about a second for a gigabyte, and a remote file is read twice. A file that has not been touched since
-(size, time and inode, or the store's tag) is not read again.
+(size, time and inode, or the store's tag) is not read again, unless its store tells neither tag nor time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ifguide.artifacts.manifest import CONFIG, MANIFEST, Manifest, read_manifest
 from ifguide.storage import location, stamp
 
 _manifests: dict[str, tuple[str, Manifest]] = {}  # of this process: folder -> the file's stamp, what it says
-_trusted: dict[str, tuple[str, str]] = {}  # of this process: file -> its stamp, its digest
+_trusted: dict[str, tuple[str | None, str]] = {}  # of this process: file -> its stamp, its digest
 
 
 def verified(folder: Path, name: str) -> Path:
@@ -83,6 +83,8 @@ def _manifest(folder: Path) -> Manifest:
         mark = stamp(folder / MANIFEST)
     except FileNotFoundError:
         return read_manifest(folder)  # says what is missing
+    if mark is None:
+        return read_manifest(folder)
     kept = _manifests.get(str(folder))
     if kept is None or kept[0] != mark:
         kept = _manifests[str(folder)] = (mark, read_manifest(folder))
@@ -93,7 +95,7 @@ def _verify(path: Path, sha256: str, folder: Path, verb: str) -> Path:
     advice = f"delete {folder} and run `ifguide {verb}` again"
     try:
         mark = (stamp(path), sha256)
-        if _trusted.get(str(path)) == mark:
+        if mark[0] is not None and _trusted.get(str(path)) == mark:
             return path
         digest = file_digest(path)
     except FileNotFoundError as error:

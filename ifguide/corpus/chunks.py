@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from ifguide.records.choice import RowChoice
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedChunk:
-    """A chunk to read of a file, of whose input `first_input_row` rows lie before it."""
+    """A chunk to read, of whose input `first_input_row` rows lie before it. `files`, by path: its own, which a hub
+    dataset has not, and the one that lists the rows of its input, if one does."""
 
     key: str
     chunk: Chunk
-    file: InputFile | None = None  # of a hub dataset there is none
+    files: Mapping[str, InputFile] = field(default_factory=dict)
     first_input_row: int = 0
 
     def __str__(self) -> str:
@@ -45,18 +46,38 @@ def plan_chunks(config: PackCorpus, *, open_hub: bool, apart: Path | None = None
     return chunks
 
 
-def keyed_chunks(chunks: Sequence[Chunk], files: Mapping[str, InputFile]) -> list[KeyedChunk]:
-    """The chunks, each with a key and what its file holds."""
-    return [
-        KeyedChunk(key=f"chunk-{number:05d}", chunk=chunk, file=files.get(chunk.path))
-        for number, chunk in enumerate(chunks)
-    ]
+def keyed_chunks(chunks: Sequence[Chunk], inputs: Sequence[Input], files: Mapping[str, InputFile]) -> list[KeyedChunk]:
+    """The chunks, each with a key and what its files hold."""
+    keyed = []
+    for number, chunk in enumerate(chunks):
+        rows = inputs[chunk.input_index].rows
+        paths = [chunk.path, rows] if isinstance(rows, str) else [chunk.path]
+        own = {path: files[path] for path in paths if path in files}
+        keyed.append(KeyedChunk(key=f"chunk-{number:05d}", chunk=chunk, files=own))
+    return keyed
+
+
+def uncounted_chunks(
+    keyed: Sequence[KeyedChunk], inputs: Sequence[Input], counted: Mapping[str, Mapping[str, Any]], at_once: int
+) -> list[KeyedChunk]:
+    """The next chunks to count: of every input whose chunks so far have fewer rows than are asked of it, as many again,
+    and `at_once` at least. So a few rounds suffice, and an input is counted little further than its rows go."""
+    chunks_of_input: dict[int, list[KeyedChunk]] = {}
+    for item in keyed:
+        chunks_of_input.setdefault(item.chunk.input_index, []).append(item)
+    following = []
+    for index, chunks in chunks_of_input.items():
+        results = [counted[item.key]["rows"] for item in chunks if item.key in counted]
+        if sum(results) < RowChoice.of(inputs[index].rows).wanted:
+            following += chunks[len(results) :][: max(at_once, len(results))]
+    return following
 
 
 def placed_chunks(
     keyed: Sequence[KeyedChunk], inputs: Sequence[Input], counted: Mapping[str, Mapping[str, Any]]
 ) -> list[KeyedChunk]:
-    """The chunks, each with its `first_input_row`, from the results of `CountRows`; 0 where no rows were counted.
+    """The chunks, each with its `first_input_row`, from the results of `CountRows`; 0 where no rows were counted. That
+    of a chunk behind the last row that is taken may be too small, but it lies behind that row too.
 
     Raises:
         ConfigError: an input has fewer rows than its `rows` ask for; names the key.
@@ -75,7 +96,7 @@ def placed_chunks(
 
 
 def number_rows(keyed: Sequence[KeyedChunk], tokenised: Mapping[str, dict[str, Any]]) -> None:
-    """Give each result of `TokeniseChunk` the `first_row` of its chunk in its file."""
+    """Give each result of `TokeniseChunk` the `first_row` of its chunk in its file, as far as rows are taken of it."""
     rows_read: dict[tuple[int, str], int] = {}  # of a file so far; one may be two inputs, of different rows
     for item in keyed:
         result, file = tokenised[item.key], (item.chunk.input_index, item.chunk.path)

@@ -2,7 +2,8 @@
 
 A file is read once to be known by its SHA-256. `inputs.json` in the corpus keeps that with the file's stamp (size,
 times, inode), so that a rerun reads only files that were touched since. While a corpus is packed its inputs must stay
-as they are: whoever reads one checks its stamp before and after.
+as they are: whoever reads one checks its stamp before and after. Of a store that tells no stamp the contents are read
+for that.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ RunTasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[An
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
-    """What a file held when it had this stamp."""
+    """What a file held when it had this stamp; None where its store tells no stamp."""
 
-    stamp: str
+    stamp: str | None
     bytes: int
     sha256: str
 
@@ -42,7 +43,7 @@ def input_files(corpus: Path, paths: Iterable[str], run_tasks: RunTasks) -> dict
     """
     recorded = _recorded(corpus)
     files = {path: recorded[redact(path)] for path in paths if redact(path) in recorded}
-    files = {path: file for path, file in files.items() if file.stamp == stamp(location(path))}
+    files = {path: file for path, file in files.items() if file.stamp and file.stamp == stamp(location(path))}
     touched = sorted(set(paths) - files.keys())
     if touched:
         files |= run_tasks(digest_input, ((path,) for path in touched))
@@ -71,17 +72,19 @@ def write_inputs(corpus: Path, files: Mapping[str, InputFile]) -> None:
 
 
 @contextlib.contextmanager
-def unchanged(path: str, file: InputFile | None) -> Iterator[None]:
-    """Read a file within, which is the one that was planned with (None: a hub dataset, which has no stamp).
+def unchanged(files: Mapping[str, InputFile]) -> Iterator[None]:
+    """Read files within, by path, which are those that were planned with.
 
     Raises:
-        ValueError: it grew, shrank, is gone or was changed otherwise, before or meanwhile.
+        ValueError: one grew, shrank, is gone or was changed otherwise, before or meanwhile.
     """
-    _check(path, file)
+    for path, file in files.items():
+        _check(path, file)
     try:
         yield
     finally:
-        _check(path, file)  # first: what went wrong within may come of it
+        for path, file in files.items():
+            _check(path, file)  # first: what went wrong within may come of it
 
 
 def hub_commits(corpora: Iterable[Path], inputs: Iterable[Input]) -> dict[str, str]:
@@ -123,13 +126,13 @@ def _told_commit(source: Input) -> str | None:
         return None
 
 
-def _check(path: str, file: InputFile | None) -> None:
-    if file is None:
-        return
+def _check(path: str, file: InputFile) -> None:
+    place = location(path)
     try:
-        if stamp(location(path)) == file.stamp:
+        mark = stamp(place)
+        if mark == file.stamp and (mark is not None or file_entry(place)["sha256"] == file.sha256):
             return
-        now = location(path).stat().st_size
+        now = place.stat().st_size
     except FileNotFoundError:
         happened = "is gone"
     else:

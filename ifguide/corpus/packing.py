@@ -8,6 +8,7 @@ Memory is one chunk, of which a single document may be most (`pieces`).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -89,13 +90,14 @@ def token_table(
 ) -> tuple[pa.Table, list[dict[str, Any]], int]:
     """Tokenise a chunk: a table `row, num_chars, tokens, stops, special_texts[, annotated]`
     (how often the text names a special token), the bad rows with their reasons, and how
-    many rows were read. Rows count from the chunk's first; `first_input_row` is that one's, for `source.rows`.
+    many rows were read: none behind those of `source.rows`. Rows count from the chunk's first; `first_input_row` is
+    that one's, for `source.rows`.
     """
     choice = RowChoice.of(source.rows)
     good: list[RawDocument] = []
     bad: list[dict[str, Any]] = []
     read = 0
-    for document in read_documents(chunk, source, first_row=0):
+    for document in itertools.islice(read_documents(chunk, source, first_row=0), choice.rows_from(first_input_row)):
         read += 1
         if first_input_row + document.row not in choice:
             continue

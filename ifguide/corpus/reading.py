@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from ifguide.config import Input
 from ifguide.config.sources import HUB_PREFIX
+from ifguide.records.choice import ENDLESS
 from ifguide.records.delimited import cell_rows
 from ifguide.records.files import DOCUMENTS, TABLES, Kind, holds_json_lines, is_compressed, kind_of, list_files
 from ifguide.records.rows import (
@@ -100,16 +101,15 @@ def list_chunks(
     return chunks
 
 
-def count_rows(chunk: Chunk, source: Input) -> int:
-    """Rows of a chunk, bad ones included."""
-    if chunk.kind == "jsonl":
-        return sum(1 for _ in _read_lines(chunk))
+def count_rows(chunk: Chunk, source: Input, *, limit: int = ENDLESS) -> int:
+    """Rows of a chunk, bad ones included; no more than `limit` are read."""
     if chunk.kind == "parquet":
         metadata = open_parquet(location(chunk.path)).metadata
-        return sum(metadata.row_group(i).num_rows for i in range(chunk.start, chunk.stop))
+        return min(limit, sum(metadata.row_group(i).num_rows for i in range(chunk.start, chunk.stop)))
     if chunk.kind == "text":
-        return 1
-    return sum(1 for _ in raw_rows(chunk, source))
+        return min(limit, 1)
+    rows = _read_lines(chunk) if chunk.kind == "jsonl" else raw_rows(chunk, source)
+    return sum(1 for _ in itertools.islice(rows, limit))
 
 
 def read_documents(chunk: Chunk, source: Input, *, first_row: int) -> Iterator[RawDocument]:

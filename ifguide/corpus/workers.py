@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,14 +33,15 @@ TOKEN_ROWS = 1 << 18  # of a group in a scratch table of tokens: what a shard re
 
 
 class CountRows:
-    """Worker of the pass before the first: rows of a chunk."""
+    """Worker of the pass before the first: rows of a chunk, up to as many as its input may give."""
 
     def __init__(self, settings: TokeniseSettings):
         self.inputs = settings.inputs
 
     def process(self, shard: KeyedChunk) -> dict[str, Any]:
-        with unchanged(shard.chunk.path, shard.file):
-            return {"rows": count_rows(shard.chunk, self.inputs[shard.chunk.input_index])}
+        source = self.inputs[shard.chunk.input_index]
+        with unchanged(shard.files):
+            return {"rows": count_rows(shard.chunk, source, limit=RowChoice.of(source.rows).stop)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ class TokeniseChunk:
         self.tokenizer = load_tokenizer(settings.tokenizer, special_text=settings.special_text)
 
     def process(self, shard: KeyedChunk) -> dict[str, Any]:
-        with unchanged(shard.chunk.path, shard.file):
+        with unchanged(shard.files):
             table, bad, rows = token_table(
                 shard.chunk,
                 self.settings.inputs[shard.chunk.input_index],
@@ -202,9 +204,10 @@ def train_on_chunks(chunks: Sequence[KeyedChunk], inputs: Sequence[Input], vocab
             source = inputs[shard.chunk.input_index]
             choice = RowChoice.of(source.rows)
             left = share
-            with unchanged(shard.chunk.path, shard.file):
-                for document in read_documents(shard.chunk, source, first_row=shard.first_input_row):
-                    if left <= 0 or document.row >= choice.stop:
+            with unchanged(shard.files):
+                documents = read_documents(shard.chunk, source, first_row=shard.first_input_row)
+                for document in itertools.islice(documents, choice.rows_from(shard.first_input_row)):
+                    if left <= 0:
                         break
                     if document.reason is None and document.row in choice:
                         left -= len(document.text)

@@ -34,10 +34,15 @@ class RowChoice:
         if rows is None:
             return cls()
         if isinstance(rows, str):
-            indices = _read(rows, stamp(_existing(rows)))
+            mark = stamp(_existing(rows))
+            indices = _read(rows) if mark is None else _read_once(rows, mark)
             stop = int(indices[-1]) + 1
             return cls(start=int(indices[0]), stop=stop, wanted=stop, indices=indices)
         return cls(start=rows[0], stop=rows[1], wanted=rows[1])
+
+    def rows_from(self, first: int) -> int:
+        """How many rows from row `first` on have to be read: none after the last one that is taken."""
+        return max(0, self.stop - first)
 
     def __contains__(self, row: int) -> bool:
         if not self.start <= row < self.stop:
@@ -53,7 +58,11 @@ def _existing(path: str) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _read(path: str, _stamp: str) -> NDArray[np.int64]:
+def _read_once(path: str, _stamp: str) -> NDArray[np.int64]:
+    return _read(path)
+
+
+def _read(path: str) -> NDArray[np.int64]:
     file = local_copy(path)
     if file.suffix == ".npy":
         try:

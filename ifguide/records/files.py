@@ -64,7 +64,7 @@ def list_files(
         return _checked([place], dotted_key, kinds)
     if not glob.has_magic(path):
         raise FileNotFoundError(f"{dotted_key}: {path} does not exist: check the path")
-    matches = matching(place) if is_remote(place) else sorted(map(Path, glob.glob(str(place), recursive=True)))
+    matches = matching(place) if is_remote(place) else _matching(place)
     if apart is not None:
         own, fixed = _real(apart), _fixed_part(place)
         if own not in map(_real, (fixed, *fixed.parents)):  # else its files are named on purpose
@@ -81,6 +81,11 @@ def list_files(
     if not files:
         raise FileNotFoundError(f"{dotted_key}: no file matches {path}")
     return _checked(files, dotted_key, kinds)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The local files and folders that a pattern matches, sorted, each once: several `**` of it find one repeatedly."""
+    return sorted({Path(name) for name in glob.glob(str(pattern), recursive=True)})
 
 
 def _fixed_part(pattern: Path) -> Path:

@@ -1,8 +1,10 @@
 """`pack_corpus`: documents -> packed token blocks, where each token stops in its text, and a document table.
 
-Two passes, each a task per chunk or shard: tokenise chunks (scratch Parquet), pack shards. Inputs of which only some
-`rows` are taken are read once more before, to count them. The driver holds one integer per document (its token count),
-never text or tokens. Where the target has another tokenizer, the same documents are packed in its tokens too.
+Two passes, each a task per chunk or shard: tokenise chunks (scratch Parquet), pack shards. Of inputs of which only some
+`rows` are taken, chunks are counted before, until they have as many rows as are asked for. The driver holds one
+integer per document (its token count), never text or tokens. A copy of the tokenizer is kept in the corpus before the
+first chunk, and every chunk is tokenised with it: the source may move or change before a pack that was ended goes on.
+Where the target has another tokenizer, the same documents are packed in its tokens too.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, PLAN, Manifest, discard_if_mended, read_manifest
+from ifguide.artifacts import MANIFEST, PLAN, Manifest, discard_if_mended, read_manifest, remove_tree
 from ifguide.artifacts.manifest import read_plan
 from ifguide.config import ConfigError, PackCorpus
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
-from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, number_rows, placed_chunks, plan_chunks
+from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, number_rows, placed_chunks, plan_chunks, uncounted_chunks
 from ifguide.corpus.inputs import InputFile, at_commits, hub_commits, input_files, write_commits, write_inputs
 from ifguide.corpus.reading import Chunk
 from ifguide.corpus.stream import TOKENS, StreamPlan
@@ -30,7 +32,7 @@ from ifguide.distributed.tasks import run_task, run_tasks
 from ifguide.run import Run
 from ifguide.storage import location
 from ifguide.telemetry import log
-from ifguide.tokenizer import load_tokenizer, save_tokenizer
+from ifguide.tokenizer import load_tokenizer, require_kept, save_tokenizer
 
 VERB = "pack_corpus"
 TRAINED = "trained"  # the tokenizer's name in a plan
@@ -45,7 +47,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     Raises:
         FileNotFoundError: an input is missing. StageError: more than `max_bad_rows` bad rows.
         ValueError: no documents, or fewer tokens than one block.
-        MismatchError: a finished corpus that is there is of other inputs.
+        MismatchError: a finished corpus that is there is of other inputs, or an unfinished one of another tokenizer.
     """
     if not run.config.pack_corpus.inputs:
         raise ConfigError("pack_corpus.inputs: name at least one file, folder or hf:// dataset")
@@ -88,12 +90,9 @@ def _pack(run: Run, own: Path, documents: Path, *, dry_run: bool) -> Manifest | 
         return artifact.manifest
     connect(run.config.cluster)
     pool = Pool.filling_cluster(config.resources)
-    tokenised = _tokenise(run.corpus, source, config, keyed_chunks(chunks, files), pool)
+    tokenised = _tokenise(run.corpus, source, config, keyed_chunks(chunks, config.inputs, files), pool)
     _check_bad_rows(run.corpus, tokenised, config.max_bad_rows)
-    tokenizer = load_tokenizer(source)
-    plan = StreamPlan(run.corpus, config, chunks, tokenised, tokenizer)
-    if config.train_tokenizer is None:  # a trained one is there already; the source of another may move or change
-        save_tokenizer(tokenizer, run.corpus / TOKENIZER)
+    plan = StreamPlan(run.corpus, config, chunks, tokenised, load_tokenizer(str(run.corpus / TOKENIZER)))
     results = run_shards(
         VERB,
         plan.shards(),
@@ -159,19 +158,27 @@ def _tokenise(
     corpus: Path, source: str, config: PackCorpus, keyed: Sequence[KeyedChunk], pool: Pool
 ) -> dict[str, dict[str, Any]]:
     """The result of every chunk by key, with the `first_row` of its file. `source`: of the tokenizer."""
-    inputs, vocab_size = config.inputs, config.train_tokenizer
-    some_rows = [item for item in keyed if inputs[item.chunk.input_index].rows]
+    inputs, vocab_size, kept = config.inputs, config.train_tokenizer, corpus / TOKENIZER
     settings = TokeniseSettings(
         inputs=inputs,
-        tokenizer=source,
+        tokenizer=str(kept),
         folder=str(corpus / TOKENS),
         special_text=config.special_tokens == "token",
     )
-    counted = run_shards(VERB, some_rows, CountRows, settings, folder=corpus / COUNTS, pool=pool, unit="chunks counted")
+    counted: dict[str, dict[str, Any]] = {}
+    while following := uncounted_chunks(keyed, inputs, counted, pool.size):
+        counted |= run_shards(
+            VERB, following, CountRows, settings, folder=corpus / COUNTS, pool=pool, unit="chunks counted"
+        )
     keyed = placed_chunks(keyed, inputs, counted)
-    if vocab_size is not None and not location(source).exists():
+    if _keeps_tokenizer(corpus):
+        if vocab_size is None:
+            require_kept(source, kept)
+    elif vocab_size is None:
+        save_tokenizer(load_tokenizer(source), kept)
+    else:
         log(VERB, f"training a tokenizer of {vocab_size:,} tokens")
-        run_task(train_on_chunks, keyed, inputs, vocab_size, source, resources=ONE_CPU)
+        run_task(train_on_chunks, keyed, inputs, vocab_size, str(kept), resources=ONE_CPU)
     tokenised = run_shards(
         VERB,
         keyed,
@@ -183,6 +190,19 @@ def _tokenise(
     )
     number_rows(keyed, tokenised)
     return tokenised
+
+
+def _keeps_tokenizer(corpus: Path) -> bool:
+    """Whether chunks were begun with the tokenizer that the corpus keeps. It is whole then: on an object store one that
+    was cut off may be there before. Tokens without a tokenizer are of an unknown one, and removed."""
+    if not (corpus / TOKENS).exists():
+        return False
+    if (corpus / TOKENIZER).exists():
+        return True
+    log(VERB, f"{corpus / TOKENIZER} is not there: its chunks are tokenised anew")
+    for scratch in (LEDGER, TOKENS):
+        remove_tree(corpus / scratch)
+    return False
 
 
 def _check_bad_rows(corpus: Path, tokenised: dict[str, dict[str, Any]], limit: int) -> None:

@@ -24,6 +24,7 @@ from ifguide.models import load_model
 from ifguide.pipeline import stage
 from ifguide.run import Run
 from ifguide.stages import build_query, pack_corpus
+from ifguide.tokenizer import load_tokenizer, train_tokenizer
 from tests.stages.conftest import ARCHITECTURE, small_config
 from tests.stages.interrupting import interrupted_before
 
@@ -83,6 +84,39 @@ def test_a_tokenizer_of_no_documents_is_refused(pack: Callable[..., Any], data: 
     tree["pack_corpus"] = {"inputs": [str(tmp_path / "in.jsonl")], "train_tokenizer": 300}
     with pytest.raises(ValueError, match=r"pack_corpus.inputs: no document in .*in.jsonl"):
         stage("pack_corpus")(Run(config=config_from_mapping(tree)))
+
+
+def test_a_pack_that_was_ended_goes_on_with_the_tokenizer_that_it_began_with(
+    data: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = small_config(data, tmp_path / "run")
+    tree["tokenizer"] = str(tmp_path / "tokenizer")
+    shutil.copytree(data / "tokenizer", tmp_path / "tokenizer")
+    run = Run(config=config_from_mapping(tree))
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_corpus, "number_rows", lambda *_: 1 / 0)  # all chunks are tokenised, and nothing is packed
+        with pytest.raises(ZeroDivisionError):
+            stage("pack_corpus")(run)
+    train_tokenizer(["others"], vocab_size=300).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(MismatchError, match=r"tokenizer is another tokenizer now than .*/corpus was begun with: "):
+        stage("pack_corpus")(run)
+    shutil.rmtree(tmp_path / "tokenizer")
+    gone = stage("pack_corpus")(run)
+    assert gone.summary["vocab_size"] == len(load_tokenizer(str(data / "tokenizer")))
+
+    shutil.rmtree(run.corpus)
+    shutil.copytree(data / "tokenizer", tmp_path / "tokenizer")
+    assert stage("pack_corpus")(run).fingerprint == gone.fingerprint
+
+
+def test_tokens_of_an_unknown_tokenizer_are_made_again(tmp_path: Path) -> None:
+    for name in ("ledger", "tokens", "counts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    assert pack_corpus._keeps_tokenizer(tmp_path)
+    (tmp_path / "tokenizer").rmdir()
+    assert not pack_corpus._keeps_tokenizer(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["counts"]
 
 
 @pytest.mark.parametrize("named", ["trained", "/old/run/corpus/tokenizer"])

@@ -9,10 +9,22 @@ from typing import Any
 
 import pytest
 
-from ifguide.artifacts import publish_folder
+from ifguide.artifacts import publish_folder, verified
+from ifguide.corpus.inputs import digest_input, input_files, unchanged, write_inputs
+from ifguide.records.choice import RowChoice
 from ifguide.records.files import list_files
-from ifguide.storage import Mirror, download_folder, file_sizes, local_copy, location, machine_folder, upload_folder
+from ifguide.storage import (
+    Mirror,
+    download_folder,
+    file_sizes,
+    local_copy,
+    location,
+    machine_folder,
+    stamp,
+    upload_folder,
+)
 from tests.s3_server import s3_server
+from tests.unit.artifacts.test_artifact import SHARD, opened, write_shard
 
 pytest.importorskip("upath")
 TEXTS = {"a": "one", "sub/b": "second", "sub/deep/c": ""}
@@ -178,3 +190,67 @@ def test_one_file_is_copied_from_a_store_that_lists_it_by_name_alone(
         type(fs), "find", lambda self, path, **options: [path] if self.isfile(path) else find(self, path, **options)
     )
     assert local_copy(store / "a").read_text() == "one"
+
+
+@pytest.mark.parametrize("name", ["etag", "ETag", "last_modified", "updated"])
+def test_a_file_that_is_written_anew_at_the_same_size_has_another_stamp(
+    name: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its store calls the tag or the time."""
+    describe(store, monkeypatch, name=name)
+    (store / "a").write_text("one")
+    first, copy = stamp(store / "a"), local_copy(store / "a")
+    assert stamp(store / "a") == first
+    assert local_copy(store / "a") == copy
+    (store / "a").write_text("two")
+    assert stamp(store / "a") != first
+    assert local_copy(store / "a").read_text() == "two"
+
+
+def test_of_a_store_without_tags_and_times_nothing_is_trusted(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe(store, monkeypatch)
+    rows, folder = store / "rows.txt", store / "made"
+    rows.write_text("1\n")
+    _, file = digest_input(str(rows))
+    assert file.stamp is None
+    write_inputs(tmp_path, {str(rows): file})
+    with unchanged({str(rows): file}):
+        assert RowChoice.of(str(rows)).start == 1
+    copy = local_copy(rows)
+    assert local_copy(rows) == copy
+    artifact = opened(folder)
+    artifact.finish([write_shard(folder, "one")], rows={}, summary={})
+    verified(folder, SHARD)
+
+    rows.write_text("2\n")
+    (folder / SHARD).write_text("two")
+    assert input_files(tmp_path, [str(rows)], lambda function, calls: (function(*call) for call in calls)) != {
+        str(rows): file
+    }
+    assert RowChoice.of(str(rows)).start == 2
+    assert (local_copy(rows).read_text(), copy.read_text()) == ("2\n", "1\n")
+    with pytest.raises(ValueError, match="was written to while it was packed"), unchanged({str(rows): file}):
+        pass
+    with pytest.raises(ValueError, match="has changed since it was made"):
+        verified(folder, SHARD)
+
+
+def describe(store: Path, monkeypatch: pytest.MonkeyPatch, name: str | None = None) -> None:
+    """Have the store describe files by size, and by a time of this name."""
+    kind = type(store.fs)  # type: ignore[attr-defined]
+    info = kind.info
+
+    def described(fs: Any, path: str, **options: Any) -> dict[str, Any]:
+        entry = dict(info(fs, path, **options))
+        time = entry.pop("created", None)
+        return entry if name is None else {**entry, name: str(time)}
+
+    find = kind.find
+    monkeypatch.setattr(kind, "info", described)
+    monkeypatch.setattr(
+        kind,
+        "find",
+        lambda fs, path, **options: {file: described(fs, file) for file in find(fs, path)},
+    )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerFast
 
-from ifguide.tokenizer import token_places
+from ifguide.artifacts import MismatchError
+from ifguide.tokenizer import load_tokenizer, require_kept, save_tokenizer, token_places, train_tokenizer
 from tests.tokenizers import byte_level
+from tests.tokenizers import tokenizers as kinds
 from tests.unit.report.test_view import TEXT, tokenizers
 
 
@@ -50,3 +55,18 @@ def test_tokens_that_change_what_is_before_them_have_no_places() -> None:
         assert tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == decoded
         with pytest.raises(ValueError, match=message):
             token_places(tokenizer, decoded, tokens)
+
+
+@pytest.mark.parametrize("name", kinds())
+def test_a_source_that_is_another_tokenizer_than_was_kept_of_it_is_refused(name: str, tmp_path: Path) -> None:
+    source, kept = tmp_path / "source", tmp_path / "corpus" / "tokenizer"
+    kinds()[name].save_pretrained(source)
+    save_tokenizer(load_tokenizer(str(source)), kept)
+    require_kept(str(source), kept)
+    train_tokenizer(["others"], vocab_size=300).save_pretrained(source)
+    with pytest.raises(
+        MismatchError, match=r"source is another .*/corpus was begun with: restore it, or delete .*corpus and"
+    ):
+        require_kept(str(source), kept)
+    shutil.rmtree(source)
+    require_kept(str(source), kept)  # there is nothing to compare with

@@ -187,6 +187,27 @@ def test_a_driver_elsewhere_is_believed_while_it_beats_and_replaced_when_it_stan
     assert read_holder(folder) is None
 
 
+@pytest.mark.parametrize("module", ["builtins", "botocore.exceptions"])
+def test_a_holder_beats_on_after_its_store_was_away_for_a_moment(tmp_path, monkeypatch, module):
+    """Whatever the store's client raises then."""
+    error = OSError if module == "builtins" else type("ConnectTimeoutError", (Exception,), {"__module__": module})
+    away = iter([True] * 3)
+
+    def write(path: Path, content: dict) -> None:
+        if next(away, False):
+            raise error
+        write_json(path, content)
+
+    monkeypatch.setattr(lock, "write_json", write)
+    with hold(tmp_path, "run"):
+        beating = [thread for thread in threading.enumerate() if "_beat" in thread.name]
+        while (now := read_holder(tmp_path)) is None or not now.beat:
+            assert all(thread.is_alive() for thread in beating)
+            time.sleep(0.01)
+    assert len(beating) == 1
+    assert next(away, None) is None
+
+
 def test_a_record_that_is_not_whole_keeps_nobody_out(tmp_path):
     (tmp_path / LOCK).write_text('{"token"')
     with hold(tmp_path, "run"):

@@ -64,7 +64,7 @@ def test_token_table_keeps_the_rows_asked_for_counted_over_the_whole_input(tmp_p
     (chunk,) = list_chunks(source, 0, chunk_bytes=10**9, dotted_key="k")
     ranged = dataclasses.replace(source, rows=(1100, 1680))
     table, bad, read = token_table(chunk, ranged, tokenizer, first_input_row=1000, annotate=annotate)
-    assert read == 700
+    assert read == 680, "rows behind the last one taken are not read"
     rows = [row for row in range(100, 680) if row != 150]  # more than one tokeniser batch
     assert table.column("row").to_pylist() == rows
     assert [(entry["row"], entry["source"]) for entry in bad] == [(150, source.path)]

@@ -75,7 +75,7 @@ def test_a_list_that_is_written_anew_is_read_anew(tmp_path) -> None:
 def test_rows_beyond_the_input_are_refused(tmp_path) -> None:
     source = Input(path="a", rows=write(tmp_path / "a.txt", [2, 9]))
     with pytest.raises(ConfigError, match=r"pack_corpus\.inputs\[0\]\.rows: ends at 10, but a has 0 rows"):
-        placed_chunks(keyed_chunks([], {}), [source], {})
+        placed_chunks(keyed_chunks([], [], {}), [source], {})
 
 
 def test_a_config_names_a_range_or_a_file() -> None:

@@ -98,6 +98,29 @@ def test_a_pattern_enters_no_circle_and_leaves_no_link_to_nothing_out(tmp_path: 
         list_files(str(tmp_path), "k")
 
 
+def test_a_pattern_that_finds_a_file_in_several_ways_takes_it_once(tmp_path: Path) -> None:
+    for name in ("en/a/en/b.jsonl", "en/c.jsonl", "de/d.jsonl"):
+        write(tmp_path / name)
+    assert names(tmp_path, "**/en/**/*.jsonl") == ["en/a/en/b.jsonl", "en/c.jsonl"]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_pattern_takes_what_is_hidden_where_it_names_it(remote: bool, tmp_path: Path, store: Path) -> None:
+    folder = (store if remote else tmp_path) / ".hidden"
+    for name in ("a.jsonl", ".b.jsonl", ".git/c.jsonl", ".git/.d/e.jsonl", "f/g.jsonl"):
+        write(folder / name)
+
+    def taken(pattern: str) -> list[str]:
+        return [str(path)[len(str(folder)) + 1 :] for path in list_files(f"{folder}/{pattern}", "k")]
+
+    assert taken("*.jsonl") == ["a.jsonl"]
+    assert taken("**/*.jsonl") == ["a.jsonl", "f/g.jsonl"]
+    assert taken("*") == ["a.jsonl", "f/g.jsonl"]
+    assert taken(".*.jsonl") == [".b.jsonl"]
+    assert taken("**/.git/**/*.jsonl") == [".git/c.jsonl"]
+    assert taken(".git/.*/*.jsonl") == [".git/.d/e.jsonl"]
+
+
 def test_the_run_s_own_directory_is_no_input_though_it_lies_in_one(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl")
     for name in ("lock.json", "corpus/shard-00000.parquet", "corpus/notes.bin"):
