@@ -315,11 +315,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--penalties", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0])
     parser.add_argument("--budgets", type=float, nargs="*", default=[], help="further shares of the tokens to mask")
     parser.add_argument("--methods", nargs="*", help="of the config's methods; default: all")
-    parser.add_argument("--proxy", default="smollm2")
+    parser.add_argument("--proxy", default="smollm2", help="smollm2, configured, or a source")
     parser.add_argument("--at", type=float, default=1.03, help="ratio of benign perplexities that is compared at")
     parser.add_argument("--record", action="store_true", help="keep the seeds' rows in bench/records/real_text")
     parser.add_argument("--recorded", action="store_true", help="take seeds from bench/records/real_text")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="of the config")
     return parser.parse_args()
 
 

@@ -303,8 +303,7 @@ def import_mask(options: argparse.Namespace) -> int:
     from ifguide.run import Run
 
     config = _load(options)
-    run = Run(config=config)
-    tokens = _blocks(options)
+    run, tokens = Run(config=config), _blocks(options)
     if options.dry_run:
         check_mask(options.mask, run.corpus, tokens)
         log(options.command, f"would make {run.mask} of {options.mask}, shifted by {options.shift}")
@@ -331,9 +330,8 @@ def import_scores(options: argparse.Namespace) -> int:
     from ifguide.run import Run
     from ifguide.score_import import check_scores, import_scores
 
-    config = _load(options)
+    config, tokens = _load(options), _blocks(options)
     run = Run(config=config)
-    tokens = _blocks(options)
     if options.dry_run:
         scores = check_scores(options.scores, run.corpus, tokens, options.query)
         log(options.command, f"would make {run.scores} of {scores.sequences:,} sequences that {scores.made_by} scored")
