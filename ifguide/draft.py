@@ -261,8 +261,13 @@ def _described(source: Source, size: InputSize | None) -> str:
 
 
 def _input(source: Source, line: str) -> str:
+    return f"    # {line.removeprefix(f'{source.path}: ')}\n{_item(source)}"
+
+
+def _item(source: Source) -> str:
+    """Of a list of documents."""
     column = f"      text_column: {_quoted(source.kind.column)}\n" if source.kind.column else ""
-    return f"    # {line.removeprefix(f'{source.path}: ')}\n    - path: {_quoted(source.path)}\n{column}"
+    return f"    - path: {_quoted(source.path)}\n{column}"
 
 
 def _query(tables: Mapping[str, Sequence[str]]) -> str:
@@ -280,12 +285,7 @@ def _query(tables: Mapping[str, Sequence[str]]) -> str:
 
 
 def _held_out(sources: Sequence[Source]) -> str:
-    rows = (
-        f"    - path: {_quoted(source.path)}\n"
-        + (f"      text_column: {_quoted(source.kind.column)}\n" if source.kind.column else "")
-        for source in sources
-    )
-    return f"  heldout:\n{''.join(rows)}" if sources else NO_HELD_OUT
+    return f"  heldout:\n{''.join(map(_item, sources))}" if sources else NO_HELD_OUT
 
 
 def _evaluation(tables: Mapping[str, Sequence[str]], held_out: Sequence[Source]) -> str:

@@ -29,6 +29,7 @@ from ifguide.evaluation.figures import FLUENCY_TITLES, METRICS
 from ifguide.evaluation.prompts import PROMPTS
 from ifguide.storage import local_copy
 from ifguide.telemetry import log
+from ifguide.toxicity import WHOLE
 from ifguide.training.loop import EXPORT
 from ifguide.training.model_card import CARD
 
@@ -129,7 +130,7 @@ def _results(metrics: Mapping[str, Any], options: Mapping[str, Any], model: str)
         for group, values in results["groups"].items():
             for kind in ("emt", "tp"):
                 for label in metrics["evaluators"]:
-                    title = f"{kind.upper()}, {label}" + ("" if group == "all" else f", {group}")
+                    title = f"{kind.upper()}, {label}" + ("" if group == WHOLE else f", {group}")
                     yield from _result(_dataset(paths[prompts]), kind, title, values[kind][label], metrics)
     for task, results in figures.get("lm_eval", {}).items():
         for metric, figure in results.items():

@@ -21,7 +21,6 @@ import numpy as np
 from bench.common.behaviours import SPANS
 from bench.common.texts import Document
 from ifguide.methods.finders import sentence_spans, word_spans
-from ifguide.methods.marks import find_classified_words
 from ifguide.words import Span, WordList
 
 PRIOR = 5.0  # uses
@@ -43,7 +42,6 @@ def word_rivals(
     alone = [[(span, text[slice(*span)]) for span in word_spans(text)] for text in texts]
     distinct = sorted({word for of_text in alone for _, word in of_text})
     probability = dict(zip(distinct, classify(distinct), strict=True)) if distinct else {}
-    flagged = find_classified_words(classify, THRESHOLD)(texts)
     return {
         "word_marks": [
             spread_values(places, [(span, shares.get(word, rate)) for span, word in of_text])
@@ -54,7 +52,10 @@ def word_rivals(
             spread_values(places, [(span, float(probability[word])) for span, word in of_text])
             for of_text, places in zip(alone, offsets, strict=True)
         ],
-        "classified_words": [spread(places, spans, 1.0) for spans, places in zip(flagged, offsets, strict=True)],
+        "classified_words": [
+            spread(places, [span for span, word in of_text if probability[word] >= THRESHOLD], 1.0)
+            for of_text, places in zip(alone, offsets, strict=True)
+        ],
         "classifier": [sentence_scores(text, places, classify) for text, places in zip(texts, offsets, strict=True)],
     }
 

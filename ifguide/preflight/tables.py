@@ -72,10 +72,11 @@ class TableChecks:
         if one.rows or other.rows or one.on_hub or other.on_hub:
             return None
         try:
-            files = [list_files(own.path, "path", apart=self.apart) for own in (one, other)]
+            files, others = (list_files(own.path, "path", apart=self.apart) for own in (one, other))
         except (FileNotFoundError, ValueError):  # named by the check of its own key
             return None
-        return next((str(path) for path in files[0] if path in set(files[1])), None)
+        shared = set(others)
+        return next((str(path) for path in files if path in shared), None)
 
     def documents(self, key: str, source: Input, *, bad_rows: int | None = None) -> None:
         """Documents, of which `bad_rows` may be unusable; None: texts that are all wanted."""

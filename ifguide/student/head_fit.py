@@ -37,6 +37,10 @@ TRANSFORMS = ("cut", "root", "rank", "top")
 RIDGES = (0.003, 0.03, 0.3, 3.0)
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 GRID = 1024  # quantiles that a rank is read from
+NO_BLOCKS = (
+    "a student needs blocks to be fitted on and others that are held out; raise fit_student.sample_fraction, or its"
+    " held_out"
+)
 FITTED, HELD_OUT, NO_FOLD = 0, 1, -1
 
 
@@ -121,10 +125,7 @@ def fit_head(sample: HeadSample, head: HeadDerivatives) -> HeadFit:
         ValueError: no blocks were held out, or none were fitted on.
     """
     if sample.sums is None or not sample.sums.tokens_K.all():
-        raise ValueError(
-            "a student needs blocks to be fitted on and others that are held out; raise fit_student.sample_fraction, or"
-            " held_out"
-        )
+        raise ValueError(NO_BLOCKS)
     tried: list[dict[str, Any]] = []
     for layers in layer_choices(sample.layers):
         tried += _try(sample, layers, head)

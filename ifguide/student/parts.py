@@ -24,16 +24,12 @@ from ifguide.student.encoder import EncoderStudent
 from ifguide.student.encoder_fit import EncoderSettings, LabelledBlocks, fit_encoder
 from ifguide.student.fidelity import TOP_SHARE, fidelity
 from ifguide.student.head import HeadStudent
-from ifguide.student.head_fit import HeadSample, HeldBlocks, Transforms, best_head, fit_head
+from ifguide.student.head_fit import NO_BLOCKS, HeadSample, HeldBlocks, Transforms, best_head, fit_head
 from ifguide.student.ngrams import NgramStudent, NgramSums, best_ngram, choose_ngrams
 from ifguide.student.suffix import SuffixStudent
 
 HELD_FEATURES = 1 << 15  # tokens of all parts whose features are kept
 HELD_TOKENS = 1 << 22  # of all parts whose ids and scores are
-NO_BLOCKS = (
-    "a student needs blocks to be fitted on and others that are held out; raise fit_student.sample_fraction, or its"
-    " held_out"
-)
 
 
 class Labelled(NamedTuple):
