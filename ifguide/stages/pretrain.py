@@ -221,11 +221,12 @@ def _kept(folder: Path) -> str:
 
 
 def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
-    """Train to the end, in as many runs of Ray Train as machines are taken away."""
+    """Train to the end, in as many runs of Ray Train as machines are taken away, or workers lost between two states of
+    Ray Train, for which it ends a run: `pretrain.max_failures` of those at most."""
     from ray.train import TrainingFailedError
 
     train, folder = settings.train, location(settings.folder)
-    failure = folder / FAILURE
+    failure, failures = folder / FAILURE, 0
     require_resources(cluster, VERB, train.resources, train.fewest_workers)
     try:
         while True:
@@ -236,14 +237,29 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
                 _fit(_trainer(settings, fixed=is_fixed(cluster)), folder)
             except TrainingFailedError as failed:  # it may be of what Ray met while it ended the others
                 error = failed
-            if error or failure.exists():
+            if failure.exists() or (error and not _lost_by_ray(error)):
                 raise StageError(_reason(failure, error)) from error
             if (folder / SUMMARY).exists():
                 return
-            log(VERB, f"{settings.name}: a machine is being taken away: {_kept(folder)}; going on on others")
+            if error:
+                failures += 1
+                if 0 <= train.max_failures < failures:
+                    raise StageError(_reason(failure, error)) from error
+                reason = str(error).strip().splitlines()[-1]
+                log(VERB, f"{settings.name}: {reason}; {_kept(folder)}; starting again", level=logging.WARNING)
+            else:
+                log(VERB, f"{settings.name}: a machine is being taken away: {_kept(folder)}; going on on others")
     finally:
         for word in (failure, folder / STOP):
             word.unlink(missing_ok=True)
+
+
+def _lost_by_ray(error: Exception) -> bool:
+    """Whether a worker was gone while Ray Train started the workers or ended them, which it does not try again."""
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
 
 
 def _trainer(settings: TrainingSettings, *, fixed: bool = False) -> Any:

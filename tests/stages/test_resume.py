@@ -21,7 +21,8 @@ import pytest
 import ray
 import torch
 import yaml
-from ray.train import TrainingFailedError
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError, TrainingFailedError
 from safetensors.torch import load_file
 
 from ifguide.artifacts import file_digest
@@ -33,7 +34,7 @@ from ifguide.stages.pretrain import FAILURE, pretrain
 from ifguide.telemetry import read_metrics
 from ifguide.training.checkpoints import last_checkpoint
 from ifguide.training.folder import METRICS
-from ifguide.training.loop import TrainingLoop
+from ifguide.training.loop import SUMMARY, TrainingLoop
 from ifguide.training.settings import TrainingSettings
 from tests import forked
 from tests.prefork import holds
@@ -268,6 +269,47 @@ def test_what_a_rank_wrote_down_is_said_whatever_ray_met_in_ending_the_others(
     with pytest.raises(StageError, match=r"^the loss is nan at step 2$"):
         pretrain_stage._train_on_ray(failing, run.config.cluster)
     assert not (folder / FAILURE).exists()
+
+
+def test_a_worker_that_is_lost_while_ray_starts_it_costs_a_start(
+    run: Run, cluster: None, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing = settings("losing", epochs=1)
+    folder, starts = Path(losing.folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def fit(trainer: Any, folder: Path) -> None:
+        starts.append(trainer)
+        if len(starts) <= losing.train.max_failures:
+            raise ControllerError(ActorDiedError())
+        (folder / SUMMARY).write_text("{}")
+
+    monkeypatch.setattr(pretrain_stage, "_trainer", lambda settings, **_: None)
+    monkeypatch.setattr(pretrain_stage, "_fit", fit)
+    pretrain_stage._train_on_ray(losing, run.config.cluster)
+    assert len(starts) == losing.train.max_failures + 1 > 1
+
+
+@pytest.mark.parametrize(("failure", "again"), [(ActorDiedError(), True), (OSError("no space"), False)])
+def test_what_ray_ends_a_training_for_is_said_at_once_or_after_the_last_start(
+    run: Run,
+    cluster: None,
+    settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    again: bool,
+) -> None:
+    failing, starts = settings("failing_in_ray", epochs=1), []
+
+    def fit(trainer: Any, folder: Path) -> None:
+        starts.append(trainer)
+        raise ControllerError(failure)
+
+    monkeypatch.setattr(pretrain_stage, "_trainer", lambda settings, **_: None)
+    monkeypatch.setattr(pretrain_stage, "_fit", fit)
+    with pytest.raises(StageError, match=r"^Training failed due to controller error"):
+        pretrain_stage._train_on_ray(failing, run.config.cluster)
+    assert len(starts) == (failing.train.max_failures + 1 if again else 1)
 
 
 def test_workers_that_the_machine_cannot_hold_are_refused(run: Run, cluster: None, tmp_path: Path) -> None:
