@@ -20,7 +20,7 @@ Compared, all with the same queries:
 `word_list`, `word_marks` and `span_probe` have seen what the others have not, the marked spans of documents outside the
 sample: words that lie in them, and a probe of their tokens. `--words` measures those of words alone, in seconds.
 
-Scores are those of the difference engine at full rank, in bfloat16 where the CPU has instructions for it; directions
+Scores are those of the difference engine at full rank, in bfloat16 where the CPU is quicker with it; directions
 share one pass. A mask is often widened by a window of neighbours, which hides much of a shift by one. So the precision
 of masks of equal size (`--budget`) is given too, without a window and with one of one token on either side; ties are
 broken by seed. Where people judged whole sentences, a score that is even along one has an advantage that says nothing

@@ -19,7 +19,7 @@ middle sample at `--cascade`:
   certificate of a random half of the documents, and whether its interval holds the figures of all;
 - tokens in a second, each student and the exact `fast` pass alone on the same blocks of 128 tokens, by turns.
 
-Exact scores are those of the difference engine at full rank, in bfloat16 where the CPU has instructions for it; there
+Exact scores are those of the difference engine at full rank, in bfloat16 where the CPU is quicker with it; there
 `head` reads a copy of the proxy in bfloat16 too. The encoder learns from documents that are packed into blocks, apart
 from each other. A suffix learns nothing: its curve is flat. Last line: one JSON object. Not measured here: masks in
 training, unless --runs names two finished runs of one seed, with exact scores and with those of a cascade: then the

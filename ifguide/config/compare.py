@@ -120,7 +120,7 @@ class Probe:
         tokens: to learn from, at most; half of each kind.
         folds: of the cross-validation.
         strengths: of the L2 penalty that are tried, as scikit-learn's C: smaller is stronger.
-        precision: of the proxy's matrix products. bfloat16 is quicker on a GPU, and on a CPU with instructions for it.
+        precision: of the proxy's matrix products. bfloat16 is quicker on a GPU, and on most CPUs that have it.
     """
 
     tokens: int = option(10_000, at_least=2)
@@ -140,7 +140,7 @@ class ExcessLoss:
         batch_size: queries of a step.
         learning_rate: of AdamW.
         max_queries: of each set. Null: all of the smaller one.
-        precision: of the copies' matrix products. bfloat16 is quicker on a GPU, and on a CPU with instructions for it.
+        precision: of the copies' matrix products. bfloat16 is quicker on a GPU, and on most CPUs that have it.
     """
 
     epochs: int = option(2, at_least=1)

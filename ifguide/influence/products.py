@@ -8,7 +8,9 @@ Cost: 2 FLOP for each entry of M and row of x; M is held once. Sums are float32 
 """
 
 import functools
+import math
 import platform
+import time
 from typing import ClassVar
 from weakref import WeakValueDictionary
 
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PAYS_FROM = 1.2  # times as quick as float32: bfloat16 costs precision
 EXPECTED_ROWS = 2048  # oneDNN chooses the blocks for about so many; any number is right
 
 
@@ -97,12 +100,30 @@ class JointProduct:
 def bfloat16_pays(device: torch.device) -> bool:
     """Whether products are quicker in bfloat16 than in float32 on a device.
 
-    A CPU needs instructions for it: with AVX2 alone, bfloat16 took six times as long as float32."""
+    A CPU needs instructions for it: with AVX2 alone, bfloat16 took six times as long as float32. With them it is asked
+    for a product in both: an AMD EPYC took half as long in bfloat16, an Intel Xeon with AVX-512's and no AMX twice as
+    long. No processor was met that is between, where two runs might decide differently."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if platform.machine() in ("x86_64", "AMD64"):
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(supported) and _seconds_ratio() >= PAYS_FROM
+
+
+def _seconds_ratio(rows: int = EXPECTED_ROWS, width: int = 768, repeats: int = 5) -> float:
+    """Seconds of a product on the CPU in float32 over those in bfloat16: the best of each, taken in turns."""
+    generator = torch.Generator().manual_seed(0)
+    x, matrix = (torch.randn(shape, generator=generator) for shape in ((rows, width), (width, width)))
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    pairs = {dtype: (x.to(dtype), Product(matrix.to(dtype))) for dtype in seconds}
+    for _ in range(repeats):
+        for dtype, (rows_of_x, product) in pairs.items():
+            start = time.perf_counter()
+            product(rows_of_x)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ifguide.influence import products
-from ifguide.influence.products import Product, can_pack
+from ifguide.influence.products import Product, bfloat16_pays, can_pack
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch cannot pack bfloat16 matrices")
 
@@ -34,6 +34,33 @@ def test_other_precisions_are_multiplied_as_they_are() -> None:
     assert not product.packed
     assert torch.equal(product(x), torch.nn.functional.linear(x, matrix))
     torch.testing.assert_close(product.added_to(y.clone(), x), y + x @ matrix.mT)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "ratio", "pays"), [(True, 2.0, True), (True, 0.5, False), (False, 2.0, False)]
+)
+def test_bfloat16_pays_where_there_are_instructions_and_a_product_is_quicker(
+    monkeypatch: pytest.MonkeyPatch, instructions: bool, ratio: float, pays: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(products, "_seconds_ratio", lambda: ratio)
+    assert bfloat16_pays.__wrapped__(torch.device("cpu")) is pays
+
+
+def test_the_ratio_of_seconds_is_of_float32_over_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that a float32 product moves by 3 and a bfloat16 one by 2."""
+    now = 0.0
+
+    def multiply(self: Product, x: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += {torch.float32: 3.0, torch.bfloat16: 2.0}[x.dtype]
+        return x
+
+    monkeypatch.setattr(Product, "__call__", multiply)
+    monkeypatch.setattr(products.time, "perf_counter", lambda: now)
+    assert products._seconds_ratio(rows=2, width=2) == 1.5
 
 
 def test_a_wrong_operator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
