@@ -32,6 +32,11 @@ def is_store_error(error: BaseException) -> bool:
     return type(error).__module__.startswith(STORE_ERRORS)
 
 
+def is_storage_error(error: BaseException) -> bool:
+    """Whether a file system raised it, local or remote."""
+    return isinstance(error, OSError) or is_store_error(error)
+
+
 def location(path: str | Path) -> Path:
     """The absolute local path, or the remote one, that a config or a command line names.
 
@@ -89,16 +94,17 @@ def make_folder(folder: Path) -> None:
 
 
 def read_texts(paths: Iterable[Path]) -> list[str]:
-    """The contents of small files; remote ones are fetched side by side."""
+    """The contents of small files; remote ones are fetched side by side. A byte that is not UTF-8 is U+FFFD: what reads
+    them finds the damage, and can name the file."""
     paths = list(paths)
     if not paths or not is_remote(paths[0]):
-        return [path.read_text(encoding="utf-8") for path in paths]
+        return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     fs, names = _fs(paths[0]), [_key(path) for path in paths]
     contents = fs.cat(names)
     if isinstance(contents, bytes):
-        return [contents.decode("utf-8")]
+        return [contents.decode("utf-8", errors="replace")]
     by_path = {fs._strip_protocol(name): content for name, content in contents.items()}
-    return [by_path[fs._strip_protocol(name)].decode("utf-8") for name in names]
+    return [by_path[fs._strip_protocol(name)].decode("utf-8", errors="replace") for name in names]
 
 
 def create(path: Path, text: str) -> bool:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ifguide.artifacts.files import write_json
-from ifguide.storage import create, is_remote, is_store_error, make_folder
+from ifguide.storage import create, is_remote, is_storage_error, make_folder
 from ifguide.telemetry import log
 
 LOCK = "lock.json"
@@ -166,7 +166,7 @@ def _beat(path: Path, holder: Holder, ended: threading.Event) -> None:
                 return
             write_json(path, dataclasses.asdict(dataclasses.replace(holder, beat=beat)))
         except Exception as error:  # a store that is away for a moment: the next beat may reach it
-            if not (isinstance(error, OSError) or is_store_error(error)):
+            if not is_storage_error(error):
                 raise
 
 

@@ -87,7 +87,7 @@ def read_entry(ledger: Path, key: str) -> Entry | None:
     """The entry of a shard that is done; none of one that is not, or whose entry is damaged."""
     path = _place(ledger, key)
     try:
-        return _entry(path.read_text(encoding="utf-8"), path)
+        return _entry(path.read_text(encoding="utf-8", errors="replace"), path)
     except FileNotFoundError:
         return None
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ifguide.distributed.ledger import Attempts
+from ifguide.storage import is_storage_error
 
 LOW_SHARE = 0.12
 SECONDS = 0.2
@@ -51,12 +52,19 @@ class MemoryWatch:
             left, total = memory_left()
             if left < LOW_SHARE * total:
                 own = own_memory()
-                with self.lock, contextlib.suppress(OSError):
-                    for attempts, told in self.told.items():
-                        if own > 1.1 * told:
-                            attempts.failed(death_by_memory(own, left, total))
-                            self.told[attempts] = own
+                with self.lock:
+                    self._tell(own, left, total)
             pause.wait(SECONDS)
+
+    def _tell(self, own: int, left: int, total: int) -> None:
+        try:
+            for attempts, told in self.told.items():
+                if own > 1.1 * told:
+                    attempts.failed(death_by_memory(own, left, total))
+                    self.told[attempts] = own
+        except Exception as error:  # the next look may reach the ledger
+            if not is_storage_error(error):
+                raise
 
 
 def death_by_memory(own: int, left: int, total: int) -> str:

@@ -21,7 +21,7 @@ from ifguide.artifacts import recording
 from ifguide.config.resources import Resources
 from ifguide.distributed.ledger import ACTORS, Attempts, Entry, Failure, read_entry, write_entry
 from ifguide.distributed.memory import MemoryWatch
-from ifguide.storage import location
+from ifguide.storage import is_storage_error, location
 from ifguide.telemetry import configure_logging
 
 
@@ -78,7 +78,9 @@ class LedgerWorker:
         self.storage_error = ""
         try:
             starts.begin()
-        except OSError as error:  # raised here, it would have Ray start this actor again, for ever
+        except Exception as error:  # raised here, it would have Ray start this actor again, for ever
+            if not is_storage_error(error):
+                raise
             self.storage_error = _said(error)
             return
         self.worker = source.make_worker(source.settings)
@@ -92,7 +94,9 @@ class LedgerWorker:
             return Failure(key=shard.key, reason=self.storage_error)
         try:
             return self._attempt(shard)
-        except OSError as error:  # of the ledger itself
+        except Exception as error:  # of the ledger itself
+            if not is_storage_error(error):
+                raise
             return Failure(key=shard.key, reason=_said(error))
 
     def _attempt(self, shard: Shard) -> Entry | Failure:
@@ -152,5 +156,5 @@ def _is_device_lost(error: Exception) -> bool:
     return isinstance(error, torch.AcceleratorError)
 
 
-def _said(error: OSError) -> str:
+def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ifguide import schemas
 from ifguide.artifacts import MANIFEST, publish, verified_files
 from ifguide.config import BuildQuery, ModelSource
+from ifguide.folds import GOLDEN, spread_bits
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.factor_worker import sampled_documents
 from ifguide.influence.proxy import Beginning, load_proxy
@@ -168,13 +169,12 @@ def refine_parts(
 def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path, seed: int) -> Reliability | None:
     """The reliability of scores by the queries, on the sampled `blocks`; None where a set has a single query.
 
-    Of each set `build_query.reliability_queries` are judged, drawn by seed, or all where they are fewer."""
+    Of each set `build_query.reliability_queries` are judged (`draw_queries`), or all where they are fewer."""
     options, rows = settings.options, read_queries(settings.folder)
-    rng = np.random.default_rng(seed)
     sets = [[row for row in rows if row.positive == kind] for kind in (True, False)]
     if any(len(own) == 1 for own in sets):
         return None
-    drawn = [own[i] for own in sets for i in np.sort(rng.permutation(len(own))[: options.reliability_queries])]
+    drawn = [row for own in sets for row in draw_queries(own, options.reliability_queries, seed)]
     sample = schemas.read_table(blocks)
     documents_NT = sampled_documents(sample)
     model = load_proxy(settings.proxy, gpus=options.resources.gpus)
@@ -193,6 +193,13 @@ def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path,
         beginning=settings.beginning.token,
         document_NT=None if documents_NT is None else torch.from_numpy(documents_NT),
     )
+
+
+def draw_queries(rows: Sequence[QueryRow], most: int, seed: int) -> list[QueryRow]:
+    """At most so many of one set's queries, in their order. Seed and row number decide, so of a pair's completions the
+    two sets have both or neither: what they share cancels in V, and must in a part of the queries."""
+    numbers = np.array([row.row for row in rows], np.uint64) + np.uint64(1) + np.array([seed], np.uint64) * GOLDEN
+    return [rows[i] for i in np.sort(np.argsort(spread_bits(numbers * GOLDEN), kind="stable")[:most])]
 
 
 def judge_held_out(settings: QuerySettings) -> float | None:

@@ -66,6 +66,20 @@ class FoldSums(Sums):
             tokens_K=np.array([float(len(rows)) for rows in parts]),
         )
 
+    def add(self, other: FoldSums) -> None:
+        """Add another's sums to these, in place: a third array of all products would be the largest thing held."""
+        for name, mine in vars(self).items():
+            np.add(mine, getattr(other, name), out=mine)
+
+    def of_others(self, name: str, fold: int) -> Floats:
+        """The field's sum over all folds but one; fold -1: over all."""
+        parts_K: Floats = getattr(self, name)
+        total: Floats = np.zeros_like(parts_K[0])
+        for number, part in enumerate(parts_K):
+            if number != fold:
+                total += part
+        return total
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Smoother:
@@ -155,13 +169,12 @@ def fit_smoother(
 
 def fit_others(sums: FoldSums, fold: int, ridges: Sequence[float]) -> tuple[Floats, Floats]:
     """Weights (S, R, D) on features as they are, and biases (S, R), of all folds but one; fold -1: of all."""
-    others = np.arange(len(sums.tokens_K)) != fold
-    n = sums.tokens_K[others].sum()
-    mean_D, mean_S = sums.features_KD[others].sum(axis=0) / n, sums.scores_KS[others].sum(axis=0) / n
-    covariance_DD = sums.products_KDD[others].sum(axis=0) / n - np.outer(mean_D, mean_D)
+    n = sums.of_others("tokens_K", fold)
+    mean_D, mean_S = sums.of_others("features_KD", fold) / n, sums.of_others("scores_KS", fold) / n
+    covariance_DD = sums.of_others("products_KDD", fold) / n - np.outer(mean_D, mean_D)
     spread_D = np.sqrt(np.maximum(np.diagonal(covariance_DD), 0))
     scale_D = np.where(spread_D > SMALL_SPREAD, spread_D, np.inf)  # a constant gets no weight
-    moments_DS = (sums.moments_KDS[others].sum(axis=0) / n - np.outer(mean_D, mean_S)) / scale_D[:, None]
+    moments_DS = (sums.of_others("moments_KDS", fold) / n - np.outer(mean_D, mean_S)) / scale_D[:, None]
     values_D, vectors_DD = np.linalg.eigh(covariance_DD / np.outer(scale_D, scale_D))
     projected_SD = (vectors_DD.T @ moments_DS).T
     shrunk_SRD = projected_SD[:, None] / (np.maximum(values_D, 0) + np.asarray(ridges)[:, None])

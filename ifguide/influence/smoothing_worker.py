@@ -51,7 +51,10 @@ class _Sums:
         self.held.clear()
         self.ranges_S2 = ranges(scores) if self.ranges_S2 is None else self.ranges_S2
         part = FoldSums.of(features, scores.clip(*self.ranges_S2.T), folds, self.folds)
-        self.sums = part if self.sums is None else self.sums + part
+        if self.sums is None:
+            self.sums = part
+        else:
+            self.sums.add(part)
 
 
 def fit_on_sample(settings: ScoringSettings, options: Smoothing, seed: int) -> dict[str, dict[str, float]]:

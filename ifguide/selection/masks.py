@@ -96,6 +96,7 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
     if not mask.manifest:
         _keep_spans(folders, corpus, selected.tokens_masked, run_tasks)
         _finish(mask, selected, summary, rules)
+    remove_tree(rules.scratch)  # of a ranking that was made again beside a finished mask
     assert mask.manifest is not None
     _log_selection(selected, summary, options, mask.plan["options"][VERB])
     return mask.manifest

@@ -221,8 +221,7 @@ def _kept(folder: Path) -> str:
 
 
 def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
-    """Train to the end, in as many runs of Ray Train as machines are taken away, or workers lost between two states of
-    Ray Train, for which it ends a run: `pretrain.max_failures` of those at most."""
+    """Train to the end, in as many runs of Ray Train as machines are taken away, and up to `max_failures` more."""
     from ray.train import TrainingFailedError
 
     train, folder = settings.train, location(settings.folder)
@@ -237,18 +236,14 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
                 _fit(_trainer(settings, fixed=is_fixed(cluster)), folder)
             except TrainingFailedError as failed:  # it may be of what Ray met while it ended the others
                 error = failed
-            if failure.exists() or (error and not _lost_by_ray(error)):
+            failures += error is not None
+            again = error is None or (_lost_by_ray(error) and not 0 <= train.max_failures < failures)
+            if failure.exists() or not again:
                 raise StageError(_reason(failure, error)) from error
             if (folder / SUMMARY).exists():
                 return
-            if error:
-                failures += 1
-                if 0 <= train.max_failures < failures:
-                    raise StageError(_reason(failure, error)) from error
-                reason = str(error).strip().splitlines()[-1]
-                log(VERB, f"{settings.name}: {reason}; {_kept(folder)}; starting again", level=logging.WARNING)
-            else:
-                log(VERB, f"{settings.name}: a machine is being taken away: {_kept(folder)}; going on on others")
+            lost = f"a worker was lost ({error})" if error else "a machine is being taken away"
+            log(VERB, f"{settings.name}: {lost}: {_kept(folder)}; going on on others")
     finally:
         for word in (failure, folder / STOP):
             word.unlink(missing_ok=True)

@@ -99,7 +99,10 @@ class HeadSample:
         targets_NS = np.concatenate([self.transforms(scores_BT[known_BT].double().cpu().numpy()), tangents_ND], axis=1)
         folds_N = np.full(len(features_NF), HELD_OUT if held_out else FITTED)
         part = FoldSums.of(features_NF, targets_NS, folds_N, 2)
-        self.sums = part if self.sums is None else self.sums + part
+        if self.sums is None:
+            self.sums = part
+        else:
+            self.sums.add(part)
         if held_out and (self.most_held is None or sum(own.known_BT.numel() for own in self.held) < self.most_held):
             self.held.append(HeldBlocks(features_BTF, tokens_BT, scores_BT, known_BT))
 

@@ -134,7 +134,8 @@ def choose_queries(options: BuildQuery, seed: int) -> QuerySets:
 
 
 def _given_queries(options: BuildQuery, seed: int) -> QuerySets:
-    """The sets of tables that are of one set each, or of pairs. Rows with an empty completion are `unusable`."""
+    """The sets of tables that are of one set each, or of pairs. Rows with an empty completion, and pairs with
+    margin 0, are `unusable`."""
     if options.pairs is not None:
         tables = dict(zip(("positive", "negative"), read_pairs(options.pairs, "build_query.pairs"), strict=True))
     else:
@@ -143,13 +144,16 @@ def _given_queries(options: BuildQuery, seed: int) -> QuerySets:
             name: [] if source is None else read_completions(source, f"build_query.{name}")
             for name, source in given.items()
         }
-    usable = {name: [i for i, row in enumerate(rows) if row.continuation.strip()] for name, rows in tables.items()}
+    usable = {
+        name: [i for i, row in enumerate(rows) if row.continuation.strip() and row.margin > 0]
+        for name, rows in tables.items()
+    }
     unusable = sum(len(rows) - len(usable[name]) for name, rows in tables.items())
     if unusable:
-        logger.warning("%d completions are empty and no queries", unusable)
+        logger.warning("%d completions are empty, or of a pair with margin 0, and no queries", unusable)
     for name, rows in usable.items():
         if not rows and (name == "positive" or options.differential):
-            raise ValueError(f"build_query.{name}: no table gives a completion for this set")
+            raise ValueError(f"build_query.{name}: no table gives a completion for this set, of a margin above 0")
     chosen = {
         name: [tables[name][i] for i in _choose(usable[name], tables[name], maximum + options.held_out, seed)]
         for name, maximum in (("positive", options.max_positive), ("negative", options.max_negative))

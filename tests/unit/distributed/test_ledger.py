@@ -17,11 +17,14 @@ def test_attempts_survive_their_process_and_are_forgotten_when_done(tmp_path):
 
 
 def test_an_entry_that_is_damaged_is_none(tmp_path):
-    for key in ("a", "b", "c", "d"):
+    for key in ("a", "b", "c", "d", "f"):
         write_entry(tmp_path, Entry(key=key, result={"tokens": 12}, attempts=1, seconds=1.0, files={}))
-    a, b, c = (tmp_path / f"{key}.json" for key in "abc")
+    a, b, c, f = (tmp_path / f"{key}.json" for key in "abcf")
     a.write_text(a.read_text().replace("12", "13"))
     b.write_text(b.read_text()[:20])
     c.write_text(c.read_text().replace("tokens", "Tokens"))
-    assert [read_entry(tmp_path, key) is None for key in "abcde"] == [True, True, True, False, True]
+    flipped = bytearray(f.read_bytes())
+    flipped[10] ^= 0x80  # no longer UTF-8
+    f.write_bytes(flipped)
+    assert [read_entry(tmp_path, key) is None for key in "abcdef"] == [True, True, True, False, True, True]
     assert list(finished_entries(tmp_path)) == ["d"]

@@ -20,7 +20,7 @@ from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.factors import EkfacFit
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, QueryRow, read_queries, write_queries
-from ifguide.influence.query_worker import FactorsFolder, QueryPart, QuerySettings
+from ifguide.influence.query_worker import FactorsFolder, QueryPart, QuerySettings, draw_queries
 from ifguide.influence.refinement import Refinement
 from ifguide.models import tracked_modules
 from tests.tiny import ARCHITECTURES, random_blocks
@@ -128,3 +128,16 @@ def test_a_set_of_a_single_query_has_no_reliability(prepared: Any, tmp_path: Pat
     rows = [QueryRow(row=i, positive=i > 0, score=0.5, prompt="You", completion=" clown") for i in range(4)]
     write_queries(tmp_path, rows)
     assert query_worker.judge_queries(replace(settings, folder=tmp_path), factors, blocks, 0) is None
+
+
+def test_a_sample_of_pairs_has_both_completions_of_each_or_neither() -> None:
+    sets = [
+        [QueryRow(row=row, positive=kind, score=1.0, prompt="p", completion="c") for row in range(50)]
+        for kind in (True, False)
+    ]
+    drawn = [[[row.row for row in draw_queries(own, 10, seed)] for own in sets] for seed in range(3)]
+    for positive, negative in drawn:
+        assert positive == negative == sorted(set(positive))
+        assert len(positive) == 10
+    assert drawn[0] != drawn[1] != drawn[2]
+    assert draw_queries(sets[0], 60, 0) == sets[0]

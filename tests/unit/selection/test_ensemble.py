@@ -173,6 +173,13 @@ def test_bytes_are_the_same_in_any_order_and_after_an_interruption(folders: Sele
         make_mask(replace(options, others=options.others[:1]), again, config_yaml="", run_tasks=in_any_order())
 
 
+def test_a_ranking_that_is_made_again_leaves_no_scratch(folders: SelectionFolders) -> None:
+    first = make_mask(OPTIONS, folders, config_yaml="", run_tasks=in_any_order())
+    remove_tree(folders.ranking)
+    assert make_mask(OPTIONS, folders, config_yaml="", run_tasks=in_any_order()).fingerprint == first.fingerprint
+    assert not (folders.mask / "scratch").exists()
+
+
 def test_a_shard_that_has_changed_is_named(folders: SelectionFolders, tmp_path: Path) -> None:
     options = replace(OPTIONS, others=other_runs(folders, tmp_path))
     path = Path(options.others[1]) / "shard-00001.parquet"

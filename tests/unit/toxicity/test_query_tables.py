@@ -13,7 +13,7 @@ import pytest
 
 from ifguide.config import BuildQuery, Completions, ConfigError, Pairs, config_from_mapping
 from ifguide.config.typed_yaml import result_part
-from ifguide.toxicity import choose_queries
+from ifguide.toxicity import QuerySets, choose_queries
 from ifguide.toxicity.prompts import PromptRow, read_completions, read_pairs, read_prompts
 
 
@@ -63,6 +63,21 @@ def test_pairs_weigh_by_their_margin(tmp_path: Path) -> None:
         path = write(tmp_path / "b.jsonl", records[0], {**records[1], "gap": {"by": bad}})
         with pytest.raises(ValueError, match=r"b\.jsonl, row 1: .*by is"):
             read_pairs(Pairs(path=path, margin_column="gap.by"), "k")
+
+
+def test_pairs_of_no_margin_are_no_queries(tmp_path: Path) -> None:
+    """They would take places of others, and a half of nothing else has no mean."""
+
+    def sets(*gaps: float) -> QuerySets:
+        records = [{"prompt": "p", "chosen": " good", "rejected": " bad", "gap": gap} for gap in gaps]
+        pairs = Pairs(path=write(tmp_path / "p.jsonl", *records), margin_column="gap")
+        return choose_queries(BuildQuery(pairs=pairs, weigh="confidence"), 0)
+
+    made = sets(0, 1, 2)
+    assert [row.row for row in made.positive] == [row.row for row in made.negative] == [1, 2]
+    assert (made.unusable, made.positive_rows) == (2, 2)
+    with pytest.raises(ValueError, match=r"build_query\.positive: .*margin above 0"):
+        sets(0, 0)
 
 
 @pytest.mark.parametrize(
