@@ -88,24 +88,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ifguide", description="Influence-function-guided detoxification of LMs")
     parser.add_argument("--version", action="version", version=f"ifguide {_version()}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    verbs = {verb: subparsers.add_parser(verb, help=VERB_HELP[verb]) for verb in VERBS}
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return subparsers.add_parser(name, help=text, description=text)
+
+    verbs = {verb: command(verb, VERB_HELP[verb]) for verb in VERBS}
     for verb in VERBS:
         _add_config_flags(verbs[verb], commands.evaluate if verb == "evaluate" else commands.run_verb)
     verbs["evaluate"].add_argument(
         "--check-classifier", action="store_true", help="only compare the classifiers with the labels in check_data"
     )
-    run = subparsers.add_parser("run", help="every verb in order; running again resumes")
+    run = command("run", "every verb in order; running again resumes")
     _add_config_flags(run, commands.run_all)
-    run.add_argument("--until", choices=VERBS, help="the last verb to run (default: all)")
-    _add_config_flags(
-        subparsers.add_parser("compare", help="run, then train and measure compare.methods too"), commands.compare
-    )
-    looked = subparsers.add_parser("analyse", help="logit lens, linear probes, adversarial suffixes of a run's models")
+    run.add_argument("--until", choices=VERBS, help="the last verb to run; pretrain: the masked one (default: all)")
+    _add_config_flags(command("compare", "run, then train and measure compare.methods too"), commands.compare)
+    looked = command("analyse", "logit lens, linear probes, adversarial suffixes of a run's models")
     _add_config_flags(looked, commands.analyse)
-    show = subparsers.add_parser("show", help="what each artifact of a run directory holds")
+    show = command("show", "what each artifact of a run directory holds")
     show.add_argument("run_dir", type=location)
     show.set_defaults(function=commands.show)
-    status = subparsers.add_parser("status", help="how far each stage of a run is, at any time, from its files alone")
+    status = command("status", "how far each stage of a run is, at any time, from its files alone")
     status.add_argument("run_dir", type=location)
     status.add_argument("--json", action="store_true", help="one JSON object")
     status.add_argument(
@@ -117,13 +119,13 @@ def _parser() -> argparse.ArgumentParser:
         help="again every so often, while it is worked on",
     )
     status.set_defaults(function=commands.status)
-    _add_plan_flags(subparsers.add_parser("plan", help="hours, cost, storage and memory of every stage, beforehand"))
-    inspect = subparsers.add_parser("inspect", help="the top documents of a run, masked tokens in red")
+    _add_plan_flags(command("plan", "hours, cost, storage and memory of every stage, beforehand"))
+    inspect = command("inspect", "the top documents of a run, masked tokens in red")
     inspect.add_argument("run_dir", type=location)
     inspect.add_argument("--documents", type=int, default=10, help="how many (default 10)")
     inspect.add_argument("--context", type=int, default=60, help="tokens shown around masked ones (default 60)")
     inspect.set_defaults(function=commands.inspect)
-    export = subparsers.add_parser("export-scores", help="a run's token scores in kronfluence's own format")
+    export = command("export-scores", "a run's token scores in kronfluence's own format")
     export.add_argument("run_dir", type=location)
     export.add_argument("out", type=Path, help="folder of a kronfluence analysis; scores_NAME is made in it")
     export.add_argument("--name", default="ifguide", help="what kronfluence knows the scores by (default ifguide)")
@@ -132,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--max-gigabytes", type=float, default=8.0, help="refuse more than this (default 8)")
     export.set_defaults(function=commands.export_scores)
-    masks = subparsers.add_parser("export-mask", help="a run's mask as other trainers read it")
+    masks = command("export-mask", "a run's mask as other trainers read it")
     masks.add_argument("run_dir", type=location, help="or its folder target, of a target with another tokenizer")
     masks.add_argument("out", type=location, help="the folder to make")
     masks.add_argument(
@@ -140,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     masks.add_argument("--penalty", type=float, default=1.0, help="hf: minus the weight of a masked token (default 1)")
     masks.set_defaults(function=commands.export_mask)
-    pushed = subparsers.add_parser("push", help="a trained model to the Hugging Face hub, its figures on its card")
+    pushed = command("push", "a trained model to the Hugging Face hub, its figures on its card")
     pushed.add_argument("run_dir", type=location)
     pushed.add_argument("repository", metavar="OWNER/NAME")
     pushed.add_argument("--model", choices=("penalised", "baseline"), default="penalised", help="default: penalised")
@@ -148,42 +150,42 @@ def _parser() -> argparse.ArgumentParser:
     pushed.add_argument("--public", action="store_true", help="for everybody to see; else the repository is private")
     pushed.add_argument("--dry-run", action="store_true", help="say what would be sent, offline")
     pushed.set_defaults(function=commands.push)
-    imported = subparsers.add_parser("import-mask", help="a mask saved by the paper's code becomes the run's mask")
+    imported = command("import-mask", "a mask saved by the paper's code becomes the run's mask")
     _add_config_flags(imported, commands.import_mask, preflight=False)
     imported.add_argument("mask", type=Path, help="a .pt file: one bool tensor (blocks, tokens)")
     imported.add_argument(
         "--shift", type=int, default=0, help="tokens to move it right: 0 acts as in the paper's code (default)"
     )
     _add_tokens_flags(imported)
-    scored = subparsers.add_parser("import-scores", help="token scores of bergson or kronfluence become the run's own")
+    scored = command("import-scores", "token scores of bergson or kronfluence become the run's own")
     _add_config_flags(scored, commands.import_scores, preflight=False)
     scored.add_argument("scores", type=Path, help="the folder that the program wrote")
     scored.add_argument("--query", type=int, help="which of several queries, from 0")
-    scored.add_argument("--negate", action="store_true", help="more is a token that makes the behaviour less likely")
+    scored.add_argument("--negate", action="store_true", help="high scores mean the behaviour gets less likely")
     _add_tokens_flags(scored)
-    init = subparsers.add_parser("init", help="write a first config of the documents that are found")
+    init = command("init", "write a first config of the documents that are found")
     init.add_argument("--data", action="append", default=[], metavar="GLOB", help="files, a folder or a pattern")
     init.add_argument(
         "--from", dest="base", metavar="NAME", help="extend a packaged config; `ifguide config` lists them"
     )
     init.add_argument("--out", type=Path, default=Path("ifguide.yaml"), help="the file to write (default ifguide.yaml)")
     init.set_defaults(function=commands.init)
-    keys = subparsers.add_parser("config", help="the keys of a config: type, default, bounds, meaning")
+    keys = command("config", "the keys of a config: type, default, bounds, meaning")
     keys.add_argument("key", nargs="?", metavar="SECTION[.KEY]", help="default: the sections")
     keys.add_argument("--schema", action="store_true", help="JSON Schema of the config, or of a section: for editors")
     keys.set_defaults(function=commands.explain)
-    demo = subparsers.add_parser("demo", help="make the embedded corpus and run everything on it")
+    demo = command("demo", "make the embedded corpus and run everything on it")
     demo.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="default: the packaged one")
     demo.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")
     demo.add_argument("--dry-run", action="store_true")
     demo.add_argument("--data-only", action="store_true", help="make the corpus and the prompts, and run nothing")
     demo.set_defaults(function=commands.demo)
-    _add_fetch_flags(subparsers.add_parser("fetch-data", help="the real text of configs/real_text.yaml"))
-    cache = subparsers.add_parser("cache", help="this machine's copies of remote files: what each takes")
+    _add_fetch_flags(command("fetch-data", "the real text of configs/real_text.yaml"))
+    cache = command("cache", "this machine's copies of remote files: what each takes")
     cache.add_argument("action", nargs="?", choices=("clear",), help="remove all of them; no run may be using them")
     cache.add_argument("--dry-run", action="store_true", help="say what `clear` would remove")
     cache.set_defaults(function=commands.cache)
-    completion = subparsers.add_parser("completion", help="what a shell completes commands and flags from")
+    completion = command("completion", "print the shell's completion script")
     completion.add_argument("shell", choices=SHELLS)
     completion.set_defaults(function=lambda options: commands.completion(options, _parser()))
     return parser
@@ -220,7 +222,7 @@ def _add_config_flags(
     parser.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
     parser.add_argument("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local one)")
     if preflight:
-        parser.add_argument("--no-preflight", action="store_true", help="do not look first at what would fail later")
+        parser.add_argument("--no-preflight", action="store_true", help="skip the checks before a run")
     parser.set_defaults(function=function)
 
 
