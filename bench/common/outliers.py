@@ -130,7 +130,7 @@ def outlier_figures(
     return {
         "ap_z": round(float(average_precision_score(labels, z_KN[0][judged])), 4),
         "outlier_share_before": round(1 - shares["exact, documents by sum"]["judged"], 4),
-        "outlier_share_after": round(1 - shares["z, documents by rate"]["judged"], 4),
+        "outlier_share_after": round(1 - shares["smoothed, documents by rate"]["judged"], 4),
         "outlier_shares": {name: round(1 - row["judged"], 4) for name, row in shares.items()},
         "fdr_nominal": NOMINAL,
         "fdr_realised": round(shuffled_rate(scores_KN[1:], NOMINAL), 4),

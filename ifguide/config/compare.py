@@ -17,7 +17,7 @@ INFLUENCE = {"influence": None, "exact": False, "smoothed": True}  # by the run'
 ON_QUERIES = ("ngrams", "probe", "excess_loss")  # of these, what tells the two query sets apart
 WORDS, CLASSIFIED = ("words", "word_documents"), ("classified_words", "sentences", "documents")  # masks of marked text
 ANNOTATED, RANDOM = ("annotated", "annotated_documents"), ("random", "random_types")
-SELECTING = ("quantile", "window", "max_fraction")  # a method's own, in place of `build_mask`'s
+SELECTING = ("quantile", "window", "rank_by", "max_fraction")  # a method's own, in place of `build_mask`'s
 OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own
 
 
@@ -162,6 +162,7 @@ class Method:
             with its quantile and window. Null: `tokens`; `influence` keeps the run's own mask.
         quantile: of `units`. Null: that of `build_mask`.
         window: of `units`. Null: that of `build_mask`.
+        rank_by: of `units`. Null: that of `build_mask`.
         max_fraction: of the predicted tokens; of masks by scores. Null: as many as the run's own mask has.
         objective: kind of loss of masked tokens; `ignore` filters. Null: that of `pretrain`.
         penalty: lambda. Null: that of `pretrain`.
@@ -195,6 +196,7 @@ class Method:
     selection: Literal["tokens", "units"] | None = None
     quantile: float | None = option(None, above=0, at_most=1)
     window: int | None = option(None, at_least=0)
+    rank_by: Literal["sum", "rate"] | None = option(None, off=None)
     max_fraction: float | None = option(None, above=0, at_most=1)
     objective: ObjectiveKind | None = None
     penalty: float | None = option(None, at_least=0)
@@ -213,7 +215,8 @@ class Method:
     def describe(self) -> str:
         """The method in a few words."""
         if self.mask is not None:
-            own = [f"{name} {getattr(self, name):g}" for name in SELECTING if getattr(self, name) is not None]
+            values = {name: getattr(self, name) for name in SELECTING if getattr(self, name) is not None}
+            own = [f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in values.items()]
             by = f" by {self.selection}" if self.selection else ""
             return f"{self.mask} masked{by}" + (f" ({', '.join(own)})" if own else "")
         return f"DPO of {self.dpo.model}" if self.dpo else f"RAD of {self.rad.model if self.rad else None}"
@@ -271,7 +274,7 @@ def check_compare(compare: Compare, evaluated: Iterable[str]) -> None:
                 raise ConfigError(f"{key}.{option_name}: is of masked tokens; {kinds[0]} has none")
         if method.selection and method.mask not in (*INFLUENCE, *SCORED):
             raise ConfigError(f"{key}.selection: is of masks by scores: {', '.join((*INFLUENCE, *SCORED))}")
-        for option_name in ("quantile", "window"):
+        for option_name in ("quantile", "window", "rank_by"):
             if getattr(method, option_name) is not None and method.selection != "units":
                 raise ConfigError(f"{key}.{option_name}: is of `selection: units`")
         if method.max_fraction is not None and (method.mask not in (*INFLUENCE, *SCORED) or method.keeps_mask):

@@ -148,8 +148,8 @@ class BuildMask:
         window: neighbours on each side that are masked with a token above tau.
         max_fraction: masked share of the corpus' predicted tokens at most.
         unit: what is ranked: documents (the paper) or blocks (the paper's code).
-        rank_by: `sum` (the paper) ranks by what a unit holds, so that length alone ranks it high; `rate` by what it
-            holds per predicted token.
+        rank_by: `rate` ranks by what a unit holds per predicted token; `sum` (the paper) by what it holds, so that
+            length alone ranks it high.
         rate_prior: tokens below tau that `rate` adds to each unit, so that a short one is not first by one token.
         outlier_mass_ratio: list blocks whose sum of |score| is over this many times the median block's.
         outlier_bigram_share: list blocks whose share of distinct bigrams is below this (repeated tokens).
@@ -166,7 +166,7 @@ class BuildMask:
     window: int = option(1, at_least=0)
     max_fraction: float = option(0.02, above=0, at_most=1)
     unit: Literal["document", "block"] = "document"
-    rank_by: Literal["sum", "rate"] = option("sum", off="sum")
+    rank_by: Literal["sum", "rate"] = option("rate", off="sum")
     rate_prior: int = option(100, at_least=0, off=100)
     outlier_mass_ratio: float = option(10.0, above=0)
     outlier_bigram_share: float = option(0.25, at_least=0, at_most=1)

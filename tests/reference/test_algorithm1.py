@@ -127,7 +127,7 @@ def test_selection_in_one_process_equals_the_literal_loop(corpus, quantile, wind
     options = {"quantile": quantile, "window": window, "max_fraction": max_fraction, "unit": unit}
     blocks = [row[:length].astype(np.float64).tolist() for row, length in zip(scores, lengths, strict=True)]
     _, _, masked = algorithm1.select(blocks, spans, scores.shape[1], prior=prior, **options)
-    ranked = {} if prior is None else {"rank_by": "rate", "rate_prior": prior}
+    ranked = {"rank_by": "sum"} if prior is None else {"rank_by": "rate", "rate_prior": prior}
     found = select_tokens(scores, lengths, documents, **options, **ranked)
     assert set(map(tuple, np.argwhere(found).tolist())) == masked
 

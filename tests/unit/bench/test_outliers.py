@@ -72,7 +72,7 @@ def test_figures_of_tokens_that_are_all_leverage() -> None:
     assert found["ap_z"] > 0.8
     assert (found["outlier_share_before"], found["outlier_share_after"]) == (
         found["outlier_shares"]["exact, documents by sum"],
-        found["outlier_shares"]["z, documents by rate"],
+        found["outlier_shares"]["smoothed, documents by rate"],
     )
     of_kinds = leverage(model, laid, scores_KN)
     assert of_kinds["code"]["null_spread"] > 10 * of_kinds["judged"]["null_spread"]

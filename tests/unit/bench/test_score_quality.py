@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from bench.score_quality import Judged, bootstrap, chosen_on_one_half, in_place_of
+from bench.score_quality import Judged, Made, bootstrap, chosen_on_one_half, gain_on_the_other_half, in_place_of
 
 
 def judged(*, whole: bool) -> Judged:
@@ -44,3 +44,17 @@ def test_an_interval_is_of_groups() -> None:
     low, high = bootstrap(labels, values, np.array([1, 1, 2, 2, 3, 3]), average_precision_score, seed=0, times=20)
     assert low == pytest.approx(value)
     assert high == pytest.approx(value)
+
+
+def test_the_weight_is_chosen_on_one_half_and_its_gain_measured_on_the_other() -> None:
+    """Weight 0 is right in the even documents and wrong in the odd ones, weight 1 the other way round."""
+    right, wrong = np.array([0.0, 1.0, 0.0]), np.array([0.0, 0.0, 1.0])
+    made = Made(
+        scores={"exact": [wrong] * 5},
+        by_weight={0.0: [right, wrong, right, wrong, right], 1.0: [wrong, right, wrong, right, right]},
+        cost=1.0,
+    )
+    assert gain_on_the_other_half(judged(whole=False), made) == {
+        "gain_other_half": 1.0,
+        "own_weight_by_half": [0.0, 1.0],
+    }
