@@ -27,9 +27,10 @@ from ifguide.artifacts import publish, read_manifest, write_json
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.demo.pipeline import run_demo
 from ifguide.display import markdown_table
+from ifguide.folders import BASELINE, EXPORT
 from ifguide.pipeline import stage
 from ifguide.planning.models import target_shape
-from ifguide.run import BASELINE, Run
+from ifguide.run import Run
 from ifguide.shapes import shape_of_fields
 from ifguide.telemetry import configure_logging, log
 
@@ -139,7 +140,7 @@ def made_variant(base: Run, name: str) -> Run:
     ]
     if variant.proxy_share is not None:
         proxy = small_proxy(base, Path(config.run_dir) / "proxy", variant.proxy_share)
-        config = replace(config, proxy=ModelSource(source=str(proxy.model(BASELINE) / "hf")))
+        config = replace(config, proxy=ModelSource(source=str(proxy.model(BASELINE) / EXPORT)))
     run = Run(config=config)
     lend(run, base, shared)
     verbs = ["build_mask"] if own_mask or own_proxy else []

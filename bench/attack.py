@@ -44,10 +44,11 @@ from ifguide.distributed import shards, tasks
 from ifguide.distributed.ledger import Entry, Failure
 from ifguide.distributed.shards import StageError
 from ifguide.distributed.worker import LedgerWorker, Parcel, WorkerSource
+from ifguide.folders import FOLDERS
 from ifguide.interchange import export_scores
 from ifguide.pipeline import run_pipeline, stage
 from ifguide.report.terminal import terminal_view
-from ifguide.run import FOLDERS, Run
+from ifguide.run import Run
 from ifguide.stages.analyse import analyse
 from ifguide.status import run_status
 from ifguide.telemetry import configure_logging

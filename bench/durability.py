@@ -40,9 +40,10 @@ from ifguide.config import Config, Evaluate, ModelSource, load_config
 from ifguide.display import markdown_table
 from ifguide.evaluation import behaviour_statistics, sample_continuations
 from ifguide.evaluation.prompts import chosen_prompts
+from ifguide.folders import BASELINE
 from ifguide.influence.query_file import read_queries
 from ifguide.models import load_model, next_token_nll
-from ifguide.run import BASELINE, Run
+from ifguide.run import Run
 from ifguide.telemetry import configure_logging, log
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import Classifier, make_classifier

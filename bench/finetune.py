@@ -40,6 +40,7 @@ from ifguide.config import Config, ModelSource, load_config
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
 from ifguide.evaluation.prompts import PROMPTS
+from ifguide.folders import REPORT
 from ifguide.influence.query import tokenise_queries
 from ifguide.models import load_model
 from ifguide.pipeline import run_pipeline
@@ -69,7 +70,7 @@ def main() -> None:
         compare(run)
     except FileNotFoundError as error:
         raise SystemExit(f"{error}{advice(str(error))}") from error
-    rows = read_json(run.folder / "compare" / "report" / "comparison.json")
+    rows = read_json(run.comparison / REPORT / "comparison.json")
     original = config.evaluate.models[ORIGINAL]
     paths = {**trained_models(run), ORIGINAL: original}
     results = {row["model"]: figures_of(row) for row in rows}

@@ -29,7 +29,7 @@ import psutil
 
 from bench.common.places import ROOT
 from ifguide.artifacts import file_digest
-from ifguide.run import BASELINE
+from ifguide.folders import BASELINE, EXPORT, MODEL
 from ifguide.telemetry import METRICS, read_metrics
 from ifguide.training.checkpoints import last_checkpoint
 
@@ -60,7 +60,7 @@ def main() -> None:
     last = {name: read_metrics(_model(run) / METRICS)[-1] for name, run in (("whole", whole), ("ended", ended))}
     for name, row in last.items():
         print(f"{name}: loss {row['loss_benign']!r} at step {row['step']}")
-    weights = {file_digest(_model(run) / "hf" / "model.safetensors") for run in (whole, ended)}
+    weights = {file_digest(_model(run) / EXPORT / "model.safetensors") for run in (whole, ended)}
     figures = {
         **{key: [end[key] for end in ends] for key in ends[0]},
         "steps": steps,
@@ -113,7 +113,7 @@ def _seconds_of_a_step(model: Path) -> float:
 
 
 def _model(run: Path) -> Path:
-    return run / "model" / BASELINE
+    return run / MODEL / BASELINE
 
 
 def _options() -> argparse.Namespace:

@@ -42,6 +42,7 @@ from ifguide.config import Config, load_config
 from ifguide.config.compare import INFLUENCE, SCORED, Method
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
+from ifguide.folders import CORPUS, FACTORS, REPORT
 from ifguide.pipeline import run_pipeline, stage
 from ifguide.run import Run
 from ifguide.stages.compare import compare
@@ -118,7 +119,7 @@ def _seeded(config: Config, seed: int) -> Config:
 
 
 def _report_of(config: Config, seed: int) -> Path:
-    return Run(config=_seeded(config, seed)).folder / "compare" / "report"
+    return Run(config=_seeded(config, seed)).comparison / REPORT
 
 
 def _compared(config: Config, seed: int) -> Rows:
@@ -127,7 +128,7 @@ def _compared(config: Config, seed: int) -> Rows:
         run_pipeline(replace(config, baseline=config.proxy_is_baseline), dry_run=False, until="fit_factors")
     except FileNotFoundError as error:
         raise SystemExit(f"{error}{advice(str(error))}") from error
-    run = Run(config=_seeded(config, seed)).borrow(Run(config=config), "corpus", "factors")
+    run = Run(config=_seeded(config, seed)).borrow(Run(config=config), CORPUS, FACTORS)
     for verb in ("build_query", "score_corpus", "build_mask"):
         stage(verb)(run)
     for use_mask in (False, True):

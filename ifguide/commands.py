@@ -94,6 +94,7 @@ def analyse(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """A run and its comparison; prints the table."""
+    from ifguide.folders import REPORT
     from ifguide.run import Run
     from ifguide.stages.compare import compare
 
@@ -103,7 +104,7 @@ def compare(options: argparse.Namespace) -> int:
         run_pipeline(config, dry_run=options.dry_run)
         made = compare(run, dry_run=options.dry_run)
     if made:
-        print((run.folder / "compare" / "report" / "comparison.md").read_text(encoding="utf-8"), end="")
+        print((run.comparison / REPORT / "comparison.md").read_text(encoding="utf-8"), end="")
     return 0
 
 
@@ -223,7 +224,7 @@ def show(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Print how far a run is; with --watch again and again, until it is left or done."""
-    from ifguide.run import FOLDERS
+    from ifguide.folders import FOLDERS
     from ifguide.status import run_status
 
     while True:

@@ -44,6 +44,7 @@ from ifguide.artifacts import (
 )
 from ifguide.config import Input, ModelSource, check_names
 from ifguide.corpus.reading import list_chunks, read_documents
+from ifguide.folders import SCORES
 from ifguide.influence.proxy import load_proxy
 from ifguide.storage import local_copy
 
@@ -149,12 +150,12 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str, max_gi
             one folder's, or scores that have changed since they were made.
     """
     check_names("--name", [name], of=f"a folder in {out}")
-    manifest = require(run_dir / "scores", "score_corpus")
-    schema = pq.read_schema(next(verified_files(run_dir / "scores")))
+    manifest = require(run_dir / SCORES, "score_corpus")
+    schema = pq.read_schema(next(verified_files(run_dir / SCORES)))
     column = schemas.score_column(behaviour)
     if column not in schema.names:
         behaviours = ", ".join(schemas.scored_behaviours(schema))
-        raise ValueError(f"--behaviour: {behaviour!r} was not scored; {run_dir / 'scores'} holds {behaviours}")
+        raise ValueError(f"--behaviour: {behaviour!r} was not scored; {run_dir / SCORES} holds {behaviours}")
     block_size = schema.field(column).type.list_size
     num_blocks = manifest.rows["blocks"]
     gigabytes = num_blocks * block_size * 4 / 1e9
@@ -167,7 +168,7 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str, max_gi
     if folder.exists():
         raise FileExistsError(f"{folder} exists; give another --name, or remove it")
     exported_QBT = torch.zeros(1, num_blocks, block_size)
-    for path in verified_files(run_dir / "scores"):
+    for path in verified_files(run_dir / SCORES):
         table = schemas.read_table(path, columns=["block_id", column])
         rows = torch.from_numpy(table.column("block_id").to_numpy().copy())
         scores_BT = torch.from_numpy(schemas.per_token_array(table, column).copy())

@@ -33,6 +33,7 @@ import yaml
 
 from ifguide import schemas
 from ifguide.artifacts import (
+    PLAN,
     Manifest,
     file_digest,
     fsync_tree,
@@ -45,6 +46,7 @@ from ifguide.artifacts import (
 )
 from ifguide.artifacts.manifest import CONFIG
 from ifguide.documents import positions_in_document
+from ifguide.folders import CORPUS, MASK
 from ifguide.lm_head import chunks
 from ifguide.models import IGNORE, predicted_positions
 from ifguide.spans.tables import PackedCorpus, shard_name, write_spans
@@ -78,11 +80,11 @@ def export_mask(run_dir: Path, out: Path, *, kind: str, penalty: float = 1.0) ->
         raise ValueError(f"--format {kind}: choose one of {', '.join(FORMATS)}")
     if penalty < 0:
         raise ValueError(f"--penalty {penalty:g}: must be 0 or more; a masked token's weight is minus this")
-    mask, corpus = require(run_dir / "mask", "build_mask"), require(run_dir / "corpus", "pack_corpus")
+    mask, corpus = require(run_dir / MASK, "build_mask"), require(run_dir / CORPUS, "pack_corpus")
     require_same(
-        f"the corpus of {run_dir / 'mask'}",
+        f"the corpus of {run_dir / MASK}",
         mask.inputs["corpus"],
-        f"{run_dir / 'corpus'}",
+        f"{run_dir / CORPUS}",
         corpus.fingerprint,
         "build the mask of this corpus again",
     )
@@ -98,7 +100,7 @@ def export_mask(run_dir: Path, out: Path, *, kind: str, penalty: float = 1.0) ->
 
 
 def _write(part: Path, run_dir: Path, corpus: Manifest, mask: Manifest, kind: str, penalty: float) -> Manifest:
-    config = (run_dir / "mask" / CONFIG).read_text(encoding="utf-8")
+    config = (run_dir / MASK / CONFIG).read_text(encoding="utf-8")
     artifact = open_artifact(
         part,
         verb="export_mask",
@@ -118,7 +120,7 @@ def _write(part: Path, run_dir: Path, corpus: Manifest, mask: Manifest, kind: st
                 "the paper's files cannot say that documents do not see each other",
                 level=logging.WARNING,
             )
-        flatten_blocks(run_dir / "corpus", run_dir / "mask", part / SCRATCH, documents=apart)
+        flatten_blocks(run_dir / CORPUS, run_dir / MASK, part / SCRATCH, documents=apart)
         blocks = TrainingBlocks(part / SCRATCH)
         assert blocks.masked is not None
         write_blocks(part, blocks, penalty)
@@ -128,7 +130,7 @@ def _write(part: Path, run_dir: Path, corpus: Manifest, mask: Manifest, kind: st
         raise ValueError(f"{run_dir}: {rows} were exported where {expected} are expected; build the mask again")
     remove_tree(part / SCRATCH)
     fsync_tree(part)
-    files = [path for path in part.rglob("*") if path.is_file() and path.name not in (CONFIG, "plan.json")]
+    files = [path for path in part.rglob("*") if path.is_file() and path.name not in (CONFIG, PLAN)]
     summary = {"alignment": ALIGNMENT, "block_size": corpus.summary["block_size"], "tokens": corpus.rows["tokens"]}
     return artifact.finish(files, rows=rows, summary=summary | {"tokenizer": corpus.summary["tokenizer"]})
 
@@ -141,13 +143,13 @@ def _write_spans(part: Path, run_dir: Path, corpus: Manifest) -> dict[str, int]:
             "--format spans: documents that came as token ids have no characters; export npy, hf or paper, which are of"
             " the same tokens"
         )
-    packed, masked, documents = PackedCorpus.of(run_dir / "corpus", corpus), 0, 0
+    packed, masked, documents = PackedCorpus.of(run_dir / CORPUS, corpus), 0, 0
     (part / SCRATCH).mkdir()
     with pq.ParquetWriter(part / "spans.parquet", SPANS, compression="zstd") as writer:
         for shard in range(packed.num_shards):
-            counts = write_spans(packed, run_dir / "mask", shard, folder=part / SCRATCH)
+            counts = write_spans(packed, run_dir / MASK, shard, folder=part / SCRATCH)
             spans = schemas.read_table(part / SCRATCH / f"spans-{shard_name(shard)}.parquet", schemas.SPANS)
-            origins = schemas.read_table(verified(run_dir / "corpus", f"documents-{shard_name(shard)}.parquet"))
+            origins = schemas.read_table(verified(run_dir / CORPUS, f"documents-{shard_name(shard)}.parquet"))
             joined = {name: (origins if name in ("source", "row") else spans).column(name) for name in SPANS.names}
             writer.write_table(pa.table(joined, schema=SPANS))
             documents, masked = documents + counts.documents, masked + counts.tokens

@@ -27,10 +27,10 @@ from ifguide.artifacts.manifest import CONFIG
 from ifguide.config.sources import HUB_PREFIX
 from ifguide.evaluation.figures import FLUENCY_TITLES, METRICS
 from ifguide.evaluation.prompts import PROMPTS
+from ifguide.folders import EXPORT, MODEL
 from ifguide.storage import local_copy
 from ifguide.telemetry import log
 from ifguide.toxicity import WHOLE
-from ifguide.training.loop import EXPORT
 from ifguide.training.model_card import CARD
 
 VERB = "push"
@@ -65,7 +65,7 @@ def planned_upload(run_dir: Path, repo: str, *, model: str, report: str) -> Uplo
     owner, _, name = repo.partition("/")
     if not owner or not name or "/" in name:
         raise ValueError(f"{repo}: a repository is named owner/name")
-    folder = run_dir / "model" / model
+    folder = run_dir / MODEL / model
     manifest = require(folder, "pretrain")
     files = {
         str(PurePosixPath(path).relative_to(EXPORT)): local_copy(verified(folder, path))

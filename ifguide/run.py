@@ -1,4 +1,4 @@
-"""A run: its config and the names of the folders in its run directory. Stages and the pipeline alone know it."""
+"""A run: its config and the folders in its run directory. Stages and the pipeline alone know it."""
 
 from __future__ import annotations
 
@@ -10,37 +10,34 @@ from typing import Any
 from ifguide import artifacts
 from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
 from ifguide.corpus.tables import TOKENIZER
+from ifguide.folders import (
+    ANALYSES,
+    BASELINE,
+    COMPARE,
+    CORPUS,
+    ENSEMBLE,
+    EXPORT,
+    FACTORS,
+    FOLDERS,
+    GENERATIONS,
+    MASK,
+    MODEL,
+    PENALISED,
+    QUERY,
+    RANKING,
+    REPORT,
+    ROOMS,
+    SCORES,
+    STUDENT,
+    TARGET,
+)
 from ifguide.selection.folders import SelectionFolders
 from ifguide.storage import location
-
-BASELINE, PENALISED = "baseline", "penalised"
-TARGET = "target"  # folder of a corpus and a mask in the tokens of a target with another tokenizer
-FOLDERS = (  # the artifacts of a run, in pipeline order
-    "corpus",
-    f"model/{BASELINE}",
-    "factors",
-    "query",
-    "scores",
-    "ranking",
-    "mask",
-    f"model/{PENALISED}",
-    "report",
-)
-
-
-ROOMS = frozenset(name.partition("/")[0] for name in FOLDERS[:-1]) | {
-    "analyses",
-    "compare",
-    "ensemble",
-    "generations",
-    "student",
-    TARGET,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One config in one run directory. Artifact folders are named here and nowhere else.
+    """One config in one run directory, and where its artifacts lie.
 
     Raises:
         ConfigError: `evaluate.report` is the name of another folder.
@@ -57,15 +54,16 @@ class Run:
         """The run directory, local (then absolute) or remote: Ray workers have another working directory."""
         return location(self.config.run_dir)
 
-    corpus = property(lambda self: self._place("corpus"))
-    factors = property(lambda self: self._place("factors"))
-    query = property(lambda self: self._place("query"))
-    student = property(lambda self: self._place("student"))
-    scores = property(lambda self: self._place("scores"))
-    ensemble = property(lambda self: self._place("ensemble"))
-    ranking = property(lambda self: self._place("ranking"))
-    mask = property(lambda self: self._place("mask"))
-    analyses = property(lambda self: self.folder / "analyses")
+    corpus = property(lambda self: self._place(CORPUS))
+    factors = property(lambda self: self._place(FACTORS))
+    query = property(lambda self: self._place(QUERY))
+    student = property(lambda self: self._place(STUDENT))
+    scores = property(lambda self: self._place(SCORES))
+    ensemble = property(lambda self: self._place(ENSEMBLE))
+    ranking = property(lambda self: self._place(RANKING))
+    mask = property(lambda self: self._place(MASK))
+    analyses = property(lambda self: self.folder / ANALYSES)
+    comparison = property(lambda self: self.folder / COMPARE)
     report = property(lambda self: self.folder / self.config.evaluate.report)
 
     @property
@@ -77,7 +75,7 @@ class Run:
 
     def model(self, name: str) -> Path:
         """Folder of a trained model: `baseline` or `penalised`."""
-        return self._place(f"model/{name}")
+        return self._place(f"{MODEL}/{name}")
 
     def made_by(self, verb: str) -> Path:
         """Folder of what a verb makes."""
@@ -90,7 +88,7 @@ class Run:
     def behaviour(self, name: str) -> SelectionFolders:
         """The ranking and mask of a behaviour that was scored, which the report shows and no model is trained with."""
         folder = self.report / "behaviours" / name
-        return replace(self.selection, ranking=folder / "ranking", mask=folder / "mask")
+        return replace(self.selection, ranking=folder / RANKING, mask=folder / MASK)
 
     @property
     def models(self) -> dict[str, Path]:
@@ -99,7 +97,7 @@ class Run:
 
     def generations(self, model: str) -> Path:
         """Folder of a model's continuations, an artifact for each prompt set."""
-        return self._place(f"generations/{model}")
+        return self._place(f"{GENERATIONS}/{model}")
 
     def _place(self, name: str) -> Path:
         return self.lent.get(name, self.folder / name)
@@ -107,9 +105,9 @@ class Run:
     def artifact_folders(self) -> dict[str, Path]:
         """All artifact folders in pipeline order, whether they exist or not; `student` and `ensemble` where the config
         asks for them."""
-        further = {"student": self.student} if self.config.score_corpus.uses_student else {}
-        further |= {"ensemble": self.ensemble} if self.config.build_mask.others else {}
-        return {name: self._place(name) for name in FOLDERS} | {"report": self.report} | further
+        further = {STUDENT: self.student} if self.config.score_corpus.uses_student else {}
+        further |= {ENSEMBLE: self.ensemble} if self.config.build_mask.others else {}
+        return {name: self._place(name) for name in FOLDERS} | {REPORT: self.report} | further
 
     @property
     def target(self) -> Run:
@@ -126,7 +124,7 @@ class Run:
             pack_corpus=replace(config.pack_corpus, train_tokenizer=train.train_tokenizer),
             pretrain=replace(train, tokenizer=None, train_tokenizer=None),
         )
-        return Run(config=config, lent={"mask": self.mask.parent / TARGET / "mask"})
+        return Run(config=config, lent={MASK: self.mask.parent / TARGET / MASK})
 
     @property
     def tokenizer_source(self) -> str:
@@ -139,7 +137,7 @@ class Run:
     def proxy_source(self) -> ModelSource:
         """The proxy: as configured, or the baseline this run trained."""
         if self.config.proxy_is_baseline:
-            return ModelSource(source=str(self.model(BASELINE) / "hf"))
+            return ModelSource(source=str(self.model(BASELINE) / EXPORT))
         return self.config.proxy
 
     def require_proxy(self) -> None:

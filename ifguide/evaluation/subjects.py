@@ -11,6 +11,7 @@ from ifguide.artifacts import MANIFEST, file_digest, json_digest, read_manifest
 from ifguide.config import ConfigError, Evaluate, Input
 from ifguide.corpus.reading import list_chunks
 from ifguide.evaluation.reward_decoding import Guidance
+from ifguide.folders import EXPORT
 from ifguide.models import source_fingerprint
 from ifguide.storage import local_copy
 from ifguide.toxicity import classifier_inputs
@@ -60,7 +61,7 @@ def models_to_evaluate(own: Mapping[str, Path], given: Mapping[str, str]) -> dic
         ConfigError: both have a model of one name. FileNotFoundError: there are none, or a given one does not exist.
     """
     trained = {
-        name: Model(str(folder / "hf"), read_manifest(folder).fingerprint)
+        name: Model(str(folder / EXPORT), read_manifest(folder).fingerprint)
         for name, folder in own.items()
         if (folder / MANIFEST).exists()
     }

@@ -20,6 +20,7 @@ from ifguide.config import ConfigError, ModelSource
 from ifguide.config.compare import Dpo, Reward
 from ifguide.config.resources import WorkerResources
 from ifguide.distributed.metrics import stage_progress
+from ifguide.folders import EXPORT
 from ifguide.methods.dpo import dpo_trainer, train_dpo
 from ifguide.methods.pairs import make_pairs, rate_continuations
 from ifguide.methods.reward_model import RatedText, RewardModel, rate_texts, reward_steps, train_reward_model
@@ -30,7 +31,7 @@ from ifguide.telemetry import configure_logging
 from ifguide.tokenizer import load_tokenizer
 
 VERB = "compare"
-DPO, HF, SCRATCH = "dpo", "hf", "checkpoints"
+DPO, SCRATCH = "dpo", "checkpoints"
 HELDOUT = 10  # one prompt in so many says how good the reward model is
 
 
@@ -186,7 +187,7 @@ def _with_weights(model: Any, start: str) -> Any:
 
 
 def _publish(folder: Path, save: Callable[[Path], Any], tokenizer: Any) -> None:
-    with publish_folder(folder / HF) as part:
+    with publish_folder(folder / EXPORT) as part:
         save(part)
         tokenizer.save_pretrained(part)
 

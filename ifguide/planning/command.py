@@ -12,6 +12,7 @@ from typing import Any
 from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import Config, ConfigError, load_config
 from ifguide.config.resources import Resources
+from ifguide.folders import CORPUS
 from ifguide.hardware import Hardware, hardware
 from ifguide.influence.method import chosen_method
 from ifguide.planning.corpus_size import input_size
@@ -99,7 +100,7 @@ def make_job(config: Config, *, corpus_tokens: float | None = None, gpu: str | N
     )
 
 
-def planned_tokens(config: Config, corpora: Sequence[str] = ("corpus",)) -> tuple[float, list[str]]:
+def planned_tokens(config: Config, corpora: Sequence[str] = (CORPUS,)) -> tuple[float, list[str]]:
     """Tokens of the first of these folders that is packed, else an estimate from the inputs' bytes, else
     `DEFAULT_TOKENS`; and a note that says which."""
     for name in corpora:

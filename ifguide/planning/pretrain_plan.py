@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ifguide.config import Config, ConfigError, Pretrain
+from ifguide.folders import BASELINE, CORPUS, PENALISED, TARGET
 from ifguide.hardware import Hardware, hardware
 from ifguide.planning.command import planned_hardware, planned_tokens
 from ifguide.planning.estimate import pretrain_estimate
@@ -56,7 +57,7 @@ def plan_pretrain(config: Config) -> PretrainPlan:
     """
     train, block_size = config.pretrain, config.pack_corpus.block_size
     machine = planned_hardware(config) if train.resources.gpus else hardware("cpu")
-    tokens, notes = planned_tokens(config, ("target/corpus", "corpus") if train.has_own_tokenizer else ("corpus",))
+    tokens, notes = planned_tokens(config, (f"{TARGET}/{CORPUS}", CORPUS) if train.has_own_tokenizer else (CORPUS,))
     target = target_shape(config)
     require_positions(target.name, target.skeleton.config.to_dict(), block_size)
     job = Job(config=config, proxy=target, target=target, tokens=tokens, machine=machine, core=hardware("cpu"))
@@ -159,7 +160,7 @@ def describe(plan: PretrainPlan) -> list[str]:
     """The plan as lines of text."""
     config, train, memory = plan.config, plan.config.pretrain, plan.memory
     block_size, estimate = config.pack_corpus.block_size, plan.estimate
-    name = "penalised" if train.use_mask else "baseline"
+    name = PENALISED if train.use_mask else BASELINE
     start = f"from {train.init_from}" if train.init_from else "from scratch"
     if train.lora is not None:
         start += f", adapters of {adapter_parameters(plan.target.skeleton, train.lora):,} parameters alone"

@@ -43,13 +43,27 @@ from ifguide.evaluation.measuring import continue_prompts, measure_models
 from ifguide.evaluation.prompts import PROMPTS, chosen_prompts, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
 from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate
-from ifguide.methods.preferences import DPO, HF, DpoTraining, RewardTraining, train
+from ifguide.folders import (
+    BASELINE,
+    COMPARE,
+    CORPUS,
+    EXPORT,
+    GENERATIONS,
+    MASK,
+    MODEL,
+    PENALISED,
+    QUERY,
+    RANKING,
+    REPORT,
+    SCORES,
+)
+from ifguide.methods.preferences import DPO, DpoTraining, RewardTraining, train
 from ifguide.methods.samples import SampleFiles, sampling_options, training_prompts
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.data import ReportSources, comparison_data
 from ifguide.report.figures import Made, masked_loss, model_rows
 from ifguide.report.page import REPORT_FILES, write_report
-from ifguide.run import BASELINE, PENALISED, Run
+from ifguide.run import Run
 from ifguide.stages.evaluate import block_options, evaluation_of
 from ifguide.stages.method_masks import VERB, method_mask
 from ifguide.stages.pretrain import pretrain, training_data
@@ -104,9 +118,9 @@ class _Grid:
         """Make the method's mask, for `train`."""
         child, kind = method_run(self.run, name, method), method.mask_options()
         if kind in self.masks:  # another loss on the same mask
-            child = child.borrow(self.masks[kind], "query", "scores", "ranking", "mask")
+            child = child.borrow(self.masks[kind], QUERY, SCORES, RANKING, MASK)
         elif method.mask in self.scored:  # another selection of the same scores
-            child = child.borrow(self.scored[method.mask], "scores")
+            child = child.borrow(self.scored[method.mask], SCORES)
         mask = method_mask(self.run, child, method)
         training_data(child)  # the mask in the target's tokens: models that share it may be trained side by side
         self.masks.setdefault(kind, child)
@@ -128,7 +142,7 @@ class _Grid:
         _side_by_side(trainings, at_once=at_once)
         for name, child in self.children.items():
             folder = child.model(PENALISED)
-            self.models[name] = _model(folder / "hf", read_manifest(folder))
+            self.models[name] = _model(folder / EXPORT, read_manifest(folder))
 
     def add_preference(self, name: str, method: Method) -> None:
         """Train the method's model by preference, or say how it decodes another's."""
@@ -139,7 +153,7 @@ class _Grid:
 
     def _add_dpo(self, name: str, method: Dpo) -> None:
         start, samples = self._start(name, "dpo", method.model), self._samples()
-        folder = self.run.folder / VERB / name / "model" / DPO
+        folder = self.run.comparison / name / MODEL / DPO
         training = DpoTraining(
             name=name,
             start=start[0],
@@ -151,7 +165,7 @@ class _Grid:
         )
         options, inputs = {"dpo": result_part(method)}, {f"model/{method.model}": start[1]}
         manifest = samples.teach(training, options, inputs, count="pairs")
-        self.models[name] = _model(folder / HF, manifest)
+        self.models[name] = _model(folder / EXPORT, manifest)
         self.made[name] = replace(self.made[method.model], by=f"DPO of {method.model}")
 
     def _add_rad(self, name: str, method: Rad) -> None:
@@ -164,7 +178,7 @@ class _Grid:
 
     def _reward_model(self) -> tuple[Path, Manifest]:
         baseline, samples = self.models[BASELINE], self._samples()
-        folder, config = self.run.folder / VERB / "reward", self.run.config
+        folder, config = self.run.comparison / "reward", self.run.config
         training = RewardTraining(
             baseline=baseline[0],
             samples=samples.files,
@@ -175,7 +189,7 @@ class _Grid:
         )
         options = {"reward": result_part(config.compare.reward)}
         manifest = samples.teach(training, options, {f"model/{BASELINE}": baseline[1]}, count="texts")
-        return folder / HF, manifest
+        return folder / EXPORT, manifest
 
     def _samples(self) -> _Samples:
         if self.samples is None:
@@ -224,7 +238,7 @@ class _Samples:
             config.evaluate, config.compare.samples, config.build_query.prompts, classifier_of(config)
         )
         # other random numbers than the evaluation's
-        config = replace(config, run_dir=str(run.folder / VERB / "samples"), seed=config.seed + 1, evaluate=options)
+        config = replace(config, run_dir=str(run.comparison / "samples"), seed=config.seed + 1, evaluate=options)
         sampler, sets = Run(config=config), {PROMPTS: chosen_prompts(options, config.seed)}
         self.files = SampleFiles(
             model=BASELINE,
@@ -253,7 +267,7 @@ class _Samples:
         require_resources(config.cluster, VERB, config.compare.resources)
         summary = run_task(train, training, resources=config.compare.resources)
         log(VERB, training.describe(summary))
-        files = [training.folder / HF / name for name in file_sizes(training.folder / HF)]
+        files = [training.folder / EXPORT / name for name in file_sizes(training.folder / EXPORT)]
         return artifact.finish(files, rows={count: summary[count]}, summary=summary)
 
 
@@ -296,15 +310,15 @@ def _training(run: Run, method: Method) -> Pretrain:
 
 def method_run(run: Run, name: str, method: Method) -> Run:
     """The run of one method, in a directory of its own, on this run's corpus."""
-    config = replace(run.config, run_dir=str(run.folder / VERB / name), pretrain=_training(run, method))
-    return Run(config=config).borrow(run, "corpus", *(["mask"] if method.keeps_mask else []))
+    config = replace(run.config, run_dir=str(run.comparison / name), pretrain=_training(run, method))
+    return Run(config=config).borrow(run, CORPUS, *([MASK] if method.keeps_mask else []))
 
 
 def _measure(run: Run, grid: _Grid) -> Manifest:
     in_order = (*grid.own, *run.config.compare.methods)  # they were made in another one
     models = {name: grid.models[name] for name in in_order}
-    evaluation = replace(run.config.evaluate, report="report")
-    whole = Run(config=replace(run.config, run_dir=str(run.folder / VERB), evaluate=evaluation))
+    evaluation = replace(run.config.evaluate, report=REPORT)
+    whole = Run(config=replace(run.config, run_dir=str(run.comparison), evaluate=evaluation))
     sets = chosen_sets(run.config.evaluate, run.config.seed)
     inputs = measured_inputs(models, sets, run.config.evaluate)
     artifact = whole.open(whole.report, VERB, keys=("evaluate", "seed"), inputs=inputs, extra=block_options(run.config))
@@ -313,7 +327,7 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
         return artifact.manifest
     of_run = evaluation_of(run, models, sets)
     own = [name for name in models if has_generations(of_run, name)]
-    whole = whole.borrow(run, *(f"generations/{name}" for name in own))
+    whole = whole.borrow(run, *(f"{GENERATIONS}/{name}" for name in own))
     of_all = evaluation_of(whole, models, sets, guides=grid.guides)
     metrics = measure_models(of_all, run.config.cluster)
     write_json(whole.report / METRICS, metrics)
@@ -347,7 +361,7 @@ def _sources(run: Run, grid: _Grid) -> ReportSources:
     artifacts = run.artifact_folders()
     for name, child in grid.children.items():
         made = {"scores": child.scores, "mask": child.mask, "model": child.model(PENALISED)}
-        artifacts |= {f"compare/{name}/{kind}": folder for kind, folder in made.items()}
+        artifacts |= {f"{COMPARE}/{name}/{kind}": folder for kind, folder in made.items()}
     return ReportSources(
         title=f"IF-Guide comparison: {run.folder.name}",
         options=run.config.evaluate,

@@ -24,6 +24,7 @@ from ifguide.evaluation.figures import METRICS, headline, measured_files
 from ifguide.evaluation.measuring import measure_models
 from ifguide.evaluation.prompts import chosen_sets
 from ifguide.evaluation.subjects import VERB, Evaluation, Model, Prompts, measured_inputs, models_to_evaluate
+from ifguide.folders import GENERATIONS
 from ifguide.report.data import ReportSources, Selected, report_data
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import Run
@@ -109,7 +110,7 @@ def evaluation_of(run: Run, models: Mapping[str, Model], sets: Mapping[str, Prom
 
 def _sources(run: Run, evaluation: Evaluation) -> ReportSources:
     continuations = {
-        f"generations/{model}/{name}": folder / name
+        f"{GENERATIONS}/{model}/{name}": folder / name
         for model, folder in evaluation.generations.items()
         for name in evaluation.sets
     }

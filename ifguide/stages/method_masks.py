@@ -19,6 +19,7 @@ from ifguide.config.methods import classifier_of
 from ifguide.distributed.session import connect
 from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_tasks
+from ifguide.folders import BASELINE, ENSEMBLE, FACTORS, MODEL, SCORES
 from ifguide.influence.proxy import Beginning
 from ifguide.methods.masks import Marking, mark_corpus
 from ifguide.methods.preferences import VERB
@@ -99,7 +100,7 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
     assert method.mask is not None
     selecting = run.config.build_mask
     if method.mask in INFLUENCE:
-        child, scores = child.borrow(run, "scores", "ensemble"), require(run.scores, "score_corpus")
+        child, scores = child.borrow(run, SCORES, ENSEMBLE), require(run.scores, "score_corpus")
         if INFLUENCE[method.mask] is not None:
             selecting = replace(selecting, smoothed=INFLUENCE[method.mask], others=())
     else:
@@ -215,7 +216,7 @@ def _plain_influence(run: Run, child: Run) -> Manifest:
         score_corpus=replace(config.score_corpus, queries={}),
         build_mask=replace(config.build_mask, behaviour=OWN, others=()),
     )
-    plain = replace(child, config=config).borrow(run, "model/baseline", "factors")
+    plain = replace(child, config=config).borrow(run, f"{MODEL}/{BASELINE}", FACTORS)
     build_query(plain)
     score_corpus(plain)
     mask = build_mask(plain)

@@ -28,9 +28,10 @@ from ifguide.distributed.metrics import ray_metrics
 from ifguide.distributed.network import name_interface
 from ifguide.distributed.session import connect, is_fixed, require_resources
 from ifguide.distributed.shards import StageError
+from ifguide.folders import BASELINE, EXPORT, PENALISED
 from ifguide.models import check_own_tokens, check_vocabulary, source_fingerprint
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
-from ifguide.run import BASELINE, PENALISED, Run
+from ifguide.run import Run
 from ifguide.shapes import initial_model, require_positions, shape_of_fields
 from ifguide.spans.filling import mask_other_tokens
 from ifguide.storage import is_remote, location
@@ -40,7 +41,7 @@ from ifguide.training.adapters import adapted_modules
 from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import first_whole, last_checkpoint, published_checkpoints
 from ifguide.training.folder import STOP
-from ifguide.training.loop import EXPORT, SUMMARY, VERB, TrainingLoop, TrainingStopped
+from ifguide.training.loop import SUMMARY, VERB, TrainingLoop, TrainingStopped
 from ifguide.training.meter import ShownMetrics
 from ifguide.training.model import architecture
 from ifguide.training.model_card import write_model_card

@@ -22,6 +22,7 @@ import torch
 
 from ifguide.artifacts import write_sealed
 from ifguide.config import ConfigError, to_mapping
+from ifguide.folders import EXPORT
 from ifguide.host_memory import keep_freed_memory, release_freed_memory
 from ifguide.storage import location
 from ifguide.telemetry import METRICS, MetricsLog, log
@@ -49,7 +50,7 @@ from ifguide.training.settings import TrainingSettings
 from ifguide.training.writing import CheckpointWriter
 
 VERB = "pretrain"
-SUMMARY, EXPORT = "summary.json", "hf"
+SUMMARY = "summary.json"
 PATIENCE = timedelta(days=2)  # of ranks that wait for one at work on files: a whole corpus, or a checkpoint
 
 

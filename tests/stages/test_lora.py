@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from ifguide.artifacts import MismatchError, file_digest
 from ifguide.config import ConfigError, ModelSource, config_from_mapping, to_mapping
+from ifguide.folders import PENALISED
 from ifguide.models import load_model
-from ifguide.run import PENALISED, Run
+from ifguide.run import Run
 from ifguide.stages.pretrain import pretrain
 from ifguide.telemetry import METRICS, read_metrics
 from ifguide.tokenizer import load_tokenizer

@@ -28,8 +28,8 @@ from ifguide.distributed import memory
 from ifguide.distributed.ledger import LEDGER
 from ifguide.distributed.metrics import RayMetrics
 from ifguide.distributed.shards import Pool, ShardResults, StageError, run_shards
+from ifguide.folders import FOLDERS
 from ifguide.gauges import GAUGES, PREFIX, TAGS
-from ifguide.run import FOLDERS
 from ifguide.status import run_status
 from ifguide.telemetry import PROGRESS, ProgressFile
 

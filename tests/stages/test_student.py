@@ -14,7 +14,8 @@ from ifguide import schemas
 from ifguide.artifacts import Manifest, MismatchError, read_manifest, write_manifest
 from ifguide.config import Config
 from ifguide.distributed import shards as pools
-from ifguide.run import FOLDERS, Run
+from ifguide.folders import FOLDERS
+from ifguide.run import Run
 from ifguide.stages import fit_student as fitting
 from ifguide.stages import score_corpus as scoring
 from ifguide.stages.build_mask import build_mask

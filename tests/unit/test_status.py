@@ -15,7 +15,8 @@ from ifguide import commands
 from ifguide.artifacts import hold, open_artifact
 from ifguide.cli import main
 from ifguide.distributed.ledger import LEDGER, Attempts
-from ifguide.run import FOLDERS, Run
+from ifguide.folders import FOLDERS
+from ifguide.run import Run
 from ifguide.status import run_status
 from ifguide.telemetry import METRICS, PROGRESS, Progress, ProgressFile
 from ifguide.training.choices import Choices, Compiled

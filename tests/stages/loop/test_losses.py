@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from ifguide.artifacts import MANIFEST, PLAN, write_json
 from ifguide.corpus.tables import document_table
+from ifguide.folders import PENALISED
 from ifguide.gauges import GAUGES
-from ifguide.run import PENALISED, Run
+from ifguide.run import Run
 from ifguide.stages import pretrain as pretrain_stage
 from ifguide.stages.pretrain import pretrain
 from ifguide.telemetry import METRICS, Sink, read_metrics

@@ -3,8 +3,9 @@
 import pytest
 
 from ifguide.config import Config, ConfigError, Evaluate, check_names, config_from_mapping
+from ifguide.folders import FOLDERS
 from ifguide.interchange import export_scores
-from ifguide.run import FOLDERS, Run
+from ifguide.run import Run
 
 BAD = ["..", ".", "a/b", "../../etc", "/etc", "", "a b", "-x", "é", "x" * 101, "a\\b", "a\n"]
 PLACES = {
