@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from ifguide.artifacts import publish, remove_tree
 from ifguide.corpus.packing import pack, tokenise
 from ifguide.corpus.reading import RawDocument
 from ifguide.influence.factor_sample import FactorSample
-from ifguide.influence.factors import STEPS, EkfacFit
+from ifguide.influence.factors import EkfacFit, Step
 from ifguide.influence.query import load_factors, mean_completion_gradient, precondition, tokenise_queries
 from ifguide.models import state_fingerprint, tracked_modules
 from ifguide.telemetry import Progress, log
@@ -105,16 +105,16 @@ def fit_factors(
     if done.is_dir():
         log("factors", f"{total:,} tokens, {len(names)} modules: kept in {folder.name}")
         return done
-    fit = EkfacFit(model=model, sample=sample, module_names=names, workdir=work)
-    for step in STEPS:
-        pieces = fit.pieces(step)
-        amount, unit = (pieces, "modules") if step == "eigen" else (total, "tokens")
+
+    def watch(step: Step, pieces: range) -> Iterator[int]:
+        amount, unit = (len(pieces), "modules") if step == "eigen" else (total, "tokens")
         progress = Progress(step, amount, unit)
-        for index in range(pieces):
-            fit.do(step, index)
-            progress.advance(amount / pieces)
+        for index in pieces:
+            yield index
+            progress.advance(amount / len(pieces))
+
     remove_tree(folder / "factors.part")
-    fit.finish(folder / "factors.part")
+    EkfacFit(model=model, sample=sample, module_names=names, workdir=work).run(folder / "factors.part", watch=watch)
     (folder / "factors.part").rename(done)
     shutil.rmtree(work)
     return done

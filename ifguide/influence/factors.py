@@ -35,7 +35,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,10 +242,11 @@ class EkfacFit:
             return self.eigenvectors(self.module_names[index])
         return self._sum(COVARIANCE if step == "covariance" else LAMBDA, *self.sample.partitions[index], keep=keep)
 
-    def run(self, out: Path) -> None:
-        """All steps, one after the other, and the factors in `out`."""
+    def run(self, out: Path, *, watch: Callable[[Step, range], Iterable[int]] = lambda step, pieces: pieces) -> None:
+        """All steps, one after the other, and the factors in `out`. `watch` gives the numbers of a step's pieces back
+        one by one, so it is told when each begins and ends."""
         for step in STEPS:
-            for index in range(self.pieces(step)):
+            for index in watch(step, range(self.pieces(step))):
                 self.do(step, index)
         self.finish(out)
 

@@ -1,6 +1,7 @@
 """ifguide.influence.factors: partitions, resuming, determinism; the numbers are in tests/reference."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from kronfluence.utils.state import State
 from safetensors.torch import load_file
 
 from ifguide.influence.factor_sample import FactorSample
-from ifguide.influence.factors import EXPORTED, EkfacFit, NextTokenTask, fit_factors
+from ifguide.influence.factors import EXPORTED, STEPS, EkfacFit, NextTokenTask, Step, fit_factors
 from ifguide.influence.query import load_factors
 from ifguide.models import state_fingerprint, tracked_modules
 from tests.tiny import as_tensors, random_blocks, tiny_model
@@ -45,7 +46,15 @@ def fit(fitted: FactorSample, workdir: Path, order: tuple[int, ...]) -> Path:
 
 
 def test_one_call_takes_the_same_steps(tmp_path: Path) -> None:
-    steps(sample(), tmp_path / "run").run(tmp_path / "out")
+    done = []
+
+    def watch(step: Step, pieces: range) -> Iterator[int]:
+        for index in pieces:
+            yield index
+            done.append((step, index))
+
+    steps(sample(), tmp_path / "run").run(tmp_path / "out", watch=watch)
+    assert done == [(step, index) for step in STEPS for index in range(steps(sample(), tmp_path).pieces(step))]
     expected = fit(sample(), tmp_path / "steps", (0, 1))
     for path in expected.iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
