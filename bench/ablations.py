@@ -199,7 +199,7 @@ def figures_of(run: Run) -> dict[str, float]:
     """The figures of a finished run; precision and recall only where the corpus is annotated."""
     summary = read_manifest(run.report).summary
     baseline, penalised = summary["baseline"], summary["penalised"]
-    found = {
+    figures = {
         "tokens_masked": float(read_manifest(run.mask).summary["tokens_masked"]),
         "emt": penalised["emt"],
         "tp": penalised["tp"],
@@ -209,7 +209,7 @@ def figures_of(run: Run) -> dict[str, float]:
         "perplexity_ratio": penalised["perplexity"] / baseline["perplexity"],
     }
     mask = summary.get("mask", {})
-    return found | {f"mask_{name}": mask[name] for name in ("precision", "recall") if mask.get(name) is not None}
+    return figures | {f"mask_{name}": mask[name] for name in ("precision", "recall") if mask.get(name) is not None}
 
 
 def write_results(folder: Path, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> None:

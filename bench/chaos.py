@@ -174,15 +174,15 @@ def compare(reference: Path, run_dir: Path) -> int:
     """
     count = 0
     for name in [name for name in ("student", "scores", "mask") if (reference / name).exists()]:
-        wanted, found = (
+        expected, actual = (
             {path.name: file_digest(path) for path in data_files(run / name)} for run in (reference, run_dir)
         )
-        if wanted != found:
-            names = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+        if expected != actual:
+            names = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
             raise RuntimeError(f"{run_dir / name} differs from the undisturbed run in {names[:5]}")
         if read_manifest(run_dir / name).fingerprint != read_manifest(reference / name).fingerprint:
             raise RuntimeError(f"{run_dir / name} has another fingerprint than the undisturbed run's")
-        count += len(found)
+        count += len(actual)
     return count
 
 

@@ -87,12 +87,12 @@ def main() -> None:
 
 def _models(run: Run, wanted: Sequence[str] | None) -> dict[str, Path]:
     """Name -> the folder of a trained model's weights, the baseline first."""
-    found = trained_models(run)
+    trained = trained_models(run)
     require(run.model(BASELINE), "pretrain --set pretrain.use_mask=false")
-    unknown = sorted(set(wanted or ()) - found.keys())
+    unknown = sorted(set(wanted or ()) - trained.keys())
     if unknown:
-        raise SystemExit(f"{run.folder} has no trained model {', '.join(unknown)}; it has {', '.join(found)}")
-    return {name: path for name, path in found.items() if not wanted or name in (*wanted, BASELINE)}
+        raise SystemExit(f"{run.folder} has no trained model {', '.join(unknown)}; it has {', '.join(trained)}")
+    return {name: path for name, path in trained.items() if not wanted or name in (*wanted, BASELINE)}
 
 
 def _classifiers(config: Config) -> dict[str, Classifier]:

@@ -110,8 +110,7 @@ def _kept(run: Run, name: str, path: str, original: str) -> dict[str, Any]:
     if not kept.exists():
         figures = {"fluency": fluency(folder, original), "recognition": recognition(run.config, path)}
         write_json(kept, figures)
-    found: dict[str, Any] = read_json(kept)
-    return found
+    return read_json(kept)
 
 
 def fluency(folder: Path, source: str) -> float:

@@ -265,10 +265,10 @@ def bootstrap(
         drawn = np.concatenate([marked[i] for i in rows])
         for name, blocks in values.items():
             samples[name].append(float(average_precision_score(drawn, np.concatenate([blocks[i] for i in rows]))))
-    found = {name: np.array(each) for name, each in samples.items()}
+    precisions = {name: np.array(each) for name, each in samples.items()}
     return (
-        {name: _interval(each) for name, each in found.items()},
-        {name: _interval(found[base] / each) for name, each in found.items()},
+        {name: _interval(each) for name, each in precisions.items()},
+        {name: _interval(precisions[base] / each) for name, each in precisions.items()},
     )
 
 

@@ -186,11 +186,11 @@ def ratio(times: dict[str, list[float]], side: str, other: str) -> float:
 
 
 def mfu(options: argparse.Namespace, tokens_per_second: float) -> str:
-    found = hardware_of_device(torch.cuda.get_device_name()) if options.device == "cuda" else None
-    if found is None:
+    gpu = hardware_of_device(torch.cuda.get_device_name()) if options.device == "cuda" else None
+    if gpu is None:
         return ""
     per_token = shape_of_fields("target", "its fields", fields_of(options)).training_flop(options.block_size)
-    return f", MFU {tokens_per_second * per_token / found.peak('bfloat16'):.1%}"
+    return f", MFU {tokens_per_second * per_token / gpu.peak('bfloat16'):.1%}"
 
 
 def memory_of(side: str, work: Work, options: argparse.Namespace) -> int:

@@ -85,7 +85,7 @@ def compare(run: Path, config: Path | None, *, gpu: str) -> dict[str, dict[str, 
             stages = plan(copy, overrides, corpus_tokens=float(corpus.rows["tokens"]), gpu=gpu)["stages"]
         except ConfigError as error:
             raise SystemExit(f"{source}: {error}\nname the config as {run}=CONFIG") from error
-    found = {}
+    entries = {}
     for stage in stages:
         folders = [run / name for name in ARTIFACTS[stage["stage"]] if (run / name / MANIFEST).is_file()]
         if not folders or len(folders) < len(ARTIFACTS[stage["stage"]]):
@@ -100,13 +100,13 @@ def compare(run: Path, config: Path | None, *, gpu: str) -> dict[str, dict[str, 
             "low": 3600 * hours["low"],
             "high": 3600 * hours["high"],
         }
-        found[stage["stage"]] = entry
+        entries[stage["stage"]] = entry
         print(
             f"{run} {stage['stage']:13} actual {entry['actual']:8.1f} s  predicted {entry['predicted']:8.1f}"
             f" ({entry['low']:.1f} - {entry['high']:.1f})",
             file=sys.stderr,
         )
-    return found
+    return entries
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def main() -> None:
 
 def _records(behaviour: str, config: Config, options: argparse.Namespace) -> dict[int, Record]:
     """The records of the seeds that have one."""
-    found = {seed: read_record(record_path(behaviour, seed), config, proxy=options.proxy) for seed in options.seeds}
-    return {seed: record for seed, record in found.items() if record is not None}
+    records = {seed: read_record(record_path(behaviour, seed), config, proxy=options.proxy) for seed in options.seeds}
+    return {seed: record for seed, record in records.items() if record is not None}
 
 
 def _seeded(config: Config, seed: int) -> Config:

@@ -135,7 +135,7 @@ def measure(
     tracked = sum(of_tracked)
     N = tracked + of_head
     theirs_bf16 = max(value for setting, value in best.items() if setting.startswith("bfloat16"))
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "full_vs_kronfluence": round(max(rate["full"], rate.get("exact", 0)) / best["float32"], 3),
         "fast_vs_kronfluence": round(rate["fast"] / best["float32"], 3),
         "fast_vs_kronfluence_bf16": round(rate["fast"] / theirs_bf16, 3),
@@ -148,12 +148,12 @@ def measure(
     }
     if low_rank:
         low, energy = agreement[f"fast_rank{RANK}"], list(scorers[f"fast_rank{RANK}"].energy.values())
-        found[f"rank{RANK}_vs_kronfluence"] = round(rate[f"fast_rank{RANK}"] / best["float32"], 3)
-        found[f"rank{RANK}_spearman_top1pct"] = [round(low.spearman, 5), round(low.top, 4)]
-        found[f"rank{RANK}_energy_least_mean"] = [round(min(energy), 3), round(sum(energy) / len(energy), 3)]
+        figures[f"rank{RANK}_vs_kronfluence"] = round(rate[f"fast_rank{RANK}"] / best["float32"], 3)
+        figures[f"rank{RANK}_spearman_top1pct"] = [round(low.spearman, 5), round(low.top, 4)]
+        figures[f"rank{RANK}_energy_least_mean"] = [round(min(energy), 3), round(sum(energy) / len(energy), 3)]
     if "fast_two_behaviours" in rate:
-        found["second_behaviour_cost"] = round(rate["fast"] / rate["fast_two_behaviours"] - 1, 3)
-    return found | {
+        figures["second_behaviour_cost"] = round(rate["fast"] / rate["fast_two_behaviours"] - 1, 3)
+    return figures | {
         "tokens_per_second": {name: round(value) for name, value in rate.items()},
         "peak_gigabytes": peaks,
         "matmul_gflops": {str(dtype).removeprefix("torch."): round(value / 1e9) for dtype, value in matmul.items()},

@@ -60,15 +60,15 @@ def main() -> None:
     if options.one is not None:
         print(json.dumps(measure(options.folder, options.one, options.rounds)))
         return
-    found: dict[int, dict[str, Any]] = {}
+    measurements: dict[int, dict[str, Any]] = {}
     for size in options.sizes:  # each in a process of its own, for its memory
         command = [sys.executable, "-m", "bench.selection_scale", "--one", str(size), "--folder", str(options.folder)]
         rounds = options.rounds if size < 1000 else 1
         output = subprocess.run([*command, "--rounds", str(rounds)], check=True, stdout=subprocess.PIPE, text=True)
-        found[size] = json.loads(output.stdout.splitlines()[-1])
-        print(json.dumps({"millions": size, **found[size]}), flush=True)
-    result = {f"ns_per_score_{_name(size)}": round(x["ns_per_score"], 2) for size, x in found.items()}
-    print(json.dumps({**result, "peak_rss_mb": max(x["peak_rss_mb"] for x in found.values())}))
+        measurements[size] = json.loads(output.stdout.splitlines()[-1])
+        print(json.dumps({"millions": size, **measurements[size]}), flush=True)
+    result = {f"ns_per_score_{_name(size)}": round(x["ns_per_score"], 2) for size, x in measurements.items()}
+    print(json.dumps({**result, "peak_rss_mb": max(x["peak_rss_mb"] for x in measurements.values())}))
 
 
 def _name(millions: int) -> str:

@@ -112,8 +112,8 @@ def summary(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict
     """Means over the samples at the share of the cascade, and the curve of all shares."""
 
     def mean(kind: str, share: float, name: str) -> float:
-        found = [row[name] for row in rows if row["kind"] == kind and row["share"] == share]
-        return round(float(np.mean(found)), 4)
+        values = [row[name] for row in rows if row["kind"] == kind and row["share"] == share]
+        return round(float(np.mean(values)), 4)
 
     names = ("spearman", "pearson", "overlap", "recall", "ap", "ap_over_exact")
     curve = {
@@ -160,7 +160,7 @@ class Bench:
         encoder, ngram = self._fit_encoder(fitted, held_out), self._fit_ngrams(fitted, held_out)
         self.students[share, seed] = Students(head, encoder, ngram, tried)
         exact = self.documents.of_test(lambda batch: batch.scores_BT)
-        found = {
+        scores = {
             "head": self._head_scores(head),
             "suffix": self.suffix_scores,
             "encoder": self.documents.of_test(
@@ -169,12 +169,12 @@ class Bench:
             "ngram": self._ngram_scores(ngram),
         }
         truth = [self.truth[number] for number in self.documents.test]
-        intervals, ratios = bootstrap(truth, {"target": exact, **found}, seed=0)
-        flat = {name: np.concatenate([own[1:] for own in of]) for name, of in {"exact": exact, **found}.items()}
+        intervals, ratios = bootstrap(truth, {"target": exact, **scores}, seed=0)
+        flat = {name: np.concatenate([own[1:] for own in of]) for name, of in {"exact": exact, **scores}.items()}
         marks = np.concatenate([own[1:] for own in truth])
         ap = {name: float(average_precision_score(marks, own)) for name, own in flat.items()}
         rows = []
-        for kind in found:
+        for kind in scores:
             row = {
                 "kind": kind,
                 "share": share,
@@ -247,13 +247,13 @@ class Bench:
         )
         part = replace(whole, **{name: own[audited] for name, own in vars(whole).items() if name.endswith("_N")})
         truth, certificate = certify(whole, bootstrap=Bootstrap(samples=200)), certify(part)
-        found = {"all": truth.whole, **truth.by_source}
+        figures = {"all": truth.whole, **truth.by_source}
         return {
             "cascade_mask_agreement": round(fidelity(exact_N, merged_N)["overlap"], 4),
             "cascade_recall": round(float(truth.whole.rechecked.value or 0), 4),
             "cascade_rechecked_share": round(truth.rechecked_share, 4),
             "ap_cascade": round(float(average_precision_score(marks_N, merged_N)), 4),
-            "by_source": {name: values_of(own) for name, own in found.items()},
+            "by_source": {name: values_of(own) for name, own in figures.items()},
             "certificate": asdict(certificate.whole),
             "certificate_holds": holds(certificate, truth),
             "tried": best_of(students.tried),
@@ -290,7 +290,7 @@ def differences(exact: Path, cascade: Path) -> dict[str, float]:
     """EMT and TP of the penalised model of a cascade's run less those of the exact run, by the runs' first classifier.
 
     Raises SystemExit when the runs' plain models differ, for then they are not comparable."""
-    found = {}
+    figures = {}
     for name in ("emt", "tp"):
         of_runs = []
         for run in (exact, cascade):
@@ -298,8 +298,8 @@ def differences(exact: Path, cascade: Path) -> dict[str, float]:
             of_runs.append({model: first_value(models[model], name) for model in ("baseline", "penalised")})
         if of_runs[0]["baseline"] != of_runs[1]["baseline"]:
             raise SystemExit(f"--runs: the plain models of {exact} and {cascade} differ; give runs of one seed")
-        found[f"cascade_{name}_difference"] = round(of_runs[1]["penalised"] - of_runs[0]["penalised"], 4)
-    return found
+        figures[f"cascade_{name}_difference"] = round(of_runs[1]["penalised"] - of_runs[0]["penalised"], 4)
+    return figures
 
 
 def first_value(model: dict[str, Any], name: str) -> float:
@@ -309,17 +309,17 @@ def first_value(model: dict[str, Any], name: str) -> float:
 
 def holds(certificate: Certificate, truth: Certificate) -> dict[str, bool]:
     """Of each figure, whether its interval holds that of all documents."""
-    found = {}
+    verdicts = {}
     for name in FIGURES:
         figure, value = getattr(certificate.whole, name), getattr(truth.whole, name).value
-        found[name] = None not in (figure.low, figure.high, value) and figure.low <= value <= figure.high
-    return found
+        verdicts[name] = None not in (figure.low, figure.high, value) and figure.low <= value <= figure.high
+    return verdicts
 
 
 def values_of(fidelity: Fidelity) -> dict[str, float | None]:
     """The figures of some tokens, without intervals."""
-    found = {name: getattr(fidelity, name).value for name in FIGURES}
-    return {name: None if value is None else round(value, 4) for name, value in found.items()}
+    values = {name: getattr(fidelity, name).value for name in FIGURES}
+    return {name: None if value is None else round(value, 4) for name, value in values.items()}
 
 
 def best_of(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -28,11 +28,11 @@ def datamodelling(scores: Scores, halves: Sequence[Bools], behaviour: Mapping[st
     predicted = {name: predictions(each, trained) for name, each in scores.items()}
     predicted["tokens"] = predictions(np.ones_like(halves[0], float), trained)
     intervals = correlation_intervals(predicted, actual, seed)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         f"lds_{name}": round(rank_correlation(each, actual), 4) for name, each in predicted.items()
     }
-    found |= {f"lds_{name}_interval": interval for name, interval in intervals.items()}
-    return found | {"halves": len(done)}
+    figures |= {f"lds_{name}_interval": interval for name, interval in intervals.items()}
+    return figures | {"halves": len(done)}
 
 
 def effects(
@@ -52,7 +52,7 @@ def effects(
         }
 
     D = {name: -value for name, value in behaviour.items()}
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name in (*names, RANDOM):
         own, matched = changes(name, D), changes(f"{name}-{MATCHED}", D) if name != RANDOM else {}
         above = {seed: own[seed] - matched[seed] for seed in own.keys() & matched.keys()}
@@ -60,15 +60,15 @@ def effects(
             if values:
                 of_seeds = list(values.values())
                 ends = t_interval(of_seeds)
-                found[f"qld_{name}{key}"] = round(float(np.mean(of_seeds)), 4)
-                found[f"qld_{name}{key}_interval"] = ends and [round(end, 4) for end in ends]
+                figures[f"qld_{name}{key}"] = round(float(np.mean(of_seeds)), 4)
+                figures[f"qld_{name}{key}_interval"] = ends and [round(end, 4) for end in ends]
         if own:
-            found[f"negative_{name}"] = round(float(np.mean([*changes(name, negative).values()])), 4)
-            found[f"qld_{name}_seeds"] = [round(own[seed], 4) for seed in sorted(own)]
+            figures[f"negative_{name}"] = round(float(np.mean([*changes(name, negative).values()])), 4)
+            figures[f"qld_{name}_seeds"] = [round(own[seed], 4) for seed in sorted(own)]
         if matched:
             shared = [(masks[s][name] & masks[s][f"{name}-{MATCHED}"]).sum() / masks[s][name].sum() for s in masks]
-            found[f"matched_shared_{name}"] = round(float(np.mean(shared)), 4)
-    return found
+            figures[f"matched_shared_{name}"] = round(float(np.mean(shared)), 4)
+    return figures
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:

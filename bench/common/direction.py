@@ -1,6 +1,6 @@
 """A query direction V fitted in this process, without Ray, with its heavy parts kept on disk for other benchmarks.
 
-    V = (EK-FAC + d)^-1 [mean over toxic of grad NLL(completion | prompt) - the same mean over non-toxic]
+    V = (EK-FAC + d)^-1 [mean over positive of grad NLL(completion | prompt) - the same mean over negative]
 
 It calls `ifguide.influence` alone: nothing of the method is repeated here. Kept under `cache_dir`, each in a folder
 named by a digest of all that decides its values (weights, modules, tokens, seed): the factors, and the mean gradient
@@ -46,8 +46,8 @@ def fit_direction(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     documents: Sequence[str],
-    toxic: Sequence[Query],
-    nontoxic: Sequence[Query],
+    positive: Sequence[Query],
+    negative: Sequence[Query],
     *,
     block_size: int = 256,
     modules: str = "",
@@ -56,13 +56,13 @@ def fit_direction(
 ) -> dict[str, Tensor]:
     """V (d_out, d_in [+ 1]) per tracked module whose name holds a match of the pattern `modules`; float32.
 
-    documents: the factor sample, packed into blocks of `block_size` as a corpus is. toxic, nontoxic: (prompt,
+    documents: the factor sample, packed into blocks of `block_size` as a corpus is. positive, negative: (prompt,
     completion). Raises ValueError when `modules` matches none.
     """
     names = tracked_names(model, modules)
     gradient = differential(
-        mean_gradient(model, tokenizer, names, toxic, cache_dir=cache_dir),
-        mean_gradient(model, tokenizer, names, nontoxic, cache_dir=cache_dir),
+        mean_gradient(model, tokenizer, names, positive, cache_dir=cache_dir),
+        mean_gradient(model, tokenizer, names, negative, cache_dir=cache_dir),
     )
     factors = fit_factors(model, tokenizer, names, documents, block_size=block_size, cache_dir=cache_dir)
     return precondition(gradient, load_factors(factors, names), damping_scale=damping_scale)
@@ -76,9 +76,9 @@ def tracked_names(model: PreTrainedModel, pattern: str = "") -> list[str]:
     return names
 
 
-def differential(toxic: Mapping[str, Tensor], nontoxic: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """G: the toxic mean gradient minus the non-toxic one, per module."""
-    return {name: tensor - nontoxic[name] for name, tensor in toxic.items()}
+def differential(positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """G: the positive queries' mean gradient minus the negative ones', per module."""
+    return {name: tensor - negative[name] for name, tensor in positive.items()}
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> list[np.ndarray]:

@@ -23,8 +23,8 @@ SHAPES = {"160m": "EleutherAI/pythia-160m", "1b": "EleutherAI/pythia-1b"}
 def record(result: dict[str, Any], *, today: date, log: Path = LOG, measurements: Path = MEASUREMENTS) -> None:
     """Add the section and the rows; rows of an earlier record of the same day and device are replaced."""
     text = log.read_text(encoding="utf-8")
-    before, found, after = text.partition(FIRST)
-    log.write_text(f"{before}\n{section(result, today)}{found}{after}", encoding="utf-8")
+    before, heading, after = text.partition(FIRST)
+    log.write_text(f"{before}\n{section(result, today)}{heading}{after}", encoding="utf-8")
     lines = measurements.read_text(encoding="utf-8").splitlines(keepends=True)
     new = rows(result, today)
     names = [row.partition(",")[0] for row in new]
@@ -77,5 +77,5 @@ def rows(result: dict[str, Any], today: date) -> list[str]:
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return found.stdout.strip() or "unknown"
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return answer.stdout.strip() or "unknown"

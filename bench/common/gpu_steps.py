@@ -82,8 +82,8 @@ class Session:
     def bench(self, name: str, *arguments: str, log: str) -> Figures:
         """The last line of a bench."""
         lines = self.python("-m", f"bench.{name}", *arguments, log=log).splitlines()
-        found: Figures = json.loads(lines[-1])
-        return found
+        figures: Figures = json.loads(lines[-1])
+        return figures
 
     def verb(self, *arguments: str, config: Path, log: str) -> float:
         """Seconds of a command of `ifguide`."""
@@ -128,8 +128,8 @@ def training(shape: str) -> Callable[[Session], Figures]:
         else:
             options += ["--device", "cuda", "--dtype", "bfloat16", "--shape", hub, "--blocks", str(blocks)]
             options += ["--block-size", "2048", "--rounds", "10", "--warm-up", "4"]
-        found = session.bench("training_step", *options, log=f"training_{shape}")
-        return {name: found[name] for name in TRAINING_FIGURES}
+        figures = session.bench("training_step", *options, log=f"training_{shape}")
+        return {name: figures[name] for name in TRAINING_FIGURES}
 
     return step
 
@@ -157,8 +157,8 @@ def scoring(shape: str) -> Callable[[Session], Figures]:
         else:
             options += ["--shape", name, "--device", "cuda", "--block-size", "2048", "--blocks", str(blocks)]
             options += ["--micro-batch", str(blocks), "--kronfluence-batches", "2"]
-        found = session.bench("score_throughput", *options, log=f"scoring_{shape}")
-        return {"scored": found}
+        figures = session.bench("score_throughput", *options, log=f"scoring_{shape}")
+        return {"scored": figures}
 
     return step
 

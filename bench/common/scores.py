@@ -44,9 +44,9 @@ def score_blocks(
             for row, i in enumerate(batch):
                 tokens[row, : len(blocks[i][0])] = torch.from_numpy(blocks[i][0])
             scores_KBT = scorer.score(tokens, lengths).numpy()
-            for k, found in enumerate(part):
+            for k, of_direction in enumerate(part):
                 for row, i in enumerate(batch):
-                    found[i] = scores_KBT[k, row, : len(blocks[i][0])]
+                    of_direction[i] = scores_KBT[k, row, : len(blocks[i][0])]
             progress.advance(float(lengths.sum()))
         results += part
     return results

@@ -81,9 +81,9 @@ class Scorings:
         path = self.folder / f"{self._key(kinds, blocks)}.npz"
         if not path.is_file():
             directions = self.directions(kinds)
-            found = self._score([directions[kind] for kind in kinds], blocks)
+            scores = self._score([directions[kind] for kind in kinds], blocks)
             with publish(path) as part, part.open("wb") as file:
-                whole: dict[str, Any] = {kind: np.concatenate(own) for kind, own in zip(kinds, found, strict=True)}
+                whole: dict[str, Any] = {kind: np.concatenate(own) for kind, own in zip(kinds, scores, strict=True)}
                 np.savez(file, **whole)
         ends = np.cumsum([len(block) for block in blocks])[:-1]
         with np.load(path) as kept:
@@ -125,17 +125,17 @@ class Scorings:
     def directions(self, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """The directions by name; of nulls all are made at once."""
         factors = load_factors(self.factors_folder(), self.names)
-        found = {}
+        directions = {}
         for kind in kinds:
             if kind == "exact":
-                found[kind] = precondition(self._gradient(), factors)
+                directions[kind] = precondition(self._gradient(), factors)
             elif kind.startswith("half_"):
-                found[kind] = precondition(self._gradient(half=int(kind.removeprefix("half_"))), factors)
+                directions[kind] = precondition(self._gradient(half=int(kind.removeprefix("half_"))), factors)
             elif kind == "cg":
-                found[kind] = self._refined(factors)
+                directions[kind] = self._refined(factors)
         if any(kind.startswith("null_") for kind in kinds):
-            found |= {f"null_{number}": null for number, null in enumerate(self._nulls(factors))}
-        return found
+            directions |= {f"null_{number}": null for number, null in enumerate(self._nulls(factors))}
+        return directions
 
     def _key(self, kinds: Sequence[str], blocks: Sequence[Block]) -> str:
         refined = (self.steps, self.refine_blocks) if "cg" in kinds else ()

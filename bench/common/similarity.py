@@ -59,10 +59,10 @@ def token_scores(
 ) -> dict[str, list[np.ndarray]]:
     """Direction -> per example <V, grad NLL_j> of each token j of its response."""
     blocks = [(np.array(query.token_ids), None, None) for query in queries]
-    found = score_blocks(model, list(directions.values()), blocks, "target", 0, method=method)
+    all_scores = score_blocks(model, list(directions.values()), blocks, "target", 0, method=method)
     return {
         name: [scores[query.completion_start :] for scores, query in zip(each, queries, strict=True)]
-        for name, each in zip(directions, found, strict=True)
+        for name, each in zip(directions, all_scores, strict=True)
     }
 
 

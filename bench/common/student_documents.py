@@ -92,11 +92,11 @@ class LabelledDocuments:
 
     def of_test(self, score: Callable[[Batch], Tensor]) -> list[np.ndarray]:
         """(T,) of each document for testing, in the order of their numbers."""
-        found: dict[int, np.ndarray] = {}
+        scores: dict[int, np.ndarray] = {}
         for batch in self.of(set(self.test.tolist())):
             scores_BT = score(batch).float().numpy()
-            found |= {number: scores_BT[row, : self.sizes[number]] for row, number in enumerate(batch.numbers)}
-        return [found[number] for number in self.test.tolist()]
+            scores |= {number: scores_BT[row, : self.sizes[number]] for row, number in enumerate(batch.numbers)}
+        return [scores[number] for number in self.test.tolist()]
 
     def packed(self, wanted: set[int]) -> LabelledBlocks:
         """Documents end to end in blocks, where the first token of each and of a block has no score. What does not fill

@@ -60,8 +60,9 @@ def correlation_intervals(predicted: dict[str, Floats], actual: Floats, seed: in
     for _ in range(BOOTSTRAPS):
         rows = rng.integers(0, len(actual), len(actual))
         draws.append([rank_correlation(predicted[name][rows], actual[rows]) for name in names])
-    found = dict(zip(names, np.array(draws).T, strict=True))
-    found |= {f"{names[0]}-{other}": found[names[0]] - found[other] for other in names[1:]}
+    correlations = dict(zip(names, np.array(draws).T, strict=True))
+    correlations |= {f"{names[0]}-{other}": correlations[names[0]] - correlations[other] for other in names[1:]}
     return {
-        name: [round(float(value), 4) for value in np.percentile(each, [2.5, 97.5])] for name, each in found.items()
+        name: [round(float(value), 4) for value in np.percentile(each, [2.5, 97.5])]
+        for name, each in correlations.items()
     }

@@ -42,7 +42,7 @@ def benchmarks(
 
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    manager = _task_manager(known=not all(_stands_alone(task) for task in tasks))
+    manager = _task_manager(defaults=not all(_stands_alone(task) for task in tasks))
     try:
         made = simple_evaluate(model=harnessed, tasks=list(tasks), task_manager=manager, log_samples=False, **seeds)
     except KeyError as error:
@@ -52,11 +52,11 @@ def benchmarks(
 
 
 @functools.cache
-def _task_manager(*, known: bool) -> Any:
-    """The harness' own; `known`: it knows its tasks by name."""
+def _task_manager(*, defaults: bool) -> Any:
+    """The harness' own; `defaults`: with the tasks that it knows by name."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=known)
+    return TaskManager(include_defaults=defaults)
 
 
 def _stands_alone(task: str) -> bool:

@@ -34,7 +34,7 @@ RunTasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[An
 class Selection:
     """What was selected. `outliers`: number of listed `blocks`, of `high_mass` and `repeated` among them.
     `largest_unit`: id (-1: there is none) and masked tokens of the unit with the most of these. `spread`: of z-scores;
-    `found`: by a false-discovery rate."""
+    `discoveries`: of a false-discovery rate."""
 
     tau: float
     median_mass: float
@@ -50,7 +50,7 @@ class Selection:
     outliers: dict[str, int]
     excluded_blocks: int
     spread: Spread | None
-    found: Discoveries | None
+    discoveries: Discoveries | None
 
 
 def select(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> Selection:
@@ -107,7 +107,7 @@ def select(rules: Rules, files: Sequence[ShardFiles], run_tasks: RunTasks) -> Se
         outliers={name: sum(counts[name] for counts in outliers) for name in outliers[0]},
         excluded_blocks=sum(x.repeated for x in scans.values()) if rules.exclude_repeated else 0,
         spread=rules.measure.spread,
-        found=discovered,
+        discoveries=discovered,
     )
 
 

@@ -111,9 +111,9 @@ def _log_selection(
         f"tau {selected.tau:.6g}; {selected.units_masked:,} of {selected.num_units:,} {options.unit}s touched,"
         f" {selected.tokens_masked:,} tokens masked ({share:.2%} of the corpus); `ifguide inspect` shows them",
     )
-    if selected.found:
-        chance = f"{selected.found.rate:.3g} of them by chance (build_mask.fdr: {options.fdr:g})"
-        log(VERB, f"{selected.found.count:,} tokens have z-scores above tau, {chance}")
+    if selected.discoveries:
+        chance = f"{selected.discoveries.rate:.3g} of them by chance (build_mask.fdr: {options.fdr:g})"
+        log(VERB, f"{selected.discoveries.count:,} tokens have z-scores above tau, {chance}")
     log(VERB, outlier_line(summary, recorded))
     if dominant := dominant_line(summary, recorded):
         log(VERB, dominant, level=logging.WARNING)
@@ -159,7 +159,7 @@ def _summary(selected: Selection, options: BuildMask, *, smoothed: bool) -> dict
         "repeated_blocks": selected.outliers["repeated"],
         "excluded_blocks": selected.excluded_blocks,
         **({"null_spread": asdict(selected.spread)} if selected.spread else {}),
-        **({"discoveries": asdict(selected.found)} if selected.found else {}),
+        **({"discoveries": asdict(selected.discoveries)} if selected.discoveries else {}),
     }
 
 

@@ -159,7 +159,7 @@ def test_z_scores_of_any_sharding_equal_the_literal_loop_on_those_of_the_whole(c
         selection = select(rules, files, in_any_order(seed))
         assert_equal_to_loop(selection, rules, z_NT, lengths, documents, tau=tau)
         assert selection.spread == spread
-        assert (selection.found is None) == (fdr is None)
+        assert (selection.discoveries is None) == (fdr is None)
 
 
 def heavy_tailed() -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
