@@ -1,4 +1,4 @@
-"""A run: its config and the folders in its run directory. Stages and the pipeline alone know it."""
+"""A run: its config and the folders in its run directory. What is below the stages takes paths, the preflight apart."""
 
 from __future__ import annotations
 
