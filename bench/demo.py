@@ -1,7 +1,7 @@
 """The demo's figures: `python bench/demo.py [--seeds 0 1 2]`, one run per seed and the first seed once more.
 
 Prints each run's JSON, then one line: per figure the values of all seeds, and whether the second run of the first
-seed gave the same digests of corpus, query, scores and mask. About seven minutes a run on two cores.
+seed gave the same digests of corpus, factors, query, scores and mask. About seven minutes a run on two cores.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from bench.common.places import this_machine
+from ifguide.folders import CORPUS, FACTORS, MASK, QUERY, SCORES
 
-COMPARED = ("corpus", "query", "scores", "mask")
+COMPARED = (CORPUS, FACTORS, QUERY, SCORES, MASK)
 
 
 def run_demo(seed: int, run_dir: Path) -> dict[str, float]:
