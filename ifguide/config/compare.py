@@ -216,7 +216,9 @@ class Method:
         """The method in a few words."""
         if self.mask is not None:
             values = {name: getattr(self, name) for name in SELECTING if getattr(self, name) is not None}
-            own = [f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in values.items()]
+            own = [
+                f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in values.items()
+            ]
             by = f" by {self.selection}" if self.selection else ""
             return f"{self.mask} masked{by}" + (f" ({', '.join(own)})" if own else "")
         return f"DPO of {self.dpo.model}" if self.dpo else f"RAD of {self.rad.model if self.rad else None}"

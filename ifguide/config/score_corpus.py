@@ -21,7 +21,7 @@ class Smoothing:
         ridges: that are tried, times the number of tokens. The one that explains most of held-out scores is taken.
     """
 
-    own_weight: float = option(0.2, at_least=0, at_most=1)
+    own_weight: float = option(0.1, at_least=0, at_most=1)
     tokens: int = option(200_000, at_least=2)
     folds: int = option(5, at_least=2)
     ridges: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), above=0)

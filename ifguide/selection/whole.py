@@ -42,8 +42,8 @@ def select_tokens(
     scores_NT: higher is masked first; entry j of a block speaks of predicting token j, so index 0 and padding count for
     nothing. lengths_N: real tokens of each block; only the last may have fewer than T. documents: in stream order. At
     most floor(max_fraction * predicted tokens) are masked: those above the `quantile` of all scores with `window`
-    neighbours on each side, unit by unit. rank_by, rate_prior: units by what they hold, as in the paper, or by what they
-    hold per token (`ifguide.selection.algorithm`).
+    neighbours on each side, unit by unit. rank_by, rate_prior: units by what they hold per token, or as in the paper by
+    what they hold (`ifguide.selection.algorithm`).
 
     Raises:
         ValueError: a score is NaN or infinite, or lengths or documents do not cover the blocks.

@@ -1,10 +1,9 @@
 """`pretrain`: train the target with the signed per-token loss (Eq. 9), or without a mask as baseline.
 
 Both models of a run see the same blocks in the same order from the same initial weights; only the loss differs.
-DeepSpeed under Ray Train, on any number of workers, or plain torch in this process: `ifguide.training.loop` is the loop
-of both, `ifguide.training.engines` what differs. A rerun goes on from the last checkpoint, on another number of workers
-too; Ray Train starts lost workers again, and with `min_workers` goes on with those it has. When Ray says that a machine
-will be taken away, the step is saved before, and the training goes on on others.
+DeepSpeed under Ray Train, or plain torch in this process: `ifguide.training.loop` is the loop of both,
+`ifguide.training.engines` what differs. A rerun goes on from the last checkpoint, on any number of workers. Ray Train
+starts lost workers again, and with `min_workers` goes on with those it has. A step is saved before a machine leaves.
 """
 
 from __future__ import annotations
