@@ -25,10 +25,8 @@ WEIGHTS = "*.safetensors"
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # a tokenizer has one of them
 
 
-def load_tokenizer(
-    source: str, *, revision: str | None = None, trust_remote_code: bool = False, special_text: bool = True
-) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a hub id, a local folder or a .gguf file.
+def load_tokenizer(source: str, *, special_text: bool = True) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a hub id (its main branch's), a local folder or a .gguf file. It runs no code of theirs.
 
     special_text: whether the name of a special token within a text (`<|endoftext|>`) becomes that token. Without it,
     the name is text like any other: a document that quotes it does not end there.
@@ -36,7 +34,7 @@ def load_tokenizer(
     Raises FileNotFoundError when a local source does not exist; ValueError when its files cannot be read, when the
     tokenizer is not a fast one (character offsets are needed) or has no EOS token (documents are joined with it).
     """
-    tokenizer = _read(source, *locate(source, revision, trust_remote_code))
+    tokenizer = _read(source, *locate(source, None, False))
     if not tokenizer.is_fast:
         raise ValueError(f"{source}: a fast tokenizer (tokenizer.json) is needed for its character offsets")
     if tokenizer.eos_token_id is None:

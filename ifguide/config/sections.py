@@ -55,7 +55,7 @@ class ModelSource:
     Attributes:
         source: hub id, local folder, or path of a `.gguf` file, whose weights are dequantised.
         architecture: fields of a Hugging Face config with `model_type`; the weights are random.
-        revision: commit or branch of the hub's repository.
+        revision: commit or branch of the hub's repository that weights are of; tokenizers are the main branch's.
         trust_remote_code: run the model code that the hub's repository brings.
     """
 

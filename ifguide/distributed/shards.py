@@ -44,7 +44,7 @@ Settings = TypeVar("Settings")
 Work = TypeVar("Work", bound=Shard)
 
 SHOWN_FAILURES = 20
-CHECKED_AT_ONCE = 64  # files: a task each would take longer to start than to read
+CHECKED_AT_ONCE = 64  # shards: a task each would take longer to start than to read
 CHECK_RESOURCES = WorkerResources(gpus=0.0)
 
 

@@ -5,7 +5,6 @@ exact one on tokens of the corpus itself. Selection uses the upper end of the sc
 correlations. Cost: a sort of the tokens compared.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,21 +43,10 @@ def compare(scores: Tensor, exact: Tensor, predicted: Tensor) -> Agreement:
     top_a, top_b = (set(torch.topk(scored, count).indices.tolist()) for scored in (a, b))
     return Agreement(
         correlation=_pearson(a, b),
-        spearman=_pearson(_ranks(a), _ranks(b)),
+        spearman=_pearson(ranks(a), ranks(b)),
         top=len(top_a & top_b) / count,
         tokens=len(a),
     )
-
-
-def mean_rank(scorings: Sequence[Tensor]) -> Tensor:
-    """(N,) from 0 to 1: the mean of each token's ranks in several scorings (N,) of the same tokens, which may be of two
-    queries, attributions, checkpoints or proxies that share a tokenizer. Scales do not matter; ties share a rank.
-
-    Raises ValueError when the scorings differ in length."""
-    if len({len(scores) for scores in scorings}) != 1:
-        raise ValueError(f"scorings of {[len(scores) for scores in scorings]} tokens; all must be of the same tokens")
-    ranks = torch.stack([_ranks(scores.double()) for scores in scorings]).mean(dim=0)
-    return ranks / max(1, len(ranks) - 1)
 
 
 def _pearson(a: Tensor, b: Tensor) -> float:
@@ -67,8 +55,8 @@ def _pearson(a: Tensor, b: Tensor) -> float:
     return float(a @ b) / norm if norm > 0 else 0.0
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, equal values sharing their mean rank."""
+def ranks(values: Tensor) -> Tensor:
+    """(N,) float64 ranks from 0 to N - 1, equal values sharing their mean rank."""
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - 0.5 * (counts + 1))[inverse]

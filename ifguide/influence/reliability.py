@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ifguide.influence.agreement import compare, mean_rank
+from ifguide.influence.agreement import compare, ranks
 from ifguide.influence.method import PRESETS
 from ifguide.influence.query import (
     ModuleFactors,
@@ -121,10 +121,10 @@ def separation(
         scores_BT = scorer.score(tokens_BT, lengths_B)[0].double().cpu()
         for i, scores_T in zip(numbers, scores_BT, strict=True):
             means[i] = scores_T[queries[i].completion_start : len(queries[i].token_ids)].mean()
-    ranks = mean_rank([means]) * (len(queries) - 1)
+    ranks_N = ranks(means)
     kinds = torch.tensor(positive)
     n, m = int(kinds.sum()), int((~kinds).sum())
-    return float(ranks[kinds].sum() - n * (n - 1) / 2) / (n * m)
+    return float(ranks_N[kinds].sum() - n * (n - 1) / 2) / (n * m)
 
 
 def spearman_brown(correlation: float, factor: float) -> float:

@@ -3,8 +3,8 @@
 The audit is a simple random sample of the corpus' blocks, scored both exactly and by the student. Of its tokens,
 
     pearson, spearman    of the two scores;
-    overlap              the share of the exact scores' top `top_share` that is in the student's own;
-    recall               the share of the exact scores' top `top_share` that is in the student's top `RECHECK_SHARE`;
+    overlap              the share of the exact scores' top `TOP_SHARE` that is in the student's own;
+    recall               the share of the exact scores' top `TOP_SHARE` that is in the student's top `RECHECK_SHARE`;
     rechecked            the share of it that lies in blocks that were rechecked: what is surely exact.
 
 Tokens of a block are alike, so an interval resamples blocks (Field and Welsh 2007), and takes both tops anew in each
@@ -135,7 +135,7 @@ class Certificate:
         return asdict(self)
 
 
-def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap | None = None) -> Certificate:
+def certify(audit: Audit, *, bootstrap: Bootstrap | None = None) -> Certificate:
     """The certificate of an audit; the same for the same audit, whatever order its tokens are in."""
     bootstrap = bootstrap or Bootstrap()
     _, block_N = np.unique(audit.blocks_N, return_inverse=True)
@@ -149,8 +149,8 @@ def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap 
 
     def figures(weight_N: Floats) -> NDArray[np.float64]:
         """(groups, figures) of the tokens with their weights."""
-        exact_top_N = whole.exact.top(weight_N, top_share) * weight_N
-        found_SN: list[Any] = [whole.student.top(weight_N, share) for share in (top_share, RECHECK_SHARE)]
+        exact_top_N = whole.exact.top(weight_N, TOP_SHARE) * weight_N
+        found_SN: list[Any] = [whole.student.top(weight_N, share) for share in (TOP_SHARE, RECHECK_SHARE)]
         found_SN.append(rechecked_N)
         rows = []
         for scores, own in zip(groups, parts, strict=True):
@@ -160,7 +160,7 @@ def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap 
         return np.array(rows)
 
     ones_N = np.ones(len(exact_N))
-    values_GF, top_N = figures(ones_N), whole.exact.top(ones_N, top_share)
+    values_GF, top_N = figures(ones_N), whole.exact.top(ones_N, TOP_SHARE)
     counts = (row for chunk in bootstrap.counts(int(block_N.max()) + 1) for row in chunk)
     samples_SGF = np.stack([figures(row[block_N]) for row in counts])
     fidelities = [
@@ -170,7 +170,7 @@ def certify(audit: Audit, *, top_share: float = TOP_SHARE, bootstrap: Bootstrap 
         whole=fidelities[0],
         by_source={audit.sources[source]: own for source, own in zip(sources, fidelities[1:], strict=True)},
         unaudited=[name for number, name in enumerate(audit.sources) if number not in set(sources.tolist())],
-        top_share=top_share,
+        top_share=TOP_SHARE,
         rechecked_share=float(rechecked_N.mean()),
     )
 

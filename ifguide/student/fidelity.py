@@ -69,16 +69,14 @@ def _pearson(a_N: Floats, b_N: Floats, weight_N: Floats) -> float:
     return float(weighted_N @ b_N) / norm if norm > 0 else math.nan
 
 
-def fidelity(
-    exact_N: Floats, student_N: Floats, *, top_share: float = TOP_SHARE, recheck_share: float = RECHECK_SHARE
-) -> dict[str, float]:
-    """`pearson`, `spearman`, `overlap` of both tops, and `recall`: the share of the exact top `top_share` that lies in
-    the student's top `recheck_share`. NaN where a scoring does not vary."""
+def fidelity(exact_N: Floats, student_N: Floats) -> dict[str, float]:
+    """`pearson`, `spearman`, `overlap` of both tops, and `recall`: the share of the exact top `TOP_SHARE` that lies in
+    the student's top `RECHECK_SHARE`. NaN where a scoring does not vary."""
     scores, ones_N = PairedScores(exact_N, student_N), np.ones(len(exact_N))
     pearson, spearman = scores.correlations(ones_N)
-    exact_top_N = scores.exact.top(ones_N, top_share)
+    exact_top_N = scores.exact.top(ones_N, TOP_SHARE)
     shares = (
-        exact_top_N @ scores.student.top(ones_N, share) / exact_top_N.sum() for share in (top_share, recheck_share)
+        exact_top_N @ scores.student.top(ones_N, share) / exact_top_N.sum() for share in (TOP_SHARE, RECHECK_SHARE)
     )
     return dict(
         zip(("pearson", "spearman", "overlap", "recall"), map(float, (pearson, spearman, *shares)), strict=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ifguide import schemas
 from ifguide.artifacts import file_digest
-from ifguide.influence.agreement import mean_rank
+from ifguide.influence.agreement import ranks
 from ifguide.selection.distributed import select
 from ifguide.selection.ensemble import COUNTS, Member, _write_counts, count_scores, mean_ranks, write_ranks
 from ifguide.selection.quantiles import high_histogram
@@ -58,18 +58,18 @@ def test_mean_ranks_are_counted(tokens, number) -> None:
 @settings(deadline=None)
 @given(tokens=st.lists(st.tuples(values, values), min_size=1, max_size=60))
 def test_with_a_value_to_a_bucket_they_are_the_ranks_of_a_sort(tokens) -> None:
-    """bfloat16 has the upper half of a float32's bits. `mean_rank` counts from 0 to N - 1."""
+    """bfloat16 has the upper half of a float32's bits. `ranks` counts from 0 to N - 1."""
     runs = torch.tensor(tokens, dtype=torch.float32).bfloat16().float().nan_to_num(posinf=1e38, neginf=-1e38).T
     runs = runs.bfloat16().float()
     size = runs.shape[1]
-    expected = (mean_rank(list(runs)) * max(1, size - 1) + 0.5) / size
+    expected = (torch.stack([ranks(scores) for scores in runs]).mean(dim=0) + 0.5) / size
     np.testing.assert_allclose(mean_ranks([scores.numpy() for scores in runs]), expected.numpy(), rtol=1e-6)
 
 
 def test_they_are_off_those_of_a_sort_by_half_of_a_bucket_at_most() -> None:
     rng = np.random.default_rng(0)
     runs = [rng.standard_t(3, size=100_000).astype(np.float32), 1e-4 * rng.normal(size=100_000).astype(np.float32)]
-    exact = (mean_rank([torch.from_numpy(scores) for scores in runs]) * 99_999 + 0.5) / 100_000
+    exact = (torch.stack([ranks(torch.from_numpy(scores)) for scores in runs]).mean(dim=0) + 0.5) / 100_000
     widest = max(high_histogram(scores).max() for scores in runs) / 100_000
     assert widest < 0.003
     off = np.abs(mean_ranks(runs) - exact.numpy())

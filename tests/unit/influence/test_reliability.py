@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ifguide.influence.agreement import mean_rank
+from ifguide.influence.agreement import ranks
 from ifguide.influence.nulls import null_directions
 from ifguide.influence.query import (
     ModuleFactors,
@@ -177,10 +177,5 @@ def test_spearman_brown_is_the_reliability_of_the_whole() -> None:
     assert found == pytest.approx(float(np.corrcoef(whole, again)[0, 1]), abs=0.01)
 
 
-def test_mean_ranks_do_not_depend_on_scales() -> None:
-    a = torch.tensor([0.1, 0.4, 0.2, 0.4])
-    b = torch.tensor([10.0, -5.0, 700.0, 0.0])
-    assert mean_rank([a, b]).tolist() == pytest.approx([1 / 3, 2.5 / 6, 4 / 6, 3.5 / 6])
-    torch.testing.assert_close(mean_rank([1000 * a, b.exp().clamp(max=1e30)]), mean_rank([a, b]))
-    with pytest.raises(ValueError, match=r"scorings of \[4, 3\] tokens"):
-        mean_rank([a, b[:3]])
+def test_equal_values_share_their_mean_rank() -> None:
+    assert ranks(torch.tensor([0.1, 0.4, 0.2, 0.4])).tolist() == [0, 2.5, 1, 2.5]
