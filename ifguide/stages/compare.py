@@ -43,20 +43,7 @@ from ifguide.evaluation.measuring import continue_prompts, measure_models
 from ifguide.evaluation.prompts import PROMPTS, chosen_prompts, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
 from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate
-from ifguide.folders import (
-    BASELINE,
-    COMPARE,
-    CORPUS,
-    EXPORT,
-    GENERATIONS,
-    MASK,
-    MODEL,
-    PENALISED,
-    QUERY,
-    RANKING,
-    REPORT,
-    SCORES,
-)
+from ifguide.folders import BASELINE, CORPUS, EXPORT, GENERATIONS, MASK, PENALISED, QUERY, RANKING, REPORT, SCORES
 from ifguide.methods.preferences import DPO, DpoTraining, RewardTraining, train
 from ifguide.methods.samples import SampleFiles, sampling_options, training_prompts
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
@@ -147,13 +134,12 @@ class _Grid:
     def add_preference(self, name: str, method: Method) -> None:
         """Train the method's model by preference, or say how it decodes another's."""
         if method.dpo:
-            self._add_dpo(name, method.dpo)
+            self._add_dpo(name, method.dpo, method_run(self.run, name, method).model(DPO))
         elif method.rad:
             self._add_rad(name, method.rad)
 
-    def _add_dpo(self, name: str, method: Dpo) -> None:
+    def _add_dpo(self, name: str, method: Dpo, folder: Path) -> None:
         start, samples = self._start(name, "dpo", method.model), self._samples()
-        folder = self.run.comparison / name / MODEL / DPO
         training = DpoTraining(
             name=name,
             start=start[0],
@@ -361,7 +347,7 @@ def _sources(run: Run, grid: _Grid) -> ReportSources:
     artifacts = run.artifact_folders()
     for name, child in grid.children.items():
         made = {"scores": child.scores, "mask": child.mask, "model": child.model(PENALISED)}
-        artifacts |= {f"{COMPARE}/{name}/{kind}": folder for kind, folder in made.items()}
+        artifacts |= {f"{run.comparison.name}/{name}/{kind}": folder for kind, folder in made.items()}
     return ReportSources(
         title=f"IF-Guide comparison: {run.folder.name}",
         options=run.config.evaluate,
