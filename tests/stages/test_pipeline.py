@@ -66,7 +66,8 @@ def test_the_mask_is_algorithm_1_on_the_scores(finished: Config) -> None:
         masks.append(schemas.per_token_array(schemas.read_table(run.mask / name), "masked"))
     spans = [(x["token_start"], x["token_start"] + x["num_tokens"]) for x in document_table(run.corpus).to_pylist()]
     options = {name: getattr(finished.build_mask, name) for name in ("quantile", "window", "max_fraction", "unit")}
-    tau, rank_score, masked = algorithm1.select(blocks, spans, finished.pack_corpus.block_size, **options)
+    prior, size = finished.build_mask.rate_prior, finished.pack_corpus.block_size  # documents are ranked by rate
+    tau, rank_score, masked = algorithm1.select(blocks, spans, size, prior=prior, **options)
     assert set(map(tuple, np.argwhere(np.concatenate(masks)).tolist())) == masked
     summary = read_manifest(run.mask).summary
     assert (summary["tau"], summary["tokens_masked"]) == (tau, len(masked))

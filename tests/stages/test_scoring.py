@@ -170,7 +170,7 @@ def test_smoothed_scores_are_drawn_towards_what_other_documents_say_of_like_cont
         expected[~others] = fitted.predict(scaler.transform(x[~others]))
     explained = 1 - ((s - expected) ** 2).sum() / ((s - s.mean()) ** 2).sum()
     assert summary["smoothing"][OWN]["explained"] == pytest.approx(explained, abs=1e-3)
-    smoothed = expected + 0.2 * (s - expected)
+    smoothed = expected + 0.1 * (s - expected)
     np.testing.assert_allclose(found[predicted], smoothed, atol=1e-3 * np.abs(smoothed).max())
 
     # A mask by either, from the same scores.
