@@ -291,17 +291,19 @@ def chosen_on_one_half(judged: Judged, scores: Mapping[str, Scores]) -> dict[str
 def gain_on_the_other_half(judged: Judged, made: Made) -> dict[str, Any]:
     """The average precision of smoothed scores over that of exact ones on every second document, with the own weight
     that is best on the others, and the other way round: the mean ratio, and both weights."""
-    labels, gains, weights = judged.labels(), [], []
-    for half in range(2):
-        parts = [range(number, len(labels), 2) for number in (half, 1 - half)]
+    labels = judged.labels()
 
-        def precision(scores: Scores, rows: Sequence[int]) -> float:
-            values = judged.values(scores)
-            own = [np.concatenate([whole[row] for row in rows]) for whole in (labels, values)]
-            return float(average_precision_score(*own))
+    def precisions(scores: Scores) -> list[float]:
+        """Of the documents of either half."""
+        values = judged.values(scores)
+        return [
+            float(average_precision_score(np.concatenate(labels[half::2]), np.concatenate(values[half::2])))
+            for half in range(2)
+        ]
 
-        weights.append(max(made.by_weight, key=lambda weight: precision(made.by_weight[weight], parts[0])))
-        gains.append(precision(made.by_weight[weights[-1]], parts[1]) / precision(made.scores["exact"], parts[1]))
+    exact, of_weight = precisions(made.scores["exact"]), {w: precisions(own) for w, own in made.by_weight.items()}
+    weights = [max(of_weight, key=lambda weight: of_weight[weight][half]) for half in range(2)]
+    gains = [of_weight[weight][1 - half] / exact[1 - half] for half, weight in enumerate(weights)]
     return {"gain_other_half": round(float(np.mean(gains)), 3), "own_weight_by_half": weights}
 
 

@@ -93,10 +93,11 @@ def make_mask(options: BuildMask, folders: SelectionFolders, *, config_yaml: str
         rows = {"units": selected.ranked_units, "outliers": selected.outliers["blocks"]}
         tables = [path for name in ("ranking", "outliers") for path in data_files(folders.ranking, f"{name}-*.parquet")]
         ranking.finish(tables, rows=rows, summary=summary)
-    if not mask.manifest:
+    if mask.manifest:  # only the ranking was made again
+        remove_tree(rules.scratch)
+    else:
         _keep_spans(folders, corpus, selected.tokens_masked, run_tasks)
         _finish(mask, selected, summary, rules)
-    remove_tree(rules.scratch)  # of a ranking that was made again beside a finished mask
     assert mask.manifest is not None
     _log_selection(selected, summary, options, mask.plan["options"][VERB])
     return mask.manifest
