@@ -17,8 +17,8 @@ Scores, all of the same queries:
   `build_mask.others` takes it (`ifguide.selection.ensemble`);
 - `z`: `exact` over the spread of null directions of halves of the queries (explicit alone);
 - `checkpoint`, `checkpoint_smoothed`: of a second checkpoint, the proxy after `--second-steps` batches of further
-  documents, with the factors of the first; `ensemble`: the mean rank of `smoothed` and `checkpoint_smoothed`.
-
+  documents, with the factors of the first; `ensemble`: the mean rank of `smoothed` and `checkpoint_smoothed`;
+- `everything`: the mean rank of all smoothed scores and of the probe;
 - `regression`: what the regression alone says, which no human mark has decided anything of.
 
 What human marks decide: the default `own_weight` of `smoothed` was chosen by marks of the explicit behaviour's
@@ -74,6 +74,7 @@ from ifguide.telemetry import configure_logging, log
 SECOND = ExcessLoss(epochs=1, batch_size=8, learning_rate=5e-5)  # how the second checkpoint is trained
 OUTLIER_SHARE, OUTLIER_TOKENS = 0.05, 200  # of each kind beside the judged tokens; of one text
 TIMED_TOKENS = 2048
+JOINED = ("smoothed", "cg_smoothed", "checkpoint_smoothed", "probe")
 OWN_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5)
 FIGURES = (
     "ap_exact",
@@ -212,6 +213,7 @@ def all_scores(scorings: Scorings, judged: Judged, options: argparse.Namespace) 
         of_second = TextSmoother(second.proxy[0], judged.blocks, {"checkpoint": scores["checkpoint"]})
         scores["checkpoint_smoothed"] = of_second.smoothed()["checkpoint"]
         scores["ensemble"] = _mean_rank(scores["smoothed"], scores["checkpoint_smoothed"])
+    scores["everything"] = _mean_rank(*(scores[name] for name in JOINED if name in scores))
     return Made(scores=scores, by_weight=by_weight, cost=cost)
 
 
