@@ -156,7 +156,7 @@ def run_way(actors: int, folder: Path) -> float:
     from ifguide.distributed.session import connect
     from ifguide.distributed.shards import Pool, run_shards
     from ifguide.influence.decision import Decision, Energy
-    from ifguide.influence.scoring_worker import CorpusShard, ScoreShard, ScoringSettings
+    from ifguide.influence.scoring_worker import CorpusShard, ScoreByProxy, ScoringSettings
 
     torch.set_num_threads(1)
     scores = folder / f"scores{actors}"
@@ -188,14 +188,14 @@ def run_way(actors: int, folder: Path) -> float:
         for number, path in enumerate(data_files(folder / "corpus"))
     ]
     if not actors:
-        worker = ScoreShard(settings)
+        worker = ScoreByProxy(settings)
         started = time.monotonic()
         for shard in shards:
             worker.process(shard)
         return time.monotonic() - started
     connect(Cluster(num_cpus=2))
     pool = Pool(size=actors, resources=Resources(gpus=0), in_flight=2)
-    results = run_shards("scaling", shards, ScoreShard, settings, folder=scores, pool=pool, unit="shards")
+    results = run_shards("scaling", shards, ScoreByProxy, settings, folder=scores, pool=pool, unit="shards")
     published = {path.stem: path.stat().st_mtime for path in data_files(scores)}
     begins = sorted(published[key] - result["seconds"] for key, result in results.items())
     began = begins[0]

@@ -10,13 +10,13 @@ from ifguide.evaluation.bootstrap import Bootstrap, Figure, Replicates, Resample
 from ifguide.evaluation.classification import classifier_agreement
 from ifguide.evaluation.fluency import LastWordResult, PerplexityResult, last_word_accuracy, perplexity
 from ifguide.evaluation.generation import Sampling, sample_continuations, sample_tokens, token_lengths
-from ifguide.evaluation.metrics import Agreement, behaviour_statistics, prompt_statistics, token_agreement
+from ifguide.evaluation.metrics import MaskAgreement, behaviour_statistics, prompt_statistics, token_agreement
 
 __all__ = [
-    "Agreement",
     "Bootstrap",
     "Figure",
     "LastWordResult",
+    "MaskAgreement",
     "PerplexityResult",
     "Replicates",
     "Resampled",

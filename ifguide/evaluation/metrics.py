@@ -52,7 +52,7 @@ def behaviour_statistics(scores_PK: np.ndarray, threshold: float = THRESHOLD) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement(Sums):
+class MaskAgreement(Sums):
     """A selection of tokens against annotated ones: counts, which add over parts, and ratios, None where undefined."""
 
     selected: int = 0
@@ -74,7 +74,7 @@ class Agreement(Sums):
         return None if undefined else 2 * self.both / (self.selected + self.annotated)
 
 
-def token_agreement(selected: np.ndarray, annotated: np.ndarray) -> Agreement:
+def token_agreement(selected: np.ndarray, annotated: np.ndarray) -> MaskAgreement:
     """How the tokens in `selected` agree with those in `annotated`.
 
     Both bool, of one shape, one entry per token. ValueError otherwise."""
@@ -84,7 +84,7 @@ def token_agreement(selected: np.ndarray, annotated: np.ndarray) -> Agreement:
             raise ValueError(f"{name}: expected bool, got {values.dtype}")
     if selected.shape != annotated.shape:
         raise ValueError(f"selected are {selected.shape}, annotated are {annotated.shape}: not the same tokens")
-    return Agreement(
+    return MaskAgreement(
         selected=int(selected.sum()), annotated=int(annotated.sum()), both=int((selected & annotated).sum())
     )
 

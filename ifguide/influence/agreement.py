@@ -14,7 +14,7 @@ TOP_SHARE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class ScoreAgreement:
     """`correlation` Pearson's, `spearman` of ranks, `top` the share of one's top 1% that is also the other's; of
     `tokens` tokens."""
 
@@ -29,7 +29,7 @@ class Agreement:
         return min(self.correlation, self.top)
 
 
-def compare(scores: Tensor, exact: Tensor, predicted: Tensor) -> Agreement:
+def compare(scores: Tensor, exact: Tensor, predicted: Tensor) -> ScoreAgreement:
     """Agreement of two score tensors of one shape over the tokens where `predicted` is true.
 
     Raises ValueError when there are fewer than two tokens, or a score is not finite.
@@ -41,7 +41,7 @@ def compare(scores: Tensor, exact: Tensor, predicted: Tensor) -> Agreement:
         raise ValueError("scores are not finite; the proxy or the query overflows, check both for NaN")
     count = max(1, round(TOP_SHARE * len(a)))
     top_a, top_b = (set(torch.topk(scored, count).indices.tolist()) for scored in (a, b))
-    return Agreement(
+    return ScoreAgreement(
         correlation=_pearson(a, b),
         spearman=_pearson(ranks(a), ranks(b)),
         top=len(top_a & top_b) / count,

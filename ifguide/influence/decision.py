@@ -23,7 +23,7 @@ from torch import Tensor
 from ifguide import schemas
 from ifguide.artifacts import verified, write_json
 from ifguide.config import ConfigError, ModelSource, ScoreCorpus
-from ifguide.influence.agreement import Agreement, compare
+from ifguide.influence.agreement import ScoreAgreement, compare
 from ifguide.influence.fused import can_fuse
 from ifguide.influence.memory import available_bytes, estimate_memory
 from ifguide.influence.method import PRESETS, Method, chosen_method
@@ -57,7 +57,7 @@ class Decision:
     threads: int
     micro_batch_blocks: int
     energy: Energy
-    check: Agreement | None
+    check: ScoreAgreement | None
 
     def write(self, folder: Path, *, certificate: Mapping[str, Any] | None = None) -> None:
         """Publish it in the folder of the scores, with the certificate of scores that a student made."""
@@ -78,7 +78,7 @@ class Decision:
             method, energy = Method(**fields.pop("method")), Energy(**fields.pop("energy"))
             check = fields.pop("check")
             fields.pop(CERTIFICATE, None)  # of what was scored since: it is made again
-            return cls(method=method, energy=energy, check=None if check is None else Agreement(**check), **fields)
+            return cls(method=method, energy=energy, check=None if check is None else ScoreAgreement(**check), **fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a scoring method ({error}); delete {folder} and score the corpus again"
@@ -216,7 +216,7 @@ def _check(
     tokens_BT: Tensor,
     lengths_B: Tensor,
     document_BT: Tensor | None,
-) -> Agreement:
+) -> ScoreAgreement:
     """The least agreement over the behaviours; block by block, so that the exact method fits in memory too."""
     exact = TokenScorer(
         scorer.model,

@@ -92,7 +92,7 @@ class CorpusShard:
     bytes: int
 
 
-class ScoreShard:
+class ScoreByProxy:
     """Worker: corpus shard in, scores shard out. Two threads call it: one computes, one reads or writes."""
 
     def __init__(self, settings: ScoringSettings):

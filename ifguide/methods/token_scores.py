@@ -118,7 +118,7 @@ def score_tokens(
         unit="finders fitted",
     )
     shards = [ShardTask(key=f"score-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
-    results = run_shards(verb, shards, ScoreShard, settings, folder=folder, pool=pool, unit="shards scored")
+    results = run_shards(verb, shards, ScoreByFinder, settings, folder=folder, pool=pool, unit="shards scored")
     rows = {name: sum(result[name] for result in results.values()) for name in ("blocks", "tokens")}
     if rows != {"blocks": corpus.num_blocks, "tokens": corpus.num_tokens}:
         raise StageError(f"{verb}: scored {rows} of {corpus.num_blocks} blocks, {corpus.num_tokens} tokens")
@@ -208,7 +208,7 @@ class FitFinder:
         return tune_excess_loss(_proxy(scoring), tokenizer, sets, options=options, seed=seed)
 
 
-class ScoreShard:
+class ScoreByFinder:
     """Worker: one shard of the corpus -> its scores."""
 
     def __init__(self, settings: ScoringSettings):

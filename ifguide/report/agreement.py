@@ -9,7 +9,7 @@ import numpy as np
 
 from ifguide.config import Evaluate, redact
 from ifguide.corpus.tables import document_table
-from ifguide.evaluation.metrics import THRESHOLD, Agreement, token_agreement
+from ifguide.evaluation.metrics import THRESHOLD, MaskAgreement, token_agreement
 from ifguide.methods.marks import Find, find_sentences, find_words
 from ifguide.report.contents import AgreementRow
 from ifguide.report.view import View, mask_agreement
@@ -43,7 +43,7 @@ def span_agreement(view: View, finders: Mapping[str, Find], seed: int) -> Iterat
     The text is what a document's tokens decode to. Of a large corpus it is that of a sample, and the row says so, as it
     does of marked documents whose text does not tell where its tokens are.
     """
-    totals, unplaced = dict.fromkeys(finders, Agreement()), dict.fromkeys(finders, 0)
+    totals, unplaced = dict.fromkeys(finders, MaskAgreement()), dict.fromkeys(finders, 0)
     table = document_table(view.corpus)
     starts = table.column("token_start").to_numpy()
     stops = starts + table.column("num_tokens").to_numpy()
@@ -55,7 +55,7 @@ def span_agreement(view: View, finders: Mapping[str, Find], seed: int) -> Iterat
             own = [slice(starts[i] - begin, stops[i] - begin - 1) for i in part[first : first + DOCUMENTS_AT_ONCE]]
             tokens, annotated = ([columns[name][place] for place in own] for name in ("tokens", "annotated"))
             for method, agreement in _compare(view.tokenizer, finders, tokens, annotated):
-                totals[method] += agreement or Agreement()
+                totals[method] += agreement or MaskAgreement()
                 unplaced[method] += agreement is None
     sampled = sum(map(len, parts))
     sample = f", in {sampled:,} of {len(starts):,} documents" if sampled < len(starts) else ""
@@ -80,7 +80,7 @@ def sampled_documents(view: View, starts: np.ndarray, stops: np.ndarray, seed: i
 
 def _compare(
     tokenizer: Any, finders: Mapping[str, Find], tokens: list[np.ndarray], annotated: list[np.ndarray]
-) -> Iterator[tuple[str, Agreement | None]]:
+) -> Iterator[tuple[str, MaskAgreement | None]]:
     """The agreement in each document, of each finder; None where its text does not tell where its tokens are."""
     ids = [of_document.tolist() for of_document in tokens]
     texts = [str(tokenizer.decode(of_document, clean_up_tokenization_spaces=False)) for of_document in ids]
@@ -98,7 +98,7 @@ def _compare(
             yield method, token_agreement(selected, annotated[i])
 
 
-def _row(method: str, agreement: Agreement) -> AgreementRow:
+def _row(method: str, agreement: MaskAgreement) -> AgreementRow:
     return AgreementRow(
         method=method,
         selected=agreement.selected,

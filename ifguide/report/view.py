@@ -17,7 +17,7 @@ from ifguide import schemas
 from ifguide.artifacts import MANIFEST, Manifest, read_manifest, sound, verified_files
 from ifguide.config import OWN
 from ifguide.corpus.tables import TOKENIZER, corpus_block_size
-from ifguide.evaluation.metrics import Agreement, token_agreement
+from ifguide.evaluation.metrics import MaskAgreement, token_agreement
 from ifguide.selection.distributed import RunTasks
 from ifguide.selection.fdr import Spread
 from ifguide.selection.folders import SelectionFolders
@@ -208,9 +208,9 @@ def score_histogram(view: View, run_tasks: RunTasks) -> tuple[np.ndarray, np.nda
     return edges, counts, annotated
 
 
-def mask_agreement(view: View, run_tasks: RunTasks) -> Agreement:
+def mask_agreement(view: View, run_tasks: RunTasks) -> MaskAgreement:
     """The masked tokens of the corpus against the annotated ones."""
-    return sum(view.map_shards(run_tasks, _agreement), Agreement())
+    return sum(view.map_shards(run_tasks, _agreement), MaskAgreement())
 
 
 def _histogram(
@@ -220,7 +220,7 @@ def _histogram(
     return np.histogram(scores[predicted], edges)[0], np.histogram(scores[predicted & annotated], edges)[0]
 
 
-def _agreement(columns: dict[str, np.ndarray], predicted: np.ndarray) -> Agreement:
+def _agreement(columns: dict[str, np.ndarray], predicted: np.ndarray) -> MaskAgreement:
     return token_agreement(columns["masked"], columns["annotated"])
 
 

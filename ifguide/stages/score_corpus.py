@@ -28,7 +28,7 @@ from ifguide.distributed.shards import LEDGER, Pool, ShardResults, StageError, r
 from ifguide.distributed.tasks import run_task, run_tasks
 from ifguide.influence.decision import METHOD, Decision
 from ifguide.influence.method import chosen_method
-from ifguide.influence.scoring_worker import SMOOTHER, CorpusShard, ScoreShard, ScoringSettings
+from ifguide.influence.scoring_worker import SMOOTHER, CorpusShard, ScoreByProxy, ScoringSettings
 from ifguide.influence.smoothing import Smoother
 from ifguide.influence.smoothing_worker import fit_on_sample
 from ifguide.run import Run
@@ -123,7 +123,7 @@ def _exactly(given: ScoringInputs, settings: ScoringSettings, shards: Sequence[C
     config, folder = given.run.config.score_corpus, settings.scores
     if config.smooth and not (folder / SMOOTHER).exists():
         _fit_smoother(settings, config, given.run.config.seed)
-    results = _run(given, shards, ScoreShard, settings)
+    results = _run(given, shards, ScoreByProxy, settings)
     if not config.smooth:
         return _Scored(results=results)
     smoothing = Smoother.load(local_copy(folder / SMOOTHER)).summary(list(given.queries))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ifguide.evaluation import Agreement, behaviour_statistics, token_agreement
+from ifguide.evaluation import MaskAgreement, behaviour_statistics, token_agreement
 
 TABLE_PK = np.array([[0.1, 0.9, 0.2], [0.3, 0.4, 0.1], [0.5, 0.0, 0.0], [0.2, 0.2, 0.2]])
 
@@ -68,5 +68,5 @@ def test_agreement_is_none_where_undefined_and_zero_where_disjoint():
 def test_agreements_of_parts_add_up_to_that_of_the_whole():
     mask, annotated = np.random.default_rng(0).random((2, 40)) < 0.3
     parts = [token_agreement(mask[part], annotated[part]) for part in (slice(0, 7), slice(7, 8), slice(8, 40))]
-    assert sum(parts, Agreement()) == token_agreement(mask, annotated)
-    assert (Agreement().precision, Agreement().recall, Agreement().f1) == (None, None, None)
+    assert sum(parts, MaskAgreement()) == token_agreement(mask, annotated)
+    assert (MaskAgreement().precision, MaskAgreement().recall, MaskAgreement().f1) == (None, None, None)

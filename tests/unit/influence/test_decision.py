@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from ifguide.config import ScoreCorpus
-from ifguide.influence.agreement import Agreement
+from ifguide.influence.agreement import ScoreAgreement
 from ifguide.influence.decision import METHOD, Decision, Energy, Memory, describe_decision
 from ifguide.influence.method import PRESETS
 
-CHECK = Agreement(correlation=0.95, spearman=0.9, top=0.8, tokens=100)
+CHECK = ScoreAgreement(correlation=0.95, spearman=0.9, top=0.8, tokens=100)
 DECISION = Decision(
     method=PRESETS["fast"],
     engine="difference",
