@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -193,6 +194,9 @@ def linearise(model: PreTrainedModel) -> PreTrainedModel:
         if type(module) is Conv1D:
             parent_name, _, child_name = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child_name, _as_linear(module))
+        elif type(module) is BloomGelu:
+            parent_name, _, child_name = name.rpartition(".")
+            setattr(model.get_submodule(parent_name), child_name, nn.GELU(approximate="tanh"))
         elif type(module) is OPTDecoderLayer:
             module.__class__ = _SequenceOPTDecoderLayer
     return model

@@ -68,6 +68,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **GPT_NEOX, "model_type": "gpt_neo", "num_layers": 2, "num_heads": 2, "window_size": WINDOW,
         "attention_types": [[["global", "local"], 1]],
     },
+    "bloom": {**GPT_NEOX, "model_type": "bloom", "n_layer": 2, "n_head": 2},
 }  # fmt: skip
 
 

@@ -91,7 +91,8 @@ class Decision:
                 f"self-check: correlation {self.check.correlation:.4f} and agreement of the top 1% {self.check.top:.3f}"
                 f" with the exact method on {self.check.tokens:,} tokens; score_corpus.min_agreement is {least}."
                 f" The directions keep {self.energy.least:.3f} of their energy or more: raise score_corpus.rank"
-                " (0 is full), or set score_corpus.precision: float32, or preset: exact"
+                " (0 is full), or set score_corpus.precision: float32, or preset: exact, in another run_dir or after"
+                " deleting the folder of the scores"
             )
 
 

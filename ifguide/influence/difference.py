@@ -33,7 +33,7 @@ from ifguide.influence.paired_attention import ONE_STREAM, PAIRED, pairs_of_stre
 from ifguide.influence.paired_blocks import first_block, one_stream, paired_blocks
 from ifguide.influence.paired_linear import paired_linear
 from ifguide.influence.patching import attention, replaced_forwards
-from ifguide.models import transformer_blocks
+from ifguide.models import max_positions, transformer_blocks
 
 RELATIVE_STEP = 2.0**-9
 PROBE_TOKENS = 64
@@ -131,7 +131,8 @@ class DifferenceEngine:
         Tokens of the probe are spread over the vocabulary by a multiplicative sequence: no random state, no data.
         """
         vocabulary = self.model.config.get_text_config().vocab_size
-        probe = (torch.arange(1, PROBE_TOKENS + 1, device=self.model.device) * 2_654_435_761) % vocabulary
+        length = min(PROBE_TOKENS, max_positions(self.model))
+        probe = (torch.arange(1, length + 1, device=self.model.device) * 2_654_435_761) % vocabulary
         weights = [linear_module(self.model, name).weight for name in directions[0]]
         weight_norm = math.sqrt(sum(float(weight.float().square().sum()) for weight in weights))
         steps = []

@@ -40,6 +40,8 @@ def chosen_method(config: ScoreCorpus) -> Method:
     method = PRESETS[config.preset]
     if config.engine is not None:
         method = replace(method, engine=config.engine)
+        if config.engine == "forward" and config.precision is None:  # it has no other
+            method = replace(method, precision="float32")
     if config.precision is not None:
         method = replace(method, precision=config.precision)
     if config.rank is not None:
@@ -49,5 +51,7 @@ def chosen_method(config: ScoreCorpus) -> Method:
     if config.attribution == "position" or method.precision == "float32":  # nothing there is compiled
         method = replace(method, fused=False)
     if config.attribution == "target" and method.engine == "forward" and method.precision != "float32":
-        raise ConfigError("score_corpus.precision: engine forward runs in float32; set score_corpus.engine: difference")
+        raise ConfigError(
+            "score_corpus.precision: engine forward runs in float32; set it, or score_corpus.engine: difference"
+        )
     return method

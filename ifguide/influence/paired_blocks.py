@@ -22,7 +22,13 @@ from ifguide.models import transformer_blocks
 
 Forward = Callable[..., Any]
 STATES = "hidden_states"
-ROWS = {STATES, "attention_mask", "position_ids", "position_embeddings"}  # arguments whose first dimension is rows
+ROWS = {
+    STATES,
+    "attention_mask",
+    "position_ids",
+    "position_embeddings",
+    "alibi",
+}  # arguments whose first dimension is rows
 
 
 def block_number(blocks_name: str, module_name: str) -> int | None:

@@ -66,6 +66,14 @@ def group_gradients(
         yield GroupGradient(group=group, positive=kind, weight=sum(of_part), gradient=gradient)
 
 
+def prompt_weights(prompts: Sequence[object], weights: Sequence[float], groups: int) -> list[float]:
+    """The sum of the weights of each prompt's queries, or the weights where there are fewer prompts than groups."""
+    totals: dict[object, float] = {}
+    for prompt, weight in zip(prompts, weights, strict=True):
+        totals[prompt] = totals.get(prompt, 0.0) + weight
+    return list(totals.values()) if len(totals) >= groups else list(weights)
+
+
 def group_weights(
     weights: Sequence[float], positive: Sequence[bool], dealt: Sequence[int]
 ) -> dict[bool, list[list[float]]]:

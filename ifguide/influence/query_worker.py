@@ -31,8 +31,9 @@ from ifguide.influence.query import (
     tokenise_queries,
 )
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, QueryRow, read_queries
+from ifguide.influence.query_groups import prompt_weights
 from ifguide.influence.refinement import GaussNewton, Refinement, refine
-from ifguide.influence.reliability import Reliability, effective_number, measure_reliability, separation
+from ifguide.influence.reliability import HALVES, Reliability, effective_number, measure_reliability, separation
 from ifguide.storage import local_copy
 from ifguide.tokenizer import load_tokenizer
 
@@ -185,7 +186,7 @@ def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path,
         factors.load(settings.module_names),
         torch.from_numpy(schemas.per_token_array(sample, "tokens").astype(np.int64)),
         torch.from_numpy(sample.column("length").to_numpy().astype(np.int64)),
-        of=(effective_number([row.weight for row in sets[0]]), effective_number([row.weight for row in sets[1]])),
+        of=(_number(sets[0]), _number(sets[1])),
         weights=[row.weight for row in drawn],
         batch_tokens=options.batch_tokens,
         damping=options.damping,
@@ -193,6 +194,11 @@ def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path,
         beginning=settings.beginning.token,
         document_NT=None if documents_NT is None else torch.from_numpy(documents_NT),
     )
+
+
+def _number(rows: Sequence[QueryRow]) -> float:
+    """As how many equal prompts the mean of a set is noisy."""
+    return effective_number(prompt_weights([row.prompt for row in rows], [row.weight for row in rows], HALVES))
 
 
 def draw_queries(rows: Sequence[QueryRow], most: int, seed: int) -> list[QueryRow]:

@@ -23,7 +23,7 @@ The directions are EK-FAC's: refinement is linear in the gradient, and not repea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ from ifguide.influence.query import (
     padded,
     precondition,
 )
-from ifguide.influence.query_groups import deal_queries, group_gradients, group_weights
+from ifguide.influence.query_groups import deal_queries, group_gradients
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
 
@@ -76,7 +76,7 @@ def measure_reliability(
     document_NT: Tensor | None = None,
 ) -> Reliability:
     """Of scores of the blocks' tokens by all `of` (positive, negative) queries, judged by halves of `queries`: of all,
-    or of a sample. `of` counts weighted queries as `effective_number` does. The other options are those of
+    or of a sample. `of` is the `effective_number` of each whole set's `prompt_weights`. The other options are those of
     `build_direction` and `score_tokens`.
 
     Raises ValueError when a set has a single query.
@@ -91,10 +91,7 @@ def measure_reliability(
     scores_KNT = scorer.score_one_by_one(tokens_NT, lengths_N, document_NT)
     predicted_NT = predicted_positions(tokens_NT, lengths_N, document_NT)
     spearman = compare(scores_KNT[0], scores_KNT[1], predicted_NT).spearman
-    none: list[list[float]] = [[]] * HALVES
-    by_set = group_weights(own, positive, dealt)
-    numbers = [map(effective_number, by_set.get(kind, none)) for kind in (True, False)]
-    noise = sum(map(_noise, *numbers)) / HALVES
+    noise = sum(map(_noise, *(_numbers(queries, own, positive, dealt, kind) for kind in (True, False)))) / HALVES
     return Reliability(
         reliability=spearman_brown(spearman, noise / _noise(*of)),
         spearman=spearman,
@@ -102,6 +99,24 @@ def measure_reliability(
         negative=len(positive) - sum(positive),
         tokens=int(predicted_NT.sum()),
     )
+
+
+def _numbers(
+    queries: Sequence[TokenisedQuery],
+    weights: Sequence[float],
+    positive: Sequence[bool],
+    dealt: Sequence[int],
+    kind: bool,
+) -> list[float]:
+    """As how many equal prompts the mean of each half of a set is noisy; queries where `deal_queries` takes those."""
+    rows = [row for row, own in enumerate(positive) if own == kind]
+    prompts = [queries[row].token_ids[: queries[row].completion_start] for row in rows]
+    by_prompt = len(set(prompts)) >= HALVES
+    totals: list[dict[Hashable, float]] = [{} for _ in range(HALVES)]
+    for row, prompt in zip(rows, prompts, strict=True):
+        of_half, one = totals[dealt[row]], prompt if by_prompt else row
+        of_half[one] = of_half.get(one, 0.0) + weights[row]
+    return [effective_number(list(of_half.values())) for of_half in totals]
 
 
 def separation(

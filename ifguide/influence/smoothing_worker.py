@@ -85,7 +85,7 @@ def fit_on_sample(settings: ScoringSettings, options: Smoothing, seed: int) -> d
     try:
         smoother = fit_smoother(sums.sums, sums.ranges_S2, ridges=options.ridges, own_weight=options.own_weight)
     except ValueError as error:
-        raise ValueError(f"{error}; set score_corpus.smooth to null") from error
+        raise ValueError(f"{error}; set score_corpus.smooth to null, and delete the folder of the scores") from error
     smoother.save(settings.scores / SMOOTHER)
     return smoother.summary(list(settings.queries))
 

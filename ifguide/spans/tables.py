@@ -145,8 +145,8 @@ def document_numbers(corpus: PackedCorpus, shard: int) -> np.ndarray:
 
 
 def in_blocks(values: np.ndarray, like_BT: np.ndarray) -> np.ndarray:
-    """One value for each token of a shard, (n,), as (B, T); 0 beyond the last."""
-    blocks = np.zeros(like_BT.shape, values.dtype)
+    """One value for each token of a shard, (n,), as (B, T). Beyond them the last one is repeated."""
+    blocks = np.full(like_BT.shape, values[-1], values.dtype)
     blocks.reshape(-1)[: len(values)] = values
     return blocks
 

@@ -25,6 +25,7 @@ from ifguide.influence.query import load_factors
 from ifguide.influence.refinement import GaussNewton
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import tracked_modules
+from ifguide.spans.tables import in_blocks
 from tests.reference import oracles
 from tests.reference.test_influence import random_directions
 from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model
@@ -82,6 +83,18 @@ def test_scores_are_those_of_each_document_alone(family: str, engine: str, begin
     tokens_BT, lengths_B, _ = blocks()
     whole_BT = scorer.score(tokens_BT, lengths_B)
     assert (scores_BT - whole_BT).abs().max() > 0.1 * expected_BT.abs().max()
+
+
+def test_padding_is_of_no_document_that_is_in_its_block() -> None:
+    """A corpus of one block that is not full: its first document must not see what fills the block up."""
+    model = tiny_model("llama", dtype=torch.float64)
+    scorer = TokenScorer(model, random_directions(model), attribution="target")
+    tokens_BT, numbers = blocks()[0][:1].repeat(1, 2), np.repeat([0, 1], [5, 12])
+    document_BT = torch.from_numpy(in_blocks(numbers, tokens_BT.numpy()))
+    scores_T = scorer.score(tokens_BT, torch.tensor([17]), document_BT)[0]
+    for where in (slice(0, 5), slice(5, 17)):
+        text = tokens_BT[:1, where]
+        torch.testing.assert_close(scores_T[where], scorer.score(text, torch.tensor([text.shape[1]]))[0])
 
 
 @pytest.mark.parametrize("beginning", [None, BOS])
@@ -216,8 +229,8 @@ def test_samples_with_and_without_documents_are_told_apart() -> None:
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_a_proxy_that_cannot_is_refused_by_name(family: str) -> None:
     source = ModelSource(architecture=ARCHITECTURES[family])
-    if family in {"opt", "opt_350m"}:
-        with pytest.raises(ValueError, match=r"^pretrain\.document_attention: OPTForCausalLM, the proxy, lets"):
+    if name := {"opt": "OPT", "opt_350m": "OPT", "bloom": "Bloom"}.get(family):
+        with pytest.raises(ValueError, match=rf"^pretrain\.document_attention: {name}ForCausalLM, the proxy, lets"):
             describe_proxy(source, Beginning(None, of_documents=True), 16, 0.5)
     else:
         describe_proxy(source, Beginning(None, of_documents=True), 16, 0.5)

@@ -22,6 +22,7 @@ from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, QueryRow, read_queries, write_queries
 from ifguide.influence.query_worker import FactorsFolder, QueryPart, QuerySettings, draw_queries
 from ifguide.influence.refinement import Refinement
+from ifguide.influence.reliability import spearman_brown
 from ifguide.models import tracked_modules
 from tests.tiny import ARCHITECTURES, random_blocks
 from tests.tokenizers import byte_level
@@ -109,6 +110,22 @@ def test_the_reliability_of_queries_is_that_of_their_halves(prepared: Any) -> No
     few = query_worker.judge_queries(few_queries, factors, blocks, 0)
     assert few is not None
     assert (few.positive, few.negative) == (2, 2)
+
+
+def test_completions_of_a_prompt_are_not_taken_for_further_prompts(prepared: Any, tmp_path: Path) -> None:
+    """Of six prompts with forty equal completions each a sample has seen nearly all that there is to see."""
+    settings, factors, _, blocks = prepared
+    kinds = [kind for kind in (True, False) for _ in range(6 * 40)]
+    rows = [
+        QueryRow(row=i, positive=kind, score=0.5, prompt=f"You {i // 40}", completion=" clown" if kind else " river")
+        for i, kind in enumerate(kinds)
+    ]
+    write_queries(tmp_path, rows)
+    options = replace(settings.options, reliability_queries=24)
+    found = query_worker.judge_queries(replace(settings, folder=tmp_path, options=options), factors, blocks, 0)
+    assert found is not None
+    assert (found.positive, found.negative) == (24, 24)
+    assert found.spearman < found.reliability < spearman_brown(found.spearman, 4)  # two halves of about three prompts
 
 
 def test_queries_that_are_held_out_are_judged_along_the_direction(prepared: Any) -> None:

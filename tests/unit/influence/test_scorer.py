@@ -1,17 +1,20 @@
 """The scorer's engines agree with the exact one, whatever the family, precision, rank, batch and directions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ifguide.config import ConfigError, ModelSource, ScoreCorpus
 from ifguide.influence.agreement import compare
 from ifguide.influence.directions import low_rank, split_directions
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.memory import MemoryEstimate, estimate_memory
-from ifguide.influence.method import PRESETS, Attribution, Method
+from ifguide.influence.method import PRESETS, Attribution, Method, chosen_method
 from ifguide.influence.scorer import TokenScorer
-from ifguide.models import next_token_nll, predicted_positions, tracked_modules
+from ifguide.models import linearise, load_model, next_token_nll, predicted_positions, tracked_modules
 from tests.reference.test_influence import random_directions
 from tests.tiny import ARCHITECTURES, as_tensors, random_blocks, tiny_model
 
@@ -51,6 +54,24 @@ def test_differences_approximate_the_exact_derivative(family: str) -> None:
     low_BT = TokenScorer(model, directions, attribution="target", method=LOW).score(tokens_BT, lengths_B)
     # Products of width 16 average little of bfloat16's rounding away; a sign or scale error would not come near this.
     assert compare(low_BT, exact_BT, predicted).correlation > 0.99
+
+
+def test_a_proxy_may_have_few_positions() -> None:
+    """Fewer than the engine would probe its step with."""
+    model = linearise(load_model(ModelSource(architecture={**ARCHITECTURES["gpt2"], "max_position_embeddings": 16})))
+    directions = random_directions(model)
+    read = as_tensors(*random_blocks(2, 16))
+    exact_BT, scores_BT = (
+        TokenScorer(model, directions, attribution="target", method=method).score(*read)
+        for method in (PRESETS["exact"], FULL)
+    )
+    assert compare(scores_BT, exact_BT, predicted_positions(*read)).correlation > 0.99
+
+
+def test_an_engine_that_has_one_precision_takes_it() -> None:
+    assert chosen_method(ScoreCorpus(engine="forward")) == replace(PRESETS["exact"], fused=False)
+    with pytest.raises(ConfigError, match=r"float32; set it, or score_corpus\.engine: difference"):
+        chosen_method(ScoreCorpus(engine="forward", precision="bfloat16"))
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma2"])

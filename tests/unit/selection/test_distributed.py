@@ -142,6 +142,16 @@ def test_window_stays_in_document_and_block_and_off_index_zero() -> None:
     assert layout_of(10, block_size=4).masked(positions, 2).tolist() == [1, 2, 3, 5, 6, 7, 9]
 
 
+def test_a_window_beyond_the_block_takes_no_more_memory() -> None:
+    layout = layout_of(3, 300, 4, 300, block_size=128)
+    positions = np.array([1, 5, 200, 302, 304, 306, 606])
+    whole = layout.masked(positions, 10**12)
+    assert whole.tolist() == layout.masked(positions, 128).tolist()
+    ones = [layout.masked(positions[i : i + 1], 128) for i in range(len(positions))]
+    assert whole.tolist() == np.unique(np.concatenate(ones)).tolist()
+    assert layout.masked(positions[:0], 3).tolist() == []
+
+
 def test_a_token_equal_to_tau_is_not_above_it_in_float64(tmp_path: Path) -> None:
     # The median of an odd number of scores is one of them; just below it, in float32 it would be the same.
     scores = np.array([[0, 0.1, 0.2, 0.3]], dtype=np.float32)
