@@ -15,7 +15,7 @@ class Smoothing:
     shard. A token's score is drawn towards what it says.
 
     Attributes:
-        own_weight: share of a score's own deviation from the regression that stays; 1 is the score, cut at the .1% and 99.9% quantiles.
+        own_weight: share of a score's own deviation from the regression that stays; 1 is the score, cut at quantiles.
         tokens: of the sample, at most. They are scored once more.
         folds: of documents; a token meets the regression on the other folds alone.
         ridges: that are tried, times the number of tokens. The one that explains most of held-out scores is taken.

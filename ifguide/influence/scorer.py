@@ -7,8 +7,8 @@ linear module at position t (a bias is one more, constant, input column), two at
 - `position`, what the paper's code computes:  s_t = sum over modules of g_t^T V a_t, with g_t the gradient of the
   whole block's summed NLL.
 
-Summed over a block the two are equal, where no BOS is put before it; token by token they are not: `position` at t mixes in the losses of all
-later tokens.
+Summed over a block without a BOS before it the two are equal; token by token they are not: `position` at t mixes in
+the losses of all later tokens.
 
 Engines: `forward` (target, exact, in the model's own precision), `difference` (target, two streams and fused kernels,
 any precision and rank: what the `fast` preset uses) and, for `position`, `backward`.
