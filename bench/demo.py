@@ -68,10 +68,10 @@ def draw(run_dirs: Mapping[int, Path], path: Path) -> None:
             values = [run[name][place] for run in runs]
             ends = [[value - low for value, low, _ in values], [high - value for value, _, high in values]]
             places = [index + 0.38 * (place - 0.5) for index in range(len(runs))]
-            bars = axes.bar(
-                places, [value for value, *_ in values], 0.36, yerr=ends, capsize=2, color=colour, label=label
-            )
-            axes.bar_label(bars, fmt="%.2f", label_type="center", fontsize=8)
+            means = [value for value, *_ in values]
+            axes.bar(places, means, 0.36, yerr=ends, capsize=2, color=colour, label=label)
+            for where, mean in zip(places, means, strict=True):
+                axes.annotate(f"{mean:.3g}", (where, 0), (0, 4), textcoords="offset points", ha="center", fontsize=8)
         axes.set_title(name, fontsize=10)
         axes.set_xticks(range(len(runs)), [f"seed {seed}" for seed in run_dirs])
         axes.spines[["top", "right"]].set_visible(False)
