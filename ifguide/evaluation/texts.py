@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ifguide.config import Input
+from ifguide.config import ConfigError, Input
 from ifguide.corpus.packing import pack, tokenise
 from ifguide.corpus.reading import list_chunks, read_documents
 from ifguide.records.choice import RowChoice
@@ -18,7 +18,7 @@ def read_rows(source: Input, dotted_key: str) -> list[Any]:
     """All good documents of an input, in order.
 
     Raises:
-        ValueError: a bad row, naming file and row; none is left out.
+        ConfigError: `rows` that go past the last one. ValueError: a bad row, naming file and row; none is left out.
     """
     documents: list[Any] = []
     choice = RowChoice.of(source.rows)
@@ -32,6 +32,8 @@ def read_rows(source: Input, dotted_key: str) -> list[Any]:
                     raise ValueError(f"{dotted_key}: {chunk.name} row {document.row}: {document.reason}")
                 documents.append(document)
             counted += 1
+    if counted < choice.wanted:
+        raise ConfigError(f"{dotted_key}.rows: ends at {choice.wanted}, but {source.path} has {counted} rows; lower it")
     if not documents:
         raise ValueError(f"{dotted_key}: no documents in {source.path}")
     return documents

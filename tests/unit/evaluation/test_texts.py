@@ -1,4 +1,8 @@
-"""ifguide.evaluation.texts: held-out blocks begin as the model's own texts did."""
+"""ifguide.evaluation.texts: `rows` are within their file, and held-out blocks begin as the model's own texts did."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +12,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from ifguide.config import ConfigError, Input
 from ifguide.corpus.reading import RawDocument
-from ifguide.evaluation.texts import heldout_blocks
+from ifguide.evaluation.texts import heldout_blocks, read_texts
 from ifguide.influence.proxy import Beginning
 from ifguide.tokenizer import beginning_token
 
@@ -23,6 +28,18 @@ def word_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     if template:
         tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("start", [0, 2])
+def test_rows_that_go_past_the_end_of_the_file_are_refused(listed: bool, start: int, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "rows.txt").write_text(f"{start}\n2\n" if start < 2 else "2\n")
+    source = Input(path=str(texts), rows=str(tmp_path / "rows.txt") if listed else (start, 3))
+    with pytest.raises(ConfigError, match=r"^evaluate\.cloze\.rows: ends at 3, but \S+ has 2 rows; lower it$"):
+        read_texts(source, "evaluate.cloze")
+    assert read_texts(Input(path=str(texts), rows=(1, 2)), "evaluate.cloze") == ["b"]
 
 
 @pytest.mark.parametrize(("template", "expected"), [(None, None), ("<s> $A", BOS), ("$A </s>", None)])
