@@ -46,6 +46,7 @@ from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_
 from ifguide.folders import BASELINE, CORPUS, EXPORT, GENERATIONS, MASK, PENALISED, QUERY, RANKING, REPORT, SCORES
 from ifguide.methods.preferences import DPO, DpoTraining, RewardTraining, train
 from ifguide.methods.samples import SampleFiles, sampling_options, training_prompts
+from ifguide.models import source_fingerprint
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.data import ReportSources, comparison_data
 from ifguide.report.figures import Made, masked_loss, model_rows
@@ -173,8 +174,10 @@ class _Grid:
             folder=folder,
             resources=config.compare.resources,
         )
-        options = {"reward": result_part(config.compare.reward)}
-        manifest = samples.teach(training, options, {f"model/{BASELINE}": baseline[1]}, count="texts")
+        options, inputs = {"reward": result_part(config.compare.reward)}, {f"model/{BASELINE}": baseline[1]}
+        if config.compare.reward.source is not None:
+            inputs["reward.source"] = source_fingerprint(config.compare.reward.source)
+        manifest = samples.teach(training, options, inputs, count="texts")
         return folder / EXPORT, manifest
 
     def _samples(self) -> _Samples:

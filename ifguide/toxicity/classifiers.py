@@ -219,7 +219,8 @@ def load_classifier(
 
 def classifier_inputs(classifiers: Mapping[str, ClassifierSource | None]) -> dict[str, str]:
     """Digests of what classifiers are made of, by dotted key: the texts that a fitted one learns from, a list's words,
-    a local checkpoint or folder. One of a package or of the hub has none: its name says what it is.
+    a local checkpoint and the folder of its config, a local model. One of a package or of the hub has none: its name
+    says what it is.
 
     They are inputs of whatever is made with these classifiers.
 
@@ -241,6 +242,8 @@ def classifier_inputs(classifiers: Mapping[str, ClassifierSource | None]) -> dic
             digests[f"{key}.model"] = folder_digest(folder)
         elif source.checkpoint is not None:
             digests[f"{key}.checkpoint"] = file_digest(local_copy(source.checkpoint))
+            if source.huggingface_config is not None:
+                digests[f"{key}.huggingface_config"] = folder_digest(local_copy(source.huggingface_config))
     return digests
 
 

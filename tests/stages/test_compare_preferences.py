@@ -6,13 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from ifguide import schemas
-from ifguide.artifacts import data_files, read_manifest
+from ifguide.artifacts import MismatchError, data_files, read_manifest
 from ifguide.config import Config, ConfigError
 from ifguide.config.compare import Compare, Dpo, Method, Rad, Reward, Samples
+from ifguide.models import source_fingerprint
 from ifguide.run import Run
 from ifguide.stages.compare import compare
 
@@ -66,6 +68,7 @@ def test_dpo_and_rad_learn_from_other_prompts_and_stand_beside_the_models(prefer
     assert reward.summary["texts"] + reward.summary["heldout_texts"] == 4 * (12 - left_out)
     assert pairs.rows["pairs"] == pairs.summary["pairs"] <= pairs.summary["prompts"] == 12 - left_out
     assert not (run.folder / "compare/dpo/model/dpo/checkpoints").exists()
+    assert set(reward.inputs) == {"samples", "model/baseline", "prompts"}
 
     # Resumed: nothing is made again. Guided text is the same on another number of actors.
     before = sampled(run, "both")
@@ -75,6 +78,26 @@ def test_dpo_and_rad_learn_from_other_prompts_and_stand_beside_the_models(prefer
     other = replace(preferring, evaluate=replace(preferring.evaluate, actors=1))
     compare(Run(config=other))
     assert sampled(run, "both") == before
+
+
+def test_the_weights_that_a_reward_model_starts_from_are_an_input_of_it(
+    preferring: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ifguide.stages.compare._measure", lambda run, grid: None)
+    source, run = tmp_path / "source", Run(config=preferring)
+    shutil.copytree(run.model("baseline") / "hf", source)
+    comparison = replace(
+        preferring.compare,
+        methods={"rad": preferring.compare.methods["rad"]},
+        reward=replace(preferring.compare.reward, source=str(source)),
+    )
+    run = Run(config=replace(preferring, compare=comparison))
+    compare(run)
+    made = read_manifest(run.folder / "compare" / "reward")
+    assert made.inputs["reward.source"] == source_fingerprint(str(source))
+    (source / "added.json").write_text("{}")
+    with pytest.raises(MismatchError, match=r"reward\.source"):
+        compare(run)
 
 
 def test_prompts_that_are_evaluated_teach_nothing(preferring: Config) -> None:

@@ -185,6 +185,12 @@ def test_a_local_list_checkpoint_and_folder_are_inputs_by_what_they_hold(tmp_pat
         assert list(first) == [f"k.{kind}"]
         file.write_text("pig\nfool\n")
         assert classifier_inputs({"k": source}) != first
+    local = ClassifierSource(name="detoxify:original", checkpoint=str(checkpoint), huggingface_config=str(folder))
+    first = classifier_inputs({"k": local})
+    assert first.items() > classifier_inputs({"k": sources["checkpoint"][1]}).items()
+    (folder / "tokenizer.json").write_text("{}")
+    changed = classifier_inputs({"k": local})
+    assert {name for name in first if first[name] != changed[name]} == {"k.huggingface_config"}
     words.write_text("fool\n\npig\n")  # the same words
     assert classifier_inputs({"k": sources["words"][1]}) == {"k.words": json_digest(["fool", "pig"])}
     assert classifier_inputs({"k": ClassifierSource(name="hf:some/model")}) == {}
