@@ -42,6 +42,8 @@ def _mask_needs(config: Config, method: Method) -> str | None:
         return "needs words; list them in evaluate.word_list"
     if kind in CLASSIFIED and classifier_of(config).name == "labels":
         return "needs a classifier that scores text; set compare.classifier"
+    if kind in WORDS + CLASSIFIED and any(source.tokens_column for source in config.pack_corpus.inputs):
+        return "reads texts, and pack_corpus.inputs are of token ids; pack texts, or choose another mask"
     if kind in (*ANNOTATED, "span_probe") and not any(texts.spans_column for texts in config.pack_corpus.inputs):
         return "needs spans that came with the documents; set pack_corpus.inputs[i].spans_column"
     if kind in ON_QUERIES and not config.build_query.differential:

@@ -2,8 +2,9 @@
 
 A mark is a half-open span of a document's characters; a document that is marked as a whole has one span over all of
 it, its EOS included. The text is what the document's tokens decode to. It is another one where the tokenizer changes
-texts (NFC, lower case), or where the document came as token ids: the number of characters is compared. Where that
-differs, marks go over to the document's own characters token by token, so a mark covers whole tokens there.
+texts (NFC, lower case): the number of characters is compared. Where that differs, marks go over to the document's own
+characters token by token, so a mark covers whole tokens there. Documents of token ids are refused by
+`config.methods`: their last token need be no EOS.
 
 Cost: one decoding of the corpus, and one classifier call for each sentence, document, or distinct word of a shard.
 """

@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 
 from ifguide.config import ConfigError, config_from_mapping
+from ifguide.config.compare import CLASSIFIED, WORDS
 from ifguide.config.methods import check_method
 
 LABELS: dict[str, Any] = {"build_query": {"prompts": "p.jsonl"}, "compare": {"classifier": "labels"}}
+TOKENS: dict[str, Any] = {
+    "pack_corpus": {"inputs": ["a.jsonl", {"path": "b.parquet", "tokens_column": "ids"}]},
+    "evaluate": {"word_list": ["pig"]},
+}
 OTHER = {"score_corpus": {"queries": {"rude": "runs/rude/query"}}, "build_mask": {"behaviour": "rude"}}
 
 
@@ -41,6 +46,10 @@ def check(method: dict[str, Any], tree: dict[str, Any]) -> None:
             {"build_mask": {"fdr": 0.1}, "build_query": {"nulls": 4}},
             "mask: influence goes by scores, and the run's own mask by z-scores",
         ),
+        *(
+            ({"mask": mask}, TOKENS, f"mask: {mask} reads texts, and pack_corpus.inputs are of token ids; pack texts")
+            for mask in (*WORDS, *CLASSIFIED)
+        ),
         ({"dpo": {}}, {}, "DPO of baseline learns from continuations of other prompts; set build_query.prompts"),
         ({"rad": {}}, LABELS, "RAD of baseline needs a classifier that scores text; set compare.classifier"),
     ],
@@ -59,6 +68,7 @@ def test_a_method_that_the_run_cannot_have_is_refused_by_its_key(
         ({"mask": "annotated"}, {"pack_corpus": {"inputs": [{"path": "a.jsonl", "spans_column": "spans"}]}}),
         ({"mask": "influence", "selection": "units"}, {"build_mask": {"fdr": 0.1}, "build_query": {"nulls": 4}}),
         ({"mask": "influence_words"}, OTHER),
+        *(({"mask": mask}, TOKENS) for mask in ("influence_words", "ngrams", "random", "probe")),
         ({"mask": "influence_words"}, {"score_corpus": {"scorer": "student"}}),
         ({"dpo": {}}, {"build_query": {"prompts": "p.jsonl"}}),
     ],
