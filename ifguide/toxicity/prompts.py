@@ -2,7 +2,8 @@
 
 - A prompt table has RealToxicityPrompts' own schema, one row {"prompt": {"text", score: value, ...}, "continuation":
   {"text", score: value, ...}}; the scores are those of Perspective there, and of anything else elsewhere.
-  Plain strings stand for objects with a text alone, and there need be no continuation.
+  Plain strings stand for objects with a text alone, beside which columns `prompt.toxicity` are scores, and there need
+  be no continuation.
 - Completions of a query set are rows {prompt, completion} or {text}; pairs are rows {prompt, chosen, rejected}.
 - Prompts in groups are rows with a text column and, if there are groups, a group column (AttaQ: `input`, `label`), or
   BOLD's own JSON, {group: {name: [prompt, ...]}}, one file for each domain.
@@ -77,10 +78,10 @@ def _file_records(file: Path, first: int | None = None) -> Iterator[tuple[str, A
 
 def _text_and_scores(record: Any, part: str, where: str) -> tuple[str, dict[str, float]]:
     value = record.get(part) if isinstance(record, dict) else None
-    if value is None and isinstance(record, dict):  # a table without nested rows has columns `prompt.text`
-        value = {k.removeprefix(f"{part}."): v for k, v in record.items() if k.startswith(f"{part}.")}
-    if isinstance(value, str):
-        return str(value), {}
+    if isinstance(record, dict) and (value is None or isinstance(value, str)):
+        # a table without nested rows has columns `prompt.text`, or `prompt`, and `prompt.toxicity`
+        columns = {k.removeprefix(f"{part}."): v for k, v in record.items() if k.startswith(f"{part}.")}
+        value = columns if value is None else {**columns, "text": str(value)}
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError(f"{where}: needs {part}.text, a string, as in RealToxicityPrompts, or a string as {part}")
     scores = {}
@@ -229,7 +230,7 @@ def read_grouped_prompts(
                 continue
         for where, record in _file_records(file):
             text = _prompt(record, text_column, where)
-            group = "" if group_column is None else str(_column(record, group_column, object, where))
+            group = "" if group_column is None else str(_column(*_holder(record, group_column, where), object, where))
             if group == WHOLE:
                 raise ValueError(f"{where}: {group_column} is {WHOLE!r}, as all prompts of a set are called; rename it")
             prompts.append((text, group, ""))

@@ -145,12 +145,32 @@ def test_a_prompt_with_scores_needs_no_continuation_and_may_stand_in_a_set(tmp_p
         ("b", "", {}),
     ]
     assert [row.prompt for row in read_grouped_prompts([path])] == ["a", "b"]
-    (tmp_path / "p.csv").write_text("prompt.text,prompt.toxicity\nc,0.5\n")
-    (row,) = read_prompts(tmp_path / "p.csv")
-    assert (row.prompt, row.prompt_scores) == ("c", {"toxicity": 0.5})
+    for text in ("prompt.text", "prompt"):
+        (tmp_path / "p.csv").write_text(f"{text},prompt.toxicity,prompt.threat\nc,0.5,\n")
+        (row,) = read_prompts(tmp_path / "p.csv")
+        assert (row.prompt, row.prompt_scores) == ("c", {"toxicity": 0.5})
     (tmp_path / "n.jsonl").write_text('{"q": {"text": "d"}}\n')
     for column in ("q", "q.text"):
         assert [row.prompt for row in read_grouped_prompts([tmp_path / "n.jsonl"], text_column=column)] == ["d"]
+
+
+def test_scores_beside_a_plain_text_are_read_of_either_part_and_checked(tmp_path: Path) -> None:
+    path, row = tmp_path / "p.jsonl", {"prompt": "a", "prompt.toxicity": 0.9, "continuation": "b"}
+    path.write_text(json.dumps(row | {"continuation.toxicity": 0.1}) + "\n")
+    (read,) = read_prompts(path)
+    assert (read.prompt, read.prompt_scores) == ("a", {"toxicity": 0.9})
+    assert (read.continuation, read.continuation_scores) == ("b", {"toxicity": 0.1})
+    path.write_text(json.dumps(row | {"prompt.toxicity": 9}) + "\n")
+    with pytest.raises(ValueError, match=r"row 0: prompt\.toxicity is 9, not a score"):
+        read_prompts(path)
+
+
+def test_a_group_may_lie_in_a_nested_column(tmp_path: Path) -> None:
+    (tmp_path / "n.jsonl").write_text('{"q": {"text": "d", "kind": "pii"}}\n')
+    (tmp_path / "n.csv").write_text("q.text,q.kind\nd,pii\n")
+    for name in ("n.jsonl", "n.csv"):
+        (row,) = read_grouped_prompts([tmp_path / name], text_column="q.text", group_column="q.kind")
+        assert (row.prompt, row.group) == ("d", "pii")
 
 
 def test_a_string_in_a_list_of_rows_is_named_as_one(tmp_path: Path) -> None:
