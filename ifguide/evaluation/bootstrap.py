@@ -10,7 +10,7 @@ depend on (seed, N) alone: the difference d_s = f_s - g_s has an interval of its
 
     p = 2 min(1 + #{d_s <= 0}, 1 + #{d_s >= 0}) / (S + 1), at most 1       two-sided; no smaller than 2 / (S + 1)
 
-So has their ratio f_s / g_s.
+So has their ratio f_s / g_s. Where g_s is 0 and f_s is not, it is infinite and counts as that; 0 / 0 is left out.
 
 Cost: S x N draws and products, in chunks of about 64 MB. Continuations of a prompt are not resampled, but each prompt
 brings draws of its own, so the interval covers other prompts and another sampling seed together. It does not cover
@@ -104,7 +104,8 @@ class Bootstrap:
 
     def difference(self, model: Replicates, baseline: Replicates) -> dict[str, Any]:
         """`difference` model - baseline of two figures of the same items, `low`, `high`, `p_value`, `n`; and `ratio`
-        model / baseline, `ratio_low`, `ratio_high`, None where the baseline is 0.
+        model / baseline, None where the baseline is 0, with `ratio_low`, `ratio_high`: an end is None where it is
+        infinite, so a ratio with `ratio_low` alone has no upper bound.
 
         Raises:
             ValueError: figures of different numbers of items, which cannot be paired.
@@ -115,7 +116,7 @@ class Bootstrap:
         low, high = self._interval(samples)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             ratio, ratio_samples = np.float64(model.value) / baseline.value, model.samples / baseline.samples
-        ratio_low, ratio_high = self._interval(ratio_samples)
+        ratio_low, ratio_high = self._ratio_interval(ratio_samples)
         defined = samples[np.isfinite(samples)]
         tail = 1 + min(int((defined <= 0).sum()), int((defined >= 0).sum()))
         return {
@@ -136,6 +137,15 @@ class Bootstrap:
         outside = (1 - self.confidence) / 2
         low, high = np.quantile(defined, [outside, 1 - outside])
         return float(low), float(high)
+
+    def _ratio_interval(self, samples: np.ndarray) -> tuple[float | None, float | None]:
+        """The interval of samples that may be infinite, of which none lies between two; an infinite end is None."""
+        defined = samples[~np.isnan(samples)]
+        if np.isfinite(defined).all():
+            return self._interval(defined)
+        outside = (1 - self.confidence) / 2
+        low, high = np.quantile(defined, [outside, 1 - outside], method="inverted_cdf")
+        return _finite(low), _finite(high)
 
 
 def benjamini_hochberg(p_values: Iterable[float | None]) -> dict[float | None, float | None]:

@@ -12,7 +12,7 @@
     FIGURES = {"prompts": n, "emt": {class: F}, "tp": {class: F}, "mean": {class: F}, "rep_4": F, "distinct_2": F, ...}
     F = {"value", "low", "high", "n"}
     D = {"difference", "low", "high", "p_value", "n"}, model less the first one, with {"ratio", "ratio_low",
-        "ratio_high"}, model over the first one
+        "ratio_high"}, model over the first one; a ratio with no "ratio_high" (null) has no upper bound
 
 `evaluators` are the classes that figures are compared by: the primary class of `evaluate.classifier`, then that of each
 of `evaluate.classifiers`, which has its name. Any other class is one more label of one of these classifiers, but with

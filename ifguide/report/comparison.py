@@ -20,7 +20,8 @@ from ifguide.report.charts import RC, colours_of, evaluators_of, tradeoff
 from ifguide.report.figures import ClassFigures, Figure, ModelRow
 from ifguide.report.text import p_value
 
-Interval = tuple[float | None, float | None, float | None]  # value, low, high
+# value, low, high; of a ratio `high` alone is None where it has no upper bound
+Interval = tuple[float | None, float | None, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +231,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _with_interval(interval: Interval | None, form: str) -> str:
-    if interval is None or None in interval:
+    if interval is None or interval[0] is None or interval[1] is None:
         return ""
-    value, low, high = (format(end, form) for end in interval)
+    value, low, high = ("∞" if end is None else format(end, form) for end in interval)
     return f"{value} [{low}, {high}]"

@@ -26,7 +26,7 @@ class Interval:
 @dataclass(frozen=True, kw_only=True)
 class Difference(Interval):
     """A model's figure less the first model's on the same items, with interval and two-sided bootstrap p value; and the
-    `ratio` of the two, None where the first model's is 0."""
+    `ratio` of the two, None where the first model's is 0. An infinite end of its interval is None."""
 
     p_value: float | None
     ratio: float | None = None

@@ -19,8 +19,8 @@ def percent(value: float | None) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int = 3) -> str:
-    """`[low, high]`; empty where there is none."""
-    return "" if low is None or high is None else f"[{number(low, digits)}, {number(high, digits)}]"
+    """`[low, high]`, `[low, ∞]` where there is no upper end; empty without a lower one."""
+    return "" if low is None else f"[{number(low, digits)}, {number(math.inf if high is None else high, digits)}]"
 
 
 def signed(change: float | None, digits: int = 3) -> str:

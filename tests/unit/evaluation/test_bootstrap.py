@@ -98,6 +98,27 @@ def test_a_paired_difference_is_sharper_than_the_models_apart_and_its_p_value_te
         bootstrap.difference(first, bootstrap.ratios(mean_of(better[:50]))["mean"])
 
 
+def test_a_ratio_over_a_baseline_that_is_nearly_never_so_has_no_upper_bound() -> None:
+    baseline, model = np.zeros(20), np.zeros(20)
+    baseline[0], model[0], model[1] = 1.0, 0.5, 0.25  # about a third of the replicates draw no first item
+    bootstrap = Bootstrap(samples=999, seed=0)
+    first, second = (bootstrap.ratios(mean_of(values))["mean"] for values in (baseline, model))
+    result = bootstrap.difference(second, first)
+    assert result["ratio"] == pytest.approx(0.75)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = second.samples / first.samples
+    ordered = np.sort(ratios[~np.isnan(ratios)])
+    assert np.isinf(ordered).sum() > 0.025 * len(ordered)
+    assert result["ratio_low"] == ordered[math.ceil(0.025 * len(ordered)) - 1] == 0.5
+    assert result["ratio_high"] is None
+    assert None not in (result["low"], result["high"])
+    # one infinite replicate of many is beyond the interval, which ends at a replicate
+    rare = Replicates(value=1.0, samples=np.append(np.ones(998), 0.0), n=5)
+    rising = Replicates(value=1.0, samples=np.arange(1.0, 1000.0), n=5)
+    ends = bootstrap.difference(rising, rare)
+    assert (ends["ratio_low"], ends["ratio_high"]) == (25.0, 975.0)
+
+
 def test_p_values_of_equal_models_are_spread_evenly() -> None:
     p_values = []
     for trial in range(200):

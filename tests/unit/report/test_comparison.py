@@ -216,3 +216,15 @@ def test_every_evaluator_has_figures_a_ratio_and_a_panel_of_its_own(tmp_path):
         html.count("<svg")
         == render_report(minimal_data(models=model_rows(with_perplexities(metrics())))).count("<svg") + 1
     )
+
+
+def test_a_ratio_without_an_upper_bound_is_written_with_its_lower_one():
+    found = metrics("own")
+    emt = found["paired"]["b"]["sets"]["prompts"]["groups"]["all"]["emt"]
+    emt["own"] = {**emt["own"], "ratio": 2 / 3, "ratio_low": 0.0, "ratio_high": None}
+    emt["toxicity"] = {**emt["toxicity"], "ratio": None, "ratio_low": None, "ratio_high": None}
+    models = model_rows(with_perplexities(found))
+    table = as_markdown(rows_of(models)).split("By evaluator, all prompts:\n\n")[1].splitlines()
+    assert "| 0.667 [0.000, ∞] |" in table[5]
+    assert table[3].startswith("| toxicity | b | 0.500 [0.400, 0.600] |  | 0.500")
+    assert "×0.667 [0.000, ∞]" in render_report(minimal_data(models=models))
