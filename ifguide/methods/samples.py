@@ -1,21 +1,17 @@
 """What preference methods learn from: continuations that a model gave to training prompts, with their scores.
 
-They are sampled as `evaluate` samples them, from the prompts of `build_query`; a prompt that is evaluated too teaches
-nothing.
+They are sampled as `evaluate` samples them, from the prompts of `methods.sampling`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ifguide import schemas
 from ifguide.artifacts import verified, verified_files
-from ifguide.config import ClassifierSource, ConfigError, Evaluate, Prompts
-from ifguide.config.compare import Samples
 from ifguide.evaluation.figures import scored_file
 from ifguide.evaluation.generation import encode_prompts
 from ifguide.evaluation.prompts import PROMPTS
@@ -33,38 +29,6 @@ class SampleFiles:
     scores: Path
     prompts: tuple[PromptRow, ...]
     max_new_tokens: int
-
-
-def sampling_options(evaluate: Evaluate, samples: Samples, prompts: Prompts, classifier: ClassifierSource) -> Evaluate:
-    """The section of an evaluation that samples training prompts, scores them, and measures nothing else."""
-    return replace(
-        evaluate,
-        prompts=prompts,
-        continuations=samples.continuations,
-        max_prompts=samples.max_prompts,
-        balanced=False,
-        prompt_sets={},
-        classifier=classifier,
-        classifiers={},
-        heldout=(),
-        cloze=None,
-        lm_eval=(),
-        models={},
-        report="ratings",
-    )
-
-
-def training_prompts(sampled: Iterable[PromptRow], evaluated: Iterable[Sequence[Any]]) -> tuple[PromptRow, ...]:
-    """The sampled prompts that are in none of the evaluated sets, in the order of their rows.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    texts = {prompt.prompt for prompts in evaluated for prompt in prompts}
-    kept = tuple(prompt for prompt in sampled if prompt.prompt not in texts)
-    if not kept:
-        raise ConfigError("build_query.prompts: all of them are evaluated too; DPO and RAD need others to learn from")
-    return kept
 
 
 def read_samples(files: SampleFiles, tokenizer: Any, model: Any) -> tuple[list[ScoredPrompt], int]:

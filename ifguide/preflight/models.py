@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ifguide.config import ClassifierSource, ModelSource
+from ifguide.config import ClassifierSource, Evaluate, ModelSource
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
 from ifguide.storage import is_remote, location
@@ -111,6 +111,16 @@ class ModelChecks:
             with self.findings.caught(f"{key}.training", [texts.path for texts in source.training]):
                 self._package(f"{key}.name", source.name, "sklearn")
                 classifier_inputs({key: source})
+
+    def classes_apart(self, options: Evaluate) -> None:
+        """That no further classifier is called as a class of the main one."""
+        from ifguide.toxicity.classifiers import known_classes
+
+        classes = known_classes(options.classifier) or ()
+        for name, source in options.classifiers.items():
+            if name in classes:
+                what = "is a class of evaluate.classifier too; choose another name"
+                self.findings.fault(f"evaluate.classifiers.{name}", source.name, what)
 
     def benchmarks(self, key: str, tasks: Sequence[str]) -> None:
         """Tasks of lm-evaluation-harness: files, or names that it knows. The list of those takes it some seconds."""

@@ -11,6 +11,7 @@ from ifguide.artifacts import MANIFEST, read_manifest
 from ifguide.config import OWN, VERBS, Config, Evaluate
 from ifguide.config.methods import check_method
 from ifguide.config.resources import WorkerResources
+from ifguide.folders import BASELINE, PENALISED
 from ifguide.influence.query_file import NULLS
 from ifguide.preflight.findings import Finding, Findings, PreflightError
 from ifguide.preflight.models import MODEL, TOKENIZER, ModelChecks, require_package
@@ -31,8 +32,8 @@ def preflight(config: Config, verbs: Iterable[str] = VERBS, *, elsewhere: bool =
     Raises:
         PreflightError: it would fail; lists every fault.
     """
-    findings = Findings()
-    sections = _Sections(config, findings, elsewhere=elsewhere)
+    findings, verbs = Findings(), tuple(verbs)
+    sections = _Sections(config, findings, trains="pretrain" in verbs, elsewhere=elsewhere)
     checks: dict[str, Check] = {"run_dir": sections.run_dir}  # by key: what two verbs use is checked once
     for verb in verbs:
         checks |= sections.of(verb)
@@ -44,10 +45,10 @@ def preflight(config: Config, verbs: Iterable[str] = VERBS, *, elsewhere: bool =
 
 
 class _Sections:
-    """The checks of one config."""
+    """The checks of one config. `trains`: its models are trained before what comes later."""
 
-    def __init__(self, config: Config, findings: Findings, *, elsewhere: bool):
-        self.config, self.findings, self.elsewhere = config, findings, elsewhere
+    def __init__(self, config: Config, findings: Findings, *, trains: bool, elsewhere: bool):
+        self.config, self.findings, self.trains, self.elsewhere = config, findings, trains, elsewhere
         self.run = Run(config=config)
         self.models = ModelChecks(findings, made_in=self.run.folder)
         self.tables = TableChecks(findings, self.models.hub, apart=self.run.folder)
@@ -227,23 +228,41 @@ class _Sections:
 
     def _evaluate(self) -> dict[str, Check]:
         options = self.config.evaluate
-        checks = self._prompts("evaluate.prompts", options.prompts) | self._classifiers(options)
-        for name, prompts in options.prompt_sets.items():
-            key = f"evaluate.prompt_sets.{name}"
-            checks[key] = partial(self.tables.prompt_set, key, prompts)
+        checks = self._evaluated_prompts() | self._classifiers(options)
+        checks["evaluate.classifiers"] = partial(self.models.classes_apart, options)
         texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(options.heldout)}
         inputs = self.config.pack_corpus.inputs
         for key, source in texts.items():
             checks[f"{key} apart"] = partial(self.tables.apart_from, key, source, inputs)
         for key, source in (texts | ({"evaluate.cloze": options.cloze} if options.cloze else {})).items():
             checks[key] = partial(self.tables.documents, key, source)
-        if options.balanced:
-            checks["evaluate.balanced"] = partial(self.tables.balanced, options, self.config.seed)
         if options.lm_eval:
             checks["evaluate.lm_eval"] = partial(self.models.benchmarks, "evaluate.lm_eval", options.lm_eval)
         for name, model in options.models.items():
             checks[f"evaluate.models.{name}"] = self._model(f"evaluate.models.{name}", model)
+        checks["evaluate.models"] = self._further_models
         return checks
+
+    def _evaluated_prompts(self) -> dict[str, Check]:
+        options = self.config.evaluate
+        checks = self._prompts("evaluate.prompts", options.prompts)
+        for name, prompts in options.prompt_sets.items():
+            key = f"evaluate.prompt_sets.{name}"
+            checks[key] = partial(self.tables.prompt_set, key, prompts)
+        if options.balanced:
+            checks["evaluate.balanced"] = partial(self.tables.balanced, options, self.config.seed)
+        return checks
+
+    def _further_models(self) -> None:
+        """That further models are not called as those that this run has, or trains."""
+        given, config = self.config.evaluate.models, self.config
+        trained = (PENALISED, *([BASELINE] if config.baseline else [])) if self.trains else ()
+        for name, folder in self.run.models.items():
+            if name in given:
+                key = f"evaluate.models.{name}"
+                with self.findings.caught(key, given[name]):
+                    if name in trained or (folder / MANIFEST).exists():
+                        self.findings.fault(key, given[name], "this run has a model of that name; choose another")
 
     def _classifiers(self, options: Evaluate, *, of_new_text: bool = True) -> dict[str, Check]:
         named = {"evaluate.classifier": options.classifier}
@@ -278,6 +297,9 @@ class _Sections:
             if method.dpo:
                 key = f"compare.methods.{name}.dpo"
                 checks[key] = partial(require_package, self.findings, key, method.dpo.model, "trl")
+        if self.config.build_query.prompts and any(method.mask is None for method in compare.methods.values()):
+            checks |= self._evaluated_prompts() | self._prompts("build_query.prompts", self.config.build_query.prompts)
+            checks["compare.samples"] = partial(self.tables.learnt_from, self.config)
         return checks
 
     def _method(self, name: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from ifguide.config import (
     BuildQuery,
     Completions,
+    Config,
     ConfigError,
     Evaluate,
     Input,
@@ -194,7 +195,18 @@ class TableChecks:
             with self.findings.caught("evaluate.balanced", options.balanced):
                 chosen_prompts(options, seed)
 
-    def _can_be_read(self, key: str, tables: Sequence[Prompts | Completions | Pairs]) -> bool:
+    def learnt_from(self, config: Config) -> None:
+        """That some prompts of `build_query` are not evaluated, for DPO and RAD to learn from."""
+        from ifguide.methods.sampling import drawn_prompts
+
+        learnt, evaluated = config.build_query.prompts, config.evaluate.prompts
+        if learnt is None or evaluated is None or not self._can_be_read("build_query.prompts", [learnt]):
+            return
+        if self._can_be_read("evaluate", [evaluated, *config.evaluate.prompt_sets.values()]):
+            with self.findings.caught("build_query.prompts", learnt.path):
+                drawn_prompts(config)
+
+    def _can_be_read(self, key: str, tables: Sequence[Prompts | Completions | Pairs | PromptSet]) -> bool:
         """Whether there are tables, small enough to be read here, in which their own checks, which come first, found no
         fault of `key`."""
         if not tables or any(fault.key.startswith(key) for fault in self.findings.faults):

@@ -32,7 +32,7 @@ from ifguide.artifacts import (
 )
 from ifguide.config import ConfigError, Pretrain, to_yaml
 from ifguide.config.compare import SCORED, Dpo, Method, Rad
-from ifguide.config.methods import check_method, classifier_of
+from ifguide.config.methods import check_method
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER
@@ -40,19 +40,20 @@ from ifguide.distributed.tasks import run_task
 from ifguide.evaluation.figures import METRICS, measured_files
 from ifguide.evaluation.generations import has_generations, prompts_digest, sampled_options
 from ifguide.evaluation.measuring import continue_prompts, measure_models
-from ifguide.evaluation.prompts import PROMPTS, chosen_prompts, chosen_sets
+from ifguide.evaluation.prompts import PROMPTS, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
 from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate
 from ifguide.folders import BASELINE, CORPUS, EXPORT, GENERATIONS, MASK, PENALISED, QUERY, RANKING, REPORT, SCORES
 from ifguide.methods.preferences import DPO, DpoTraining, RewardTraining, train
-from ifguide.methods.samples import SampleFiles, sampling_options, training_prompts
+from ifguide.methods.samples import SampleFiles
+from ifguide.methods.sampling import drawn_prompts, sampling_config
 from ifguide.models import source_fingerprint
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.data import ReportSources, comparison_data
 from ifguide.report.figures import Made, masked_loss, model_rows
 from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import Run
-from ifguide.stages.evaluate import block_options, evaluation_of
+from ifguide.stages.evaluate import block_options, check_evaluation, evaluation_of
 from ifguide.stages.method_masks import VERB, method_mask
 from ifguide.stages.pretrain import pretrain, training_data
 from ifguide.storage import file_sizes
@@ -64,17 +65,21 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `compare/`, for a run that has its mask and its models.
 
     Raises:
-        ConfigError: no methods, or one that this run cannot have. FileNotFoundError: the run is not finished.
+        ConfigError: no methods, one that this run cannot have, no prompts to evaluate or to learn from.
+        FileNotFoundError: the run is not finished.
     """
     methods = run.config.compare.methods
     if not methods:
         raise ConfigError("compare.methods: name some, `name: {mask: ..., penalty: ...}`; see configs/demo.yaml")
     for name in methods:
         check_method(run.config, name)
+    check_evaluation(run.config.evaluate)
     if dry_run:
         for name, method in methods.items():
             log(VERB, f"would {'sample with' if method.rad else 'train'} {name}: {_describe(run, method)}")
         return None
+    if any(method.mask is None for method in methods.values()):
+        drawn_prompts(run.config)  # refused here, before anything is trained
     require(run.model(BASELINE), "pretrain --set pretrain.use_mask=false")
     grid, masked = _Grid(run), {name: method for name, method in methods.items() if method.mask is not None}
     for number, (name, method) in enumerate(masked.items(), start=1):
@@ -221,20 +226,16 @@ class _Samples:
     """`compare/samples`: what the baseline gave to the training prompts, scored; made if it is not there."""
 
     def __init__(self, run: Run, baseline: Model):
-        self.run, config = run, run.config
-        assert config.build_query.prompts is not None
-        options = sampling_options(
-            config.evaluate, config.compare.samples, config.build_query.prompts, classifier_of(config)
-        )
-        # other random numbers than the evaluation's
-        config = replace(config, run_dir=str(run.comparison / "samples"), seed=config.seed + 1, evaluate=options)
-        sampler, sets = Run(config=config), {PROMPTS: chosen_prompts(options, config.seed)}
+        self.run = run
+        sampler = Run(config=sampling_config(run.config, str(run.comparison / "samples")))
+        drawn, learnt = drawn_prompts(run.config)
+        sets: dict[str, Prompts] = {PROMPTS: drawn}
         self.files = SampleFiles(
             model=BASELINE,
             generations=sampler.generations(BASELINE) / PROMPTS,
             scores=sampler.report,
-            prompts=training_prompts(sets[PROMPTS], chosen_sets(run.config.evaluate, run.config.seed).values()),
-            max_new_tokens=options.max_new_tokens,
+            prompts=learnt,
+            max_new_tokens=sampler.config.evaluate.max_new_tokens,
         )
         self.manifest = _sample(sampler, baseline, sets)
 

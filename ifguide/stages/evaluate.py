@@ -43,7 +43,7 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
             input. MismatchError: a folder was made with other options, models or prompts.
     """
     options = run.config.evaluate
-    _check(options)
+    check_evaluation(options)
     if dry_run:
         assert options.prompts is not None
         log(
@@ -79,7 +79,8 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
     return manifest
 
 
-def _check(options: Evaluate) -> None:
+def check_evaluation(options: Evaluate) -> None:
+    """Raises ConfigError, naming the key, where there are no prompts, or a classifier cannot score text."""
     if options.prompts is None:
         raise ConfigError("evaluate.prompts: name a JSONL or Parquet file in RealToxicityPrompts' schema")
     for key, source in {"classifier": options.classifier, **options.classifiers}.items():

@@ -9,6 +9,7 @@ from ifguide.toxicity.classifiers import (
     SequenceClassifier,
     WordListClassifier,
     classifier_inputs,
+    known_classes,
     load_classifier,
     make_classifier,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "WordListClassifier",
     "choose_queries",
     "classifier_inputs",
+    "known_classes",
     "labelled_texts",
     "load_classifier",
     "make_classifier",

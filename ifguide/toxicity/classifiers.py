@@ -217,6 +217,19 @@ def load_classifier(
     return ProfanityClassifier() if kind == "alt-profanity-check" else LabelClassifier(label)
 
 
+def known_classes(source: ClassifierSource) -> tuple[str, ...] | None:
+    """The classes of a classifier, where they are known without loading it; None: they are those of its model."""
+    kind = source.name.partition(":")[0]
+    if kind in (FittedClassifier.name, LabelClassifier.name):
+        return (source.label or "toxicity",)
+    classes = {
+        "words": WordListClassifier.classes,
+        ProfanityClassifier.name: ProfanityClassifier.classes,
+        SonarClassifier.name: SonarClassifier.classes,
+    }
+    return classes.get(kind)
+
+
 def classifier_inputs(classifiers: Mapping[str, ClassifierSource | None]) -> dict[str, str]:
     """Digests of what classifiers are made of, by dotted key: the texts that a fitted one learns from, a list's words,
     a local checkpoint and the folder of its config, a local model. One of a package or of the hub has none: its name

@@ -12,7 +12,7 @@ import pytest
 
 from ifguide import schemas
 from ifguide.artifacts import MismatchError, data_files, read_manifest
-from ifguide.config import Config, ConfigError
+from ifguide.config import ClassifierSource, Config, ConfigError
 from ifguide.config.compare import Compare, Dpo, Method, Rad, Reward, Samples
 from ifguide.models import source_fingerprint
 from ifguide.run import Run
@@ -102,9 +102,15 @@ def test_the_weights_that_a_reward_model_starts_from_are_an_input_of_it(
 
 def test_prompts_that_are_evaluated_teach_nothing(preferring: Config) -> None:
     evaluate = replace(preferring.evaluate, prompts=preferring.build_query.prompts, max_prompts=None)
-    config = replace(preferring, evaluate=evaluate)
+    comparison = replace(preferring.compare, methods={"random": Method(mask="random"), **preferring.compare.methods})
+    run = Run(config=replace(preferring, evaluate=evaluate, compare=comparison))
     with pytest.raises(ConfigError, match="all of them are evaluated too"):
-        compare(Run(config=config))
+        compare(run)
+    assert not run.comparison.exists()  # nothing was masked or trained
+    labels = ClassifierSource(name="labels")
+    for options in (replace(evaluate, prompts=None), replace(evaluate, classifiers={"own": labels})):
+        with pytest.raises(ConfigError, match=r"^evaluate\.(prompts|classifiers\.own): "):
+            compare(Run(config=replace(preferring, evaluate=options)))
 
 
 def test_a_dry_run_lists_the_methods(preferring: Config, caplog: pytest.LogCaptureFixture) -> None:

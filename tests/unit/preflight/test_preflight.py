@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -71,6 +72,12 @@ def test_a_verb_checks_only_what_it_uses(faults) -> None:
         ("evaluate", "evaluate__prompts", None, "evaluate.prompts = null: name a JSONL or Parquet file"),
         ("evaluate", "evaluate__classifier", "labels", "labels cannot score new text; choose another"),
         ("evaluate", "evaluate__classifiers", {"b": "word:x"}, "evaluate.classifiers.b.name = word:x: unknown"),
+        (
+            "evaluate",
+            "evaluate__classifiers",
+            {"toxicity": "alt-profanity-check"},
+            "evaluate.classifiers.toxicity = alt-profanity-check: is a class of evaluate.classifier too; choose",
+        ),
         ("evaluate", "evaluate__classifier", "words:nowhere.txt", "'nowhere.txt' does not exist: check the path"),
         ("evaluate", "evaluate__models", {"m": "./nowhere"}, "evaluate.models.m = ./nowhere: no such file or folder"),
         ("evaluate", "evaluate__prompt_sets", {"s": "none.json"}, "evaluate.prompt_sets.s.path = none.json: none.json"),
@@ -177,6 +184,27 @@ def test_a_machine_that_is_too_small_is_a_fault_unless_the_run_is_elsewhere(tree
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     (unchecked,) = preflight(config_from_mapping(tree), ["build_query"])
     assert unchecked.key == "cluster.address"
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_a_further_model_is_not_called_as_one_that_the_run_trains(
+    tree: dict[str, Any], faults: Callable[..., list[str]], tmp_path: Path, baseline: bool
+) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    models = dict.fromkeys(("baseline", "penalised", "original"), str(tmp_path / "model"))
+    tree |= {"baseline": baseline, "proxy": str(tmp_path / "model")}
+    taken = ["baseline", "penalised"] if baseline else ["penalised"]
+    assert faults("pretrain", "evaluate", evaluate__models=models) == [
+        f"evaluate.models.{name} = {tmp_path / 'model'}: this run has a model of that name; choose another"
+        for name in taken
+    ]
+    assert faults("evaluate") == []  # of models that others trained
+    folder = tmp_path / "run" / "model" / "baseline"
+    open_artifact(folder, verb="pretrain", options={}, inputs={}, config_yaml="").finish([], rows={}, summary={})
+    (found,) = faults("evaluate")
+    assert found.startswith("evaluate.models.baseline = ")
 
 
 @pytest.mark.parametrize("key", ["fdr", "standardise"])

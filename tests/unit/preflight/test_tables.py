@@ -172,3 +172,18 @@ def test_held_out_texts_that_are_trained_on_are_a_fault(tmp_path: Path, faults: 
         assert "is trained on as well (pack_corpus.inputs[0]); name texts that are held out" in fault
     assert found({"path": texts, "rows": [4, 9]}, {"path": texts, "rows": [2, 4]}) == []
     assert found(texts, str(tmp_path / "texts" / "b.jsonl")) == []
+
+
+def test_preference_methods_need_prompts_that_are_not_evaluated(
+    faults: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    others = lines(tmp_path / "others.jsonl", {"prompt": "You were", "continuation": "b"})
+    assert faults("compare", compare__methods={"random": {"mask": "random"}}) == []
+    (found,) = faults("compare", compare__methods={"rad": {"rad": {}}})  # both tables have the same rows
+    assert found.startswith("build_query.prompts = ")
+    assert found.endswith(": all of them are evaluated too; DPO and RAD need others to learn from")
+    assert faults("compare", build_query__prompts=others) == []
+    (found,) = faults("compare", evaluate__prompt_sets={"more": others})
+    assert found.startswith(f"build_query.prompts = {others}: all of them are evaluated too")
+    (found,) = faults("compare", evaluate__prompt_sets={"more": "none.jsonl"})
+    assert found.startswith("evaluate.prompt_sets.more.path = none.jsonl: none.jsonl does not exist")

@@ -13,17 +13,20 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification, BertTokenizer
 
-from ifguide.config import config_from_mapping
+from ifguide.config import ClassifierSource, LabelledTexts, config_from_mapping
 from ifguide.evaluation.agreement import check_classifiers
 from ifguide.evaluation.prompts import chosen_sets
 from ifguide.storage import upload_folder
 from ifguide.toxicity import (
     GroupedPrompt,
+    known_classes,
     load_classifier,
+    make_classifier,
     read_grouped_prompts,
     read_labelled,
     read_prompts,
 )
+from ifguide.toxicity.sonar import SonarClassifier
 from tests.real_text import DATA, needs_real_text
 from tests.unit.toxicity.bert import bert_config, write_tokenizer
 
@@ -120,6 +123,23 @@ def test_a_word_list_finds_whole_words_and_phrases_in_any_case(tmp_path: Path) -
 
 def test_labels_can_be_of_another_class() -> None:
     assert load_classifier("labels", label="insult").classes == ("insult",)
+
+
+def test_classes_are_known_without_loading_where_they_are_not_a_model_s(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("pig\n")
+    rows = [{"text": "a plum", "toxic": 0}, {"text": "a pig", "toxic": 1}]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = (LabelledTexts(path=str(tmp_path / "texts.jsonl")),)
+    for source in (
+        ClassifierSource(name=f"words:{tmp_path / 'words.txt'}"),
+        ClassifierSource(name="alt-profanity-check"),
+        ClassifierSource(name="fitted", training=training),
+        ClassifierSource(name="fitted", training=training, label="praise"),
+    ):
+        assert known_classes(source) == make_classifier(source, gpus=0).classes
+    assert known_classes(ClassifierSource(name="hatesonar")) == SonarClassifier.classes
+    assert known_classes(ClassifierSource(name="hf:owner/name")) is None
+    assert known_classes(ClassifierSource(name="detoxify:unbiased")) is None
 
 
 # ---- prompts in groups -----------------------------------------------------------------------------------
