@@ -51,6 +51,7 @@ def continue_prompts(evaluation: Evaluation, cluster: Cluster) -> dict[str, dict
         report=evaluation.report,
         generations=dict(evaluation.generations),
         guides=dict(evaluation.guides),
+        digests=dict(evaluation.digests),
     )
     pool = Pool(size=options.actors, resources=options.resources)
     results = run_shards(VERB, pieces, EvaluateModel, settings, folder=evaluation.report, pool=pool, unit="pieces")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ifguide.artifacts import MANIFEST, file_digest, json_digest, read_manifest
 from ifguide.config import ConfigError, Evaluate, Input
 from ifguide.corpus.reading import list_chunks
+from ifguide.evaluation.prompts import PROMPTS
 from ifguide.evaluation.reward_decoding import Guidance
 from ifguide.folders import EXPORT
 from ifguide.models import source_fingerprint
@@ -17,6 +18,7 @@ from ifguide.storage import local_copy
 from ifguide.toxicity import classifier_inputs
 
 VERB = "evaluate"
+SETS = "prompts/"  # before the name of a prompt set
 
 Prompts = Sequence[Any]  # rows with `row` and `prompt`: `toxicity.PromptRow`, `toxicity.GroupedPrompt`
 
@@ -34,7 +36,8 @@ class Evaluation:
 
     The first model is what the others are compared with. `block_size`: of held-out documents, in tokens.
     `generations`: the folder of each model's continuations, with an artifact for each prompt set. `guides`: of the
-    models that are sampled by reward-augmented decoding."""
+    models that are sampled by reward-augmented decoding. `digests`: `measured_inputs`, of which actors compare those of
+    prompts and texts with what they read."""
 
     options: Evaluate
     models: Mapping[str, Model]
@@ -45,6 +48,7 @@ class Evaluation:
     generations: Mapping[str, Path]
     config_yaml: str
     guides: Mapping[str, Guidance] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_continuations(self) -> int:
@@ -79,19 +83,49 @@ def models_to_evaluate(own: Mapping[str, Path], given: Mapping[str, str]) -> dic
 def measured_inputs(models: Mapping[str, Model], sets: Mapping[str, Prompts], options: Evaluate) -> dict[str, str]:
     """Digests of what the figures are measured of, by name: models, prompts, held-out and cloze texts, files of tasks,
     and what fitted classifiers learn from."""
-    texts = {f"heldout[{i}]": source for i, source in enumerate(options.heldout)}
-    if options.cloze:
-        texts["cloze"] = options.cloze
     return {
         **{f"model/{name}": model.fingerprint for name, model in models.items()},
-        **{f"prompts/{name}": json_digest([vars(row) for row in rows]) for name, rows in sets.items()},
-        **{name: _input_digest(source, f"{VERB}.{name}") for name, source in texts.items()},
+        **prompt_digests(sets),
+        **heldout_digests(options),
+        **cloze_digest(options),
         **{f"lm_eval/{task}": file_digest(Path(task)) for task in options.lm_eval if Path(task).is_file()},
         **classifier_inputs(
             {f"{VERB}.classifier": options.classifier}
             | {f"{VERB}.classifiers.{name}": source for name, source in options.classifiers.items()}
         ),
     }
+
+
+def prompt_digests(sets: Mapping[str, Prompts]) -> dict[str, str]:
+    """Of each set by its name in `measured_inputs`."""
+    return {f"{SETS}{name}": json_digest([vars(row) for row in rows]) for name, rows in sets.items()}
+
+
+def heldout_digests(options: Evaluate) -> dict[str, str]:
+    """Of each input of `evaluate.heldout` by its name in `measured_inputs`."""
+    return {f"heldout[{i}]": _input_digest(text, f"{VERB}.heldout[{i}]") for i, text in enumerate(options.heldout)}
+
+
+def cloze_digest(options: Evaluate) -> dict[str, str]:
+    """Of `evaluate.cloze`, if there are such texts, by its name in `measured_inputs`."""
+    return {"cloze": _input_digest(options.cloze, f"{VERB}.cloze")} if options.cloze else {}
+
+
+def require_same_texts(read: Mapping[str, str], begun_with: Mapping[str, str]) -> None:
+    """Refuse prompts and texts whose digests `read` here are others than those of `measured_inputs`, by name. Of files
+    they are taken after the reading, so that an edit before is found.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for name, digest in read.items():
+        if digest != begun_with[name]:
+            of_set = name.removeprefix(SETS)
+            key = name if of_set == name else PROMPTS if of_set == PROMPTS else f"prompt_sets.{of_set}"
+            raise ValueError(
+                f"{VERB}.{key}: the texts on this node are not those that this evaluation was begun with; sync or"
+                " restore them"
+            )
 
 
 def _input_digest(source: Input, dotted_key: str) -> str:

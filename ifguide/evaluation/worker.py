@@ -24,7 +24,7 @@ from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.evaluation.prompts import PROMPTS, chosen_sets, prompt_label
 from ifguide.evaluation.reward_decoding import Guidance, RewardGuide
 from ifguide.evaluation.reward_model import load_reward_model
-from ifguide.evaluation.subjects import VERB
+from ifguide.evaluation.subjects import VERB, cloze_digest, heldout_digests, prompt_digests, require_same_texts
 from ifguide.evaluation.texts import heldout_blocks, read_rows, read_texts
 from ifguide.models import load_model
 from ifguide.storage import local_copy
@@ -67,7 +67,8 @@ Piece = GenerationShard | Fluency | PromptGroups | Harness
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """What every actor is told: `Evaluation` without its prompts, which an actor reads from their files."""
+    """What every actor is told: `Evaluation` without its prompts, which an actor reads from their files, as it does
+    held-out and cloze texts; their `digests` say whether they are the same."""
 
     options: Evaluate
     sources: Mapping[str, str]
@@ -76,14 +77,20 @@ class WorkerSettings:
     report: Path
     generations: Mapping[str, Path]
     guides: Mapping[str, Guidance]
+    digests: Mapping[str, str]
 
 
 class EvaluateModel:
-    """Worker: one piece of the evaluation; keeps the last model it used."""
+    """Worker: one piece of the evaluation; keeps the last model it used.
+
+    Raises:
+        ValueError: prompts or texts are not those that the evaluation was begun with; names the key.
+    """
 
     def __init__(self, settings: WorkerSettings):
         self.settings, self.options = settings, settings.options
         self.sets = chosen_sets(settings.options, settings.seed)
+        require_same_texts(prompt_digests(self.sets), settings.digests)
         gpus = self.options.resources.gpus
         self.classifier = make_classifier(self.options.classifier, gpus=gpus, dotted_key="evaluate.classifier")
         self.further = {
@@ -191,12 +198,10 @@ class EvaluateModel:
         return {"perplexity": result.perplexity, "tokens": result.tokens}
 
     def _cloze(self, piece: Fluency) -> dict[str, Any]:
-        assert self.options.cloze is not None
         model, tokenizer = self._load(piece.model)
-        texts = read_texts(self.options.cloze, "evaluate.cloze")
         special_tokens = takes_special_tokens(self.options, piece.model)
         result = last_word_accuracy(
-            model, tokenizer, texts, batch_size=self.options.batch_size, special_tokens=special_tokens
+            model, tokenizer, self._cloze_texts, batch_size=self.options.batch_size, special_tokens=special_tokens
         )
         self._publish(piece, pa.table([result.word_correct, result.token_correct], schema=schemas.CLOZE))
         return {"accuracy": result.accuracy, "total": result.total, "unusable": result.unusable}
@@ -216,9 +221,17 @@ class EvaluateModel:
         """The held-out documents that the classifier does not flag, and those it does, each in order."""
         inputs = enumerate(self.options.heldout)
         documents = [row for i, source in inputs for row in read_rows(source, f"evaluate.heldout[{i}]")]
+        require_same_texts(heldout_digests(self.options), self.settings.digests)
         texts = [document.text for document in documents]
         flagged = self.classifier.score(texts)[self.classifier.classes[0]] >= THRESHOLD
         kinds: tuple[list[Any], list[Any]] = ([], [])
         for document, kind in zip(documents, flagged, strict=True):
             kinds[int(kind)].append(document)
         return kinds
+
+    @cached_property
+    def _cloze_texts(self) -> list[str]:
+        assert self.options.cloze is not None
+        texts = read_texts(self.options.cloze, "evaluate.cloze")
+        require_same_texts(cloze_digest(self.options), self.settings.digests)
+        return texts

@@ -42,7 +42,7 @@ from ifguide.evaluation.generations import has_generations, prompts_digest, samp
 from ifguide.evaluation.measuring import continue_prompts, measure_models
 from ifguide.evaluation.prompts import PROMPTS, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
-from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate
+from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate, prompt_digests
 from ifguide.folders import BASELINE, CORPUS, EXPORT, GENERATIONS, MASK, PENALISED, QUERY, RANKING, REPORT, SCORES
 from ifguide.methods.preferences import DPO, DpoTraining, RewardTraining, train
 from ifguide.methods.samples import SampleFiles
@@ -269,7 +269,8 @@ def _sample(sampler: Run, baseline: Model, sets: Mapping[str, Prompts]) -> Manif
     artifact = sampler.open(sampler.report, VERB, keys=("seed",), inputs=inputs, extra={"samples": options})
     if artifact.manifest:
         return artifact.manifest
-    continue_prompts(evaluation_of(sampler, {BASELINE: baseline}, sets), sampler.config.cluster)
+    sampling = evaluation_of(sampler, {BASELINE: baseline}, sets, digests=prompt_digests(sets))
+    continue_prompts(sampling, sampler.config.cluster)
     count = len(sets[PROMPTS]) * evaluate.continuations
     rows = {"continuations": count, "prompts": len(sets[PROMPTS])}
     log(VERB, f"{count:,} continuations of {len(sets[PROMPTS]):,} training prompts sampled and scored")
@@ -318,7 +319,7 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
     of_run = evaluation_of(run, models, sets)
     own = [name for name in models if has_generations(of_run, name)]
     whole = whole.borrow(run, *(f"{GENERATIONS}/{name}" for name in own))
-    of_all = evaluation_of(whole, models, sets, guides=grid.guides)
+    of_all = evaluation_of(whole, models, sets, guides=grid.guides, digests=inputs)
     metrics = measure_models(of_all, run.config.cluster)
     write_json(whole.report / METRICS, metrics)
     measured = model_rows(metrics, grid.made)

@@ -54,8 +54,9 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
         )
         return None
     models = models_to_evaluate(run.models, options.models)
-    evaluation = evaluation_of(run, models, chosen_sets(options, run.config.seed))
-    inputs = measured_inputs(models, evaluation.sets, options)
+    sets = chosen_sets(options, run.config.seed)
+    inputs = measured_inputs(models, sets, options)
+    evaluation = evaluation_of(run, models, sets, digests=inputs)
     for name, folder in (("mask", run.mask), ("scores", run.scores)):
         if (folder / MANIFEST).exists():
             inputs[name] = read_manifest(folder).fingerprint

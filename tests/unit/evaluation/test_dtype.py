@@ -12,6 +12,8 @@ from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from ifguide.config import ClassifierSource, Evaluate, Input, Prompts
 from ifguide.evaluation.generations import sampled_options
+from ifguide.evaluation.prompts import chosen_sets
+from ifguide.evaluation.subjects import measured_inputs
 from ifguide.evaluation.worker import EvaluateModel, Fluency, WorkerSettings
 
 
@@ -27,14 +29,16 @@ def settings(tmp_path: Path, memorised: GPTNeoXForCausalLM, tokenizer: PreTraine
         classifier=ClassifierSource(name=f"words:{tmp_path / 'words.txt'}"),
         heldout=(Input(path=str(tmp_path / "texts.jsonl")),),
     )
+    options = replace(options, resources=replace(options.resources, gpus=0.0))
     return WorkerSettings(
-        options=replace(options, resources=replace(options.resources, gpus=0.0)),
+        options=options,
         sources={"model": str(tmp_path / "model")},
         seed=0,
         block_size=32,
         report=tmp_path / "report",
         generations={},
         guides={},
+        digests=measured_inputs({}, chosen_sets(options, 0), options),
     )
 
 

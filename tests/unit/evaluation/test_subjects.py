@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from ifguide import models
 from ifguide.artifacts import Manifest, write_json
-from ifguide.config import ClassifierSource, ConfigError, Evaluate, config_from_mapping
+from ifguide.config import ClassifierSource, ConfigError, Evaluate, PromptSet, config_from_mapping
 from ifguide.evaluation.prompts import chosen_prompts, chosen_sets, prompt_label
 from ifguide.evaluation.subjects import Model, measured_inputs, models_to_evaluate
-from ifguide.evaluation.worker import EvaluateModel, PromptGroups, WorkerSettings
+from ifguide.evaluation.worker import EvaluateModel, Fluency, PromptGroups, WorkerSettings
 from ifguide.models import source_fingerprint
 
 # ---- models ----------------------------------------------------------------------------------------------
@@ -129,6 +132,57 @@ def test_a_report_is_of_the_content_of_its_prompts_and_texts(evaluated: Callable
     assert {name for name in found if relabelled[name] != found[name]} == {"prompts/prompts"}
 
 
+def worker_settings(options: Evaluate, report: Path, **sources: str) -> WorkerSettings:
+    """What the actors of an evaluation that is begun now are told."""
+    return WorkerSettings(
+        options=options,
+        seed=0,
+        block_size=8,
+        sources=sources,
+        report=report,
+        generations={},
+        guides={},
+        digests=measured_inputs({}, chosen_sets(options, seed=0), options),
+    )
+
+
+def test_an_actor_refuses_other_prompts_and_texts_than_the_evaluation_was_begun_with(
+    evaluated: Callable[..., Evaluate],
+    tmp_path: Path,
+    random_model: GPTNeoXForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    random_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = evaluated(0.1, 0.9)
+    (tmp_path / "more.jsonl").write_text('{"prompt": "a plum"}\n')
+    options = replace(options, prompt_sets={"more": PromptSet(path=str(tmp_path / "more.jsonl"))})
+    settings = worker_settings(options, tmp_path, a=str(tmp_path / "model"))
+
+    def refused(key: str) -> AbstractContextManager[object]:
+        message = rf"^evaluate\.{key}: the texts on this node are not those that this evaluation was begun with; sync"
+        return pytest.raises(ValueError, match=message)
+
+    fluency = {kind: Fluency(model="a", kind=kind) for kind in ("heldout", "cloze")}
+    worker = EvaluateModel(settings)
+    for piece in fluency.values():
+        worker.process(piece)
+    edited = evaluated(0.1, 0.9, heldout="other text")
+    assert (edited.heldout, edited.cloze) == (options.heldout, options.cloze)
+    (tmp_path / "cloze.jsonl").write_text('{"text": "a c"}\n')
+    worker.process(fluency["heldout"])  # it has read them already
+    worker = EvaluateModel(settings)
+    for key, kind in ((r"heldout\[0\]", "heldout"), ("cloze", "cloze")):
+        with refused(key):
+            worker.process(fluency[kind])
+    (tmp_path / "more.jsonl").write_text('{"prompt": "a pig"}\n')
+    with refused(r"prompt_sets\.more"):
+        EvaluateModel(settings)
+    evaluated(0.1, 0.8)
+    with refused("prompts"):
+        EvaluateModel(settings)
+
+
 def test_the_classifier_groups_the_prompts_without_a_label_alone(
     evaluated: Callable[..., Evaluate], tmp_path: Path
 ) -> None:
@@ -137,10 +191,7 @@ def test_the_classifier_groups_the_prompts_without_a_label_alone(
         ((0.1, 0.9, None, None, 0.2), [False, True, True, False, False], 2),
         ((None, None), [True, False], 2),
     ):
-        settings = WorkerSettings(
-            options=evaluated(*labels), seed=0, block_size=8, sources={}, report=tmp_path, generations={}, guides={}
-        )
-        worker = EvaluateModel(settings)
+        worker = EvaluateModel(worker_settings(evaluated(*labels), tmp_path))
         told = {"label": len(labels) - by_classifier, "classifier": by_classifier}
         assert worker.process(PromptGroups()) == {"flagged": flagged, "grouped_by": told}
 
@@ -174,10 +225,7 @@ def test_prompts_are_not_grouped_by_the_label_of_another_behaviour(
     praised: Callable[..., Evaluate], tmp_path: Path
 ) -> None:
     options = praised({"toxicity": 0.9}, {"praise": 0.9, "toxicity": 0.1}, {"praise": 0.1, "toxicity": 0.9})
-    settings = WorkerSettings(
-        options=options, seed=0, block_size=8, sources={}, report=tmp_path, generations={}, guides={}
-    )
-    groups = EvaluateModel(settings).process(PromptGroups())
+    groups = EvaluateModel(worker_settings(options, tmp_path)).process(PromptGroups())
     assert groups == {"flagged": [False, True, False], "grouped_by": {"label": 2, "classifier": 1}}
 
 
