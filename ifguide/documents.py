@@ -55,12 +55,28 @@ def last_hidden_state(model: PreTrainedModel, tokens_BT: Tensor, document_BT: Te
 
 @torch.no_grad()
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
-    """Whether documents in a block do not see each other where the model is told so: its family has masks for it."""
+    """Whether documents in a block do not see each other where the model is told so: its family has masks for it. The
+    model is in eval mode.
+
+    A document's states must be those that it has alone, and stay as they are when the tokens of the document before it
+    are others. They may change by rounding, as much as in a row of their own: experts take the tokens of all rows.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     tokens_BT = torch.arange(1, 9, device=model.device)[None] % vocabulary
-    apart = last_hidden_state(model, tokens_BT, torch.arange(8, device=model.device)[None] // 4)
-    alone = last_hidden_state(model, tokens_BT.view(2, 4)).reshape(apart.shape)
-    return bool((apart - alone).float().norm() <= 1e-3 * alone.float().norm())
+    other_BT = torch.cat([(tokens_BT[:, :4] + 8) % vocabulary, tokens_BT[:, 4:]], dim=1)
+    document_BT = torch.arange(8, device=model.device)[None] // 4
+    packed = [last_hidden_state(model, given_BT, document_BT)[:, 4:] for given_BT in (tokens_BT, other_BT)]
+    alone = [last_hidden_state(model, given_BT.view(2, 4))[1:] for given_BT in (tokens_BT, other_BT)]
+    exact = packed[0].dtype in (torch.float32, torch.float64)
+    size = alone[0].float().norm()
+    return bool(
+        _distance(*packed) <= 1e-6 * size + 2 * _distance(*alone)
+        and _distance(packed[0], alone[0]) <= (1e-3 if exact else 5e-2) * size
+    )
+
+
+def _distance(one: Tensor, other: Tensor) -> Tensor:
+    return (one.float() - other.float()).norm()
 
 
 class Begun(NamedTuple):

@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bench.common.step_profile import host_reads
-from ifguide.documents import begins_document, positions_in_document
+from ifguide.config import ModelSource
+from ifguide.documents import begins_document, keeps_documents_apart, positions_in_document
+from ifguide.models import load_model
 from ifguide.training.batches import Batches
 from ifguide.training.blocks import LENGTHS, MASKED, STARTS, TOKENS, TrainingBlocks
 from ifguide.training.lm_loss import LanguageModelLoss, Loss
 from ifguide.training.objective import Objective
 from ifguide.training.schedule import Schedule
-from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model
+from tests.tiny import ARCHITECTURES, GPT_NEOX, VOCABULARY, tiny_model
 
 BLOCK_SIZE, BLOCKS = 12, 3
 STREAM = 30  # tokens: the last block is filled up
 STARTS_OF_DOCUMENTS = (0, 5, 6, 12, 20, 27)  # one of a single token, one at a block's edge, one over an edge
 UNABLE = {"opt", "opt_350m", "bloom"}  # their masks do not ask for documents
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+}  # fmt: skip
+UNABLE_TOO: dict[str, dict[str, Any]] = {
+    "gpt_oss": {**SHAPE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "lfm2": {**SHAPE, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},  # its convolutions run on
+    "xglm": {**GPT_NEOX, "model_type": "xglm", "d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 24},
+}
+EXPERTS = {
+    **SHAPE, "model_type": "qwen3_moe", "num_hidden_layers": 12, "num_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "initializer_range": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -90,6 +107,34 @@ def test_a_family_without_it_is_refused_by_name(family: str) -> None:
     else:
         module.check(documents=True)
     module.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(UNABLE | UNABLE_TOO.keys()))
+def test_it_is_refused_whatever_the_weights_and_precision(family: str, dtype: torch.dtype) -> None:
+    """At its family's own small initial weights a model's loss says nothing: it is that of no knowledge."""
+    fields = {**ARCHITECTURES, **UNABLE_TOO}[family]
+    plain = {name: value for name, value in fields.items() if name not in ("initializer_range", "init_std")}
+    for seed in range(4):
+        model = load_model(ModelSource(architecture=plain), seed=seed)
+        module = LanguageModelLoss(nn.Module.to(model, dtype), Objective()).train()
+        with pytest.raises(ValueError, match=r"^pretrain\.document_attention: "):
+            module.check(documents=True)
+        assert all(part.training for part in module.modules())
+
+
+def test_rounding_in_experts_is_not_taken_for_sight() -> None:
+    """What an expert makes of a token depends, in the last bits, on how many others it is given."""
+    model = load_model(ModelSource(architecture=EXPERTS))
+    LanguageModelLoss(model, Objective()).check(documents=True)
+    assert keeps_documents_apart(model)
+
+
+def test_positions_that_run_on_are_not_those_of_a_document_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2")
+    assert keeps_documents_apart(model)
+    monkeypatch.setattr("ifguide.documents.positions_in_document", lambda document_BT: torch.arange(8)[None])
+    assert not keeps_documents_apart(model)
 
 
 def test_documents_positions_and_counts_are_those_of_the_stream(blocks: TrainingBlocks) -> None:
