@@ -1,7 +1,7 @@
 """How a causal LM's logits come from its final hidden states: z = f(W h + b), one reading for scores and for training.
 
-f is the identity, a scale (Cohere, Granite) or a soft cap c tanh(z / c) (Gemma 2). Whoever needs logits takes them in
-chunks of positions: no (tokens, vocabulary) tensor need ever be whole.
+f is the identity, a scale (Cohere, Granite, Falcon-H1) or a soft cap c tanh(z / c) (Gemma 2, RecurrentGemma). Whoever
+needs logits takes them in chunks of positions: no (tokens, vocabulary) tensor need ever be whole.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+MULTIPLIED = ("hyperclovax",)  # families whose `logits_scaling` multiplies; all others' divides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +27,13 @@ class LMHead:
     def of(cls, model: PreTrainedModel) -> LMHead:
         """As the model's config says."""
         config = model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale = 1.0
+        for name in ("logit_scale", "lm_head_multiplier"):
+            scale *= float(getattr(config, name, None) or 1.0)
+        scaling = float(getattr(config, "logits_scaling", None) or 1.0)
         return cls(
-            scale=scale / float(getattr(config, "logits_scaling", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=scale * scaling if config.model_type in MULTIPLIED else scale / scaling,
+            softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
         )
 
     @property

@@ -5,11 +5,29 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ifguide.config import ModelSource
+from ifguide.models import load_model
 from ifguide.training import lm_loss
 from ifguide.training.lm_loss import LanguageModelLoss, Loss, chunked_loss
 from ifguide.training.objective import Objective
 from tests.tiny import ARCHITECTURES, VOCABULARY, as_tensors, random_blocks, tiny_model
+
+SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+}  # fmt: skip
+FALCON_H1 = {
+    **SMALL, "model_type": "falcon_h1", "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16,
+    "mamba_n_groups": 1, "mamba_d_state": 16,
+}  # fmt: skip
+SCALED: dict[str, dict[str, Any]] = {
+    "granite": {**SMALL, "model_type": "granite", "logits_scaling": 0.25},
+    "hyperclovax": {**SMALL, "model_type": "hyperclovax", "logits_scaling": 4.0},
+    "falcon_h1": {**FALCON_H1, "lm_head_multiplier": 4.0},
+    "recurrent_gemma": {**SMALL, "model_type": "recurrent_gemma", "lru_width": 64, "logits_soft_cap": 0.5},
+}
 
 
 def batch(num_blocks: int = 3, block_size: int = 7, width: int = 5, vocab: int = 11) -> tuple[torch.Tensor, ...]:
@@ -161,6 +179,31 @@ def test_a_head_that_is_not_understood_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM: its logits are not"):
         LanguageModelLoss(model, Objective()).check()
     assert model.config.vocab_size == VOCABULARY
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_is_not_understood_is_refused_though_its_loss_is_near(dtype: torch.dtype) -> None:
+    """At random initialisation the loss is near ln V, whatever the logits' scale."""
+    model = nn.Module.to(load_model(ModelSource(architecture={**SMALL, "model_type": "llama"})), dtype)
+    plain = model.forward
+    model.forward = lambda *a, **k: (lambda out: (setattr(out, "logits", out.logits / 4), out)[1])(plain(*a, **k))
+    with pytest.raises(ValueError, match="LlamaForCausalLM: its logits are not"):
+        LanguageModelLoss(model, Objective()).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(SCALED))
+def test_scales_and_soft_caps_are_read_by_every_name(family: str, dtype: torch.dtype) -> None:
+    model = nn.Module.to(load_model(ModelSource(architecture=SCALED[family])), dtype)
+    wrapped = LanguageModelLoss(model, Objective())
+    wrapped.check()
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        found = Loss(*wrapped(tokens, torch.tensor([12]), None, 11)).loss
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+    expected = F.cross_entropy(logits, tokens[0, 1:])
+    torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=0)
+    assert not wrapped.head.is_linear
 
 
 def test_autocast_rounds_the_products_of_the_head_as_it_rounds_all_others() -> None:
