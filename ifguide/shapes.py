@@ -194,6 +194,10 @@ def _weights_per_token(skeleton: PreTrainedModel) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _skeleton(fields: str) -> PreTrainedModel:
+    config = AutoConfig.for_model(**json.loads(fields))
+    text = config.get_text_config()
+    if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:  # it is of the vocabulary that was published
+        text.pad_token_id = None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(fields)))
+        model = AutoModelForCausalLM.from_config(config)
     return linearise(model)

@@ -32,7 +32,7 @@ def architecture(
     fields = with_positions(load_architecture(target), block_size)
     if "vocab_size" not in fields or (trained_tokenizer and target.architecture is None):
         fields["vocab_size"] = len(tokenizer)
-    return {**fields, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return fields | {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def build_model(

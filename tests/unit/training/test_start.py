@@ -5,21 +5,40 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from ifguide.config import ModelSource, Pretrain
 from ifguide.config.resources import WorkerResources
 from ifguide.models import load_model
+from ifguide.shapes import model_shape
 from ifguide.stages.pretrain import _trainer
-from ifguide.training.model import architecture
+from ifguide.training.model import architecture, build_model, trained_model, write_model
 from ifguide.training.settings import TrainingSettings
 from tests.tiny import ARCHITECTURES
-from tests.tokenizers import tokenizers
+from tests.tokenizers import byte_level, tokenizers
 
 TIMEOUT = 2.0  # seconds, of the process group
+
+
+def settings_of(folder: Path, **changes: Any) -> TrainingSettings:
+    settings = TrainingSettings(
+        name="model",
+        folder=str(folder),
+        corpus="corpus",
+        mask=None,
+        tokenizer="tokenizer",
+        block_size=16,
+        target=ModelSource(architecture=ARCHITECTURES["llama"]),
+        train=Pretrain(resources=WorkerResources(gpus=0)),
+        seed=0,
+    )
+    return replace(settings, **changes)
 
 
 def _wait(rank: int, folder: Path) -> None:
@@ -55,17 +74,7 @@ def test_ranks_wait_longer_for_one_at_work_on_files_than_for_each_others_gradien
 def test_a_group_is_not_ended_because_the_cluster_has_grown(tmp_path: Path) -> None:
     """Ray Train would look every minute, and end a group without a checkpoint to begin a larger one."""
     train = Pretrain(min_workers=1, workers=4, batch_blocks=64, resources=WorkerResources(gpus=0))
-    settings = TrainingSettings(
-        name="model",
-        folder=str(tmp_path),
-        corpus="corpus",
-        mask=None,
-        tokenizer="tokenizer",
-        block_size=16,
-        target=ModelSource(architecture=ARCHITECTURES["llama"]),
-        train=train,
-        seed=0,
-    )
+    settings = settings_of(tmp_path, train=train)
     trainer = _trainer(settings)
     assert trainer.run_config.failure_config.controller_failure_limit == -1
     assert _trainer(settings, fixed=True).run_config.failure_config.controller_failure_limit == 10
@@ -85,6 +94,25 @@ def test_the_vocabulary_of_a_named_target_is_that_of_a_tokenizer_trained_for_it(
     )
     given = ModelSource(architecture=fields)
     assert architecture(given, tokenizer, 32, trained_tokenizer=True)["vocab_size"] == 5000, "as it was asked for"
+
+
+@pytest.mark.parametrize("padding", [None, "<pad>"])
+def test_a_padding_token_beyond_the_vocabulary_is_not_taken_over(padding: str | None, tmp_path: Path) -> None:
+    """OLMo-2 has one of number 100277, Phi-3 of 32000; a tokenizer trained for them is smaller."""
+    tokenizer = byte_level()
+    if padding is not None:
+        tokenizer.add_special_tokens({"pad_token": padding})
+    named = ModelSource(source=str(tmp_path / "named"))
+    published = {**ARCHITECTURES["llama"], "vocab_size": 5000, "pad_token_id": 4999}
+    load_model(ModelSource(architecture=published)).config.save_pretrained(tmp_path / "named")
+    assert model_shape(named, "target", vocabulary=len(tokenizer)).vocabulary == len(tokenizer)
+    settings = settings_of(tmp_path, target=named, trained_tokenizer=True)
+    model = build_model(settings, tokenizer, tokens=1).model
+    write_model(trained_model(settings, model, model.state_dict()), tokenizer, tmp_path / "made")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert made.config.vocab_size == len(tokenizer)
+    assert made.config.pad_token_id == made.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert (tokenizer.pad_token_id is None) == (padding is None)
 
 
 @pytest.mark.parametrize("workers", [(4, None, 4), (4, 2, 2)])
