@@ -183,7 +183,11 @@ class DeepSpeedEngine:
         module = build()
         del kept
         optimizer = build_optimizer(module, config)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # until `begin_step`: no weight moves before
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        if config.zero_stage == 0 and config.dtype == "bfloat16":
+            self._forget_steps()
         self.device = torch.device(self.engine.device)
         self.module = self.engine.module
         if config.acceleration.deepspeed_compile:
@@ -197,6 +201,14 @@ class DeepSpeedEngine:
                 raise ValueError(f"{source} cannot be loaded; delete it to go on from the checkpoint before it")
         if universal and config.zero_stage == 3:
             self._part_groups()
+
+    def _forget_steps(self) -> None:
+        """Take back what the optimizer counts: without ZeRO DeepSpeed has it take a step on gradients of zero, as it
+        copies the bfloat16 weights."""
+        optimizer = self.engine.optimizer.optimizer
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group.pop("step", None)  # where DeepSpeed's own AdamW counts
 
     def _part_groups(self) -> None:
         """Give each group of weights its own decay and count of steps again: DeepSpeed has loaded the first one's into

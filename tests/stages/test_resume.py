@@ -189,6 +189,15 @@ def test_bfloat16_goes_on_bit_for_bit_and_is_exported_in_float32(
     assert all((weight != weight.bfloat16()).any() for weight in matrices)
 
 
+def test_in_bfloat16_a_step_without_zero_is_that_of_stage_1(settings: Callable[..., Settings]) -> None:
+    """From the first on: DeepSpeed takes one on gradients of zero as it starts, which would decay the weights."""
+    options: dict[str, Any] = {"dtype": "bfloat16", "epochs": 0.4}
+    without, parted = (settings(f"stage-{stage}", zero_stage=stage, **options) for stage in (0, 1))
+    for made in (without, parted):
+        run_ranks(made, 1)
+    require_close(without, parted, 2e-3, steps=4)
+
+
 def ray_workers() -> list[psutil.Process]:
     """Processes of the ranks that Ray Train started on this process' own cluster: they write into its logs."""
     logs, found = ray._private.worker._global_node.get_logs_dir_path(), []
