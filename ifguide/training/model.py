@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.artifacts import fsync_tree, remove_tree
 from ifguide.config import ModelSource, Pretrain
@@ -111,14 +112,25 @@ def trained_model(
     if unexpected or set(missing) - tied:
         raise ValueError(f"the weights lack {sorted(set(missing) - tied)}, and have {unexpected} too much")
     made.tie_weights()
+    made.generation_config = copy.deepcopy(trained.generation_config)
     return made
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a local Hugging Face folder of a model and its tokenizer."""
+    """Write a local Hugging Face folder of a model and its tokenizer. Text ends with the tokenizer's EOS, and with all
+    that the model's generation config ends it with beside that."""
     remove_tree(folder)
     generation: Any = model.generation_config
-    generation.eos_token_id = tokenizer.eos_token_id
+    stops = generation.eos_token_id
+    if not isinstance(stops, list) or tokenizer.eos_token_id not in stops:
+        stops = tokenizer.eos_token_id
+    generation.eos_token_id = stops
+    try:
+        generation.save_pretrained(folder)
+    except ValueError:  # transformers writes flags that do not go together as they were published, and no others
+        beginning, padding = generation.bos_token_id, generation.pad_token_id
+        plain = GenerationConfig(bos_token_id=beginning, eos_token_id=stops, pad_token_id=padding)
+        model.generation_config = plain
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     fsync_tree(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,28 @@ def test_the_export_is_a_plain_model_whose_blocks_alone_have_changed(undisturbed
     assert checkpoint is not None
     state = torch.load(checkpoint.state / "torch.pt", weights_only=True)["model"]
     assert all("lora" in name for name in state)
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+@pytest.mark.parametrize(
+    ("published", "kept"),
+    [
+        ({"temperature": 0.6, "do_sample": False, "eos_token_id": [0, 5]}, {"temperature": 0.6, "eos": [0, 5]}),
+        ({"temperature": 0.6, "do_sample": True, "eos_token_id": [0, 5]}, {"temperature": 0.6, "eos": [0, 5]}),
+        ({"temperature": 0.6, "do_sample": True, "eos_token_id": [4, 5]}, {"temperature": 0.6, "eos": 0}),
+        ({"temperature": 0.6, "do_sample": False, "eos_token_id": 5}, {"temperature": None, "eos": 0}),
+    ],
+    ids=["flags that do not go together", "stops", "stops without the EOS", "neither"],
+)
+def test_the_published_generation_config_is_kept_as_far_as_it_can_be(
+    published: dict[str, Any], kept: dict[str, Any], lora: dict[str, Any] | None, run: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(str(run.config.pretrain.init_from), tmp_path / "published")
+    (tmp_path / "published" / "generation_config.json").write_text(json.dumps(published))
+    made = settings_of(run, tmp_path / "made", init_from=str(tmp_path / "published"), lora=lora, epochs=0.1)
+    TrainingLoop(made, rank=0, world_size=1).run()
+    written = json.loads((tmp_path / "made" / "hf" / "generation_config.json").read_text())
+    assert {"temperature": written.get("temperature"), "eos": written["eos_token_id"]} == kept
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(
