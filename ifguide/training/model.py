@@ -12,17 +12,19 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.artifacts import fsync_tree, remove_tree
-from ifguide.config import ModelSource, Pretrain
+from ifguide.config import ConfigError, ModelSource, Pretrain
 from ifguide.influence.fused import can_fuse
 from ifguide.models import load_architecture, load_model
 from ifguide.shapes import initial_model, with_positions
 from ifguide.telemetry import log
 from ifguide.training.adapters import adapt, load_trained
-from ifguide.training.choices import Choices, Compiled
+from ifguide.training.choices import CHOICES, Choices, Compiled
 from ifguide.training.compiled import compile_layers, compiles
 from ifguide.training.lm_loss import LanguageModelLoss
 from ifguide.training.objective import Objective
 from ifguide.training.settings import TrainingSettings
+
+FLEX = "flex_attention"
 
 
 def architecture(
@@ -43,14 +45,14 @@ def build_model(
     be trained on so many `tokens`: compiled, if that is worth it, or as `chosen` before.
 
     Raises:
-        ConfigError: it is to be compiled, and cannot be.
+        ConfigError: it is to be compiled, or to go on with flex attention, and cannot be.
     """
     train = settings.train
     target = initial_model(settings.target, train.init_from)
     if not train.init_from:
         fields = architecture(target, tokenizer, settings.block_size, trained_tokenizer=settings.trained_tokenizer)
         target = ModelSource(architecture=fields)
-    model = load_model(target, seed=settings.seed, attn_implementation=_attention(train))
+    model = load_model(target, seed=settings.seed, attn_implementation=_attention(train, chosen))
     if train.lora is not None:
         adapt(model, train.lora)
     if train.activation_checkpointing:
@@ -86,11 +88,21 @@ def _choices(train: Pretrain, model: PreTrainedModel, tokens: int, chosen: Choic
     return Choices(layers=layers, loss=loss, attention=str(model.config._attn_implementation))
 
 
-def _attention(train: Pretrain) -> str | None:
+def _attention(train: Pretrain, chosen: Choices | None) -> str | None:
     """On a GPU with a compiler documents are kept apart by flex attention, which skips what is masked; elsewhere by a
-    mask. None: as `load_model` chooses."""
-    on_gpu = train.resources.gpus > 0
-    return "flex_attention" if train.document_attention and on_gpu and can_fuse(torch.device("cuda")) else None
+    mask; or as `chosen` before. None: as `load_model` chooses.
+
+    Raises:
+        ConfigError: flex attention was chosen before, and cannot be had.
+    """
+    able = train.resources.gpus > 0 and can_fuse(torch.device("cuda"))
+    wanted = train.document_attention and able if chosen is None else chosen.attention == FLEX
+    if wanted and not able:
+        raise ConfigError(
+            "pretrain.document_attention: this training has begun with flex attention, which takes a GPU and Triton; go"
+            f" on where they are, or delete its {CHOICES} to choose anew"
+        )
+    return FLEX if wanted else None
 
 
 def trained_model(

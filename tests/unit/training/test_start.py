@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from ifguide.config import ModelSource, Pretrain
+from ifguide.config import ConfigError, ModelSource, Pretrain
 from ifguide.config.resources import WorkerResources
 from ifguide.models import load_model
 from ifguide.shapes import model_shape
 from ifguide.stages.pretrain import _trainer
+from ifguide.training import model
+from ifguide.training.choices import Choices, Compiled
 from ifguide.training.model import architecture, build_model, trained_model, write_model
 from ifguide.training.settings import TrainingSettings
 from tests.tiny import ARCHITECTURES
@@ -107,12 +109,36 @@ def test_a_padding_token_beyond_the_vocabulary_is_not_taken_over(padding: str | 
     load_model(ModelSource(architecture=published)).config.save_pretrained(tmp_path / "named")
     assert model_shape(named, "target", vocabulary=len(tokenizer)).vocabulary == len(tokenizer)
     settings = settings_of(tmp_path, target=named, trained_tokenizer=True)
-    model = build_model(settings, tokenizer, tokens=1).model
-    write_model(trained_model(settings, model, model.state_dict()), tokenizer, tmp_path / "made")
+    built = build_model(settings, tokenizer, tokens=1).model
+    write_model(trained_model(settings, built, built.state_dict()), tokenizer, tmp_path / "made")
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
     assert made.config.vocab_size == len(tokenizer)
     assert made.config.pad_token_id == made.generation_config.pad_token_id == tokenizer.pad_token_id
     assert (tokenizer.pad_token_id is None) == (padding is None)
+
+
+def test_a_training_that_goes_on_keeps_the_attention_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, uncompiled = byte_level(), Compiled(False, "as before")
+    masked = Choices(layers=uncompiled, loss=uncompiled, attention="sdpa")
+    skipping = replace(masked, attention="flex_attention")
+    fields = {**ARCHITECTURES["llama"], "vocab_size": len(tokenizer)}
+    train = Pretrain(document_attention=True, resources=WorkerResources(gpus=1))
+    settings = settings_of(tmp_path, target=ModelSource(architecture=fields), train=train)
+
+    def attention(chosen: Choices | None) -> str:
+        made = build_model(settings, tokenizer, tokens=1, chosen=chosen)
+        assert made.choices is not None
+        assert made.model.config._attn_implementation == made.choices.attention
+        return made.choices.attention
+
+    monkeypatch.setattr(model, "can_fuse", lambda device: True)
+    assert [attention(chosen) for chosen in (None, masked, skipping)] == ["flex_attention", "sdpa", "flex_attention"]
+    monkeypatch.setattr(model, "can_fuse", lambda device: False)
+    assert [attention(chosen) for chosen in (None, masked)] == ["sdpa", "sdpa"]
+    with pytest.raises(ConfigError, match=r"^pretrain\.document_attention: .* begun with flex attention"):
+        attention(skipping)
 
 
 @pytest.mark.parametrize("workers", [(4, None, 4), (4, 2, 2)])
