@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ifguide.artifacts import MANIFEST, Manifest, read_manifest, write_text
-from ifguide.config import to_mapping
+from ifguide.config import Pretrain, to_mapping
 from ifguide.config.sources import HUB_PREFIX
 from ifguide.display import markdown_table, plain_markdown
 from ifguide.training.settings import TrainingSettings
@@ -43,7 +43,7 @@ def write_model_card(
     provenance = {
         "corpus": _corpus(corpus),
         **({"mask": _mask(mask, scores)} if mask else {}),
-        "objective": {"kind": train.objective.kind, "lambda": train.penalty} if mask else {"kind": "none"},
+        "objective": _objective(train) if mask else {"kind": "none"},
         "training": {**_settings(settings), **training},
         "software": corpus.environment,
     }
@@ -111,6 +111,11 @@ def _mask(mask: Manifest, scores: Path) -> dict[str, Any]:
     return entries
 
 
+def _objective(train: Pretrain) -> dict[str, Any]:
+    floor = {"floor_probability": train.objective.floor_probability} if train.objective.kind == "clipped" else {}
+    return {"kind": train.objective.kind, "lambda": train.penalty, **floor}
+
+
 def _settings(settings: TrainingSettings) -> dict[str, Any]:
     train = settings.train
     return {
@@ -122,6 +127,7 @@ def _settings(settings: TrainingSettings) -> dict[str, Any]:
         "weight_decay": train.weight_decay,
         "betas": list(train.betas),
         "dtype": train.dtype,
+        "document_attention": train.document_attention,
         "seed": settings.seed,
     }
 

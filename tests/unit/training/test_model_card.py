@@ -39,7 +39,7 @@ SOURCES = ("hf://owner/texts:train", "/data/own.jsonl")
 
 
 def settings_of(target: ModelSource = PYTHIA, **train: Any) -> TrainingSettings:
-    objective = MaskedLoss(kind="penalty")
+    train = {"objective": MaskedLoss(kind="penalty"), **train}
     return TrainingSettings(
         name="any",
         folder="any",
@@ -48,7 +48,7 @@ def settings_of(target: ModelSource = PYTHIA, **train: Any) -> TrainingSettings:
         tokenizer="any",
         block_size=32,
         target=target,
-        train=Pretrain(objective=objective, **train),
+        train=Pretrain(**train),
         seed=0,
     )
 
@@ -80,6 +80,15 @@ def test_the_hub_reads_the_front_matter(tmp_path: Path) -> None:
     assert known["objective"] == {"kind": "penalty", "lambda": 0.5}
     assert known["training"]["steps"] == 12
     assert known["training"]["initial_weights"] == "random"
+    assert known["training"]["document_attention"] is False
+
+
+def test_what_the_loss_depends_on_is_told(tmp_path: Path) -> None:
+    clipped = settings_of(objective=MaskedLoss(kind="clipped", floor_probability=1e-5), document_attention=True)
+    known = card(tmp_path, clipped).data.to_dict()["ifguide"]
+    assert known["objective"] == {"kind": "clipped", "lambda": 0.5, "floor_probability": 1e-5}
+    assert known["training"]["document_attention"] is True
+    assert "| objective.floor_probability | 1e-05 |" in (tmp_path / "README.md").read_text()
 
 
 def test_the_proxy_is_named_from_the_scores_that_the_mask_is_of(tmp_path: Path) -> None:
