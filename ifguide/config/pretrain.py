@@ -1,7 +1,8 @@
 """The `pretrain` section of the config: objective, optimiser, engine, checkpoints.
 
 `affects_result=False` marks what a training can be resumed with another value of: workers, offload, checkpoints, logs.
-Micro-batches, ZeRO stage and engine change the order of sums, so they are part of what the model was made from.
+Micro-batches, ZeRO stage and engine change the order of sums, and stage 3 draws other random weights to start from, so
+they are part of what the model was made from.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Pretrain:
             refinement and scores read the corpus so too.
         dtype: of weights and products.
         engine: `deepspeed`, or `torch` on one device in the driver's process.
-        zero_stage: of DeepSpeed: what workers share out among them.
+        zero_stage: of DeepSpeed: what workers share out among them. 3 draws other random weights to start from.
         offload_optimizer: keep the optimizer's state in the CPU's memory.
         offload_parameters: keep the parameters there (ZeRO-3).
         offload_nvme: folder on a disk for the offloaded parameters (ZeRO-3).
