@@ -22,13 +22,8 @@ from ifguide.models import transformer_blocks
 
 Forward = Callable[..., Any]
 STATES = "hidden_states"
-ROWS = {
-    STATES,
-    "attention_mask",
-    "position_ids",
-    "position_embeddings",
-    "alibi",
-}  # arguments whose first dimension is rows
+ROWS = {STATES, "attention_mask", "position_ids", "position_embeddings"}  # arguments whose first dimension is rows
+ROWS_OF = {"BloomBlock": {"alibi"}}  # or rows times heads; elsewhere it may be heads alone
 
 
 def block_number(blocks_name: str, module_name: str) -> int | None:
@@ -85,6 +80,7 @@ def _paired(
     block: nn.Module, inner: Forward, copies: int, of_pairs: Callable[[], AbstractContextManager[None]], *, begins: bool
 ) -> Forward:
     kind = type(block)
+    rows = ROWS | ROWS_OF.get(kind.__name__, set())
     names = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
 
     def repeated(name: str, value: Any) -> Any:
@@ -92,7 +88,7 @@ def _paired(
             return tuple(repeated(name, part) for part in value)
         if not isinstance(value, Tensor) or (name == STATES and not begins):
             return value
-        if name not in ROWS:
+        if name not in rows:
             raise ValueError(
                 f"{kind.__name__}: not known whether its argument {name} has a row for each text, so pairs of streams"
                 " cannot begin here; score with engine forward"

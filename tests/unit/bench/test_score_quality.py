@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from bench.score_quality import Judged, Made, bootstrap, chosen_on_one_half, gain_on_the_other_half, in_place_of
+from bench.score_quality import (
+    Judged,
+    Made,
+    bootstrap,
+    chosen_on_one_half,
+    difference,
+    gain_on_the_other_half,
+    in_place_of,
+)
 
 
 def judged(*, whole: bool) -> Judged:
@@ -58,3 +66,11 @@ def test_the_weight_is_chosen_on_one_half_and_its_gain_measured_on_the_other() -
         "gain_other_half": 1.0,
         "own_weight_by_half": [0.0, 1.0],
     }
+
+
+def test_a_difference_is_of_the_same_texts() -> None:
+    """Against itself a score has no difference, in no sample of the groups."""
+    scores = [np.array([0.0, value]) for value in (0.9, 0.1, 0.3, 0.2, 0.0)]
+    assert difference(judged(whole=True), scores, scores, 0) == [0, 0, 0]
+    worse = [-block for block in scores]
+    assert difference(judged(whole=True), scores, worse, 0)[0] == pytest.approx(0.5)
