@@ -74,10 +74,10 @@ class WorkerSettings:
     sources: Mapping[str, str]
     seed: int
     block_size: int
+    digests: Mapping[str, str]
     report: Path
     generations: Mapping[str, Path]
     guides: Mapping[str, Guidance]
-    digests: Mapping[str, str]
 
 
 class EvaluateModel:
