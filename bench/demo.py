@@ -41,13 +41,13 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 def figures_of(run_dir: Path) -> dict[str, list[tuple[float, float, float]]]:
     """Figure -> value, low and high end of its 95% interval over prompts or texts, for each of `MODELS`."""
-    models = json.loads((run_dir / REPORT / "metrics.json").read_text(encoding="utf-8"))["models"]
+    metrics = json.loads((run_dir / REPORT / "metrics.json").read_text(encoding="utf-8"))
+    models, evaluator = metrics["models"], metrics["evaluators"][0]
     figures: dict[str, list[tuple[float, float, float]]] = {}
     for model in MODELS:
         (prompts,) = models[model]["sets"].values()
-        (toxic,) = (value for name, value in prompts["groups"]["all"]["tp"].items() if "without" not in name)
         for figure, value in (
-            ("share of prompts with a toxic continuation", toxic),
+            ("share of prompts with a toxic continuation", prompts["groups"]["all"]["tp"][evaluator]),
             ("perplexity of harmless text", models[model]["benign_perplexity"]),
         ):
             figures.setdefault(figure, []).append((value["value"], value["low"], value["high"]))

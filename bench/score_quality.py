@@ -25,8 +25,8 @@ What human marks decide: the default `own_weight` of `smoothed` was chosen by ma
 documents and of the demo. `gain_other_half` is free of that. The weight is chosen on every second document, and the
 ratio of average precisions to `exact` is taken on the others; it is the mean of both ways. `auroc_implicit_best` is
 of the score that is best on the posts of one half, measured on the other half. `auroc_implicit_exact` is measured
-there too. `everything_over_exact` is the difference of these two on all posts, with its interval: what goes into that
-mean was fixed before it was measured.
+there too. `everything_over_exact` is the figure of `everything` less that of `exact` on all posts, with an interval;
+what goes into that mean was fixed before it was measured.
 
 `query_reliability`: scores by either half of the explicit queries are correlated over the judged tokens
 (`ifguide.influence.reliability`). `cost_ratio`: CPU time to score and to smooth, over that to score, of the first
@@ -264,10 +264,8 @@ def tabulate(judged: Judged, scores: Mapping[str, Scores], seed: int) -> dict[st
 
 def difference(judged: Judged, one: Scores, other: Scores, seed: int) -> list[float]:
     """The AUROC of one score less that of another, with its 95% interval over the same groups of texts."""
-    labels, pairs = (
-        judged.labels(),
-        [np.stack(both, axis=1) for both in zip(*map(judged.values, (one, other)), strict=True)],
-    )
+    labels = judged.labels()
+    pairs = [np.stack(both, axis=1) for both in zip(judged.values(one), judged.values(other), strict=True)]
 
     def figure(truth: np.ndarray, values: np.ndarray) -> float:
         return float(roc_auc_score(truth, values[:, 0]) - roc_auc_score(truth, values[:, 1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,12 +33,29 @@ def deal_queries(queries: Sequence[TokenisedQuery], positive: Sequence[bool], gr
         rows = [row for row, of in enumerate(positive) if of == kind]
         if 0 < len(rows) < groups:
             raise ValueError(f"{len(rows)} queries of a set cannot be dealt to {groups} groups")
-        prompts: dict[tuple[int, ...], int] = {}
-        own = [tuple(queries[row].token_ids[: queries[row].completion_start]) for row in rows]
-        places = [prompts.setdefault(prompt, len(prompts)) for prompt in own]
-        for place, row in enumerate(rows):
-            dealt[row] = (places[place] if len(prompts) >= groups else place) % groups
+        for row, number in zip(rows, counted_as([prompt_of(queries[row]) for row in rows], groups), strict=True):
+            dealt[row] = number % groups
     return dealt
+
+
+def prompt_of(query: TokenisedQuery) -> tuple[int, ...]:
+    return tuple(query.token_ids[: query.completion_start])
+
+
+def counted_as(prompts: Sequence[Hashable], groups: int) -> list[int]:
+    """(N,) what each query of a set counts as: its prompt, by number, or itself where there are fewer prompts than
+    groups."""
+    numbers: dict[Hashable, int] = {}
+    places = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    return places if len(numbers) >= groups else list(range(len(places)))
+
+
+def total_weights(counted: Sequence[int], weights: Sequence[float]) -> list[float]:
+    """The sum of the weights of the queries that count as one, of each such one."""
+    totals: dict[int, float] = {}
+    for number, weight in zip(counted, weights, strict=True):
+        totals[number] = totals.get(number, 0.0) + weight
+    return list(totals.values())
 
 
 def group_gradients(
@@ -64,14 +81,6 @@ def group_gradients(
         part, of_part = [queries[row] for row in rows], [own[row] for row in rows]
         gradient = mean_completion_gradient(model, names, part, of_part, batch_tokens=batch_tokens)
         yield GroupGradient(group=group, positive=kind, weight=sum(of_part), gradient=gradient)
-
-
-def prompt_weights(prompts: Sequence[object], weights: Sequence[float], groups: int) -> list[float]:
-    """The sum of the weights of each prompt's queries, or the weights where there are fewer prompts than groups."""
-    totals: dict[object, float] = {}
-    for prompt, weight in zip(prompts, weights, strict=True):
-        totals[prompt] = totals.get(prompt, 0.0) + weight
-    return list(totals.values()) if len(totals) >= groups else list(weights)
 
 
 def group_weights(

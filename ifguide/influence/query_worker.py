@@ -31,7 +31,7 @@ from ifguide.influence.query import (
     tokenise_queries,
 )
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, QueryRow, read_queries
-from ifguide.influence.query_groups import prompt_weights
+from ifguide.influence.query_groups import counted_as, total_weights
 from ifguide.influence.refinement import GaussNewton, Refinement, refine
 from ifguide.influence.reliability import HALVES, Reliability, effective_number, measure_reliability, separation
 from ifguide.storage import local_copy
@@ -198,7 +198,8 @@ def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path,
 
 def _number(rows: Sequence[QueryRow]) -> float:
     """As how many equal prompts the mean of a set is noisy."""
-    return effective_number(prompt_weights([row.prompt for row in rows], [row.weight for row in rows], HALVES))
+    counted = counted_as([row.prompt for row in rows], HALVES)
+    return effective_number(total_weights(counted, [row.weight for row in rows]))
 
 
 def draw_queries(rows: Sequence[QueryRow], most: int, seed: int) -> list[QueryRow]:

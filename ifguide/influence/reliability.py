@@ -23,7 +23,7 @@ The directions are EK-FAC's: refinement is linear in the gradient, and not repea
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ from ifguide.influence.query import (
     padded,
     precondition,
 )
-from ifguide.influence.query_groups import deal_queries, group_gradients
+from ifguide.influence.query_groups import counted_as, deal_queries, group_gradients, prompt_of, total_weights
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
 
@@ -76,7 +76,7 @@ def measure_reliability(
     document_NT: Tensor | None = None,
 ) -> Reliability:
     """Of scores of the blocks' tokens by all `of` (positive, negative) queries, judged by halves of `queries`: of all,
-    or of a sample. `of` is the `effective_number` of each whole set's `prompt_weights`. The other options are those of
+    or of a sample. `of` is the `effective_number` of each whole set's `total_weights`. The other options are those of
     `build_direction` and `score_tokens`.
 
     Raises ValueError when a set has a single query.
@@ -108,15 +108,11 @@ def _numbers(
     dealt: Sequence[int],
     kind: bool,
 ) -> list[float]:
-    """As how many equal prompts the mean of each half of a set is noisy; queries where `deal_queries` takes those."""
+    """As how many equal prompts the mean of each half of a set is noisy."""
     rows = [row for row, own in enumerate(positive) if own == kind]
-    prompts = [queries[row].token_ids[: queries[row].completion_start] for row in rows]
-    by_prompt = len(set(prompts)) >= HALVES
-    totals: list[dict[Hashable, float]] = [{} for _ in range(HALVES)]
-    for row, prompt in zip(rows, prompts, strict=True):
-        of_half, one = totals[dealt[row]], prompt if by_prompt else row
-        of_half[one] = of_half.get(one, 0.0) + weights[row]
-    return [effective_number(list(of_half.values())) for of_half in totals]
+    counted = counted_as([prompt_of(queries[row]) for row in rows], HALVES)
+    halves = [[place for place, row in enumerate(rows) if dealt[row] == half] for half in range(HALVES)]
+    return [effective_number(total_weights([counted[i] for i in of], [weights[rows[i]] for i in of])) for of in halves]
 
 
 def separation(

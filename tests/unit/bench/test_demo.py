@@ -28,7 +28,7 @@ def _finished_run(folder: Path, toxic: tuple[float, float], perplexity: tuple[fl
         for model, tp, ppl in zip(MODELS, toxic, perplexity, strict=True)
     }
     (folder / "report").mkdir(parents=True)
-    (folder / "report" / "metrics.json").write_text(json.dumps({"models": models}))
+    (folder / "report" / "metrics.json").write_text(json.dumps({"models": models, "evaluators": ["toxicity"]}))
     return folder
 
 
