@@ -7,12 +7,16 @@
      "models": {model: {"sets": {set: {"groups": {group: FIGURES}, "gaps": {domain: FIGURES}}},
                         "perplexity": F, "benign_perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F,
                         "lm_eval": {task: {metric: F}}}},
-     "paired": {model: {"against": first model, the same with D in place of F}}}
+     "paired": {model: {"against": first model, the same with D in place of F}},
+     "reference": null or {"model": name, "paired": {model: {"emt": {class: D}, "tp": {class: D}}}}}
 
     FIGURES = {"prompts": n, "emt": {class: F}, "tp": {class: F}, "mean": {class: F}, "rep_4": F, "distinct_2": F, ...}
     F = {"value", "low", "high", "n"}
     D = {"difference", "low", "high", "p_value", "n"}, model less the first one, with {"ratio", "ratio_low",
         "ratio_high"}, model over the first one; a ratio with no "ratio_high" (null) has no upper bound
+
+`reference` has the D of every further model against one more model, on all prompts of the first set: a comparison's
+against the run's own penalised one.
 
 `evaluators` are the classes that figures are compared by: the primary class of `evaluate.classifier`, then that of each
 of `evaluate.classifiers`, which has its name. Any other class is one more label of one of these classifiers, but with
@@ -102,7 +106,7 @@ def measure(evaluation: Evaluation, prompts: Mapping[str, Any]) -> dict[str, Any
     flagged_P = np.array(prompts["flagged"], dtype=bool)
     bootstrap = Bootstrap(samples=evaluation.options.bootstrap_samples, seed=evaluation.seed)
     measured = {model: _measure_model(evaluation, model, flagged_P, bootstrap) for model in evaluation.models}
-    first, *others = measured
+    (first, *others), reference = measured, evaluation.reference or ""
     evaluators = _evaluators(measured[first].sets[PROMPTS]["groups"][WHOLE], evaluation)
     return {
         "threshold": THRESHOLD,
@@ -116,6 +120,7 @@ def measure(evaluation: Evaluation, prompts: Mapping[str, Any]) -> dict[str, Any
         "paired": {
             model: {"against": first, **_compared(measured[model], measured[first], bootstrap)} for model in others
         },
+        "reference": _beside(measured, reference, bootstrap) if reference in others else None,
     }
 
 
@@ -168,6 +173,26 @@ def _compared(model: _Measured, base: _Measured, bootstrap: Bootstrap) -> dict[s
         same_text = name not in PERPLEXITIES or model.block_tokens == base.block_tokens
         fluency[name] = bootstrap.difference(value, other) if value and other and same_text else None
     return {"sets": _show(model.sets, differences), **fluency}
+
+
+def _beside(measured: Mapping[str, _Measured], reference: str, bootstrap: Bootstrap) -> dict[str, Any]:
+    """EMT and TP of every model but the first, less those of the reference, on all prompts of the first set."""
+    whole = {model: found.sets[PROMPTS]["groups"][WHOLE] for model, found in measured.items()}
+    base = whole[reference]
+    return {
+        "model": reference,
+        "paired": {
+            model: _tree(
+                {
+                    name: bootstrap.difference(value, base[name])
+                    for name, value in figures.items()
+                    if name.startswith(("emt/", "tp/"))
+                }
+            )
+            for model, figures in list(whole.items())[1:]
+            if model != reference
+        },
+    }
 
 
 def _show(sets: Mapping[str, Any], show: Callable[[Figures, str, str, str], dict[str, Any]]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Evaluation:
     The first model is what the others are compared with. `block_size`: of held-out documents, in tokens.
     `generations`: the folder of each model's continuations, with an artifact for each prompt set. `guides`: of the
     models that are sampled by reward-augmented decoding. `digests`: `measured_inputs`, of which actors compare those of
-    prompts and texts with what they read."""
+    prompts and texts with what they read. `reference`: one more model that the others are compared with."""
 
     options: Evaluate
     models: Mapping[str, Model]
@@ -49,6 +49,7 @@ class Evaluation:
     config_yaml: str
     guides: Mapping[str, Guidance] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+    reference: str | None = None
 
     @property
     def num_continuations(self) -> int:

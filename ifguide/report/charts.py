@@ -39,14 +39,19 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def charts_of(data: ReportData, colours: dict[str, str]) -> dict[str, Any]:
-    """Inline SVG by section: `tradeoff`, `behaviour`, `classes`, `training`: lists; `scores`: one or None for each
-    behaviour; `groups`: a list for each further prompt set that has groups."""
+    """Inline SVG by section: `tradeoff`, `beside`, `behaviour`, `classes`, `training`: lists; `scores`: one or None for
+    each behaviour; `groups`: a list for each further prompt set that has groups."""
     with matplotlib.rc_context(RC):
         return {
             "tradeoff": [
                 _svg(tradeoff(data.models, colours, [name]), f"Expected maximum against held-out perplexity, by {name}")
                 for name in evaluators_of(data.models)
                 if any(model.perplexity for model in data.models)
+            ],
+            "beside": [
+                _svg(beside(data.models, colours, name), f"Expected maximum over the reference's, by {name}")
+                for name in evaluators_of(data.models)
+                if any(model.beside for model in data.models)
             ],
             "behaviour": [_group_bars(data.models, metric, colours) for metric in ("emt", "tp")],
             "classes": _class_bars(data.models, colours),
@@ -114,6 +119,25 @@ def _points(axes: Axes, models: Sequence[ModelRow], colours: dict[str, str], eva
                 parse_math=False,
             )  # fmt: skip
     axes.margins(x=0.12, y=0.12)
+
+
+def beside(models: Sequence[ModelRow], colours: dict[str, str], evaluator: str) -> Canvas:
+    """EMT over that of the reference, a line for each model with its interval; left of 1 it is less."""
+    compared = [model for model in models if evaluator in model.beside]
+    canvas, axes = _axes(f"By {visible(evaluator)}", height=0.75 + 0.2 * len(compared), grid="x")
+    for place, model in enumerate(compared):
+        change = model.beside[evaluator].emt
+        if change.ratio is None or change.ratio_low is None:
+            continue
+        high = math.inf if change.ratio_high is None else change.ratio_high
+        ends = _ends(Figure(value=change.ratio, low=change.ratio_low, high=high))
+        axes.errorbar([change.ratio], [place], xerr=ends, fmt="o", color=colours[model.name], ms=4.5, elinewidth=1.2)
+    axes.axvline(1, color=INK, lw=0.8, alpha=0.6)
+    axes.set_yticks(range(len(compared)), [_cut(visible(model.name)) for model in compared], parse_math=False)
+    axes.set_ylim(len(compared) - 0.4, -0.6)
+    axes.set_xlabel(f"EMT over that of {visible(compared[0].reference or '')}", parse_math=False)
+    axes.spines["bottom"].set_visible(False)
+    return canvas
 
 
 def _group_bars(models: Sequence[ModelRow], metric: str, colours: dict[str, str]) -> Markup:

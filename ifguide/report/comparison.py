@@ -1,6 +1,7 @@
 """The tables and the picture of a comparison: toxicity against perplexity, one row and one point for each model.
 
 With several evaluators there is a second table, of what each of them says of each model, and a panel for each of them.
+Where models are compared with a second one, the reference, there is a table of EMT over that one's.
 p values are corrected for the figures of their table (`benjamini_hochberg`); the JSON has the plain ones beside them.
 The figures are those of `report/metrics.json` (`evaluation.figures`); intervals are of a bootstrap over prompts.
 """
@@ -17,7 +18,7 @@ import matplotlib
 from ifguide.display import markdown_table, plain_markdown
 from ifguide.evaluation import benjamini_hochberg
 from ifguide.report.charts import RC, colours_of, evaluators_of, tradeoff
-from ifguide.report.figures import ClassFigures, Figure, ModelRow
+from ifguide.report.figures import Beside, ClassFigures, Difference, Figure, ModelRow
 from ifguide.report.text import p_value
 
 # value, low, high; of a ratio `high` alone is None where it has no upper bound
@@ -28,13 +29,24 @@ Interval = tuple[float | None, float | None, float | None]
 class Evaluator:
     """What one class of a classifier says of a model. Ratios are over the first model's on the same prompts, None for
     that model itself; `p_value` is of the difference in EMT, `p_corrected` the same corrected for all models and
-    evaluators."""
+    evaluators. `beside`: the same over the row's reference."""
 
     name: str
     emt: Interval
     tp: Interval
     emt_ratio: Interval | None
     tp_ratio: Interval | None
+    p_value: float | None
+    p_corrected: float | None = None
+    beside: OverReference | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverReference:
+    """Ratios over the reference's EMT and TP on the same prompts; p values as in `Evaluator`, of their own table."""
+
+    emt_ratio: Interval
+    tp_ratio: Interval
     p_value: float | None
     p_corrected: float | None = None
 
@@ -46,7 +58,8 @@ class Row:
     the difference in EMT to the first, `p_corrected` the same corrected for the number of models. `evaluators[0]` is
     the one of `emt` and `tp`.
 
-    `fluency_of` names the model that a decoding method decodes: perplexity and last words are that one's."""
+    `fluency_of` names the model that a decoding method decodes: perplexity and last words are that one's. `reference`
+    names one more model that this one is compared with."""
 
     model: str
     made_by: str
@@ -64,6 +77,7 @@ class Row:
     p_corrected: float | None = None
     evaluators: tuple[Evaluator, ...] = ()
     fluency_of: str | None = None
+    reference: str | None = None
 
 
 def rows_of(models: Sequence[ModelRow]) -> list[Row]:
@@ -84,8 +98,9 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
             last_word_accuracy=model.last_word_accuracy.value if model.last_word_accuracy else None,
             distinct_2=model.whole.text["distinct_2"].value,
             p_value=_p(model.whole.emt),
-            evaluators=tuple(map(_evaluator, model.whole.compared)),
+            evaluators=tuple(_evaluator(label, model.beside.get(label.name)) for label in model.whole.compared),
             fluency_of=model.made.decodes,
+            reference=model.reference,
         )
         for model in models
     ]
@@ -95,21 +110,21 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
 def _corrected(rows: Sequence[Row]) -> list[Row]:
     """The rows with the p values of their two tables corrected, each for the figures of its own."""
     of_models = benjamini_hochberg(row.p_value for row in rows)
-    of_both = benjamini_hochberg(evaluator.p_value for row in rows for evaluator in row.evaluators)
+    evaluators = [evaluator for row in rows for evaluator in row.evaluators]
+    of_both = benjamini_hochberg(evaluator.p_value for evaluator in evaluators)
+    of_reference = benjamini_hochberg(evaluator.beside.p_value for evaluator in evaluators if evaluator.beside)
+
+    def corrected(evaluator: Evaluator) -> Evaluator:
+        beside = evaluator.beside and replace(evaluator.beside, p_corrected=of_reference[evaluator.beside.p_value])
+        return replace(evaluator, p_corrected=of_both[evaluator.p_value], beside=beside)
 
     return [
-        replace(
-            row,
-            p_corrected=of_models[row.p_value],
-            evaluators=tuple(
-                replace(evaluator, p_corrected=of_both[evaluator.p_value]) for evaluator in row.evaluators
-            ),
-        )
+        replace(row, p_corrected=of_models[row.p_value], evaluators=tuple(map(corrected, row.evaluators)))
         for row in rows
     ]
 
 
-def _evaluator(label: ClassFigures) -> Evaluator:
+def _evaluator(label: ClassFigures, beside: Beside | None) -> Evaluator:
     return Evaluator(
         name=label.name,
         emt=_values(label.emt),
@@ -117,12 +132,16 @@ def _evaluator(label: ClassFigures) -> Evaluator:
         emt_ratio=_over_first(label.emt),
         tp_ratio=_over_first(label.tp),
         p_value=_p(label.emt),
+        beside=OverReference(emt_ratio=_ratios(beside.emt), tp_ratio=_ratios(beside.tp), p_value=beside.emt.p_value)
+        if beside
+        else None,
     )
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """A Markdown table, one line a model, and a note below it if there are decoding methods. Where there are several
-    evaluators, a second table with a line for each of them and each model."""
+    evaluators, a second table with a line for each of them and each model. Where there is a reference, one of EMT over
+    the reference's, with a column for each evaluator."""
     titles = (
         "model",
         "made by",
@@ -162,6 +181,9 @@ def as_markdown(rows: Sequence[Row]) -> str:
         table += f"\n\\* of the model that is decoded ({', '.join(decoded)}): decoding does not change it.\n"
     if any(len(row.evaluators) > 1 for row in rows):
         table += f"\nBy evaluator, all prompts:\n\n{_by_evaluator(rows)}"
+    if compared := [row for row in rows if row.reference]:
+        name = plain_markdown(compared[0].reference or "")
+        table += f"\nEMT over that of {name}, all prompts:\n\n{_over_reference(compared)}"
     return table
 
 
@@ -183,6 +205,19 @@ def _by_evaluator(rows: Sequence[Row]) -> str:
         for evaluator in row.evaluators
         if evaluator.name == name
     ]
+    return markdown_table(titles, cells)
+
+
+def _over_reference(rows: Sequence[Row]) -> str:
+    names = dict.fromkeys(evaluator.name for row in rows for evaluator in row.evaluators)
+    titles = ["model", *(title for name in names for title in (plain_markdown(name), "corrected p"))]
+    cells = []
+    for row in rows:
+        line = [plain_markdown(row.model)]
+        for name in names:
+            beside = next((own.beside for own in row.evaluators if own.name == name), None)
+            line += [_with_interval(beside.emt_ratio, ".3f"), p_value(beside.p_corrected)] if beside else ["", ""]
+        cells.append(line)
     return markdown_table(titles, cells)
 
 
@@ -210,8 +245,11 @@ def _ratio(model: ModelRow, base: ModelRow, own: Figure | None, other: Figure | 
 
 
 def _over_first(figure: Figure) -> Interval | None:
-    change = figure.difference
-    return (change.ratio, change.ratio_low, change.ratio_high) if change else None
+    return _ratios(figure.difference) if figure.difference else None
+
+
+def _ratios(change: Difference) -> Interval:
+    return change.ratio, change.ratio_low, change.ratio_high
 
 
 def _p(figure: Figure) -> float | None:

@@ -25,8 +25,8 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Interval):
-    """A model's figure less the first model's on the same items, with interval and two-sided bootstrap p value; and the
-    `ratio` of the two, None where the first model's is 0. An infinite end of its interval is None."""
+    """A model's figure less another's on the same items, with interval and two-sided bootstrap p value; and the `ratio`
+    of the two, None where the other's is 0. An infinite end of its interval is None."""
 
     p_value: float | None
     ratio: float | None = None
@@ -121,10 +121,19 @@ class Made:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A model's EMT and TP less those of its reference, by one class."""
+
+    emt: Difference
+    tp: Difference
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelRow:
     """A model's figures; `sets[0]` is the set that the summary speaks of. Accuracies are in [0, 1].
 
-    Where `made` says that it decodes another's weights, the fluency figures are those of that model."""
+    Where `made` says that it decodes another's weights, the fluency figures are those of that model. `beside`: class ->
+    the differences in EMT and TP from one more model, `reference`, on all prompts of the first set."""
 
     name: str
     sets: tuple[PromptSet, ...]
@@ -134,6 +143,8 @@ class ModelRow:
     last_token_accuracy: Figure | None = None
     benchmarks: dict[str, Figure] = field(default_factory=dict)  # of lm-evaluation-harness: "task, metric"
     made: Made = Made()
+    reference: str | None = None
+    beside: dict[str, Beside] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -158,6 +169,7 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
     """One row for each model of `metrics`, in its order, each with how it was made where that is known."""
     rows: list[ModelRow] = []
     kinds_of = dict.fromkeys(metrics["evaluators"], "evaluator") | dict.fromkeys(metrics["unlisted"], "unlisted")
+    reference = metrics["reference"] or {"model": None, "paired": {}}
     for name, measured in metrics["models"].items():
         paired = metrics["paired"].get(name, {})
         how = (made or {}).get(name, Made())
@@ -185,7 +197,22 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
             )
             for set_name, kinds in measured["sets"].items()
         )
-        rows.append(ModelRow(name=name, sets=tuple(sets), **fluency, benchmarks=benchmarks, made=how))
+        beside = _below(reference, "paired", name)
+        rows.append(
+            ModelRow(
+                name=name,
+                sets=tuple(sets),
+                **fluency,
+                benchmarks=benchmarks,
+                made=how,
+                reference=reference["model"] if beside else None,
+                beside={
+                    label: Beside(**{kind: _difference(beside[kind][label]) for kind in ("emt", "tp")})
+                    for label in _below(beside, "emt")
+                    if label in kinds_of
+                },
+            )
+        )
     return tuple(rows)
 
 
@@ -213,11 +240,13 @@ def _group(
 
 
 def _figure(figure: Mapping[str, Any], paired: Mapping[str, Any] | None) -> Figure:
-    difference = None
-    if paired:
-        ends = {name: paired[name] for name in ("low", "high", "p_value", "ratio", "ratio_low", "ratio_high")}
-        difference = Difference(value=paired["difference"], **ends)
+    difference = _difference(paired) if paired else None
     return Figure(value=figure["value"], low=figure["low"], high=figure["high"], difference=difference)
+
+
+def _difference(paired: Mapping[str, Any]) -> Difference:
+    ends = {name: paired[name] for name in ("low", "high", "p_value", "ratio", "ratio_low", "ratio_high")}
+    return Difference(value=paired["difference"], **ends)
 
 
 def _below(tree: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

@@ -69,6 +69,7 @@ def render_report(data: ReportData) -> str:
         summary=summary_line(data),
         groups=group_names(data.models),
         evaluators=list(dict.fromkeys(label.name for model in data.models for label in model.whole.compared)),
+        compared=[model for model in data.models if model.beside],
         text_figures=text_figures(data.models),
         shown_text=SHOWN_TEXT,
         differences=list(differences(data.models)),
@@ -159,6 +160,7 @@ def corrections(models: Sequence[ModelRow]) -> dict[str, dict[float | None, floa
         gaps = [gap for model in models for own in model.sets if own.name == name for gap in own.gaps]
         tables[f"gaps of {name}"] = [f for gap in gaps for f in (gap.emt, gap.tp, gap.classes[0].mean)]
     families = {table: [f.difference for f in figures if f and f.difference] for table, figures in tables.items()}
+    families["beside"] = [change for model in models for own in model.beside.values() for change in (own.emt, own.tp)]
     families["differences"] = [difference for *_, difference in differences(models)]
     return {table: benjamini_hochberg(change.p_value for change in family) for table, family in families.items()}
 

@@ -319,7 +319,7 @@ def _measure(run: Run, grid: _Grid) -> Manifest:
     of_run = evaluation_of(run, models, sets)
     own = [name for name in models if has_generations(of_run, name)]
     whole = whole.borrow(run, *(f"{GENERATIONS}/{name}" for name in own))
-    of_all = evaluation_of(whole, models, sets, guides=grid.guides, digests=inputs)
+    of_all = evaluation_of(whole, models, sets, guides=grid.guides, digests=inputs, reference=PENALISED)
     metrics = measure_models(of_all, run.config.cluster)
     write_json(whole.report / METRICS, metrics)
     measured = model_rows(metrics, grid.made)

@@ -55,8 +55,13 @@ TEXTS = (("a pig", "fine"), ("rude", "you old fool"), ("pig pig", "pigs"), ("ok"
 SCORES = ((0.9, 0.2), (0.6, 0.8), (0.7, 0.3), (0.1, 0.95))
 
 
-def evaluation(folder: Path, word_list: tuple[str, ...]) -> Evaluation:
-    """Two models with two continuations of four prompts, the second model's all empty; scores of three classes."""
+def evaluation(
+    folder: Path,
+    word_list: tuple[str, ...],
+    models: tuple[str, ...] = ("first", "second"),
+    reference: str | None = None,
+) -> Evaluation:
+    """Models with two continuations of four prompts, all empty but for those of `first`; scores of three classes."""
     options = {
         "prompts": "unread.jsonl",
         "continuations": 2,
@@ -68,7 +73,6 @@ def evaluation(folder: Path, word_list: tuple[str, ...]) -> Evaluation:
         PromptRow(row=i, prompt=text, continuation="", prompt_scores={}, continuation_scores={})
         for i, text in enumerate(PROMPT_TEXTS)
     ]
-    models = ("first", "second")
     for model in models:
         rows = [
             {"model": model, "prompt_row": i, "sample": k, "prompt": PROMPT_TEXTS[i], "tokens": [1, 2, 3 + k]}
@@ -96,7 +100,25 @@ def evaluation(folder: Path, word_list: tuple[str, ...]) -> Evaluation:
         report=folder / "report",
         generations={model: folder / "generations" / model for model in models},
         config_yaml="",
+        reference=reference,
     )
+
+
+def test_models_are_compared_with_a_reference_on_the_same_prompts(tmp_path: Path) -> None:
+    flags = {"flagged": [False] * 4, "grouped_by": {"label": 0, "classifier": 4}}
+    models = ("base", "first", "second")
+    found = measure(evaluation(tmp_path, WORDS, models, reference="first"), flags)
+    assert found["reference"]["model"] == "first"
+    assert set(found["reference"]["paired"]) == {"second"}  # the first model's is among the others' differences
+    change = found["reference"]["paired"]["second"]
+    assert set(change) == {"emt", "tp"}
+    unlisted = change["emt"]["toxicity without listed words"]
+    assert unlisted["ratio"] == pytest.approx((0.9 + 0.8 + 0.7 + 0.95) / 1.2)
+    alone = measure(evaluation(tmp_path / "alone", WORDS), flags)
+    paired = alone["paired"]["second"]["sets"][PROMPTS]["groups"]["all"]
+    assert change == {name: paired[name] for name in ("emt", "tp")}  # as against a first model of the same texts
+    for reference in (None, "base", "not there"):
+        assert measure(evaluation(tmp_path / f"{reference}", WORDS, models, reference), flags)["reference"] is None
 
 
 def test_continuations_with_a_listed_word_count_as_zero_in_figures_of_their_own(tmp_path: Path) -> None:

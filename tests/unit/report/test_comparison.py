@@ -9,7 +9,7 @@ from PIL import Image
 
 from ifguide.evaluation.figures import FLUENCY_TITLES
 from ifguide.report.card import summary_line
-from ifguide.report.charts import colours_of, evaluators_of, tradeoff
+from ifguide.report.charts import beside, colours_of, evaluators_of, tradeoff
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.figures import Difference, Figure, Made, model_rows
 from ifguide.report.page import corrections, render_report
@@ -46,7 +46,7 @@ def metrics(*further: str) -> dict:
     compared = {"against": "a", "sets": sets(*changed, prompts={}, **change), **nothing}
     models = {"a": measured, "b": copy.deepcopy(measured)}
     known = {"evaluators": ["toxicity", *further], "unlisted": {}, "domains": {"bold": dict.fromkeys(RACE, "race")}}
-    return {"models": models, "paired": {"b": compared}, **known}
+    return {"models": models, "paired": {"b": compared}, "reference": None, **known}
 
 
 def with_paired_perplexities() -> dict:
@@ -216,6 +216,49 @@ def test_every_evaluator_has_figures_a_ratio_and_a_panel_of_its_own(tmp_path):
         html.count("<svg")
         == render_report(minimal_data(models=model_rows(with_perplexities(metrics())))).count("<svg") + 1
     )
+
+
+def with_a_reference(**changes: dict) -> dict:
+    """Two more models, of which the last one is compared with the one before it by two evaluators."""
+    found = metrics("own")
+    for name in ("ours", "other"):
+        for part in ("models", "paired"):
+            found[part][name] = copy.deepcopy(found[part]["b"])
+    change = {"difference": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.03, "n": 4}
+    change |= {"ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.4}
+    by_class = {name: change | changes.get(name, {}) for name in ("toxicity", "insult", "own")}
+    found["reference"] = {"model": "ours", "paired": {"other": {"emt": by_class, "tp": by_class}}}
+    return found
+
+
+def test_models_stand_beside_the_reference_in_a_table_and_a_chart() -> None:
+    models = model_rows(with_perplexities(with_a_reference(own={"p_value": 0.01})))
+    assert [(model.reference, list(model.beside)) for model in models] == [(None, [])] * 3 + [
+        ("ours", ["toxicity", "own"])  # and not `insult`, another label of the first
+    ]
+    rows = rows_of(models)
+    assert [evaluator.beside.p_corrected for evaluator in rows[3].evaluators] == [0.03, 0.02]
+    assert as_json(rows)[3]["evaluators"][0]["beside"]["emt_ratio"] == (1.2, 1.1, 1.4)
+    assert as_json(rows)[1]["evaluators"][0]["beside"] is None
+    table = as_markdown(rows).split("EMT over that of ours, all prompts:\n\n")[1].splitlines()
+    assert table[0] == "| model | toxicity | corrected p | own | corrected p |"
+    assert table[2:] == ["| other | 1.200 [1.100, 1.400] | p = 0.030 | 1.200 [1.100, 1.400] | p = 0.020 |"]
+    html = render_report(minimal_data(models=models))
+    assert "Beside ours" in html
+    assert "×1.200\n<small>[1.100, 1.400]</small>" in html
+    assert "Beside" not in render_report(minimal_data(models=model_rows(with_perplexities(metrics("own")))))
+
+
+def test_a_chart_beside_the_reference_has_a_line_for_each_model_with_a_ratio() -> None:
+    found = with_a_reference(own={"ratio_high": None}, toxicity=dict.fromkeys(("ratio", "ratio_low", "ratio_high")))
+    models = model_rows(found)
+    colours = colours_of(model.name for model in models)
+    (drawn,) = beside(models, colours, "own").axes
+    assert [label.get_text() for label in drawn.get_yticklabels()] == ["other"]
+    assert drawn.get_xlabel() == "EMT over that of ours"
+    assert drawn.lines[0].get_xdata().tolist() == [1.2]
+    (nothing,) = beside(models, colours, "toxicity").axes  # over a reference of 0
+    assert len(nothing.lines) == 1  # that of no difference
 
 
 def test_a_ratio_without_an_upper_bound_is_written_with_its_lower_one():
