@@ -12,7 +12,7 @@ from ifguide.config.typed_yaml import option
 @dataclass(frozen=True, kw_only=True)
 class Smoothing:
     """A ridge regression of the scores on the proxy's hidden states, fitted on a sample of the corpus before the first
-    shard. A token's score is drawn towards what it says.
+    shard. A token's score is drawn towards what it says, or left where it says less of held-out scores than their mean.
 
     Attributes:
         own_weight: share of a score's own deviation from the regression that stays; 1 is the score, cut at quantiles.

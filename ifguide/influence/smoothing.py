@@ -11,8 +11,9 @@ ridge is chosen by the held-out sum of squares of the scores alone.
 
 z_i are the states of several layers at the token's own position, standardised on the tokens that are fitted on; n_k is
 their number. s_i are the scores, cut to a range, for a few are far out. That the deviation from a regression is shrunk
-is an empirical Bayes estimate (Efron and Morris 1973; Fay and Herriot 1979) with one weight for all tokens. All of it
-follows from sums over tokens, by fold. So a sample is read once to fit, in any number of parts.
+is an empirical Bayes estimate (Efron and Morris 1973; Fay and Herriot 1979) with one weight for all tokens. Where no
+ridge predicts scores of other documents better than their mean does, scores stay as they are. All of it follows from
+sums over tokens, by fold. So a sample is read once to fit, in any number of parts.
 
 Memory: folds * width^2 * 8 bytes. Cost: width^2 multiplications a token of the sample, and one eigendecomposition a
 fold; folds * width multiplications a token that is smoothed.
@@ -103,6 +104,12 @@ class Smoother:
     def chosen_S(self) -> NDArray[np.intp]:
         return np.argmax(self.explained_SR, axis=1)
 
+    @property
+    def used_S(self) -> NDArray[np.bool_]:
+        """Whether the regression says more of held-out scores than their mean does."""
+        used: NDArray[np.bool_] = self.explained_SR.max(axis=1) > 0
+        return used
+
     def predict(self, features_ND: Tensor, folds_N: Tensor) -> Tensor:
         """(N, S) what the regressions that have not seen their folds say of tokens; float64."""
         weights_SKD, biases_SK = (
@@ -113,10 +120,11 @@ class Smoother:
         return by_fold_NSK.gather(2, index_NS1).squeeze(2)
 
     def smooth(self, scores_NS: Tensor, predicted_NS: Tensor) -> Tensor:
-        """(N, S) the scores, drawn towards the predictions; float32."""
+        """(N, S) the scores, drawn towards the predictions, or as they are where those are not used; float32."""
         low_S, high_S = torch.from_numpy(self.ranges_S2).to(scores_NS.device).unbind(1)
         own_NS = scores_NS.double().clamp(low_S, high_S)
-        return (predicted_NS + self.own_weight * (own_NS - predicted_NS)).float()
+        smoothed_NS = (predicted_NS + self.own_weight * (own_NS - predicted_NS)).float()
+        return torch.where(torch.from_numpy(self.used_S).to(scores_NS.device), smoothed_NS, scores_NS.float())
 
     def summary(self, behaviours: Sequence[str]) -> dict[str, dict[str, float]]:
         """Of each behaviour the ridge, and the share of the scores' variance that it explains."""

@@ -13,6 +13,7 @@ of them, which are a random audit and, of a cascade, those in which the student 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -231,7 +232,11 @@ def _fit_smoother(settings: ScoringSettings, config: ScoreCorpus, seed: int) -> 
     log(VERB, f"scoring {tokens:,} tokens of the corpus, to fit what the scores are smoothed by")
     fits = run_task(fit_on_sample, settings, config.smooth, seed, resources=config.resources)
     for behaviour, fit in fits.items():
-        log(VERB, f"{behaviour}: hidden states explain {fit['explained']:.3f} of the scores' variance")
+        if fit["explained"] > 0:
+            log(VERB, f"{behaviour}: hidden states explain {fit['explained']:.3f} of the scores' variance")
+        else:
+            reason = "hidden states predict the scores of other documents no better than their mean does"
+            log(VERB, f"{behaviour}: {reason}; its scores are not smoothed", level=logging.WARNING)
 
 
 def _summary(decision: Decision, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -94,6 +94,20 @@ def test_a_score_is_cut_and_drawn_towards_what_is_predicted() -> None:
     np.testing.assert_allclose(predicted(smoother, features, folds), prior, rtol=1e-5)
 
 
+def test_scores_that_states_do_not_predict_stay_as_they_are() -> None:
+    features, scores, folds = tokens(noise=0.0)
+    # the feature says in each fold the contrary of what it says in the others
+    contrary = np.where(folds == 0, 2.5, -1.0) * features[:, 0]
+    columns = np.stack([scores, contrary], axis=1)
+    smoother = fitted(features, columns, folds)
+    assert smoother.used_S.tolist() == [True, False]
+    assert smoother.explained_SR[1].max() < 0
+    prior = smoother.predict(torch.from_numpy(features), torch.from_numpy(folds))
+    found = smoother.smooth(torch.from_numpy(columns), prior).numpy()
+    np.testing.assert_array_equal(found[:, 1], columns[:, 1].astype(np.float32))
+    np.testing.assert_allclose(found[:, 0], prior[:, 0] + 0.25 * (scores - prior[:, 0].numpy()), rtol=1e-5)
+
+
 def test_parts_add_up_to_the_whole_and_files_keep_it(tmp_path: Path) -> None:
     features, scores, folds = tokens()
     whole = fitted(features, scores, folds)
