@@ -19,6 +19,7 @@ from ifguide.toxicity import classifier_inputs
 
 VERB = "evaluate"
 SETS = "prompts/"  # before the name of a prompt set
+OF_MODEL = "model/"  # before that of a model
 
 Prompts = Sequence[Any]  # rows with `row` and `prompt`: `toxicity.PromptRow`, `toxicity.GroupedPrompt`
 
@@ -85,7 +86,7 @@ def measured_inputs(models: Mapping[str, Model], sets: Mapping[str, Prompts], op
     """Digests of what the figures are measured of, by name: models, prompts, held-out and cloze texts, files of tasks,
     and what fitted classifiers learn from."""
     return {
-        **{f"model/{name}": model.fingerprint for name, model in models.items()},
+        **{f"{OF_MODEL}{name}": model.fingerprint for name, model in models.items()},
         **prompt_digests(sets),
         **heldout_digests(options),
         **cloze_digest(options),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -23,10 +23,13 @@ from typing import Any
 from ifguide import interrupts
 from ifguide.artifacts import (
     MANIFEST,
+    PLAN,
     Manifest,
+    MismatchError,
     json_digest,
     publish,
     read_manifest,
+    read_plan,
     require,
     write_json,
 )
@@ -42,7 +45,7 @@ from ifguide.evaluation.generations import has_generations, prompts_digest, samp
 from ifguide.evaluation.measuring import continue_prompts, measure_models
 from ifguide.evaluation.prompts import PROMPTS, chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
-from ifguide.evaluation.subjects import Model, Prompts, measured_inputs, models_to_evaluate, prompt_digests
+from ifguide.evaluation.subjects import OF_MODEL, Model, Prompts, measured_inputs, models_to_evaluate, prompt_digests
 from ifguide.folders import BASELINE, CORPUS, EXPORT, GENERATIONS, MASK, PENALISED, QUERY, RANKING, REPORT, SCORES
 from ifguide.methods.preferences import DPO, DpoTraining, RewardTraining, train
 from ifguide.methods.samples import SampleFiles
@@ -66,7 +69,7 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
     Raises:
         ConfigError: no methods, one that this run cannot have, no prompts to evaluate or to learn from.
-        FileNotFoundError: the run is not finished.
+        FileNotFoundError: the run is not finished. MismatchError: `compare/report` is of other models.
     """
     methods = run.config.compare.methods
     if not methods:
@@ -81,7 +84,9 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if any(method.mask is None for method in methods.values()):
         drawn_prompts(run.config)  # refused here, before anything is trained
     require(run.model(BASELINE), "pretrain --set pretrain.use_mask=false")
-    grid, masked = _Grid(run), {name: method for name, method in methods.items() if method.mask is not None}
+    grid = _Grid(run)
+    _require_report_of(run.comparison / REPORT, [*grid.own, *methods])
+    masked = {name: method for name, method in methods.items() if method.mask is not None}
     for number, (name, method) in enumerate(masked.items(), start=1):
         log(VERB, f"mask {number}/{len(masked)}: {name}: {_describe(run, method)}")
         grid.add_mask(name, method)
@@ -91,6 +96,21 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
             log(VERB, f"{name}: {_describe(run, method)}")
             grid.add_preference(name, method)
     return _measure(run, grid)
+
+
+def _require_report_of(folder: Path, models: Sequence[str]) -> None:
+    """Refuse a report of other models before any is trained."""
+    made = (folder / MANIFEST).exists()
+    if not made and not (folder / PLAN).exists():
+        return
+    inputs = read_manifest(folder).inputs if made else read_plan(folder)["inputs"]
+    reported = [name.removeprefix(OF_MODEL) for name in inputs if name.startswith(OF_MODEL)]
+    new, gone = sorted(set(models) - set(reported)), sorted(set(reported) - set(models))
+    if new or gone:
+        parts = [f"{what} {', '.join(names)}" for what, names in (("lacks", new), ("has also", gone)) if names]
+        raise MismatchError(
+            f"{folder} {' and '.join(parts)}: delete it, and compare again; trained models and continuations stay"
+        )
 
 
 class _Grid:
@@ -155,7 +175,7 @@ class _Grid:
             folder=folder,
             resources=self.run.config.compare.resources,
         )
-        options, inputs = {"dpo": result_part(method)}, {f"model/{method.model}": start[1]}
+        options, inputs = {"dpo": result_part(method)}, {f"{OF_MODEL}{method.model}": start[1]}
         manifest = samples.teach(training, options, inputs, count="pairs")
         self.models[name] = _model(folder / EXPORT, manifest)
         self.made[name] = replace(self.made[method.model], by=f"DPO of {method.model}")
@@ -179,7 +199,7 @@ class _Grid:
             folder=folder,
             resources=config.compare.resources,
         )
-        options, inputs = {"reward": result_part(config.compare.reward)}, {f"model/{BASELINE}": baseline[1]}
+        options, inputs = {"reward": result_part(config.compare.reward)}, {f"{OF_MODEL}{BASELINE}": baseline[1]}
         if config.compare.reward.source is not None:
             inputs["reward.source"] = source_fingerprint(config.compare.reward.source)
         manifest = samples.teach(training, options, inputs, count="texts")
@@ -264,7 +284,7 @@ class _Samples:
 def _sample(sampler: Run, baseline: Model, sets: Mapping[str, Prompts]) -> Manifest:
     evaluate = sampler.config.evaluate
     options = sampled_options(evaluate) | {"classifier": result_part(evaluate.classifier)}
-    inputs = {f"model/{BASELINE}": baseline[1], "prompts": prompts_digest(sets[PROMPTS])}
+    inputs = {f"{OF_MODEL}{BASELINE}": baseline[1], "prompts": prompts_digest(sets[PROMPTS])}
     inputs |= classifier_inputs({"compare.classifier": evaluate.classifier})
     artifact = sampler.open(sampler.report, VERB, keys=("seed",), inputs=inputs, extra={"samples": options})
     if artifact.manifest:

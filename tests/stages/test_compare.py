@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ifguide import schemas
-from ifguide.artifacts import data_files, read_manifest
+from ifguide.artifacts import MismatchError, data_files, read_manifest
 from ifguide.config import Config, ConfigError
 from ifguide.config.compare import (
     ANNOTATED,
@@ -197,6 +197,18 @@ def test_rivals_mask_as_many_tokens_as_the_runs_own_mask_and_resume(copied: Call
             np.testing.assert_array_equal(masked, by_sorting(stream(child, "token_score"), size, int(own.sum())))
     before = {name: (files_of(child.mask), files_of(child.scores)) for name, child in children.items()}
     assert compare(run) == manifest
+    # A report is of the methods that it was made with. Others are refused before a mask is made or a model trained.
+    report = run.comparison / "report"
+    more = replace(config, compare=replace(config.compare, methods={**methods, "added": Method(mask="random")}))
+    with pytest.raises(MismatchError, match=r"report lacks added and has also fewer_ngrams, ngrams_ignored: delete it"):
+        compare(Run(config=more))
+    assert not (run.comparison / "added").exists()
+    shutil.rmtree(report)
+    models = {name: read_manifest(child.model("penalised")).created for name, child in children.items()}
+    again = compare(run)
+    assert again is not None
+    assert again.summary == manifest.summary
+    assert {name: read_manifest(child.model("penalised")).created for name, child in children.items()} == models
     # Made again, from the start or from where the scores lie, they are the same bytes.
     shutil.rmtree(children["ngrams"].mask)
     for kind in ("scores", "mask"):
@@ -314,6 +326,10 @@ def test_compared_models_differ_in_their_mask_alone(copied: Callable[..., Config
     # Nor are the run's own models sampled again: the figures of the same weights are those of `evaluate`'s texts.
     assert {path.name for path in (run.folder / "compare" / "generations").iterdir()} == {"same", "filter", "plain"}
     assert by_name["same"]["emt"] == by_name["penalised"]["emt"]
+    # Every method stands beside the run's own penalised model.
+    assert by_name["same"]["evaluators"][0]["beside"]["emt_ratio"] == [1, 1, 1]
+    assert [row["model"] for row in rows if row["reference"] == "penalised"] == ["same", "filter", "plain"]
+    assert "EMT over that of penalised" in (run.comparison / "report" / "comparison.md").read_text(encoding="utf-8")
     assert by_name["baseline"]["ratio"] == 1
     assert by_name["filter"]["masked_loss"] == "ignore"
     assert by_name["filter"]["masked_share"] > 0
