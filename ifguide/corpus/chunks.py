@@ -88,10 +88,8 @@ def placed_chunks(
         placed.append(replace(item, first_input_row=rows_of_input[index]))
         rows_of_input[index] += counted.get(item.key, {"rows": 0})["rows"]
     for index, source in enumerate(inputs):
-        if (wanted := RowChoice.of(source.rows).wanted) > rows_of_input[index]:
-            raise ConfigError(
-                f"pack_corpus.inputs[{index}].rows: ends at {wanted}, but {source.path} has {rows_of_input[index]} rows"
-            )
+        if lack := RowChoice.of(source.rows).lack_of(source.path, rows_of_input[index]):
+            raise ConfigError(f"pack_corpus.inputs[{index}].rows: {lack}")
     return placed
 
 

@@ -32,8 +32,8 @@ def read_rows(source: Input, dotted_key: str) -> list[Any]:
                     raise ValueError(f"{dotted_key}: {chunk.name} row {document.row}: {document.reason}")
                 documents.append(document)
             counted += 1
-    if counted < choice.wanted:
-        raise ConfigError(f"{dotted_key}.rows: ends at {choice.wanted}, but {source.path} has {counted} rows; lower it")
+    if lack := choice.lack_of(source.path, counted):
+        raise ConfigError(f"{dotted_key}.rows: {lack}")
     if not documents:
         raise ValueError(f"{dotted_key}: no documents in {source.path}")
     return documents

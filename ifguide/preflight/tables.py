@@ -127,18 +127,18 @@ class TableChecks:
         if empty:
             self.findings.fault(f"{key}.path", source.path, "holds no rows; name files that do")
             return
-        wanted = None
+        choice = None
         with self.findings.caught(f"{key}.rows", source.rows):
-            wanted = RowChoice.of(source.rows).wanted
-        if wanted is not None:
-            self._count(key, source, files, wanted)
+            choice = RowChoice.of(source.rows)
+        if choice is not None:
+            self._count(key, source, files, choice)
 
-    def _count(self, key: str, source: Input, files: Sequence[Path], wanted: int) -> None:
+    def _count(self, key: str, source: Input, files: Sequence[Path], choice: RowChoice) -> None:
         left, counted = READ_BYTES, 0
         for file in files:
             parquet = file.suffix.lower() == ".parquet"
             cost = 0 if parquet else _plain_bytes(file)
-            if counted < wanted:
+            if counted < choice.wanted:
                 left -= cost
                 if left < 0:
                     self.findings.leave(f"{key}.rows", source.rows, "the files are too large to count their rows here")
@@ -147,10 +147,8 @@ class TableChecks:
             elif is_compressed(file) and cost <= left:
                 left -= cost
                 _read_to_end(file)
-        if counted < wanted:
-            self.findings.fault(
-                f"{key}.rows", source.rows, f"ends at {wanted}, but {source.path} has {counted} rows; lower it"
-            )
+        if lack := choice.lack_of(source.path, counted):
+            self.findings.fault(f"{key}.rows", source.rows, lack)
 
     def prompts(self, key: str, prompts: Prompts) -> None:
         """A prompt table."""

@@ -44,6 +44,12 @@ class RowChoice:
         """How many rows from row `first` on have to be read: none after the last one that is taken."""
         return max(0, self.stop - first)
 
+    def lack_of(self, path: str, rows: int) -> str | None:
+        """What to say of an input of so many rows; None where these are enough."""
+        if rows >= self.wanted:
+            return None
+        return f"ends at {self.wanted}, but {path} has {rows} rows; lower it"
+
     def __contains__(self, row: int) -> bool:
         if not self.start <= row < self.stop:
             return False
