@@ -13,6 +13,7 @@ from ifguide.config import ConfigError, Evaluate
 from ifguide.config.analyse import Analyse
 from ifguide.evaluation.generations import prompts_digest
 from ifguide.influence.query_file import QueryRow
+from ifguide.telemetry import log
 from ifguide.toxicity import PromptRow, labelled_texts
 
 
@@ -72,7 +73,10 @@ def probe_texts(options: Analyse, queries: Sequence[QueryRow], seed: int) -> lis
         ConfigError: fewer of a kind than folds, or than the choice of a layer needs.
     """
     if options.texts:
-        labelled = [(row.text, row.label) for row in labelled_texts(options.texts, "analyse.texts") if row.text]
+        rows = labelled_texts(options.texts, "analyse.texts")
+        labelled = [(row.text, row.label) for row in rows if row.text]
+        if left_out := len(rows) - len(labelled):
+            log("analyse", f"analyse.texts: {left_out:,} of {len(rows):,} rows have no text and are left out")
     else:
         labelled = [(row.completion, row.positive) for row in queries]
     positive, negative = ([text for text in labelled if text[1] == kind] for kind in (True, False))

@@ -270,7 +270,8 @@ def test_a_line_that_is_no_query_is_named(tmp_path: Path) -> None:
         read_queries(tmp_path)
 
 
-def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path) -> None:
+def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     rows = queries(7, 9)
     config = config_from_mapping({"analyse": {"folds": 2, "max_texts": 8}})
     drawn = probe_texts(config.analyse, rows, 0)
@@ -281,6 +282,11 @@ def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": f"t{i}", "toxic": i < 4}) + "\n" for i in range(8)))
     named = config_from_mapping({"analyse": {"folds": 2, "texts": [str(path)]}})
     assert sorted(probe_texts(named.analyse, rows, 0)) == [(f"t{i}", i < 4) for i in range(8)]
+    assert not caplog.messages
+    with path.open("a") as file:
+        file.write(json.dumps({"text": "", "toxic": True}) + "\n")
+    assert len(probe_texts(named.analyse, rows, 0)) == 8
+    assert caplog.messages == ["analyse      | analyse.texts: 1 of 9 rows have no text and are left out"]
 
 
 @pytest.mark.parametrize(
