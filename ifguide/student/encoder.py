@@ -78,8 +78,8 @@ class TokenRegression(nn.Module):
 
     @classmethod
     def begin(cls, source: ModelSource, outputs: int, *, seed: int) -> TokenRegression:
-        """Before training, on the CPU; the seed decides the weights of an architecture."""
-        return cls(cast(PreTrainedModel, load_model(source, seed=seed).base_model), outputs)
+        """Before training, on the CPU, in eval mode; the seed decides the weights of an architecture."""
+        return cls(cast(PreTrainedModel, load_model(source, seed=seed).base_model), outputs).eval()
 
     def forward(self, tokens_BT: Tensor, document_BT: Tensor | None = None) -> Tensor:
         """(B, T, S) float32, label-aligned: entry j has read the tokens up to j. Documents that are given do not see

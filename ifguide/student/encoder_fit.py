@@ -7,7 +7,8 @@ blocks that were held out. Of all epochs and maps the one is kept that finds mos
 figures are too good, for it was chosen by them. Its scores are then put on the line to the exact ones (`calibration`).
 
 AdamW; the learning rate rises over the first twentieth of all steps and falls as a cosine to a tenth; gradients are
-clipped to a norm of 1. Orders and first weights come from the seed: on a CPU the same threads give the same bytes.
+clipped to a norm of 1. There is no dropout, of no family. Orders and first weights come from the seed: on a CPU the
+same threads give the same bytes.
 
 Memory: weights, gradients and two moments, and the sample: 9 bytes a token. Cost: 6 N FLOP for each fitted token and
 epoch, N the parameters of the blocks, and a pass over the embeddings at each step.
@@ -136,7 +137,7 @@ class _Training:
         self.mean_S, spread_S = at_quantiles.mean(axis=0), at_quantiles.std(axis=0)
         self.spread_S = np.where(spread_S > 0, spread_S, 1.0)
         self.regression = TokenRegression.begin(settings.source, len(TRANSFORMS), seed=settings.seed)
-        self.regression.to(settings.device).requires_grad_(True).train()
+        self.regression.to(settings.device).requires_grad_(True)  # in eval mode, as it was loaded
         groups = parameter_groups(self.regression, WEIGHT_DECAY)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.options.learning_rate, betas=(0.9, 0.95))
 
@@ -165,11 +166,9 @@ class _Training:
     def rankings(self, held: LabelledBlocks) -> Iterator[tuple[str, Floats]]:
         """Of each map and of the mean of all, what it says (N,) of the tokens that have a score."""
         size, parts = max(1, BATCH_TOKENS // held.tokens_BT.shape[1]), []
-        self.regression.eval()
         for begin in range(0, len(held.tokens_BT), size):
             blocks = held.take(slice(begin, begin + size))
             parts.append(self._read(blocks).cpu().numpy()[blocks.known_BT])
-        self.regression.train()
         found_NS = np.concatenate(parts)
         yield from zip(TRANSFORMS, found_NS.T, strict=True)
         yield MEAN, found_NS.mean(axis=1)

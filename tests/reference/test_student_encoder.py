@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from ifguide.student.encoder_fit import (
 from ifguide.student.fidelity import fidelity
 from ifguide.student.head_fit import TRANSFORMS
 from ifguide.student.parts import EncoderPart, Labelled, fit_encoder_parts
-from tests.tiny import LLAMA, VOCABULARY, as_tensors, random_blocks
+from tests.tiny import GPT2, LLAMA, VOCABULARY, as_tensors, random_blocks
 from tests.tokenizers import byte_level
 
 LENGTH, EPOCHS = 16, 3
@@ -129,6 +130,19 @@ def test_a_seed_decides_the_bytes_and_files_keep_them(fit: Fit, tmp_path: Path) 
     assert torch.equal(torch.random.get_rng_state(), state)
     other = fit_encoder(fit.fitted, fit.held, settings(seed=1))
     assert (scores_of(other.student, fit.held) != found).any()
+
+
+def test_a_family_with_dropout_is_trained_without_and_draws_nothing(fit: Fit) -> None:
+    source = ModelSource(architecture={**GPT2, "resid_pdrop": 0.5})
+    options = replace(settings(replace(OPTIONS, epochs=1)), source=source)
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    found = fit_encoder(fit.fitted, fit.held, options)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(1)
+    again = fit_encoder(fit.fitted, fit.held, options)
+    assert found.tried == again.tried
+    np.testing.assert_array_equal(scores_of(again.student, fit.held), scores_of(found.student, fit.held))
 
 
 def test_training_stops_where_it_finds_no_more(fit: Fit) -> None:
