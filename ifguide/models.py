@@ -163,20 +163,29 @@ def check_vocabulary(
         )
 
 
-def check_own_tokens(model: ModelSource, tokenizer: PreTrainedTokenizerFast, *, tokenizer_name: str) -> None:
+def check_own_tokens(
+    model: ModelSource,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    tokenizer_name: str,
+    key: str = "pretrain.tokenizer",
+    remedy: str | None = None,
+) -> None:
     """Raises ValueError when the published weights of `model` are of other tokens than the tokenizer's: when its own
-    tokenizer has another id for one, or another token of that id. A model without a tokenizer is taken as it is."""
+    tokenizer has another id for one, or another token of that id. A model without a tokenizer is taken as it is.
+
+    The error names the `key`, and says what to do: `remedy`, or None for to name the model's own tokenizer."""
     assert model.source is not None
     own_ids = own_vocabulary(model.source, revision=model.revision)
     if own_ids is None:
         return
     own_tokens = {number: token for token, number in own_ids.items()}
+    own_named = f"set {key}={model.source}, or tokenizer={model.source} where the proxy reads them too"
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if own_ids.get(token, number) != number or own_tokens.get(number, token) != token:
             raise ValueError(
-                f"pretrain.tokenizer: token {number} is {token!r} in {tokenizer_name}, and"
-                f" {own_tokens.get(number, 'none')!r} in {model.source}, whose weights know its own tokens alone; set"
-                f" pretrain.tokenizer={model.source}, or tokenizer={model.source} where the proxy reads them too"
+                f"{key}: token {number} is {token!r} in {tokenizer_name}, and {own_tokens.get(number, 'none')!r} in"
+                f" {model.source}, whose weights know its own tokens alone; {remedy or own_named}"
             )
 
 

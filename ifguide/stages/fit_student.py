@@ -15,6 +15,7 @@ from ifguide.distributed.session import require_resources
 from ifguide.distributed.shards import LEDGER, Pool, ShardResults, run_shards
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.decision import METHOD
+from ifguide.models import source_fingerprint
 from ifguide.run import Run
 from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
 from ifguide.student.encoder import require_readable
@@ -25,13 +26,16 @@ from ifguide.student.scorers import FACTS, STUDENT
 from ifguide.telemetry import log
 
 VERB = "fit_student"
+ENCODER = "encoder"  # among the inputs of a student: the model whose body is trained further
 
 
 def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `student/`.
 
     Raises:
-        MismatchError: the query is of another proxy. ValueError: the sample is too small. StageError: a part failed.
+        MismatchError: the query is of another proxy, or a student that was begun of another encoder. FileNotFoundError:
+            there is no such encoder. ValueError: it cannot read the corpus, or the sample is too small. StageError: a
+            part failed.
     """
     config, resources = run.config.fit_student, run.config.score_corpus.resources
     if dry_run:
@@ -41,15 +45,16 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
             f" fit a student of kind {config.kind}",
         )
         return None
-    given = ScoringInputs.of(run, VERB)
+    given, encoder = ScoringInputs.of(run, VERB), config.encoder.source if config.kind == "encoder" else None
+    inputs = dict(given.inputs) if encoder is None else {**given.inputs, ENCODER: source_fingerprint(encoder)}
     extra = {SCORING: scoring_options(run.config)}
-    artifact = run.open(run.student, VERB, keys=("fit_student", "seed"), inputs=given.inputs, extra=extra)
+    artifact = run.open(run.student, VERB, keys=("fit_student", "seed"), inputs=inputs, extra=extra)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary['chosen']}")
         return artifact.manifest
     require_resources(run.config.cluster, VERB, resources)
-    if config.kind == "encoder" and config.encoder.source is not None:
-        require_readable(config.encoder.source, run.tokenizer_source, given.packed.block_size)
+    if encoder is not None:
+        require_readable(encoder, run.tokenizer_source, given.packed.block_size)
     settings = SampleSettings(
         scoring=given.settings(VERB, run.student, resources),
         kind=config.kind,

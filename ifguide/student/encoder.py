@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from ifguide.artifacts import publish
 from ifguide.config import Encoder, ModelSource
 from ifguide.documents import last_hidden_state
-from ifguide.models import check_vocabulary, load_architecture, load_model, predicted_positions
+from ifguide.models import check_own_tokens, check_vocabulary, load_architecture, load_model, predicted_positions
 from ifguide.shapes import require_positions
 from ifguide.tokenizer import load_tokenizer
 
@@ -57,11 +57,14 @@ def require_readable(source: str, tokenizer: str, block_size: int) -> None:
     """Refuse a pretrained encoder that cannot read the corpus' blocks, which are tokens of `tokenizer`.
 
     Raises:
-        ValueError: it has fewer token ids, or fewer positions; says so. FileNotFoundError: there is none.
+        ValueError: it has fewer token ids, other tokens, or fewer positions; says so. FileNotFoundError: there is none.
     """
-    name, fields = f"{KEY}: {source}", load_architecture(ModelSource(source=source))
+    name, model, of_corpus = f"{KEY}: {source}", ModelSource(source=source), load_tokenizer(tokenizer)
+    fields = load_architecture(model)
     vocabulary = (fields.get("text_config") or fields)["vocab_size"]
-    check_vocabulary(vocabulary, load_tokenizer(tokenizer), model_name=name, tokenizer_name=tokenizer)
+    check_vocabulary(vocabulary, of_corpus, model_name=name, tokenizer_name=tokenizer)
+    remedy = "name a model of the corpus' tokenizer, or none"
+    check_own_tokens(model, of_corpus, tokenizer_name=tokenizer, key=KEY, remedy=remedy)
     require_positions(name, fields, block_size)
 
 

@@ -28,7 +28,7 @@ from ifguide.student.fidelity import fidelity
 from ifguide.student.head_fit import TRANSFORMS
 from ifguide.student.parts import EncoderPart, Labelled, fit_encoder_parts
 from tests.tiny import GPT2, LLAMA, VOCABULARY, as_tensors, random_blocks
-from tests.tokenizers import byte_level
+from tests.tokenizers import byte_level, train_unigram
 
 LENGTH, EPOCHS = 16, 3
 OPTIONS = Encoder(hidden_size=16, layers=1, heads=2, epochs=EPOCHS, learning_rate=0.02, batch_tokens=64)
@@ -215,3 +215,8 @@ def test_a_pretrained_encoder_that_cannot_read_the_blocks_is_refused(tmp_path: P
     require_readable(folder, tokenizer, 64)
     with pytest.raises(ValueError, match=r"block_size: 65 .* positions of fit_student\.encoder\.source"):
         require_readable(folder, tokenizer, 65)
+    train_unigram(vocab_size=100).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"^fit_student\.encoder\.source: token 0 is .*, and '<unk>' in .*; name a model"):
+        require_readable(folder, tokenizer, 64)
+    byte_level().save_pretrained(folder)
+    require_readable(folder, tokenizer, 64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ifguide.artifacts import Manifest, MismatchError, read_manifest, write_mani
 from ifguide.config import Config
 from ifguide.distributed import shards as pools
 from ifguide.folders import FOLDERS
+from ifguide.models import load_model
 from ifguide.run import Run
 from ifguide.stages import fit_student as fitting
 from ifguide.stages import score_corpus as scoring
@@ -157,3 +159,20 @@ def _remade(run: Run, name: str) -> None:
     manifest, own = read_manifest(run.student), read_manifest(run.scores).inputs
     inputs = {key: own[key] for key in manifest.inputs}
     write_manifest(run.student, replace(manifest, inputs={**inputs, name: "0" * 64}))
+
+
+def test_an_encoder_that_was_replaced_is_refused(
+    copied: Copied, finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, source = str(tmp_path / "encoder"), Run(config=finished).proxy_source
+    load_model(source).save_pretrained(folder)
+    options = {**OPTIONS, "fit_student__kind": "encoder", "fit_student__encoder": {"source": folder}}
+    run = Run(config=copied(drop=MADE, score_corpus__scorer="student", **options))
+    monkeypatch.setattr(fitting, "run_shards", killed_after(one=False))
+    with pytest.raises(Killed):
+        fit_student(run)
+    model = load_model(source)
+    next(model.parameters()).data += 1
+    model.save_pretrained(folder)
+    with pytest.raises(MismatchError, match=r"student was made from something else: encoder was"):
+        fit_student(run)
