@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ifguide.artifacts import Manifest
+from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import require_resources
 from ifguide.distributed.shards import LEDGER, Pool, ShardResults, run_shards
 from ifguide.distributed.tasks import run_task
@@ -18,7 +19,7 @@ from ifguide.influence.decision import METHOD
 from ifguide.models import source_fingerprint
 from ifguide.run import Run
 from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
-from ifguide.student.encoder import require_readable
+from ifguide.student.encoder import require_apart, require_readable
 from ifguide.student.sample_fit import fit_on_parts
 from ifguide.student.sample_worker import TRANSFORMS, SamplePart, SampleSettings, ScoreSample, fit_transforms
 from ifguide.student.sampling import Sampling
@@ -34,8 +35,8 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
     Raises:
         MismatchError: the query is of another proxy, or a student that was begun of another encoder. FileNotFoundError:
-            there is no such encoder. ValueError: it cannot read the corpus, or the sample is too small. StageError: a
-            part failed.
+            there is no such encoder. ValueError: it cannot read the corpus, or keep documents apart and is to; or the
+            sample is too small. StageError: a part failed.
     """
     config, resources = run.config.fit_student, run.config.score_corpus.resources
     if dry_run:
@@ -55,6 +56,8 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     require_resources(run.config.cluster, VERB, resources)
     if encoder is not None:
         require_readable(encoder, run.tokenizer_source, given.packed.block_size)
+        if given.beginning.of_documents:
+            run_task(require_apart, encoder, resources=ONE_CPU)
     settings = SampleSettings(
         scoring=given.settings(VERB, run.student, resources),
         kind=config.kind,

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ifguide.artifacts import publish
 from ifguide.config import Encoder, ModelSource
-from ifguide.documents import last_hidden_state
+from ifguide.documents import keeps_documents_apart, last_hidden_state
 from ifguide.models import check_own_tokens, check_vocabulary, load_architecture, load_model, predicted_positions
 from ifguide.shapes import require_positions
 from ifguide.tokenizer import load_tokenizer
@@ -66,6 +66,20 @@ def require_readable(source: str, tokenizer: str, block_size: int) -> None:
     remedy = "name a model of the corpus' tokenizer, or none"
     check_own_tokens(model, of_corpus, tokenizer_name=tokenizer, key=KEY, remedy=remedy)
     require_positions(name, fields, block_size)
+
+
+def require_apart(source: str) -> None:
+    """Refuse a pretrained encoder that lets documents of a block see each other; loads it, on the CPU.
+
+    Raises:
+        ValueError: it does; names its family.
+    """
+    model = load_model(ModelSource(source=source))
+    if not keeps_documents_apart(model):
+        raise ValueError(
+            f"pretrain.document_attention: {type(model).__name__}, the encoder, lets documents of a block see each"
+            f" other; set it to false, or choose a {KEY} of another family, or none"
+        )
 
 
 class TokenRegression(nn.Module):

@@ -13,7 +13,7 @@ import torch
 
 from ifguide.config import Encoder, ModelSource
 from ifguide.models import load_model
-from ifguide.student.encoder import EncoderStudent, TokenRegression, encoder_source, require_readable
+from ifguide.student.encoder import EncoderStudent, TokenRegression, encoder_source, require_apart, require_readable
 from ifguide.student.encoder_fit import (
     MEAN,
     EncoderSettings,
@@ -27,7 +27,7 @@ from ifguide.student.encoder_fit import (
 from ifguide.student.fidelity import fidelity
 from ifguide.student.head_fit import TRANSFORMS
 from ifguide.student.parts import EncoderPart, Labelled, fit_encoder_parts
-from tests.tiny import GPT2, LLAMA, VOCABULARY, as_tensors, random_blocks
+from tests.tiny import ARCHITECTURES, GPT2, LLAMA, VOCABULARY, as_tensors, random_blocks
 from tests.tokenizers import byte_level, train_unigram
 
 LENGTH, EPOCHS = 16, 3
@@ -216,7 +216,21 @@ def test_a_pretrained_encoder_that_cannot_read_the_blocks_is_refused(tmp_path: P
     with pytest.raises(ValueError, match=r"block_size: 65 .* positions of fit_student\.encoder\.source"):
         require_readable(folder, tokenizer, 65)
     train_unigram(vocab_size=100).save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"^fit_student\.encoder\.source: token 0 is .*, and '<unk>' in .*; name a model"):
+    with pytest.raises(
+        ValueError, match=r"^fit_student\.encoder\.source: token 0 is .*, and '<unk>' in .*; name a model"
+    ):
         require_readable(folder, tokenizer, 64)
     byte_level().save_pretrained(folder)
     require_readable(folder, tokenizer, 64)
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+def test_a_pretrained_encoder_that_cannot_keep_documents_apart_is_refused(family: str, tmp_path: Path) -> None:
+    load_model(ModelSource(architecture=ARCHITECTURES[family])).save_pretrained(tmp_path)
+    if family == "llama":
+        require_apart(str(tmp_path))
+    else:
+        with pytest.raises(
+            ValueError, match=r"^pretrain\.document_attention: (OPT|Bloom)ForCausalLM, the encoder, lets"
+        ):
+            require_apart(str(tmp_path))

@@ -13,9 +13,10 @@ import pytest
 
 from ifguide import schemas
 from ifguide.artifacts import Manifest, MismatchError, read_manifest, write_manifest
-from ifguide.config import Config
+from ifguide.config import Config, ModelSource
 from ifguide.distributed import shards as pools
 from ifguide.folders import FOLDERS
+from ifguide.influence.proxy import Beginning
 from ifguide.models import load_model
 from ifguide.run import Run
 from ifguide.stages import fit_student as fitting
@@ -24,6 +25,7 @@ from ifguide.stages.build_mask import build_mask
 from ifguide.stages.fit_student import fit_student
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.status import run_status
+from tests.tiny import ARCHITECTURES
 
 Copied = Callable[..., Config]
 MADE = ("scores", "ranking", "mask")
@@ -175,4 +177,18 @@ def test_an_encoder_that_was_replaced_is_refused(
     next(model.parameters()).data += 1
     model.save_pretrained(folder)
     with pytest.raises(MismatchError, match=r"student was made from something else: encoder was"):
+        fit_student(run)
+
+
+def test_an_encoder_that_lets_documents_see_each_other_is_refused_before_the_sample_is_scored(
+    copied: Copied, finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {**ARCHITECTURES["opt"], "vocab_size": 512, "max_position_embeddings": 128}
+    load_model(ModelSource(architecture=fields)).save_pretrained(tmp_path / "encoder")
+    options = {**OPTIONS, "fit_student__kind": "encoder", "fit_student__encoder": {"source": str(tmp_path / "encoder")}}
+    run = Run(config=copied(drop=MADE, score_corpus__scorer="student", **options))
+    apart = replace(fitting.ScoringInputs.of(run, "fit_student"), beginning=Beginning(None, of_documents=True))
+    monkeypatch.setattr(fitting.ScoringInputs, "of", lambda run, verb: apart)
+    monkeypatch.setattr(fitting, "run_shards", killed_after(one=False))
+    with pytest.raises(ValueError, match=r"^pretrain\.document_attention: OPTForCausalLM, the encoder, lets"):
         fit_student(run)
