@@ -302,7 +302,7 @@ def _check_across(config: Config) -> None:
         raise ConfigError(f"score_corpus.min_actors: {scoring.min_actors} is over max_actors = {scoring.max_actors}")
     check_fit_student(config.fit_student)
     if scoring.uses_student:
-        _check_student(config)
+        check_student(config)
     if scoring.smooth is not None and not scoring.smooth.ridges:
         raise ConfigError("score_corpus.smooth.ridges: name one at least")
     if config.build_mask.smoothed and (config.build_mask.standardise or config.build_mask.fdr is not None):
@@ -348,13 +348,15 @@ def _check_across(config: Config) -> None:
         raise ConfigError("target.trust_remote_code: targets of remote code are not supported; set it to false")
 
 
-def _check_student(config: Config) -> None:
+def check_student(config: Config) -> None:
+    """Raises ConfigError where a student cannot learn, or make, the scores that the config asks for."""
     scoring, selection = config.score_corpus, config.build_mask
-    key = f"score_corpus.scorer: {scoring.scorer}"
+    scorer = scoring.scorer if scoring.uses_student else "student"
+    key = f"score_corpus.scorer: {scorer}" if scoring.uses_student else "fit_student: a student"
     if scoring.queries:
-        raise ConfigError(f"{key} scores the run's own query alone; unset score_corpus.queries, or take exact")
+        raise ConfigError(f"{key} scores the run's own query alone; unset score_corpus.queries, or take exact scores")
     if config.fit_student.sample_fraction == 1:
-        raise ConfigError(f"fit_student.sample_fraction: 1 leaves no block to audit the {scoring.scorer} by; lower it")
+        raise ConfigError(f"fit_student.sample_fraction: 1 leaves no block to audit the {scorer} by; lower it")
     kind = config.fit_student.kind
     if scoring.attribution == "position" and kind in ("head", "suffix"):
         raise ConfigError(f"{key}: fit_student.kind: {kind} makes target scores; set score_corpus.attribution: target")

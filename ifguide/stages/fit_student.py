@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ifguide.artifacts import Manifest
+from ifguide.config import check_student
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import require_resources
 from ifguide.distributed.shards import LEDGER, Pool, ShardResults, run_shards
@@ -34,10 +35,12 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `student/`.
 
     Raises:
+        ConfigError: a student cannot learn what the config asks for, or this machine is too small.
         MismatchError: the query is of another proxy, or a student that was begun of another encoder. FileNotFoundError:
             there is no such encoder. ValueError: it cannot read the corpus, or keep documents apart and is to; or the
             sample is too small. StageError: a part failed.
     """
+    check_student(run.config)  # the config asks for none where scores are exact
     config, resources = run.config.fit_student, run.config.score_corpus.resources
     if dry_run:
         log(
