@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -95,22 +95,31 @@ def require_resources(
     Raises:
         ConfigError: Ray runs on this machine alone, or on a cluster that cannot grow, and is too small; names the key.
     """
-    wanted = {"CPU": resources.cpus, "GPU": resources.gpus}
+    wanted = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory or 0}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
     def room(*names: str) -> int:
         shares = [[node.get(name, 0) / wanted[name] for name in names if wanted[name]] for node in nodes]
         return sum(int(min(of_node, default=count) + 1e-6) for of_node in shares)
 
-    if room("CPU", "GPU") >= count:
+    if room(*wanted) >= count:
         return
-    key = f"{verb}.resources.{'cpus' if room('GPU') >= count else 'gpus'}"
-    there = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in wanted)
-    processes = f"{count} process{'es' * (count > 1)}"
-    text = f"{key}: {processes} of {wanted['CPU']:g} CPU and {wanted['GPU']:g} GPU asked for, there are {there}"
+    keys = {"GPU": "gpus", "memory": "memory", "CPU": "cpus"}
+    key = next((key for name, key in keys.items() if room(name) < count), "cpus")
+    named = [name for name in wanted if name != "memory" or wanted[name]]
+    there = {name: sum(node.get(name, 0) for node in nodes) for name in named}
+    text = f"{verb}.resources.{key}: {count} process{'es' * (count > 1)} of {_amounts(wanted, named)} asked for, there"
+    text += f" are {_amounts(there, named)}"
+    if len(nodes) > 1:
+        text += f" on {len(nodes)} machines"
     if is_fixed(cluster):
         raise ConfigError(f"{text}; lower it" + (f" or {number}" if count > 1 else ""))
     log(verb, f"waiting for the cluster to grow: {text}", level=logging.WARNING)
+
+
+def _amounts(of: Mapping[str, float], names: Sequence[str]) -> str:
+    """As people read them; memory is in bytes."""
+    return " and ".join(f"{of[name] / 2**30:.4g} GiB" if name == "memory" else f"{of[name]:g} {name}" for name in names)
 
 
 def is_fixed(cluster: Cluster) -> bool:

@@ -345,13 +345,17 @@ class _Sections:
             self.findings.leave("cluster.address", address, "each stage asks for its resources when it begins")
             return
         cpus, gpus = cluster.num_cpus or os.cpu_count() or 1, _gpus() if resources.gpus else 0
-        for name, wanted, there in (("cpus", resources.cpus, cpus), ("gpus", resources.gpus, gpus)):
+        for name, wanted, there in (
+            ("cpus", resources.cpus, cpus),
+            ("gpus", resources.gpus, gpus),
+            ("memory", resources.memory or 0, _memory()),
+        ):
             if wanted * count > there + 1e-6:
-                processes = f"{count} process{'es' * (count > 1)} of {wanted:g}"
+                processes = f"{count} process{'es' * (count > 1)} of {wanted:,.12g}"
                 self._too_few(
                     f"{key}.{name}",
                     wanted,
-                    f"{processes} asked for, this machine has {there}; lower it, or join a cluster",
+                    f"{processes} asked for, this machine has {there:,}; lower it, or join a cluster",
                 )
 
     def _in_driver(self, key: str, gpus: float) -> None:
@@ -375,3 +379,8 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _memory() -> int:
+    """Bytes of this machine; Ray gives its processes less."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

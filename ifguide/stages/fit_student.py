@@ -56,7 +56,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary['chosen']}")
         return artifact.manifest
-    require_resources(run.config.cluster, VERB, resources)
+    require_resources(run.config.cluster, "score_corpus", resources)
     if encoder is not None:
         require_readable(encoder, run.tokenizer_source, given.packed.block_size)
         if given.beginning.of_documents:

@@ -16,7 +16,7 @@ from ifguide.artifacts import Manifest, data_files, require
 from ifguide.config import OWN, BuildMask
 from ifguide.config.compare import INFLUENCE, RANDOM, SCORED, SELECTING, Method
 from ifguide.config.methods import classifier_of
-from ifguide.distributed.session import connect
+from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER
 from ifguide.distributed.tasks import run_tasks
 from ifguide.folders import BASELINE, ENSEMBLE, FACTORS, MODEL, SCORES
@@ -129,6 +129,7 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
     if artifact.manifest:
         return artifact.manifest
     connect(run.config.cluster)
+    require_resources(run.config.cluster, "build_mask", run.config.build_mask.resources)
     on_the_cluster = run_tasks(run.config.build_mask.resources)
     counts = select_top(scored, child.mask, count, on_the_cluster)
     shards = range(scored.corpus.num_shards)

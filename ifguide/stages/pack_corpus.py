@@ -26,7 +26,7 @@ from ifguide.corpus.reading import Chunk
 from ifguide.corpus.stream import TOKENS, StreamPlan
 from ifguide.corpus.tables import TOKENIZER, require_same_documents
 from ifguide.corpus.workers import CountRows, PackShard, TokeniseChunk, TokeniseSettings, train_on_chunks
-from ifguide.distributed.session import connect
+from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, StageError, run_shards
 from ifguide.distributed.tasks import run_task, run_tasks
 from ifguide.run import Run
@@ -45,7 +45,8 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `corpus/`, and `target/corpus/` where the target has another tokenizer.
 
     Raises:
-        FileNotFoundError: an input is missing. StageError: more than `max_bad_rows` bad rows.
+        FileNotFoundError: an input is missing. ConfigError: none is named, or the machine is too small for a task.
+        StageError: more than `max_bad_rows` bad rows.
         ValueError: no documents, or fewer tokens than one block.
         MismatchError: a finished corpus that is there is of other inputs, or an unfinished one of another tokenizer.
     """
@@ -89,6 +90,7 @@ def _pack(run: Run, own: Path, documents: Path, *, dry_run: bool) -> Manifest | 
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest
     connect(run.config.cluster)
+    require_resources(run.config.cluster, VERB, config.resources)
     pool = Pool.filling_cluster(config.resources)
     tokenised = _tokenise(run.corpus, source, config, keyed_chunks(chunks, config.inputs, files), pool)
     _check_bad_rows(run.corpus, tokenised, config.max_bad_rows)

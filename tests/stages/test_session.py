@@ -1,4 +1,4 @@
-"""The local Ray of this machine: who can reach it."""
+"""The local Ray of this machine: who can reach it, and what it cannot hold."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import ipaddress
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from ifguide.config import Config, ConfigError
+from ifguide.pipeline import stage
+from ifguide.run import Run
 from tests.stages.conftest import own_environment
 
 CONNECTED = """
@@ -39,6 +45,15 @@ def test_a_local_ray_listens_on_loopback_alone(tmp_path: Path) -> None:
         assert driver.stdin is not None
         driver.stdin.close()
         driver.wait(60)
+
+
+@pytest.mark.parametrize(("verb", "made"), [("pack_corpus", ["corpus"]), ("build_mask", ["ranking", "mask"])])
+def test_a_task_that_the_machine_can_never_hold_is_refused(
+    copied: Callable[..., Config], verb: str, made: list[str]
+) -> None:
+    config = copied(drop=tuple(made), **{f"{verb}__resources": {"cpus": 64, "gpus": 0}})
+    with pytest.raises(ConfigError, match=rf"^{verb}\.resources\.cpus: 1 process of 64 CPU .* there are 2 CPU"):
+        stage(verb)(Run(config=config))
 
 
 def descendants(pid: int) -> list[int]:

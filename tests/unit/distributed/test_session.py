@@ -18,7 +18,7 @@ from ifguide.distributed.session import FIXED, require_resources
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0, "memory": 100.0 * 2**30}}
     monkeypatch.setattr(ray, "nodes", lambda: [node, node])
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
     monkeypatch.delenv(FIXED, raising=False)
@@ -34,6 +34,14 @@ def test_only_a_cluster_that_may_grow_is_waited_for(
     require_resources(Cluster(), "pretrain", one, 16)
     with pytest.raises(ConfigError, match=r"pretrain\.resources\.gpus: 32 processes .* there are 128 CPU and 16 GPU"):
         require_resources(Cluster(), "pretrain", one, 32)
+    fits, large = (WorkerResources(cpus=4, gpus=0, memory=size * 2**30) for size in (50, 120))
+    require_resources(Cluster(), "pretrain", fits, 4)
+    with pytest.raises(
+        ConfigError, match=r"resources\.memory: 5 processes .* 50 GiB asked for, .* 200 GiB on 2 machines"
+    ):
+        require_resources(Cluster(), "pretrain", fits, 5)
+    with pytest.raises(ConfigError, match=r"^build_mask\.resources\.memory: 1 process of 4 CPU and 0 GPU and 120 GiB "):
+        require_resources(Cluster(), "build_mask", large)
 
 
 def test_the_interface_of_an_address_is_named_to_gloo_unless_it_is_named_already(

@@ -15,7 +15,7 @@ from ifguide.cli import main
 from ifguide.config import config_from_mapping
 from ifguide.extras import EXTRAS
 from ifguide.influence.query_file import NULLS, QUERIES
-from ifguide.preflight import hub, preflight
+from ifguide.preflight import hub, preflight, sections
 from tests.unit.preflight.conftest import lines
 
 
@@ -184,6 +184,15 @@ def test_a_machine_that_is_too_small_is_a_fault_unless_the_run_is_elsewhere(tree
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     (unchecked,) = preflight(config_from_mapping(tree), ["build_query"])
     assert unchecked.key == "cluster.address"
+
+
+def test_so_is_one_with_less_memory(faults, monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sections, "_memory", lambda: 10**9)
+    assert faults("build_query", build_query__resources={"gpus": 0, "memory": 10**9}) == []
+    (found,) = faults("build_query", build_query__resources={"gpus": 0, "memory": 2 * 10**9})
+    expected = "memory = 2000000000: 1 process of 2,000,000,000 asked for, this machine has 1,000,000,000; lower it"
+    assert found.startswith(f"build_query.resources.{expected}")
 
 
 @pytest.mark.parametrize("baseline", [True, False])
