@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from ifguide.artifacts import json_digest
 from ifguide.config import ConfigError, Evaluate
 from ifguide.config.analyse import Analyse
 from ifguide.evaluation.generations import prompts_digest
+from ifguide.evaluation.prompts import chosen_prompts
 from ifguide.influence.query_file import QueryRow
 from ifguide.telemetry import log
 from ifguide.toxicity import PromptRow, labelled_texts
@@ -64,6 +65,17 @@ def check_queries(options: Analyse, word_list: Sequence[str], queries: Sequence[
             "evaluate.word_list: it is empty, and the query has only positive completions, none to tell their tokens"
             " from; list words for the lens, or make the query with build_query.differential = true"
         )
+
+
+def lens_prompts(options: Analyse, evaluate: Evaluate, seed: int) -> list[PromptRow]:
+    """The prompts of an evaluation; where they are more than the lens takes, fewer of its file, drawn in the same way.
+
+    Raises:
+        ConfigError: as `chosen_prompts`.
+    """
+    if evaluate.max_prompts is None or evaluate.max_prompts > options.max_prompts:
+        evaluate = replace(evaluate, max_prompts=options.max_prompts)
+    return chosen_prompts(evaluate, seed)
 
 
 def probe_texts(options: Analyse, queries: Sequence[QueryRow], seed: int) -> list[tuple[str, bool]]:

@@ -37,7 +37,8 @@ class Analyse:
 
     Attributes:
         methods: which analyses to make.
-        max_prompts: prompts of `evaluate.prompts` that the lens takes.
+        max_prompts: prompts of `evaluate.prompts` that the lens takes at most, drawn by seed; half of them with the
+            behaviour if `evaluate.balanced`.
         max_tokens: tokens at which prompts and texts are cut.
         lens_tokens: without a word list, this many of the tokens most over-represented in the positive completions.
         texts: texts with labels for the probes. Empty: the query's completions.

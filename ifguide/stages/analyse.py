@@ -8,7 +8,7 @@ resumes.
 from __future__ import annotations
 
 from ifguide.analyses.figures import collect
-from ifguide.analyses.inputs import check_options, check_queries, probe_texts, tasks, text_digests
+from ifguide.analyses.inputs import check_options, check_queries, lens_prompts, probe_texts, tasks, text_digests
 from ifguide.analyses.summary import as_markdown, draw_gcg, draw_lens, draw_probes
 from ifguide.analyses.worker import AnalyseModel, AnalysisSettings
 from ifguide.artifacts import Artifact, Manifest, publish, require, verified, write_json, write_text
@@ -16,12 +16,11 @@ from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.evaluation import Bootstrap
 from ifguide.evaluation.generations import takes_special_tokens
-from ifguide.evaluation.prompts import chosen_prompts
 from ifguide.evaluation.subjects import models_to_evaluate
 from ifguide.influence.query_file import QUERIES, read_queries
 from ifguide.run import Run
 from ifguide.telemetry import log
-from ifguide.toxicity import PromptRow, classifier_inputs
+from ifguide.toxicity import classifier_inputs
 
 VERB = "analyse"
 DRAW = {"lens": draw_lens, "probes": draw_probes, "gcg": draw_gcg}
@@ -45,7 +44,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     queries = read_queries(run.query)
     check_queries(options, run.config.evaluate.word_list, queries)
     probed = probe_texts(options, queries, seed) if "probes" in options.methods else []
-    prompts = _lens_prompts(run)
+    prompts = lens_prompts(options, run.config.evaluate, seed) if "lens" in options.methods else []
     inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
     inputs |= {"query": query.fingerprint, **text_digests(options, prompts, probed)}
     inputs |= classifier_inputs({"evaluate.classifier": run.config.evaluate.classifier})
@@ -69,12 +68,6 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     manifest = _analyse(run, artifact, settings)
     log(VERB, f"{len(models)} models; {run.analyses / 'analyses.md'}")
     return manifest
-
-
-def _lens_prompts(run: Run) -> list[PromptRow]:
-    if "lens" not in run.config.analyse.methods:
-        return []
-    return chosen_prompts(run.config.evaluate, run.config.seed)[: run.config.analyse.max_prompts]
 
 
 def _analyse(run: Run, artifact: Artifact, settings: AnalysisSettings) -> Manifest:

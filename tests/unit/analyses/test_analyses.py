@@ -28,10 +28,11 @@ from ifguide.analyses import (
 )
 from ifguide.analyses.adversarial import replacements
 from ifguide.analyses.figures import BY_TOKENS, GCG_FIGURES, collect
-from ifguide.analyses.inputs import probe_texts
+from ifguide.analyses.inputs import lens_prompts, probe_texts
 from ifguide.artifacts import open_artifact
 from ifguide.config import ConfigError, config_from_mapping
 from ifguide.evaluation import Bootstrap
+from ifguide.evaluation.prompts import chosen_prompts
 from ifguide.influence.query_file import QueryRow, read_queries, write_queries
 from ifguide.run import Run
 from ifguide.stages.analyse import analyse
@@ -268,6 +269,24 @@ def test_a_line_that_is_no_query_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-9] + "\n")
     with pytest.raises(ValueError, match=r"queries\.jsonl, line 2: not a query .*build the query again"):
         read_queries(tmp_path)
+
+
+def test_the_lens_takes_as_many_prompts_of_each_kind_whatever_their_order(tmp_path: Path) -> None:
+    path, toxicity = tmp_path / "prompts.jsonl", [0.9 if i >= 30 else 0.1 for i in range(60)]
+    rows = [{"prompt": {"text": f"p{i}", "toxicity": toxicity[i]}, "continuation": {"text": ""}} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    balanced = {"prompts": str(path), "balanced": True, "max_prompts": 40}
+    config = config_from_mapping({"analyse": {"max_prompts": 20}, "evaluate": balanced})
+    drawn = lens_prompts(config.analyse, config.evaluate, 0)
+    assert [row.prompt_scores["toxicity"] for row in drawn] == [0.1] * 10 + [0.9] * 10
+    assert drawn != lens_prompts(config.analyse, config.evaluate, 1)
+    as_all = replace(config.analyse, max_prompts=40)
+    assert lens_prompts(as_all, config.evaluate, 0) == chosen_prompts(config.evaluate, 0)
+    plain = replace(config.evaluate, balanced=False, max_prompts=None)
+    some = [row.row for row in lens_prompts(config.analyse, plain, 0)]
+    assert some == sorted(some)
+    assert len(some) == 20
+    assert some[-1] >= 30
 
 
 def test_the_probes_take_as_many_texts_of_each_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
