@@ -102,7 +102,7 @@ def finished_entries(ledger: Path) -> dict[str, Entry]:
 def _entry(text: str, path: Path) -> Entry | None:
     try:
         return Entry(**unsealed(json.loads(text), path))
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or not what was written
         log("ledger", f"{path} is damaged; its shard is done again", level=logging.WARNING)
         return None
 

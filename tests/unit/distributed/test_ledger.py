@@ -28,3 +28,7 @@ def test_an_entry_that_is_damaged_is_none(tmp_path):
     f.write_bytes(flipped)
     assert [read_entry(tmp_path, key) is None for key in "abcdef"] == [True, True, True, False, True, True]
     assert list(finished_entries(tmp_path)) == ["d"]
+    for text in ("[]", "null", '"x"', '{"a": 1}'):
+        a.write_text(text)
+        assert read_entry(tmp_path, "a") is None
+        assert list(finished_entries(tmp_path)) == ["d"]
