@@ -40,6 +40,7 @@ def probe_layers(
             f"{least} texts of the rarer kind for {folds} folds, which need {max(folds, LEAST)}; give more texts, or"
             " lower analyse.folds"
         )
+    seed %= 2**32  # scikit-learn takes no larger one
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
     scores_LN = np.stack([_out_of_fold(features_ND, labels_N, split) for features_ND in features_LND])
 

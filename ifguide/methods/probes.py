@@ -78,7 +78,7 @@ def split_groups(labels_N: Bools, groups_N: Ints, folds: int, seed: int) -> list
                 f"{groups} queries or documents with {name} tokens for {folds} folds; give more, or lower"
                 " compare.probe.folds"
             )
-    folder = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    folder = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)  # it takes no larger one
     return list(folder.split(np.zeros((len(labels_N), 1)), labels_N, groups_N))
 
 

@@ -126,6 +126,8 @@ def test_probes_find_what_is_separable_and_nothing_in_noise() -> None:
         np.stack([noise_ND, separable_ND]), labels_N, folds=4, seed=0, bootstrap=Bootstrap(samples=100)
     )
     assert found["chosen"] == {**found["layers"][1], "depths": [1, 1, 1, 1]}
+    both_LND, bootstrap = np.stack([noise_ND, separable_ND]), Bootstrap(samples=100)
+    assert probe_layers(both_LND, labels_N, folds=4, seed=2**32, bootstrap=bootstrap) == found
     found = found["layers"]
     assert found[1]["accuracy"]["value"] == found[1]["auroc"]["value"] == 1
     assert found[0]["auroc"]["value"] < 0.7

@@ -91,6 +91,7 @@ def test_no_query_is_in_two_folds() -> None:
     _, labels, groups = planted(1)
     held_out = [set(groups[rows].tolist()) for _, rows in split_groups(labels, groups, 4, seed=0)]
     assert sum(map(len, held_out)) == len(set.union(*held_out)) == len(set(groups.tolist()))
+    assert held_out == [set(groups[rows].tolist()) for _, rows in split_groups(labels, groups, 4, seed=2**32)]
     for train, rows in split_groups(labels, groups, 4, seed=0):
         assert not set(groups[train]) & set(groups[rows])
     with pytest.raises(ValueError, match="2 queries or documents with positive tokens for 3 folds"):
