@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from ifguide.artifacts import publish
 from ifguide.config import Encoder, ModelSource
 from ifguide.documents import keeps_documents_apart, last_hidden_state
+from ifguide.lm_head import output_embedding
 from ifguide.models import check_own_tokens, check_vocabulary, load_architecture, load_model, predicted_positions
 from ifguide.shapes import require_positions
 from ifguide.tokenizer import load_tokenizer
@@ -83,20 +84,24 @@ def require_apart(source: str) -> None:
 
 
 class TokenRegression(nn.Module):
-    """A transformer's body and a linear map of its states around each token to S numbers."""
+    """A transformer's body and a linear map of its states around each token to S numbers. `width` is that of its last
+    states, which the config's may not be (OPT-350M)."""
 
-    def __init__(self, body: PreTrainedModel, outputs: int):
+    def __init__(self, body: PreTrainedModel, width: int, outputs: int):
         super().__init__()
         self.body = body
-        width = 2 * body.config.get_text_config().hidden_size
-        self.head = nn.utils.skip_init(nn.Linear, width, outputs)  # or it would draw weights to throw away
+        self.head = nn.utils.skip_init(nn.Linear, 2 * width, outputs)  # or it would draw weights to throw away
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     @classmethod
     def begin(cls, source: ModelSource, outputs: int, *, seed: int) -> TokenRegression:
-        """Before training, on the CPU, in eval mode; the seed decides the weights of an architecture."""
-        return cls(cast(PreTrainedModel, load_model(source, seed=seed).base_model), outputs).eval()
+        """Before training, on the CPU, in eval mode; the seed decides the weights of an architecture.
+
+        Raises:
+            ValueError: its LM head is no `nn.Linear`."""
+        model = load_model(source, seed=seed)
+        return cls(cast(PreTrainedModel, model.base_model), output_embedding(model).in_features, outputs).eval()
 
     def forward(self, tokens_BT: Tensor, document_BT: Tensor | None = None) -> Tensor:
         """(B, T, S) float32, label-aligned: entry j has read the tokens up to j. Documents that are given do not see
@@ -146,7 +151,8 @@ class EncoderStudent:
         for module in body.modules():
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None
-        regression = TokenRegression(body, len(weights["head.bias"]))
+        outputs, inputs = weights["head.weight"].shape
+        regression = TokenRegression(body, inputs // 2, outputs)
         regression.load_state_dict(weights)
         return cls(regression.to(device), low_precision=low_precision)
 

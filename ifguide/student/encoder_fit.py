@@ -206,7 +206,8 @@ def _student(
     """The regression of one map, or of the mean, with those weights, on that line."""
     regression.load_state_dict(weights)
     shares_S = torch.tensor([1.0 if target == name else 1 / len(TRANSFORMS) * (target == MEAN) for name in TRANSFORMS])
-    one = TokenRegression(regression.body.requires_grad_(False), 1).to(settings.device).requires_grad_(False)
+    width = regression.head.in_features // 2
+    one = TokenRegression(regression.body.requires_grad_(False), width, 1).to(settings.device).requires_grad_(False)
     shares_S = shares_S.to(regression.head.weight)
     one.head.weight.copy_(slope * (shares_S @ regression.head.weight))
     one.head.bias.copy_(offset + slope * (shares_S @ regression.head.bias))

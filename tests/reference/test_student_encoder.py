@@ -145,6 +145,15 @@ def test_a_family_with_dropout_is_trained_without_and_draws_nothing(fit: Fit) ->
     np.testing.assert_array_equal(scores_of(again.student, fit.held), scores_of(found.student, fit.held))
 
 
+def test_states_of_another_width_than_the_config_s_are_fitted_and_kept(fit: Fit, tmp_path: Path) -> None:
+    source = ModelSource(architecture=ARCHITECTURES["opt_350m"])
+    found = fit_encoder(fit.fitted, fit.held, replace(settings(replace(OPTIONS, epochs=1)), source=source))
+    assert found.student.regression.head.in_features == 2 * 8
+    found.student.save(tmp_path / "student.npz")
+    kept = EncoderStudent.load(tmp_path / "student.npz")
+    np.testing.assert_array_equal(scores_of(kept, fit.held), scores_of(found.student, fit.held))
+
+
 def test_training_stops_where_it_finds_no_more(fit: Fit) -> None:
     rng = np.random.default_rng(4)
     noise = fit.held._replace(scores_BT=rng.normal(size=fit.held.scores_BT.shape).astype(np.float32))
