@@ -105,14 +105,17 @@ class TokenRegression(nn.Module):
 
     def forward(self, tokens_BT: Tensor, document_BT: Tensor | None = None) -> Tensor:
         """(B, T, S) float32, label-aligned: entry j has read the tokens up to j. Documents that are given do not see
-        each other; the first entry of a text holds anything."""
+        each other; the first entry of a text holds anything. The map is float32 under autocast, too: scores of 8 bits
+        would tie."""
         after_BTD = last_hidden_state(self.body, tokens_BT, document_BT).float()
         before_BTD = F.pad(after_BTD[:, :-1], (0, 0, 1, 0))
-        return self.head(torch.cat([before_BTD, after_BTD], dim=-1)).float()
+        with torch.autocast(after_BTD.device.type, enabled=False):
+            scores_BTS: Tensor = self.head(torch.cat([before_BTD, after_BTD], dim=-1))
+        return scores_BTS
 
 
 class EncoderStudent:
-    """A regression of one number. `low_precision`: bfloat16 products, where it is on a GPU."""
+    """A regression of one number. `low_precision`: bfloat16 products in the body, where it is on a GPU."""
 
     def __init__(self, regression: TokenRegression, *, low_precision: bool = False):
         self.regression, self.low_precision = regression.eval(), low_precision

@@ -104,6 +104,14 @@ def test_its_scores_are_the_linear_map_of_both_states_in_float64(fit: Fit) -> No
         assert not found[row, length:].any()
 
 
+def test_with_bfloat16_products_scores_still_differ(fit: Fit) -> None:
+    tokens_BT, _ = as_tensors(*random_blocks(100, LENGTH, ragged=False))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        scores_BTS = fit.found.student.regression(tokens_BT)
+    assert scores_BTS.dtype == torch.float32
+    assert len(scores_BTS.unique()) > 0.9 * scores_BTS.numel()
+
+
 def test_what_the_tokens_tell_is_learnt_and_recorded(fit: Fit) -> None:
     student, chosen, tried, edge = fit.found
     assert len(tried) == EPOCHS * (len(TRANSFORMS) + 1)
