@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from ifguide.config.resources import RESOURCES, Resources, moved
 from ifguide.config.sources import LabelledTexts
-from ifguide.config.typed_yaml import option
+from ifguide.config.typed_yaml import ConfigError, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Analyse:
     """What `ifguide analyse` looks at in the models that `evaluate` compares.
 
     Attributes:
-        methods: which analyses to make.
+        methods: which analyses to make, each once.
         max_prompts: prompts of `evaluate.prompts` that the lens takes at most, drawn by seed; half of them with the
             behaviour if `evaluate.balanced`.
         max_tokens: tokens at which prompts and texts are cut.
@@ -63,3 +63,9 @@ class Analyse:
     resources: Resources = RESOURCES
 
     RENAMED: ClassVar[dict[str, str]] = moved("actor")
+
+
+def check_analyse(analyse: Analyse) -> None:
+    """Raises ConfigError for an analysis that is named twice: both would be one piece of work."""
+    if len(set(analyse.methods)) < len(analyse.methods):
+        raise ConfigError(f"analyse.methods: {', '.join(analyse.methods)} names one twice; name each once")

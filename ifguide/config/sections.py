@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from ifguide.config.analyse import Analyse
+from ifguide.config.analyse import Analyse, check_analyse
 from ifguide.config.build_query import BuildQuery, check_build_query
 from ifguide.config.compare import Compare, check_compare
 from ifguide.config.evaluate import Evaluate, check_evaluate
@@ -336,6 +336,7 @@ def _check_across(config: Config) -> None:
             _check_tokens(config, source, f"pack_corpus.inputs[{index}].tokens_column")
     check_build_query(config.build_query)
     check_evaluate(config.evaluate)
+    check_analyse(config.analyse)
     check_names("compare.methods", config.compare.methods, of="a folder")
     check_compare(config.compare, config.evaluate.models)
     if config.compare.trainings > 1 and config.pretrain.engine == "torch":

@@ -149,6 +149,7 @@ def test_every_verb_has_its_section():
             "pretrain={offload_nvme: /nvme, zero_stage: 3, offload_parameters: true}",
             "pretrain.offload_nvme: takes only parameters",
         ),
+        ("analyse.methods=[lens, gcg, lens]", "analyse.methods: lens, gcg, lens names one twice; name each once"),
         ("build_query.negative_threshold=0.5", "build_query.negative_threshold: 0.5 is not below"),
         (
             "build_query={reliability_queries: 1}",
