@@ -91,7 +91,7 @@ class NgramPart:
     """That of an `ngram` student."""
 
     def __init__(self, partitions: int):
-        self.most_held, self.blocks = -(-HELD_TOKENS // partitions), 0
+        self.most_held = -(-HELD_TOKENS // partitions)
         self.sums: dict[bool, NgramSums] = {}
         self.held: list[tuple[np.ndarray, ...]] = []
 

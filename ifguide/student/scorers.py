@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,24 +30,17 @@ STUDENT, FACTS = "student.npz", "student.json"  # in the folder of the student
 
 @dataclass(frozen=True, kw_only=True)
 class StudentFacts:
-    """What a cascade needs to know of a student. `edge`: of the top of its scores. `figures`: what it reached on the
-    blocks that it was chosen by, and how it was chosen."""
+    """What a cascade needs to know of a student. `edge`: of the top of its scores."""
 
     kind: str
     sampling: Sampling
     edge: float
-    figures: Mapping[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> StudentFacts:
         """Those of a finished student. Raises ValueError when the file has changed since."""
         content = json.loads(verified(folder, FACTS).read_bytes())
-        return cls(
-            kind=content["kind"],
-            sampling=Sampling(**content["sampling"]),
-            edge=content["edge"],
-            figures=content["chosen"],
-        )
+        return cls(kind=content["kind"], sampling=Sampling(**content["sampling"]), edge=content["edge"])
 
 
 class BlockScorer(Protocol):
