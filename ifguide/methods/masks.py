@@ -92,13 +92,13 @@ def mark_corpus(
     Raises:
         StageError: a shard failed.
     """
-    gpus = resources.gpus if marking.kind in CLASSIFIED else 0.0
-    pool = Pool.filling_cluster(replace(resources, gpus=gpus))
+    needed = replace(resources, gpus=resources.gpus if marking.kind in CLASSIFIED else 0.0)
+    pool = Pool.filling_cluster(needed)
     shards = [MarkTask(key=f"mark-{shard_name(i)}", shard=i) for i in range(corpus.num_shards)]
-    settings = MarkSettings(marking=replace(marking, gpus=gpus), corpus=corpus, folder=folder, own_mask=own_mask)
+    settings = MarkSettings(marking=replace(marking, gpus=needed.gpus), corpus=corpus, folder=folder, own_mask=own_mask)
     results = run_shards(verb, shards, MarkShard, settings, folder=folder, pool=pool, unit="shards marked")
     if marking.kind in RANDOM:
-        list(run_tasks(resources)(write_spans, ((corpus, folder, shard) for shard in range(corpus.num_shards))))
+        list(run_tasks(needed)(write_spans, ((corpus, folder, shard) for shard in range(corpus.num_shards))))
         return MaskShards.of(results, corpus, verb)
     filled = fill_mask(corpus, folder, folder, verb=verb, pool=pool)
     return replace(filled, files={**results.files, **filled.files})

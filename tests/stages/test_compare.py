@@ -62,13 +62,14 @@ def marked(finished: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("marked") / "run"
     shutil.copytree(finished.run_dir, folder)
     config = with_methods(finished, **{kind: Method(mask=kind) for kind in KINDS})
-    # one worker a stage: on two CPUs, starting a second one takes longer than its share of this work
-    comparison = replace(config.compare, resources=Resources(cpus=2, gpus=0))
-    run = Run(config=replace(config, run_dir=str(folder), compare=comparison))
-    masks = {}
+    config, masks = replace(config, run_dir=str(folder)), {}
     for name, method in config.compare.methods.items():
-        child = method_run(run, name, method)
         assert method.mask is not None
+        # One worker a stage: on two CPUs, starting a second one takes longer than its share of this work. A GPU is for
+        # what classifies alone: others would wait for ever here.
+        resources = Resources(cpus=2, gpus=float(method.mask not in CLASSIFIED))
+        run = Run(config=replace(config, compare=replace(config.compare, resources=resources)))
+        child = method_run(run, name, method)
         manifest = marked_mask(run, child, method.mask)
         masks[name] = stream(child, "masked")
         assert manifest.rows["tokens"] == masks[name].sum()
