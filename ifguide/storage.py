@@ -203,13 +203,15 @@ def remove_folder(folder: Path) -> None:
 
 
 def machine_folder() -> Path:
-    """This machine's folder for copies: `IFGUIDE_CACHE`, by default `ifguide-cache-<uid>` in the temporary folder.
+    """This machine's folder for copies: `ifguide-cache-<uid>` in `IFGUIDE_CACHE`, by default in the temporary folder.
+
+    It is the program's own, so that all in it may be removed. What else lies in `IFGUIDE_CACHE` is somebody else's.
 
     Raises:
         PermissionError: others can write to the default one, whose name they could guess and make it first.
     """
     chosen = os.environ.get("IFGUIDE_CACHE")
-    folder = Path(chosen or f"{tempfile.gettempdir()}/ifguide-cache-{os.getuid()}")
+    folder = Path(chosen or tempfile.gettempdir()) / f"ifguide-cache-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022

@@ -222,7 +222,7 @@ def test_machines_that_share_no_disk_train_through_the_store(stage: int, s3: int
     expected = {row["step"]: row["loss"] for row in read_metrics(Path(reference.folder) / METRICS)}
     assert {row["step"]: row["loss"] for row in read_metrics(folder / METRICS)} == expected
     assert [path.name for path in subfolders(folder / CHECKPOINTS)] == [f"step-{max(expected):08d}"]
-    assert not [path for machine in machines for path in Path(machine["IFGUIDE_CACHE"]).glob("training-*")]
+    assert not [path for machine in machines for path in Path(machine["IFGUIDE_CACHE"]).rglob("training-*")]
 
     reshaped = replace(killed, folder=f"s3://lake/reshaped-{stage}")
     run_ranks(reshaped, 2, Kill(step=5, place="step", rank=0), machines=machines)

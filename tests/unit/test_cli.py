@@ -16,6 +16,7 @@ from ifguide import cli, commands
 from ifguide.cli import main
 from ifguide.config import VERBS
 from ifguide.config.packaged import packaged_configs
+from ifguide.storage import machine_folder
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -111,18 +112,22 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 def test_copies_of_remote_files_are_listed_and_cleared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "cache" / "0a1b" / "corpus.jsonl"
-    copy.parent.mkdir(parents=True)
-    copy.write_bytes(bytes(1_500_000))
     monkeypatch.setenv("IFGUIDE_CACHE", str(tmp_path / "cache"))
-    entry, total = f"{copy.parent}: corpus.jsonl (1.5 MB)\n", f"{tmp_path / 'cache'}: 1 in all, 1.5 MB\n"
+    copy = machine_folder() / "0a1b" / "corpus.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(bytes(1_500_000))
+    another = tmp_path / "cache" / "of-another-program" / "file"
+    another.parent.mkdir()
+    another.write_text("kept")
+    entry, total = f"{copy.parent}: corpus.jsonl (1.5 MB)\n", f"{machine_folder()}: 1 in all, 1.5 MB\n"
     for words, shown in (([], entry), (["clear", "--dry-run"], f"would remove {entry}")):
         assert main(["cache", *words]) == 0
         assert capsys.readouterr().out == shown + total
         assert copy.exists()
     assert main(["cache", "clear"]) == 0
     assert capsys.readouterr().out == f"removed {entry}" + total
-    assert not any((tmp_path / "cache").iterdir())
+    assert not any(machine_folder().iterdir())
+    assert another.read_text() == "kept"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -145,7 +145,7 @@ def test_a_cache_that_the_user_chose_may_be_shared(tmp_path: Path, monkeypatch: 
     (tmp_path / "link").symlink_to(tmp_path / "shared")
     for name in ("shared", "link", "new/folder"):
         monkeypatch.setenv("IFGUIDE_CACHE", str(tmp_path / name))
-        assert machine_folder() == tmp_path / name
+        assert machine_folder() == tmp_path / name / f"ifguide-cache-{os.getuid()}"
         assert machine_folder().is_dir()
 
 
