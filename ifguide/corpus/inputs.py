@@ -2,22 +2,22 @@
 
 A file is read once to be known by its SHA-256. `inputs.json` in the corpus keeps that with the file's stamp (size,
 times, inode), so that a rerun reads only files that were touched since. While a corpus is packed its inputs must stay
-as they are: whoever reads one checks its stamp before and after. Of a store that tells no stamp the contents are read
-for that.
+as they are, from before they are cut into chunks: a chunk is a range of bytes, and would miss what is added behind it.
+Whoever reads a file checks its stamp before and after. Of a store that tells no stamp the contents are read for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import file_entry, read_sealed, write_sealed
 from ifguide.config import Input, redact
-from ifguide.corpus.reading import hub_name
+from ifguide.corpus.reading import document_files, hub_name
 from ifguide.storage import location, stamp
 
 INPUTS = "inputs.json"
@@ -48,6 +48,35 @@ def input_files(corpus: Path, paths: Iterable[str], run_tasks: RunTasks) -> dict
     if touched:
         files |= run_tasks(digest_input, ((path,) for path in touched))
     return dict(sorted(files.items()))
+
+
+def input_marks(inputs: Sequence[Input], *, apart: Path | None = None) -> dict[str, str | int]:
+    """The stamp of every file of the inputs, by path; its size where its store tells no stamp. Those of the hub, and
+    what lies below the folder `apart`, are left out.
+
+    Raises:
+        FileNotFoundError: nothing matches an input's path; names the config key. ValueError: a file of another kind.
+    """
+    keyed = {f"pack_corpus.inputs[{index}].path": source for index, source in enumerate(inputs) if not source.on_hub}
+    return {
+        str(path): stamp(path) or path.stat().st_size
+        for key, source in keyed.items()
+        for path in document_files(source, key, apart=apart)
+    }
+
+
+def require_marks(marks: Mapping[str, str | int], files: Mapping[str, InputFile], paths: Iterable[str]) -> None:
+    """That the files still have the marks which `input_marks` told before they were cut, each of `paths` among them.
+    `files`: what those with chunks hold now; one without a row has no chunk.
+
+    Raises:
+        FileNotFoundError: a file is gone. ValueError: one was written to since, or is new.
+    """
+    now = {path: files[path].stamp or files[path].bytes for path in marks.keys() & files.keys()}
+    now |= {path: stamp(place := location(path)) or place.stat().st_size for path in marks.keys() - files.keys()}
+    for path in sorted({*marks, *paths}):
+        if path not in marks or marks[path] != now[path]:
+            raise ValueError(f"{path} was written to since the corpus was begun; run again when it is whole")
 
 
 def digest_input(path: str) -> tuple[str, InputFile]:

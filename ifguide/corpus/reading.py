@@ -91,7 +91,7 @@ def list_chunks(
         count = _open_hub(source).num_shards
         return [Chunk(input_index=input_index, kind="hub", path=source.path, start=i, stop=count) for i in range(count)]
     chunks = []
-    for path in list_files(source.path, dotted_key, DOCUMENTS if source.tokens_column is None else TABLES, apart=apart):
+    for path in document_files(source, dotted_key, apart=apart):
         kind = kind_of(path)
         assert kind is not None
         if kind == "json" and holds_json_lines(path, source.column):
@@ -99,6 +99,15 @@ def list_chunks(
         for start, stop in _cut(path, kind, chunk_bytes):
             chunks.append(Chunk(input_index=input_index, kind=kind, path=str(path), start=start, stop=stop))
     return chunks
+
+
+def document_files(source: Input, dotted_key: str, *, apart: Path | None = None) -> list[Path]:
+    """The files of an input that is not on the hub, in reading order; those of token ids are tables.
+
+    Raises:
+        FileNotFoundError: nothing matches the path. ValueError: a file of a kind that is not read.
+    """
+    return list_files(source.path, dotted_key, DOCUMENTS if source.tokens_column is None else TABLES, apart=apart)
 
 
 def count_rows(chunk: Chunk, source: Input, *, limit: int = ENDLESS) -> int:

@@ -28,11 +28,11 @@ from ifguide.config import (
     Prompts,
     PromptSet,
 )
-from ifguide.corpus.reading import Chunk, check_row, count_rows, hub_name, list_chunks, raw_rows
+from ifguide.corpus.reading import Chunk, check_row, count_rows, document_files, hub_name, list_chunks, raw_rows
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
 from ifguide.records.choice import RowChoice
-from ifguide.records.files import DOCUMENTS, TABLES, is_compressed, list_files, open_bytes
+from ifguide.records.files import TABLES, is_compressed, list_files, open_bytes
 from ifguide.records.rows import column_names
 
 FIRST_ROWS = 20
@@ -84,9 +84,8 @@ class TableChecks:
         if source.on_hub:
             self._hub_dataset(key, source)
             return
-        kinds = DOCUMENTS if source.tokens_column is None else TABLES
         with self.findings.caught(f"{key}.path", source.path):
-            files = list_files(source.path, f"{key}.path", kinds, apart=self.apart)
+            files = document_files(source, f"{key}.path", apart=self.apart)
             opened = _spread(files, OPENED_FILES)
             if len(opened) < len(files):
                 self.findings.leave(f"{key}.path", source.path, f"{len(opened)} of {len(files)} files were opened")

@@ -21,7 +21,16 @@ from ifguide.config import ConfigError, PackCorpus
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
 from ifguide.corpus.chunks import KeyedChunk, keyed_chunks, number_rows, placed_chunks, plan_chunks, uncounted_chunks
-from ifguide.corpus.inputs import InputFile, at_commits, hub_commits, input_files, write_commits, write_inputs
+from ifguide.corpus.inputs import (
+    InputFile,
+    at_commits,
+    hub_commits,
+    input_files,
+    input_marks,
+    require_marks,
+    write_commits,
+    write_inputs,
+)
 from ifguide.corpus.reading import Chunk
 from ifguide.corpus.stream import TOKENS, StreamPlan
 from ifguide.corpus.tables import TOKENIZER, require_same_documents
@@ -47,7 +56,7 @@ def pack_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     Raises:
         FileNotFoundError: an input is missing. ConfigError: none is named, or the machine is too small for a task.
         StageError: more than `max_bad_rows` bad rows.
-        ValueError: no documents, or fewer tokens than one block.
+        ValueError: no documents, or fewer tokens than one block; an input is written to meanwhile.
         MismatchError: a finished corpus that is there is of other inputs, or an unfinished one of another tokenizer.
     """
     if not run.config.pack_corpus.inputs:
@@ -68,12 +77,14 @@ def _pack(run: Run, own: Path, documents: Path, *, dry_run: bool) -> Manifest | 
     ask_hub = not dry_run and not (run.corpus / MANIFEST).exists()
     commits = hub_commits([run.corpus, documents], config.inputs) if ask_hub else {}
     config = replace(config, inputs=at_commits(config.inputs, commits))
+    marks = {} if dry_run else input_marks(config.inputs, apart=own)
     chunks = plan_chunks(config, open_hub=ask_hub, apart=own)
     if dry_run:
         paths = {chunk.path for chunk in chunks}
         log(VERB, f"would tokenise {len(chunks)} chunks of {len(paths)} inputs with {source}")
         return None
     files = _input_files(run, chunks)
+    require_marks(marks, files, {chunk.path for chunk in chunks if chunk.kind != "hub"})
     contents = {path: {"bytes": file.bytes, "sha256": file.sha256} for path, file in files.items()}
     if discard_if_mended(run.corpus, contents):
         log(VERB, "inputs have changed since this corpus was begun; it is begun anew")

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ifguide.config import ConfigError, Input, config_from_mapping
@@ -94,6 +96,34 @@ def test_a_file_that_is_gone_is_said(tmp_path):
     file = InputFile(stamp="1", bytes=1, sha256="0")
     with pytest.raises(ValueError, match="is gone while it was packed"), unchanged({str(tmp_path / "a"): file}):
         pass
+
+
+@pytest.mark.parametrize("change", ["grows", "grows from nothing", "is replaced"])
+def test_a_file_that_changes_after_it_was_cut_into_chunks_is_refused(tmp_path, monkeypatch, change):
+    """What is added lies in no chunk, though the digest is of all of it."""
+    name = "b.parquet" if change == "is replaced" else "b.jsonl"
+    (tmp_path / "docs").mkdir()
+    write(tmp_path / "docs", **{"a.jsonl": '{"text": "whole"}\n'})
+
+    def write_rows(count: int) -> None:
+        if name == "b.parquet":
+            table = pa.table({"text": ["text"] * count})
+            pq.write_table(table, tmp_path / "new", row_group_size=1)
+            os.replace(tmp_path / "new", tmp_path / "docs" / name)
+        else:
+            (tmp_path / "docs" / name).write_text('{"text": "text"}\n' * count)
+
+    write_rows(0 if change == "grows from nothing" else 1)
+
+    def start(cluster: object) -> None:
+        write_rows(2)
+
+    monkeypatch.setattr("ifguide.stages.pack_corpus.connect", start)
+    monkeypatch.setattr("ifguide.stages.pack_corpus.run_tasks", lambda resources: Tasks())
+    tree = {"run_dir": str(tmp_path / "run"), "tokenizer": "t", "pack_corpus": {"inputs": [str(tmp_path / "docs")]}}
+    with pytest.raises(ValueError, match=rf"{name} was written to since the corpus was begun; run again when"):
+        pack_corpus(Run(config=config_from_mapping(tree)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_hub_dataset_stays_at_the_commit_that_its_corpus_was_begun_with(tmp_path, monkeypatch):
