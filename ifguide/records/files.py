@@ -8,7 +8,7 @@ Of a folder, everything below it is taken, through links too, but for the run's 
 files and folders and those whose names begin with `_`, what describes a data set (README, LICENSE, NOTICE,
 `dataset_infos.json`, and the like), and `cache-*.arrow`, what `datasets` keeps beside a data set that it saved. Any
 other file is an error that names it: half a corpus must not be lost without a word. A pattern takes what it matches,
-hidden files apart; folders that it matches are taken as folders, unless `**` has entered them already.
+hidden files apart; folders that it matches are taken as folders, and a file that it finds twice is taken once.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def list_files(
     for item in matches:
         _require_something(item, dotted_key)
     files = [item for item in matches if item.is_file()]
-    if "**" not in path:
+    if place.name != "**":  # which matches every file itself
         files = sorted(
-            [*files, *(file for item in matches if item.is_dir() for file in _below(item, dotted_key, apart))]
+            {*files, *(file for item in matches if item.is_dir() for file in _below(item, dotted_key, apart))}
         )
-    elif not is_remote(place):
+    if "**" in path and not is_remote(place):
         _require_no_circle(files, dotted_key)
     if not files:
         raise FileNotFoundError(f"{dotted_key}: no file matches {path}")

@@ -105,6 +105,17 @@ def test_a_pattern_that_finds_a_file_in_several_ways_takes_it_once(tmp_path: Pat
 
 
 @pytest.mark.parametrize("remote", [False, True])
+def test_a_folder_that_is_matched_below_any_number_of_folders_is_taken(
+    remote: bool, tmp_path: Path, store: Path
+) -> None:
+    folder = (store if remote else tmp_path) / "docs"
+    for name in ("a/en/x.jsonl", "a/en/en2/y.jsonl", "b/en.jsonl", "b/de/en/README.md", "b/de/z.jsonl"):
+        write(folder / name)
+    taken = [str(path)[len(str(folder)) + 1 :] for path in list_files(f"{folder}/**/en*", "k")]
+    assert taken == ["a/en/en2/y.jsonl", "a/en/x.jsonl", "b/en.jsonl"]
+
+
+@pytest.mark.parametrize("remote", [False, True])
 def test_a_pattern_takes_what_is_hidden_where_it_names_it(remote: bool, tmp_path: Path, store: Path) -> None:
     folder = (store if remote else tmp_path) / ".hidden"
     for name in ("a.jsonl", ".b.jsonl", ".git/c.jsonl", ".git/.d/e.jsonl", "f/g.jsonl"):
