@@ -90,10 +90,11 @@ def planned_upload(run_dir: Path, repo: str, *, model: str, report: str) -> Uplo
 def send(upload: Upload, *, private: bool, api: Any = None) -> str:
     """Make the repository, if there is none, and commit everything at once; returns its address.
 
-    `api`: of `huggingface_hub.HfApi`'s methods `create_repo` and `create_commit`; None: the hub's own.
+    `api`: of `huggingface_hub.HfApi`'s methods `create_repo`, `repo_info` and `create_commit`; None: the hub's own.
 
     Raises:
-        OSError: the hub cannot be reached, or refuses.
+        OSError: the hub cannot be reached, or refuses. ValueError: a `private` one is wanted, and one that is there
+            already is not; nothing is sent then.
     """
     api = api or HfApi()
     operations = [
@@ -102,6 +103,11 @@ def send(upload: Upload, *, private: bool, api: Any = None) -> str:
     operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=upload.card.encode()))
     try:
         address = api.create_repo(upload.repo, private=private, exist_ok=True)
+        if private and not api.repo_info(upload.repo).private:  # one that was there stays as it was
+            raise ValueError(
+                f"{upload.repo} is there already and is public, so nothing was sent: name another repository, make that"
+                " one private on its page, or push with --public"
+            )
         api.create_commit(upload.repo, operations, commit_message="Upload a model trained by ifguide")
     except HTTPError as error:
         raise OSError(

@@ -78,7 +78,8 @@ def run_dir(tmp_path: Path) -> Path:
 class Hub:
     """The methods of the hub's API that are used."""
 
-    def __init__(self) -> None:
+    def __init__(self, public: bool = False) -> None:
+        self.private = not public
         self.made: list[tuple[str, bool]] = []
         self.commits: list[tuple[str, dict[str, bytes]]] = []
 
@@ -86,6 +87,9 @@ class Hub:
         assert exist_ok
         self.made.append((repo_id, private))
         return f"https://huggingface.co/{repo_id}"
+
+    def repo_info(self, repo_id: str) -> Hub:
+        return self
 
     def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], *, commit_message: str) -> None:
         assert commit_message
@@ -123,6 +127,16 @@ def test_everything_goes_in_one_commit_with_the_figures_on_the_card(run_dir: Pat
     }
     emt = found["prompts", "emt", "EMT, toxicity"]
     assert (emt.metric_value, emt.metric_args) == (0.25, {"low": 0.1, "high": 0.4, "confidence": 0.95})
+
+
+def test_a_public_repository_that_is_there_gets_nothing_unless_that_is_said(run_dir: Path) -> None:
+    hub = Hub(public=True)
+    upload = planned_upload(run_dir, "owner/calm", model="penalised", report="report")
+    with pytest.raises(ValueError, match=r"owner/calm is there already and is public, .* push with --public"):
+        send(upload, private=True, api=hub)
+    assert hub.commits == []
+    send(upload, private=False, api=hub)
+    assert len(hub.commits) == 1
 
 
 def test_a_dry_run_prints_what_would_be_sent(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
