@@ -32,7 +32,7 @@ from ifguide.corpus.reading import Chunk, check_row, count_rows, document_files,
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
 from ifguide.records.choice import RowChoice
-from ifguide.records.files import TABLES, is_compressed, list_files, open_bytes
+from ifguide.records.files import TABLES, is_compressed, list_files, open_bytes, real_path
 from ifguide.records.rows import column_names
 
 FIRST_ROWS = 20
@@ -41,6 +41,7 @@ AT_ONCE = 8
 READ_BYTES = 2**26  # a fifth of a second
 INFLATION = 6  # of compressed bytes to plain ones, about
 ONE_CHUNK = 2**62
+Rows = tuple[int, int] | str | None  # of an input
 BAD_ROW = "mend the row, or allow for it with pack_corpus.max_bad_rows"
 
 
@@ -61,23 +62,23 @@ class TableChecks:
                     " part the file by `rows` in both",
                 )
 
-    def _shared(self, one: Input, other: Input) -> str | None:
-        """What two inputs both read: a path, or a file. Rows are compared where both paths are the same, and are two
-        numbers."""
-        if one.path == other.path and (one.subset, one.split) == (other.subset, other.split):
-            ranges = [own.rows for own in (one, other) if own.rows is not None]
-            if any(isinstance(rows, str) for rows in ranges):
-                return None
-            begins, ends = zip(*ranges, strict=True) if ranges else ((0,), (1,))
-            return one.path if max(begins) < min(ends) else None
-        if one.rows or other.rows or one.on_hub or other.on_hub:
+    def _shared(self, held_out: Input, own: Input) -> str | None:
+        """What two inputs both read: a dataset of the hub, or the first file, however either names it. Where neither
+        takes all rows, those are compared if both read the same files, and no list names them."""
+        if held_out.on_hub and own.on_hub:
+            same = (hub_name(held_out), held_out.subset) == (hub_name(own), own.subset)
+            return held_out.path if same and _overlap(held_out.rows, own.rows) else None
+        if held_out.on_hub or own.on_hub:
             return None
         try:
-            files, others = (list_files(own.path, "path", apart=self.apart) for own in (one, other))
+            files, others = (document_files(each, "path", apart=self.apart) for each in (held_out, own))
         except (FileNotFoundError, ValueError):  # named by the check of its own key
             return None
-        shared = set(others)
-        return next((str(path) for path in files if path in shared), None)
+        real, real_others = [real_path(file) for file in files], [real_path(file) for file in others]
+        known = set(real_others)
+        shared = next((str(file) for file, place in zip(files, real, strict=True) if place in known), None)
+        whole = own.rows is None or (held_out.rows is None and known <= set(real))
+        return shared if whole or (real == real_others and _overlap(held_out.rows, own.rows)) else None
 
     def documents(self, key: str, source: Input, *, bad_rows: int | None = None) -> None:
         """Documents, of which `bad_rows` may be unusable; None: texts that are all wanted."""
@@ -257,6 +258,15 @@ class TableChecks:
                 if not str(error).startswith(f"{key}.rows: "):
                     raise
                 self.findings.fault(f"{key}.rows", table.rows, str(error))
+
+
+def _overlap(one: Rows, other: Rows) -> bool:
+    """Whether two choices of the rows of one input have a row in common; those that a file lists are not read."""
+    if one is None or other is None:
+        return True
+    if isinstance(one, str) or isinstance(other, str):
+        return False
+    return max(one[0], other[0]) < min(one[1], other[1])
 
 
 def _plain_bytes(file: Path) -> int:

@@ -57,7 +57,7 @@ def list_files(
     if place.is_dir():
         files = _checked(list(_below(place, dotted_key, apart)), dotted_key, kinds)
         if not files:
-            more = " (it is the run's own)" if apart is not None and _real(apart) == _real(place) else ""
+            more = " (it is the run's own)" if apart is not None and real_path(apart) == real_path(place) else ""
             raise FileNotFoundError(f"{dotted_key}: folder {path}{more} holds no {', '.join(_suffixes(kinds))} file")
         return files
     if place.is_file():
@@ -66,9 +66,9 @@ def list_files(
         raise FileNotFoundError(f"{dotted_key}: {path} does not exist: check the path")
     matches = matching(place) if is_remote(place) else _matching(place)
     if apart is not None:
-        own, fixed = _real(apart), _fixed_part(place)
-        if own not in map(_real, (fixed, *fixed.parents)):  # else its files are named on purpose
-            matches = [item for item in matches if own not in map(_real, (item, *item.parents))]
+        own, fixed = real_path(apart), _fixed_part(place)
+        if own not in map(real_path, (fixed, *fixed.parents)):  # else its files are named on purpose
+            matches = [item for item in matches if own not in map(real_path, (item, *item.parents))]
     for item in matches:
         _require_something(item, dotted_key)
     files = [item for item in matches if item.is_file()]
@@ -91,6 +91,11 @@ def _matching(pattern: Path) -> list[Path]:
 def _fixed_part(pattern: Path) -> Path:
     """The folder of a pattern that has no wildcard."""
     return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
+
+
+def real_path(path: Path) -> str:
+    """The one name of a file or folder, however links and relative paths lead to it."""
+    return str(path) if is_remote(path) else os.path.realpath(path)
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -145,14 +150,10 @@ def short_names(paths: list[str]) -> dict[str, str]:
     return {path: "/".join(path.split("/")[common:]) for path in paths}
 
 
-def _real(path: Path) -> str:
-    return str(path) if is_remote(path) else os.path.realpath(path)
-
-
 def _below(folder: Path, dotted_key: str, apart: Path | None, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """The files below a folder, sorted by path; `above` has the real paths of the folders it lies in."""
-    real = _real(folder)
-    if apart is not None and real == _real(apart):
+    real = real_path(folder)
+    if apart is not None and real == real_path(apart):
         return
     if real in above:
         raise ValueError(f"{dotted_key}: {folder} is a link to a folder that holds it; remove the link")

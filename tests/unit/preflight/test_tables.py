@@ -152,7 +152,9 @@ def test_lists_of_rows_are_read_and_must_fit(tmp_path, faults) -> None:
     assert faults("pack_corpus") == []
 
 
-def test_held_out_texts_that_are_trained_on_are_a_fault(tmp_path: Path, faults: Callable[..., list[str]]) -> None:
+def test_held_out_texts_that_are_trained_on_are_a_fault(
+    tmp_path: Path, faults: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "texts").mkdir()
     texts = lines(tmp_path / "texts" / "a.jsonl", *[{"text": "fine"}] * 9)
     lines(tmp_path / "texts" / "b.jsonl", {"text": "fine"})
@@ -160,8 +162,13 @@ def test_held_out_texts_that_are_trained_on_are_a_fault(tmp_path: Path, faults: 
     def found(inputs: Any, heldout: Any) -> list[str]:
         return faults("evaluate", pack_corpus__inputs=[inputs], evaluate__heldout=[heldout])
 
+    monkeypatch.chdir(tmp_path)
     for inputs, heldout in (
         (texts, texts),
+        (str(tmp_path / "texts" / "*.jsonl"), {"path": texts, "rows": [2, 4]}),
+        ({"path": texts, "rows": [2, 4]}, {"path": "./texts/a.jsonl", "rows": [2, 4]}),
+        ({"path": str(tmp_path / "texts"), "rows": [2, 4]}, str(tmp_path / "texts" / "*.jsonl")),
+        ({"path": texts, "rows": [2, 4]}, str(tmp_path / "texts")),
         (str(tmp_path / "texts"), texts),
         (str(tmp_path / "texts"), str(tmp_path / "*" / "b.jsonl")),
         (texts, {"path": texts, "rows": [2, 4]}),
@@ -172,6 +179,25 @@ def test_held_out_texts_that_are_trained_on_are_a_fault(tmp_path: Path, faults: 
         assert "is trained on as well (pack_corpus.inputs[0]); name texts that are held out" in fault
     assert found({"path": texts, "rows": [4, 9]}, {"path": texts, "rows": [2, 4]}) == []
     assert found(texts, str(tmp_path / "texts" / "b.jsonl")) == []
+    assert found({"path": str(tmp_path / "texts"), "rows": [0, 9]}, {"path": texts, "rows": [2, 4]}) == []  # unknown
+
+
+@pytest.mark.parametrize(
+    ("own", "held_out", "shared"),
+    [
+        ("hf://x/y", "hf://x/y:train", True),
+        ("hf://x/y", {"path": "hf://x/y", "split": "train"}, True),
+        ("hf://x/y:test", {"path": "hf://x/y", "split": "test", "rows": [0, 9]}, True),
+        ({"path": "hf://x/y", "rows": [9, 20]}, {"path": "hf://x/y:train", "rows": [0, 9]}, False),
+        ("hf://x/y", "hf://x/y:test", False),
+        ({"path": "hf://x/y", "subset": "en"}, {"path": "hf://x/y", "subset": "de"}, False),
+    ],
+)
+def test_a_dataset_of_the_hub_that_is_trained_on_is_known_by_name_subset_and_split(
+    faults: Callable[..., list[str]], asked: list[str], own: Any, held_out: Any, shared: bool
+) -> None:
+    found = faults("evaluate", pack_corpus__inputs=[own], evaluate__heldout=[held_out])
+    assert any("is trained on as well (pack_corpus.inputs[0])" in fault for fault in found) == shared
 
 
 def test_preference_methods_need_prompts_that_are_not_evaluated(
