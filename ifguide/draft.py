@@ -2,9 +2,9 @@
 
 It reads the first row of each file, chooses the column of the documents by its name or by its longest text, estimates
 the tokens from bytes, and writes a commented config: with `--from` one that extends a packaged one, else one that
-trains its own tokenizer and a small model, and downloads nothing. Documents in files named as held out (test, valid,
-...) are for the perplexity and no model is trained on them. What shows the behaviour cannot be guessed: where no table
-of prompts is found, the config says what to name.
+trains its own tokenizer and a small model, and downloads nothing. Documents in files or folders that are named as held
+out (test, valid, ...) are for the perplexity and no model is trained on them. What shows the behaviour cannot be
+guessed: where no table of prompts is found, the config says what to name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from ifguide.config import Input, load_config
 from ifguide.config.packaged import find_config
 from ifguide.planning.corpus_size import InputSize, input_size
-from ifguide.records.files import KINDS, is_compressed, kind_of, list_files
+from ifguide.records.files import KINDS, is_compressed, kind_of, list_files, named_folder
 from ifguide.records.rows import NOT_AN_OBJECT, column_names, table_rows, value_at
 
 HELD_OUT = re.compile(r"(?:^|[^a-z])(?:held[-_ ]?out|valid|validation|val|dev|test|eval)(?:[^a-z]|$)", re.IGNORECASE)
@@ -182,7 +182,8 @@ def _usual_places() -> list[str]:
 
 def _look(pattern: str) -> list[Source]:
     """The files of a pattern as one input where they are of one kind, else those of each folder and kind."""
-    looked = [(path, *_content(path)) for path in list_files(pattern, "--data")]
+    root = named_folder(pattern)
+    looked = [(path, *_content(path, root)) for path in list_files(pattern, "--data")]
     groups: dict[str, list[Looked]] = {}
     alike = len({kind for *_, kind in looked}) == 1
     for file in looked:
@@ -214,22 +215,23 @@ def _suffix(path: Path) -> str:
     return "".join(path.suffixes[-2:] if is_compressed(path) else path.suffixes[-1:])
 
 
-def _content(path: Path) -> tuple[tuple[str, ...], Kind]:
-    """The columns of a file by its first row, and what it holds."""
+def _content(path: Path, root: Path) -> tuple[tuple[str, ...], Kind]:
+    """The columns of a file by its first row, and what it holds. `root`: the folder that was named."""
     if kind_of(path) == "text":
-        return (), Kind(_role(path))
+        return (), Kind(_role(path, root))
     row = next(iter(table_rows(path, "text")), None)
     listed = isinstance(row, list) and row and isinstance(row[0], str)
     if listed or (row == NOT_AN_OBJECT and kind_of(path) == "json"):  # one document a string
-        return (), Kind(_role(path))
+        return (), Kind(_role(path, root))
     if not isinstance(row, dict):
         raise ValueError(f"{path}: {row if isinstance(row, str) else 'its first row is no object'}; mend or remove it")
-    return tuple(row), _kind(row) or _documents(path, row)
+    return tuple(row), _kind(row) or _documents(path, row, root)
 
 
-def _role(path: Path) -> Role:
-    """Of a file of documents, by its name."""
-    return "held-out documents" if HELD_OUT.search(path.name.partition(".")[0]) else "documents"
+def _role(path: Path, root: Path) -> Role:
+    """Of a file of documents, by its name and those of the folders that it lies in below `root`."""
+    names = [name.partition(".")[0] for name in path.relative_to(root).parts]
+    return "held-out documents" if any(map(HELD_OUT.search, names)) else "documents"
 
 
 def _kind(row: Mapping[str, Any]) -> Kind | None:
@@ -242,7 +244,7 @@ def _kind(row: Mapping[str, Any]) -> Kind | None:
     return None if row.keys() & set(TEXT_COLUMNS) else Kind("bare prompts")
 
 
-def _documents(path: Path, row: Mapping[str, Any]) -> Kind:
+def _documents(path: Path, row: Mapping[str, Any], root: Path) -> Kind:
     names = column_names(row)
     texts = {name: value for name in names if isinstance(value := value_at(row, name), str)}
     named = [name for name in TEXT_COLUMNS if name in texts or (name in row and row[name] is None)]
@@ -250,7 +252,7 @@ def _documents(path: Path, row: Mapping[str, Any]) -> Kind:
         raise ValueError(
             f"{path}: none of its columns ({', '.join(names)}) holds a text; convert it, or name other files"
         )
-    return Kind(_role(path), named[0] if named else max(texts, key=lambda name: len(texts[name])))
+    return Kind(_role(path, root), named[0] if named else max(texts, key=lambda name: len(texts[name])))
 
 
 def _described(source: Source, size: InputSize | None) -> str:

@@ -53,7 +53,7 @@ def list_files(
         FileNotFoundError: nothing is there, or a link leads nowhere. ValueError: a file of a kind that is not read, or
             links that go in a circle. Both name the config key.
     """
-    place = location(path) if "://" in path else Path(path).expanduser()
+    place = _place(path)
     if place.is_dir():
         files = _checked(list(_below(place, dotted_key, apart)), dotted_key, kinds)
         if not files:
@@ -66,7 +66,7 @@ def list_files(
         raise FileNotFoundError(f"{dotted_key}: {path} does not exist: check the path")
     matches = matching(place) if is_remote(place) else _matching(place)
     if apart is not None:
-        own, fixed = real_path(apart), _fixed_part(place)
+        own, fixed = real_path(apart), named_folder(path)
         if own not in map(real_path, (fixed, *fixed.parents)):  # else its files are named on purpose
             matches = [item for item in matches if own not in map(real_path, (item, *item.parents))]
     for item in matches:
@@ -83,14 +83,19 @@ def list_files(
     return _checked(files, dotted_key, kinds)
 
 
+def named_folder(path: str) -> Path:
+    """The folder that a path names; of a file or a pattern the one without wildcards that it lies in."""
+    place = _place(path)
+    return place if place.is_dir() else next(above for above in place.parents if not glob.has_magic(str(above)))
+
+
+def _place(path: str) -> Path:
+    return location(path) if "://" in path else Path(path).expanduser()
+
+
 def _matching(pattern: Path) -> list[Path]:
     """The local files and folders that a pattern matches, sorted, each once: several `**` of it find one repeatedly."""
     return sorted({Path(name) for name in glob.glob(str(pattern), recursive=True)})
-
-
-def _fixed_part(pattern: Path) -> Path:
-    """The folder of a pattern that has no wildcard."""
-    return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
 
 
 def real_path(path: Path) -> str:

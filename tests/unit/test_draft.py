@@ -87,6 +87,17 @@ def test_files_named_as_held_out_are_for_the_perplexity(folder: Path) -> None:
     assert "# heldout: [...]" in text
 
 
+@pytest.mark.parametrize("data", ["test", "test/", "./test/*/*.jsonl"])
+def test_folders_named_as_held_out_are_too_below_the_one_that_is_named(data: str, folder: Path) -> None:
+    for name in ("train/part-0", "test/part-0", "contest/part-0"):
+        lines(folder / "test" / f"{name}.jsonl", {"text": TEXT})
+    config, _ = drafted("--data", data)
+    assert {source.path for source in config.pack_corpus.inputs} == {
+        f"test/{name}/part-0.jsonl" for name in ("train", "contest")
+    }
+    assert [source.path for source in config.evaluate.heldout] == ["test/test/part-0.jsonl"]
+
+
 @pytest.mark.parametrize("folder_name", ["data", "data [1]"])
 def test_a_readme_that_a_folder_leaves_out_is_no_document_of_its_texts(folder: Path, folder_name: str) -> None:
     data = folder / folder_name
