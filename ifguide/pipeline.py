@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ifguide.artifacts import hold, standing
-from ifguide.config import VERBS, Config, result_options
+from ifguide.config import VERBS, Config
 from ifguide.run import Run
 from ifguide.telemetry import log
 
@@ -56,7 +56,7 @@ def run_stage(verb: str, run: Run, *, dry_run: bool) -> None:
     """
     if dry_run:
         folder = run.made_by(verb)
-        state = standing(folder, result_options(run.config, [verb]))
+        state = standing(folder, run.options(verb))
         if state == "complete":
             log(verb, f"{folder} is complete, and is left alone unless its inputs have changed")
             return

@@ -34,6 +34,19 @@ from ifguide.folders import (
 from ifguide.selection.folders import SelectionFolders
 from ifguide.storage import location
 
+RESULT_KEYS: dict[str, tuple[str, ...]] = {  # what the result of a verb depends on: top-level keys of a config
+    "pack_corpus": ("pack_corpus", "tokenizer"),
+    "pretrain": ("pretrain", "target", "seed"),
+    "fit_factors": ("fit_factors", "seed"),
+    "build_query": ("build_query", "tokenizer", "seed"),
+    "fit_student": ("fit_student", "seed"),
+    "score_corpus": ("score_corpus",),
+    "build_mask": ("build_mask",),
+    "evaluate": ("evaluate", "seed"),
+    "analyse": ("analyse", "evaluate", "seed"),
+}
+TRAINED = "trained"  # the name in a plan of a tokenizer that is trained on the corpus
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -134,6 +147,20 @@ class Run:
         return self.config.named_tokenizer
 
     @property
+    def planned_tokenizer(self) -> str:
+        """The tokenizer's name in the corpus' plan: a trained one lies in the corpus, which may be moved. Plans that
+        were made before had its path."""
+        if self.config.pack_corpus.train_tokenizer is None:
+            return self.tokenizer_source
+        options: dict[str, Any] = {}
+        if (self.corpus / artifacts.MANIFEST).exists():
+            options = artifacts.read_manifest(self.corpus).options
+        elif (self.corpus / artifacts.PLAN).exists():
+            options = artifacts.read_plan(self.corpus)["options"]
+        name = str(options.get("tokenizer"))
+        return name if name.endswith(f"/corpus/{TOKENIZER}") else TRAINED
+
+    @property
     def proxy_source(self) -> ModelSource:
         """The proxy: as configured, or the baseline this run trained."""
         if self.config.proxy_is_baseline:
@@ -145,17 +172,23 @@ class Run:
         if self.config.proxy_is_baseline:
             artifacts.require(self.model(BASELINE), "pretrain --set pretrain.use_mask=false")
 
+    def options(self, verb: str) -> dict[str, Any]:
+        """The options of the config that the result of a verb depends on, as its artifact records them."""
+        options = result_options(self.config, RESULT_KEYS[verb])
+        return {**options, "tokenizer": self.planned_tokenizer} if verb == "pack_corpus" else options
+
     def open(
         self,
         folder: Path,
         verb: str,
         *,
-        keys: tuple[str, ...],
+        keys: tuple[str, ...] | None = None,
         inputs: Mapping[str, str],
         extra: Mapping[str, Any] = {},
     ) -> artifacts.Artifact:
-        """Open the artifact of a verb whose result depends on the config sections `keys` and on `inputs`."""
-        options = {**result_options(self.config, keys), **extra}
+        """Open the artifact of a verb whose result depends on its `options`, or on those of other `keys` where they are
+        named, and on `inputs`."""
+        options = {**(self.options(verb) if keys is None else result_options(self.config, keys)), **extra}
         return artifacts.open_artifact(
             folder, verb=verb, options=options, inputs=inputs, config_yaml=to_yaml(self.config)
         )

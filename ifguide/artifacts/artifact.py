@@ -182,7 +182,7 @@ def _refuse_other_plan(folder: Path, planned: Mapping[str, Any], wanted: Mapping
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict) and tree:
+    if isinstance(tree, dict) and (tree or not prefix):
         items = [_flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
         return {key: value for item in items for key, value in item.items()}
     return {prefix: tree}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, read_manifest
+from ifguide.artifacts import MANIFEST, read_manifest, standing
 from ifguide.config import OWN, VERBS, Config, Evaluate
 from ifguide.config.methods import check_method
 from ifguide.config.resources import WorkerResources
@@ -16,7 +16,7 @@ from ifguide.influence.query_file import NULLS
 from ifguide.preflight.findings import Finding, Findings, PreflightError
 from ifguide.preflight.models import MODEL, TOKENIZER, ModelChecks, require_package
 from ifguide.preflight.tables import TableChecks
-from ifguide.run import Run
+from ifguide.run import RESULT_KEYS, Run
 from ifguide.selection.ensemble import find_scores, require_one_corpus
 from ifguide.storage import is_remote, location
 
@@ -56,7 +56,13 @@ class _Sections:
     def of(self, verb: str) -> dict[str, Check]:
         """The checks of a verb by the key that each is of."""
         checks: Mapping[str, Check] = getattr(self, f"_{verb}")()
-        return {**checks, **self._resources(verb)}
+        made = {f"{verb} made": partial(self._made, verb)} if verb in RESULT_KEYS else {}
+        return {**checks, **made, **self._resources(verb)}
+
+    def _made(self, verb: str) -> None:
+        """That what is there of a verb was made with the same options."""
+        with self.findings.caught("run_dir", self.config.run_dir):
+            standing(self.run.made_by(verb), self.run.options(verb))
 
     def run_dir(self) -> None:
         """That the run directory can be made and written."""

@@ -83,7 +83,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs(), **training}
     if config.refine_steps:
         inputs["corpus"] = require(run.corpus, "pack_corpus").fingerprint
-    artifact = run.open(run.query, VERB, keys=("build_query", "tokenizer", "seed"), inputs=inputs)
+    artifact = run.open(run.query, VERB, inputs=inputs)
     if artifact.manifest:
         require_same(
             f"the table that {run.query} was made from",

@@ -60,7 +60,7 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
     for name, folder in (("mask", run.mask), ("scores", run.scores)):
         if (folder / MANIFEST).exists():
             inputs[name] = read_manifest(folder).fingerprint
-    artifact = run.open(run.report, VERB, keys=("evaluate", "seed"), inputs=inputs, extra=block_options(run.config))
+    artifact = run.open(run.report, VERB, inputs=inputs, extra=block_options(run.config))
     if artifact.manifest:
         log(VERB, f"complete: {run.report / 'index.html'}")
         return artifact.manifest

@@ -57,7 +57,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     log(VERB, str(proxy))
     check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.tokenizer_source)
     inputs = {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
-    artifact = run.open(run.factors, VERB, keys=("fit_factors", "seed"), inputs=inputs)
+    artifact = run.open(run.factors, VERB, inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest

@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, PLAN, Manifest, discard_if_mended, read_manifest, remove_tree
-from ifguide.artifacts.manifest import read_plan
+from ifguide.artifacts import MANIFEST, Manifest, discard_if_mended, remove_tree
 from ifguide.config import ConfigError, PackCorpus
 from ifguide.config.resources import WorkerResources
 from ifguide.corpus.bad_rows import list_bad_rows, read_bad_rows
@@ -44,7 +43,6 @@ from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer, require_kept, save_tokenizer
 
 VERB = "pack_corpus"
-TRAINED = "trained"  # the tokenizer's name in a plan
 SHOWN_BAD_ROWS = 10
 COUNTS = "counts"  # scratch folder of the row counts
 ONE_CPU = WorkerResources(gpus=0.0)
@@ -88,13 +86,7 @@ def _pack(run: Run, own: Path, documents: Path, *, dry_run: bool) -> Manifest | 
     contents = {path: {"bytes": file.bytes, "sha256": file.sha256} for path, file in files.items()}
     if discard_if_mended(run.corpus, contents):
         log(VERB, "inputs have changed since this corpus was begun; it is begun anew")
-    artifact = run.open(
-        run.corpus,
-        VERB,
-        keys=("pack_corpus", "tokenizer"),
-        inputs={},
-        extra={"tokenizer": _planned_tokenizer(run), "files": contents},
-    )
+    artifact = run.open(run.corpus, VERB, inputs={}, extra={"files": contents})
     write_inputs(run.corpus, files)
     write_commits(run.corpus, commits)
     if artifact.manifest:
@@ -139,20 +131,6 @@ def _pack(run: Run, own: Path, documents: Path, *, dry_run: bool) -> Manifest | 
     counts = ", ".join(f"{rows[name]:,} {name}" for name in ("documents", "tokens", "blocks"))
     log(VERB, f"{counts} in {run.corpus}")
     return manifest
-
-
-def _planned_tokenizer(run: Run) -> str:
-    """The tokenizer's name in the plan: a trained one lies in the corpus, which may be moved. Plans that were made
-    before had its path."""
-    if run.config.pack_corpus.train_tokenizer is None:
-        return run.tokenizer_source
-    options: dict[str, Any] = {}
-    if (run.corpus / MANIFEST).exists():
-        options = read_manifest(run.corpus).options
-    elif (run.corpus / PLAN).exists():
-        options = read_plan(run.corpus)["options"]
-    name = str(options.get("tokenizer"))
-    return name if name.endswith(f"/corpus/{TOKENIZER}") else TRAINED
 
 
 def _input_files(run: Run, chunks: Sequence[Chunk]) -> dict[str, InputFile]:

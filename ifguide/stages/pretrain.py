@@ -78,11 +78,11 @@ def pretrain(run: Run, *, dry_run: bool = False, name: str | None = None) -> Man
     settings = _settings(run, name)
     _require_trainable(settings, corpus)
     inputs = {"corpus": corpus.fingerprint, **({"mask": mask.fingerprint} if mask else {})}
-    train, keys = settings.train, ("pretrain", "target", "seed")
+    train = settings.train
     if train.init_from is not None:
         inputs["init_from"] = source_fingerprint(train.init_from, settings.target.revision)
     choice = {"pretrain.checkpoint_steps": train.checkpoint_steps} if train.export == "best" else {}
-    artifact = run.open(location(settings.folder), VERB, keys=keys, inputs=inputs, extra=choice)
+    artifact = run.open(location(settings.folder), VERB, inputs=inputs, extra=choice)
     if artifact.manifest:
         log(VERB, f"{settings.name} is complete")
         return artifact.manifest

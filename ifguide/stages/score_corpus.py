@@ -78,7 +78,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     inputs = dict(given.inputs)
     if config.uses_student:
         inputs["student"] = require_student(given).fingerprint
-    artifact = run.open(run.scores, VERB, keys=("score_corpus",), inputs=inputs, extra=_drawn_by(run.config))
+    artifact = run.open(run.scores, VERB, inputs=inputs, extra=_drawn_by(run.config))
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
         return artifact.manifest

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ifguide.artifacts import MismatchError, open_artifact, standing
-from ifguide.config import config_from_mapping, result_options
+from ifguide.config import Config, config_from_mapping, result_options
 from ifguide.pipeline import run_stage
 from ifguide.run import Run
 
 
-def config_of(folder: Path, block_size: int = 16):
+def config_of(folder: Path, block_size: int = 16, **changes: Any) -> Config:
     tree = {"run_dir": str(folder), "tokenizer": "t", "pack_corpus": {"block_size": block_size, "inputs": ["a.jsonl"]}}
-    return config_from_mapping(tree)
+    return config_from_mapping({**tree, **changes})
 
 
 def test_a_folder_is_complete_begun_or_not_there(tmp_path: Path) -> None:
@@ -30,20 +30,46 @@ def test_a_folder_is_complete_begun_or_not_there(tmp_path: Path) -> None:
         standing(folder, result_options(config_of(tmp_path, 32), ["pack_corpus"]))
 
 
-def test_a_dry_run_leaves_out_what_is_complete(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
-    options = result_options(config, ["pack_corpus"])
-    artifact = open_artifact(tmp_path / "corpus", verb="pack_corpus", options=options, inputs={}, config_yaml="")
-    artifact.finish([], rows={}, summary={})
+def test_a_dry_run_leaves_out_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(config=config_of(tmp_path))
+    run.open(run.corpus, "pack_corpus", inputs={}).finish([], rows={}, summary={})
     lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("ifguide").addHandler(handler)
-    try:
-        run_stage("pack_corpus", Run(config=config), dry_run=True)
-    finally:
-        logging.getLogger("ifguide").removeHandler(handler)
+    monkeypatch.setattr("ifguide.pipeline.log", lambda verb, text: lines.append(text))
+    run_stage("pack_corpus", run, dry_run=True)
     (line,) = lines
     assert f"{tmp_path / 'corpus'} is complete" in line
     with pytest.raises(MismatchError, match="block_size was 16, now 32"):
         run_stage("pack_corpus", Run(config=config_of(tmp_path, 32)), dry_run=True)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("verb", "change", "reason"),
+    [
+        ("pack_corpus", {"tokenizer": "u"}, 'tokenizer was "t", now "u"'),
+        ("fit_factors", {"seed": 3}, "seed was 0, now 3"),
+        ("build_query", {"tokenizer": "u"}, 'tokenizer was "t", now "u"'),
+        ("pretrain", {"target": {"architecture": {"model_type": "gpt2"}}}, "target.architecture.model_type was "),
+        ("evaluate", {"seed": 3}, "seed was 0, now 3"),
+    ],
+)
+def test_a_dry_run_refuses_whatever_the_verb_would(
+    tmp_path: Path, verb: str, change: dict[str, Any], reason: str, finished: bool
+) -> None:
+    run = Run(config=config_of(tmp_path))
+    artifact = run.open(run.made_by(verb), verb, inputs={})
+    if finished:
+        artifact.finish([], rows={}, summary={})
+    other = Run(config=config_of(tmp_path, **change))
+    for refuse in (
+        lambda: run_stage(verb, other, dry_run=True),
+        lambda: other.open(other.made_by(verb), verb, inputs={}),
+    ):
+        with pytest.raises(MismatchError, match=reason):
+            refuse()
+
+
+def test_what_another_program_made_differs_by_what_is_asked_for_alone(tmp_path: Path) -> None:
+    open_artifact(tmp_path / "scores", verb="other", options={"file": "f"}, inputs={}, config_yaml="")
+    with pytest.raises(MismatchError, match="was made from something else: seed was null, now 3"):
+        standing(tmp_path / "scores", {"seed": 3})

@@ -16,6 +16,7 @@ from ifguide.config import config_from_mapping
 from ifguide.extras import EXTRAS
 from ifguide.influence.query_file import NULLS, QUERIES
 from ifguide.preflight import hub, preflight, sections
+from ifguide.run import Run
 from tests.unit.preflight.conftest import lines
 
 
@@ -173,6 +174,17 @@ def test_a_run_directory_that_cannot_be_is_a_fault(tmp_path, faults) -> None:
     (tmp_path / "file").write_text("")
     (found,) = faults(run_dir=str(tmp_path / "file" / "run"))
     assert found.endswith(f"{tmp_path / 'file'} is a file; name a folder")
+
+
+def test_what_was_made_with_other_options_is_a_fault(tree: dict[str, Any], faults: Callable[..., list[str]]) -> None:
+    run = Run(config=config_from_mapping(tree))
+    run.open(run.corpus, "pack_corpus", inputs={})
+    assert faults("pack_corpus") == []
+    (found,) = faults("pack_corpus", pack_corpus__block_size=8)
+    assert found.startswith(
+        f"run_dir = {run.folder}: {run.corpus} was made from something else: pack_corpus.block_size"
+    )
+    assert faults("evaluate") == []
 
 
 def test_a_machine_that_is_too_small_is_a_fault_unless_the_run_is_elsewhere(tree, faults, monkeypatch) -> None:
