@@ -92,11 +92,8 @@ def export_mask(run_dir: Path, out: Path, *, kind: str, penalty: float = 1.0) ->
         raise ValueError(f"{out}: export to a local folder, and copy that")
     if out.exists():
         raise FileExistsError(f"{out} exists; name a folder that does not, or remove it")
-    try:
-        with publish_folder(out) as part:
-            return _write(part, run_dir, corpus, mask, kind, penalty)
-    finally:
-        remove_tree(out.with_name(f"{out.name}.part"))  # of an export that failed
+    with publish_folder(out) as part:
+        return _write(part, run_dir, corpus, mask, kind, penalty)
 
 
 def _write(part: Path, run_dir: Path, corpus: Manifest, mask: Manifest, kind: str, penalty: float) -> Manifest:

@@ -95,17 +95,22 @@ def publish(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def publish_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty local folder to fill; on success it becomes `folder`, in place of what was there."""
+    """Yield an empty local folder to fill; on success it becomes `folder`, in place of what was there.
+
+    Its name is its own, and ends in `.part`: of two at once each fills another. It is removed when it is not used.
+    """
     if is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="ifguide-") as temporary:
             yield Path(temporary)
             move_folder(Path(temporary), folder)
         return
-    part = folder.with_name(f"{folder.name}.part")
-    remove_tree(part)
+    part = folder.with_name(f"{folder.name}.{secrets.token_hex(6)}.part")
     part.mkdir(parents=True)
-    yield part
-    move_folder(part, folder)
+    try:
+        yield part
+        move_folder(part, folder)
+    finally:
+        remove_tree(part)
 
 
 def move_folder(part: Path, folder: Path) -> None:

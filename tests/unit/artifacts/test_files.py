@@ -24,6 +24,25 @@ def test_publish_that_fails_leaves_the_old_file_and_no_part(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_of_folders_that_are_published_at_once_each_is_whole_and_no_other_is_touched(tmp_path):
+    theirs = write_shard(tmp_path / "out.part", "of somebody else")
+    with publish_folder(tmp_path / "out") as first, publish_folder(tmp_path / "out") as second:
+        (first / "a").write_text("first")
+        (second / "b").write_text("second")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]  # the one that ended last
+    assert theirs.read_text() == "of somebody else"
+
+    def fail_halfway() -> None:
+        with publish_folder(tmp_path / "out") as part:
+            (part / "c").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_halfway()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part"]
+
+
 def test_part_files_are_never_listed_even_by_a_pattern_that_matches_them(tmp_path):
     for name in ("shard-00001.parquet", SHARD, "shard-00002.parquet.77.part", "documents-0.parquet"):
         (tmp_path / name).write_text("x")
