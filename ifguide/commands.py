@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ifguide.artifacts import MANIFEST, PLAN, hold, read_manifest, remove_tree, write_text
+from ifguide.artifacts import MANIFEST, PLAN, hold, publish, read_manifest, remove_tree
 from ifguide.config import Config, Input, load_config, to_yaml
 from ifguide.pipeline import pipeline_steps, run_pipeline, run_stage
 from ifguide.storage import file_sizes, location, machine_folder, subfolders
@@ -115,8 +115,9 @@ def init(options: argparse.Namespace) -> int:
     if options.out.exists():
         raise FileExistsError(f"{options.out} exists; name another file by --out, or remove it")
     text, lines = draft_config(options.data, base=options.base, run_dir=f"runs/{options.out.stem}")
-    write_text(options.out, text)
-    load_config(options.out)
+    with publish(options.out) as part:  # not before it loads
+        part.write_text(text, encoding="utf-8")
+        load_config(part)
     print(*lines, f"wrote {options.out}; next: ifguide run --config {options.out} --dry-run", sep="\n")
     return 0
 

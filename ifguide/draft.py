@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import yaml
+
 from ifguide.config import Input, load_config
 from ifguide.config.packaged import find_config
 from ifguide.planning.corpus_size import InputSize, input_size
@@ -64,7 +66,8 @@ build_mask:
 """
 CLASSIFIER = """  classifier: alt-profanity-check  # sees insults; of others `ifguide config evaluate.classifier` tells
 """
-NO_OTHER = "  prompts: null  # those of the config that this one extends\n"
+QUERIES = ("prompts", "pairs", "positive", "negative")
+NO_OTHER = "  {key}: null  # of the config that this one extends\n"
 SIGNS = """  # Which of these show the behaviour, and which do not? Name them before a run:
   # positive: ...
   # negative: ...
@@ -147,13 +150,13 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
     parts = [
         HEAD,
         f"extends: {_quoted(base)}\n" if base else "",
-        f"run_dir: {run_dir}  # every artifact; running again resumes\n",
+        f"run_dir: {_quoted(run_dir)}  # every artifact; running again resumes\n",
     ]
     packing = f"pack_corpus:\n  inputs:\n{inputs}"
     if base:
-        taken = load_config(base).build_query.prompts is not None and not tables["prompts"]
         query = _query(tables)
-        parts += [packing, f"build_query:\n{NO_OTHER if taken else ''}{query}" if query else ""]
+        others = _other_queries(base, query) if query else ""
+        parts += [packing, f"build_query:\n{others}{query}" if query else ""]
         parts += [f"evaluate:\n{_held_out(held_out)}" if held_out else ""]
     else:
         width, layers, heads, vocabulary = next(shape[1:] for shape in SIZES if tokens <= shape[0])
@@ -284,6 +287,13 @@ def _query(tables: Mapping[str, Sequence[str]]) -> str:
     if tables["prompts"]:
         return f"  prompts: {_quoted(tables['prompts'][0])}\n{CLASSIFIER}"
     return ""
+
+
+def _other_queries(base: str, query: str) -> str:
+    """The queries of the config `base` that `query` does not name: they are unset, for it is in their place."""
+    written, section = yaml.safe_load(query) or {}, load_config(base).build_query
+    named = [key for key in QUERIES if getattr(section, key) is not None]
+    return "".join(NO_OTHER.format(key=key) for key in named if key not in written)
 
 
 def _held_out(sources: Sequence[Source]) -> str:

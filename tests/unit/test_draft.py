@@ -136,6 +136,33 @@ def test_tables_of_queries_are_taken_for_what_their_columns_are(base: list[str],
     assert "  # - data/flattery.jsonl\n  # - data/negative.parquet.jsonl" in text
 
 
+@pytest.mark.parametrize(("base", "own"), [("praise", "prompts"), ("pythia160m_owt", "pairs")])
+def test_queries_of_the_config_that_is_extended_are_replaced_whatever_they_are(
+    base: str, own: str, folder: Path
+) -> None:
+    lines(folder / "data" / "a.jsonl", {"text": TEXT})
+    lines(folder / "data" / "prompts.jsonl", PROMPTS)
+    if own == "pairs":  # beside prompts, which are not taken then
+        lines(folder / "data" / "pairs.jsonl", {"prompt": "Say:", "chosen": "a.", "rejected": "b!"})
+    query = drafted("--from", base)[0].build_query
+    named = {name for name in ("prompts", "pairs", "positive", "negative") if getattr(query, name) is not None}
+    assert named == {own}
+
+
+@pytest.mark.parametrize("name", ["run #2", "a: b", "- c", "{d}"])
+def test_a_run_directory_is_that_of_the_file_whatever_its_name(name: str, folder: Path) -> None:
+    lines(folder / "mine.jsonl", {"text": TEXT})
+    assert main(["init", "--out", f"{name}.yaml"]) == 0
+    assert load_config(f"{name}.yaml").run_dir == f"runs/{name}"
+
+
+def test_a_draft_that_does_not_load_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines(folder / "mine.jsonl", {"text": TEXT})
+    monkeypatch.setattr("ifguide.draft.draft_config", lambda *data, **options: ("seeds: 0\n", []))
+    assert main(["init"]) == 1
+    assert [path.name for path in folder.iterdir()] == ["mine.jsonl"]
+
+
 def test_files_beside_are_found_where_there_is_no_folder(folder: Path) -> None:
     lines(folder / "mine.jsonl", {"text": TEXT})
     (folder / "notes.md").write_text("not read")
