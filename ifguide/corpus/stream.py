@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ifguide import schemas
-from ifguide.config import PackCorpus, redact
+from ifguide.config import Input, PackCorpus, redact
+from ifguide.config.sources import HUB_PREFIX
 from ifguide.corpus.packing import stream_order
-from ifguide.corpus.reading import Chunk
+from ifguide.corpus.reading import Chunk, hub_name
 from ifguide.records.files import short_names
 from ifguide.spans.tables import shard_name
 
@@ -77,8 +79,9 @@ class StreamPlan:
         self.files: list[list[TokenFile]] = [[] for _ in config.inputs]
         lengths: list[list[np.ndarray]] = [[] for _ in config.inputs]
         names = short_names(sorted({chunk.path for chunk in chunks if chunk.kind != "hub"}))
+        on_hub = _hub_names(config.inputs)
         for chunk, (key, result) in zip(chunks, tokenised.items(), strict=True):
-            source = redact(names.get(chunk.path, chunk.path))  # the manifest has the paths
+            source = redact(names.get(chunk.path) or on_hub[chunk.input_index])  # the manifest has the paths
             self.files[chunk.input_index].append(TokenFile(key, source, result["first_row"], result["documents"]))
             table = schemas.read_table(folder / TOKENS / f"{key}.parquet", columns=["num_tokens"])
             lengths[chunk.input_index].append(table.column(0).to_numpy())
@@ -141,3 +144,16 @@ class StreamPlan:
         inputs, firsts, counts = np.unique(self.inputs[lo:hi], return_index=True, return_counts=True)
         begins = self.indices[lo + firsts]
         return tuple(zip(inputs.tolist(), begins.tolist(), (begins + counts).tolist(), strict=True))
+
+
+def _hub_names(inputs: Sequence[Input]) -> dict[int, str]:
+    """The name of each dataset of the hub, by its index: its path, and where that stands for several subsets or splits
+    `hf://name/subset:split`."""
+    parts = {
+        index: (source.path, source.subset, *hub_name(source)) for index, source in enumerate(inputs) if source.on_hub
+    }
+    several = {path for path, count in Counter(path for path, *_ in set(parts.values())).items() if count > 1}
+    return {
+        index: f"{HUB_PREFIX}{name}{f'/{subset}' if subset else ''}:{split}" if path in several else path
+        for index, (path, subset, name, split) in parts.items()
+    }

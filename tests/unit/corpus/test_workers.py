@@ -167,3 +167,28 @@ def test_descriptors_of_shards_do_not_grow_with_the_number_of_inputs(tmp_path):
         sizes[count] = max(len(pickle.dumps(shard)) for shard in shards)
     assert sizes[1000] <= sizes[500] + 8
     assert sizes[1000] < 500
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([{"split": "train"}, {"split": "test"}], [":train", ":test"]),
+        ([{}, {"split": "test"}, {"split": "train"}], [":train", ":test", ":train"]),
+        ([{"split": "test", "rows": (0, 1)}, {"split": "test", "rows": (1, 2)}], ["", ""]),
+    ],
+)
+def test_documents_of_several_splits_of_a_dataset_are_told_apart(tmp_path, monkeypatch, options, names):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(workers, "load_tokenizer", lambda *_, **__: tokenizers()["bpe"])
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text("".join(f'{{"text": "{split} {row}"}}\n' for row in range(2)))
+    config = PackCorpus(inputs=tuple(Input(path=f"hf://{data}", **given) for given in options), block_size=4)
+    chunks = plan_chunks(config, open_hub=True)
+    keyed = keyed_chunks(chunks, config.inputs, {})
+    settings = TokeniseSettings(inputs=config.inputs, tokenizer="", folder=str(tmp_path / TOKENS))
+    tokenised = {item.key: TokeniseChunk(settings).process(item) for item in keyed}
+    number_rows(keyed, tokenised)
+    plan = StreamPlan(tmp_path, config, chunks, tokenised, tokenizers()["bpe"])
+    assert [files[0].source for files in plan.files] == [f"hf://{data}{name}" for name in names]
