@@ -22,7 +22,7 @@ from typing import NoReturn
 from ifguide import commands, extras, interrupts
 from ifguide.config import OWN, VERBS, redact
 from ifguide.datasets import FOLDER, advice
-from ifguide.storage import is_store_error, location
+from ifguide.storage import is_store_error
 from ifguide.telemetry import configure_logging
 
 USER_ERRORS = (ValueError, OSError)  # the latter of files: not there, not writable, no space left
@@ -105,10 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     looked = command("analyse", "logit lens, linear probes, adversarial suffixes of a run's models")
     _add_config_flags(looked, commands.analyse)
     show = command("show", "what each artifact of a run directory holds")
-    show.add_argument("run_dir", type=location)
+    show.add_argument("run_dir", type=commands.place)
     show.set_defaults(function=commands.show)
     status = command("status", "how far each stage of a run is, at any time, from its files alone")
-    status.add_argument("run_dir", type=location)
+    status.add_argument("run_dir", type=commands.place)
     status.add_argument("--json", action="store_true", help="one JSON object")
     status.add_argument(
         "--watch",
@@ -121,12 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(function=commands.status)
     _add_plan_flags(command("plan", "hours, cost, storage and memory of every stage, beforehand"))
     inspect = command("inspect", "the top documents of a run, masked tokens in red")
-    inspect.add_argument("run_dir", type=location)
+    inspect.add_argument("run_dir", type=commands.place)
     inspect.add_argument("--documents", type=int, default=10, help="how many (default 10)")
     inspect.add_argument("--context", type=int, default=60, help="tokens shown around masked ones (default 60)")
     inspect.set_defaults(function=commands.inspect)
     export = command("export-scores", "a run's token scores in kronfluence's own format")
-    export.add_argument("run_dir", type=location)
+    export.add_argument("run_dir", type=commands.place)
     export.add_argument("out", type=Path, help="folder of a kronfluence analysis; scores_NAME is made in it")
     export.add_argument("--name", default="ifguide", help="what kronfluence knows the scores by (default ifguide)")
     export.add_argument(
@@ -135,15 +135,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--max-gigabytes", type=float, default=8.0, help="refuse more than this (default 8)")
     export.set_defaults(function=commands.export_scores)
     masks = command("export-mask", "a run's mask as other trainers read it")
-    masks.add_argument("run_dir", type=location, help="or its folder target, of a target with another tokenizer")
-    masks.add_argument("out", type=location, help="the folder to make")
+    masks.add_argument("run_dir", type=commands.place, help="or its folder target, of a target with another tokenizer")
+    masks.add_argument("out", type=commands.place, help="the folder to make")
     masks.add_argument(
         "--format", required=True, choices=("spans", "npy", "hf", "paper"), help="docs/other-trainers.md"
     )
     masks.add_argument("--penalty", type=float, default=1.0, help="hf: minus the weight of a masked token (default 1)")
     masks.set_defaults(function=commands.export_mask)
     pushed = command("push", "a trained model to the Hugging Face hub, its figures on its card")
-    pushed.add_argument("run_dir", type=location)
+    pushed.add_argument("run_dir", type=commands.place)
     pushed.add_argument("repository", metavar="OWNER/NAME")
     pushed.add_argument("--model", choices=("penalised", "baseline"), default="penalised", help="default: penalised")
     pushed.add_argument("--report", default="report", help="folder of its figures in the run (default report)")

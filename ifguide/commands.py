@@ -21,6 +21,18 @@ from ifguide.storage import file_sizes, location, machine_folder, subfolders
 from ifguide.telemetry import log
 
 
+def place(text: str) -> Path:
+    """`location` of an argument; what is wrong with it is said on the command line.
+
+    Raises:
+        ArgumentTypeError: see `location`.
+    """
+    try:
+        return location(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _load(options: argparse.Namespace) -> Config:
     address = [f"cluster.address={options.address}"] if getattr(options, "address", None) else []
     return load_config(options.config, [*options.overrides, *address])
@@ -186,8 +198,8 @@ def completion(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     import shtab
 
     for action in _actions(parser):
-        if action.type in (Path, location):
-            action.complete = shtab.DIRECTORY if action.type is location else shtab.FILE  # type: ignore[attr-defined]
+        if action.type in (Path, place):
+            action.complete = shtab.DIRECTORY if action.type is place else shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(parser, options.shell))
     return 0
 

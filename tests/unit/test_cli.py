@@ -60,6 +60,15 @@ def test_what_an_object_store_refuses_is_one_line(
     assert capsys.readouterr().err == "ifguide run: Unable to locate credentials\n"
 
 
+def test_a_place_that_cannot_be_opened_is_said_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["show", "nowhere://container/run"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "argument run_dir: nowhere://container/run: " in said
+    assert "install ifguide[s3], or the fsspec package of nowhere://" in said
+
+
 def test_show_of_a_folder_without_artifacts_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path)]) == 1
     assert "holds no artifacts" in capsys.readouterr().err
