@@ -92,7 +92,8 @@ def _manifest(folder: Path) -> Manifest:
 
 
 def _verify(path: Path, sha256: str, folder: Path, verb: str) -> Path:
-    advice = f"delete {folder} and run `ifguide {verb}` again"
+    command = verb.replace("_", "-") if verb.startswith("import_") else verb  # no stage: named with a hyphen
+    advice = f"delete {folder} and run `ifguide {command}` again"
     try:
         mark = (stamp(path), sha256)
         if mark[0] is not None and _trusted.get(str(path)) == mark:

@@ -51,5 +51,9 @@ def test_a_file_that_is_gone_is_said_with_what_to_do(tmp_path):
         verified(tmp_path, SHARD)
     with pytest.raises(ValueError, match=rf"{SHARD} is gone"):
         verify_digest(tmp_path / SHARD, "0" * 64, "v")
+    with pytest.raises(ValueError, match="run `ifguide import-mask` again"):
+        verify_digest(tmp_path / SHARD, "0" * 64, "import_mask")
+    with pytest.raises(ValueError, match="run `ifguide build_mask` again"):
+        verify_digest(tmp_path / SHARD, "0" * 64, "build_mask")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         verified(tmp_path / "nothing", SHARD)
