@@ -8,8 +8,10 @@ efficiency of 1 and no starts.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from ifguide.config import Completions, Config, Pairs, Prompts, PromptSet
@@ -17,8 +19,9 @@ from ifguide.config.resources import WorkerResources
 from ifguide.evaluation.prompts import read_set
 from ifguide.hardware import Hardware
 from ifguide.planning.measurements import SPREAD, efficiency, rates
+from ifguide.records.files import TABLES, kind_of, list_files
+from ifguide.records.rows import open_parquet, table_rows
 from ifguide.shapes import ModelShape
-from ifguide.storage import location
 
 ASSUMED_ROWS = 100_000
 # A stage's pools of workers, each of which starts anew. Of pretrain: for each of its models.
@@ -195,18 +198,27 @@ def by_core(
 
 
 def rows(job: Job, prompts: Prompts | Completions | Pairs | None, key: str) -> int:
-    """How many rows a table of prompts or queries has; assumed, with a note to the job, where it cannot be known."""
+    """How many rows a table of prompts or queries has; assumed, with a note to the job, where it cannot be known.
+
+    Raises:
+        ValueError: a file is of a kind that is not read, or cannot be read; names it.
+    """
     if prompts is None:
         job.notes.append(f"{key} is not set: {ASSUMED_ROWS:,} rows are assumed")
         return ASSUMED_ROWS
     if prompts.rows is not None:
         return prompts.rows[1] - prompts.rows[0]
-    path = location(prompts.path)
-    if path.suffix == ".jsonl" and path.is_file():
-        with path.open("rb") as lines:
-            return sum(1 for _ in lines)
+    with contextlib.suppress(FileNotFoundError):
+        return sum(map(_length, list_files(prompts.path, f"{key}.path", TABLES)))
     job.notes.append(f"{prompts.path} of {key} is not there yet: {ASSUMED_ROWS:,} rows are assumed")
     return ASSUMED_ROWS
+
+
+def _length(table: Path) -> int:
+    """Rows of a table, bad ones included."""
+    if kind_of(table) == "parquet":
+        return int(open_parquet(table).metadata.num_rows)
+    return sum(1 for _ in table_rows(table))
 
 
 def set_rows(job: Job, source: PromptSet, key: str) -> int:

@@ -158,6 +158,18 @@ def test_further_prompts_are_continued_too(tmp_path: Path) -> None:
     assert any("none.jsonl of evaluate.prompt_sets.none is not there yet: 5 rows are assumed" in note for note in notes)
 
 
+def test_prompts_of_any_kind_of_file_are_counted(tmp_path: Path) -> None:
+    job = make_job(load_config(PYTHIA), corpus_tokens=1e6)
+    (tmp_path / "a.csv").write_text('prompt,continuation\n"two\nlines",x\nb,y\n')
+    (tmp_path / "b.json").write_text(json.dumps([{"prompt": "a"}] * 4))
+    (tmp_path / "c.jsonl").write_text('{"prompt": "a"}\n\n')
+    pq.write_table(pa.table({"prompt": ["a"] * 8}), tmp_path / "d.parquet")
+    notes = list(job.notes)
+    for name, count in {"a.csv": 2, "b.json": 4, "c.jsonl": 1, "d.parquet": 8, "*": 15, "": 15}.items():
+        assert rows(job, Prompts(path=str(tmp_path / name)), "build_query.prompts") == count
+    assert job.notes == notes
+
+
 def test_workers_are_set_by_keys_that_the_run_takes_too() -> None:
     config = load_config(PYTHIA)
     settings = worker_settings(config, 4)
