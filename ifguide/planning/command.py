@@ -125,12 +125,18 @@ def planned_hardware(config: Config) -> Hardware:
 
 
 def worker_settings(config: Config, gpus: int) -> list[str]:
-    """The overrides that give every stage `gpus` workers: what to run with, too."""
+    """The overrides that give every stage `gpus` workers, but for what one process alone does: to run with, too.
+
+    Raises:
+        ValueError: `gpus` is below 1.
+    """
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
     settings = []
     for verb, key in WORKERS.items():
         if verb == "fit_student" and not config.score_corpus.uses_student:
+            continue
+        if verb == "pretrain" and config.pretrain.engine == "torch":  # which trains in one process
             continue
         section = getattr(config, verb)
         workers = max(1, int(gpus / (_resources(config, verb).gpus or 1)))

@@ -184,6 +184,13 @@ def test_workers_are_set_by_keys_that_the_run_takes_too() -> None:
         worker_settings(config, 0)
 
 
+def test_a_training_in_one_process_keeps_its_one_worker() -> None:
+    in_one = ["pretrain.engine=torch", "pretrain.workers=1", "pretrain.zero_stage=0"]
+    planned = plan(PYTHIA, in_one, corpus_tokens=1e9, gpus=4)
+    assert not any(setting.startswith("pretrain.") for setting in planned["settings"])
+    assert {stage["stage"]: stage["workers"] for stage in planned["stages"]}["pretrain"] == 1
+
+
 def test_fewer_workers_lower_the_least_number_of_them_too() -> None:
     path, vocabulary = CONFIGS / "demo.yaml", "target.architecture.vocab_size=2048"
     least = [vocabulary, "score_corpus.min_actors=2", "pretrain.min_workers=2"]
