@@ -199,7 +199,11 @@ def _few_steps(plan: PretrainPlan) -> list[str]:
     blocks, wanted = plan.steps * plan.config.pretrain.batch_blocks, plan.config.pretrain.batch_blocks
     if plan.steps >= LEAST_STEPS or blocks < LEAST_STEPS:
         return []
-    return [
-        f"few steps: pretrain.batch_blocks = {wanted} blocks are one step; with {blocks // LEAST_STEPS} there are"
-        f" {LEAST_STEPS} and more"
-    ]
+    workers, most = plan.config.pretrain.workers, blocks // LEAST_STEPS
+    micro = min(plan.config.pretrain.micro_batch_blocks, most // workers)
+    said = f"few steps: pretrain.batch_blocks = {wanted} blocks are one step"
+    if not micro:
+        return [f"{said}, and {workers} workers want one of {workers} blocks at least; with fewer there can be more"]
+    less = f" and pretrain.micro_batch_blocks = {micro}" if micro < plan.config.pretrain.micro_batch_blocks else ""
+    batch = most // (workers * micro) * workers * micro
+    return [f"{said}; with {batch}{less} there are {LEAST_STEPS} and more"]

@@ -314,14 +314,19 @@ def test_the_engine_torch_holds_float32_and_copies_in_bfloat16_and_no_bucket() -
 
 
 def test_a_training_of_few_steps_is_told_which_batch_has_more(billion: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(blocks: int) -> list[str]:
+    def said(blocks: int, **changes: Any) -> list[str]:
         monkeypatch.setattr(pretrain_plan, "planned_tokens", lambda *_: (2048 * blocks, []))
-        train = replace(billion.pretrain, epochs=1.0, batch_blocks=256, heldout_blocks=0)
+        options = {"epochs": 1.0, "batch_blocks": 256, "heldout_blocks": 0, "workers": 8, "micro_batch_blocks": 8}
+        train = replace(billion.pretrain, **options | changes)
         lines = pretrain_plan.describe(plan_pretrain(replace(billion, pretrain=train)))
         return [line for line in lines if line.startswith("few steps")]
 
-    (line,) = said(2560)
-    assert line == "few steps: pretrain.batch_blocks = 256 blocks are one step; with 25 there are 100 and more"
+    begin = "few steps: pretrain.batch_blocks = 256 blocks are one step"
+    assert said(2560, workers=1, micro_batch_blocks=1) == [f"{begin}; with 25 there are 100 and more"]
+    assert said(17_920) == [f"{begin}; with 128 there are 100 and more"]  # of 64 blocks at once, so not 179
+    assert said(2560) == [f"{begin}; with 24 and pretrain.micro_batch_blocks = 3 there are 100 and more"]
+    (line,) = said(768)
+    assert line == f"{begin}, and 8 workers want one of 8 blocks at least; with fewer there can be more"
     assert said(25_600) == []
 
 
