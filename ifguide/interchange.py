@@ -50,6 +50,8 @@ from ifguide.storage import local_copy
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
 PACK_THEM = "pack the blocks that it was built on, by pack_corpus.inputs with their tokens_column"
+MASK_TENSOR = "a mask is one bool tensor (blocks, tokens)"
+BLOCKS = "blocks are one tensor of token ids (blocks, tokens)"
 TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -276,7 +278,8 @@ def _given_blocks(tokens: Input) -> Iterator[tuple[str, np.ndarray]]:
     """Where each row of a file of blocks is, and its tokens."""
     if tokens.path.endswith(TENSOR_SUFFIXES):
         yield from (
-            (f"{tokens.path}, row {row}", ids) for row, ids in enumerate(_tensor(local_copy(tokens.path)).numpy())
+            (f"{tokens.path}, row {row}", ids)
+            for row, ids in enumerate(_tensor(local_copy(tokens.path), BLOCKS).numpy())
         )
         return
     for chunk in list_chunks(tokens, 0, chunk_bytes=2**62, dotted_key="--tokens"):
@@ -311,14 +314,18 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         FileNotFoundError: no such file. ValueError: something else is in it.
     """
-    mask = _tensor(path)
+    mask = _tensor(path, MASK_TENSOR)
     if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
-        raise ValueError(f"{path} holds values other than 0 and 1; a mask is one bool tensor (blocks, tokens)")
+        raise ValueError(f"{path} holds values other than 0 and 1; {MASK_TENSOR}")
     return mask.bool().numpy()
 
 
-def _tensor(path: Path) -> torch.Tensor:
-    """The (N, T) tensor of bools or integers that a file holds."""
+def _tensor(path: Path, expected: str) -> torch.Tensor:
+    """The (N, T) tensor of bools or integers that a file holds. `expected`: what it should hold, for errors.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: something else is in it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a tensor that torch.save wrote")
     try:
@@ -333,5 +340,5 @@ def _tensor(path: Path) -> torch.Tensor:
         ) from error
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_floating_point() or tensor.is_complex():
         content = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"{path} holds {content}; a mask is one bool tensor (blocks, tokens)")
+        raise ValueError(f"{path} holds {content}; {expected}")
     return tensor

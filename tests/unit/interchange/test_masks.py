@@ -137,6 +137,12 @@ def test_the_blocks_may_be_of_any_format_and_padded(run_dir: Path, tmp_path: Pat
     assert np.argwhere(mask).tolist() == [[1, 2]]
 
 
+def test_blocks_that_are_no_token_ids_are_said_to_be_none(run_dir: Path, tmp_path: Path) -> None:
+    torch.save(torch.zeros(5, T), tmp_path / "chunks.pt")
+    with pytest.raises(ValueError, match=r"chunks\.pt holds torch\.float32 .*; blocks are one tensor of token ids"):
+        check_mask(saved_mask(tmp_path / "m.pt", (1, 2)), run_dir / "corpus", Input(path=str(tmp_path / "chunks.pt")))
+
+
 class Untrusted:
     def __reduce__(self):
         return (print, ("this must never run",))
