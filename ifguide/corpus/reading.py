@@ -31,6 +31,7 @@ from ifguide.records.delimited import cell_rows
 from ifguide.records.files import DOCUMENTS, TABLES, Kind, holds_json_lines, is_compressed, kind_of, list_files
 from ifguide.records.rows import (
     arrow_rows,
+    column_names,
     decode_json_line,
     lone_surrogate,
     no_text,
@@ -196,7 +197,7 @@ def _listing(cell: str) -> Any:
 def _json_rows(path: Path, source: Input) -> Iterator[Any]:
     """The rows of a JSON file; see the module."""
     tree = read_json(path)
-    if isinstance(tree, dict) and source.column in tree:
+    if isinstance(tree, dict) and (source.column in tree or source.column in column_names(tree)):
         yield tree
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         yield from map(no_text, tree)

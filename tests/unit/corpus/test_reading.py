@@ -291,6 +291,15 @@ def test_a_column_of_nested_rows_is_named_with_dots(tmp_path, kind):
     assert [(document.text, document.spans) for document in found] == [(text, ((0, 0),)) for text in TEXTS]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_column_of_nested_rows_is_found_in_json(tmp_path, indent, several):
+    rows = [{"doc": {"body": text}} for text in TEXTS]
+    (tmp_path / "a.json").write_text(json.dumps(rows if several else rows[0], indent=indent))
+    found = read(Input(path=str(tmp_path / "a.json"), text_column="doc.body"))
+    assert [document.text for document in found] == (TEXTS if several else TEXTS[:1])
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
 def test_a_column_whose_own_name_has_dots_comes_first(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
