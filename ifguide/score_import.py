@@ -157,13 +157,16 @@ class BergsonScores:
         info = _json(path / "info.json")
         if not info.get("attribute_tokens"):
             raise ValueError(f"{path} holds scores of whole sequences; let bergson score tokens: attribute_tokens")
-        self.query = _chosen(path, query, int(info["num_scores"]))
+        lacking = [name for name in ("num_scores", "num_rows", "num_items") if not isinstance(info.get(name), int)]
+        if lacking:
+            raise ValueError(f"{path / 'info.json'} does not say {', '.join(lacking)}; copy the folder again")
+        self.query = _chosen(path, query, info["num_scores"])
         with contextlib.suppress(ImportError):
             import ml_dtypes  # noqa: F401  # teaches numpy bfloat16
         try:
             kind: Any = np.dtype(info["dtype"])
             self.offsets = np.load(path / "offsets.npy")
-            self.records = np.memmap(path / "scores.bin", dtype=kind, mode="r", shape=(int(info["num_rows"]),))
+            self.records = np.memmap(path / "scores.bin", dtype=kind, mode="r", shape=(info["num_rows"],))
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{path} is damaged, or of a dtype that numpy lacks ({error}): ml_dtypes has more"

@@ -158,6 +158,9 @@ def damage(kind: str, folder: Path) -> None:
     info = json.loads((folder / "info.json").read_text())
     if kind == "whole sequences":
         info["attribute_tokens"] = False
+    elif kind == "no counts":
+        del info["num_scores"]
+        info["num_items"] = None
     elif kind == "cut":
         (folder / "scores.bin").write_bytes((folder / "scores.bin").read_bytes()[:-8])
     elif kind == "no offsets":
@@ -178,6 +181,7 @@ def damage(kind: str, folder: Path) -> None:
     ("kind", "message"),
     [
         ("whole sequences", "attribute_tokens"),
+        ("no counts", r"info\.json does not say num_scores, num_items; copy the folder again"),
         ("cut", "is damaged"),
         ("no offsets", r"it lacks offsets\.npy"),
         ("other offsets", r"offsets\.npy does not fit"),
