@@ -29,7 +29,7 @@ DOCUMENTS = pa.schema(
         pa.field("doc_id", pa.int64(), nullable=False),  # place in the stream: 0, 1, 2, ...
         pa.field(
             "source", pa.string(), nullable=False
-        ),  # name of the input file, or hub dataset: `hf://name/subset:split` if of several
+        ),  # input file, or hub dataset, `hf://name/subset:split` if of several
         pa.field("row", pa.int64(), nullable=False),  # row in that file
         pa.field("num_chars", pa.int64(), nullable=False),  # of one that came as token ids: num_tokens - 1
         pa.field("num_tokens", pa.int64(), nullable=False),  # with its EOS

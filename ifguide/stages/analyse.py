@@ -48,7 +48,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
     inputs |= {"query": query.fingerprint, **text_digests(options, prompts, probed)}
     inputs |= classifier_inputs({"evaluate.classifier": run.config.evaluate.classifier})
-    artifact = run.open(run.analyses, VERB, keys=("analyse", "evaluate", "seed"), inputs=inputs)
+    artifact = run.open(run.analyses, VERB, inputs=inputs)
     if artifact.manifest:
         log(VERB, f"complete: {run.analyses / 'analyses.md'}")
         return artifact.manifest

@@ -52,7 +52,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     given, encoder = ScoringInputs.of(run, VERB), config.encoder.source if config.kind == "encoder" else None
     inputs = dict(given.inputs) if encoder is None else {**given.inputs, ENCODER: source_fingerprint(encoder)}
     extra = {SCORING: scoring_options(run.config)}
-    artifact = run.open(run.student, VERB, keys=("fit_student", "seed"), inputs=inputs, extra=extra)
+    artifact = run.open(run.student, VERB, inputs=inputs, extra=extra)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary['chosen']}")
         return artifact.manifest
