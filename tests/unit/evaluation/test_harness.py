@@ -97,6 +97,7 @@ def test_the_report_has_benchmarks_beside_the_other_figures() -> None:
         "unlisted": {},
         "domains": {},
         "paired": {},
+        "reference": None,
         "models": {
             "a": {
                 "sets": {},
