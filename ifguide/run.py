@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide import artifacts
+from ifguide.artifacts.manifest import read_plan
 from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
 from ifguide.corpus.tables import TOKENIZER
 from ifguide.folders import (
@@ -156,7 +157,7 @@ class Run:
         if (self.corpus / artifacts.MANIFEST).exists():
             options = artifacts.read_manifest(self.corpus).options
         elif (self.corpus / artifacts.PLAN).exists():
-            options = artifacts.read_plan(self.corpus)["options"]
+            options = read_plan(self.corpus)["options"]
         name = str(options.get("tokenizer"))
         return name if name.endswith(f"/corpus/{TOKENIZER}") else TRAINED
 

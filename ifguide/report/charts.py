@@ -126,7 +126,7 @@ def beside(models: Sequence[ModelRow], colours: dict[str, str], evaluator: str) 
     compared = [model for model in models if evaluator in model.beside]
     canvas, axes = _axes(f"By {visible(evaluator)}", height=0.75 + 0.2 * len(compared), grid="x")
     for place, model in enumerate(compared):
-        change = model.beside[evaluator].emt
+        change = model.beside[evaluator]["emt"]
         if change.ratio is None or change.ratio_low is None:
             continue
         high = math.inf if change.ratio_high is None else change.ratio_high

@@ -8,7 +8,7 @@ The figures are those of `report/metrics.json` (`evaluation.figures`); intervals
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import matplotlib
 from ifguide.display import markdown_table, plain_markdown
 from ifguide.evaluation import benjamini_hochberg
 from ifguide.report.charts import RC, colours_of, evaluators_of, tradeoff
-from ifguide.report.figures import Beside, ClassFigures, Difference, Figure, ModelRow
+from ifguide.report.figures import ClassFigures, Difference, Figure, ModelRow
 from ifguide.report.text import p_value
 
 # value, low, high; of a ratio `high` alone is None where it has no upper bound
@@ -124,7 +124,7 @@ def _corrected(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _evaluator(label: ClassFigures, beside: Beside | None) -> Evaluator:
+def _evaluator(label: ClassFigures, beside: Mapping[str, Difference] | None) -> Evaluator:
     return Evaluator(
         name=label.name,
         emt=_values(label.emt),
@@ -132,7 +132,9 @@ def _evaluator(label: ClassFigures, beside: Beside | None) -> Evaluator:
         emt_ratio=_over_first(label.emt),
         tp_ratio=_over_first(label.tp),
         p_value=_p(label.emt),
-        beside=OverReference(emt_ratio=_ratios(beside.emt), tp_ratio=_ratios(beside.tp), p_value=beside.emt.p_value)
+        beside=OverReference(
+            emt_ratio=_ratios(beside["emt"]), tp_ratio=_ratios(beside["tp"]), p_value=beside["emt"].p_value
+        )
         if beside
         else None,
     )

@@ -121,19 +121,11 @@ class Made:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
-    """A model's EMT and TP less those of its reference, by one class."""
-
-    emt: Difference
-    tp: Difference
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelRow:
     """A model's figures; `sets[0]` is the set that the summary speaks of. Accuracies are in [0, 1].
 
     Where `made` says that it decodes another's weights, the fluency figures are those of that model. `beside`: class ->
-    the differences in EMT and TP from one more model, `reference`, on all prompts of the first set."""
+    `emt` and `tp` -> the difference from one more model, `reference`, on all prompts of the first set."""
 
     name: str
     sets: tuple[PromptSet, ...]
@@ -144,7 +136,7 @@ class ModelRow:
     benchmarks: dict[str, Figure] = field(default_factory=dict)  # of lm-evaluation-harness: "task, metric"
     made: Made = Made()
     reference: str | None = None
-    beside: dict[str, Beside] = field(default_factory=dict)
+    beside: dict[str, dict[str, Difference]] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -207,7 +199,7 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
                 made=how,
                 reference=reference["model"] if beside else None,
                 beside={
-                    label: Beside(**{kind: _difference(beside[kind][label]) for kind in ("emt", "tp")})
+                    label: {kind: _difference(by_class[label]) for kind, by_class in beside.items()}
                     for label in _below(beside, "emt")
                     if label in kinds_of
                 },

@@ -160,7 +160,7 @@ def corrections(models: Sequence[ModelRow]) -> dict[str, dict[float | None, floa
         gaps = [gap for model in models for own in model.sets if own.name == name for gap in own.gaps]
         tables[f"gaps of {name}"] = [f for gap in gaps for f in (gap.emt, gap.tp, gap.classes[0].mean)]
     families = {table: [f.difference for f in figures if f and f.difference] for table, figures in tables.items()}
-    families["beside"] = [change for model in models for own in model.beside.values() for change in (own.emt, own.tp)]
+    families["beside"] = [change for model in models for own in model.beside.values() for change in own.values()]
     families["differences"] = [difference for *_, difference in differences(models)]
     return {table: benjamini_hochberg(change.p_value for change in family) for table, family in families.items()}
 

@@ -29,10 +29,10 @@ from ifguide.artifacts import (
     json_digest,
     publish,
     read_manifest,
-    read_plan,
     require,
     write_json,
 )
+from ifguide.artifacts.manifest import read_plan
 from ifguide.config import ConfigError, Pretrain, to_yaml
 from ifguide.config.compare import SCORED, Dpo, Method, Rad
 from ifguide.config.methods import check_method
