@@ -174,7 +174,7 @@ def check_own_tokens(
     """Raises ValueError when the published weights of `model` are of other tokens than the tokenizer's: when its own
     tokenizer has another id for one, or another token of that id. A model without a tokenizer is taken as it is.
 
-    The error names the `key`, and says what to do: `remedy`, or None for to name the model's own tokenizer."""
+    The error names the `key`, and says what to do: `remedy`; None: name the model's own tokenizer."""
     assert model.source is not None
     own_ids = own_vocabulary(model.source, revision=model.revision)
     if own_ids is None:

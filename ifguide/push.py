@@ -27,6 +27,7 @@ from ifguide.artifacts.manifest import CONFIG
 from ifguide.config.sources import HUB_PREFIX
 from ifguide.evaluation.figures import FLUENCY_TITLES, METRICS
 from ifguide.evaluation.prompts import PROMPTS
+from ifguide.evaluation.subjects import OF_MODEL
 from ifguide.folders import EXPORT, MODEL
 from ifguide.storage import local_copy
 from ifguide.telemetry import log
@@ -76,7 +77,7 @@ def planned_upload(run_dir: Path, repo: str, *, model: str, report: str) -> Uplo
     if (evaluated / MANIFEST).exists():
         require_same(
             f"the model {model} of {evaluated}",
-            require(evaluated, "evaluate").inputs.get(f"model/{model}", "which it has not"),
+            require(evaluated, "evaluate").inputs.get(f"{OF_MODEL}{model}", "which it has not"),
             str(folder),
             manifest.fingerprint,
             "evaluate this model again, or name the folder of its report by --report",

@@ -33,7 +33,7 @@ from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.shards import StageError
 from ifguide.evaluation.generation import Guide, Sampling, decode, sample_tokens, token_lengths
 from ifguide.evaluation.prompts import PROMPTS
-from ifguide.evaluation.subjects import VERB, Evaluation, Prompts
+from ifguide.evaluation.subjects import OF_MODEL, VERB, Evaluation, Prompts
 from ifguide.storage import location, readable
 from ifguide.tokenizer import load_tokenizer, names_path
 
@@ -77,7 +77,7 @@ def _open(evaluation: Evaluation, model: str, name: str) -> Artifact:
         verb=VERB,
         options={"seed": evaluation.seed, VERB: sampled_options(evaluation.options)},
         inputs={
-            f"model/{model}": evaluation.models[model].fingerprint,
+            f"{OF_MODEL}{model}": evaluation.models[model].fingerprint,
             "prompts": prompts_digest(evaluation.sets[name]),
         },
         config_yaml=evaluation.config_yaml,

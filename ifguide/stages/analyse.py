@@ -16,7 +16,7 @@ from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.evaluation import Bootstrap
 from ifguide.evaluation.generations import takes_special_tokens
-from ifguide.evaluation.subjects import models_to_evaluate
+from ifguide.evaluation.subjects import OF_MODEL, models_to_evaluate
 from ifguide.influence.query_file import QUERIES, read_queries
 from ifguide.run import Run
 from ifguide.telemetry import log
@@ -45,7 +45,7 @@ def analyse(run: Run, *, dry_run: bool = False) -> Manifest | None:
     check_queries(options, run.config.evaluate.word_list, queries)
     probed = probe_texts(options, queries, seed) if "probes" in options.methods else []
     prompts = lens_prompts(options, run.config.evaluate, seed) if "lens" in options.methods else []
-    inputs = {f"model/{name}": fingerprint for name, (_, fingerprint) in models.items()}
+    inputs = {f"{OF_MODEL}{name}": fingerprint for name, (_, fingerprint) in models.items()}
     inputs |= {"query": query.fingerprint, **text_digests(options, prompts, probed)}
     inputs |= classifier_inputs({"evaluate.classifier": run.config.evaluate.classifier})
     artifact = run.open(run.analyses, VERB, inputs=inputs)
