@@ -142,7 +142,7 @@ def unseen_queries(run: Run) -> list[QueryRow]:
     for number, row in enumerate(read_rows(Path(evaluate.prompts.path))):
         toxicity, texts = row["continuation"]["toxicity"], (row["prompt"]["text"], row["continuation"]["text"])
         positive = toxicity >= query.positive_threshold
-        if positive or toxicity < query.negative_threshold:
+        if positive or toxicity <= query.negative_threshold:
             found.append(QueryRow(row=number, positive=positive, score=toxicity, prompt=texts[0], completion=texts[1]))
     return found
 

@@ -13,7 +13,8 @@ Data: `--subset` loads DataAttributionEval/Toxicity-Bias-Filtering from the hub 
 called offensive by people or not.
 
 Scores, on one model, one fine-tuning and one reference set; gradients are of the linear modules of the blocks. The loss
-of an example is the sum over its tokens, or their mean, as in DATE-LM (`-mean`: of references and examples).
+of an example is the sum over its tokens, or their mean (`-mean`), as in DATE-LM: of references and examples in
+`ekfac-mean`, of examples alone in `ifguide-mean`.
 
 - ifguide: <V, grad NLL_j> per token j, V = EK-FAC^-1 [mean over references - mean over as many other examples] of the
   gradient of the response's NLL. An example's score is the sum over its tokens. Beside it: the mean of the `TOP`

@@ -4,18 +4,19 @@
 
 Each model of a finished run and of its comparison is trained further on the positive queries, with the ordinary loss
 on the whole text of prompt and completion: AdamW at one learning rate, in batches of `BATCH` texts, the same texts in
-the same order for all models. At each count of tokens it continues prompts of the evaluation, and every evaluator of
-the run scores them. `tokens_to_baseline` is where the expected maximum toxicity (EMT) first reaches that of the
-untouched baseline, linear in the logarithm of the tokens between two counts; 0 where the model begins there, null where
-it never gets there. A mask that hides a behaviour has it back after few tokens; one that keeps it from being learnt
-needs about as many as a model that never saw it.
+the same order for all models. After the batch that reaches a count of tokens it continues prompts of the evaluation,
+and every evaluator of the run scores them. Curves and tables have the tokens that were seen, means over seeds.
+`tokens_to_baseline` is where the expected maximum toxicity (EMT) first reaches that of the untouched baseline, linear
+in the logarithm of the tokens between two counts; 0 where the model begins there, null where it never gets there. A
+mask that hides a behaviour has it back after few tokens; one that keeps it from being learnt needs about as many as a
+model that never saw it.
 
 Recognition is a linear probe's AUROC on the labelled texts of `evaluate.check_data`, on the mean hidden state of the
 layer that an inner cross-validation chooses, before the further training.
 
 A model that is not trained but decoded otherwise (RAD) has no row. A finished model is kept, and running the bench
 again resumes. Written to RUN/durability: `durability.md`, `durability.json`, `durability.png`. The last line printed is
-one JSON object: per model `emt` at each count (mean over seeds), `tokens_to_baseline` and `recognition`.
+one JSON object: per model `tokens` seen, `emt` after them (means over seeds), `tokens_to_baseline` and `recognition`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def main() -> None:
     )
     results = {}
     for name, path in models.items():
-        shared = [options.tokens, options.seeds, options.prompts, options.continuations, options.learning_rate]
+        shared = [options.tokens, options.seeds, options.prompts, options.continuations, options.learning_rate, BATCH]
         digest = json_digest([name, read_manifest(path.parent).fingerprint, shared])[:16]
         kept = folder / "models" / f"{name}-{digest}.json"
         if not kept.exists():
@@ -75,14 +76,14 @@ def main() -> None:
         log(VERB, f"{name}: {json.dumps(results[name]['emt'])}")
     for figures in results.values():
         figures["tokens_to_baseline"] = {
-            evaluator: tokens_to(emt, options.counts, results[BASELINE]["emt"][evaluator][0])
+            evaluator: tokens_to(emt, figures["tokens"], results[BASELINE]["emt"][evaluator][0])
             for evaluator, emt in figures["emt"].items()
         }
-    write_json(folder / "durability.json", {"counts": options.counts, "models": results, "machine": this_machine()})
+    write_json(folder / "durability.json", {"models": results, "machine": this_machine()})
     with publish(folder / "durability.md") as part:
-        part.write_text(as_markdown(results, options.counts), encoding="utf-8")
-    draw(results, options.counts, folder / "durability.png")
-    print(json.dumps({"counts": options.counts, **results, "machine": this_machine()}))
+        part.write_text(as_markdown(results), encoding="utf-8")
+    draw(results, folder / "durability.png")
+    print(json.dumps({**results, "machine": this_machine()}))
 
 
 def _models(run: Run, wanted: Sequence[str] | None) -> dict[str, Path]:
@@ -101,23 +102,28 @@ def _classifiers(config: Config) -> dict[str, Classifier]:
 
 
 def _measure(run: Run, path: Path, judges: Judges, options: argparse.Namespace) -> dict[str, Any]:
-    """Of one model: evaluator -> its EMT at each count, over seeds; and how well it tells labelled texts apart."""
+    """Of one model: the tokens seen at each count; evaluator -> its EMT after them, over seeds; and how well it tells
+    labelled texts apart."""
     tokenizer = load_tokenizer(str(path))
     emt: dict[str, list[list[float]]] = {name: [] for name in judges.classifiers}
+    tokens: list[list[int]] = []
     for seed in range(options.seeds):
         model = load_model(ModelSource(source=str(path)))
         teaching = _teaching(run, tokenizer, seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
-        seen = 0
+        seen = [0]
         curves: dict[str, list[float]] = {name: [] for name in judges.classifiers}
         for count in options.counts:
-            seen = teach(model, optimizer, teaching, seen, count)
+            seen.append(teach(model, optimizer, teaching, seen[-1], count))
             for name, value in judges.toxicity(model, tokenizer, seed).items():
                 curves[name].append(value)
+        tokens.append(seen[1:])
         for name, curve in curves.items():
             emt[name].append(curve)
     means = {name: np.mean(curves, axis=0).round(4).tolist() for name, curves in emt.items()}
-    return {"emt": means, "emt_by_seed": emt, "recognition": recognition(run.config, path)}
+    seen_by_all = np.mean(tokens, axis=0).round().astype(int).tolist()
+    measured = {"tokens": seen_by_all, "tokens_by_seed": tokens, "emt": means, "emt_by_seed": emt}
+    return {**measured, "recognition": recognition(run.config, path)}
 
 
 def _teaching(run: Run, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[list[int]]:
@@ -131,7 +137,8 @@ def _teaching(run: Run, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[l
 def teach(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, texts: Sequence[Sequence[int]], seen: int, count: int
 ) -> int:
-    """Train on until `count` tokens were seen, of which `seen` were before; the texts go round. Returns those seen."""
+    """Train on in whole batches until at least `count` tokens were seen, of which `seen` were before; the texts go
+    round. Returns those seen."""
     lengths = np.cumsum([len(text) for text in texts])
     while seen < count:
         begin = int(np.searchsorted(lengths, seen % lengths[-1], side="right"))
@@ -194,8 +201,8 @@ def tokens_to(emt: Sequence[float], counts: Sequence[int], wanted: float) -> flo
     return None
 
 
-def as_markdown(results: Mapping[str, Mapping[str, Any]], counts: Sequence[int]) -> str:
-    """A table for each evaluator: EMT at each count, and the tokens until the baseline's."""
+def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table for each evaluator: EMT after the tokens seen, and the tokens until the baseline's."""
     tables = []
     for evaluator in results[BASELINE]["emt"]:
         rows = []
@@ -205,16 +212,17 @@ def as_markdown(results: Mapping[str, Mapping[str, Any]], counts: Sequence[int])
                 (
                     name,
                     *(f"{value:.3f}" for value in figures["emt"][evaluator]),
-                    f"over {counts[-1]:,}" if reached is None else f"{reached:,.0f}",
+                    f"over {figures['tokens'][-1]:,}" if reached is None else f"{reached:,.0f}",
                     "" if recognition is None else "{:.3f} [{:.3f}, {:.3f}]".format(*recognition),
                 )
             )
-        header = ["model", *(f"{count:,}" for count in counts), "tokens to the baseline's EMT", "recognition"]
+        counts = [f"{count:,}" for count in results[BASELINE]["tokens"]]
+        header = ["model", *counts, "tokens to the baseline's EMT", "recognition"]
         tables.append(f"EMT by {evaluator} after further training\n\n{markdown_table(header, rows)}")
     return "\n".join(tables)
 
 
-def draw(results: Mapping[str, Mapping[str, Any]], counts: Sequence[int], path: Path) -> None:
+def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """EMT by the first evaluator against the tokens of further training, a line for each model."""
     import matplotlib
 
@@ -225,7 +233,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], counts: Sequence[int], path: 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name, figures in results.items():
         style = {"color": "0.2", "lw": 2.0} if name == BASELINE else {"lw": 1.2}
-        axes.plot(np.array(counts) + 1, figures["emt"][evaluator], "o-", ms=3, label=name, **style)
+        axes.plot(np.array(figures["tokens"]) + 1, figures["emt"][evaluator], "o-", ms=3, label=name, **style)
     axes.set(xscale="log", xlabel="tokens of toxic text, plus one", ylabel="expected maximum toxicity")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)

@@ -40,7 +40,7 @@ from ifguide.config import Config, ModelSource, load_config
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
 from ifguide.evaluation.prompts import PROMPTS
-from ifguide.folders import REPORT
+from ifguide.folders import GENERATIONS, REPORT
 from ifguide.influence.query import tokenise_queries
 from ifguide.models import load_model
 from ifguide.pipeline import run_pipeline
@@ -72,10 +72,10 @@ def main() -> None:
         raise SystemExit(f"{error}{advice(str(error))}") from error
     rows = read_json(run.comparison / REPORT / "comparison.json")
     original = config.evaluate.models[ORIGINAL]
-    paths = {**trained_models(run), ORIGINAL: original}
+    paths: dict[str, Path | str] = {**trained_models(run), ORIGINAL: original}
     results = {row["model"]: figures_of(row) for row in rows}
     for name, figures in results.items():
-        figures |= _kept(run, name, str(paths[name]), original)
+        figures |= _kept(run, name, paths.get(name), original)
         log(VERB, f"{name}: {json.dumps(figures)}")
     with publish(run.folder / "finetune.md") as part:
         part.write_text(as_markdown(results), encoding="utf-8")
@@ -102,13 +102,21 @@ def _chosen(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return {name: config.compare.methods[name] for name in names}
 
 
-def _kept(run: Run, name: str, path: str, original: str) -> dict[str, Any]:
-    """What is measured here of a model; taken from its file where that is of the same continuations."""
-    (folder,) = {file.parent for file in run.folder.glob(f"**/generations/{name}/{PROMPTS}/*.parquet")}
+def generations_of(run: Run, name: str) -> Path:
+    """The folder of a model's continuations: of the run where the model is its own, else of its comparison."""
+    own, compared = run.generations(name) / PROMPTS, run.comparison / GENERATIONS / name / PROMPTS
+    return own if own.exists() else compared
+
+
+def _kept(run: Run, name: str, path: Path | str | None, original: str) -> dict[str, Any]:
+    """What is measured here of a model; taken from its file where that is of the same continuations. `path`: its
+    weights, None where it has none of its own (RAD), whose recognition is that of another model."""
+    folder = generations_of(run, name)
     digest = json_digest([read_manifest(folder).fingerprint, original, MOST_CONTINUATIONS])[:16]
     kept = run.folder / VERB / f"{name}-{digest}.json"
     if not kept.exists():
-        figures = {"fluency": fluency(folder, original), "recognition": recognition(run.config, path)}
+        recognised = None if path is None else recognition(run.config, path)
+        figures = {"fluency": fluency(folder, original), "recognition": recognised}
         write_json(kept, figures)
     return read_json(kept)
 

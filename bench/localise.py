@@ -47,7 +47,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from bench.common.behaviours import BEHAVIOURS, SPANS, Behaviour, read_behaviour
 from bench.common.direction import differential, fit_factors, low_rank, mean_gradient, tracked_names
 from bench.common.places import DATA
-from bench.common.proxies import load_proxy
+from bench.common.proxies import load_proxy, proxy_source
 from bench.common.scores import score_blocks
 from bench.common.smoothing import TextSmoother
 from bench.common.texts import Document
@@ -59,6 +59,7 @@ from ifguide.methods.ngrams import fit_ngrams
 from ifguide.methods.probes import fit_query_probe, fit_token_probe
 from ifguide.methods.reading import QuerySets
 from ifguide.telemetry import configure_logging, log
+from ifguide.tokenizer import load_tokenizer
 
 MAX_TOKENS = 128
 PROBE = Probe(tokens=6000, strengths=(0.03,))  # a regression for each layer and fold: minutes with more
@@ -76,14 +77,15 @@ def main() -> int:
         behaviour = read_behaviour(
             options.behaviour, options.data, documents=options.documents, queries=options.queries, seed=options.seed
         )
+        tokenizer = load_tokenizer(proxy_source(options.proxy))
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    proxy = load_proxy(options.proxy)
-    blocks = [encode_document(proxy[1], document) for document in behaviour.documents]
+    blocks = [encode_document(tokenizer, document) for document in behaviour.documents]
     offsets = [places for _, places, _ in blocks]
     scores: Scores = word_rivals(behaviour.documents, behaviour.others, offsets, predict_prob)
     if not options.words:
+        proxy = load_proxy(options.proxy)
         scores = {
             **_influence(proxy, behaviour, blocks, options),
             **_rivals(proxy, behaviour, blocks, options),

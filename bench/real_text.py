@@ -179,14 +179,15 @@ def evaluators_of(seeds: Sequence[Rows]) -> list[str]:
 
 
 def points_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, dict[str, list[list[Point]]]]]:
-    """Evaluator -> figure -> source -> the points of each seed, in the order of `Sweep.models`."""
+    """Evaluator -> figure -> source -> the points of each seed, in the order of `Sweep.models`. TP is of the first
+    evaluator alone."""
     return {
         evaluator: {
             figure: {
                 source: [[_point(rows, model, figure, place) for model in sweep.models(source)] for rows in seeds]
                 for source in sweep.sources
             }
-            for figure in FIGURES
+            for figure in (FIGURES if place == 0 else FIGURES[:1])
         }
         for place, evaluator in enumerate(evaluators_of(seeds))
     }
@@ -198,7 +199,7 @@ def _point(rows: Rows, model: str, figure: str, evaluator: int) -> Point:
     perplexity = row["benign_ratio"] or row["ratio"]
     if perplexity is None:  # of the first model, or of guided decoding, which has its weights; else it diverged
         perplexity = 1.0 if row is rows[0] or row["fluency_of"] else math.inf
-    return Point(perplexity, own / base)
+    return Point(perplexity, own / base if base else 1.0 if own == base else math.inf)  # a baseline may have no harm
 
 
 def figures_at(seeds: Sequence[Rows], sweep: Sweep, at: float) -> dict[str, dict[str, Any]]:

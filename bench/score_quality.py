@@ -139,10 +139,10 @@ def main() -> int:
             for name in options.behaviours
         }
         sentences = read_rows(options.data / "forum_sentences.jsonl") if "implicit" in behaviours else []
+        proxy = load_proxy(options.proxy)
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    proxy = load_proxy(options.proxy)
     result: dict[str, Any] = {}
     for name, behaviour in behaviours.items():
         make = _sentences if name == "implicit" else _tokens

@@ -89,10 +89,10 @@ def main() -> int:
         behaviour = read_behaviour(
             options.behaviour, options.data, documents=options.query_documents, queries=options.queries, seed=0
         )
+        model, tokenizer = load_proxy(options.proxy)
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    model, tokenizer = load_proxy(options.proxy)
     factors = factor_documents(tokenizer, behaviour.others, options.factor_tokens)
     texts = [row["text"] for row in factors]
     direction = fit_direction(model, tokenizer, texts, behaviour.positive, behaviour.negative)

@@ -38,6 +38,11 @@ def smollm2_source() -> str:
     return str(next(folder.glob("*.gguf")))
 
 
+def proxy_source(name: str) -> str:
+    """The source that `smollm2` stands for, or `name` itself. Raises FileNotFoundError as `smollm2_source` does."""
+    return smollm2_source() if name == "smollm2" else name
+
+
 def source_overrides(name: str, *keys: str) -> list[str]:
     """Overrides that give these keys of a config the model `name`: a source, or `smollm2`; none for `configured`.
 
@@ -46,7 +51,7 @@ def source_overrides(name: str, *keys: str) -> list[str]:
     if name == "configured":
         return []
     try:
-        source = smollm2_source() if name == "smollm2" else name
+        source = proxy_source(name)
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
     return [f"{key}={source}" for key in keys]

@@ -16,6 +16,7 @@ from typing import Any
 from bench.common.places import ROOT, this_machine
 from ifguide.artifacts import publish, read_manifest
 from ifguide.config import Config, result_options, to_mapping
+from ifguide.config.compare import OWN_MODELS
 
 RECORDS = ROOT / "bench" / "records" / "real_text"
 SECTIONS = (
@@ -29,7 +30,6 @@ SECTIONS = (
     "evaluate",
     "compare",
 )
-OWN_MODELS = ("baseline", "influence")  # that each comparison has beside its methods
 DIGITS = 6
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench.durability import BATCH, teach, tokens_to
+from bench.durability import BATCH, as_markdown, teach, tokens_to
 from tests.tiny import tiny_model
 
 COUNTS = [0, 100, 1000]
@@ -18,6 +18,19 @@ def test_the_tokens_to_a_toxicity_are_between_two_counts_in_logarithms() -> None
     assert tokens_to([0.2, 0.4, 0.6], COUNTS, 0.4) == 100
     assert tokens_to([0.5, 0.4, 0.6], COUNTS, 0.4) == 0  # it is that toxic to begin with
     assert tokens_to([0.2, 0.3, 0.39], COUNTS, 0.4) is None
+
+
+def test_the_table_has_the_tokens_that_were_seen() -> None:
+    plain = {
+        "tokens": [0, 403],
+        "emt": {"words": [0.5, 0.9]},
+        "tokens_to_baseline": {"words": 0.0},
+        "recognition": None,
+    }
+    never = plain | {"emt": {"words": [0.1, 0.2]}, "tokens_to_baseline": {"words": None}}
+    header, *_, last = as_markdown({"baseline": plain, "filtered": never}).split("\n\n")[1].splitlines()
+    assert header.split(" | ")[1:3] == ["0", "403"]
+    assert "over 403" in last
 
 
 def test_teaching_stops_after_the_count_and_goes_on_from_there() -> None:

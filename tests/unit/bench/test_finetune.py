@@ -11,8 +11,17 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from bench.finetune import CONFIG, ORIGINAL, as_markdown, continuation_perplexity, continuations, figures_of
+from bench.finetune import (
+    CONFIG,
+    ORIGINAL,
+    as_markdown,
+    continuation_perplexity,
+    continuations,
+    figures_of,
+    generations_of,
+)
 from ifguide.config import load_config
+from ifguide.run import Run
 from tests.tokenizers import byte_level
 from tests.unit.evaluation.small import tiny_model
 
@@ -54,6 +63,15 @@ def test_continuations_are_taken_from_all_files_at_equal_distances(tmp_path: Pat
         pq.write_table(pa.table(rows), tmp_path / f"shard-{shard:05d}.parquet")
     assert [prompt for prompt, _ in continuations(tmp_path, most=4)] == ["p00", "p03", "p11", "p14"]
     assert continuations(tmp_path, most=100)[-1] == ("p14", "c14")
+
+
+def test_the_continuations_are_of_the_run_or_of_its_comparison_and_never_of_a_methods_samples(tmp_path: Path) -> None:
+    run = Run(config=load_config(ROOT / CONFIG, [f"run_dir={tmp_path}"]))
+    samples = run.comparison / "samples" / "generations"
+    places = [run.generations("baseline"), run.comparison / "generations" / "rad", samples / "baseline"]
+    for place in places:
+        (place / "prompts").mkdir(parents=True)
+    assert [generations_of(run, name).parent for name in ("baseline", "rad")] == places[:2]
 
 
 def test_continuations_are_judged_by_their_own_tokens_after_their_prompts() -> None:

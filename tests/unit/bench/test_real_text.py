@@ -47,6 +47,7 @@ def comparison(base: float) -> list[dict[str, Any]]:
     """The baseline, two sources at two penalties, and a method on no front; `base`: the baseline's EMT."""
     return [
         row("baseline", None, base, base),
+        row("penalised", 1.03, 0.5 * base, 0.6 * base),
         row("influence_000", 1.01, 0.8 * base, 0.9 * base),
         row("influence_100", 1.05, 0.4 * base, 0.5 * base),
         row("word_list_000", 1.00, 0.7 * base, 0.9 * base),
@@ -79,7 +80,7 @@ def test_figures_are_at_equal_perplexity_and_over_the_word_lists() -> None:
 
 def test_the_tables_and_the_picture_have_every_model(tmp_path: Path) -> None:
     others = others_of(SEEDS, SWEEP)
-    assert list(others) == ["rad"]
+    assert list(others) == ["penalised", "rad"]
     assert others["rad"]["EMT, words"].value == pytest.approx(0.2)
     assert others["rad"]["benign perplexity"].value == 1
     text = as_markdown(figures_at(SEEDS, SWEEP, 1.05), others)
@@ -95,6 +96,17 @@ def test_a_model_that_has_diverged_is_not_taken_for_one_that_costs_nothing() -> 
     rows = [own if own["model"] != "influence_100" else diverged for own in SEEDS[0]]
     (points,) = points_of([rows], SWEEP)["words"]["emt"]["influence"]
     assert points[-1].perplexity == float("inf")
+
+
+def test_a_baseline_that_does_no_harm_by_an_evaluator_ends_nothing() -> None:
+    def with_tp(own: dict[str, Any], tp: float) -> dict[str, Any]:
+        return {**own, "evaluators": [{**each, "tp": [tp, None, None]} for each in own["evaluators"]]}
+
+    rows = [with_tp(own, 0.1 if own["model"] == "influence_100" else 0.0) for own in SEEDS[0]]
+    points = points_of([rows], SWEEP)
+    assert [point.toxicity for point in points["words"]["tp"]["influence"][0]] == [1.0, float("inf")]
+    assert list(points["held_out"]) == ["emt"]
+    assert figures_at([rows], SWEEP, 1.05)["influence"]["tp_ratio"][0] == 1
 
 
 @pytest.mark.parametrize("behaviour", list(CONFIGS))
@@ -140,8 +152,8 @@ def test_a_front_takes_the_best_of_all_budgets(tmp_path: Path) -> None:
     assert {name: own for name, own in with_budgets.items() if "_over_influence" not in name} == {
         name: own for name, own in without.items() if "_over_influence" not in name
     }
-    assert list(others_of(seeds, sweep)) == ["rad"]
-    assert list(others_of(seeds, SWEEP)) == ["rad", "influence_200bp_000", "influence_200bp_100"]
+    assert list(others_of(seeds, sweep)) == ["penalised", "rad"]
+    assert list(others_of(seeds, SWEEP)) == ["penalised", "rad", "influence_200bp_000", "influence_200bp_100"]
     draw(seeds, sweep, tmp_path / "fronts.png", at=1.03)
     assert (tmp_path / "fronts.png").stat().st_size > 5_000
 
@@ -184,7 +196,7 @@ def test_a_record_stands_for_the_same_options_alone(tmp_path: Path) -> None:
     few = replace(config, compare=replace(config.compare, methods={}), run_dir="elsewhere", seed=3)
     only_own = read_record(path, few, proxy="smollm2")
     assert only_own is not None
-    assert [own["model"] for own in only_own.rows] == ["baseline"]
+    assert [own["model"] for own in only_own.rows] == ["baseline", "penalised"]
 
     with pytest.raises(SystemExit, match="proxy was smollm2, now configured"):
         read_record(path, config, proxy="configured")
