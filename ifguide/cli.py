@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ifguide {options.command}: {missing}", file=sys.stderr)
         return 1
     except Exception as error:
-        from ifguide.distributed.shards import StageError
+        from ifguide.distributed.tasks import StageError
 
         if interrupts.requested():  # it ended something that fails now
             return _interrupted(options.command, error)
