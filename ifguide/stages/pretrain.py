@@ -365,7 +365,7 @@ def train_loop(given: dict[str, TrainingSettings]) -> None:
     except SAME_AGAIN as error:
         # else it may be storage that failed, or another worker, which takes the process group with it
         if torch.distributed.is_initialized() and not isinstance(error.__cause__, OSError):
-            failure.write_text(str(error))
+            failure.write_text(redact(str(error)))
         raise
 
 
