@@ -9,6 +9,7 @@ from typing import Any
 
 from ifguide import artifacts
 from ifguide.artifacts.manifest import read_plan
+from ifguide.artifacts.reading import is_trained
 from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
 from ifguide.corpus.tables import TOKENIZER
 from ifguide.folders import (
@@ -167,6 +168,12 @@ class Run:
         if self.config.proxy_is_baseline:
             return ModelSource(source=str(self.model(BASELINE) / EXPORT))
         return self.config.proxy
+
+    @property
+    def proxy_is_trained(self) -> bool:
+        """Whether `pretrain` makes the proxy, in this run or another."""
+        source = self.config.proxy.source
+        return self.config.proxy_is_baseline or (source is not None and is_trained(source))
 
     def require_proxy(self) -> None:
         """Refuse to go on when the proxy should be this run's baseline and that is not there."""
