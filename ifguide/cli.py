@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ifguide {options.command}: {missing}", file=sys.stderr)
         return 1
     except Exception as error:
-        from ifguide.distributed.shards import StageError
+        from ifguide.distributed.tasks import StageError
 
         if interrupts.requested():  # it ended something that fails now
             return _interrupted(options.command, error)
@@ -127,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(function=commands.inspect)
     export = command("export-scores", "a run's token scores in kronfluence's own format")
     export.add_argument("run_dir", type=commands.place)
-    export.add_argument("out", type=Path, help="folder of a kronfluence analysis; scores_NAME is made in it")
+    export.add_argument(
+        "out", type=commands.local_path, help="folder of a kronfluence analysis; scores_NAME is made in it"
+    )
     export.add_argument("--name", default="ifguide", help="what kronfluence knows the scores by (default ifguide)")
     export.add_argument(
         "--behaviour", default=OWN, help="one of the behaviours scored (default: own, the run's own query)"
@@ -168,7 +170,12 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument(
         "--from", dest="base", metavar="NAME", help="extend a packaged config; `ifguide config` lists them"
     )
-    init.add_argument("--out", type=Path, default=Path("ifguide.yaml"), help="the file to write (default ifguide.yaml)")
+    init.add_argument(
+        "--out",
+        type=commands.local_path,
+        default=Path("ifguide.yaml"),
+        help="the file to write (default ifguide.yaml)",
+    )
     init.set_defaults(function=commands.init)
     keys = command("config", "the keys of a config: type, default, bounds, meaning")
     keys.add_argument("key", nargs="?", metavar="SECTION[.KEY]", help="default: the sections")
@@ -246,7 +253,9 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fetch_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=FOLDER, help=f"the folder to make (default {FOLDER})")
+    parser.add_argument(
+        "--out", type=commands.local_path, default=FOLDER, help=f"the folder to make (default {FOLDER})"
+    )
     parser.add_argument("--from", dest="source", type=Path, help="folder of originals or of made files: no download")
     parser.add_argument("--dry-run", action="store_true", help="list files, origins and licences; fetch nothing")
     parser.set_defaults(function=commands.fetch_data)

@@ -33,6 +33,17 @@ def place(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def local_path(text: str) -> Path:
+    """The path of what is made on this machine alone.
+
+    Raises:
+        ArgumentTypeError: it is remote.
+    """
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: it is made on this machine; name a local path, and copy it then")
+    return Path(text)
+
+
 def _load(options: argparse.Namespace) -> Config:
     address = [f"cluster.address={options.address}"] if getattr(options, "address", None) else []
     return load_config(options.config, [*options.overrides, *address])
@@ -151,9 +162,10 @@ def explain(options: argparse.Namespace) -> int:
 
 def demo(options: argparse.Namespace) -> int:
     """The made corpus, and everything on it; prints the figures."""
-    from ifguide.demo.pipeline import make_data, run_demo
+    from ifguide.demo.pipeline import data_folder, make_data, run_demo
 
     config = load_config(options.config, options.overrides)
+    data_folder(config)  # refuses a place where none can be made, before it is held
     if options.dry_run:
         print(to_yaml(config))
         return 0

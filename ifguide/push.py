@@ -24,6 +24,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ifguide.artifacts import MANIFEST, require, require_same, verified
 from ifguide.artifacts.manifest import CONFIG
+from ifguide.config import redact
 from ifguide.config.sources import HUB_PREFIX
 from ifguide.evaluation.figures import FLUENCY_TITLES, METRICS
 from ifguide.evaluation.prompts import PROMPTS
@@ -72,7 +73,7 @@ def planned_upload(run_dir: Path, repo: str, *, model: str, report: str) -> Uplo
         str(PurePosixPath(path).relative_to(EXPORT)): local_copy(verified(folder, path))
         for path in manifest.names(f"{EXPORT}/*")
     }
-    card = files.pop(CARD).read_text(encoding="utf-8")
+    card = redact(files.pop(CARD).read_text(encoding="utf-8"))  # those of before may hold credentials
     evaluated = run_dir / report
     if (evaluated / MANIFEST).exists():
         require_same(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ifguide import artifacts
-from ifguide.artifacts.manifest import read_plan
+from ifguide.artifacts.reading import is_trained
 from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
 from ifguide.corpus.tables import TOKENIZER
 from ifguide.folders import (
@@ -46,6 +46,7 @@ RESULT_KEYS: dict[str, tuple[str, ...]] = {  # what the result of a verb depends
     "evaluate": ("evaluate", "seed"),
     "analyse": ("analyse", "evaluate", "seed"),
 }
+OF_MASKED = ("objective", "penalty")  # of `pretrain`: what a training without a mask does not read
 TRAINED = "trained"  # the name in a plan of a tokenizer that is trained on the corpus
 
 
@@ -153,12 +154,7 @@ class Run:
         were made before had its path."""
         if self.config.pack_corpus.train_tokenizer is None:
             return self.tokenizer_source
-        options: dict[str, Any] = {}
-        if (self.corpus / artifacts.MANIFEST).exists():
-            options = artifacts.read_manifest(self.corpus).options
-        elif (self.corpus / artifacts.PLAN).exists():
-            options = read_plan(self.corpus)["options"]
-        name = str(options.get("tokenizer"))
+        name = str(artifacts.made_from(self.corpus)["options"].get("tokenizer"))
         return name if name.endswith(f"/corpus/{TOKENIZER}") else TRAINED
 
     @property
@@ -168,6 +164,12 @@ class Run:
             return ModelSource(source=str(self.model(BASELINE) / EXPORT))
         return self.config.proxy
 
+    @property
+    def proxy_is_trained(self) -> bool:
+        """Whether `pretrain` makes the proxy, in this run or another."""
+        source = self.config.proxy.source
+        return self.config.proxy_is_baseline or (source is not None and is_trained(source))
+
     def require_proxy(self) -> None:
         """Refuse to go on when the proxy should be this run's baseline and that is not there."""
         if self.config.proxy_is_baseline:
@@ -176,7 +178,13 @@ class Run:
     def options(self, verb: str) -> dict[str, Any]:
         """The options of the config that the result of a verb depends on, as its artifact records them."""
         options = result_options(self.config, RESULT_KEYS[verb])
-        return {**options, "tokenizer": self.planned_tokenizer} if verb == "pack_corpus" else options
+        if verb == "pack_corpus":
+            options["tokenizer"] = self.planned_tokenizer
+        elif verb == "pretrain" and not self.config.pretrain.use_mask:
+            made = artifacts.made_from(self.made_by(verb))["options"].get(verb, {})  # of before: the whole section
+            options[verb] = {key: value for key, value in options[verb].items() if key not in OF_MASKED}
+            options[verb] |= {key: made[key] for key in OF_MASKED if key in made}
+        return options
 
     def open(
         self,

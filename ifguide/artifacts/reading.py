@@ -49,12 +49,17 @@ def verify_folder(folder: Path, *, leave_out: str = "") -> None:
     Raises:
         ValueError: a file is gone, or has changed since it was made.
     """
-    artifact = folder.parent
-    if not all((artifact / name).exists() for name in (MANIFEST, CONFIG)):  # others' folders have manifests, too
-        return
-    for name in _manifest(artifact).names(f"{folder.name}/*"):
+    manifest = _manifest_around(folder)
+    for name in manifest.names(f"{folder.name}/*") if manifest else ():
         if not (leave_out and fnmatch.fnmatch(name, leave_out)):
-            verified(artifact, name)
+            verified(folder.parent, name)
+
+
+def is_trained(source: str) -> bool:
+    """Whether `pretrain` has made the model of that name, in whatever run: it has read documents joined by EOS, and no
+    other special token of its tokenizer's."""
+    manifest = _manifest_around(location(source))
+    return manifest is not None and manifest.verb == "pretrain"
 
 
 def verify_digest(path: Path, sha256: str, verb: str) -> Path:
@@ -76,6 +81,14 @@ def damaged_files(folder: Path, files: Mapping[str, FileEntry]) -> dict[str, str
         except ValueError:
             reasons[name] = "has changed" if path.exists() else "is gone"
     return reasons
+
+
+def _manifest_around(folder: Path) -> Manifest | None:
+    """The manifest of the finished artifact that a folder lies in; None where it lies elsewhere."""
+    artifact = folder.parent
+    if not all((artifact / name).exists() for name in (MANIFEST, CONFIG)):  # others' folders have manifests, too
+        return None
+    return _manifest(artifact)
 
 
 def _manifest(folder: Path) -> Manifest:

@@ -97,7 +97,7 @@ class Pretrain:
         train_tokenizer: train the target's tokenizer of this many tokens on the documents.
         objective: what masked tokens carry.
         penalty: lambda, which multiplies it. The paper has kind `penalty` and 1.
-        init_from: a published model to go on from. Null: random weights.
+        init_from: a published model to go on from, on the hub that of `target.revision`. Null: random weights.
         lora: train adapters of `init_from` instead of all its weights, for models that do not fit otherwise.
         epochs: passes over the corpus.
         batch_blocks: blocks of a step, over all workers; a multiple of `workers` times `micro_batch_blocks`.

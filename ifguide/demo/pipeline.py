@@ -8,16 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from ifguide.artifacts import read_manifest
-from ifguide.config import Config
+from ifguide.config import Config, ConfigError
 from ifguide.demo.baselines import INSULT_WORDS
 from ifguide.demo.generate import generate_demo
 from ifguide.pipeline import run_pipeline
-from ifguide.storage import location
+from ifguide.storage import is_remote, location
+
+
+def data_folder(config: Config) -> Path:
+    """Where the demo's data lie: in its run directory.
+
+    Raises:
+        ConfigError: that is remote.
+    """
+    folder = location(config.run_dir)
+    if is_remote(folder):
+        raise ConfigError(
+            f"run_dir: the demo makes its data on this machine, not in {config.run_dir}; name a local folder. A run on"
+            " data that is there already may be remote: `ifguide run`"
+        )
+    return folder / "data"
 
 
 def make_data(config: Config) -> Path:
     """Make the corpus, prompts and tokenizer of the config's seed in its run directory."""
-    folder = Path(config.run_dir) / "data"
+    folder = data_folder(config)
     generate_demo(folder, seed=config.seed)
     return folder
 

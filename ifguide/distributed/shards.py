@@ -33,7 +33,7 @@ from ifguide.config.resources import WorkerResources
 from ifguide.distributed.ledger import LEDGER, Entry, Failure, finished_entries, forget, unfinished_attempts
 from ifguide.distributed.metrics import stage_progress
 from ifguide.distributed.pool import Pool, work_off
-from ifguide.distributed.tasks import run_tasks
+from ifguide.distributed.tasks import StageError, reason_of, run_tasks
 from ifguide.distributed.worker import Shard, Worker, WorkerSource
 from ifguide.storage import make_folder
 from ifguide.telemetry import Progress, log
@@ -46,10 +46,6 @@ Work = TypeVar("Work", bound=Shard)
 SHOWN_FAILURES = 20
 CHECKED_AT_ONCE = 64  # shards: a task each would take longer to start than to read
 CHECK_RESOURCES = WorkerResources(gpus=0.0)
-
-
-class StageError(RuntimeError):
-    """Shards that failed after all their attempts; the message names each with its reason."""
 
 
 def run_shards(
@@ -186,7 +182,7 @@ def _run_rounds(
                 for entry in entries:
                     progress.advance(tally.add(entry), **tally.counts())
         except ray.exceptions.RayError as error:
-            reason = _reason(error)
+            reason = reason_of(error)
             if tally.ended == before:
                 raise StageError(f"{verb}: no worker could be started: {reason}") from error
             log(verb, f"a worker is lost for good ({reason}); the shards left go to new ones", level=logging.WARNING)
@@ -195,9 +191,3 @@ def _run_rounds(
             raise StageError(f"{verb}: no result for {len(left)} shards, among them {left[0].key}")
         todo = left
     progress.publish(**tally.counts())
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of a remote error, which names the exception; of a process that died, the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error: " in line), lines[0] if lines else repr(error))

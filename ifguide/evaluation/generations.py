@@ -25,17 +25,17 @@ from ifguide.artifacts import (
     json_digest,
     open_artifact,
     publish,
-    read_manifest,
     require,
 )
+from ifguide.artifacts.reading import is_trained
 from ifguide.config import Evaluate
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.shards import StageError
 from ifguide.evaluation.generation import Guide, Sampling, decode, sample_tokens, token_lengths
 from ifguide.evaluation.prompts import PROMPTS
 from ifguide.evaluation.subjects import OF_MODEL, VERB, Evaluation, Prompts
-from ifguide.storage import location, readable
-from ifguide.tokenizer import load_tokenizer, names_path
+from ifguide.storage import readable
+from ifguide.tokenizer import load_tokenizer
 
 OPTIONS = ("continuations", "max_new_tokens", "top_p", "temperature", "prompts_per_shard", "batch_size", "dtype")
 
@@ -109,10 +109,7 @@ def takes_special_tokens(config: Evaluate, model: str) -> bool:
     """Whether a model's texts get its tokenizer's special tokens, as those that `evaluate.models` were trained on did.
     The run's own models, and those that another run trained, have read documents joined by EOS."""
     source = config.models.get(model)
-    if source is None:
-        return False
-    made = location(source).parent if names_path(source) else None
-    return made is None or not (made / MANIFEST).exists() or read_manifest(made).verb != "pretrain"
+    return source is not None and not is_trained(source)
 
 
 def prompts_digest(prompts: Prompts) -> str:

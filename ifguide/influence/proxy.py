@@ -59,7 +59,8 @@ class Beginning:
 
     @classmethod
     def of(cls, tokenizer: Any, *, is_baseline: bool, of_documents: bool = False) -> Beginning:
-        """What the tokenizer puts before a text. The run's own plain model is trained on blocks alone, without."""
+        """What the tokenizer puts before a text. A run's own plain model, this one's or another's, is trained on blocks
+        alone, without."""
         return cls(None if is_baseline else beginning_token(tokenizer), of_documents)
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ifguide.config import Config, ConfigError, Pretrain
+from ifguide.config.pretrain import check_pretrain
 from ifguide.folders import BASELINE, CORPUS, PENALISED, TARGET
 from ifguide.hardware import Hardware, hardware
 from ifguide.planning.command import planned_hardware, planned_tokens
@@ -115,9 +116,7 @@ def _remedy(plan: PretrainPlan) -> dict[str, Any] | None:
         attempts.append({"workers": workers, **together, **_all_workers(train)})
     for changes in (_with_needs(train, attempt) for attempt in attempts):
         changed = replace(train, **changes)
-        if changed.batch_blocks % (changed.workers * changed.micro_batch_blocks):
-            continue
-        if _fits(changed, training_memory(changed, plan.target, block_size), plan.machine):
+        if _go_together(changed) and _fits(changed, training_memory(changed, plan.target, block_size), plan.machine):
             return changes
     return None
 
@@ -140,6 +139,8 @@ def _single_changes(train: Pretrain) -> Iterator[dict[str, Any]]:
         yield {"micro_batch_blocks": smaller}
     if not train.offload_optimizer:
         yield {"offload_optimizer": True}
+    if not train.offload_parameters:
+        yield {"offload_parameters": True}
 
 
 def _with_needs(train: Pretrain, changes: dict[str, Any]) -> dict[str, Any]:
@@ -147,9 +148,19 @@ def _with_needs(train: Pretrain, changes: dict[str, Any]) -> dict[str, Any]:
     needed = dict(changes)
     if "offload_optimizer" in changes and train.zero_stage == 0:
         needed.setdefault("zero_stage", 1)
-    if train.engine == "torch" and changes.keys() & {"offload_optimizer", "workers"}:
+    if "offload_parameters" in changes and train.zero_stage < 3:
+        needed["zero_stage"] = 3
+    if train.engine == "torch" and changes.keys() & {"offload_optimizer", "offload_parameters", "workers"}:
         needed["engine"] = "deepspeed"
     return needed
+
+
+def _go_together(train: Pretrain) -> bool:
+    try:
+        check_pretrain(train)
+    except ConfigError:
+        return False
+    return True
 
 
 def _fits(train: Pretrain, memory: TrainingMemory, machine: Hardware) -> bool:

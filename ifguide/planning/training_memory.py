@@ -8,6 +8,9 @@ gradients (z >= 2) and the weights (z = 3). DeepSpeed also holds what it sends (
 autograd keeps of one micro-batch: they are counted, not estimated from a formula, by running the blocks on torch's meta
 device and adding up the tensors that are saved, with attention as a flash kernel keeps it. With checkpointing: each
 block's input, and all of one block. Of adapters (`pretrain.lora`) gradients, states and buffers are theirs alone.
+What is offloaded is in the CPU's memory, which is not counted. There are the optimizer's states and, from stage 2 on,
+with them the gradients, of which a bucket waits on the GPU; and the weights, of which those are here that ZeRO-3 has
+gathered for the layers at work.
 
 Cost: a tenth of a second per model and no memory. The allocator's fragments are in none of the parts: see USABLE.
 """
@@ -67,8 +70,8 @@ def training_memory(config: Pretrain, shape: ModelShape, block_size: int) -> Tra
     per_block = kept.checkpointed if config.activation_checkpointing else kept.whole
     tokens = config.micro_batch_blocks * block_size
     return TrainingMemory(
-        weights=_held_width(config) * parameters / (workers if stage >= 3 else 1),
-        gradients=_held_width(config) * trained / (workers if stage >= 2 else 1),
+        weights=_weights(config, parameters),
+        gradients=_gradients(config, trained),
         optimizer=0.0 if config.offload_optimizer else states,
         buffers=_buffers(config, parameters, trained, width),
         activations=float(config.micro_batch_blocks * per_block),
@@ -82,6 +85,18 @@ def checkpoint_bytes(config: Pretrain, shape: ModelShape) -> float:
     if config.engine == "torch":
         return 12.0 * trained  # float32, whatever the products are in
     return trained * (_width(config) + _state_bytes(config))
+
+
+def _weights(config: Pretrain, parameters: float) -> float:
+    if config.offload_parameters:
+        return _held_width(config) * min(parameters, LIVE)
+    return _held_width(config) * parameters / (config.fewest_workers if config.parts_parameters else 1)
+
+
+def _gradients(config: Pretrain, trained: float) -> float:
+    parted = config.engine == "deepspeed" and config.zero_stage >= 2
+    held = trained / (config.fewest_workers if parted else 1)
+    return _held_width(config) * (min(held, BUCKET) if parted and config.offload_optimizer else held)
 
 
 def _width(config: Pretrain) -> int:
@@ -122,7 +137,7 @@ def _buffers(config: Pretrain, parameters: float, trained: float, width: int) ->
     step = 0.0 if width == 4 or config.offload_optimizer else 4 * share
     if stage == 0:
         return max(0.0 if alone else width * min(trained, BUCKET), step)
-    gathered = width * min(trained, LIVE) if stage == 3 and not alone else 0.0
+    gathered = width * min(trained, LIVE) if stage == 3 and not alone and not config.offload_parameters else 0.0
     return max(width * BUCKET + gathered, step)
 
 

@@ -110,8 +110,8 @@ class _Sections:
             "tokenizer": self._missing("tokenizer", "a hub id or a local folder (no proxy or target source gives one)")
         }
 
-    def _model(self, key: str, source: str) -> Check:
-        return partial(self.models.source, key, source, MODEL)
+    def _model(self, key: str, source: str, revision: str | None = None) -> Check:
+        return partial(self.models.source, key, source, MODEL, revision)
 
     def _tokenizer(self, key: str, source: str) -> Check:
         return partial(self.models.source, key, source, TOKENIZER)
@@ -126,7 +126,7 @@ class _Sections:
         train, target = self.config.pretrain, self.config.target
         checks: dict[str, Check] = {"pretrain.engine": self._packages}
         if train.init_from is not None:
-            checks["pretrain.init_from"] = self._model("pretrain.init_from", train.init_from)
+            checks["pretrain.init_from"] = self._model("pretrain.init_from", train.init_from, target.revision)
         elif target.source is None and target.architecture is None:
             checks["target"] = self._missing("target", "target.architecture, target.source or pretrain.init_from")
         else:

@@ -229,8 +229,8 @@ def _train_on_ray(settings: TrainingSettings, cluster: Cluster) -> None:
     require_resources(cluster, VERB, train.resources, train.fewest_workers)
     try:
         while True:
-            for word in (failure, folder / STOP):
-                word.unlink(missing_ok=True)
+            failure.unlink(missing_ok=True)
+            (folder / STOP).write_text("")
             error: TrainingFailedError | None = None
             try:
                 _fit(_trainer(settings, fixed=is_fixed(cluster)), folder)
@@ -311,7 +311,7 @@ def _fit(trainer: Any, folder: Path) -> None:
         thread.join(0.2)
     if interrupts.requested():
         stop, deadline = folder / STOP, time.monotonic() + interrupts.grace_seconds() - END_SECONDS
-        stop.write_text("")
+        stop.write_text("stop")
         while thread.is_alive() and stop.exists() and time.monotonic() < deadline:
             thread.join(1.0 if is_remote(folder) else 0.1)
         raise interrupts.interruption(_kept(folder))
@@ -365,7 +365,7 @@ def train_loop(given: dict[str, TrainingSettings]) -> None:
     except SAME_AGAIN as error:
         # else it may be storage that failed, or another worker, which takes the process group with it
         if torch.distributed.is_initialized() and not isinstance(error.__cause__, OSError):
-            failure.write_text(str(error))
+            failure.write_text(redact(str(error)))
         raise
 
 

@@ -45,7 +45,8 @@ from ifguide.training.checkpoints import (
 WANDB = "wandb.json"
 DIGESTS = "digests-"  # files of each rank, gathered before a checkpoint is published
 WRITER_FAILED = ("inline_container", "PytorchStreamWriter")  # of what torch.save raises on a full disk
-STOP = "stop"  # in the model's folder: the driver asks its ranks to save and end
+STOP = "stop"  # in the model's folder, empty until the driver asks its ranks to save and end: on NFS a machine that
+# opens a file sees what was written to it, but may see a new file only a minute late
 LOOK_SECONDS, LOOK_SECONDS_REMOTE = 0.2, 2.0  # between looks for it
 UPLOAD_SECONDS = 15.0  # between uploads of the metrics
 
@@ -78,7 +79,9 @@ class TrainingFolder:
         """Whether the driver has asked the training to save and end; looked up seldom."""
         now = time.monotonic()
         if now - self.looked > (LOOK_SECONDS_REMOTE if self.remote else LOOK_SECONDS):
-            self.looked, self.stopping = now, (self.folder / STOP).exists()
+            self.looked = now
+            with contextlib.suppress(FileNotFoundError):  # nobody will ask
+                self.stopping = bool((self.folder / STOP).read_bytes())
         return self.stopping
 
     def fetch(self, checkpoint: Checkpoint) -> Checkpoint:

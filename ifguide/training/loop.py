@@ -4,8 +4,9 @@ A step is a function of the weights, the optimizer's state, the step's number an
 rate and random numbers all come from the number. So a training that goes on from a checkpoint repeats what an
 uninterrupted one does, to the last bit on as many ranks (on a CPU), and up to the order of sums on another number.
 
-Nothing of a step is read on the host before a logging step, a checkpoint or the end: a GPU then has its next kernels
-before it is done with these. So that a loss is no number, or the benign loss has risen too far, is seen there.
+Nothing of a step is read on the host before a logging step, a checkpoint, a look at the benign loss or the end: a GPU
+then has its next kernels before it is done with these. So that a loss is no number is seen there. That the benign loss
+has risen too far is seen every LOOK_STEPS, whatever is logged or saved: where a training stops decides its model.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from ifguide.training.writing import CheckpointWriter
 
 VERB = "pretrain"
 SUMMARY = "summary.json"
+LOOK_STEPS = 10  # from one look at the rise of the benign loss to the next
 PATIENCE = timedelta(days=2)  # of ranks that wait for one at work on files: a whole corpus, or a checkpoint
 
 
@@ -210,6 +212,9 @@ class TrainingLoop:
     def _logs(self) -> bool:
         return self.step % self.train.log_steps == 0
 
+    def _looks(self) -> bool:
+        return self.train.max_benign_rise is not None and self.step % LOOK_STEPS == 0
+
     def _saves(self) -> bool:
         return self.step == self.schedule.steps or self.step % self.train.checkpoint_steps == 0
 
@@ -237,7 +242,7 @@ class TrainingLoop:
         )
 
     def _train_step(self) -> dict[str, Any]:
-        """Take a step. Its figures, where they are read: at a logging step, a checkpoint and the end."""
+        """Take a step. Its figures, where they are read: at a logging step, a checkpoint, a look and the end."""
         if self.step == self.begun + 1 and self.train.acceleration.kept_memory and self.engine.device.type == "cpu":
             self.keeps_memory = keep_freed_memory()
         rate = learning_rate(self.step, self.schedule.steps, self.train)
@@ -252,7 +257,7 @@ class TrainingLoop:
         self.step += 1
         self.history.add(self.step, sums, norm)
         self.asked = self._any_asked()
-        if not (self.asked or self._logs() or self._saves()):
+        if not (self.asked or self._logs() or self._looks() or self._saves()):
             return {}
         self.writer.check()
         return self._read_losses(rate)
@@ -293,7 +298,7 @@ class TrainingLoop:
     def _diverged(self) -> bool:
         """Only where an uninterrupted training looks, whatever steps were saved when it was asked to end."""
         most = self.train.max_benign_rise
-        return most is not None and self.rise.value > most and (self._logs() or self._saves())
+        return most is not None and self._looks() and self.rise.value > most
 
     @torch.no_grad()
     def _heldout_loss(self) -> float | None:

@@ -1,7 +1,8 @@
 """The model card of a trained model: README.md beside its weights, with where it comes from.
 
 The front matter is what the Hugging Face hub reads, and under `ifguide:` every fingerprint and setting again, for
-programs. The body says the same in a table. Only manifests are read.
+programs. The body says the same in a table. Only manifests are read. Names of models and inputs stand there without
+credentials: a card is published.
 
 It says nothing of quality or licence, which training does not know.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from ifguide.artifacts import MANIFEST, Manifest, read_manifest, write_text
-from ifguide.config import Pretrain, to_mapping
+from ifguide.config import Pretrain, redact, to_mapping
 from ifguide.config.sources import HUB_PREFIX
 from ifguide.display import markdown_table, plain_markdown
 from ifguide.training.settings import TrainingSettings
@@ -52,10 +53,11 @@ def write_model_card(
 
 def card_text(settings: TrainingSettings, sources: Sequence[str], provenance: Mapping[str, Any]) -> str:
     """The card: YAML front matter, then Markdown."""
+    sources, provenance = redact(sources), redact(provenance)
     datasets = [
         source.removeprefix(HUB_PREFIX).partition(":")[0] for source in sources if source.startswith(HUB_PREFIX)
     ]
-    start = settings.train.init_from
+    start = redact(settings.train.init_from)
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -71,8 +73,8 @@ def card_text(settings: TrainingSettings, sources: Sequence[str], provenance: Ma
 
 
 def _body(settings: TrainingSettings, provenance: Mapping[str, Any]) -> str:
-    masked, target, start = provenance.get("mask"), settings.target, settings.train.init_from
-    model = plain_markdown(target.source or (target.architecture or {}).get("model_type", "a model"))
+    masked, target, start = provenance.get("mask"), settings.target, redact(settings.train.init_from)
+    model = plain_markdown(redact(target.source) or (target.architecture or {}).get("model_type", "a model"))
     origin = f"fine-tuned from {plain_markdown(start)}" if start else "trained from scratch"
     what = (
         f"{masked['tokens_masked']:,} of its tokens, chosen by influence functions of a proxy, were penalised."

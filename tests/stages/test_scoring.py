@@ -95,6 +95,11 @@ def test_a_proxy_that_was_trained_with_a_bos_reads_one_before_every_block_and_qu
     np.testing.assert_allclose(scores, expected, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(MismatchError, match=r"the token before each text in .*query"):
         stage("score_corpus")(Run(config=replace(config, run_dir=config.run_dir)))
+    # a model that a run trained has seen none, and its factors are those of every run that has it as its proxy
+    other = replace(copied(proxy__source=source), tokenizer=str(tmp_path / "tokenizer"))
+    assert (
+        stage("fit_factors")(Run(config=other)).fingerprint == read_manifest(Run(config=finished).factors).fingerprint
+    )
 
 
 def test_with_documents_apart_factors_query_and_scores_read_them_so(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from pathlib import Path
 
 import pytest
 
-from ifguide.config.resources import WorkerResources
+from ifguide.config.resources import Resources, WorkerResources
 from ifguide.distributed import tasks
 
 CPU = WorkerResources(cpus=1.0, gpus=0.0)
@@ -36,3 +38,23 @@ def test_the_error_of_a_task_is_the_one_that_it_raised() -> None:
 
     with pytest.raises(ValueError, match=r"^no such layer$"):
         tasks.run_task(broken, resources=CPU)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_task_that_kills_its_process_is_tried_as_often_as_its_resources_say(tmp_path: Path) -> None:
+    def fatal(folder: Path, survives: int) -> int:
+        attempt = len(list(folder.iterdir())) + 1
+        (folder / str(attempt)).touch()
+        if attempt < survives:
+            os._exit(1)
+        return attempt
+
+    folders = [tmp_path / name for name in ("once", "never", "many")]
+    for folder in folders:
+        folder.mkdir()
+    twice = Resources(cpus=1.0, gpus=0.0, attempts=2)
+    assert tasks.run_task(fatal, folders[0], 2, resources=twice) == 2
+    with pytest.raises(tasks.StageError, match=r"^fatal: gave up after 2 attempts: The worker died"):
+        tasks.run_task(fatal, folders[1], 9, resources=twice)
+    assert len(list(folders[1].iterdir())) == 2
+    assert list(tasks.run_tasks(twice)(fatal, [(folders[2], 2)])) == [2]

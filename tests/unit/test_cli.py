@@ -95,6 +95,41 @@ def test_demo_dry_run_shows_the_resolved_config(capsys: pytest.CaptureFixture[st
     assert "elsewhere/data/corpus.jsonl" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("more", [[], ["--data-only"], ["--dry-run"]])
+def test_the_demo_refuses_a_run_directory_that_it_cannot_make_its_data_in(
+    more: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("upath")
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--set", "run_dir=memory://runs/demo", *more]) == 1
+    assert "run_dir: the demo makes its data on this machine, not in memory://" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["fetch-data", "--out"], ["init", "--data", "a.jsonl", "--out"], ["export-scores", "runs/mine"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_made_on_this_machine_has_a_local_path(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([*arguments, "s3://bucket/made"])
+    assert "s3://bucket/made: it is made on this machine; name a local path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demos_data_lie_in_its_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    made: list[Path] = []
+    monkeypatch.setattr("ifguide.demo.pipeline.generate_demo", lambda folder, seed: made.append(folder))
+    assert main(["demo", "--set", "run_dir=~/runs/demo", "--data-only"]) == 0
+    assert made == [tmp_path / "home" / "runs" / "demo" / "data"]
+
+
 def test_the_version_is_that_of_the_package(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -296,10 +296,14 @@ for _ in $(seq $((STEPS * 10))); do sleep 0.1; done""",
 
 
 def run_slurm(
-    folder: Path, steps: int, *signals: signal.Signals, fakes: dict[str, str] = FAKES
+    folder: Path,
+    steps: int,
+    *signals: signal.Signals,
+    fakes: dict[str, str] = FAKES,
+    exported: Mapping[str, str] = {},
 ) -> tuple[int, list[str], set[str]]:
     """The exit code of the Slurm job beside commands that only say what they were told, what those were told, and what
-    it has left in its folder."""
+    it has left in its folder. `exported`: what the shell that submits it has in its environment."""
     commands, calls = folder / "bin", folder / "calls"
     commands.mkdir()
     for name, script in fakes.items():
@@ -316,6 +320,7 @@ def run_slurm(
         "SLURM_JOB_NUM_NODES": "4",
         "SLURM_CPUS_PER_TASK": "64",
         "SLURM_GPUS_ON_NODE": "8",
+        **exported,
     }
     process = subprocess.Popen(["bash", str(CLUSTER / "slurm.sbatch"), "--set", "seed=1"], env=environment)
     deadline = time.monotonic() + 300
@@ -339,6 +344,18 @@ def test_the_slurm_job_starts_ray_on_every_node_and_the_verb_on_one(tmp_path: Pa
     assert python == ("python jobs/pretrain.py --config configs/pythia12b.yaml --set seed=1 RAY_ADDRESS=10.0.0.5:6379")
     assert places == "fixed 1, files in /tmp/ifguide-42"
     assert token == "token 600"
+
+
+@pytest.mark.parametrize("fails_early", [False, True])
+def test_a_slurm_job_leaves_rays_files_of_whoever_submits_it(fails_early: bool, tmp_path: Path) -> None:
+    """sbatch gives a job the environment of the shell, and a job may end before it has set its own."""
+    own = tmp_path / "rays"
+    own.mkdir()
+    (tmp_path / "calls").write_text("")
+    fakes = FAKES | ({"head": "exit 1"} if fails_early else {})
+    code, _, left = run_slurm(tmp_path, 0, fakes=fakes, exported={"RAY_TMPDIR": str(own)})
+    assert (bool(code), left) == (fails_early, set())
+    assert own.exists()
 
 
 def test_a_slurm_job_in_which_ray_does_not_start_has_failed(tmp_path: Path) -> None:

@@ -153,6 +153,14 @@ def test_a_model_that_was_not_evaluated_has_no_figures(run_dir: Path) -> None:
     assert "model-index" not in upload.card
 
 
+def test_a_card_that_was_written_with_credentials_is_sent_without(run_dir: Path) -> None:
+    files = {"hf/README.md": CARD.replace("# a model", "# https://me:HUNTER2@host/a model")}
+    artifact(run_dir / "model" / "baseline", files)
+    sent = planned_upload(run_dir, "owner/calm", model="baseline", report="none").card
+    assert "@host/a model" in sent
+    assert "HUNTER" not in sent
+
+
 def test_what_cannot_be_sent_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", str(run_dir), "calm", "--dry-run"]) == 1
     assert capsys.readouterr().err == "ifguide push: calm: a repository is named owner/name\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ifguide import interrupts
 from ifguide.artifacts import read_sealed
+from ifguide.run import Run
+from ifguide.stages import pretrain as pretrain_stage
 from ifguide.telemetry import METRICS
 from ifguide.training import model
 from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import CHECKPOINTS, last_checkpoint, part_folder, published_checkpoints
 from ifguide.training.choices import Compiled, read_choices
+from ifguide.training.folder import STOP
 from ifguide.training.loop import SUMMARY, TrainingLoop
 from tests.stages.loop.conftest import Killed, Options, column, digest, flip_a_bit, kill_at
+from tests.stages.packed import settings_of
 
 
 def test_with_dropout_a_resumed_training_is_the_uninterrupted_one(train: Callable[..., Path]) -> None:
@@ -155,3 +161,27 @@ def test_a_resumed_training_goes_on_by_the_choices_that_it_began_with(
     with pytest.raises(Killed):
         train("other", before=kill_at(4))
     assert asked[2:] == [False, True]
+
+
+def test_the_driver_writes_its_word_into_a_file_that_is_there_from_the_start(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, seen = settings_of(run, tmp_path), []
+
+    class Trainer:
+        def fit(self) -> None:
+            stop = tmp_path / STOP
+            file = stop.stat().st_ino
+            seen.append(stop.read_text())
+            monkeypatch.setattr(interrupts, "requested", lambda: True)
+            while not stop.read_text():
+                time.sleep(0.01)
+            seen.append(stop.stat().st_ino == file)
+
+    monkeypatch.setattr(pretrain_stage, "require_resources", lambda *_: None)
+    monkeypatch.setattr(pretrain_stage, "is_fixed", lambda _: True)
+    monkeypatch.setattr(pretrain_stage, "_trainer", lambda *_, **__: Trainer())
+    with pytest.raises(interrupts.Interrupted):
+        pretrain_stage._train_on_ray(settings, run.config.cluster)
+    assert seen == ["", True]
+    assert not (tmp_path / STOP).exists()

@@ -21,7 +21,7 @@ from ifguide.run import Run
 from ifguide.stages import pretrain as pretrain_stage
 from ifguide.stages.pretrain import pretrain
 from ifguide.telemetry import METRICS, Sink, read_metrics
-from ifguide.training.loop import SUMMARY, TrainingLoop
+from ifguide.training.loop import LOOK_STEPS, SUMMARY, TrainingLoop
 from tests.stages.conftest import ARCHITECTURE
 from tests.stages.loop.conftest import STEPS, column, digest
 from tests.stages.packed import BLOCK_SIZE, packed_run, settings_of
@@ -62,7 +62,7 @@ def test_a_training_that_diverges_stops_early_with_advice_and_stays_stopped(
     options |= {"objective": {"kind": "penalty"}}
     diverging = packed_run(tmp_path, options, architecture=ARCHITECTURE, masked_share=0.5)
     manifest = pretrain(diverging)
-    assert 1 < manifest.rows["steps"] < 2 * STEPS
+    assert manifest.rows["steps"] == LOOK_STEPS < 2 * STEPS
     assert manifest.summary["stopped_early"] > 0.2
     assert manifest.summary["exported_step"] == manifest.rows["steps"]
     shown = [record for record in caplog.records if record.name == "ifguide" and record.levelno == logging.WARNING]
@@ -76,6 +76,31 @@ def test_a_training_that_diverges_stops_early_with_advice_and_stays_stopped(
     write_json(folder / PLAN, {"verb": "pretrain", "options": manifest.options, "inputs": manifest.inputs})
     again = pretrain(diverging)
     assert (digest(folder), again.rows, again.summary) == (weights, manifest.rows, manifest.summary)
+
+
+@pytest.mark.parametrize(("log_steps", "checkpoint_steps"), [(1, 1), (3, 4), (1000, 1000)])
+def test_where_a_training_stops_is_the_same_whatever_is_logged_and_saved(
+    log_steps: int, checkpoint_steps: int, tmp_path: Path
+) -> None:
+    options = {"engine": "torch", "epochs": 2, "penalty": 3.0, "max_benign_rise": 0.2, "objective": {"kind": "penalty"}}
+    options |= {"log_steps": log_steps, "checkpoint_steps": checkpoint_steps}
+    run = packed_run(tmp_path, options, architecture=ARCHITECTURE, masked_share=0.5)
+    rises: list[float] = []
+    loop = TrainingLoop(settings_of(run, tmp_path / "model"), rank=0, world_size=1)
+    step = loop._train_step
+
+    def watched() -> dict[str, Any]:
+        values = step()
+        rises.append(loop.rise.value)
+        return values
+
+    loop._train_step = watched  # type: ignore[method-assign]
+    loop.run()
+    assert loop.step == len(rises) == LOOK_STEPS < loop.schedule.steps
+    assert rises[-1] > 0.2
+    if log_steps == 1:
+        assert any(rise > 0.2 for rise in rises[:-1]), "it would have stopped before"
+    assert [row["step"] for row in read_metrics(tmp_path / "model" / METRICS)][-1] == LOOK_STEPS
 
 
 def test_every_figure_of_a_training_has_a_gauge(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from ifguide.artifacts import MismatchError, open_artifact, standing
 from ifguide.config import Config, config_from_mapping, result_options
+from ifguide.config.pretrain import MaskedLoss
 from ifguide.pipeline import run_stage
 from ifguide.run import Run
 
@@ -73,3 +75,26 @@ def test_what_another_program_made_differs_by_what_is_asked_for_alone(tmp_path: 
     open_artifact(tmp_path / "scores", verb="other", options={"file": "f"}, inputs={}, config_yaml="")
     with pytest.raises(MismatchError, match="was made from something else: seed was null, now 3"):
         standing(tmp_path / "scores", {"seed": 3})
+
+
+def test_a_baseline_depends_on_nothing_that_masked_tokens_carry(tmp_path: Path) -> None:
+    """Those that were made before, with a plan that holds it, neither."""
+    config = config_of(tmp_path, pretrain={"use_mask": False, "penalty": 0.5})
+    run, other = (Run(config=replace(config, pretrain=replace(config.pretrain, penalty=p))) for p in (0.5, 2.0))
+    assert run.options("pretrain") == other.options("pretrain")
+    assert run.with_mask(True).options("pretrain") != other.with_mask(True).options("pretrain")
+    open_artifact(
+        run.made_by("pretrain"),
+        verb="pretrain",
+        options=result_options(run.config, ["pretrain", "target", "seed"]),
+        inputs={},
+        config_yaml="",
+    )
+    other.open(other.made_by("pretrain"), "pretrain", inputs={}).finish([], rows={}, summary={})
+    ignoring = replace(other.config.pretrain, objective=MaskedLoss(kind="ignore"))
+    for changed in (run, other, Run(config=replace(config, pretrain=ignoring))):
+        assert changed.open(changed.made_by("pretrain"), "pretrain", inputs={}).manifest
+        assert standing(changed.made_by("pretrain"), changed.options("pretrain")) == "complete"
+    longer = Run(config=replace(config, pretrain=replace(config.pretrain, epochs=9.0)))
+    with pytest.raises(MismatchError, match=r"something else: pretrain\.epochs was 4.0, now 9.0\. Set"):
+        standing(longer.made_by("pretrain"), longer.options("pretrain"))

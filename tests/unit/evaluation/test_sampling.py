@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from tokenizers import processors
 
 from ifguide import schemas
 from ifguide.artifacts import open_artifact
-from ifguide.config import Evaluate
+from ifguide.config import Config, Evaluate, ModelSource
 from ifguide.evaluation import sample_continuations, token_lengths
 from ifguide.evaluation.generation import encode_prompts
 from ifguide.evaluation.generations import generate_shard, takes_special_tokens
+from ifguide.run import Run
 from ifguide.toxicity import PromptRow
 from tests.unit.evaluation.small import EOS, tiny_model
 
@@ -166,3 +168,22 @@ def test_a_model_that_another_run_trained_begins_as_the_runs_own(tmp_path: Path)
     artifact.finish([], rows={}, summary={})
     found = {name: takes_special_tokens(options, name) for name in ("penalised", "other", "hub", "local")}
     assert found == {"penalised": False, "other": False, "hub": True, "local": True}
+
+
+def test_a_proxy_that_another_run_trained_begins_as_the_runs_own(tmp_path: Path, monkeypatch) -> None:
+    """Also one that is named from within the folder that it lies in, as a hub's model is."""
+    folder = tmp_path / "other" / "model" / "baseline"
+    artifact = open_artifact(folder, verb="pretrain", options={}, inputs={}, config_yaml="")
+    monkeypatch.chdir(folder.parent)
+
+    def is_trained(**proxy: Any) -> bool:
+        return Run(config=Config(run_dir=str(tmp_path / "own"), proxy=ModelSource(**proxy))).proxy_is_trained
+
+    assert not is_trained(source=str(folder / "hf")), "nothing says what made it"
+    artifact.finish([], rows={}, summary={})
+    assert is_trained(source=str(folder / "hf"))
+    assert is_trained(source="baseline/hf")
+    assert is_trained()
+    assert not is_trained(source="owner/name")
+    assert not is_trained(source=str(tmp_path))
+    assert not is_trained(architecture={"model_type": "llama"})

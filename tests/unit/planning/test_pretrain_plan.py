@@ -23,7 +23,7 @@ from ifguide.planning.command import make_job
 from ifguide.planning.estimate import estimate
 from ifguide.planning.models import target_shape
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
-from ifguide.planning.training_memory import USABLE, count_activations, training_memory
+from ifguide.planning.training_memory import BUCKET, LIVE, USABLE, count_activations, training_memory
 from ifguide.shapes import shape_of_fields
 from tests.tiny import ARCHITECTURES
 
@@ -190,6 +190,41 @@ def test_each_stage_of_zero_splits_one_part_more(billion: Config) -> None:
     assert training_memory(alone, shape, 2048).weights == pytest.approx(2 * P)
     offloaded = training_memory(replace(billion.pretrain, offload_optimizer=True), shape, 2048)
     assert offloaded.optimizer == 0
+    assert offloaded.gradients == pytest.approx(2 * P), "stage 1 adds them up where they are made"
+
+
+def test_of_what_is_offloaded_the_gpu_holds_what_is_at_work() -> None:
+    """Parameters that ZeRO-3 has gathered, and a bucket of gradients on its way."""
+    shape = target_shape(load_config(CONFIGS / "pythia12b.yaml"))
+    alone = Pretrain(workers=1, zero_stage=3, batch_blocks=8, offload_optimizer=True)
+    for train in (alone, replace(alone, zero_stage=2)):
+        memory = training_memory(train, shape, 2048)
+        assert memory.weights == 2 * shape.parameters
+        assert (memory.gradients, memory.optimizer) == (2 * BUCKET, 0)
+    for folder in (None, "/nvme"):
+        memory = training_memory(replace(alone, offload_parameters=True, offload_nvme=folder), shape, 2048)
+        assert (memory.weights, memory.gradients, memory.optimizer) == (2 * LIVE, 2 * BUCKET, 0)
+    parted = replace(alone, workers=8, offload_parameters=True, offload_optimizer=False)
+    memory = training_memory(parted, shape, 2048)
+    assert memory.weights == 2 * LIVE
+    assert memory.buffers == max(2 * BUCKET, 4 * shape.parameters / 8), "what is gathered counts once"
+    small = training_memory(parted, shape_of_fields("tiny", "test", ARCHITECTURES["llama"]), 16)
+    assert small.weights == 2 * shape_of_fields("tiny", "test", ARCHITECTURES["llama"]).parameters
+
+
+def test_a_gpu_that_offloading_suffices_for_is_not_refused() -> None:
+    changes = ["pretrain.workers=1", "cluster.gpu=l40s", "pretrain.micro_batch_blocks=1", "pretrain.zero_stage=3"]
+    changes += ["pretrain.activation_checkpointing=true", "pretrain.resources.gpus=0.3"]
+    optimizer = [*changes, "pretrain.offload_optimizer=true"]
+    with pytest.raises(ConfigError, match=r"^pretrain\.offload_parameters: .*it fits with --set \S+=true \(7.3 GB\)$"):
+        require_fit(plan_pretrain(load_config(CONFIGS / "pythia12b.yaml", optimizer)))
+    require_fit(
+        plan_pretrain(load_config(CONFIGS / "pythia12b.yaml", [*optimizer, "pretrain.offload_parameters=true"]))
+    )
+    compiled = "pretrain.acceleration.compiled_layers=true"  # not with ZeRO-3, which offloaded parameters need
+    changes[3:4] = ["pretrain.zero_stage=1", compiled]
+    with pytest.raises(ConfigError, match="cannot fit"):
+        require_fit(plan_pretrain(load_config(CONFIGS / "pythia12b.yaml", changes)))
 
 
 def test_activations_and_head_grow_with_the_micro_batch_and_nothing_else_does(billion: Config) -> None:

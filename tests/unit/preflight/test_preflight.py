@@ -144,6 +144,11 @@ def test_what_the_hub_has_not_is_a_fault(faults, asked, name, expected) -> None:
     assert [expected in fault for fault in found] == [True]
 
 
+def test_what_a_training_goes_on_from_is_looked_for_at_the_targets_revision(faults, asked) -> None:
+    (found,) = faults("pretrain", pretrain__init_from="no/revision", target={"revision": "step1000"})
+    assert found.startswith("pretrain.init_from = no/revision: the hub has no revision 'step1000' of it")
+
+
 def test_a_hub_that_does_not_answer_is_asked_once_and_what_it_was_asked_named(tree, asked, monkeypatch) -> None:
     tree |= {"proxy": "not/reached", "tokenizer": "some/tokenizer"}
     unchecked = preflight(config_from_mapping(tree), ["build_query"])

@@ -18,7 +18,7 @@ from ifguide import storage
 from ifguide.storage import file_sizes, subfolders
 from ifguide.training import folder as training_folder
 from ifguide.training.checkpoints import STATE, Checkpoint, describe_checkpoint, last_checkpoint, published_checkpoints
-from ifguide.training.folder import METRICS, TrainingFolder
+from ifguide.training.folder import METRICS, STOP, TrainingFolder
 
 pytest.importorskip("upath")
 THREAD = threading.local()
@@ -247,3 +247,17 @@ def test_ranks_that_share_a_folder_share_the_work_of_its_digests(tmp_path: Path)
     shares = [set(json.loads((part / f"digests-{rank}.json").read_text())) for rank in range(2)]
     assert [len(share) for share in shares] == [3, 2]
     assert shares[0] | shares[1] == {f"{STATE}/file{number}" for number in range(5)}
+
+
+def test_a_training_is_asked_to_stop_by_what_stands_in_a_file_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one may be seen a minute late where storage is mounted."""
+    monkeypatch.setattr(training_folder, "LOOK_SECONDS", 0.0)
+    place = TrainingFolder(tmp_path, rank=0, local_rank=0, world_size=1, barrier=lambda: None)
+    asked = []
+    for write in (lambda stop: None, lambda stop: stop.write_text(""), lambda stop: stop.write_text("stop")):
+        write(tmp_path / STOP)
+        time.sleep(0.01)
+        asked.append(place.asked_to_stop())
+    assert asked == [False, False, True]

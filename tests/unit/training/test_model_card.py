@@ -128,3 +128,23 @@ def test_no_name_is_markup(tmp_path: Path) -> None:
     assert f"| training.initial_weights | {shown} |" in text
     assert "<b>" not in text
     assert "[a]" not in text
+
+
+def test_no_credentials_are_in_a_card(tmp_path: Path) -> None:
+    """It is published."""
+    at = "https://me:HUNTER2@host/models/m.gguf?token=HUNTER3"
+    corpus = manifest("pack_corpus", rows=CORPUS.rows, summary={"tokenizer": at})
+    for source, start in ((at, None), ("owner/model", at), (at, at)):
+        settings = settings_of(ModelSource(source=source), init_from=start)
+        write_model_card(
+            tmp_path,
+            settings,
+            sources=[f"hf://{at}", at],
+            corpus=corpus,
+            mask=MASK,
+            scores=Path("nowhere"),
+            training={"steps": 12},
+        )
+        text = (tmp_path / "README.md").read_text()
+        assert "HUNTER" not in text
+        assert "@host/models/m.gguf" in text
