@@ -51,10 +51,10 @@ def benchmarks(
     plain = {} if special_tokens else {"add_bos_token": False, "prefix_token_id": tokenizer.eos_token_id}
     harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **plain)
     manager = _task_manager(defaults=not all(_stands_alone(task) for task in tasks))
-    try:
-        made = simple_evaluate(model=harnessed, tasks=list(tasks), task_manager=manager, log_samples=False, **seeds)
-    except KeyError as error:
-        raise ValueError(f"evaluate.lm_eval: {error.args[0]}; `lm_eval ls tasks` lists the names") from error
+    for task in tasks:
+        if task not in manager.all_tasks and not Path(task).is_file():
+            raise ValueError(f"evaluate.lm_eval: {task} is no task and no file; `lm_eval ls tasks` lists the names")
+    made = simple_evaluate(model=harnessed, tasks=list(tasks), task_manager=manager, log_samples=False, **seeds)
     counts = made["n-samples"]
     return {task: _figures(metrics, counts.get(task, {}).get("effective")) for task, metrics in made["results"].items()}
 

@@ -64,6 +64,15 @@ def test_a_task_of_ones_own_is_measured_with_its_interval(settings: Any, task: P
         unknown.process(piece)
 
 
+@pytest.mark.parametrize("key", ["process_docs", "process_results"])
+def test_an_error_of_a_task_is_not_taken_for_an_unknown_name(settings: Any, task: Path, key: str) -> None:  # noqa: F811
+    (task.parent / "broken.py").write_text("def read(*args):\n    return {}['answer']\n")
+    task.write_text(f"{TASK.format(data=task.parent / 'rows.jsonl')}{key}: !function broken.read\n")
+    worker = EvaluateModel(replace(settings, options=replace(settings.options, lm_eval=(str(task),))))
+    with pytest.raises(KeyError, match="answer"):
+        worker.process(Harness(model="model"))
+
+
 def test_only_a_model_that_was_trained_with_a_bos_gets_one(
     settings: Any,  # noqa: F811
     task: Path,
