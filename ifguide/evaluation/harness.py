@@ -38,8 +38,8 @@ def benchmarks(
 ) -> Benchmarks:
     """Task -> metric -> {"value", "low", "high", "n"}; interval and n are None where the harness does not tell.
 
-    `tokenizer` may be changed: the harness sets a padding token. `special_tokens`: whether texts get its special tokens;
-    else what stands before a text without a context is its EOS, as in a corpus, not its BOS.
+    `tokenizer` may be changed: the harness sets a padding token. `special_tokens`: whether texts get its special
+    tokens; else what stands before a text without a context is its EOS, as in a corpus, not its BOS.
 
     Raises:
         ValueError: a task that the harness does not know. ModuleNotFoundError: it is not installed.
