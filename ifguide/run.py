@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ifguide import artifacts
-from ifguide.artifacts.manifest import read_plan
 from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
 from ifguide.corpus.tables import TOKENIZER
 from ifguide.folders import (
@@ -46,6 +45,8 @@ RESULT_KEYS: dict[str, tuple[str, ...]] = {  # what the result of a verb depends
     "evaluate": ("evaluate", "seed"),
     "analyse": ("analyse", "evaluate", "seed"),
 }
+# Of `evaluate`, what the analyses read; which prompts the lens takes, the artifact's inputs tell.
+ANALYSED = ("models", "word_list", "classifier", "max_new_tokens", "bootstrap_samples")
 TRAINED = "trained"  # the name in a plan of a tokenizer that is trained on the corpus
 
 
@@ -153,12 +154,7 @@ class Run:
         were made before had its path."""
         if self.config.pack_corpus.train_tokenizer is None:
             return self.tokenizer_source
-        options: dict[str, Any] = {}
-        if (self.corpus / artifacts.MANIFEST).exists():
-            options = artifacts.read_manifest(self.corpus).options
-        elif (self.corpus / artifacts.PLAN).exists():
-            options = read_plan(self.corpus)["options"]
-        name = str(options.get("tokenizer"))
+        name = str(artifacts.made_from(self.corpus)["options"].get("tokenizer"))
         return name if name.endswith(f"/corpus/{TOKENIZER}") else TRAINED
 
     @property
@@ -176,7 +172,13 @@ class Run:
     def options(self, verb: str) -> dict[str, Any]:
         """The options of the config that the result of a verb depends on, as its artifact records them."""
         options = result_options(self.config, RESULT_KEYS[verb])
-        return {**options, "tokenizer": self.planned_tokenizer} if verb == "pack_corpus" else options
+        if verb == "pack_corpus":
+            options["tokenizer"] = self.planned_tokenizer
+        elif verb == "analyse":
+            made = artifacts.made_from(self.analyses)["options"].get("evaluate", {})  # of before: the whole section
+            unread = {key: value for key, value in made.items() if key not in ANALYSED}
+            options["evaluate"] = unread | {key: options["evaluate"][key] for key in ANALYSED}
+        return options
 
     def open(
         self,

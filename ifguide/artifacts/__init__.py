@@ -4,7 +4,7 @@
 `reading` verifies what is read, `lock` keeps a run directory to one driver.
 """
 
-from ifguide.artifacts.artifact import Artifact, discard_if_mended, environment, open_artifact, standing
+from ifguide.artifacts.artifact import Artifact, discard_if_mended, environment, made_from, open_artifact, standing
 from ifguide.artifacts.files import (
     FileEntry,
     data_files,
@@ -59,6 +59,7 @@ __all__ = [
     "has_ended",
     "hold",
     "json_digest",
+    "made_from",
     "move_folder",
     "open_artifact",
     "publish",

@@ -125,18 +125,25 @@ def open_artifact(
     return artifact
 
 
+def made_from(folder: Path) -> dict[str, dict[str, Any]]:
+    """The `options` and `inputs` that the artifact in `folder` was made from, or is being made from; both empty where
+    there is none."""
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        return {"options": manifest.options, "inputs": manifest.inputs}
+    plan = read_plan(folder) if (folder / PLAN).exists() else {"options": {}, "inputs": {}}
+    return {part: plan[part] for part in ("options", "inputs")}
+
+
 def standing(folder: Path, options: Mapping[str, Any]) -> str | None:
     """What is there of an artifact of these `options`, some of all: `complete`, `begun` or nothing (None).
 
     Raises:
         MismatchError: it was made, or is being made, with others.
     """
-    if (folder / MANIFEST).exists():
-        state, made = "complete", read_manifest(folder).options
-    elif (folder / PLAN).exists():
-        state, made = "begun", read_plan(folder)["options"]
-    else:
+    if not (folder / MANIFEST).exists() and not (folder / PLAN).exists():
         return None
+    state, made = "complete" if (folder / MANIFEST).exists() else "begun", made_from(folder)["options"]
     wanted = json.loads(json.dumps(redact(options)))
     some = {key: made[key] for key in wanted if key in made}
     _refuse_other_plan(folder, {"options": some, "inputs": {}}, {"options": wanted, "inputs": {}})
