@@ -4,7 +4,7 @@ Methods that mark text or draw tokens write a mask (`methods.masks`). Methods th
 their mask is the tokens of highest score, as many as the run's own mask has, or the run's selection of those scores.
 `influence_words` is scored by the run's scores, word by word.
 `exact` and `smoothed` take the run's scores, without those of other runs (`build_mask.others`); `influence` takes what
-the run does. `plain_influence` is the run's selection of other scores.
+the run does. `plain_influence` is the run's selection of other scores, as many.
 """
 
 from __future__ import annotations
@@ -113,12 +113,10 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
         selecting = replace(selecting, standardise=False, fdr=None)
     count = own.rows["tokens"]
     if method.selection == "units":
-        # half a token more, so that the fraction comes to the count whatever its rounding
-        fraction = min((count + 0.5) / own.summary["predicted_tokens"], 1.0)
         changed = {name: getattr(method, name) for name in SELECTING if getattr(method, name) is not None}
         if method.quantile is not None:
             changed["fdr"] = None
-        options = replace(selecting, **{"max_fraction": fraction, **changed})
+        options = replace(selecting, **{"max_fraction": _share(own), **changed})
         mask = build_mask(replace(child, config=replace(child.config, build_mask=options)))
         assert mask is not None
         return mask
@@ -148,6 +146,12 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
             "smoothed": scored.column == smoothed_column(selecting.behaviour),
         },
     )
+
+
+def _share(mask: Manifest) -> float:
+    """The `max_fraction` of a mask of as many tokens."""
+    # half a token more, so that the fraction comes to the count whatever its rounding
+    return float(min((mask.rows["tokens"] + 0.5) / mask.summary["predicted_tokens"], 1.0))
 
 
 def _scored(run: Run, corpus: Manifest, selecting: BuildMask) -> ScoredCorpus:
@@ -238,13 +242,22 @@ def _fingerprint(run: Run, beginning: Beginning, tokenizer: Any) -> str:
 
 
 def _plain_influence(run: Run, child: Run) -> Manifest:
-    """The mask of the same selection from scores of the positive queries alone, with this run's factors and proxy."""
-    config = child.config
+    """The mask of the same selection from scores of the positive queries alone, with this run's factors and proxy.
+
+    It has as many tokens as the mask of `run`. Where that is not of its whole budget, or by `fdr`, they are those above
+    a quantile that lets so many pass."""
+    own, config = require(run.mask, "build_mask"), child.config
+    selecting = replace(config.build_mask, behaviour=OWN, others=())
+    budget = token_budget(selecting.max_fraction, own.summary["predicted_tokens"])
+    if own.rows["tokens"] != budget or selecting.fdr is not None:
+        share, z_scores = _share(own), selecting.standardise or selecting.fdr is not None
+        quantile = min(selecting.quantile, 1 - share)
+        selecting = replace(selecting, max_fraction=share, quantile=quantile, standardise=z_scores, fdr=None)
     config = replace(
         config,
         build_query=replace(config.build_query, differential=False),
         score_corpus=replace(config.score_corpus, queries={}),
-        build_mask=replace(config.build_mask, behaviour=OWN, others=()),
+        build_mask=selecting,
     )
     plain = replace(child, config=config).borrow(run, f"{MODEL}/{BASELINE}", FACTORS)
     build_query(plain)

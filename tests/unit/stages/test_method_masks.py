@@ -7,15 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ifguide.artifacts import Manifest, MismatchError, open_artifact, read_manifest, remove_tree
-from ifguide.config import config_from_mapping
+from ifguide import schemas
+from ifguide.artifacts import Manifest, MismatchError, data_files, open_artifact, read_manifest, remove_tree
+from ifguide.config import OWN, BuildMask, config_from_mapping
+from ifguide.config.compare import Method
+from ifguide.influence.score_tables import write_scores
 from ifguide.methods.token_scores import ScoredShards, Scoring
 from ifguide.run import Run
+from ifguide.selection.masks import make_mask
 from ifguide.stages import method_masks
-from ifguide.stages.method_masks import VERB, method_scores
+from ifguide.stages.method_masks import VERB, method_mask, method_scores
 from tests.exported import make_run
+from tests.sharded import in_any_order
 from tests.tiny import ARCHITECTURES
 from tests.tokenizers import tokenizers
 from tests.unit.selection.test_ensemble import TEXTS, T, score
@@ -104,3 +110,55 @@ def test_what_learns_from_the_queries_asks_for_them(run: Run, made: list[Scoring
     with pytest.raises(FileNotFoundError, match="run `ifguide build_query` first"):
         method_scores(run, child_of(run, kind), kind)
     assert not made
+
+
+def score_with_nulls(run: Run) -> None:
+    """Scores of the run's corpus with four nulls."""
+    rng, corpus = np.random.default_rng(4), read_manifest(run.corpus)
+    inputs = {"corpus": corpus.fingerprint}
+    artifact = open_artifact(run.scores, verb="score_corpus", options={}, inputs=inputs, config_yaml="")
+    for path in data_files(run.corpus):
+        ids = schemas.read_table(path).column("block_id")
+        own, *nulls = rng.standard_t(3, size=(5, len(ids), T)).astype(np.float32)
+        write_scores(run.scores / path.name, ids, {OWN: own}, nulls={OWN: nulls})
+    artifact.finish(data_files(run.scores), rows={"blocks": corpus.rows["blocks"]}, summary={})
+
+
+@pytest.mark.parametrize(
+    ("options", "imported"),
+    [
+        pytest.param({}, None, id="its budget"),
+        pytest.param({"quantile": 0.995, "window": 1}, None, id="few above tau"),
+        pytest.param({}, 40, id="few of another program"),
+        pytest.param({}, 700, id="many of another program"),
+        pytest.param({"fdr": 1e-9}, 40, id="few by a rate"),
+        pytest.param({"fdr": 1e-9}, None, id="its budget by a rate"),
+    ],
+)
+def test_plain_influence_masks_as_many_tokens_as_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], imported: int | None
+) -> None:
+    def mask(run: Run, **changes: Any) -> Manifest:
+        options = replace(run.config.build_mask, **changes)
+        return make_mask(options, run.selection, config_yaml="", run_tasks=in_any_order())
+
+    selecting = replace(BuildMask(quantile=0.95, max_fraction=0.03, window=0), **options)
+    run = Run(config=replace(run.config, build_mask=selecting))
+    own = mask(run, fdr=None)  # these scores have no nulls
+    predicted = own.summary["predicted_tokens"]
+    if imported is not None:
+        remove_tree(run.mask)
+        artifact = open_artifact(run.mask, verb="import_mask", options={}, inputs={}, config_yaml="")
+        own = artifact.finish([], rows={"tokens": imported}, summary={"predicted_tokens": predicted})
+    full = imported is None and "quantile" not in options
+    assert (own.rows["tokens"] == int(0.03 * predicted)) == full
+
+    monkeypatch.setattr(method_masks, "build_query", lambda _: None)
+    monkeypatch.setattr(method_masks, "score_corpus", score_with_nulls)
+    monkeypatch.setattr(method_masks, "build_mask", mask)
+    made = method_mask(run, child_of(run, "plain"), Method(mask="plain_influence"))
+    assert made.rows["tokens"] == own.rows["tokens"]
+    selected = made.options["build_mask"]
+    if full and not options:
+        assert (selected["quantile"], selected["max_fraction"]) == (0.95, 0.03)  # as the run's own
+    assert selected.get("standardise", False) == ("fdr" in options)
