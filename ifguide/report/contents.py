@@ -27,13 +27,14 @@ class TrainingCurve:
 @dataclass(frozen=True, kw_only=True)
 class ScoreHistogram:
     """Tokens per score bin: of the whole corpus and, where annotations exist, of the annotated tokens. `measure` names
-    what a score is."""
+    what a score is; `ranks`: it is a mean of ranks, in (0, 1), and has no sign."""
 
     bin_edges: tuple[float, ...]
     counts: tuple[int, ...]
     tau: float
     annotated_counts: tuple[int, ...] | None = None
     measure: str = "influence score"
+    ranks: bool = False
 
     def __post_init__(self) -> None:
         for name, counts in (("counts", self.counts), ("annotated_counts", self.annotated_counts)):
@@ -43,10 +44,10 @@ class ScoreHistogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token's text, its label-aligned influence score, and whether it is masked and annotated."""
+    """A token's text, its label-aligned influence score if it has one, and whether it is masked and annotated."""
 
     text: str
-    score: float
+    score: float | None
     masked: bool = False
     annotated: bool = False
 

@@ -54,7 +54,8 @@ class View:
         self.corpus, self.mask, self.ranking = folders.corpus, folders.mask, folders.ranking
         manifest, made = read_manifest(self.mask), read_manifest(self.corpus)
         self.summary = selected(manifest, self.mask)
-        self.scores = folders.ensemble if "ensemble" in self.summary else folders.scores
+        self.ranks = "ensemble" in self.summary  # scores are mean ranks
+        self.scores = folders.ensemble if self.ranks else folders.scores
         self.options = manifest.options.get("build_mask", {})
         self.ranked = manifest.verb == "build_mask"  # an imported mask has neither ranking nor tau
         self.measure = measured_by(self.summary, self.scores)
@@ -129,7 +130,7 @@ class View:
         """What tokens are ranked by, for people."""
         if self.measure.nulls:
             return "z-score of the influence score"
-        if "ensemble" in self.summary:
+        if self.ranks:
             return f"mean rank in the scores of {1 + len(self.summary['ensemble'])} runs"
         return "smoothed influence score" if self.summary.get("smoothed") else "influence score"
 
