@@ -116,11 +116,13 @@ class Behaviour:
     """What the scores of one behaviour say: their distribution, its highest-ranked documents, its odd blocks.
 
     `trained`: the mask that a model was trained with is of this behaviour. `plain`: it has no null scores, so its mask
-    goes by scores, where that one goes by z-scores. `dominant`: a warning of the one document that takes much of it."""
+    goes by scores, where that one goes by z-scores. `scored`: the tables of its scores are there; else there is no
+    histogram, and no token has a score. `dominant`: a warning of the one document that takes much of the mask."""
 
     name: str
     trained: bool = True
     plain: bool = False
+    scored: bool = True
     histogram: ScoreHistogram | None = None
     documents: tuple[RankedDocument, ...] = ()
     outliers: Outliers | None = None

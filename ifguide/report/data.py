@@ -172,6 +172,7 @@ def _behaviour(selected: Selected, view: View, top_documents: int, run_tasks: Ru
         name=selected.name,
         trained=selected.trained,
         plain=selected.plain,
+        scored=view.measure is not None,
         histogram=_histogram(view, run_tasks),
         documents=tuple(_documents(view, top_documents)),
         outliers=_outliers(view),
@@ -215,7 +216,9 @@ def _metrics(folder: Path) -> Path:
     return path
 
 
-def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram:
+def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram | None:
+    if view.measure is None:
+        return None
     edges, counts, annotated = score_histogram(view, run_tasks)
     return contents.ScoreHistogram(
         bin_edges=tuple(edges.tolist()),
@@ -246,7 +249,10 @@ def _documents(view: View, count: int) -> list[contents.RankedDocument]:
 
 
 def _scores(view: View, document: ShownDocument) -> list[float | None]:
-    """The scores of its tokens; None of those that have no rank, as a block's first token, which is not predicted."""
+    """The scores of its tokens; None of those that have no rank, as a block's first token, which is not predicted, and
+    of all where the tables of scores are gone."""
+    if document.scores is None:
+        return [None] * len(document.texts)
     return [None if view.ranks and score == 0 else score for score in document.scores.tolist()]
 
 

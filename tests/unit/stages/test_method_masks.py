@@ -7,14 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from ifguide import schemas
-from ifguide.artifacts import Manifest, MismatchError, data_files, open_artifact, read_manifest, remove_tree
-from ifguide.config import OWN, BuildMask, config_from_mapping
+from ifguide.artifacts import Manifest, MismatchError, open_artifact, read_manifest, remove_tree
+from ifguide.config import BuildMask, config_from_mapping
 from ifguide.config.compare import Method
-from ifguide.influence.score_tables import write_scores
 from ifguide.methods.token_scores import ScoredShards, Scoring
 from ifguide.run import Run
 from ifguide.selection.masks import make_mask
@@ -112,18 +109,6 @@ def test_what_learns_from_the_queries_asks_for_them(run: Run, made: list[Scoring
     assert not made
 
 
-def score_with_nulls(run: Run) -> None:
-    """Scores of the run's corpus with four nulls."""
-    rng, corpus = np.random.default_rng(4), read_manifest(run.corpus)
-    inputs = {"corpus": corpus.fingerprint}
-    artifact = open_artifact(run.scores, verb="score_corpus", options={}, inputs=inputs, config_yaml="")
-    for path in data_files(run.corpus):
-        ids = schemas.read_table(path).column("block_id")
-        own, *nulls = rng.standard_t(3, size=(5, len(ids), T)).astype(np.float32)
-        write_scores(run.scores / path.name, ids, {OWN: own}, nulls={OWN: nulls})
-    artifact.finish(data_files(run.scores), rows={"blocks": corpus.rows["blocks"]}, summary={})
-
-
 @pytest.mark.parametrize(
     ("options", "imported"),
     [
@@ -154,7 +139,7 @@ def test_plain_influence_masks_as_many_tokens_as_the_run(
     assert (own.rows["tokens"] == int(0.03 * predicted)) == full
 
     monkeypatch.setattr(method_masks, "build_query", lambda _: None)
-    monkeypatch.setattr(method_masks, "score_corpus", score_with_nulls)
+    monkeypatch.setattr(method_masks, "score_corpus", lambda plain: score(plain.scores, plain.corpus, seed=4, nulls=4))
     monkeypatch.setattr(method_masks, "build_mask", mask)
     made = method_mask(run, child_of(run, "plain"), Method(mask="plain_influence"))
     assert made.rows["tokens"] == own.rows["tokens"]
