@@ -32,8 +32,6 @@ from ifguide.report.page import LEVELS, REPORT_FILES, render_report, report_json
 from ifguide.report.text import duration, interval, number, p_value, relative, signed
 from tests.unit.report.sample_report import full_data, minimal_data, row
 
-KEYS = ("key", "keys", "k")  # spans that are no tokens
-
 
 def with_documents(*documents: RankedDocument) -> ReportData:
     return minimal_data(behaviours=(Behaviour(name="rudeness", documents=documents),))
@@ -261,39 +259,6 @@ def test_tokens_carry_score_mask_and_annotation():
     assert [span["class"] for span in spans] == [f"w{LEVELS} m k", "w8", "c8 m"]
     assert [span["title"] for span in spans] == ["2", "1", "-1"]
     assert "hot warm cold" in page.text
-
-
-def test_ranks_have_their_middle_and_are_not_said_to_raise_or_lower() -> None:
-    tokens = tuple(Token(text=f"{rank} ", score=rank) for rank in (0.99, 0.6, 0.5, 0.4, 0.01, None))
-    document = RankedDocument(doc_id=7, source="s", rank=1, rank_score=0.1, tokens=tokens)
-    histogram = ScoreHistogram(
-        bin_edges=(0.0, 1.0), counts=(5,), tau=0.98, measure="mean rank in the scores of 2 runs", ranks=True
-    )
-    part = Behaviour(name="rudeness", histogram=histogram, documents=(document,))
-    page = Page(render_report(minimal_data(behaviours=(part,))))
-    spans = [attributes for tag, attributes in page.tags if tag == "span" and attributes.get("class") not in KEYS]
-    assert [span.get("class") for span in spans] == [f"w{LEVELS}", "w3", None, "c3", f"c{LEVELS}", None]
-    assert [span.get("title") for span in spans] == ["0.99", "0.6", "0.5", "0.4", "0.01", None]
-    text = " ".join(page.text.split())
-    assert "A score is the mean rank in the scores of 2 runs, from 0 to 1: a token makes rudeness more" in text
-    assert "A score above 0" not in text
-    assert "raises rudeness" not in text
-    assert "ranks above the middle" in text
-    signed = dataclasses.replace(part, histogram=dataclasses.replace(histogram, measure="z-score", ranks=False))
-    text = " ".join(Page(render_report(minimal_data(behaviours=(signed,)))).text.split())
-    assert "A score above 0 means that training on the token makes rudeness more likely." in text
-    assert "raises rudeness lowers it" in text
-
-
-def test_each_behaviour_has_its_own_full_colour() -> None:
-    def part(name: str, scale: float) -> Behaviour:
-        tokens = tuple(Token(text=f"{share} ", score=share * scale) for share in (1.0, -0.2))
-        document = RankedDocument(doc_id=7, source="s", rank=1, rank_score=0.1, tokens=tokens)
-        return Behaviour(name=name, documents=(document,))
-
-    html = render_report(minimal_data(behaviours=(part("rudeness", 4.0), part("flattery", 1e-3))))
-    spans = [attributes for tag, attributes in Page(html).tags if tag == "span" and "title" in attributes]
-    assert [span["class"] for span in spans] == [f"w{LEVELS}", "c3"] * 2
 
 
 def test_the_text_is_hidden_until_asked_for(full_html):
