@@ -251,7 +251,7 @@ def other_score(name: str, run: Run, rows: Sequence[QueryRow], blocks: TrainingB
     """One of `OTHER_SCORES`, which the run has not."""
     config, tokenizer = run.config, load_tokenizer(run.tokenizer_source)
     model = load_proxy(run.proxy_source, gpus=0).eval()
-    beginning = Beginning.of(tokenizer, is_baseline=run.proxy_is_trained).token
+    beginning = Beginning.of(tokenizer, is_trained=run.proxy_is_trained).token
     longest, direction = config.build_query.max_tokens, read_direction(run.query)
     sets = QuerySets.of(rows, max_tokens=longest, beginning=beginning)
     of_blocks = (np.asarray(blocks.tokens), blocks.lengths)

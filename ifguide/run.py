@@ -47,6 +47,8 @@ RESULT_KEYS: dict[str, tuple[str, ...]] = {  # what the result of a verb depends
     "analyse": ("analyse", "evaluate", "seed"),
 }
 OF_MASKED = ("objective", "penalty")  # of `pretrain`: what a training without a mask does not read
+# Of `evaluate`, what the analyses read; which prompts the lens takes, the artifact's inputs tell.
+ANALYSED = ("models", "word_list", "classifier", "max_new_tokens", "bootstrap_samples")
 TRAINED = "trained"  # the name in a plan of a tokenizer that is trained on the corpus
 
 
@@ -184,6 +186,10 @@ class Run:
             made = artifacts.made_from(self.made_by(verb))["options"].get(verb, {})  # of before: the whole section
             options[verb] = {key: value for key, value in options[verb].items() if key not in OF_MASKED}
             options[verb] |= {key: made[key] for key in OF_MASKED if key in made}
+        elif verb == "analyse":
+            made = artifacts.made_from(self.analyses)["options"].get("evaluate", {})  # of before: the whole section
+            unread = {key: value for key, value in made.items() if key not in ANALYSED}
+            options["evaluate"] = unread | {key: options["evaluate"][key] for key in ANALYSED}
         return options
 
     def open(

@@ -56,7 +56,7 @@ def make_run(
         {},
         rows={"blocks": packed.num_blocks, "documents": len(texts), "tokens": packed.num_tokens},
         options={"pack_corpus": {"inputs": [{"path": "texts.jsonl", "tokens_column": None}], **shape}},
-        summary={"block_size": block_size, "tokenizer": "a tokenizer"},
+        summary={"block_size": block_size, "tokenizer": "a tokenizer", "annotated": False},
     )
     masked = np.random.default_rng(0).random(packed.num_tokens) < share
     masked[::block_size] = False

@@ -28,11 +28,18 @@ Benchmarks = dict[str, dict[str, dict[str, Any]]]
 
 
 def benchmarks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, batch_size: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    batch_size: int,
+    seed: int,
+    special_tokens: bool,
 ) -> Benchmarks:
     """Task -> metric -> {"value", "low", "high", "n"}; interval and n are None where the harness does not tell.
 
-    `tokenizer` may be changed: the harness sets a padding token.
+    `tokenizer` may be changed: the harness sets a padding token. `special_tokens`: whether texts get its special
+    tokens; else what stands before a text without a context is its EOS, as in a corpus, not its BOS.
 
     Raises:
         ValueError: a task that the harness does not know. ModuleNotFoundError: it is not installed.
@@ -41,12 +48,13 @@ def benchmarks(
     from lm_eval.models.huggingface import HFLM
 
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    plain = {} if special_tokens else {"add_bos_token": False, "prefix_token_id": tokenizer.eos_token_id}
+    harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **plain)
     manager = _task_manager(defaults=not all(_stands_alone(task) for task in tasks))
-    try:
-        made = simple_evaluate(model=harnessed, tasks=list(tasks), task_manager=manager, log_samples=False, **seeds)
-    except KeyError as error:
-        raise ValueError(f"evaluate.lm_eval: {error.args[0]}; `lm_eval ls tasks` lists the names") from error
+    for task in tasks:
+        if task not in manager.all_tasks and not Path(task).is_file():
+            raise ValueError(f"evaluate.lm_eval: {task} is no task and no file; `lm_eval ls tasks` lists the names")
+    made = simple_evaluate(model=harnessed, tasks=list(tasks), task_manager=manager, log_samples=False, **seeds)
     counts = made["n-samples"]
     return {task: _figures(metrics, counts.get(task, {}).get("effective")) for task, metrics in made["results"].items()}
 

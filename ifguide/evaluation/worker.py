@@ -208,9 +208,14 @@ class EvaluateModel:
 
     def _benchmarks(self, piece: Harness) -> dict[str, Any]:
         model, _ = self._load(piece.model)
-        options, tokenizer = self.options, load_tokenizer(self.settings.sources[piece.model])
-        seed = self.settings.seed
-        return benchmarks(model, tokenizer, options.lm_eval, batch_size=options.batch_size, seed=seed)
+        return benchmarks(
+            model,
+            load_tokenizer(self.settings.sources[piece.model]),  # one of its own: the harness may change it
+            self.options.lm_eval,
+            batch_size=self.options.batch_size,
+            seed=self.settings.seed,
+            special_tokens=takes_special_tokens(self.options, piece.model),
+        )
 
     def _publish(self, piece: Fluency, table: pa.Table) -> None:
         with publish(fluency_file(self.settings.report, piece.model, piece.kind)) as part:

@@ -58,10 +58,10 @@ class Beginning:
     of_documents: bool = False
 
     @classmethod
-    def of(cls, tokenizer: Any, *, is_baseline: bool, of_documents: bool = False) -> Beginning:
+    def of(cls, tokenizer: Any, *, is_trained: bool, of_documents: bool = False) -> Beginning:
         """What the tokenizer puts before a text. A run's own plain model, this one's or another's, is trained on blocks
         alone, without."""
-        return cls(None if is_baseline else beginning_token(tokenizer), of_documents)
+        return cls(None if is_trained else beginning_token(tokenizer), of_documents)
 
     @property
     def length(self) -> int:

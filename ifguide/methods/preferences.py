@@ -7,7 +7,7 @@ checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from ifguide.artifacts import json_digest, publish_folder, remove_tree, write_js
 from ifguide.config import ConfigError, ModelSource
 from ifguide.config.compare import Dpo, Reward
 from ifguide.config.resources import WorkerResources
+from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.metrics import stage_progress
 from ifguide.folders import EXPORT
 from ifguide.methods.dpo import dpo_trainer, train_dpo
-from ifguide.methods.pairs import make_pairs, rate_continuations
+from ifguide.methods.pairs import Pair, make_pairs, rate_continuations
 from ifguide.methods.reward_model import RatedText, RewardModel, rate_texts, reward_steps, train_reward_model
 from ifguide.methods.samples import SampleFiles, read_samples
 from ifguide.models import load_model
@@ -141,7 +142,7 @@ class DpoTraining:
                 " compare.samples.continuations"
             )
         scratch = self._scratch()
-        _only_of(scratch, json_digest([asdict(self.options), self.seed, self.start, [asdict(pair) for pair in pairs]]))
+        _only_of(scratch, self._digest(pairs))
         trainer = dpo_trainer(
             model, reference, tokenizer, pairs, self.options, folder=scratch, seed=self.seed, use_cpu=device == "cpu"
         )
@@ -157,6 +158,10 @@ class DpoTraining:
             f"{self.name}: {summary['pairs']} pairs of {summary['prompts']} prompts, {summary['steps']} steps, the"
             f" chosen preferred in {summary['accuracy']:.1%} at the end"
         )
+
+    def _digest(self, pairs: Sequence[Pair]) -> str:
+        """Of what a checkpoint depends on: how often there is one is not of it."""
+        return json_digest([result_part(self.options), self.seed, self.start, [asdict(pair) for pair in pairs]])
 
     def _scratch(self) -> Path:
         """Where checkpoints lie: a disk. With a remote artifact they are this machine's, and end with it."""

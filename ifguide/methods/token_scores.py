@@ -50,6 +50,7 @@ FILES = {
     "influence_words": "words.parquet",  # stays beside the scores: people read it
 }
 WITHOUT_PROXY = ("ngrams", "influence_words")
+WITHOUT_QUERY = ("span_probe", "influence_words")
 Finder = NgramFinder | ProbeFinder | ExcessLossFinder
 
 
@@ -57,8 +58,9 @@ Finder = NgramFinder | ProbeFinder | ExcessLossFinder
 class Scoring:
     """How a corpus is scored: a kind of `Method.mask`, its options, and what it learns from.
 
-    `queries` is the folder of the query, `max_tokens` of one. `proxy_fingerprint` is the query's. `gpus` are a
-    worker's. `scored`: the scores that words are found by, of `influence_words` alone."""
+    `queries` is the folder of the query, `max_tokens` of one. `proxy_fingerprint` is that of the query's proxy, or of
+    the run's where it has no query; `beginning` is the proxy's. `gpus` are a worker's. `scored`: the scores that words
+    are found by, of `influence_words` alone, which needs no proxy."""
 
     kind: str
     options: Ngrams | Probe | ExcessLoss | None
@@ -66,9 +68,9 @@ class Scoring:
     max_tokens: int
     tokenizer: str
     proxy: ModelSource
-    proxy_fingerprint: str
-    beginning: int | None
     seed: int
+    proxy_fingerprint: str = ""
+    beginning: int | None = None
     gpus: float = 0.0
     scored: ScoredCorpus | None = None
 
@@ -266,12 +268,11 @@ def _in_blocks(values: np.ndarray, block_size: int) -> list[np.ndarray]:
 
 
 def _proxy(scoring: Scoring) -> Any:
-    """The proxy that the query was made with.
+    """The proxy that the query was made with, or this scoring begun.
 
     Raises:
         MismatchError: another one lies there by now."""
     model = load_proxy(scoring.proxy, gpus=scoring.gpus)
-    require_same(
-        "the proxy on this node", state_fingerprint(model), "the query's", scoring.proxy_fingerprint, "sync it"
-    )
+    whose = "this run's" if scoring.kind in WITHOUT_QUERY else "the query's"
+    require_same("the proxy on this node", state_fingerprint(model), whose, scoring.proxy_fingerprint, "sync it")
     return model.requires_grad_(False)

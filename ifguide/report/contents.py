@@ -27,13 +27,14 @@ class TrainingCurve:
 @dataclass(frozen=True, kw_only=True)
 class ScoreHistogram:
     """Tokens per score bin: of the whole corpus and, where annotations exist, of the annotated tokens. `measure` names
-    what a score is."""
+    what a score is; `ranks`: it is a mean of ranks, in (0, 1), and has no sign."""
 
     bin_edges: tuple[float, ...]
     counts: tuple[int, ...]
     tau: float
     annotated_counts: tuple[int, ...] | None = None
     measure: str = "influence score"
+    ranks: bool = False
 
     def __post_init__(self) -> None:
         for name, counts in (("counts", self.counts), ("annotated_counts", self.annotated_counts)):
@@ -43,10 +44,10 @@ class ScoreHistogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token's text, its label-aligned influence score, and whether it is masked and annotated."""
+    """A token's text, its label-aligned influence score if it has one, and whether it is masked and annotated."""
 
     text: str
-    score: float
+    score: float | None
     masked: bool = False
     annotated: bool = False
 
@@ -115,11 +116,13 @@ class Behaviour:
     """What the scores of one behaviour say: their distribution, its highest-ranked documents, its odd blocks.
 
     `trained`: the mask that a model was trained with is of this behaviour. `plain`: it has no null scores, so its mask
-    goes by scores, where that one goes by z-scores. `dominant`: a warning of the one document that takes much of it."""
+    goes by scores, where that one goes by z-scores. `scored`: the tables of its scores are there; else there is no
+    histogram, and no token has a score. `dominant`: a warning of the one document that takes much of the mask."""
 
     name: str
     trained: bool = True
     plain: bool = False
+    scored: bool = True
     histogram: ScoreHistogram | None = None
     documents: tuple[RankedDocument, ...] = ()
     outliers: Outliers | None = None

@@ -12,7 +12,7 @@ from ifguide.config import ClassifierSource, Evaluate, redact
 from ifguide.report import contents
 from ifguide.report.agreement import agreement_rows
 from ifguide.report.figures import Figure, ModelRow, model_rows
-from ifguide.report.view import View, score_histogram
+from ifguide.report.view import ShownDocument, View, score_histogram
 from ifguide.selection.distributed import RunTasks
 from ifguide.selection.folders import SelectionFolders
 from ifguide.selection.outliers import dominant_line
@@ -172,6 +172,7 @@ def _behaviour(selected: Selected, view: View, top_documents: int, run_tasks: Ru
         name=selected.name,
         trained=selected.trained,
         plain=selected.plain,
+        scored=view.measure is not None,
         histogram=_histogram(view, run_tasks),
         documents=tuple(_documents(view, top_documents)),
         outliers=_outliers(view),
@@ -215,7 +216,9 @@ def _metrics(folder: Path) -> Path:
     return path
 
 
-def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram:
+def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram | None:
+    if view.measure is None:
+        return None
     edges, counts, annotated = score_histogram(view, run_tasks)
     return contents.ScoreHistogram(
         bin_edges=tuple(edges.tolist()),
@@ -223,6 +226,7 @@ def _histogram(view: View, run_tasks: RunTasks) -> contents.ScoreHistogram:
         tau=view.summary["tau"],
         annotated_counts=tuple(annotated.tolist()) if view.annotated else None,
         measure=view.measure_name,
+        ranks=view.ranks,
     )
 
 
@@ -234,14 +238,22 @@ def _documents(view: View, count: int) -> list[contents.RankedDocument]:
             rank=document.rank,
             rank_score=document.rank_score,
             tokens=tuple(
-                contents.Token(text=text, score=float(score), masked=bool(masked), annotated=bool(annotated))
+                contents.Token(text=text, score=score, masked=bool(masked), annotated=bool(annotated))
                 for text, score, masked, annotated in zip(
-                    document.texts, document.scores, document.masked, document.annotated, strict=True
+                    document.texts, _scores(view, document), document.masked, document.annotated, strict=True
                 )
             ),
         )
         for document in view.top_documents(count)
     ]
+
+
+def _scores(view: View, document: ShownDocument) -> list[float | None]:
+    """The scores of its tokens; None of those that have no rank, as a block's first token, which is not predicted, and
+    of all where the tables of scores are gone."""
+    if document.scores is None:
+        return [None] * len(document.texts)
+    return [None if view.ranks and score == 0 else score for score in document.scores.tolist()]
 
 
 def _outliers(view: View) -> contents.Outliers | None:

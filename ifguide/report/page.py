@@ -23,7 +23,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -34,12 +34,13 @@ from ifguide.display import visible, visible_pieces
 from ifguide.evaluation import benjamini_hochberg
 from ifguide.report.card import card_fragment, summary_line
 from ifguide.report.charts import PALETTE, charts_of, colours_of, group_names
-from ifguide.report.contents import RankedDocument, ReportData
+from ifguide.report.contents import Behaviour, RankedDocument, ReportData
 from ifguide.report.figures import Difference, Figure, Group, ModelRow
 from ifguide.report.text import duration, interval, number, p_value, percent, relative, signed
 
 TEMPLATES = Path(__file__).parent / "templates"
 LEVELS = 15  # of a token's colour
+MIDDLE_RANK = 0.5
 SHOWN_TEXT = ("rep_4", "distinct_2")  # figures of the text in the first table
 OPACITY = {"w": ("warm", 0.8), "c": ("cool", 0.6)}  # class of a token -> colour of report.css, opacity at full score
 REPORT_FILES = ("index.html", "report.json", "model_card.md")
@@ -61,9 +62,6 @@ def render_report(data: ReportData) -> str:
     )
     searched = any(part.documents for part in data.behaviours)
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8") if searched else ""
-    scores = [abs(token.score) for part in data.behaviours for document in part.documents for token in document.tokens]
-    # The strongest hundredth of the shown tokens share the full colour: one outlier would pale the rest.
-    full_score = float(np.quantile(scores, 0.99)) if scores else 0.0
     return environment.get_template("report.html").render(
         data=data,
         summary=summary_line(data),
@@ -82,7 +80,8 @@ def render_report(data: ReportData) -> str:
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8") + level_rules()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        token_spans=lambda document: token_spans(document, full_score),
+        ramps=[colour_ramp(part) for part in data.behaviours],
+        token_spans=token_spans,
     )
 
 
@@ -109,17 +108,36 @@ def level_rules() -> str:
     )
 
 
-def token_spans(document: RankedDocument, full_score: float) -> Markup:
-    """The document's tokens, one `<span>` each: class w (score above 0) or c with its level of colour, m if masked,
-    k if annotated; the score is the title. There is no space between them: the text is shown as it is."""
+class ColourRamp(NamedTuple):
+    """The score of a token without colour, and how far from it a score has the full one."""
+
+    middle: float
+    reach: float
+
+
+def colour_ramp(part: Behaviour) -> ColourRamp:
+    """That of a behaviour's tokens: behaviours, and what is measured of them, differ in scale."""
+    middle = MIDDLE_RANK if part.histogram and part.histogram.ranks else 0.0
+    scores = [token.score for document in part.documents for token in document.tokens]
+    strengths = [abs(score - middle) for score in scores if score is not None]
+    # The strongest hundredth of the shown tokens share the full colour: one outlier would pale the rest.
+    return ColourRamp(middle, float(np.quantile(strengths, 0.99)) if strengths else 0.0)
+
+
+def token_spans(document: RankedDocument, ramp: ColourRamp) -> Markup:
+    """The document's tokens, one `<span>` each: class w (score above the middle) or c with its level of colour, m if
+    masked, k if annotated; the score is the title, if there is one. There is no space between them: the text is shown
+    as it is."""
     parts = []
     shown = visible_pieces([token.text for token in document.tokens])
     for token, text in zip(document.tokens, shown, strict=True):
-        level = round(LEVELS * min(1.0, abs(token.score) / full_score)) if full_score else 0
-        kinds = [f"{'w' if token.score > 0 else 'c'}{level}"] if level else []
+        strength = 0.0 if token.score is None else token.score - ramp.middle
+        level = round(LEVELS * min(1.0, abs(strength) / ramp.reach)) if ramp.reach else 0
+        kinds = [f"{'w' if strength > 0 else 'c'}{level}"] if level else []
         kinds += ["m"] * token.masked + ["k"] * token.annotated
         attribute = f' class="{" ".join(kinds)}"' if kinds else ""
-        parts.append(f'<span{attribute} title="{token.score:.3g}">{escape(text)}</span>')
+        attribute += "" if token.score is None else f' title="{token.score:.3g}"'
+        parts.append(f"<span{attribute}>{escape(text)}</span>")
     return Markup("".join(parts))
 
 

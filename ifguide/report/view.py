@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ifguide import schemas
-from ifguide.artifacts import MANIFEST, Manifest, read_manifest, sound, verified_files
+from ifguide.artifacts import MANIFEST, Manifest, data_files, read_manifest, sound, verified_files
 from ifguide.config import OWN
 from ifguide.corpus.tables import TOKENIZER, corpus_block_size
 from ifguide.evaluation.metrics import MaskAgreement, token_agreement
@@ -41,23 +41,25 @@ class ShownDocument:
     rank: int  # from 1
     rank_score: float
     texts: tuple[str, ...]
-    scores: np.ndarray
+    scores: np.ndarray | None  # where the tables of scores are gone
     masked: np.ndarray
     annotated: np.ndarray
     left_out: int  # tokens of the document that are not shown
 
 
 class View:
-    """Random access to the tokens that a mask is of; scores are of the mask's behaviour."""
+    """Random access to the tokens that a mask is of; scores are of the mask's behaviour, if their tables are there:
+    they may be removed once there is a mask."""
 
     def __init__(self, folders: SelectionFolders):
         self.corpus, self.mask, self.ranking = folders.corpus, folders.mask, folders.ranking
         manifest, made = read_manifest(self.mask), read_manifest(self.corpus)
         self.summary = selected(manifest, self.mask)
-        self.scores = folders.ensemble if "ensemble" in self.summary else folders.scores
+        self.ranks = "ensemble" in self.summary  # scores are mean ranks
+        self.scores = folders.ensemble if self.ranks else folders.scores
         self.options = manifest.options.get("build_mask", {})
         self.ranked = manifest.verb == "build_mask"  # an imported mask has neither ranking nor tau
-        self.measure = measured_by(self.summary, self.scores)
+        self.measure = measured_by(self.summary, self.scores) if data_files(self.scores) else None
         self.tokenizer = load_tokenizer(str(self.corpus / TOKENIZER))
         self.annotated = bool(made.summary["annotated"])
         self.block_size = corpus_block_size(self.corpus)
@@ -118,7 +120,7 @@ class View:
             rank=row["rank"] + 1,
             rank_score=row["rank_score"],
             texts=tuple(token_texts(self.tokenizer, columns["tokens"], window)),
-            scores=columns["token_score"][window],
+            scores=columns["token_score"][window] if self.measure else None,
             masked=columns["masked"][window],
             annotated=columns["annotated"][window],
             left_out=len(columns["tokens"]) - len(tokens),
@@ -127,14 +129,14 @@ class View:
     @property
     def measure_name(self) -> str:
         """What tokens are ranked by, for people."""
-        if self.measure.nulls:
+        if "null_spread" in self.summary:
             return "z-score of the influence score"
-        if "ensemble" in self.summary:
+        if self.ranks:
             return f"mean rank in the scores of {1 + len(self.summary['ensemble'])} runs"
         return "smoothed influence score" if self.summary.get("smoothed") else "influence score"
 
     def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Tokens, scores, mask and annotations of stream positions [start, stop)."""
+        """Tokens, scores if they are there, mask and annotations of stream positions [start, stop)."""
         first_block, last_block = start // self.block_size, (stop - 1) // self.block_size
         parts: dict[str, list[np.ndarray]] = {}
         bounds = [*self.first_blocks[1:], np.inf]
@@ -224,24 +226,22 @@ def _agreement(columns: dict[str, np.ndarray], predicted: np.ndarray) -> MaskAgr
     return token_agreement(columns["masked"], columns["annotated"])
 
 
-def _on_columns(function: Any, path: Path, scores: Path, measure: Measure, mask: Path, *arguments: Any) -> Any:
+def _on_columns(function: Any, path: Path, scores: Path, measure: Measure | None, mask: Path, *arguments: Any) -> Any:
     lengths = schemas.read_table(sound(path.parent, path.name), columns=["length"]).column("length").to_numpy()
     columns = _shard_columns(path, scores, measure, mask)
     index = np.arange(columns["tokens"].shape[1])
     return function(columns, (index >= 1) & (index < lengths[:, None]), *arguments)
 
 
-def _shard_columns(path: Path, scores: Path, measure: Measure, mask: Path) -> dict[str, np.ndarray]:
-    """The (B, T) columns of one shard; scores and mask are zero where there are none yet."""
+def _shard_columns(path: Path, scores: Path, measure: Measure | None, mask: Path) -> dict[str, np.ndarray]:
+    """The (B, T) columns of one shard; scores where there are any to `measure`."""
     table = schemas.read_table(sound(path.parent, path.name))
     tokens = schemas.per_token_array(table, "tokens")
     columns = {"tokens": tokens}
-    columns["token_score"], columns["masked"] = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, bool)
-    if (scores / path.name).exists():
+    if measure:
         of_scores = schemas.read_table(sound(scores, path.name), columns=measure.columns)
         columns["token_score"] = measure.of([schemas.per_token_array(of_scores, name) for name in measure.columns])[0]
-    if (mask / path.name).exists():
-        columns["masked"] = schemas.per_token_array(schemas.read_table(sound(mask, path.name)), "masked")
+    columns["masked"] = schemas.per_token_array(schemas.read_table(sound(mask, path.name)), "masked")
     has_annotations = "annotated" in table.column_names
     columns["annotated"] = (
         schemas.per_token_array(table, "annotated") if has_annotations else np.zeros_like(tokens, bool)

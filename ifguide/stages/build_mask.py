@@ -30,8 +30,8 @@ def build_mask(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if dry_run:
         log(
             VERB,
-            f"would mask up to {options.max_fraction:.2%} of the tokens, those above the {options.quantile} quantile"
-            f" and {options.window} neighbours, {options.unit} by {options.unit}"
+            f"would mask up to {100 * options.max_fraction:g}% of the tokens, those above the {options.quantile}"
+            f" quantile and {options.window} neighbours, {options.unit} by {options.unit}"
             + (f", by mean ranks with {', '.join(options.others)}" if options.others else ""),
         )
         return None

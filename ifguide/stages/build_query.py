@@ -74,7 +74,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
     beginning = Beginning.of(
         load_tokenizer(run.tokenizer_source),
-        is_baseline=run.proxy_is_trained,
+        is_trained=run.proxy_is_trained,
         of_documents=run.config.pretrain.document_attention,
     )
     proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)

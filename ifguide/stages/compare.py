@@ -23,16 +23,15 @@ from typing import Any
 from ifguide import interrupts
 from ifguide.artifacts import (
     MANIFEST,
-    PLAN,
     Manifest,
     MismatchError,
     json_digest,
+    made_from,
     publish,
     read_manifest,
     require,
     write_json,
 )
-from ifguide.artifacts.manifest import read_plan
 from ifguide.config import ConfigError, Pretrain, to_yaml
 from ifguide.config.compare import SCORED, Dpo, Method, Rad
 from ifguide.config.methods import check_method
@@ -100,10 +99,8 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
 def _require_report_of(folder: Path, models: Sequence[str]) -> None:
     """Refuse a report of other models before any is trained."""
-    made = (folder / MANIFEST).exists()
-    if not made and not (folder / PLAN).exists():
+    if not (inputs := made_from(folder)["inputs"]):
         return
-    inputs = read_manifest(folder).inputs if made else read_plan(folder)["inputs"]
     reported = [name.removeprefix(OF_MODEL) for name in inputs if name.startswith(OF_MODEL)]
     new, gone = sorted(set(models) - set(reported)), sorted(set(reported) - set(models))
     if new or gone:

@@ -135,9 +135,9 @@ def _behaviours(run: Run) -> Iterator[Selected]:
     if not (run.mask / MANIFEST).exists():
         return
     trained, own = run.config.build_mask.behaviour, run.config.evaluate.behaviour
-    files = data_files(
-        run.ensemble if run.config.build_mask.others else run.scores
-    )  # none where somebody has removed them after build_mask
+    sources = (run.scores, run.ensemble) if run.config.build_mask.others else (run.scores,)
+    tables = [data_files(folder) for folder in sources]
+    files = tables[-1] if all(tables) else []  # none where somebody has removed them after build_mask
     columns = schemas.read_schema(files[0]) if files else pa.schema([])
     scored = schemas.scored_behaviours(columns)
     names = dict(zip(scored, scored, strict=True)) | {OWN: f"{own} (own query)" if own in scored else own}

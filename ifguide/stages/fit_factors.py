@@ -50,7 +50,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     tokenizer = load_tokenizer(run.tokenizer_source)
     beginning = Beginning.of(
         tokenizer,
-        is_baseline=run.proxy_is_trained,
+        is_trained=run.proxy_is_trained,
         of_documents=run.config.pretrain.document_attention,
     )
     proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, config.min_coverage, resources=ONE_CPU)

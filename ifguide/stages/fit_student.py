@@ -45,8 +45,8 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if dry_run:
         log(
             VERB,
-            f"would score {config.sample_fraction:.3%} of the corpus' blocks exactly, in {config.partitions} parts, and"
-            f" fit a student of kind {config.kind}",
+            f"would score {100 * config.sample_fraction:g}% of the corpus' blocks exactly, in {config.partitions}"
+            f" parts, and fit a student of kind {config.kind}",
         )
         return None
     given, encoder = ScoringInputs.of(run, VERB), config.encoder.source if config.kind == "encoder" else None

@@ -4,7 +4,7 @@ Methods that mark text or draw tokens write a mask (`methods.masks`). Methods th
 their mask is the tokens of highest score, as many as the run's own mask has, or the run's selection of those scores.
 `influence_words` is scored by the run's scores, word by word.
 `exact` and `smoothed` take the run's scores, without those of other runs (`build_mask.others`); `influence` takes what
-the run does. `plain_influence` is the run's selection of other scores.
+the run does. `plain_influence` is the run's selection of other scores, as many.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ifguide.artifacts import Manifest, data_files, require
+from ifguide.artifacts import MANIFEST, Manifest, data_files, made_from, require
 from ifguide.config import OWN, BuildMask
 from ifguide.config.compare import INFLUENCE, RANDOM, SCORED, SELECTING, Method
 from ifguide.config.methods import classifier_of
+from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER
-from ifguide.distributed.tasks import run_tasks
+from ifguide.distributed.tasks import run_task, run_tasks
 from ifguide.folders import BASELINE, ENSEMBLE, FACTORS, MODEL, SCORES
-from ifguide.influence.proxy import Beginning
+from ifguide.influence.proxy import Beginning, describe_proxy
 from ifguide.methods.masks import Marking, mark_corpus
 from ifguide.methods.preferences import VERB
-from ifguide.methods.token_scores import FINDER, Scoring, score_tokens
+from ifguide.methods.token_scores import FINDER, WITHOUT_PROXY, WITHOUT_QUERY, Scoring, score_tokens
+from ifguide.models import check_vocabulary
 from ifguide.run import Run
 from ifguide.schemas import smoothed_column
 from ifguide.selection.algorithm import token_budget
@@ -94,7 +96,8 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
     there may be fewer, where fewer pass the quantile.
 
     Raises:
-        FileNotFoundError: corpus, query, scores or mask are missing. StageError: a shard failed.
+        FileNotFoundError: corpus or mask are missing, or the scores or what they are made of. StageError: a shard
+            failed.
     """
     corpus, own = require(run.corpus, "pack_corpus"), require(run.mask, "build_mask")
     assert method.mask is not None
@@ -110,12 +113,10 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
         selecting = replace(selecting, standardise=False, fdr=None)
     count = own.rows["tokens"]
     if method.selection == "units":
-        # half a token more, so that the fraction comes to the count whatever its rounding
-        fraction = min((count + 0.5) / own.summary["predicted_tokens"], 1.0)
         changed = {name: getattr(method, name) for name in SELECTING if getattr(method, name) is not None}
         if method.quantile is not None:
             changed["fdr"] = None
-        options = replace(selecting, **{"max_fraction": fraction, **changed})
+        options = replace(selecting, **{"max_fraction": _share(own), **changed})
         mask = build_mask(replace(child, config=replace(child.config, build_mask=options)))
         assert mask is not None
         return mask
@@ -147,6 +148,12 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
     )
 
 
+def _share(mask: Manifest) -> float:
+    """The `max_fraction` of a mask of as many tokens."""
+    # half a token more, so that the fraction comes to the count whatever its rounding
+    return float(min((mask.rows["tokens"] + 0.5) / mask.summary["predicted_tokens"], 1.0))
+
+
 def _scored(run: Run, corpus: Manifest, selecting: BuildMask) -> ScoredCorpus:
     """The scores that `selecting` ranks tokens by, where nulls play no part."""
     folder = run.ensemble if selecting.others else run.scores
@@ -156,19 +163,23 @@ def _scored(run: Run, corpus: Manifest, selecting: BuildMask) -> ScoredCorpus:
 
 
 def method_scores(run: Run, child: Run, kind: str) -> Manifest:
-    """Make the token scores of a method in `child.scores`, for the corpus and the query of `run`."""
-    manifest, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
-    scoring = _scoring(run, query, kind)
-    inputs = {"corpus": manifest.fingerprint, "query": query.fingerprint, "proxy": query.inputs["proxy"]}
-    if kind == "influence_words":
-        scored = _scored(run, manifest, run.config.build_mask)
-        verb = "build_mask" if scored.scores == run.ensemble else "score_corpus"
-        inputs["scores"] = require(scored.scores, verb).fingerprint
-        scoring = replace(scoring, scored=scored)
+    """Make the token scores of a method in `child.scores`, for the corpus of `run` and what the method learns from.
+
+    Raises:
+        FileNotFoundError: the corpus, or what the method learns from, is missing. MismatchError: the query is of other
+            texts than this run's. StageError: a shard failed.
+    """
+    manifest = require(run.corpus, "pack_corpus")
+    scoring, learnt = _scoring(run, manifest, kind)
+    inputs = {"corpus": manifest.fingerprint, **learnt}
+    made = made_from(child.scores)["inputs"]
+    if kind in WITHOUT_QUERY and "query" in made:  # as artifacts of before name one: what the scores are of is the same
+        inputs = {name: inputs.get(name, digest) for name, digest in made.items()}
     artifact = run.open(child.scores, VERB, keys=("tokenizer",), inputs=inputs, extra=scoring.result_options())
     if artifact.manifest:
         return artifact.manifest
-    run.require_proxy()
+    if kind not in WITHOUT_PROXY:
+        run.require_proxy()
     connect(run.config.cluster)
     corpus = PackedCorpus.of(run.corpus, manifest)
     written = score_tokens(scoring, corpus, child.scores, verb=VERB, resources=run.config.compare.resources)
@@ -181,13 +192,9 @@ def method_scores(run: Run, child: Run, kind: str) -> Manifest:
     )
 
 
-def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
-    config = run.config
-    tokenizer = load_tokenizer(run.tokenizer_source)
-    beginning = Beginning.of(
-        tokenizer, is_baseline=config.proxy_is_baseline, of_documents=config.pretrain.document_attention
-    )
-    beginning.require_of(run.query, query.inputs)
+def _scoring(run: Run, corpus: Manifest, kind: str) -> tuple[Scoring, dict[str, str]]:
+    """How a method scores, and the fingerprints of what it learns from beside the corpus."""
+    config, tokenizer = run.config, load_tokenizer(run.tokenizer_source)
     options: dict[str, Any] = {
         "ngrams": config.compare.ngrams,
         "probe": config.compare.probe,
@@ -195,27 +202,62 @@ def _scoring(run: Run, query: Manifest, kind: str) -> Scoring:
         "excess_loss": config.compare.excess_loss,
         "influence_words": None,
     }
-    return Scoring(
+    scoring = Scoring(
         kind=kind,
         options=options[kind],
         queries=run.query,
         max_tokens=config.build_query.max_tokens,
         tokenizer=run.tokenizer_source,
         proxy=run.proxy_source,
-        proxy_fingerprint=query.inputs["proxy"],
-        beginning=beginning.token,
         seed=config.seed,
     )
+    if kind == "influence_words":
+        scores = require(*((run.ensemble, "build_mask") if config.build_mask.others else (run.scores, "score_corpus")))
+        return replace(scoring, scored=_scored(run, corpus, config.build_mask)), {"scores": scores.fingerprint}
+    beginning = Beginning.of(
+        tokenizer, is_trained=run.proxy_is_trained, of_documents=config.pretrain.document_attention
+    )
+    if kind in WITHOUT_QUERY and not (run.query / MANIFEST).exists():
+        learnt = {"proxy": _fingerprint(run, beginning, tokenizer), **beginning.inputs()}
+    else:
+        query = require(run.query, "build_query")
+        beginning.require_of(run.query, query.inputs)
+        learnt = {"proxy": query.inputs["proxy"]}
+        learnt |= beginning.inputs() if kind in WITHOUT_QUERY else {"query": query.fingerprint}
+    return replace(scoring, proxy_fingerprint=learnt["proxy"], beginning=beginning.token), learnt
+
+
+def _fingerprint(run: Run, beginning: Beginning, tokenizer: Any) -> str:
+    """Of the proxy of a run that has no query to tell it.
+
+    Raises:
+        ValueError: the proxy cannot read the corpus.
+    """
+    run.require_proxy()
+    connect(run.config.cluster)
+    block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
+    proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
+    check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.tokenizer_source)
+    return proxy.fingerprint
 
 
 def _plain_influence(run: Run, child: Run) -> Manifest:
-    """The mask of the same selection from scores of the positive queries alone, with this run's factors and proxy."""
-    config = child.config
+    """The mask of the same selection from scores of the positive queries alone, with this run's factors and proxy.
+
+    It has as many tokens as the mask of `run`. Where that is not of its whole budget, or by `fdr`, they are those above
+    a quantile that lets so many pass."""
+    own, config = require(run.mask, "build_mask"), child.config
+    selecting = replace(config.build_mask, behaviour=OWN, others=())
+    budget = token_budget(selecting.max_fraction, own.summary["predicted_tokens"])
+    if own.rows["tokens"] != budget or selecting.fdr is not None:
+        share, z_scores = _share(own), selecting.standardise or selecting.fdr is not None
+        quantile = min(selecting.quantile, 1 - share)
+        selecting = replace(selecting, max_fraction=share, quantile=quantile, standardise=z_scores, fdr=None)
     config = replace(
         config,
         build_query=replace(config.build_query, differential=False),
         score_corpus=replace(config.score_corpus, queries={}),
-        build_mask=replace(config.build_mask, behaviour=OWN, others=()),
+        build_mask=selecting,
     )
     plain = replace(child, config=config).borrow(run, f"{MODEL}/{BASELINE}", FACTORS)
     build_query(plain)

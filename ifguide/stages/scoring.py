@@ -56,7 +56,7 @@ class ScoringInputs:
         tokenizer = load_tokenizer(run.tokenizer_source)
         beginning = Beginning.of(
             tokenizer,
-            is_baseline=run.proxy_is_trained,
+            is_trained=run.proxy_is_trained,
             of_documents=run.config.pretrain.document_attention,
         )
         block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage

@@ -89,6 +89,25 @@ def test_a_dry_run_of_checked_classifiers_says_what_it_would_compare(
     assert f"would compare alt-profanity-check, further with the labels of {tmp_path}/a.jsonl" in said.err
 
 
+@pytest.mark.parametrize(
+    ("verb", "given", "said"),
+    [
+        ("build_mask", ["build_mask.max_fraction=0.00002"], "up to 0.002% of the tokens"),
+        (
+            "fit_student",
+            ["score_corpus.scorer=student", "fit_student.sample_fraction=0.000002"],
+            "would score 0.0002% of",
+        ),
+    ],
+)
+def test_a_dry_run_tells_a_share_as_it_was_given(
+    verb: str, given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [word for value in (f"run_dir={tmp_path}/run", *given) for word in ("--set", value)]
+    assert main([verb, "--config", str(JOBS.parent / "configs" / "demo.yaml"), *overrides, "--dry-run"]) == 0
+    assert said in capsys.readouterr().err
+
+
 def test_demo_dry_run_shows_the_resolved_config(capsys: pytest.CaptureFixture[str]) -> None:
     config = JOBS.parent / "configs" / "demo.yaml"
     assert main(["demo", "--config", str(config), "--set", "run_dir=elsewhere", "--dry-run"]) == 0

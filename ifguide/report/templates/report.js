@@ -76,7 +76,8 @@ function tell(token) {
   const text = token.textContent.replaceAll("\n", "↵").replaceAll("\t", "⇥");
   const kinds = [token.matches(".m") && "masked", token.matches(".k") && "annotated"].filter(Boolean);
   const name = text ? `“${text}”` : "(no text of its own)";
-  article.querySelector("output").textContent = [`${name} score ${token.title}`, ...kinds].join(", ");
+  const scored = token.title ? `${name} score ${token.title}` : name;
+  article.querySelector("output").textContent = [scored, ...kinds].join(", ");
 }
 
 /** Tells the next or previous token of a document, at first its first one. */

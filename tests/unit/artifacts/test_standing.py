@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ifguide.artifacts import MismatchError, open_artifact, standing
+from ifguide.artifacts import Manifest, MismatchError, open_artifact, standing
 from ifguide.config import Config, config_from_mapping, result_options
 from ifguide.config.pretrain import MaskedLoss
 from ifguide.pipeline import run_stage
@@ -98,3 +98,30 @@ def test_a_baseline_depends_on_nothing_that_masked_tokens_carry(tmp_path: Path) 
     longer = Run(config=replace(config, pretrain=replace(config.pretrain, epochs=9.0)))
     with pytest.raises(MismatchError, match=r"something else: pretrain\.epochs was 4.0, now 9.0\. Set"):
         standing(longer.made_by("pretrain"), longer.options("pretrain"))
+
+
+READ = {"models": {"given": "m"}, "word_list": ["pig"], "max_new_tokens": 3, "bootstrap_samples": 200}
+UNREAD = {"top_documents": 3, "heldout": ["h.jsonl"], "continuations": 2, "classifiers": {"more": "words:w"}}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_analyses_are_of_what_they_read_of_evaluate_alone(tmp_path: Path, finished: bool, before: bool) -> None:
+    def run_of(**evaluate: Any) -> Run:
+        return Run(config=config_of(tmp_path, evaluate=evaluate))
+
+    def open_again(**evaluate: Any) -> Manifest | None:
+        run = run_of(**evaluate)
+        standing(run.analyses, run.options("analyse"))
+        return run.open(run.analyses, "analyse", inputs={"query": "q"}).manifest
+
+    first = run_of()
+    whole = {"evaluate": result_options(first.config, ["evaluate"])["evaluate"]}  # as it was recorded before
+    artifact = first.open(first.analyses, "analyse", inputs={"query": "q"}, extra=whole if before else {})
+    made = artifact.finish([], rows={}, summary={}) if finished else None
+    assert open_again() == made
+    for key, value in UNREAD.items():
+        assert open_again(**{key: value}) == made
+    for key, value in (READ | {"classifier": "words:w"}).items():
+        with pytest.raises(MismatchError, match=rf"evaluate\.{key}"):
+            open_again(**{key: value})

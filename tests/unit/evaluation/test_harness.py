@@ -64,6 +64,37 @@ def test_a_task_of_ones_own_is_measured_with_its_interval(settings: Any, task: P
         unknown.process(piece)
 
 
+@pytest.mark.parametrize("key", ["process_docs", "process_results"])
+def test_an_error_of_a_task_is_not_taken_for_an_unknown_name(settings: Any, task: Path, key: str) -> None:  # noqa: F811
+    (task.parent / "broken.py").write_text("def read(*args):\n    return {}['answer']\n")
+    task.write_text(f"{TASK.format(data=task.parent / 'rows.jsonl')}{key}: !function broken.read\n")
+    worker = EvaluateModel(replace(settings, options=replace(settings.options, lm_eval=(str(task),))))
+    with pytest.raises(KeyError, match="answer"):
+        worker.process(Harness(model="model"))
+
+
+def test_only_a_model_that_was_trained_with_a_bos_gets_one(
+    settings: Any,  # noqa: F811
+    task: Path,
+    with_bos: PreTrainedTokenizerFast,
+) -> None:
+    with (task.parent / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"start": "", "ends": [SENTENCES[0], "a pig"], "right": 0}) + "\n")
+    with_bos.save_pretrained(settings.sources["model"])
+    own = replace(settings.options, lm_eval=(str(task),))
+    firsts = []
+    for options in (own, replace(own, models=dict(settings.sources))):
+        worker = EvaluateModel(replace(settings, options=options))
+        seen: set[int] = set()
+        worker._load("model")[0].register_forward_pre_hook(
+            lambda _, arguments, seen=seen: seen.update(arguments[0][:, 0].tolist())
+        )
+        worker.process(Harness(model="model"))
+        firsts.append(seen)
+    own_first = {with_bos(text, add_special_tokens=False)["input_ids"][0] for text in SENTENCES}
+    assert firsts == [{0, *own_first}, {257}]  # the EOS before a text without a context; a BOS before every text
+
+
 def test_a_group_of_the_harness_own_tasks_is_found_and_a_file_that_stands_alone_needs_none(
     tmp_path: Path, task: Path
 ) -> None:

@@ -45,8 +45,8 @@ def test_rows_that_go_past_the_end_of_the_file_are_refused(listed: bool, start: 
 @pytest.mark.parametrize(("template", "expected"), [(None, None), ("<s> $A", BOS), ("$A </s>", None)])
 def test_only_a_tokenizer_that_puts_a_bos_before_texts_has_one(template: str | None, expected: int | None) -> None:
     assert beginning_token(word_tokenizer(template)) == expected
-    assert Beginning.of(word_tokenizer(template), is_baseline=False).token == expected
-    assert Beginning.of(word_tokenizer(template), is_baseline=True) == Beginning(None)
+    assert Beginning.of(word_tokenizer(template), is_trained=False).token == expected
+    assert Beginning.of(word_tokenizer(template), is_trained=True) == Beginning(None)
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ifguide.config.compare import Dpo
+from ifguide.config.resources import WorkerResources
 from ifguide.methods import preferences
 from ifguide.methods.dpo import dpo_trainer, last_complete, train_dpo
 from ifguide.methods.pairs import Pair, ScoredPrompt, make_pairs, rate_continuations
+from ifguide.methods.preferences import DpoTraining
+from ifguide.methods.samples import SampleFiles
 from ifguide.telemetry import Progress
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -127,7 +131,7 @@ def test_training_prefers_the_chosen_and_resumes_to_the_same_weights(
     options = Dpo(micro_batch_size=2, batch_size=2, epochs=6, learning_rate=1e-3, checkpoint_steps=4)
     start = tiny_model("gpt_neox")
 
-    def train(folder: Path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    def train(folder: Path, options: Dpo = options) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         model = copy.deepcopy(start)
         trainer = dpo_trainer(
             model, copy.deepcopy(start), tokenizer, PAIRS[:2] * 2, options, folder=folder, seed=0, use_cpu=True
@@ -143,10 +147,28 @@ def test_training_prefers_the_chosen_and_resumes_to_the_same_weights(
     killed = tmp_path / "whole"
     (killed / "checkpoint-12" / "trainer_state.json").unlink()
     assert last_complete(killed) == killed / "checkpoint-8"
-    again, resumed = train(killed)
+    again, resumed = train(killed, replace(options, checkpoint_steps=5))
     assert again["steps"] == 12
     for name, values in weights.items():
         assert torch.equal(resumed[name], values), name
+
+
+def test_only_options_that_change_the_weights_tell_checkpoints_apart(tmp_path: Path) -> None:
+    training = DpoTraining(
+        name="dpo",
+        start="start",
+        samples=SampleFiles(model="baseline", generations=tmp_path, scores=tmp_path, prompts=(), max_new_tokens=2),
+        options=Dpo(),
+        seed=0,
+        folder=tmp_path,
+        resources=WorkerResources(),
+    )
+
+    def digest(pairs: list[Pair] = PAIRS, **options: Any) -> str:
+        return replace(training, options=replace(training.options, **options))._digest(pairs)
+
+    assert digest(checkpoint_steps=7) == digest()
+    assert len({digest(), digest(learning_rate=0.5), digest(beta=0.5), digest(PAIRS[:1])}) == 4
 
 
 def test_checkpoints_of_other_options_or_pairs_are_not_gone_on_with(tmp_path: Path) -> None:

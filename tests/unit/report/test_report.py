@@ -359,6 +359,15 @@ def test_outlying_blocks_are_listed_with_their_figures_and_escaped_text(full_htm
     assert "Blocks that stand out" not in render_report(minimal_data())
 
 
+@pytest.mark.parametrize(
+    ("ratio", "shown"), [(10.0, "over 10 times"), (2.5, "over 2.5 times"), (0.4, "over 0.4 times")]
+)
+def test_the_limit_of_a_block_that_stands_out_is_written_as_it_was_given(ratio: float, shown: str) -> None:
+    outliers = Outliers(high_mass=1, repeated=0, mass_ratio=ratio, excluded=False, rows=())
+    html = render_report(minimal_data(behaviours=(Behaviour(name="rudeness", outliers=outliers),)))
+    assert shown in " ".join(Page(html).text.split())
+
+
 def test_the_model_card_fragment_is_markdown_with_intervals_and_fingerprints():
     text = card_fragment(full_data())
     assert text == card_fragment(full_data())

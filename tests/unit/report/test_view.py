@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from ifguide.report.contents import RankedDocument, Token
-from ifguide.report.page import token_spans
+from ifguide.report.page import ColourRamp, token_spans
 from ifguide.report.terminal import COLOURS, DIM, PLAIN, RED, RESET, _painted, _tau_line, paint_for
 from ifguide.report.view import ShownDocument, token_texts
 from ifguide.selection.fdr import LARGEST
@@ -104,7 +104,7 @@ def test_the_page_shows_what_changes_the_token_before_it() -> None:
     document = RankedDocument(
         doc_id=0, source="s", rank=1, rank_score=1.0, tokens=tuple(Token(text=text, score=1.0) for text in texts)
     )
-    shown = re.findall(r">([^<]*)</span>", token_spans(document, 1.0))
+    shown = re.findall(r">([^<]*)</span>", token_spans(document, ColourRamp(0.0, 1.0)))
     assert shown == ["❤", "\ufe0f", " \ufffd"]
 
 

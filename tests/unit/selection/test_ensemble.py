@@ -51,7 +51,13 @@ def folders(tmp_path: Path) -> SelectionFolders:
 
 
 def score(
-    folder: Path, corpus: Path, *, seed: int, behaviours: tuple[str, ...] = (OWN,), smoothed: bool = False
+    folder: Path,
+    corpus: Path,
+    *,
+    seed: int,
+    behaviours: tuple[str, ...] = (OWN,),
+    smoothed: bool = False,
+    nulls: int = 0,
 ) -> Path:
     """Random scores of a corpus, of heavy tails and a scale of their own; those of the first tokens speak of none."""
     rng = np.random.default_rng(seed)
@@ -64,7 +70,8 @@ def score(
 
         own = {name: _drawn(rng, len(ids), seed) for name in behaviours}
         also = {name: _drawn(rng, len(ids), seed) for name in behaviours} if smoothed else {}
-        write_scores(folder / path.name, ids, own, smoothed=also)
+        null = {name: [_drawn(rng, len(ids), seed) for _ in range(nulls)] for name in behaviours if nulls}
+        write_scores(folder / path.name, ids, own, null, also)
     artifact.finish(data_files(folder), rows={"blocks": manifest.rows["blocks"]}, summary={})
     return folder
 
