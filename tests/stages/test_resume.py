@@ -309,6 +309,7 @@ def test_what_ray_ends_a_training_for_is_said_at_once_or_after_the_last_start(
     again: bool,
 ) -> None:
     failing, starts = settings("failing_in_ray", epochs=1), []
+    Path(failing.folder).mkdir()  # as of an artifact that is being made
 
     def fit(trainer: Any, folder: Path) -> None:
         starts.append(trainer)
