@@ -297,7 +297,7 @@ def test_a_word_that_the_queries_ask_for_is_found_by_both_tests_and_random_score
 def test_unseen_queries_are_the_evaluation_prompts_that_are_plainly_of_one_kind(run: Run, tmp_path: Path) -> None:
     rows = [
         {"prompt": {"text": f"p{value}"}, "continuation": {"text": f" c{value}", "toxicity": value}}
-        for value in (0.5, 0.49, 0.2, 0.9, 0.1)
+        for value in (0.5, 0.49, 0.2, 0.9, 0.21)
     ]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -307,4 +307,4 @@ def test_unseen_queries_are_the_evaluation_prompts_that_are_plainly_of_one_kind(
         build_query=replace(run.config.build_query, positive_threshold=0.5, negative_threshold=0.2),
     )
     found = [(row.row, row.positive, row.prompt, row.completion) for row in unseen_queries(Run(config=config))]
-    assert found == [(0, True, "p0.5", " c0.5"), (3, True, "p0.9", " c0.9"), (4, False, "p0.1", " c0.1")]
+    assert found == [(0, True, "p0.5", " c0.5"), (2, False, "p0.2", " c0.2"), (3, True, "p0.9", " c0.9")]
