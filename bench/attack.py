@@ -27,7 +27,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,8 +223,9 @@ def in_this_process() -> Iterator[None]:
         for descriptor in descriptors:
             yield from (parcel.content for parcel in worker({"shard": [Parcel(descriptor)]})["entry"])
 
-    def start(function: Any, arguments: tuple[Any, ...], resources: object) -> Any:
-        return function(*arguments)
+    def start(function: Any, arguments: tuple[Any, ...], resources: object) -> Callable[[], Any]:
+        result = function(*arguments)
+        return lambda: result
 
     def wait(pending: list[Any], timeout: float | None = None) -> tuple[list[Any], list[Any]]:
         return pending[:1], pending[1:]
@@ -232,7 +233,7 @@ def in_this_process() -> Iterator[None]:
     with (
         mock.patch.object(shards, "work_off", work_off),
         mock.patch.object(tasks, "_start", start),
-        mock.patch.object(tasks, "_result", lambda result: result),
+        mock.patch.object(tasks, "_result", lambda function, reference: reference()),
         mock.patch.object(tasks.ray, "wait", wait),
     ):
         yield
