@@ -346,7 +346,7 @@ def import_mask(options: argparse.Namespace) -> int:
     log(
         options.command,
         f"{summary['tokens_masked']:,} of {summary['predicted_tokens']:,} tokens masked,"
-        f" {summary['tokens_dropped']:,} that carry no loss dropped; `ifguide pretrain` uses {run.mask}",
+        f" {summary['tokens_dropped']:,} that carry no loss dropped; `ifguide run` goes on from {run.mask}",
     )
     return 0
 
@@ -365,7 +365,7 @@ def import_scores(options: argparse.Namespace) -> int:
     places = {"corpus": run.corpus, "folder": run.scores, "tokens": tokens, "config_yaml": to_yaml(config)}
     with _holding(options, config):
         manifest = import_scores(options.scores, query=options.query, negate=options.negate, **places)
-    log(options.command, f"{manifest.rows['tokens']:,} tokens; `ifguide build_mask` selects by {run.scores}")
+    log(options.command, f"{manifest.rows['tokens']:,} tokens; `ifguide run` goes on from {run.scores}")
     return 0
 
 

@@ -16,8 +16,9 @@ from datasets import Dataset
 
 from ifguide import schemas
 from ifguide.artifacts import MismatchError, data_files, read_manifest
-from ifguide.config import Input
+from ifguide.config import Input, config_from_mapping
 from ifguide.interchange import check_mask, import_mask, read_mask
+from ifguide.pipeline import pipeline_steps
 from ifguide.training.blocks import TrainingBlocks, flatten_blocks
 from tests.unit.interchange.conftest import LENGTHS, NUM_BLOCKS, T
 
@@ -54,6 +55,12 @@ def imported(run_dir: Path, path: Path, shift: int = 0) -> set[tuple[int, int]]:
     masked = TrainingBlocks(blocks).masked
     assert masked is not None
     return {(int(block), int(index)) for block, index in np.argwhere(masked)}
+
+
+def test_a_run_goes_on_from_a_mask_of_the_papers_code(run_dir: Path, tmp_path: Path) -> None:
+    imported(run_dir, saved_mask(tmp_path / "mask.pt", (1, 2)))
+    steps = pipeline_steps(config_from_mapping({"run_dir": str(run_dir)}))
+    assert [verb for verb, _ in steps] == ["pack_corpus", "pretrain", "pretrain", "evaluate"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])

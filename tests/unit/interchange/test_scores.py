@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from ifguide import schemas
 from ifguide.artifacts import MismatchError, data_files, read_manifest, remove_tree
 from ifguide.cli import main
-from ifguide.config import OWN, BuildMask, Config, Input
+from ifguide.config import OWN, BuildMask, Config, Input, config_from_mapping
 from ifguide.interchange import export_scores
+from ifguide.pipeline import pipeline_steps
 from ifguide.run import Run
 from ifguide.score_import import import_scores, read_scores
 from ifguide.selection.masks import make_mask
@@ -293,3 +294,27 @@ def test_a_mask_is_built_of_imported_scores(tmp_path: Path) -> None:
         own[block, 1 : len(each) + 1] = each[:, 0]
     assert 0 < masked.sum() == made.rows["tokens"]
     assert own[masked].min() >= made.summary["tau"]
+
+
+def test_a_run_goes_on_from_scores_of_another_program(
+    scores: Scores, importing: Callable[..., np.ndarray], run_dir: Path, tmp_path: Path
+) -> None:
+    config = config_from_mapping({"run_dir": str(run_dir)})
+    verbs = [
+        "pack_corpus",
+        "pretrain",
+        "fit_factors",
+        "build_query",
+        "score_corpus",
+        "build_mask",
+        "pretrain",
+        "evaluate",
+    ]
+    assert [verb for verb, _ in pipeline_steps(config)] == verbs
+    importing(bergson_folder(tmp_path / "b", scores, queries=2), query=0)
+    assert [verb for verb, _ in pipeline_steps(config)] == [
+        "pack_corpus", "pretrain", "build_mask", "pretrain", "evaluate"
+    ]  # fmt: skip
+    assert [verb for verb, _ in pipeline_steps(config, until="build_mask")] == ["pack_corpus", "pretrain", "build_mask"]
+    with pytest.raises(ValueError, match="--until score_corpus: import_scores stands for it"):
+        pipeline_steps(config, until="score_corpus")
