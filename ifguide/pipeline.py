@@ -49,15 +49,12 @@ def pipeline_steps(config: Config, *, until: str | None = None) -> list[tuple[st
     steps += [(verb, run) for verb in ("score_corpus", "build_mask")]
     steps += [("pretrain", run.with_mask(True)), ("evaluate", run)]
     brought = brought_in(run)
-    steps = [(verb, own) for verb, own in steps if verb not in STANDS_FOR.get(brought or "", ())]
+    stood_for = STANDS_FOR[brought] if brought else ()
+    steps = [(verb, own) for verb, own in steps if verb not in stood_for]
     if until is not None:
         places = [place for place, (verb, _) in enumerate(steps) if verb == until]
         if not places:
-            reason = (
-                f"{brought} stands for it"
-                if until in STANDS_FOR.get(brought or "", ())
-                else "this config does not run it"
-            )
+            reason = f"{brought} stands for it" if until in stood_for else "this config does not run it"
             raise ValueError(f"--until {until}: {reason}")
         steps = steps[: places[-1] + 1]
     return steps
