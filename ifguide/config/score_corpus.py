@@ -16,7 +16,7 @@ class Smoothing:
 
     Attributes:
         own_weight: share of a score's own deviation from the regression that stays; 1 is the score, cut at quantiles.
-        tokens: of the sample, at most. They are scored once more.
+        tokens: of the sample, at most. They are scored first, and not again.
         folds: of documents; a token meets the regression on the other folds alone.
         ridges: that are tried, times the number of tokens. The one that explains most of held-out scores is taken.
     """

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ from ifguide.influence.query_file import read_direction, read_nulls
 from ifguide.influence.score_tables import write_scores
 from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.smoothing import Smoother, smoothing_layers
+from ifguide.influence.smoothing_sample import ScoredPart, part_path, smoothed_part
 from ifguide.models import predicted_positions, state_fingerprint
 from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks
 from ifguide.storage import local_copy
@@ -81,15 +83,47 @@ class ScoringSettings:
             beginning=self.beginning.token,
         )
 
+    def full_scorer(self) -> tuple[TokenScorer, dict[str, int]]:
+        """That of the behaviours' directions, and of their nulls after them; and how many nulls a behaviour has that
+        has any."""
+        nulls = {behaviour: read_nulls(folder) for behaviour, folder in self.queries.items()}
+        directions = [*map(read_direction, self.queries.values()), *itertools.chain.from_iterable(nulls.values())]
+        return self.scorer(directions), {behaviour: len(own) for behaviour, own in nulls.items() if own}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusShard:
-    """A shard of the corpus by its file's name and number; `bytes` are what progress is counted by."""
+    """A shard of the corpus by its file's name and number; `bytes` are what progress is counted by. `parts`: the keys
+    of those of the sample that are its blocks (`smoothing_sample`)."""
 
     key: str
     name: str
     number: int
     bytes: int
+    parts: tuple[str, ...] = ()
+
+
+class Blocks(NamedTuple):
+    """Blocks of a shard: ids, tokens (B, T), lengths, and the numbers of documents (B, T) where something asks."""
+
+    ids: pa.ChunkedArray
+    tokens_BT: np.ndarray
+    lengths_B: np.ndarray
+    documents_BT: np.ndarray | None
+
+    def take(self, rows: np.ndarray) -> Blocks:
+        """Some of them."""
+        documents_BT = None if self.documents_BT is None else self.documents_BT[rows]
+        return Blocks(self.ids.take(pa.array(rows)), self.tokens_BT[rows], self.lengths_B[rows], documents_BT)
+
+
+def read_blocks(settings: ScoringSettings, name: str, number: int) -> Blocks:
+    """All blocks of a shard of the corpus."""
+    table = schemas.read_table(verified(settings.corpus.folder, name))
+    tokens_BT, documents_BT = schemas.per_token_array(table, "tokens"), None
+    if settings.smoothed or settings.beginning.of_documents:
+        documents_BT = in_blocks(document_numbers(settings.corpus, number), tokens_BT)
+    return Blocks(table.column("block_id"), tokens_BT, table.column("length").to_numpy(), documents_BT)
 
 
 class ScoreByProxy:
@@ -98,57 +132,59 @@ class ScoreByProxy:
     def __init__(self, settings: ScoringSettings):
         keep_memory()
         self.settings, self.computing = settings, threading.Lock()
-        nulls = {behaviour: read_nulls(folder) for behaviour, folder in settings.queries.items()}
-        self.nulls = {behaviour: len(of_behaviour) for behaviour, of_behaviour in nulls.items() if of_behaviour}
-        directions = [*map(read_direction, settings.queries.values()), *itertools.chain.from_iterable(nulls.values())]
-        self.scorer = settings.scorer(directions)
+        self.scorer, self.nulls = settings.full_scorer()
         self.smoother = Smoother.load(local_copy(settings.scores / SMOOTHER)) if settings.smoothed else None
         self.layers = layers_of(self.scorer) if settings.smoothed else ()
 
     def process(self, shard: CorpusShard) -> dict[str, Any]:
-        table = schemas.read_table(verified(self.settings.corpus.folder, shard.name))
-        tokens_BT = schemas.per_token_array(table, "tokens")
-        lengths_B = table.column("length").to_numpy()
-        documents_BT = None
-        if self.smoother is not None or self.settings.beginning.of_documents:
-            documents_BT = in_blocks(document_numbers(self.settings.corpus, shard.number), tokens_BT)
+        blocks = read_blocks(self.settings, shard.name, shard.number)
         with self.computing:
             started = time.monotonic()
-            scores_KBT, smoothed_SBT, halvings = self._score(tokens_BT, lengths_B, documents_BT)
+            scores_KBT, smoothed_SBT, halvings = self._score(blocks, shard.parts)
             seconds = time.monotonic() - started
         columns = iter(scores_KBT)
         scores = {behaviour: next(columns) for behaviour in self.settings.queries}
         nulls = {behaviour: [next(columns) for _ in range(number)] for behaviour, number in self.nulls.items()}
         smoothed = dict(zip(self.settings.queries, smoothed_SBT, strict=True)) if self.smoother else {}
-        write_scores(self.settings.scores / shard.name, table.column("block_id"), scores, nulls, smoothed)
+        write_scores(self.settings.scores / shard.name, blocks.ids, scores, nulls, smoothed)
         return {
-            "blocks": len(tokens_BT),
-            "tokens": int(lengths_B.sum()),
+            "blocks": len(blocks.tokens_BT),
+            "tokens": int(blocks.lengths_B.sum()),
             "score_min": min(float(scores_BT.min()) for scores_BT in scores.values()),
             "score_max": max(float(scores_BT.max()) for scores_BT in scores.values()),
             "seconds": seconds,
             "halvings": halvings,
         }
 
-    def _score(
-        self, tokens_BT: np.ndarray, lengths_B: np.ndarray, documents_BT: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """(K, B, T), smoothed ones (S, B, T) of the behaviours or of none, and how often the micro-batch was halved."""
-        size, parts, smoothed, halvings = self.settings.decision.micro_batch_blocks, [], [], 0
-        apart_BT = documents_BT if self.settings.beginning.of_documents else None
-        for rows, (scores_KBT, states), times in by_micro_batch(
-            self.scorer, self.layers, tokens_BT, lengths_B, size, apart_BT
+    def _score(self, blocks: Blocks, parts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
+        """(K, B, T), smoothed ones (S, B, T) of the behaviours or of none, and how often the micro-batch was halved.
+        What the sample's parts have is taken from them."""
+        directions, behaviours = len(self.settings.queries) + sum(self.nulls.values()), len(self.settings.queries)
+        scores_KBT = np.zeros((directions, *blocks.tokens_BT.shape), np.float32)
+        smoothed_SBT = np.zeros((behaviours if self.smoother else 0, *blocks.tokens_BT.shape), np.float32)
+        scored_B, halvings = np.zeros(len(blocks.tokens_BT), bool), 0
+        for key in parts:
+            part = ScoredPart.load(part_path(self.settings.scores, key))
+            scored_B[part.rows_R] = True
+            scores_KBT.reshape(directions, -1)[:, part.places_N] = part.scores_KN
+            if self.smoother is not None:
+                smoothed_SBT.reshape(behaviours, -1)[:, part.places_N] = smoothed_part(part, self.smoother)
+        rest = np.flatnonzero(~scored_B)
+        own, apart_BT = blocks.take(rest), None
+        if self.settings.beginning.of_documents:
+            apart_BT = own.documents_BT
+        for rows, (batch_KBT, states), times in by_micro_batch(
+            self.scorer, self.layers, own.tokens_BT, own.lengths_B, self.settings.decision.micro_batch_blocks, apart_BT
         ):
             halvings += times
+            scores_KBT[:, rest[rows]] = batch_KBT.float().cpu().numpy()
             if self.smoother is not None:
-                assert documents_BT is not None
-                folds_BT = torch.from_numpy(fold_of(documents_BT[rows], self.smoother.folds))
-                lengths = torch.from_numpy(lengths_B[rows].astype(np.int64))
-                own = _smoothed(self.smoother, scores_KBT, states, folds_BT, lengths, _rows(apart_BT, rows))
-                smoothed.append(own.cpu().numpy())
-            parts.append(scores_KBT.float().cpu().numpy())
-        none = np.zeros((0, *tokens_BT.shape), np.float32)
-        return np.concatenate(parts, axis=1), np.concatenate(smoothed, axis=1) if smoothed else none, halvings
+                assert own.documents_BT is not None
+                folds_BT = torch.from_numpy(fold_of(own.documents_BT[rows], self.smoother.folds))
+                lengths = torch.from_numpy(own.lengths_B[rows].astype(np.int64))
+                found_SBT = _smoothed(self.smoother, batch_KBT, states, folds_BT, lengths, _rows(apart_BT, rows))
+                smoothed_SBT[:, rest[rows]] = found_SBT.cpu().numpy()
+        return scores_KBT, smoothed_SBT, halvings
 
 
 def _smoothed(

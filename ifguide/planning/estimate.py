@@ -15,6 +15,7 @@ from typing import Any
 from ifguide.influence.head_derivatives import CHUNK_VALUES
 from ifguide.influence.memory import USABLE, estimate_memory
 from ifguide.influence.method import chosen_method
+from ifguide.influence.smoothing import smoothing_layers
 from ifguide.planning import flops
 from ifguide.planning.job import Job, Pass, StageEstimate, by_core, computed, rows, set_rows
 from ifguide.planning.measurements import efficiency, rates
@@ -147,7 +148,7 @@ def _build_query(job: Job) -> StageEstimate:
 def _fit_student(job: Job) -> StageEstimate:
     config, proxy = job.config.fit_student, job.proxy
     sample = math.ceil(job.tokens * config.sample_fraction)
-    width = 4.0 * proxy.hidden if config.kind == "head" else 0.0  # four layers' hidden states
+    width = float(len(smoothing_layers(proxy.layers)) * proxy.hidden) if config.kind == "head" else 0.0
     flop = sample * (_scoring_flop(job) + 2.0 * width * (width + proxy.hidden))
     flop += sample * (_student_flop(job) if config.kind == "suffix" else 0.0)
     return computed(
@@ -224,8 +225,8 @@ def _score_corpus(job: Job) -> StageEstimate:
     shards = math.ceil(job.tokens / shard_tokens)
     rounds = math.ceil(shards / config.max_actors)
     stretch = min(rounds * shard_tokens, job.tokens) * config.max_actors / job.tokens
-    sample = min(config.smooth.tokens, job.tokens) if config.smooth else 0  # scored once more
-    flop, serial, notes = (job.tokens + sample) * _scoring_flop(job), None, []
+    sample = min(config.smooth.tokens, job.tokens) if config.smooth and not config.uses_student else 0
+    flop, serial, notes = job.tokens * _scoring_flop(job), None, []
     if config.uses_student:
         by_student, exact, serial = _student_pass(job)
         flop = job.tokens * (by_student + exact * _scoring_flop(job))
@@ -248,7 +249,8 @@ def _score_corpus(job: Job) -> StageEstimate:
         storage=job.tokens
         * rates()["score_bytes"].value
         * behaviours
-        * (2 if config.smooth or config.uses_student else 1),
+        * (2 if config.smooth or config.uses_student else 1)
+        + 4.0 * sample * len(smoothing_layers(proxy.layers)) * proxy.hidden,
         serial=serial,
         stretch=max(1.0, stretch),
         notes=tuple(notes),

@@ -4,7 +4,7 @@ An actor loads proxy and directions once, reads a corpus shard, writes the score
 returns a ledger row; while it computes, it reads the next shard and writes the last one. The bytes do not depend
 on the number of actors, on order, or on retries: method, steps, threads and micro-batch are decided once
 (`influence.decision`). A shard that had to halve its micro-batch says so. Smoothed scores (`influence.smoothing`) come
-from the same pass; what smooths them is fitted on a sample of the corpus before.
+from the same pass. What smooths them is fitted on a sample of the corpus, which is scored first and not again.
 
 With a student (`score_corpus.scorer`) there are two passes: the student scores every block, then the exact method some
 of them, which are a random audit and, of a cascade, those in which the student finds most.
@@ -31,7 +31,8 @@ from ifguide.influence.decision import METHOD, Decision
 from ifguide.influence.method import chosen_method
 from ifguide.influence.scoring_worker import SMOOTHER, CorpusShard, ScoreByProxy, ScoringSettings
 from ifguide.influence.smoothing import Smoother
-from ifguide.influence.smoothing_worker import fit_on_sample
+from ifguide.influence.smoothing_sample import SAMPLE, SamplePart, fit_on_parts, part_path, sample_parts
+from ifguide.influence.smoothing_worker import ScoreSample
 from ifguide.run import Run
 from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
 from ifguide.storage import local_copy
@@ -98,7 +99,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     summary = {"attribution": config.attribution, **_summary(settings.decision, scored.results), **scored.summary}
     files = [*(run.scores / shard.name for shard in shards), run.scores / METHOD, *scored.files]
     manifest = artifact.finish(
-        files, rows=rows, summary=summary, remove=(LEDGER, FIRST_PASS), digests=scored.results.files
+        files, rows=rows, summary=summary, remove=(LEDGER, FIRST_PASS, SAMPLE), digests=scored.results.files
     )
     log(VERB, f"{rows['tokens']:,} tokens, {summary['tokens_per_second_per_actor']:,.0f} tok/s per actor, {run.scores}")
     return manifest
@@ -122,11 +123,18 @@ class _Scored:
 def _exactly(given: ScoringInputs, settings: ScoringSettings, shards: Sequence[CorpusShard]) -> _Scored:
     """Every block by the chosen method."""
     config, folder = given.run.config.score_corpus, settings.scores
-    if config.smooth and not (folder / SMOOTHER).exists():
-        _fit_smoother(settings, config, given.run.config.seed)
-    results = _run(given, shards, ScoreByProxy, settings)
     if not config.smooth:
-        return _Scored(results=results)
+        return _Scored(results=_run(given, shards, ScoreByProxy, settings))
+    parts = sample_parts(given.packed, config.smooth.tokens, given.run.config.seed)
+    sampled = _sample(given, parts, settings)
+    if not (folder / SMOOTHER).exists():
+        _fit_smoother(settings, config, parts)
+    keys = {shard.number: tuple(part.key for part in parts if part.number == shard.number) for shard in shards}
+    results = _run(given, [replace(shard, parts=keys[shard.number]) for shard in shards], ScoreByProxy, settings)
+    by_number = {shard.number: results[shard.key] for shard in shards}
+    for part in parts:
+        for name in ("seconds", "halvings"):
+            by_number[part.number][name] += sampled[part.key][name]
     smoothing = Smoother.load(local_copy(folder / SMOOTHER)).summary(list(given.queries))
     return _Scored(results=results, files=[folder / SMOOTHER], summary={"smoothing": smoothing})
 
@@ -197,19 +205,22 @@ def require_student(given: ScoringInputs) -> Manifest:
 
 def _run(given: ScoringInputs, shards: Sequence[CorpusShard], make_worker: Any, settings: Any) -> ShardResults:
     """A pass over the corpus."""
-    config, corpus = given.run.config.score_corpus, given.corpus
-    tokens_per_byte = corpus.rows["tokens"] / sum(shard.bytes for shard in shards)
-    pool = Pool(size=config.max_actors, min_size=config.min_actors, resources=config.resources, in_flight=2)
+    tokens_per_byte = given.corpus.rows["tokens"] / sum(shard.bytes for shard in shards)
     return run_shards(
         VERB,
         shards,
         make_worker,
         settings,
         folder=given.run.scores,
-        pool=pool,
+        pool=_pool(given),
         unit="tokens",
         amount=lambda shard: shard.bytes * tokens_per_byte,
     )
+
+
+def _pool(given: ScoringInputs) -> Pool:
+    config = given.run.config.score_corpus
+    return Pool(size=config.max_actors, min_size=config.min_actors, resources=config.resources, in_flight=2)
 
 
 def _blocks(results: ShardResults) -> dict[str, int]:
@@ -225,12 +236,28 @@ def _added(results: ShardResults, passed: ShardResults) -> ShardResults:
     return results
 
 
-def _fit_smoother(settings: ScoringSettings, config: ScoreCorpus, seed: int) -> None:
-    """Fit it on a worker. Raises ValueError, as `fit_on_sample`."""
-    assert config.smooth is not None
-    tokens = min(config.smooth.tokens, settings.corpus.num_tokens)
-    log(VERB, f"scoring {tokens:,} tokens of the corpus, to fit what the scores are smoothed by")
-    fits = run_task(fit_on_sample, settings, config.smooth, seed, resources=config.resources)
+def _sample(given: ScoringInputs, parts: Sequence[SamplePart], settings: ScoringSettings) -> ShardResults:
+    """A pass over the sample that the smoother is fitted on."""
+    block = settings.corpus.block_size
+    tokens = min(sum(len(part.rows) for part in parts) * block, settings.corpus.num_tokens)
+    log(VERB, f"{tokens:,} tokens are scored first: what the scores are smoothed by is fitted on them")
+    return run_shards(
+        VERB,
+        parts,
+        ScoreSample,
+        settings,
+        folder=settings.scores / SAMPLE,
+        pool=_pool(given),
+        unit="tokens",
+        amount=lambda part: len(part.rows) * block,
+    )
+
+
+def _fit_smoother(settings: ScoringSettings, config: ScoreCorpus, parts: Sequence[SamplePart]) -> None:
+    """Fit it on a worker. Raises ValueError, as `fit_on_parts`."""
+    paths = [part_path(settings.scores, part.key) for part in parts]
+    behaviours, smoother = list(settings.queries), settings.scores / SMOOTHER
+    fits = run_task(fit_on_parts, paths, behaviours, config.smooth, smoother, resources=config.resources)
     for behaviour, fit in fits.items():
         if fit["explained"] > 0:
             log(VERB, f"{behaviour}: hidden states explain {fit['explained']:.3f} of the scores' variance")

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,17 +19,19 @@ from ifguide.artifacts import MismatchError, data_files, read_manifest
 from ifguide.config import OWN, Config, ConfigError
 from ifguide.corpus.tables import document_table
 from ifguide.folds import fold_of
-from ifguide.influence import decision
+from ifguide.influence import decision, smoothing_sample
 from ifguide.influence.products import bfloat16_pays
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import read_direction
 from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.scoring_worker import SMOOTHER
 from ifguide.influence.smoothing import CUT, Smoother, smoothing_layers
+from ifguide.influence.smoothing_sample import SAMPLE
 from ifguide.models import predicted_positions
 from ifguide.pipeline import stage
 from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks
+from ifguide.stages import score_corpus
 from ifguide.tokenizer import load_tokenizer
 
 
@@ -135,6 +138,24 @@ def test_with_documents_apart_factors_query_and_scores_read_them_so(
         stage("score_corpus")(Run(config=whole))
 
 
+def states_of(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the corpus has predictions (B, T), and the features (N, D) and documents (N,) of these tokens."""
+    corpus = [schemas.read_table(path) for path in data_files(run.corpus)]
+    tokens = torch.from_numpy(
+        np.concatenate([schemas.per_token_array(table, "tokens") for table in corpus]).astype(int)
+    )
+    lengths = torch.from_numpy(np.concatenate([table.column("length").to_numpy() for table in corpus]))
+    predicted = predicted_positions(tokens, lengths).numpy()
+    model = load_proxy(run.proxy_source, gpus=0)
+    with torch.no_grad():
+        states = model.base_model(tokens, output_hidden_states=True).hidden_states
+    x = torch.cat([states[i] for i in smoothing_layers(len(states) - 1)], dim=-1).double().numpy()[predicted]
+    sizes = document_table(run.corpus).column("num_tokens").to_numpy()
+    numbers = np.zeros(tokens.numel(), int)
+    numbers[: sizes.sum()] = np.repeat(np.arange(len(sizes)), sizes)
+    return predicted, x, numbers.reshape(tokens.shape)[predicted]
+
+
 def test_smoothed_scores_are_drawn_towards_what_other_documents_say_of_like_contexts(
     copied: Callable[..., Config],
 ) -> None:
@@ -147,25 +168,12 @@ def test_smoothed_scores_are_drawn_towards_what_other_documents_say_of_like_cont
         np.concatenate([schemas.per_token_array(table, name) for table in tables])
         for name in ("token_score", "smoothed_score")
     )
-    corpus = [schemas.read_table(path) for path in data_files(run.corpus)]
-    tokens = torch.from_numpy(
-        np.concatenate([schemas.per_token_array(table, "tokens") for table in corpus]).astype(int)
-    )
-    lengths = torch.from_numpy(np.concatenate([table.column("length").to_numpy() for table in corpus]))
-    predicted = predicted_positions(tokens, lengths).numpy()
+    predicted, x, documents = states_of(run)
     assert not found[~predicted].any()
-
-    model = load_proxy(run.proxy_source, gpus=0)
-    with torch.no_grad():
-        states = model.base_model(tokens, output_hidden_states=True).hidden_states
-    x = torch.cat([states[i] for i in smoothing_layers(len(states) - 1)], dim=-1).double().numpy()[predicted]
-    sizes = document_table(run.corpus).column("num_tokens").to_numpy()
-    numbers = np.zeros(tokens.numel(), int)
-    numbers[: sizes.sum()] = np.repeat(np.arange(len(sizes)), sizes)
-    folds = fold_of(numbers.reshape(tokens.shape)[predicted], config.score_corpus.smooth.folds)
+    folds = fold_of(documents, config.score_corpus.smooth.folds)
     s = exact[predicted].astype(np.float64)
-    (limits,) = Smoother.load(run.scores / SMOOTHER).ranges_S2  # of the first tokens that were read
-    np.testing.assert_allclose(limits, np.quantile(s, [CUT, 1 - CUT]), rtol=0.1)
+    (limits,) = Smoother.load(run.scores / SMOOTHER).ranges_S2
+    np.testing.assert_allclose(limits, np.quantile(s, [CUT, 1 - CUT]), rtol=1e-6)
     s = s.clip(*limits)
     ridge, expected = summary["smoothing"][OWN]["ridge"], np.zeros(len(s))
     for fold in np.unique(folds):
@@ -187,6 +195,56 @@ def test_smoothed_scores_are_drawn_towards_what_other_documents_say_of_like_cont
     by_smoothed = stage("build_mask")(Run(config=replace(config, build_mask=replace(config.build_mask, smoothed=None))))
     assert by_smoothed.summary["smoothed"] is True
     assert by_smoothed.summary["score_max"] == pytest.approx(float(found.max()), rel=1e-6)
+
+
+def test_the_sample_that_smooths_is_kept_by_parts_and_stands_in_the_scores(
+    copied: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoothing_sample, "PART_TOKENS", 256)
+    changes = {"score_corpus__preset": "exact", "score_corpus__max_actors": 2}
+    config = copied(drop=("scores", "ranking", "mask"), score_corpus__smooth={"tokens": 2000}, **changes)
+    run, fit, seen = Run(config=config), score_corpus._fit_smoother, dict[str, int]()
+
+    def stopped(*arguments: Any) -> None:
+        seen.update({path.name: path.stat().st_mtime_ns for path in (run.scores / SAMPLE).glob("*.npz")})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score_corpus, "_fit_smoother", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        stage("score_corpus")(run)
+    assert len(seen) > len(data_files(run.corpus)), "several parts of a shard"
+    damaged = run.scores / SAMPLE / sorted(seen)[1]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+
+    def watched(*arguments: Any) -> None:
+        times = {path.name: path.stat().st_mtime_ns for path in (run.scores / SAMPLE).glob("*.npz")}
+        assert {name for name in times if times[name] != seen[name]} == {damaged.name}
+        fit(*arguments)
+
+    monkeypatch.setattr(score_corpus, "_fit_smoother", watched)
+    manifest = stage("score_corpus")(run)
+    assert not (run.scores / SAMPLE).exists()
+    monkeypatch.setattr(score_corpus, "_fit_smoother", fit)
+    tables = [schemas.read_table(path) for path in data_files(run.scores)]
+    exact, found = (
+        np.concatenate([schemas.per_token_array(table, name) for table in tables])
+        for name in ("token_score", "smoothed_score")
+    )
+    # Tokens of the sample and others are smoothed by the same regressions.
+    smoother = Smoother.load(run.scores / SMOOTHER)
+    predicted, x, documents = states_of(run)
+    s, folds = torch.from_numpy(exact[predicted])[:, None], torch.from_numpy(fold_of(documents, smoother.folds))
+    expected = smoother.smooth(s, smoother.predict(torch.from_numpy(x), folds))[:, 0].numpy()
+    np.testing.assert_allclose(found[predicted], expected, atol=1e-4 * np.abs(expected).max())
+    assert not found[~predicted].any()
+    shutil.rmtree(run.scores)
+    assert stage("score_corpus")(run).fingerprint == manifest.fingerprint  # as without interruption or damage
+    shutil.rmtree(run.scores)
+    stage("score_corpus")(Run(config=replace(config, score_corpus=replace(config.score_corpus, smooth=None))))
+    alone = np.concatenate(
+        [schemas.per_token_array(schemas.read_table(path), "token_score") for path in data_files(run.scores)]
+    )
+    np.testing.assert_allclose(exact, alone, atol=1e-5 * np.abs(alone).max())
 
 
 def test_without_smoothing_there_is_no_such_column_and_no_such_mask(copied: Callable[..., Config]) -> None:
