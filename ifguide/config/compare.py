@@ -16,7 +16,7 @@ SCORED = ("influence_words", "ngrams", "probe", "span_probe", "excess_loss")  # 
 INFLUENCE = {"influence": None, "exact": False, "smoothed": True}  # by the run's scores, smoothed or not
 ON_QUERIES = ("ngrams", "probe", "excess_loss")  # of these, what tells the two query sets apart
 WORDS, CLASSIFIED = ("words", "word_documents"), ("classified_words", "sentences", "documents")  # masks of marked text
-ANNOTATED, RANDOM = ("annotated", "annotated_documents"), ("random", "random_types")
+ANNOTATED, RANDOM = ("annotated", "annotated_documents"), ("random", "random_types", "other_uses")
 SELECTING = ("quantile", "window", "rank_by", "max_fraction")  # a method's own, in place of `build_mask`'s
 OWN_FOLDERS = ("report", "generations", "samples", "reward")  # in `compare/`, beside the methods' own
 
@@ -179,6 +179,7 @@ class Method:
             "influence_words",
             "random",
             "random_types",
+            "other_uses",
             "annotated",
             "words",
             "classified_words",

@@ -1,8 +1,8 @@
 """The mask of a compared method, beside the run's own: found in the text, annotated, or random.
 
 Methods that speak of text write the characters they mark, `spans-*.parquet`, and these become the mask, as for a
-target with another tokenizer. A random mask has as many tokens in each shard as the run's own, of any types or of the
-same. All are made by shards, and resumed.
+target with another tokenizer. A random mask has as many tokens in each shard as the run's own: of any types, of the
+same, or other uses of the same. All are made by shards, and resumed.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def mark_corpus(
     results = run_shards(verb, shards, MarkShard, settings, folder=folder, pool=pool, unit="shards marked")
     if marking.kind in RANDOM:
         list(run_tasks(needed)(write_spans, ((corpus, folder, shard) for shard in range(corpus.num_shards))))
-        return MaskShards.of(results, corpus, verb)
+        shared = sum(result["shared"] for result in results.values())
+        return replace(MaskShards.of(results, corpus, verb), shared=shared)
     filled = fill_mask(corpus, folder, folder, verb=verb, pool=pool)
     return replace(filled, files={**results.files, **filled.files})
 
@@ -145,7 +146,7 @@ class MarkShard:
         return {"documents": counts.documents, "spans": counts.spans}
 
     def _random(self, shard: int) -> dict[str, Any]:
-        """As many tokens as the run's own mask has in this shard, of any types or of the same; each is as likely."""
+        """As many tokens as the run's own mask has in this shard, of any types or of the same; `shared` are in both."""
         begin, end = self.corpus.extent(shard)
         own = self.corpus.read(self.own_mask, "shard", "masked", begin, end)
         predicted = np.arange(len(own)) % self.corpus.block_size > 0
@@ -154,5 +155,7 @@ class MarkShard:
             masked = random_tokens(own, predicted, rng)
         else:
             tokens = self.corpus.read(self.corpus.folder, "shard", "tokens", begin, end)
-            masked = random_of_types(tokens, own, predicted, rng)
-        return write_mask_shard(self.corpus, self.folder, shard, masked)
+            others_first = self.marking.kind == "other_uses"
+            masked = random_of_types(tokens, own, predicted, rng, others_first=others_first)
+        counts = write_mask_shard(self.corpus, self.folder, shard, masked)
+        return {**counts, "shared": int(np.count_nonzero(masked & own))}

@@ -1,7 +1,8 @@
 """Random masks of as many tokens as another mask has: of any tokens, or of the same types.
 
 A mask of the same types differs from the other in where its tokens stand alone: what it does, the choice of types does,
-without the context that influence has seen.
+without the context that influence has seen. Where the other mask has most uses of a type, most of the draw is the same
+tokens. A draw of the uses that the other leaves out shares as few as there can be: only it tells places from types.
 """
 
 from __future__ import annotations
@@ -21,11 +22,21 @@ def random_tokens(masked: Bools, candidates: Bools, rng: np.random.Generator) ->
     return drawn
 
 
-def random_of_types(tokens: NDArray[np.integer], masked: Bools, candidates: Bools, rng: np.random.Generator) -> Bools:
-    """(n,) flags of as many `candidates` (n,) of each token id as are `masked` (n,) of it, each as likely.
+def random_of_types(
+    tokens: NDArray[np.integer],
+    masked: Bools,
+    candidates: Bools,
+    rng: np.random.Generator,
+    *,
+    others_first: bool = False,
+) -> Bools:
+    """(n,) flags of as many `candidates` (n,) of each token id as are `masked` (n,) of it, each as likely;
+    `others_first`: of a masked one only where the others of its id do not suffice.
 
     tokens: the ids (n,). Raises ValueError, naming the id, where one has fewer candidates than masked tokens."""
     places = rng.permutation(np.flatnonzero(candidates))
+    if others_first:
+        places = places[np.argsort(masked[places], kind="stable")]
     places = places[np.argsort(tokens[places], kind="stable")]  # by id, in random order within each
     ids, begins, counts = np.unique(tokens[places], return_index=True, return_counts=True)
     wanted_ids, wanted = np.unique(tokens[masked], return_counts=True)

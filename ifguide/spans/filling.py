@@ -23,12 +23,14 @@ from ifguide.telemetry import log
 
 @dataclass(frozen=True, kw_only=True)
 class MaskShards:
-    """What the shards of a mask came to: blocks, masked tokens, tokens that have a prediction; `files` as written."""
+    """What the shards of a mask came to: blocks, masked tokens, tokens that have a prediction; `files` as written.
+    `shared` masked tokens are in the mask too that this one is drawn beside."""
 
     blocks: int
     masked: int
     predicted: int
     files: Mapping[str, FileEntry]
+    shared: int | None = None
 
     @classmethod
     def of(cls, results: ShardResults, corpus: PackedCorpus, verb: str) -> MaskShards:
@@ -52,7 +54,8 @@ class MaskShards:
     @property
     def summary(self) -> dict[str, int]:
         """What a mask's manifest says of them."""
-        return {"tokens_masked": self.masked, "predicted_tokens": self.predicted}
+        shared = {} if self.shared is None else {"tokens_shared": self.shared}
+        return {"tokens_masked": self.masked, "predicted_tokens": self.predicted, **shared}
 
 
 @dataclass(frozen=True, kw_only=True)

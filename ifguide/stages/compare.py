@@ -38,17 +38,15 @@ from ifguide.config.methods import check_method
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER
-from ifguide.distributed.tasks import run_task
 from ifguide.evaluation.figures import METRICS, measured_files
-from ifguide.evaluation.generations import has_generations, prompts_digest, sampled_options
-from ifguide.evaluation.measuring import continue_prompts, measure_models
-from ifguide.evaluation.prompts import PROMPTS, chosen_sets
+from ifguide.evaluation.generations import has_generations
+from ifguide.evaluation.measuring import measure_models
+from ifguide.evaluation.prompts import chosen_sets
 from ifguide.evaluation.reward_decoding import Guidance
-from ifguide.evaluation.subjects import OF_MODEL, Model, Prompts, measured_inputs, models_to_evaluate, prompt_digests
+from ifguide.evaluation.subjects import OF_MODEL, Model, measured_inputs, models_to_evaluate
 from ifguide.folders import BASELINE, CORPUS, EXPORT, GENERATIONS, MASK, PENALISED, QUERY, RANKING, REPORT, SCORES
-from ifguide.methods.preferences import DPO, DpoTraining, RewardTraining, train
-from ifguide.methods.samples import SampleFiles
-from ifguide.methods.sampling import drawn_prompts, sampling_config
+from ifguide.methods.preferences import DPO, DpoTraining, RewardTraining
+from ifguide.methods.sampling import drawn_prompts
 from ifguide.models import source_fingerprint
 from ifguide.report.comparison import as_json, as_markdown, draw, rows_of
 from ifguide.report.data import ReportSources, comparison_data
@@ -57,10 +55,9 @@ from ifguide.report.page import REPORT_FILES, write_report
 from ifguide.run import Run
 from ifguide.stages.evaluate import block_options, check_evaluation, evaluation_of
 from ifguide.stages.method_masks import VERB, method_mask
+from ifguide.stages.method_samples import BaselineSamples
 from ifguide.stages.pretrain import pretrain, training_data
-from ifguide.storage import file_sizes
 from ifguide.telemetry import log
-from ifguide.toxicity import classifier_inputs
 
 
 def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
@@ -122,7 +119,7 @@ class _Grid:
         self.children: dict[str, Run] = {}
         self.masks: dict[tuple[str | float | None, ...], Run] = {}  # what made a mask first
         self.scored: dict[str, Run] = {}  # what scored the corpus by a kind of mask first
-        self.samples: _Samples | None = None
+        self.samples: BaselineSamples | None = None
 
     def add_mask(self, name: str, method: Method) -> None:
         """Make the method's mask, for `train`."""
@@ -132,12 +129,15 @@ class _Grid:
         elif method.mask in self.scored:  # another selection of the same scores
             child = child.borrow(self.scored[method.mask], SCORES)
         mask = method_mask(self.run, child, method)
-        training_data(child)  # the mask in the target's tokens: models that share it may be trained side by side
+        _, trained = training_data(child)  # in the target's tokens: models that share it may be trained side by side
         self.masks.setdefault(kind, child)
         if method.mask in SCORED:
             self.scored.setdefault(method.mask, child)
         self.children[name] = child
-        self.made[name] = _trained(child, mask, method.describe())
+        by, shared = method.describe(), mask.summary.get("tokens_shared")
+        if shared is not None:
+            by += f", {shared / max(mask.rows['tokens'], 1):.0%} of them in the run's own mask"
+        self.made[name] = _trained(child, trained or mask, by)
         log(VERB, f"{name}: {mask.summary['tokens_masked']:,} tokens masked ({_share(mask):.2%})")
 
     def train(self) -> None:
@@ -202,9 +202,9 @@ class _Grid:
         manifest = samples.teach(training, options, inputs, count="texts")
         return folder / EXPORT, manifest
 
-    def _samples(self) -> _Samples:
+    def _samples(self) -> BaselineSamples:
         if self.samples is None:
-            self.samples = _Samples(self.run, self.models[BASELINE])
+            self.samples = BaselineSamples(self.run, self.models[BASELINE])
         return self.samples
 
     def _start(self, name: str, kind: str, model: str) -> Model:
@@ -237,61 +237,6 @@ def _side_by_side(trainings: Mapping[str, Callable[[], object]], *, at_once: int
         ended = [pool.submit(train, name) for name in trainings]
     for future in ended:
         future.result()
-
-
-class _Samples:
-    """`compare/samples`: what the baseline gave to the training prompts, scored; made if it is not there."""
-
-    def __init__(self, run: Run, baseline: Model):
-        self.run = run
-        sampler = Run(config=sampling_config(run.config, str(run.comparison / "samples")))
-        drawn, learnt = drawn_prompts(run.config)
-        sets: dict[str, Prompts] = {PROMPTS: drawn}
-        self.files = SampleFiles(
-            model=BASELINE,
-            generations=sampler.generations(BASELINE) / PROMPTS,
-            scores=sampler.report,
-            prompts=learnt,
-            max_new_tokens=sampler.config.evaluate.max_new_tokens,
-        )
-        self.manifest = _sample(sampler, baseline, sets)
-
-    def teach(
-        self,
-        training: RewardTraining | DpoTraining,
-        options: dict[str, Any],
-        inputs: dict[str, str],
-        *,
-        count: str,
-    ) -> Manifest:
-        """Train on these samples in `training.folder`, unless that is done; `count` names what is learnt from."""
-        config = self.run.config
-        inputs = {"samples": self.manifest.fingerprint, **inputs, "prompts": prompts_digest(self.files.prompts)}
-        artifact = self.run.open(training.folder, VERB, keys=("seed",), inputs=inputs, extra=options)
-        if artifact.manifest:
-            return artifact.manifest
-        connect(config.cluster)
-        require_resources(config.cluster, VERB, config.compare.resources)
-        summary = run_task(train, training, resources=config.compare.resources)
-        log(VERB, training.describe(summary))
-        files = [training.folder / EXPORT / name for name in file_sizes(training.folder / EXPORT)]
-        return artifact.finish(files, rows={count: summary[count]}, summary=summary)
-
-
-def _sample(sampler: Run, baseline: Model, sets: Mapping[str, Prompts]) -> Manifest:
-    evaluate = sampler.config.evaluate
-    options = sampled_options(evaluate) | {"classifier": result_part(evaluate.classifier)}
-    inputs = {f"{OF_MODEL}{BASELINE}": baseline[1], "prompts": prompts_digest(sets[PROMPTS])}
-    inputs |= classifier_inputs({"compare.classifier": evaluate.classifier})
-    artifact = sampler.open(sampler.report, VERB, keys=("seed",), inputs=inputs, extra={"samples": options})
-    if artifact.manifest:
-        return artifact.manifest
-    sampling = evaluation_of(sampler, {BASELINE: baseline}, sets, digests=prompt_digests(sets))
-    continue_prompts(sampling, sampler.config.cluster)
-    count = len(sets[PROMPTS]) * evaluate.continuations
-    rows = {"continuations": count, "prompts": len(sets[PROMPTS])}
-    log(VERB, f"{count:,} continuations of {len(sets[PROMPTS]):,} training prompts sampled and scored")
-    return artifact.finish(measured_files(sampler.report), rows=rows, summary={}, remove=(LEDGER,))
 
 
 def _model(folder: Path, manifest: Manifest) -> Model:
@@ -389,7 +334,8 @@ def _own(run: Run, name: str) -> Made:
     """How one of the run's own models was made."""
     if name == BASELINE or not (run.mask / MANIFEST).exists():
         return Made(by="pretraining")
-    return _trained(run, read_manifest(run.mask), "influence masked")
+    trained = run.target.mask if (run.target.mask / MANIFEST).exists() else run.mask
+    return _trained(run, read_manifest(trained), "influence masked")
 
 
 def _trained(run: Run, mask: Manifest, by: str) -> Made:

@@ -153,10 +153,14 @@ def test_annotated_and_random_masks(marked: tuple[Run, dict[str, np.ndarray]]) -
     tokens, size = stream(run, "tokens"), run.config.pack_corpus.blocks_per_shard * run.config.pack_corpus.block_size
     for start in range(0, len(tokens), size):
         of_shard = slice(start, start + size)
-        drawn, wanted = (np.sort(tokens[of_shard][flags[of_shard]]) for flags in (masks["random_types"], own))
-        np.testing.assert_array_equal(drawn, wanted)
-    assert not masks["random_types"][first].any()
-    assert (masks["random_types"] != own).any()
+        wanted = np.sort(tokens[of_shard][own[of_shard]])
+        for kind in ("random_types", "other_uses"):
+            np.testing.assert_array_equal(np.sort(tokens[of_shard][masks[kind][of_shard]]), wanted)
+    assert not (masks["random_types"] | masks["other_uses"])[first].any()
+    shared = {kind: int((masks[kind] & own).sum()) for kind in RANDOM}
+    assert shared["other_uses"] < shared["random_types"] < own.sum()
+    for kind, count in shared.items():
+        assert read_manifest(method_run(run, kind, Method(mask=kind)).mask).summary["tokens_shared"] == count
 
 
 def by_sorting(scores: np.ndarray, block_size: int, count: int) -> np.ndarray:

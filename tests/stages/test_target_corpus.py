@@ -20,8 +20,9 @@ from ifguide.artifacts import MANIFEST, PLAN, MismatchError, data_files, read_ma
 from ifguide.config import Config, ConfigError, ModelSource
 from ifguide.config.compare import Method
 from ifguide.corpus.tables import document_table
+from ifguide.folders import PENALISED
 from ifguide.run import Run
-from ifguide.stages.compare import _Grid
+from ifguide.stages.compare import _Grid, _own
 from ifguide.stages.pack_corpus import pack_corpus
 from ifguide.stages.pretrain import pretrain, training_data
 from ifguide.tokenizer import load_tokenizer
@@ -154,7 +155,15 @@ def test_methods_that_share_a_mask_have_it_in_the_targets_tokens_before_they_are
         grid.add_mask(name, Method(mask="words", penalty=penalty))
     shared = {child.target.mask for child in grid.children.values()}
     assert shared == {run.folder / "compare" / "words" / "target" / "mask"}
-    assert read_manifest(shared.pop()).summary["tokens_masked"] > 0
+    trained, of_corpus = (read_manifest(mask).summary for mask in (shared.pop(), grid.children["words"].mask))
+    assert trained["tokens_masked"] > 0
+    # the share of the tokens that are trained on, which is another one than that of the corpus' tokens
+    share = trained["tokens_masked"] / trained["predicted_tokens"]
+    assert share != of_corpus["tokens_masked"] / of_corpus["predicted_tokens"]
+    assert [grid.made[name].masked_share for name in ("words", "more")] == [share, share]
+    made(run)
+    own = read_manifest(run.target.mask).summary
+    assert _own(run, PENALISED).masked_share == own["tokens_masked"] / own["predicted_tokens"]
 
 
 def test_spans_have_a_row_for_each_document(finished: Config) -> None:

@@ -31,6 +31,21 @@ def test_a_mask_of_the_same_types_has_as_many_of_each_id_and_no_first_token(seed
     np.testing.assert_array_equal(drawn, again)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_other_uses_share_with_the_mask_only_what_its_types_leave_no_choice_of(seed: int) -> None:
+    tokens, masked, candidates = corpus(seed)
+    masked |= candidates & (tokens == 7)  # all uses of one type
+    drawn = random_of_types(tokens, masked, candidates, np.random.default_rng(seed), others_first=True)
+    assert Counter(tokens[drawn].tolist()) == Counter(tokens[masked].tolist())
+    assert not drawn[~candidates].any()
+    wanted, left = Counter(tokens[masked].tolist()), Counter(tokens[candidates & ~masked].tolist())
+    shared = Counter(tokens[drawn & masked].tolist())
+    assert shared == +Counter({token: wanted[token] - left[token] for token in wanted})
+    assert shared[7] == wanted[7] > 0
+    other = random_of_types(tokens, masked, candidates, np.random.default_rng(seed + 100), others_first=True)
+    assert (other != drawn).any()
+
+
 def test_each_occurrence_of_a_type_is_as_likely() -> None:
     tokens = np.array([7, 3, 7, 7, 3, 7, 9, 7])
     masked, candidates = np.array([0, 0, 1, 1, 1, 0, 0, 0], bool), np.array([0, 1, 1, 1, 1, 1, 1, 1], bool)
