@@ -15,7 +15,9 @@ run's evaluation prompts with their own continuations.
    block, and differ in how they part it among the documents in it.
 2. Trainings without (`ignore`) the share of all tokens that a score ranks highest. `qld` is the change of D from the
    training of the same seed without a mask: positive says less of the behaviour. Beside each the same of random tokens
-   of the same types, and once of any random tokens. A seed decides initial weights, order and random tokens.
+   of the same types (`matched`), of such that the score leaves in (`others`, as far as there are any), and once of any
+   random tokens. `matched_shared` and `others_shared` say how many are the score's own. A seed decides initial weights,
+   order and random tokens.
 
 Scores: `target` (the run's), `smoothed` (these drawn towards a regression on the proxy's hidden states, where the run
 has them), `position`, `identity` (target without EK-FAC), `ngram` (log-odds of n-grams between the query sets), `probe`
@@ -41,7 +43,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.common.causal_figures import MATCHED, PLAIN, RANDOM, UNSEEN, Scores, as_markdown, datamodelling, effects
+from bench.common.causal_figures import (
+    MATCHED,
+    OTHERS,
+    PLAIN,
+    RANDOM,
+    UNSEEN,
+    Scores,
+    as_markdown,
+    datamodelling,
+    effects,
+)
 from bench.common.places import this_machine
 from bench.common.retraining import Retraining, Subject, margins, one_thread_each, retrain_all
 from bench.common.scores import METHOD
@@ -342,9 +354,10 @@ def masks_of(scores: Scores, tokens: Tokens, share: float, seed: int) -> dict[st
     drawn = random_tokens(some, candidates, np.random.default_rng([seed, len(scores)]))
     masks = {PLAIN: np.zeros_like(candidates_NT), RANDOM: drawn.reshape(candidates_NT.shape), **own}
     for number, name in enumerate(scores):
-        rng = np.random.default_rng([seed, number])
-        drawn = random_of_types(tokens.tokens_NT.reshape(-1), masks[name].reshape(-1), candidates, rng)
-        masks[f"{name}-{MATCHED}"] = drawn.reshape(candidates_NT.shape)
+        of_types = tokens.tokens_NT.reshape(-1), masks[name].reshape(-1), candidates
+        for null, stream in ((MATCHED, [seed, number]), (OTHERS, [seed, number, 1])):
+            drawn = random_of_types(*of_types, np.random.default_rng(stream), others_first=null == OTHERS)
+            masks[f"{name}-{null}"] = drawn.reshape(candidates_NT.shape)
     return masks
 
 

@@ -14,7 +14,9 @@ from ifguide.display import markdown_table
 
 Bools = NDArray[np.bool_]
 Scores = dict[str, NDArray[np.float32]]
-PLAIN, MATCHED, RANDOM = "plain", "matched", "random"
+PLAIN, RANDOM = "plain", "random"
+MATCHED, OTHERS = "matched", "others"  # of a score's types: any uses at random, and those that it leaves in
+NULLS = (MATCHED, OTHERS)
 UNSEEN = "unseen"
 
 
@@ -41,8 +43,8 @@ def effects(
     behaviour: Mapping[str, float],
     negative: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Change of D by leaving tokens out, over seeds; of type-matched random tokens, and what is above that. And the
-    change of the `negative` queries' loss alone: what it costs where the behaviour is not asked for."""
+    """Change of D by leaving tokens out, over seeds; of random tokens of the same types (`NULLS`), and what is above
+    that. And the change of the `negative` queries' loss alone: what it costs where the behaviour is not asked for."""
 
     def changes(name: str, of: Mapping[str, float]) -> dict[int, float]:
         return {
@@ -54,26 +56,30 @@ def effects(
     D = {name: -value for name, value in behaviour.items()}
     figures: dict[str, Any] = {}
     for name in (*names, RANDOM):
-        own, matched = changes(name, D), changes(f"{name}-{MATCHED}", D) if name != RANDOM else {}
-        above = {seed: own[seed] - matched[seed] for seed in own.keys() & matched.keys()}
-        for key, values in (("", own), (f"_{MATCHED}", matched), (f"_above_{MATCHED}", above)):
+        own = changes(name, D)
+        values_of = {name: own}
+        for null in NULLS if name != RANDOM else ():
+            drawn = changes(f"{name}-{null}", D)
+            above = {seed: own[seed] - drawn[seed] for seed in own.keys() & drawn.keys()}
+            values_of |= {f"{name}_{null}": drawn, f"{name}_above_{null}": above}
+            if drawn:
+                shared = [(masks[s][name] & masks[s][f"{name}-{null}"]).sum() / masks[s][name].sum() for s in masks]
+                figures[f"{null}_shared_{name}"] = round(float(np.mean(shared)), 4)
+        for key, values in values_of.items():
             if values:
                 of_seeds = list(values.values())
                 ends = t_interval(of_seeds)
-                figures[f"qld_{name}{key}"] = round(float(np.mean(of_seeds)), 4)
-                figures[f"qld_{name}{key}_interval"] = ends and [round(end, 4) for end in ends]
+                figures[f"qld_{key}"] = round(float(np.mean(of_seeds)), 4)
+                figures[f"qld_{key}_interval"] = ends and [round(end, 4) for end in ends]
         if own:
             figures[f"negative_{name}"] = round(float(np.mean([*changes(name, negative).values()])), 4)
             figures[f"qld_{name}_seeds"] = [round(own[seed], 4) for seed in sorted(own)]
-        if matched:
-            shared = [(masks[s][name] & masks[s][f"{name}-{MATCHED}"]).sum() / masks[s][name].sum() for s in masks]
-            figures[f"matched_shared_{name}"] = round(float(np.mean(shared)), 4)
     return figures
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
-    """A line for each score: LDS, the change of D, that of type-matched random tokens, and what is above it. A second
-    table is of the queries that no score has seen."""
+    """A line for each score: LDS, the change of D, those of random tokens of the same types, and what is above them. A
+    second table is of the queries that no score has seen."""
     tables = [_table(result, result)]
     if UNSEEN in result:
         tables.append("Queries that no score has seen:\n\n" + _table(result[UNSEEN], result))
@@ -96,8 +102,7 @@ def _table(figures: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
             name,
             cell(f"lds_{name}", ".3f"),
             cell(f"qld_{name}", "+.2f"),
-            cell(f"qld_{name}_{MATCHED}", "+.2f"),
-            cell(f"qld_{name}_above_{MATCHED}", "+.2f"),
+            *(cell(f"qld_{name}_{kind}{null}", "+.2f") for null in NULLS for kind in ("", "above_")),
             cell(f"negative_{name}", "+.2f"),
             f"{marked[name]:.3f}" if name in marked else "",
         )
@@ -108,6 +113,8 @@ def _table(figures: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
         "LDS",
         "change of D",
         "same types at random",
+        "above that",
+        "other uses of them",
         "above that",
         "loss of negative ones",
         "share in marked spans",

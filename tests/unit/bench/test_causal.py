@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from bench import causal
 from bench.causal import Tokens, masks_of, measure, unseen_queries
 from bench.common import retraining
-from bench.common.causal_figures import MATCHED, PLAIN, RANDOM, UNSEEN, as_markdown
+from bench.common.causal_figures import NULLS, PLAIN, RANDOM, UNSEEN, as_markdown
 from bench.common.retraining import Retraining, Subject, learning_blocks, query_losses, retrain, retrain_all
 from bench.common.token_sets import (
     correlation_intervals,
@@ -234,16 +234,19 @@ def test_masks_have_one_size_and_matched_ones_the_same_types(blocks: TrainingBlo
     scores = {name: rng.standard_normal(blocks.tokens.shape).astype(np.float32) for name in ("target", "position")}
     scores["words"] = np.array(blocks.masked, np.float32)
     masks = masks_of(scores, tokens, 0.01, seed=3)
-    assert set(masks) == {PLAIN, RANDOM, *scores, *(f"{name}-{MATCHED}" for name in scores)}
+    assert set(masks) == {PLAIN, RANDOM, *scores, *(f"{name}-{null}" for name in scores for null in NULLS)}
     assert not masks.pop(PLAIN).any()
     assert {int(mask.sum()) for mask in masks.values()} == {int(0.01 * tokens.candidates_NT.sum())}
     assert not any((mask & ~tokens.candidates_NT).any() for mask in masks.values())
     for name in scores:
-        matched = masks[f"{name}-{MATCHED}"]
-        assert sorted(tokens.tokens_NT[masks[name]]) == sorted(tokens.tokens_NT[matched])
-        assert not np.array_equal(masks[name], matched)
         assert np.array_equal(masks_of(scores, tokens, 0.01, seed=4)[name], masks[name])
-        assert not np.array_equal(masks_of(scores, tokens, 0.01, seed=4)[f"{name}-{MATCHED}"], matched)
+        for null in NULLS:
+            drawn = masks[f"{name}-{null}"]
+            assert sorted(tokens.tokens_NT[masks[name]]) == sorted(tokens.tokens_NT[drawn])
+            assert not np.array_equal(masks[name], drawn)
+            assert not np.array_equal(masks_of(scores, tokens, 0.01, seed=4)[f"{name}-{null}"], drawn)
+        shared = [int((masks[name] & masks[f"{name}-{null}"]).sum()) for null in NULLS]
+        assert shared[1] < shared[0] or name == "words"  # it has nearly every use of its types
 
 
 def test_a_word_that_the_queries_ask_for_is_found_by_both_tests_and_random_scores_are_not(
@@ -276,13 +279,14 @@ def test_a_word_that_the_queries_ask_for_is_found_by_both_tests_and_random_score
     subject = replace(subject, queries=[*subject.queries[::2], *subject.queries[1::2]])
     result = measure(subject, tokens, scores, kinds, options, causal.time.monotonic())
     assert result["complete"]
-    assert result["retrainings"] == len(list((tmp_path / "retrainings").iterdir())) == 8 + 2 * 6
+    assert result["retrainings"] == len(list((tmp_path / "retrainings").iterdir())) == 8 + 2 * 8
     assert result["halves"] == 8
     assert result["qld_oracle"] > 5 * abs(result["qld_random"])
     assert result["qld_oracle_interval"][0] > 0
     assert result["marked"]["oracle"] == 1
-    assert result["matched_shared_oracle"] == 1  # the oracle has every `clown`: its match is the same mask
-    assert result["qld_oracle_above_matched"] == 0
+    for null in NULLS:  # the oracle has every `clown`: what is drawn is the same mask
+        assert result[f"{null}_shared_oracle"] == 1
+        assert result[f"qld_oracle_above_{null}"] == 0
     assert result["lds_oracle"] > result["lds_noise"]
     assert result[UNSEEN]["qld_oracle"] > 5 * abs(result[UNSEEN]["qld_random"])
     assert result[UNSEEN]["qld_oracle"] != result["qld_oracle"]
