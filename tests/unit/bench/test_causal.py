@@ -246,7 +246,8 @@ def test_masks_have_one_size_and_matched_ones_the_same_types(blocks: TrainingBlo
             assert not np.array_equal(masks[name], drawn)
             assert not np.array_equal(masks_of(scores, tokens, 0.01, seed=4)[f"{name}-{null}"], drawn)
         shared = [int((masks[name] & masks[f"{name}-{null}"]).sum()) for null in NULLS]
-        assert shared[1] < shared[0] or name == "words"  # it has nearly every use of its types
+        assert shared[1] <= shared[0]
+        assert shared[1] < shared[0] or name != "words"  # of random scores hardly any is drawn again
 
 
 def test_a_word_that_the_queries_ask_for_is_found_by_both_tests_and_random_scores_are_not(
