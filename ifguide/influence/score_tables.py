@@ -35,14 +35,15 @@ def write_scores(
         named += [(schemas.null_column(behaviour, k), nulls_BT) for k, nulls_BT in enumerate(of_behaviour)]
     columns = []
     for name, scores_BT in named:
-        _require_finite(scores_BT, block_ids, path.name)
+        require_finite(scores_BT, block_ids, path.name)
         columns.append(schemas.per_token_column(scores_BT, schema, name))
     with publish(path) as part:
         # Hardly two scores are equal: a dictionary of them is longer than they are.
         pq.write_table(pa.Table.from_arrays([block_ids, *columns], schema=schema), part, use_dictionary=False)
 
 
-def _require_finite(scores_BT: np.ndarray, block_ids: pa.Array | pa.ChunkedArray, shard: str) -> None:
+def require_finite(scores_BT: np.ndarray, block_ids: pa.Array | pa.ChunkedArray, shard: str) -> None:
+    """Raise ValueError where a score is not finite; names shard, token and block."""
     broken = np.argwhere(~np.isfinite(scores_BT))
     if len(broken):
         block = block_ids[int(broken[0][0])].as_py()

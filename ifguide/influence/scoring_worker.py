@@ -94,13 +94,14 @@ class ScoringSettings:
 @dataclass(frozen=True, kw_only=True)
 class CorpusShard:
     """A shard of the corpus by its file's name and number; `bytes` are what progress is counted by. `parts`: the keys
-    of those of the sample that are its blocks (`smoothing_sample`)."""
+    of those of the sample that are its blocks (`smoothing_sample`), which have `sampled` of them."""
 
     key: str
     name: str
     number: int
     bytes: int
     parts: tuple[str, ...] = ()
+    sampled: int = 0
 
 
 class Blocks(NamedTuple):

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,11 +127,16 @@ class Smoother:
         smoothed_NS = (predicted_NS + self.own_weight * (own_NS - predicted_NS)).float()
         return torch.where(torch.from_numpy(self.used_S).to(scores_NS.device), smoothed_NS, scores_NS.float())
 
-    def summary(self, behaviours: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Of each behaviour the ridge, and the share of the scores' variance that it explains."""
+    def summary(self, behaviours: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Of each behaviour the ridge, the share of the scores' variance that it explains, and whether it is used."""
+        best_S = zip(behaviours, self.chosen_S, self.explained_SR, self.used_S, strict=True)
         return {
-            behaviour: {"ridge": float(self.ridges_R[best]), "explained": round(float(explained_R[best]), 4)}
-            for behaviour, best, explained_R in zip(behaviours, self.chosen_S, self.explained_SR, strict=True)
+            behaviour: {
+                "ridge": float(self.ridges_R[best]),
+                "explained": round(float(explained_R[best]), 4),
+                "used": bool(used),
+            }
+            for behaviour, best, explained_R, used in best_S
         }
 
     def save(self, path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +27,18 @@ from ifguide.spans.tables import PackedCorpus, shard_name
 SAMPLE = "sample"  # a folder in that of the scores, until they are finished
 SAMPLED_SHARDS = 16  # at most: a shard is read whole
 PART_TOKENS = 16_384  # at most: the states of a part are held
+AT_ONCE = 1024  # tokens that are smoothed at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePart:
-    """Some blocks of one shard: their rows in it, ascending. `key` names its file."""
+    """Some blocks of one shard: their rows in it, ascending. `key` names its file. `most`: blocks of the largest
+    part."""
 
     key: str
     number: int
     rows: tuple[int, ...]
+    most: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,16 +69,19 @@ def sample_parts(corpus: PackedCorpus, tokens: int, seed: int) -> list[SamplePar
     rng = np.random.default_rng([seed, tokens])
     # The last shard of a corpus can be short, and comes first: the others make up for it.
     shards = sorted(rng.permutation(corpus.num_shards)[:SAMPLED_SHARDS].tolist(), reverse=True)
-    wanted, most, parts = -(-tokens // corpus.block_size), max(1, PART_TOKENS // corpus.block_size), list[SamplePart]()
+    wanted, most = -(-tokens // corpus.block_size), max(1, PART_TOKENS // corpus.block_size)
+    parts = list[tuple[int, int, NDArray[np.int64]]]()
     for place, shard in enumerate(shards):
         share = -(-wanted // (len(shards) - place))
         begin, end = corpus.extent(shard)
         rows = np.sort(rng.permutation(-(-(end - begin) // corpus.block_size))[:share])
         wanted -= len(rows)
-        for number, first in enumerate(range(0, len(rows), most)):
-            key = f"part-{shard_name(shard)}-{number:03d}"
-            parts.append(SamplePart(key=key, number=shard, rows=tuple(rows[first : first + most].tolist())))
-    return sorted(parts, key=lambda part: part.key)
+        parts += [(shard, number, rows[i : i + most]) for number, i in enumerate(range(0, len(rows), most))]
+    largest = max(len(rows) for _, _, rows in parts)
+    return [
+        SamplePart(key=f"part-{shard_name(shard)}-{number:03d}", number=shard, rows=tuple(rows.tolist()), most=largest)
+        for shard, number, rows in sorted(parts, key=lambda part: part[:2])
+    ]
 
 
 def part_path(scores: Path, key: str) -> Path:
@@ -84,9 +91,9 @@ def part_path(scores: Path, key: str) -> Path:
 
 def fit_on_parts(
     paths: Sequence[Path], behaviours: Sequence[str], options: Smoothing, smoother: Path
-) -> Mapping[str, Mapping[str, float]]:
-    """Publish the smoother of the scores of the behaviours, whose directions are the first of the parts; returns, of
-    each, its ridge and the share of the variance of held-out scores that it explains.
+) -> Mapping[str, Mapping[str, Any]]:
+    """Publish the smoother of the scores of the behaviours, whose directions are the first of the parts; returns its
+    `summary`.
 
     Raises:
         ValueError: the sample has too few documents, or no score differs from another; says what to set.
@@ -118,9 +125,12 @@ def _scores(path: Path, behaviours: int) -> NDArray[np.float32]:
 
 
 def smoothed_part(part: ScoredPart, smoother: Smoother) -> NDArray[np.float32]:
-    """(S, N) the smoothed scores of a part's tokens."""
+    """(S, N) the smoothed scores of a part's tokens. Some at a time: float64 features of a part would be large."""
     folds_N = torch.from_numpy(fold_of(part.documents_N, smoother.folds))
-    predicted_NS = smoother.predict(torch.from_numpy(part.features_ND), folds_N)
     scores_NS = torch.from_numpy(part.scores_KN[: len(smoother.biases_SK)]).T
-    smoothed_SN: NDArray[np.float32] = smoother.smooth(scores_NS, predicted_NS).T.numpy()
-    return smoothed_SN
+    smoothed_NS = torch.empty(scores_NS.shape)
+    for begin in range(0, len(scores_NS), AT_ONCE):
+        some = slice(begin, begin + AT_ONCE)
+        predicted_nS = smoother.predict(torch.from_numpy(part.features_ND[some]), folds_N[some])
+        smoothed_NS[some] = smoother.smooth(scores_NS[some], predicted_nS)
+    return smoothed_NS.T.numpy()

@@ -129,14 +129,18 @@ def _exactly(given: ScoringInputs, settings: ScoringSettings, shards: Sequence[C
     sampled = _sample(given, parts, settings)
     if not (folder / SMOOTHER).exists():
         _fit_smoother(settings, config, parts)
-    keys = {shard.number: tuple(part.key for part in parts if part.number == shard.number) for shard in shards}
-    results = _run(given, [replace(shard, parts=keys[shard.number]) for shard in shards], ScoreByProxy, settings)
+    results = _run(given, [_with_parts(shard, parts) for shard in shards], ScoreByProxy, settings)
     by_number = {shard.number: results[shard.key] for shard in shards}
     for part in parts:
         for name in ("seconds", "halvings"):
             by_number[part.number][name] += sampled[part.key][name]
     smoothing = Smoother.load(local_copy(folder / SMOOTHER)).summary(list(given.queries))
     return _Scored(results=results, files=[folder / SMOOTHER], summary={"smoothing": smoothing})
+
+
+def _with_parts(shard: CorpusShard, parts: Sequence[SamplePart]) -> CorpusShard:
+    own = [part for part in parts if part.number == shard.number]
+    return replace(shard, parts=tuple(part.key for part in own), sampled=sum(len(part.rows) for part in own))
 
 
 def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequence[CorpusShard]) -> _Scored:
@@ -206,6 +210,7 @@ def require_student(given: ScoringInputs) -> Manifest:
 def _run(given: ScoringInputs, shards: Sequence[CorpusShard], make_worker: Any, settings: Any) -> ShardResults:
     """A pass over the corpus."""
     tokens_per_byte = given.corpus.rows["tokens"] / sum(shard.bytes for shard in shards)
+    block = given.packed.block_size
     return run_shards(
         VERB,
         shards,
@@ -214,7 +219,7 @@ def _run(given: ScoringInputs, shards: Sequence[CorpusShard], make_worker: Any, 
         folder=given.run.scores,
         pool=_pool(given),
         unit="tokens",
-        amount=lambda shard: shard.bytes * tokens_per_byte,
+        amount=lambda shard: max(0.0, shard.bytes * tokens_per_byte - shard.sampled * block),  # those are scored
     )
 
 
@@ -259,7 +264,7 @@ def _fit_smoother(settings: ScoringSettings, config: ScoreCorpus, parts: Sequenc
     behaviours, smoother = list(settings.queries), settings.scores / SMOOTHER
     fits = run_task(fit_on_parts, paths, behaviours, config.smooth, smoother, resources=config.resources)
     for behaviour, fit in fits.items():
-        if fit["explained"] > 0:
+        if fit["used"]:
             log(VERB, f"{behaviour}: hidden states explain {fit['explained']:.3f} of the scores' variance")
         else:
             reason = "hidden states predict the scores of other documents no better than their mean does"

@@ -61,7 +61,7 @@ def test_it_predicts_as_a_ridge_regression_on_the_other_folds(ridge: float) -> N
     np.testing.assert_allclose(predicted(smoother, features, folds), expected, rtol=1e-5, atol=1e-5)
     explained = 1 - ((scores - expected) ** 2).sum() / ((scores - scores.mean()) ** 2).sum()
     assert smoother.explained_SR[0, 0] == pytest.approx(explained, abs=1e-9)
-    assert smoother.summary(["own"]) == {"own": {"ridge": ridge, "explained": round(explained, 4)}}
+    assert smoother.summary(["own"]) == {"own": {"ridge": ridge, "explained": round(explained, 4), "used": True}}
 
 
 def test_the_ridge_is_the_one_that_explains_most_of_what_it_has_not_seen() -> None:
