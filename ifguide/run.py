@@ -9,7 +9,7 @@ from typing import Any
 
 from ifguide import artifacts
 from ifguide.artifacts.reading import is_trained
-from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
+from ifguide.config import Config, ConfigError, ModelSource, check_names, result_options, to_yaml
 from ifguide.corpus.tables import TOKENIZER
 from ifguide.folders import (
     ANALYSES,
@@ -176,6 +176,15 @@ class Run:
         """Refuse to go on when the proxy should be this run's baseline and that is not there."""
         if self.config.proxy_is_baseline:
             artifacts.require(self.model(BASELINE), "pretrain --set pretrain.use_mask=false")
+
+    def require_plain_model(self) -> None:
+        """Refuse a comparison with the plain model where a run neither has nor makes it.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        if not self.config.baseline and not (self.model(BASELINE) / artifacts.MANIFEST).exists():
+            raise ConfigError("baseline: compare sets models beside the plain one; set baseline: true")
 
     def options(self, verb: str) -> dict[str, Any]:
         """The options of the config that the result of a verb depends on, as its artifact records them."""
