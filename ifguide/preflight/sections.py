@@ -314,7 +314,7 @@ class _Sections:
 
     def _method(self, name: str) -> None:
         with self.findings.caught(f"compare.methods.{name}", self.config.compare.methods[name].describe()):
-            check_method(self.config, name)
+            check_method(self.config, name, self.run.absent)
 
     def _analyse(self) -> dict[str, Check]:
         options, evaluated = self.config.analyse, self.config.evaluate

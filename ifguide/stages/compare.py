@@ -74,7 +74,7 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     if not methods:
         raise ConfigError("compare.methods: name some, `name: {mask: ..., penalty: ...}`; see configs/demo.yaml")
     for name in methods:
-        check_method(run.config, name)
+        check_method(run.config, name, run.absent)
     run.require_plain_model()
     check_evaluation(run.config.evaluate)
     if dry_run:
