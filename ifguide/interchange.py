@@ -153,7 +153,7 @@ def export_scores(run_dir: Path, out: Path, *, name: str, behaviour: str, max_gi
     """
     check_names("--name", [name], of=f"a folder in {out}")
     manifest = require(run_dir / SCORES, "score_corpus")
-    schema = pq.read_schema(next(verified_files(run_dir / SCORES)))
+    schema = schemas.read_schema(next(verified_files(run_dir / SCORES)))
     column = schemas.score_column(behaviour)
     if column not in schema.names:
         behaviours = ", ".join(schemas.scored_behaviours(schema))

@@ -7,21 +7,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, hold, read_manifest, standing
+from ifguide.artifacts import hold, standing
 from ifguide.config import VERBS, Config
-from ifguide.run import Run
+from ifguide.run import STANDS_FOR, Run
 from ifguide.telemetry import log
-
-STANDS_FOR = {  # what has come from elsewhere -> the verbs that it takes the place of
-    "import_scores": ("fit_factors", "build_query", "fit_student", "score_corpus"),
-    "import_mask": ("fit_factors", "build_query", "fit_student", "score_corpus", "build_mask"),
-}
 
 
 def run_pipeline(config: Config, *, dry_run: bool, until: str | None = None) -> None:
     """Every verb in order, up to `until`. The baseline is trained when it is wanted or serves as the proxy."""
     run, steps = Run(config=config), pipeline_steps(config, until=until)
-    if brought := brought_in(run):
+    if brought := run.brought_in:
         log("run", f"{brought} made what {', '.join(STANDS_FOR[brought])} would make: they are left out")
     with contextlib.nullcontext() if dry_run else hold(run.folder, "run"):
         for verb, step in steps:
@@ -48,7 +43,7 @@ def pipeline_steps(config: Config, *, until: str | None = None) -> list[tuple[st
         steps.append(("fit_student", run))
     steps += [(verb, run) for verb in ("score_corpus", "build_mask")]
     steps += [("pretrain", run.with_mask(True)), ("evaluate", run)]
-    brought = brought_in(run)
+    brought = run.brought_in
     stood_for = STANDS_FOR[brought] if brought else ()
     steps = [(verb, own) for verb, own in steps if verb not in stood_for]
     if until is not None:
@@ -58,12 +53,6 @@ def pipeline_steps(config: Config, *, until: str | None = None) -> list[tuple[st
             raise ValueError(f"--until {until}: {reason}")
         steps = steps[: places[-1] + 1]
     return steps
-
-
-def brought_in(run: Run) -> str | None:
-    """The verb by which the run's mask or its scores have come from elsewhere, if they have: one of `STANDS_FOR`."""
-    folders = [folder for folder in (run.mask, run.scores) if (folder / MANIFEST).exists()]
-    return next((verb for verb in (read_manifest(folder).verb for folder in folders) if verb in STANDS_FOR), None)
 
 
 def run_stage(verb: str, run: Run, *, dry_run: bool) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ifguide import artifacts
+from ifguide import artifacts, schemas
 from ifguide.artifacts.reading import is_trained
-from ifguide.config import Config, ModelSource, check_names, result_options, to_yaml
+from ifguide.config import Config, ConfigError, ModelSource, check_names, result_options, to_yaml
+from ifguide.config.methods import MAKERS, SMOOTHED
 from ifguide.corpus.tables import TOKENIZER
 from ifguide.folders import (
     ANALYSES,
@@ -45,6 +46,10 @@ RESULT_KEYS: dict[str, tuple[str, ...]] = {  # what the result of a verb depends
     "build_mask": ("build_mask",),
     "evaluate": ("evaluate", "seed"),
     "analyse": ("analyse", "evaluate", "seed"),
+}
+STANDS_FOR = {  # what has come from elsewhere -> the verbs that it takes the place of
+    "import_scores": ("fit_factors", "build_query", "fit_student", "score_corpus"),
+    "import_mask": ("fit_factors", "build_query", "fit_student", "score_corpus", "build_mask"),
 }
 OF_MASKED = ("objective", "penalty")  # of `pretrain`: what a training without a mask does not read
 # Of `evaluate`, what the analyses read; which prompts the lens takes, the artifact's inputs tell.
@@ -176,6 +181,39 @@ class Run:
         """Refuse to go on when the proxy should be this run's baseline and that is not there."""
         if self.config.proxy_is_baseline:
             artifacts.require(self.model(BASELINE), "pretrain --set pretrain.use_mask=false")
+
+    def require_plain_model(self) -> None:
+        """Refuse a comparison with the plain model where a run neither has nor makes it.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        if not self.config.baseline and not (self.model(BASELINE) / artifacts.MANIFEST).exists():
+            raise ConfigError("baseline: compare sets models beside the plain one; set baseline: true")
+
+    @property
+    def brought_in(self) -> str | None:
+        """The verb by which its mask or its scores have come from elsewhere, if they have: one of `STANDS_FOR`."""
+        folders = [folder for folder in (self.mask, self.scores) if (folder / artifacts.MANIFEST).exists()]
+        verbs = (artifacts.read_manifest(folder).verb for folder in folders)
+        return next((verb for verb in verbs if verb in STANDS_FOR), None)
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """What it neither has nor makes where scores or a mask have come from elsewhere: folders, and `SMOOTHED`."""
+        if (brought := self.brought_in) is None:
+            return frozenset()
+        makers, left_out = MAKERS | {ENSEMBLE: "build_mask"}, STANDS_FOR[brought]
+        absent = {
+            name
+            for name, verb in makers.items()
+            if verb in left_out and not (self._place(name) / artifacts.MANIFEST).exists()
+        }
+        if SCORES not in absent:
+            columns = schemas.read_schema(next(artifacts.verified_files(self.scores))).names
+            if schemas.smoothed_column(self.config.build_mask.behaviour) not in columns:
+                absent.add(SMOOTHED)
+        return frozenset(absent)
 
     def options(self, verb: str) -> dict[str, Any]:
         """The options of the config that the result of a verb depends on, as its artifact records them."""

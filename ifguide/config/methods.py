@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from ifguide.config.compare import ANNOTATED, CLASSIFIED, ON_QUERIES, WORDS, Method
+from collections.abc import Collection
+
+from ifguide.config.compare import ANNOTATED, CLASSIFIED, INFLUENCE, ON_QUERIES, WORDS, Method
 from ifguide.config.sections import OWN, Config
 from ifguide.config.sources import ClassifierSource
 from ifguide.config.typed_yaml import ConfigError
+from ifguide.folders import ENSEMBLE, FACTORS, QUERY, SCORES
+
+MAKERS = {FACTORS: "fit_factors", QUERY: "build_query", SCORES: "score_corpus"}  # what masks are made of -> its verb
+SMOOTHED = "smoothed scores"
 
 
 def classifier_of(config: Config) -> ClassifierSource:
@@ -13,8 +19,8 @@ def classifier_of(config: Config) -> ClassifierSource:
     return config.compare.classifier or config.evaluate.classifier
 
 
-def check_method(config: Config, name: str) -> None:
-    """Refuse a method that a run of this config cannot have.
+def check_method(config: Config, name: str, absent: Collection[str] = ()) -> None:
+    """Refuse a method that a run of this config cannot have. `absent`: what it lacks by an import, as `Run` tells it.
 
     Raises:
         ConfigError: names the key, and what to set.
@@ -23,7 +29,7 @@ def check_method(config: Config, name: str) -> None:
     if method.mask is None:
         needs = _preference_needs(config)
     else:
-        key, needs = f"{key}.mask", _mask_needs(config, method)
+        key, needs = f"{key}.mask", _mask_needs(config, method, absent)
     if needs is not None:
         raise ConfigError(f"{key}: {method.mask or method.describe()} {needs}")
 
@@ -36,7 +42,7 @@ def _preference_needs(config: Config) -> str | None:
     return None
 
 
-def _mask_needs(config: Config, method: Method) -> str | None:
+def _mask_needs(config: Config, method: Method, absent: Collection[str]) -> str | None:
     kind, scoring, selecting = method.mask, config.score_corpus, config.build_mask
     if kind in WORDS and not config.evaluate.word_list:
         return "needs words; list them in evaluate.word_list"
@@ -55,9 +61,31 @@ def _mask_needs(config: Config, method: Method) -> str | None:
         )
     if kind in ("exact", "smoothed", "plain_influence") and scoring.uses_student:
         return f"needs exact scores of every block, and score_corpus.scorer is {scoring.scorer!r}; take `exact`"
+    if kind == "smoothed" and SMOOTHED in absent:
+        return "needs smoothed scores, and those that are there are exact ones; choose another mask"
     if kind == "smoothed" and scoring.smooth is None:
         return "needs smoothed scores; set score_corpus.smooth"
-    by_rank = kind == "influence_words" or (kind == "influence" and method.selection == "tokens")
-    if by_rank and (selecting.standardise or selecting.fdr is not None):
+    if _ranks_scores(method) and (selecting.standardise or selecting.fdr is not None):
         return "goes by scores, and the run's own mask by z-scores; unset build_mask.standardise and build_mask.fdr"
+    for missing in _made_of(config, method):
+        if missing in absent:
+            make = f"make it by `ifguide {MAKERS[missing]}`, or " if missing in MAKERS else ""
+            return f"needs {missing}/, which a run leaves out after an import; {make}choose another mask"
     return None
+
+
+def _made_of(config: Config, method: Method) -> tuple[str, ...]:
+    """The folders of the run that a mask is made of, beside its corpus, its models and its own mask."""
+    kind = method.mask
+    if kind in ON_QUERIES:
+        return (QUERY,)
+    if kind == "plain_influence":
+        return (FACTORS,) if config.build_query.factors is None else ()
+    if method.keeps_mask or kind not in (*INFLUENCE, "influence_words"):
+        return ()
+    return (SCORES, ENSEMBLE) if _ranks_scores(method) and config.build_mask.others else (SCORES,)
+
+
+def _ranks_scores(method: Method) -> bool:
+    """Whether it ranks tokens or words by the scores that the run's own mask goes by."""
+    return method.mask == "influence_words" or (method.mask == "influence" and method.selection == "tokens")

@@ -22,7 +22,8 @@ class Input:
         text_column: column of the text; `a.b` is `b` within the column `a`.
         tokens_column: column of token ids of the corpus' tokenizer, in place of text. Each row is a document of these
             tokens; nothing is added to them.
-        spans_column: column of [[start, end), ...] character spans to carry along as token annotations.
+        spans_column: column of [[start, end), ...] character spans to carry along as token annotations; an empty
+            one annotates none.
         rows: keep rows start <= row < stop, counted over the whole input; or the path of a `.npy` or text file of the
             numbers of those to keep, from 0 and in any order.
         subset: the configuration of a hub dataset that has several.

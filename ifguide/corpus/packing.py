@@ -27,7 +27,7 @@ TOKENISE_BATCH = 256  # documents per tokeniser call: enough for its batching, l
 
 class Encoded(NamedTuple):
     """A tokenised document, its EOS included: ids int32, the characters at which they stop (`spans.token_stops`), and
-    whether each overlaps one of the document's spans, if that was asked."""
+    whether each overlaps one of the document's spans, if that was asked; one of no characters overlaps none."""
 
     tokens: np.ndarray
     stops: np.ndarray
@@ -67,6 +67,7 @@ def _parts(group: Sequence[RawDocument], tokenizer: Any) -> Iterator[Iterable[To
 def _encoded(document: RawDocument, parts: Iterable[Tokens], eos: int, *, annotate: bool) -> Encoded:
     # These grow in place. Arrays of parts, joined at the end, would take twice the memory of a long document's tokens.
     ids, stops, flags = bytearray(), bytearray(), bytearray()
+    spans = [(start, stop) for start, stop in document.spans if start < stop]  # others hold no character
     last = np.int32(0)
     for part in parts:
         ids += np.ascontiguousarray(part.ids).data
@@ -75,7 +76,7 @@ def _encoded(document: RawDocument, parts: Iterable[Tokens], eos: int, *, annota
         last = reached[-1] if len(reached) else last
         if annotate:
             inside = np.zeros(len(part.ids), bool)
-            for start, stop in document.spans:
+            for start, stop in spans:
                 inside |= (part.offsets[:, 0] < stop) & (part.offsets[:, 1] > start)
             flags += inside.data
     ids += np.int32(eos).tobytes()

@@ -289,7 +289,7 @@ class _Sections:
 
     def _compare(self) -> dict[str, Check]:
         compare = self.config.compare
-        checks: dict[str, Check] = {}
+        checks: dict[str, Check] = {"baseline": self._plain_model}
         if not compare.methods:
             checks["compare.methods"] = self._missing("compare.methods", "some, as in configs/demo.yaml")
         if compare.classifier is not None:
@@ -308,9 +308,13 @@ class _Sections:
             checks["compare.samples"] = partial(self.tables.learnt_from, self.config)
         return checks
 
+    def _plain_model(self) -> None:
+        with self.findings.caught("baseline", self.config.baseline):
+            self.run.require_plain_model()
+
     def _method(self, name: str) -> None:
         with self.findings.caught(f"compare.methods.{name}", self.config.compare.methods[name].describe()):
-            check_method(self.config, name)
+            check_method(self.config, name, self.run.absent)
 
     def _analyse(self) -> dict[str, Check]:
         options, evaluated = self.config.analyse, self.config.evaluate

@@ -14,6 +14,7 @@ from ifguide.methods.marks import Find, find_sentences, find_words
 from ifguide.report.contents import AgreementRow
 from ifguide.report.view import View, mask_agreement
 from ifguide.selection.distributed import RunTasks
+from ifguide.selection.folders import SelectionFolders
 from ifguide.tokenizer import token_places
 from ifguide.toxicity import LabelClassifier, make_classifier
 
@@ -21,20 +22,30 @@ DOCUMENTS_AT_ONCE = 500  # whose sentences a classifier gets together
 AGREEMENT_TOKENS = 4_000_000  # in which words and sentences are looked for: one process' work and memory
 
 
-def agreement_rows(view: View, options: Evaluate, seed: int, run_tasks: RunTasks) -> tuple[AgreementRow, ...]:
-    """The mask, `evaluate.word_list` and the sentences that `evaluate.classifier` flags against the annotations."""
+def agreement_rows(
+    folders: SelectionFolders, options: Evaluate, seed: int, *, run_tasks: RunTasks, run_classifier: RunTasks
+) -> tuple[AgreementRow, ...]:
+    """The mask, `evaluate.word_list` and the sentences that `evaluate.classifier` flags against the annotations.
+
+    `run_tasks` counts masked tokens. `run_classifier` runs the task that reads texts, with `evaluate.resources`."""
+    mask = _row("mask (IF-Guide)", mask_agreement(View(folders), run_tasks))
+    (found,) = run_classifier(text_agreement, [(folders, options, seed)])
+    return mask, *found
+
+
+def text_agreement(folders: SelectionFolders, options: Evaluate, seed: int) -> tuple[AgreementRow, ...]:
+    """Of the word list and of the classifier, in a task of its own: the classifier reads up to `AGREEMENT_TOKENS`."""
     finders: dict[str, Find] = {}
     if options.word_list:
         finders["word list"] = find_words(options.word_list)
-    classifier = make_classifier(options.classifier, gpus=0)
+    classifier = make_classifier(options.classifier, gpus=options.resources.gpus)
     if not isinstance(classifier, LabelClassifier):
 
         def classify(texts: list[str]) -> np.ndarray:
             return classifier.score(texts)[classifier.classes[0]]
 
         finders[redact(f"sentences by {options.classifier.name}")] = find_sentences(classify, THRESHOLD)
-    mask = _row("mask (IF-Guide)", mask_agreement(view, run_tasks))
-    return mask, *span_agreement(view, finders, seed)
+    return tuple(span_agreement(View(folders), finders, seed))
 
 
 def span_agreement(view: View, finders: Mapping[str, Find], seed: int) -> Iterator[AgreementRow]:

@@ -51,8 +51,10 @@ def _headline_figures(baseline: ModelRow, other: ModelRow | None) -> list[str]:
         new, _ = after[name]
         if figure is None or new is None or figure.value is None or new.value is None:
             continue
-        told = name.endswith("perplexity") and model.comparable(baseline, new)
-        change = f" ({relative(new.value, figure.value)})" if told else ""
+        is_perplexity = name.endswith("perplexity")
+        if is_perplexity and not model.comparable(baseline, new):
+            continue  # of other tokens than the first model's
+        change = f" ({relative(new.value, figure.value)})" if is_perplexity else ""
         texts.append(f"{name} {text(figure.value)}" + (f" → {text(new.value)}{change}" if other else ""))
     return texts
 

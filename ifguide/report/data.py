@@ -52,12 +52,18 @@ class Selected:
 
 
 def report_data(
-    sources: ReportSources, metrics: Mapping[str, Any], behaviours: Sequence[Selected], run_tasks: RunTasks
+    sources: ReportSources,
+    metrics: Mapping[str, Any],
+    behaviours: Sequence[Selected],
+    *,
+    run_tasks: RunTasks,
+    run_classifier: RunTasks,
 ) -> tuple[contents.ReportData, dict[str, Any]]:
     """The report and the headline figures: {model: {emt, tp, perplexity, ...}, mask: {precision, recall}}.
 
     `metrics`: of `evaluation.figures.measure`. `behaviours`: the mask's own first; none if there is no mask. A mask
-    that was imported has no ranking: it is compared with the annotations, and its documents are not shown."""
+    that was imported has no ranking: it is compared with the annotations, and its documents are not shown. `run_tasks`:
+    of tasks that count the tokens of a shard. `run_classifier`: of one that classifies, with `evaluate.resources`."""
     rows = model_rows(metrics)
     figures: dict[str, Any] = {
         row.name: {
@@ -70,9 +76,12 @@ def report_data(
         for row in rows
     }
     views = [View(selected.folders) for selected in behaviours]
-    annotated = bool(views) and views[0].annotated
-    agreement = agreement_rows(views[0], sources.options, sources.seed, run_tasks) if annotated else ()
-    if agreement:
+    agreement: tuple[contents.AgreementRow, ...] = ()
+    if views and views[0].annotated:
+        folders = behaviours[0].folders
+        agreement = agreement_rows(
+            folders, sources.options, sources.seed, run_tasks=run_tasks, run_classifier=run_classifier
+        )
         figures["mask"] = {"precision": agreement[0].precision, "recall": agreement[0].recall}
     shown = [(selected, view) for selected, view in zip(behaviours, views, strict=True) if view.ranked]
     data = contents.ReportData(

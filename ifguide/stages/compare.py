@@ -64,14 +64,15 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `compare/`, for a run that has its mask and its models.
 
     Raises:
-        ConfigError: no methods, one that this run cannot have, no prompts to evaluate or to learn from.
+        ConfigError: no methods, one that this run cannot have, no plain model, no prompts to evaluate or learn from.
         FileNotFoundError: the run is not finished. MismatchError: `compare/report` is of other models.
     """
     methods = run.config.compare.methods
     if not methods:
         raise ConfigError("compare.methods: name some, `name: {mask: ..., penalty: ...}`; see configs/demo.yaml")
     for name in methods:
-        check_method(run.config, name)
+        check_method(run.config, name, run.absent)
+    run.require_plain_model()
     check_evaluation(run.config.evaluate)
     if dry_run:
         for name, method in methods.items():

@@ -66,7 +66,13 @@ def evaluate(run: Run, *, dry_run: bool = False) -> Manifest | None:
         return artifact.manifest
     metrics = measure_models(evaluation, run.config.cluster)
     write_json(run.report / METRICS, metrics)
-    data, figures = report_data(_sources(run, evaluation), metrics, list(_behaviours(run)), run_tasks(COUNTING))
+    data, figures = report_data(
+        _sources(run, evaluation),
+        metrics,
+        list(_behaviours(run)),
+        run_tasks=run_tasks(COUNTING),
+        run_classifier=run_tasks(options.resources),
+    )
     for name, further in headline(metrics).items():
         figures[name] |= further
     write_report(data, run.report)

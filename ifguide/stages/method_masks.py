@@ -115,7 +115,7 @@ def scored_mask(run: Run, child: Run, method: Method) -> Manifest:
     if method.selection == "units":
         changed = {name: getattr(method, name) for name in SELECTING if getattr(method, name) is not None}
         if method.quantile is not None:
-            changed["fdr"] = None
+            changed |= {"fdr": None, "standardise": selecting.standardise or selecting.fdr is not None}
         options = replace(selecting, **{"max_fraction": _share(own), **changed})
         mask = build_mask(replace(child, config=replace(child.config, build_mask=options)))
         assert mask is not None

@@ -18,6 +18,8 @@ import yaml
 
 from ifguide.cli import _parser
 from ifguide.config import Config, config_from_mapping, load_config
+from ifguide.stages.evaluate import check_evaluation
+from ifguide.toxicity.classifiers import CLASSIFIERS, PREFIXES
 
 ROOT = Path(__file__).parents[2]
 README, LOG = ROOT / "README.md", ROOT / "bench" / "LOG.md"
@@ -167,6 +169,17 @@ def test_every_command_of_the_program_is_described() -> None:
 def test_examples_of_configs_load(path: Path) -> None:
     for block in fences(path, "yaml"):
         config_from_mapping(yaml.safe_load(block))
+
+
+def test_the_readme_offers_every_classifier_that_can_evaluate_as_it_is_written() -> None:
+    line = re.search(r"^ +classifier: (\S+) +# or (.+)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert line is not None
+    offered = set()
+    for classifier in yaml.safe_load(f"[{line[1]}, {line[2]}]"):
+        evaluate = config_from_mapping({"evaluate": {"prompts": "p.jsonl", "classifier": classifier}}).evaluate
+        check_evaluation(evaluate)
+        offered.add(evaluate.classifier.name.partition(":")[0])
+    assert offered == {name.partition(":")[0] for name in (*CLASSIFIERS, *PREFIXES)} - {"labels"}
 
 
 def follow(cls: Any, keys: list[str]) -> None:

@@ -44,6 +44,8 @@ def test_tokens_decode_to_the_text_and_end_with_eos(tokenizer):
         ([(0, 3), (16, 22)], "the the mat"),
         ([(3, 4)], ""),
         ([(4, 4)], ""),
+        ([(5, 5)], ""),
+        ([(5, 5), (17, 19)], " the"),
         ([(0, 22)], TEXTS[0]),
     ],
 )

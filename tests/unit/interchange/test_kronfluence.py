@@ -199,6 +199,15 @@ def test_an_export_is_refused_beyond_its_size_twice_or_of_an_unknown_behaviour(r
         export_scores(run_dir, tmp_path, **options)
 
 
+def test_scores_in_a_store_are_exported_too(run_dir: Path, store: Path, tmp_path: Path) -> None:
+    for path in (run_dir / "scores").iterdir():
+        (store / "scores" / path.name).write_bytes(path.read_bytes())
+    assert main(["export-scores", str(store), str(tmp_path / "theirs")]) == 0
+    folder = export_scores(run_dir, tmp_path / "ours", name="ifguide", behaviour=OWN, max_gigabytes=1.0)
+    ours, theirs = (load_pairwise_scores(place)["all_modules"] for place in (folder, tmp_path / "theirs" / folder.name))
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["../ours", "a/b", "", "/tmp/ours", ".."])
 def test_an_export_stays_in_its_folder(run_dir: Path, tmp_path: Path, name: str) -> None:
     before = set(tmp_path.rglob("*"))

@@ -1,7 +1,8 @@
-"""Which documents of a large corpus are compared with the annotations."""
+"""Which documents of a large corpus are compared with the annotations, and where their texts are classified."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ifguide.config import ClassifierSource, Evaluate
+from ifguide.config.resources import Resources
+from ifguide.evaluation.metrics import MaskAgreement
 from ifguide.report import agreement
-from ifguide.report.agreement import sampled_documents, span_agreement
+from ifguide.report.agreement import agreement_rows, sampled_documents, span_agreement
+from ifguide.report.contents import AgreementRow
+from tests.sharded import in_any_order
 
 
 def test_a_large_corpus_is_compared_in_documents_of_drawn_shards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,3 +67,38 @@ def test_a_marked_document_whose_tokens_cannot_be_placed_is_left_out_and_counted
     twos, none = span_agreement(view, finders, 0)
     assert (twos.method, twos.selected, twos.precision) == ("twos, without 1 whose tokens cannot be placed", 1, 1.0)
     assert (none.method, none.selected) == ("none", 0)
+
+
+def test_texts_are_classified_in_a_task_with_the_resources_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_task, made = [], []
+
+    class Classifier:
+        classes = ("insult",)
+
+        def score(self, texts: list[str]) -> dict[str, np.ndarray]:
+            return {"insult": np.array(["pig" in text for text in texts], np.float32)}
+
+    def make(source: Any, *, gpus: float) -> Classifier:
+        made.append((in_task[-1:], gpus))
+        return Classifier()
+
+    def run_classifier(function: Any, calls: Any) -> Iterator[Any]:
+        in_task.append(function.__name__)
+        yield from (function(*arguments) for arguments in calls)
+        in_task.pop()
+
+    def compared(view: Any, finders: Any, seed: int) -> Iterator[AgreementRow]:
+        for name, find in finders.items():
+            (spans,) = find(["You pig. Hello."])
+            yield AgreementRow(method=name, selected=len(spans), precision=1.0, recall=float(seed), f1=1.0)
+
+    monkeypatch.setattr(agreement, "View", lambda folders: folders)
+    monkeypatch.setattr(agreement, "make_classifier", make)
+    monkeypatch.setattr(agreement, "span_agreement", compared)
+    monkeypatch.setattr(agreement, "mask_agreement", lambda view, run_tasks: MaskAgreement())
+    options = Evaluate(classifier=ClassifierSource(name="hf:some/model"), resources=Resources(gpus=0.5))
+    folders: Any = object()
+    rows = agreement_rows(folders, options, 7, run_tasks=in_any_order(), run_classifier=run_classifier)
+    assert made == [(["text_agreement"], 0.5)]
+    assert [(row.method, row.selected) for row in rows] == [("mask (IF-Guide)", 0), ("sentences by hf:some/model", 1)]
+    assert rows[1].recall == 7

@@ -147,3 +147,19 @@ def test_plain_influence_masks_as_many_tokens_as_the_run(
     if full and not options:
         assert (selected["quantile"], selected["max_fraction"]) == (0.95, 0.03)  # as the run's own
     assert selected.get("standardise", False) == ("fdr" in options)
+
+
+def test_a_quantile_in_place_of_a_rate_ranks_by_z_scores_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mask(run: Run) -> Manifest:
+        return make_mask(run.config.build_mask, run.selection, config_yaml="", run_tasks=in_any_order())
+
+    remove_tree(run.scores)
+    score(run.scores, run.corpus, seed=0, smoothed=True, nulls=4)
+    run = Run(config=replace(run.config, build_mask=BuildMask(fdr=0.5, quantile=0.95, max_fraction=0.03, window=0)))
+    mask(run)
+    monkeypatch.setattr(method_masks, "build_mask", mask)
+    made = method_mask(run, child_of(run, "units"), Method(mask="influence", selection="units", quantile=0.9))
+    selected = made.options["build_mask"]
+    assert (selected["quantile"], selected.get("fdr"), selected["standardise"]) == (0.9, None, True)
+    assert "null_spread" in made.summary
+    assert not made.summary["smoothed"]
