@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, read_manifest, standing
-from ifguide.config import OWN, VERBS, Config, Evaluate
+from ifguide.artifacts import MANIFEST, standing
+from ifguide.config import VERBS, Config, Evaluate
 from ifguide.config.methods import check_method
 from ifguide.config.resources import WorkerResources
 from ifguide.folders import BASELINE, PENALISED
-from ifguide.influence.query_file import NULLS
 from ifguide.preflight.findings import Finding, Findings, PreflightError
 from ifguide.preflight.models import MODEL, TOKENIZER, ModelChecks, require_package
+from ifguide.preflight.selection import SelectionChecks
 from ifguide.preflight.tables import TableChecks
 from ifguide.run import RESULT_KEYS, Run
-from ifguide.selection.ensemble import find_scores, require_one_corpus
 from ifguide.storage import is_remote, location
 
 Check = Callable[[], object]
@@ -52,6 +51,9 @@ class _Sections:
         self.run = Run(config=config)
         self.models = ModelChecks(findings, made_in=self.run.folder)
         self.tables = TableChecks(findings, self.models.hub, apart=self.run.folder)
+        self.selection = SelectionChecks(
+            config=config, findings=findings, corpus=self.run.corpus, scores=self.run.scores
+        )
 
     def of(self, verb: str) -> dict[str, Check]:
         """The checks of a verb by the key that each is of."""
@@ -187,50 +189,11 @@ class _Sections:
 
     def _build_mask(self) -> dict[str, Check]:
         return {
-            "build_mask.behaviour": self._behaviour,
-            "build_query.nulls": self._nulls,
-            "build_mask.others": self._others,
+            "build_mask.behaviour": self.selection.behaviour,
+            "build_query.nulls": self.selection.nulls,
+            "build_mask.others": self.selection.others,
+            "build_mask": self.selection.measure,
         }
-
-    def _others(self) -> None:
-        """That other runs' scores are there, and of one corpus: this run's, where it has been packed."""
-        others, corpus = self.config.build_mask.others, self.run.corpus
-        packed = (corpus / MANIFEST).exists()
-        earlier: dict[str, Any] = {}
-        for index, value in enumerate(others):
-            name = f"others[{index}]"
-            with self.findings.caught(f"build_mask.{name}", value):
-                folder, manifest = find_scores(name, value, earlier)
-                if packed:
-                    require_one_corpus(f"{name}, {folder}", manifest, str(corpus), read_manifest(corpus).fingerprint)
-                earlier[name] = folder, manifest
-        if others and not packed:
-            self.findings.leave(
-                "build_mask.others", list(others), f"whether they are of {corpus}, which is not packed yet"
-            )
-
-    def _nulls(self) -> None:
-        """That the query of the mask's behaviour has null directions where z-scores are wanted."""
-        options, number = self.config.build_mask, self.config.build_query.nulls
-        if not options.standardise and options.fdr is None:
-            return
-        wanted = f"build_mask.{'standardise' if options.fdr is None else 'fdr'} wants null directions"
-        if options.behaviour == OWN:
-            if not number:
-                self.findings.fault("build_query.nulls", number, f"{wanted}: set it to 4, say")
-        elif (folder := self.config.score_corpus.queries.get(options.behaviour)) is not None:
-            key = f"score_corpus.queries.{options.behaviour}"
-            with self.findings.caught(key, folder):
-                place = location(folder)
-                if (place / MANIFEST).exists() and NULLS not in read_manifest(place).files:
-                    self.findings.fault(
-                        key, folder, f"{wanted}, and this query has none: build it with build_query.nulls (4, say)"
-                    )
-
-    def _behaviour(self) -> None:
-        name, scored = self.config.build_mask.behaviour, (OWN, *self.config.score_corpus.queries)
-        if name not in scored:
-            self.findings.fault("build_mask.behaviour", name, f"not scored; choose one of {', '.join(scored)}")
 
     def _evaluate(self) -> dict[str, Check]:
         options = self.config.evaluate

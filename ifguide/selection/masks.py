@@ -35,7 +35,7 @@ from ifguide.distributed.shards import StageError
 from ifguide.selection.distributed import RunTasks, Selection, select
 from ifguide.selection.ensemble import find_ensemble, make_ensemble
 from ifguide.selection.folders import SelectionFolders
-from ifguide.selection.measures import Measure, column_of
+from ifguide.selection.measures import measure_of
 from ifguide.selection.outliers import dominant_line, outlier_line
 from ifguide.selection.shards import Rules, ShardFiles
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
@@ -192,28 +192,6 @@ def require_behaviour(behaviour: str, scores: Path) -> None:
         raise ConfigError(
             f"build_mask.behaviour: {behaviour!r} is not in {scores}, which holds {', '.join(behaviours)}"
         )
-
-
-def measure_of(options: BuildMask, scores: Path) -> Measure:
-    """What the options rank tokens by in a folder of scores, or of an ensemble where they name others; the spread of
-    z-scores is not known yet.
-
-    Raises:
-        ConfigError: z-scores or smoothed scores are wanted, and the folder of scores holds none.
-    """
-    columns = schemas.read_schema(next(verified_files(scores)))
-    if options.others:  # the ensemble's own, of mean ranks
-        return Measure(column=schemas.score_column(options.behaviour))
-    if not options.standardise and options.fdr is None:
-        return Measure(column=column_of(options.behaviour, options.smoothed, scores, columns.names))
-    nulls = schemas.null_columns(columns, options.behaviour)
-    if not nulls:
-        key = "standardise" if options.fdr is None else "fdr"
-        raise ConfigError(
-            f"build_mask.{key}: {scores} has no null scores of {options.behaviour!r}; set build_query.nulls (4, say),"
-            " build the query and score the corpus again"
-        )
-    return Measure(column=schemas.score_column(options.behaviour), nulls=nulls)
 
 
 def shown_options(options: BuildMask, behaviour: str, scores: pa.Schema) -> BuildMask:

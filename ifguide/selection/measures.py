@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ifguide import schemas
-from ifguide.config import ConfigError
+from ifguide.artifacts import verified_files
+from ifguide.config import BuildMask, ConfigError
 from ifguide.selection.fdr import Spread, standardise
 
 
@@ -46,6 +47,28 @@ def column_of(behaviour: str, smoothed: bool | None, scores: Path, columns: Coll
     of_smoothed = schemas.smoothed_column(behaviour)
     if smoothed and of_smoothed not in columns:
         raise ConfigError(
-            f"build_mask.smoothed: {scores} has no smoothed scores; set score_corpus.smooth and score the corpus again"
+            f"build_mask.smoothed: {scores} has no smoothed scores; unset it, or set score_corpus.smooth and score again"
         )
     return of_smoothed if of_smoothed in columns and smoothed is not False else schemas.score_column(behaviour)
+
+
+def measure_of(options: BuildMask, scores: Path) -> Measure:
+    """What the options rank tokens by in a folder of scores, or of an ensemble where they name others; the spread of
+    z-scores is not known yet.
+
+    Raises:
+        ConfigError: z-scores or smoothed scores are wanted, and the folder of scores holds none.
+    """
+    columns = schemas.read_schema(next(verified_files(scores)))
+    if options.others:  # the ensemble's own, of mean ranks
+        return Measure(column=schemas.score_column(options.behaviour))
+    if not options.standardise and options.fdr is None:
+        return Measure(column=column_of(options.behaviour, options.smoothed, scores, columns.names))
+    nulls = schemas.null_columns(columns, options.behaviour)
+    if not nulls:
+        key = "standardise" if options.fdr is None else "fdr"
+        raise ConfigError(
+            f"build_mask.{key}: {scores} has no null scores of {options.behaviour!r}; unset it, or set"
+            " build_query.nulls (4, say), build the query and score the corpus again"
+        )
+    return Measure(column=schemas.score_column(options.behaviour), nulls=nulls)

@@ -29,7 +29,7 @@ from ifguide.models import check_vocabulary
 from ifguide.run import Run
 from ifguide.schemas import smoothed_column
 from ifguide.selection.algorithm import token_budget
-from ifguide.selection.masks import measure_of
+from ifguide.selection.measures import measure_of
 from ifguide.selection.top import ScoredCorpus, select_top
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
 from ifguide.stages.build_mask import build_mask

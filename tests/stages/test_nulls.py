@@ -77,7 +77,9 @@ def test_nulls_are_scored_in_the_same_pass_and_give_a_mask_by_rate(
 def test_z_scores_of_scores_without_nulls_are_refused(copied: Callable[..., Config]) -> None:
     for key, value in (("fdr", 0.1), ("standardise", True)):
         config = copied(drop=("ranking", "mask"), **{f"build_mask__{key}": value})
-        with pytest.raises(ConfigError, match=rf"build_mask.{key}: .*no null scores of 'own'; set build_query.nulls"):
+        with pytest.raises(
+            ConfigError, match=rf"build_mask.{key}: .*no null scores of 'own'; unset it, or set build_query.nulls"
+        ):
             stage("build_mask")(Run(config=config))
 
 

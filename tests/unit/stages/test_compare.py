@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,17 @@ def test_so_are_those_that_need_the_scores_of_an_imported_mask(tmp_path: Path) -
     assert refused(others) == {"influence_words": ensemble, "tokens": ensemble}
     put(run.ensemble, "build_mask")
     assert refused(others) == {}
+
+
+def test_a_mask_by_what_imported_scores_lack_is_refused_before_the_plain_model_is_trained(tmp_path: Path) -> None:
+    for options, missing in (
+        ({"fdr": 0.1}, "build_mask.fdr: .* no null scores of 'own'; unset it, or set build_query.nulls"),
+        ({"standardise": True}, "build_mask.standardise: .* no null scores of 'own'"),
+        ({"smoothed": True}, "build_mask.smoothed: .* has no smoothed scores"),
+    ):
+        run = run_of(tmp_path, build_mask=options, build_query={"nulls": 4})
+        preflight(run.config, ["build_mask"])
+        put_scores(run.scores, "import_scores")
+        with pytest.raises(PreflightError, match=missing):
+            preflight(run.config, ["build_mask"])
+        shutil.rmtree(run.scores)
