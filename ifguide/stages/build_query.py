@@ -224,7 +224,7 @@ def _select(run: Run) -> dict[str, Any]:
     config = run.config.build_query
     sets = run_task(choose_queries, config, run.config.seed, resources=config.resources)
     if config.held_out:
-        sets, held_out = sets.hold_out(config.held_out, run.config.seed)
+        sets, held_out = sets.hold_out(config.held_out, run.config.seed, differential=config.differential)
         write_queries(run.query, _rows(held_out, negative=True), HELD_OUT)
     queries = _rows(sets, negative=config.differential)
     write_queries(run.query, queries)
