@@ -28,7 +28,7 @@ from ifguide.influence.fused import can_fuse
 from ifguide.influence.memory import available_bytes, estimate_memory
 from ifguide.influence.method import PRESETS, Method, chosen_method
 from ifguide.influence.products import bfloat16_pays
-from ifguide.influence.proxy import Beginning, load_proxy
+from ifguide.influence.proxy import Beginning, load_same_proxy
 from ifguide.influence.query_file import read_direction, read_nulls
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
@@ -132,6 +132,7 @@ def describe_decision(config: ScoreCorpus, decision: Decision, memory: Memory) -
 def decide(
     config: ScoreCorpus,
     proxy: ModelSource,
+    proxy_fingerprint: str,
     beginning: Beginning,
     queries: Sequence[Path],
     corpus: PackedCorpus,
@@ -139,14 +140,16 @@ def decide(
 ) -> tuple[Decision, Memory]:
     """Choose on this machine, by the first blocks of the corpus; run it where an actor will run.
 
-    queries: folders of query artifacts, one for each behaviour. first_shard: the corpus' first file.
+    proxy_fingerprint: of the driver's proxy. queries: folders of query artifacts, one for each behaviour. first_shard:
+    the corpus' first file.
 
     Raises:
+        MismatchError: another proxy lies on this node.
         ValueError: a file has changed since it was made; names it. ConfigError: the method does not exist, or
             `score_corpus.fused` is true and nothing compiles.
     """
     torch.set_num_threads(max(1, int(config.resources.cpus)))
-    model = load_proxy(proxy, gpus=config.resources.gpus)
+    model = load_same_proxy(proxy, gpus=config.resources.gpus, fingerprint=proxy_fingerprint)
     method = _method_here(config, model.device)
     loaded = [*map(read_direction, queries), *itertools.chain.from_iterable(map(read_nulls, queries))]
     tokens_BT, lengths_B = _first_blocks(verified(corpus.folder, first_shard), max(config.check_blocks, 1))

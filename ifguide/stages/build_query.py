@@ -99,6 +99,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     settings = QuerySettings(
         folder=run.query,
         proxy=run.proxy_source,
+        proxy_fingerprint=proxy.fingerprint,
         tokenizer=run.tokenizer_source,
         module_names=proxy.module_names,
         beginning=beginning,

@@ -70,6 +70,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     run_task(draw_sample, *drawn, resources=on_cpus)
     settings = FitSettings(
         proxy=run.proxy_source,
+        proxy_fingerprint=proxy.fingerprint,
         module_names=proxy.module_names,
         beginning=beginning,
         work=work,

@@ -100,9 +100,8 @@ class ScoringInputs:
             ValueError: the chosen method does not agree with the exact one on the first blocks.
         """
         config, folders, first = self.run.config.score_corpus, list(self.queries.values()), self.corpus.names()[0]
-        decision, memory = run_task(
-            decide, config, self.run.proxy_source, self.beginning, folders, self.packed, first, resources=resources
-        )
+        proxy = self.run.proxy_source, self.proxy.fingerprint, self.beginning
+        decision, memory = run_task(decide, config, *proxy, folders, self.packed, first, resources=resources)
         log(verb, describe_decision(config, decision, memory))
         decision.require_agreement(config.min_agreement)
         decision.write(folder)
