@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from ifguide.artifacts import file_digest, folder_digest, json_digest
 from ifguide.config import ModelSource
 from ifguide.documents import begins_document
-from ifguide.tokenizer import locate, own_vocabulary
+from ifguide.tokenizer import locate
 
 logger = logging.getLogger(__name__)
 
@@ -161,32 +161,6 @@ def check_vocabulary(
             f"tokenizer {tokenizer_name} has {len(tokenizer)} tokens but model {model_name} only {vocab_size}; "
             "use the model's own tokenizer, or set vocab_size of its architecture to at least that"
         )
-
-
-def check_own_tokens(
-    model: ModelSource,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    tokenizer_name: str,
-    key: str = "pretrain.tokenizer",
-    remedy: str | None = None,
-) -> None:
-    """Raises ValueError when the published weights of `model` are of other tokens than the tokenizer's: when its own
-    tokenizer has another id for one, or another token of that id. A model without a tokenizer is taken as it is.
-
-    The error names the `key`, and says what to do: `remedy`; None: name the model's own tokenizer."""
-    assert model.source is not None
-    own_ids = own_vocabulary(model.source, revision=model.revision)
-    if own_ids is None:
-        return
-    own_tokens = {number: token for token, number in own_ids.items()}
-    own_named = f"set {key}={model.source}, or tokenizer={model.source} where the proxy reads them too"
-    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        if own_ids.get(token, number) != number or own_tokens.get(number, token) != token:
-            raise ValueError(
-                f"{key}: token {number} is {token!r} in {tokenizer_name}, and {own_tokens.get(number, 'none')!r} in"
-                f" {model.source}, whose weights know its own tokens alone; {remedy or own_named}"
-            )
 
 
 def linearise(model: PreTrainedModel) -> PreTrainedModel:

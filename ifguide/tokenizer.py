@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils.hub import has_file
 
 from ifguide.artifacts import MismatchError, publish_folder, verify_folder
+from ifguide.config import ModelSource
 from ifguide.storage import local_copy, location
 
 END_OF_TEXT = "<|endoftext|>"
@@ -61,6 +62,46 @@ def own_vocabulary(model: str, *, revision: str | None = None) -> dict[str, int]
     if "gguf_file" not in options and not any(has_file(place, name, revision) for name in FILES):
         return None  # transformers would make up one of a token or two
     return _read(model, place, options).get_vocab()
+
+
+def check_own_tokens(
+    model: ModelSource,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    tokenizer_name: str,
+    key: str = "pretrain.tokenizer",
+    remedy: str | None = None,
+) -> None:
+    """Raises ValueError when the published weights of `model` are of other tokens than the tokenizer's: when its own
+    tokenizer has another id for one, or another token of that id. A model without a tokenizer is taken as it is.
+
+    The error names the `key`, and says what to do: `remedy`; None: name the model's own tokenizer."""
+    assert model.source is not None
+    own_ids = own_vocabulary(model.source, revision=model.revision)
+    if own_ids is None:
+        return
+    own_tokens = {number: token for token, number in own_ids.items()}
+    own_named = f"set {key}={model.source}, or tokenizer={model.source} where the proxy reads them too"
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if own_ids.get(token, number) != number or own_tokens.get(number, token) != token:
+            raise ValueError(
+                f"{key}: token {number} is {token!r} in {tokenizer_name}, and {own_tokens.get(number, 'none')!r} in"
+                f" {model.source}, whose weights know its own tokens alone; {remedy or own_named}"
+            )
+
+
+def require_corpus_tokens(proxy: ModelSource, tokenizer: str) -> None:
+    """Refuse a named proxy whose own tokens are not those of the corpus' tokenizer: its scores would mean nothing, and
+    look like any others. A proxy without a tokenizer is taken as it is.
+
+    Raises:
+        ValueError: a token has another id, or a tokenizer cannot be read; names it.
+    """
+    remedy = (
+        f"set tokenizer={proxy.source} and pack_corpus.train_tokenizer=null; the target alone may have tokens of its"
+        " own, by pretrain.tokenizer or pretrain.train_tokenizer"
+    )
+    check_own_tokens(proxy, load_tokenizer(tokenizer), tokenizer_name=tokenizer, key="proxy.source", remedy=remedy)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -43,7 +43,7 @@ class ScoreCorpus:
         smooth: add smoothed scores, which `build_mask` then selects by. Null: exact scores alone.
         micro_batch_blocks: blocks scored at once. Null: as many as fit, by an estimate of memory.
         check_blocks: blocks that are scored by the exact method as well, before the first shard. 0: no check.
-        min_agreement: correlation and agreement of the top 1% in that check must both reach this.
+        min_agreement: correlation and agreement of the top 1%, 30 tokens at least, in that check must both reach this.
         scorer: `exact` scores every token by the chosen method. `student` scores by the student of `fit_student`;
             `cascade` then scores the blocks in which the student finds most exactly. Both score a random audit exactly,
             which says what the student missed, and make scores of the run's own query alone, not smoothed.

@@ -23,12 +23,12 @@ from torch import Tensor
 from ifguide import schemas
 from ifguide.artifacts import verified, write_json
 from ifguide.config import ConfigError, ModelSource, ScoreCorpus
-from ifguide.influence.agreement import ScoreAgreement, compare
+from ifguide.influence.agreement import ScoreAgreement, compare, require_finite
 from ifguide.influence.fused import can_fuse
 from ifguide.influence.memory import available_bytes, estimate_memory
 from ifguide.influence.method import PRESETS, Method, chosen_method
 from ifguide.influence.products import bfloat16_pays
-from ifguide.influence.proxy import Beginning, load_proxy
+from ifguide.influence.proxy import Beginning, load_same_proxy
 from ifguide.influence.query_file import read_direction, read_nulls
 from ifguide.influence.scorer import TokenScorer
 from ifguide.models import predicted_positions
@@ -85,15 +85,18 @@ class Decision:
             ) from error
 
     def require_agreement(self, least: float) -> None:
-        """Raises ValueError when the self-check found less than `least` of correlation or agreement of the top 1%."""
-        if self.check is not None and self.check.least < least:
-            raise ValueError(
-                f"self-check: correlation {self.check.correlation:.4f} and agreement of the top 1% {self.check.top:.3f}"
-                f" with the exact method on {self.check.tokens:,} tokens; score_corpus.min_agreement is {least}."
-                f" The directions keep {self.energy.least:.3f} of their energy or more: raise score_corpus.rank"
-                " (0 is full), or set score_corpus.precision: float32, or preset: exact, in another run_dir or after"
-                " deleting the folder of the scores"
-            )
+        """Raises ValueError when the self-check found less than `least` of correlation or agreement of the top."""
+        if self.check is None or self.check.least >= least:
+            return
+        kept = f" The directions keep {self.energy.least:.3f} of their energy or more: raise score_corpus.rank"
+        cut = "" if self.method.rank is None else f"{kept} (0 is full)."
+        raise ValueError(
+            f"self-check: correlation {self.check.correlation:.4f} and agreement of the top {self.check.top_tokens:,}"
+            f" tokens {self.check.top:.3f} with the exact method on {self.check.tokens:,} tokens;"
+            f" score_corpus.min_agreement is {least}.{cut}"
+            " Set score_corpus.precision: float32, or preset: exact, in another run_dir or after deleting the folder of"
+            " the scores. A larger score_corpus.check_blocks compares more tokens"
+        )
 
 
 def _finite(text: str) -> float:
@@ -125,13 +128,14 @@ def describe_decision(config: ScoreCorpus, decision: Decision, memory: Memory) -
         return f"{text}; no self-check (score_corpus.check_blocks: 0)"
     return (
         f"{text}; self-check on {check.tokens:,} tokens: correlation {check.correlation:.5f}, Spearman"
-        f" {check.spearman:.5f}, top 1% {check.top:.3f} the same"
+        f" {check.spearman:.5f}, of the top {check.top_tokens:,} {check.top:.3f} the same"
     )
 
 
 def decide(
     config: ScoreCorpus,
     proxy: ModelSource,
+    proxy_fingerprint: str,
     beginning: Beginning,
     queries: Sequence[Path],
     corpus: PackedCorpus,
@@ -139,16 +143,19 @@ def decide(
 ) -> tuple[Decision, Memory]:
     """Choose on this machine, by the first blocks of the corpus; run it where an actor will run.
 
-    queries: folders of query artifacts, one for each behaviour. first_shard: the corpus' first file.
+    proxy_fingerprint: of the driver's proxy. queries: folders of query artifacts, one for each behaviour. first_shard:
+    the corpus' first file.
 
     Raises:
+        MismatchError: another proxy lies on this node.
         ValueError: a file has changed since it was made; names it. ConfigError: the method does not exist, or
             `score_corpus.fused` is true and nothing compiles.
     """
     torch.set_num_threads(max(1, int(config.resources.cpus)))
-    model = load_proxy(proxy, gpus=config.resources.gpus)
+    model = load_same_proxy(proxy, gpus=config.resources.gpus, fingerprint=proxy_fingerprint)
     method = _method_here(config, model.device)
-    loaded = [*map(read_direction, queries), *itertools.chain.from_iterable(map(read_nulls, queries))]
+    directions = [*map(read_direction, queries)]
+    loaded = [*directions, *itertools.chain.from_iterable(map(read_nulls, queries))]
     tokens_BT, lengths_B = _first_blocks(verified(corpus.folder, first_shard), max(config.check_blocks, 1))
     document_BT = None
     if beginning.of_documents:
@@ -177,7 +184,7 @@ def decide(
         threads=torch.get_num_threads(),
         micro_batch_blocks=micro_batch,
         energy=Energy(least=min(energy), mean=sum(energy) / len(energy), of_module=scorer.energy),
-        check=_check(scorer, loaded, tokens_BT, lengths_B, document_BT) if config.check_blocks else None,
+        check=_check(scorer, directions, tokens_BT, lengths_B, document_BT) if config.check_blocks else None,
     )
     return decision, Memory(total=estimate.fixed + micro_batch * estimate.per_block, available=available)
 
@@ -218,7 +225,8 @@ def _check(
     lengths_B: Tensor,
     document_BT: Tensor | None,
 ) -> ScoreAgreement:
-    """The least agreement over the behaviours; block by block, so that the exact method fits in memory too."""
+    """The least agreement over the behaviours, whose `directions` are the scorer's first; scores along its others, the
+    nulls, must be finite. Block by block, so that the exact method fits in memory too."""
     exact = TokenScorer(
         scorer.model,
         directions,
@@ -228,5 +236,6 @@ def _check(
     )
     scores_KBT, exact_KBT = (one.score_one_by_one(tokens_BT, lengths_B, document_BT) for one in (scorer, exact))
     predicted = predicted_positions(tokens_BT, lengths_B, document_BT)
-    agreements = [compare(a, b, predicted) for a, b in zip(scores_KBT, exact_KBT, strict=True)]
+    require_finite(scores_KBT[:, predicted])
+    agreements = [compare(a, b, predicted) for a, b in zip(scores_KBT[: len(exact_KBT)], exact_KBT, strict=True)]
     return min(agreements, key=lambda agreement: agreement.least)

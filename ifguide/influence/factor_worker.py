@@ -16,7 +16,7 @@ from ifguide.artifacts import publish, record, verified
 from ifguide.config import ModelSource
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.factors import EkfacFit, Step
-from ifguide.influence.proxy import Beginning, load_proxy
+from ifguide.influence.proxy import Beginning, load_same_proxy
 from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks, shard_name
 from ifguide.storage import Mirror
 
@@ -26,10 +26,11 @@ SAMPLE = "sample.parquet"  # in the work folder: the blocks that the factors are
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
-    """What a worker fits with: the proxy, its tracked modules, and the fields of `FactorSample` beside the blocks of
-    `work`/sample.parquet."""
+    """What a worker fits with: the proxy (`proxy_fingerprint` is of the driver's), its tracked modules, and the fields
+    of `FactorSample` beside the blocks of `work`/sample.parquet."""
 
     proxy: ModelSource
+    proxy_fingerprint: str
     module_names: Sequence[str]
     beginning: Beginning
     work: Path
@@ -54,13 +55,14 @@ class FitPiece:
 
 
 class FitPartition:
-    """Worker: the pieces of a fit, in a local mirror of the work folder."""
+    """Worker: the pieces of a fit, in a local mirror of the work folder. Raises MismatchError where another proxy lies
+    on its node."""
 
     def __init__(self, settings: FitSettings):
         self.work = Mirror(settings.work)
         blocks = schemas.read_table(settings.work / SAMPLE)
         self.fit = EkfacFit(
-            model=load_proxy(settings.proxy, gpus=settings.gpus),
+            model=load_same_proxy(settings.proxy, gpus=settings.gpus, fingerprint=settings.proxy_fingerprint),
             sample=FactorSample(
                 blocks_NT=schemas.per_token_array(blocks, "tokens"),
                 lengths_N=blocks.column("length").to_numpy(),

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ifguide.influence.nulls import groups_for, null_directions
-from ifguide.influence.proxy import load_proxy
 from ifguide.influence.query_file import read_queries, write_nulls
 from ifguide.influence.query_worker import FactorsFolder, QuerySettings
 from ifguide.tokenizer import load_tokenizer
@@ -22,7 +21,7 @@ def build_nulls(settings: QuerySettings, factors: FactorsFolder, seed: int) -> d
         ValueError: there are too few queries of a set to halve them.
     """
     options = settings.options
-    model = load_proxy(settings.proxy, gpus=options.resources.gpus)
+    model = settings.model()
     rows = read_queries(settings.folder)
     queries = settings.tokenise(load_tokenizer(settings.tokenizer), rows, model)
     positive = [row.positive for row in rows]

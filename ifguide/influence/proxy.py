@@ -88,6 +88,19 @@ def load_proxy(source: ModelSource, *, gpus: float) -> PreTrainedModel:
     return linearise(load_model(source, device="cuda" if gpus else "cpu"))
 
 
+def load_same_proxy(
+    source: ModelSource, *, gpus: float, fingerprint: str, whose: str = "the driver's"
+) -> PreTrainedModel:
+    """`load_proxy` on a worker. Another node may see another model under the proxy's name: `fingerprint` is that of
+    the proxy to load, and `whose` proxy that is.
+
+    Raises:
+        MismatchError: another proxy lies on this node."""
+    model = load_proxy(source, gpus=gpus)
+    require_same("the proxy on this node", state_fingerprint(model), whose, fingerprint, "sync it")
+    return model
+
+
 def describe_proxy(source: ModelSource, beginning: Beginning, block_size: int, min_coverage: float) -> ProxyFacts:
     """Load the proxy, on the CPU, and describe it.
 

@@ -20,7 +20,7 @@ from ifguide.config import BuildQuery, ModelSource
 from ifguide.folds import GOLDEN, spread_bits
 from ifguide.influence.factor_sample import FactorSample
 from ifguide.influence.factor_worker import sampled_documents
-from ifguide.influence.proxy import Beginning, load_proxy
+from ifguide.influence.proxy import Beginning, load_same_proxy
 from ifguide.influence.query import (
     ModuleFactors,
     TokenisedQuery,
@@ -42,14 +42,21 @@ PARTIAL = "partial"
 
 @dataclass(frozen=True, kw_only=True)
 class QuerySettings:
-    """What a worker sums gradients with; `folder` is the query's, and holds its rows."""
+    """What a worker sums gradients with; `folder` is the query's, and holds its rows. `proxy_fingerprint` is of the
+    driver's proxy."""
 
     folder: Path
     proxy: ModelSource
+    proxy_fingerprint: str
     tokenizer: str
     module_names: Sequence[str]
     beginning: Beginning
     options: BuildQuery
+
+    def model(self) -> PreTrainedModel:
+        """The proxy. Raises MismatchError where another one lies on this node."""
+        gpus = self.options.resources.gpus
+        return load_same_proxy(self.proxy, gpus=gpus, fingerprint=self.proxy_fingerprint)
 
     def tokenise(
         self, tokenizer: PreTrainedTokenizerFast, rows: Sequence[QueryRow], model: PreTrainedModel
@@ -99,7 +106,7 @@ class SumGradients:
 
     def __init__(self, settings: QuerySettings):
         self.settings = settings
-        self.model = load_proxy(settings.proxy, gpus=settings.options.resources.gpus)
+        self.model = settings.model()
         self.tokenizer = load_tokenizer(settings.tokenizer)
 
     def process(self, part: QueryPart) -> dict[str, Any]:
@@ -138,7 +145,7 @@ def refine_parts(
     After each step its state is published as `state`: a task that is begun again goes on from there.
     """
     options = settings.options
-    model = load_proxy(settings.proxy, gpus=options.resources.gpus)
+    model = settings.model()
     gradient = {name: tensor.to(model.device) for name, tensor in _added(settings.folder, parts).items()}
     sample = schemas.read_table(blocks)
     batches = FactorSample(
@@ -178,7 +185,7 @@ def judge_queries(settings: QuerySettings, factors: FactorsFolder, blocks: Path,
     drawn = [row for own in sets for row in draw_queries(own, options.reliability_queries, seed)]
     sample = schemas.read_table(blocks)
     documents_NT = sampled_documents(sample)
-    model = load_proxy(settings.proxy, gpus=options.resources.gpus)
+    model = settings.model()
     return measure_reliability(
         model,
         settings.tokenise(load_tokenizer(settings.tokenizer), drawn, model),
@@ -216,7 +223,7 @@ def judge_held_out(settings: QuerySettings) -> float | None:
     positive = [row.positive for row in rows]
     if all(positive) or not any(positive):
         return None
-    model = load_proxy(settings.proxy, gpus=settings.options.resources.gpus)
+    model = settings.model()
     return separation(
         model,
         settings.tokenise(load_tokenizer(settings.tokenizer), rows, model),

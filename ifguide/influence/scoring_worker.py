@@ -18,19 +18,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide import schemas
-from ifguide.artifacts import require_same, verified
+from ifguide.artifacts import verified
 from ifguide.config import ModelSource
 from ifguide.folds import fold_of
 from ifguide.influence.decision import Decision
 from ifguide.influence.memory import is_out_of_memory, keep_memory
 from ifguide.influence.method import Attribution
-from ifguide.influence.proxy import Beginning, load_proxy
+from ifguide.influence.proxy import Beginning, load_same_proxy
 from ifguide.influence.query_file import read_direction, read_nulls
 from ifguide.influence.score_tables import write_scores
 from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.smoothing import Smoother, smoothing_layers
 from ifguide.influence.smoothing_sample import ScoredPart, part_path, smoothed_part
-from ifguide.models import predicted_positions, state_fingerprint
+from ifguide.models import predicted_positions
 from ifguide.spans.tables import PackedCorpus, document_numbers, in_blocks
 from ifguide.storage import local_copy
 
@@ -42,8 +42,8 @@ SMOOTHER = "smoother.npz"  # in the folder of the scores, where they are smoothe
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringSettings:
-    """What an actor scores with. `queries`: behaviour -> folder of its query, the run's own first. Another node may see
-    another model under the proxy's name: `proxy_fingerprint` is the driver's. `smoothed`: by `SMOOTHER`."""
+    """What an actor scores with. `queries`: behaviour -> folder of its query, the run's own first. `proxy_fingerprint`
+    is of the driver's proxy. `smoothed`: by `SMOOTHER`."""
 
     corpus: PackedCorpus
     scores: Path
@@ -67,10 +67,7 @@ class ScoringSettings:
         Raises:
             MismatchError: another proxy lies on this node."""
         torch.set_num_threads(self.decision.threads)
-        model = load_proxy(self.proxy, gpus=self.gpus)
-        fingerprint = state_fingerprint(model)
-        require_same("the proxy on this node", fingerprint, "the driver's", self.proxy_fingerprint, "sync it")
-        return model
+        return load_same_proxy(self.proxy, gpus=self.gpus, fingerprint=self.proxy_fingerprint)
 
     def scorer(self, directions: Sequence[Mapping[str, Tensor]]) -> TokenScorer:
         """That of the decision. Raises MismatchError, as `model`."""

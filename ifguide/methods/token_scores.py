@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ifguide import schemas
-from ifguide.artifacts import FileEntry, publish, require_same
+from ifguide.artifacts import FileEntry, publish
 from ifguide.config import OWN, ModelSource
 from ifguide.config.compare import ExcessLoss, Ngrams, Probe
 from ifguide.config.resources import Resources
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.shards import Pool, StageError, run_shards
-from ifguide.influence.proxy import load_proxy
+from ifguide.influence.proxy import load_same_proxy
 from ifguide.influence.query_file import read_queries
 from ifguide.influence.score_tables import write_scores
 from ifguide.methods.excess_loss import ExcessLossFinder, load_excess_loss, tune_excess_loss
@@ -35,7 +35,6 @@ from ifguide.methods.labelled_blocks import labelled_blocks
 from ifguide.methods.ngrams import CONTEXT, NgramFinder, Words, fit_ngrams, load_ngrams
 from ifguide.methods.probes import ProbeFinder, fit_cross_probe, fit_query_probe, load_probe
 from ifguide.methods.reading import QuerySets
-from ifguide.models import state_fingerprint
 from ifguide.selection.top import ScoredCorpus
 from ifguide.spans.tables import PackedCorpus, document_numbers, shard_name
 from ifguide.storage import local_copy
@@ -272,7 +271,6 @@ def _proxy(scoring: Scoring) -> Any:
 
     Raises:
         MismatchError: another one lies there by now."""
-    model = load_proxy(scoring.proxy, gpus=scoring.gpus)
     whose = "this run's" if scoring.kind in WITHOUT_QUERY else "the query's"
-    require_same("the proxy on this node", state_fingerprint(model), whose, scoring.proxy_fingerprint, "sync it")
+    model = load_same_proxy(scoring.proxy, gpus=scoring.gpus, fingerprint=scoring.proxy_fingerprint, whose=whose)
     return model.requires_grad_(False)

@@ -13,7 +13,7 @@ from ifguide.config import ClassifierSource, Evaluate, ModelSource
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
 from ifguide.storage import is_remote, location
-from ifguide.tokenizer import names_path
+from ifguide.tokenizer import names_path, own_vocabulary, require_corpus_tokens
 
 # What a folder must have, one of each.
 CONFIG = (("config.json",),)
@@ -55,6 +55,21 @@ class ModelChecks:
             elif (reason := self.hub.unchecked(source, revision)) is not None:
                 self.findings.leave(key, source, f"there is no such folder, and {reason}")
         return None
+
+    def corpus_tokens(self, proxy: ModelSource, tokenizer: str) -> None:
+        """That the proxy reads the tokens of the corpus' tokenizer, where both lie here."""
+        key, source = "proxy.source", proxy.source or ""
+        if source == tokenizer:
+            return
+        places = location(source), location(tokenizer)
+        if any(is_remote(place) or not place.exists() for place in places):
+            self.findings.leave(
+                key, source, f"whether its tokens are those of {tokenizer}: its stage will compare them"
+            )
+            return
+        with self.findings.caught(key, source):
+            if own_vocabulary(source, revision=proxy.revision) is not None:
+                require_corpus_tokens(proxy, tokenizer)
 
     def architecture(self, key: str, fields: dict[str, Any]) -> None:
         """Fields of a config of transformers: a known `model_type`, no field that it would ignore, and values that go

@@ -122,6 +122,8 @@ class _Sections:
         checks = self._corpus_tokenizer()
         if not self.config.proxy_is_baseline:
             checks["proxy"] = partial(self.models.model, "proxy", self.config.proxy)
+        if self.config.proxy.source is not None:
+            checks["proxy tokens"] = partial(self.models.corpus_tokens, self.config.proxy, self.run.tokenizer_source)
         return checks
 
     def _pretrain(self) -> dict[str, Check]:

@@ -171,8 +171,8 @@ class TableChecks:
         self._table(key, source, read, None)
 
     def query_sets(self, options: BuildQuery, seed: int) -> None:
-        """That both sets have queries, and some are left beside those that are held out: of tables, and of prompts with
-        scores of their own. Other classifiers need a continuation to score."""
+        """That each set that V is made of has queries, and some are left beside those that are held out: of tables, and
+        of prompts with scores of their own. Other classifiers need a continuation to score."""
         from ifguide.toxicity.prompts import read_prompt_rows
         from ifguide.toxicity.queries import choose_queries
 
@@ -181,7 +181,7 @@ class TableChecks:
             return
         with self.findings.caught("build_query", ", ".join(table.path for table in tables)):
             if options.prompts is None or options.classifier.name == "labels":
-                choose_queries(options, seed).hold_out(options.held_out, seed)
+                choose_queries(options, seed).hold_out(options.held_out, seed, differential=options.differential)
             elif not any(row.continuation.strip() for row in read_prompt_rows(options.prompts, "build_query.prompts")):
                 raise ValueError("no row has a continuation to score; name prompts that have")
 

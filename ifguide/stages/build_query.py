@@ -19,7 +19,7 @@ from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.factor_worker import draw_sample
 from ifguide.influence.null_worker import build_nulls
-from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
+from ifguide.influence.proxy import Beginning, ProxyFacts
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, NULLS, QUERIES, QueryRow, read_queries, write_queries
 from ifguide.influence.query_worker import (
     PARTIAL,
@@ -35,9 +35,9 @@ from ifguide.influence.query_worker import (
 from ifguide.interchange import check_proxy_factors
 from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus
+from ifguide.stages.proxy import read_proxy
 from ifguide.storage import location
 from ifguide.telemetry import log
-from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import QuerySets, choose_queries, classifier_inputs, read_prompt_rows
 
 VERB = "build_query"
@@ -50,7 +50,8 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
     Raises:
         ConfigError: no prompts. MismatchError: the factors are of another proxy, or a finished query is of other
-            prompts. ValueError: an empty set, or factors that do not fit the proxy.
+            prompts. ValueError: an empty set, factors that do not fit the proxy, or a proxy that does not read the
+            corpus' tokens.
     """
     config = run.config.build_query
     sources = [source for source in (config.prompts, config.pairs, config.positive, config.negative) if source]
@@ -71,14 +72,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
         require(run.factors, "fit_factors")
     run.require_proxy()
     connect(run.config.cluster)
-    block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
-    beginning = Beginning.of(
-        load_tokenizer(run.tokenizer_source),
-        is_trained=run.proxy_is_trained,
-        of_documents=run.config.pretrain.document_attention,
-    )
-    proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
-    log(VERB, str(proxy))
+    proxy, beginning = read_proxy(run, VERB)
     factors = _require_factors(run, proxy, beginning)
     inputs = {"factors": factors.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs(), **training}
     if config.refine_steps:
@@ -99,6 +93,7 @@ def build_query(run: Run, *, dry_run: bool = False) -> Manifest | None:
     settings = QuerySettings(
         folder=run.query,
         proxy=run.proxy_source,
+        proxy_fingerprint=proxy.fingerprint,
         tokenizer=run.tokenizer_source,
         module_names=proxy.module_names,
         beginning=beginning,
@@ -224,7 +219,7 @@ def _select(run: Run) -> dict[str, Any]:
     config = run.config.build_query
     sets = run_task(choose_queries, config, run.config.seed, resources=config.resources)
     if config.held_out:
-        sets, held_out = sets.hold_out(config.held_out, run.config.seed)
+        sets, held_out = sets.hold_out(config.held_out, run.config.seed, differential=config.differential)
         write_queries(run.query, _rows(held_out, negative=True), HELD_OUT)
     queries = _rows(sets, negative=config.differential)
     write_queries(run.query, queries)

@@ -10,18 +10,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ifguide.artifacts import Manifest, require
-from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER, Pool, run_shards
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.factor_worker import SAMPLE, FitPartition, FitPiece, FitSettings, draw_sample, finish_fit
 from ifguide.influence.factors import STEPS
-from ifguide.influence.proxy import Beginning, describe_proxy, proxy_name
-from ifguide.models import check_vocabulary
+from ifguide.influence.proxy import proxy_name
 from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus
+from ifguide.stages.proxy import read_proxy
 from ifguide.telemetry import log
-from ifguide.tokenizer import load_tokenizer
 
 VERB = "fit_factors"
 WORK = "partitions"
@@ -32,7 +30,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     """Make `factors/`, in kronfluence's own file format.
 
     Raises:
-        ValueError: too little of the proxy is tracked, or it does not know the corpus' vocabulary.
+        ValueError: too little of the proxy is tracked, or it does not read the corpus' tokens.
     """
     config = run.config.fit_factors
     if dry_run:
@@ -46,16 +44,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     corpus = require(run.corpus, "pack_corpus")
     run.require_proxy()
     connect(run.config.cluster)
-    block_size = run.config.pack_corpus.block_size
-    tokenizer = load_tokenizer(run.tokenizer_source)
-    beginning = Beginning.of(
-        tokenizer,
-        is_trained=run.proxy_is_trained,
-        of_documents=run.config.pretrain.document_attention,
-    )
-    proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, config.min_coverage, resources=ONE_CPU)
-    log(VERB, str(proxy))
-    check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.tokenizer_source)
+    proxy, beginning = read_proxy(run, VERB)
     inputs = {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
     artifact = run.open(run.factors, VERB, inputs=inputs)
     if artifact.manifest:
@@ -70,6 +59,7 @@ def fit_factors(run: Run, *, dry_run: bool = False) -> Manifest | None:
     run_task(draw_sample, *drawn, resources=on_cpus)
     settings = FitSettings(
         proxy=run.proxy_source,
+        proxy_fingerprint=proxy.fingerprint,
         module_names=proxy.module_names,
         beginning=beginning,
         work=work,

@@ -28,14 +28,14 @@ from ifguide.distributed.network import name_interface
 from ifguide.distributed.session import connect, is_fixed, require_resources
 from ifguide.distributed.shards import StageError
 from ifguide.folders import BASELINE, EXPORT, PENALISED
-from ifguide.models import check_own_tokens, check_vocabulary, source_fingerprint
+from ifguide.models import check_vocabulary, source_fingerprint
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.run import Run
 from ifguide.shapes import initial_model, require_positions, shape_of_fields
 from ifguide.spans.filling import mask_other_tokens
 from ifguide.storage import is_remote, location
 from ifguide.telemetry import METRICS, configure_logging, log
-from ifguide.tokenizer import load_tokenizer
+from ifguide.tokenizer import check_own_tokens, load_tokenizer
 from ifguide.training.adapters import adapted_modules
 from ifguide.training.blocks import BLOCKS
 from ifguide.training.checkpoints import first_whole, last_checkpoint, published_checkpoints

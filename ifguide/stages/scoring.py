@@ -9,19 +9,18 @@ from typing import Any
 
 from ifguide.artifacts import Manifest, require, require_same
 from ifguide.config import OWN, Config
-from ifguide.config.resources import ONE_CPU, Resources
+from ifguide.config.resources import Resources
 from ifguide.config.typed_yaml import result_part
 from ifguide.distributed.session import connect
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.decision import Decision, decide, describe_decision
-from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
+from ifguide.influence.proxy import Beginning, ProxyFacts
 from ifguide.influence.scoring_worker import ScoringSettings
-from ifguide.models import check_vocabulary
 from ifguide.run import Run
 from ifguide.spans.tables import PackedCorpus
+from ifguide.stages.proxy import read_proxy
 from ifguide.storage import location
 from ifguide.telemetry import log
-from ifguide.tokenizer import load_tokenizer
 
 SCORING = "scoring"  # among the options of a student
 SCORING_KEYS = ("attribution", "preset", "engine", "precision", "rank", "fused", "micro_batch_blocks")
@@ -48,21 +47,13 @@ class ScoringInputs:
         """Those of a run; connects to the cluster.
 
         Raises:
-            FileNotFoundError: a verb has not been run. MismatchError: a query is of another proxy.
+            FileNotFoundError: a verb has not been run. MismatchError: a query is of another proxy. ValueError: the
+                proxy does not read the corpus' tokens.
         """
         corpus, query = require(run.corpus, "pack_corpus"), require(run.query, "build_query")
         run.require_proxy()
         connect(run.config.cluster)
-        tokenizer = load_tokenizer(run.tokenizer_source)
-        beginning = Beginning.of(
-            tokenizer,
-            is_trained=run.proxy_is_trained,
-            of_documents=run.config.pretrain.document_attention,
-        )
-        block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
-        proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
-        log(verb, str(proxy))
-        check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.tokenizer_source)
+        proxy, beginning = read_proxy(run, verb)
         inputs = _queries(run, query, proxy, beginning)
         inputs |= {"corpus": corpus.fingerprint, "proxy": proxy.fingerprint, **beginning.inputs()}
         return cls(run=run, corpus=corpus, proxy=proxy, beginning=beginning, inputs=inputs)
@@ -100,9 +91,8 @@ class ScoringInputs:
             ValueError: the chosen method does not agree with the exact one on the first blocks.
         """
         config, folders, first = self.run.config.score_corpus, list(self.queries.values()), self.corpus.names()[0]
-        decision, memory = run_task(
-            decide, config, self.run.proxy_source, self.beginning, folders, self.packed, first, resources=resources
-        )
+        proxy = self.run.proxy_source, self.proxy.fingerprint, self.beginning
+        decision, memory = run_task(decide, config, *proxy, folders, self.packed, first, resources=resources)
         log(verb, describe_decision(config, decision, memory))
         decision.require_agreement(config.min_agreement)
         decision.write(folder)

@@ -28,9 +28,9 @@ from ifguide.artifacts import publish
 from ifguide.config import Encoder, ModelSource
 from ifguide.documents import keeps_documents_apart, last_hidden_state
 from ifguide.lm_head import output_embedding
-from ifguide.models import check_own_tokens, check_vocabulary, load_architecture, load_model, predicted_positions
+from ifguide.models import check_vocabulary, load_architecture, load_model, predicted_positions
 from ifguide.shapes import require_positions
-from ifguide.tokenizer import load_tokenizer
+from ifguide.tokenizer import check_own_tokens, load_tokenizer
 
 KEY = "fit_student.encoder.source"
 FIELDS, WEIGHTS = "fields", "weights."  # in a student's file

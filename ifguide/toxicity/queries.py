@@ -47,18 +47,19 @@ class QuerySets:
     unusable: int
     paired: bool = False
 
-    def hold_out(self, count: int, seed: int) -> tuple[QuerySets, QuerySets]:
+    def hold_out(self, count: int, seed: int, *, differential: bool = True) -> tuple[QuerySets, QuerySets]:
         """All but `count` queries of each set, and those: the last in the order of the draw, so that where there are
         rows enough V has the same queries whether some are held out or not. V has no completion of a pair whose other
-        one is held out, as it may be where the maxima of the sets differ.
+        one is held out, as it may be where the maxima of the sets differ. Without `differential` V is made of positive
+        queries alone: all negative ones may then be held out.
 
         Raises:
-            ValueError: a set would be left empty.
+            ValueError: a set that V is made of would be left empty.
         """
         used: list[list[int]] = []
         held_out: list[list[int]] = []
         for name, rows in (("positive", self.positive), ("negative", self.negative)):
-            if 0 < len(rows) <= count:
+            if 0 < len(rows) <= count and (name == "positive" or differential):
                 raise ValueError(f"build_query.held_out: {count} of {len(rows)} {name} queries leave none; take fewer")
             draws = [_draw(row, seed) for row in rows]
             order = sorted(range(len(rows)), key=draws.__getitem__)
@@ -70,7 +71,7 @@ class QuerySets:
             used = [
                 [i for i in own if rows[i].row not in held_pairs] for rows, own in zip(self._rows, used, strict=True)
             ]
-            if not all(used):
+            if not all(used if differential else used[:1]):
                 raise ValueError(f"build_query.held_out: {count} pairs leave a set without queries; take fewer")
         return self._part(*used), self._part(*held_out)
 
@@ -130,6 +131,7 @@ def choose_queries(options: BuildQuery, seed: int) -> QuerySets:
         max_negative=options.max_negative + options.held_out,
         seed=seed,
         weigh=options.weigh,
+        differential=options.differential,
     )
 
 
@@ -183,12 +185,14 @@ def select_queries(
     max_negative: int,
     seed: int,
     weigh: Literal["equally", "confidence"] = "equally",
+    differential: bool = True,
 ) -> QuerySets:
     """Split rows by the score of the continuation: positive if >= one threshold, negative if <= the other. A weight is
     1, or how far the score is from the threshold of the other set.
 
     Of each set at most `max_positive` / `max_negative` are drawn, by `seed`. Rows whose continuation is empty,
-    or has no label for `labels`, are `unusable`. Raises ValueError where a set would be empty.
+    or has no label for `labels`, are `unusable`. Raises ValueError where a set would be empty that V is made of:
+    without `differential` it needs no negative one.
     """
     if negative_threshold >= positive_threshold:
         raise ValueError(
@@ -211,7 +215,7 @@ def select_queries(
             f"no continuation scores {positive_threshold} or more, the highest of {len(rows)} is "
             f"{np.nanmax(scores):.6g} by {classifier.name}: lower build_query.positive_threshold"
         )
-    if not negative:
+    if not negative and differential:
         raise ValueError(
             f"no continuation scores {negative_threshold} or less, the lowest of {len(rows)} is "
             f"{np.nanmin(scores):.6g} by {classifier.name}: raise build_query.negative_threshold"

@@ -69,7 +69,8 @@ def test_the_preset_takes_bfloat16_only_where_it_pays(
     monkeypatch.setattr(decision, "bfloat16_pays", lambda device: pays)
     config, run = replace(finished.score_corpus, precision=None, check_blocks=0), Run(config=finished)
     first, corpus = data_files(run.corpus)[0].name, PackedCorpus.of(run.corpus, read_manifest(run.corpus))
-    made, _ = decision.decide(config, run.proxy_source, Beginning(None), [run.query], corpus, first)
+    proxy = run.proxy_source, read_manifest(run.query).inputs["proxy"]
+    made, _ = decision.decide(config, *proxy, Beginning(None), [run.query], corpus, first)
     assert made.method.precision == ("bfloat16" if pays else "float32")
 
 

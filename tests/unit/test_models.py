@@ -15,7 +15,6 @@ from transformers import AutoConfig, ByT5Tokenizer, PreTrainedModel, PreTrainedT
 from ifguide.config import ModelSource
 from ifguide.influence.proxy import Beginning, describe_proxy, load_proxy
 from ifguide.models import (
-    check_own_tokens,
     check_vocabulary,
     linearise,
     load_architecture,
@@ -25,7 +24,7 @@ from ifguide.models import (
     state_fingerprint,
     tracked_modules,
 )
-from ifguide.tokenizer import load_tokenizer
+from ifguide.tokenizer import check_own_tokens, load_tokenizer
 from tests.tiny import ARCHITECTURES, GPT2, GPT_NEOX, LLAMA, as_tensors, random_blocks, tiny_model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,22 @@ import pytest
 import torch
 
 from ifguide import schemas
-from ifguide.config import BuildQuery, ModelSource
+from ifguide.artifacts import MismatchError
+from ifguide.config import BuildQuery, ModelSource, ScoreCorpus
 from ifguide.config.resources import Resources
 from ifguide.influence import query_worker
+from ifguide.influence.decision import decide
 from ifguide.influence.factor_sample import FactorSample
+from ifguide.influence.factor_worker import SAMPLE, FitPartition, FitSettings
 from ifguide.influence.factors import EkfacFit
+from ifguide.influence.null_worker import build_nulls
 from ifguide.influence.proxy import Beginning, load_proxy
 from ifguide.influence.query_file import DIRECTION, HELD_OUT, QueryRow, read_queries, write_queries
-from ifguide.influence.query_worker import FactorsFolder, QueryPart, QuerySettings, draw_queries
+from ifguide.influence.query_worker import PARTIAL, FactorsFolder, QueryPart, QuerySettings, draw_queries
 from ifguide.influence.refinement import Refinement
 from ifguide.influence.reliability import spearman_brown
-from ifguide.models import tracked_modules
+from ifguide.models import state_fingerprint, tracked_modules
+from ifguide.spans.tables import PackedCorpus
 from tests.tiny import ARCHITECTURES, random_blocks
 from tests.tokenizers import byte_level
 
@@ -57,6 +64,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuerySettings, F
     settings = QuerySettings(
         folder=folder,
         proxy=proxy,
+        proxy_fingerprint=state_fingerprint(model),
         tokenizer=str(root / "tokenizer"),
         module_names=names,
         beginning=Beginning(None),
@@ -138,6 +146,41 @@ def test_queries_that_are_held_out_are_judged_along_the_direction(prepared: Any)
     assert found > 0.9  # V is made of them
     write_queries(settings.folder, [row for row in rows if row.positive], HELD_OUT)
     assert query_worker.judge_held_out(settings) is None
+
+
+def test_no_worker_takes_another_proxy_of_the_same_name(prepared: Any, tmp_path: Path) -> None:
+    settings, factors, parts, blocks = prepared
+    other = replace(settings, folder=tmp_path, proxy_fingerprint="of another")
+    write_queries(tmp_path, rows := read_queries(settings.folder))
+    write_queries(tmp_path, rows, HELD_OUT)
+    shutil.copytree(settings.folder / PARTIAL, tmp_path / PARTIAL)
+    shutil.copyfile(blocks, tmp_path / SAMPLE)
+    fit = FitSettings(
+        proxy=settings.proxy,
+        proxy_fingerprint="of another",
+        module_names=settings.module_names,
+        beginning=settings.beginning,
+        work=tmp_path,
+        num_partitions=1,
+        module_partitions=1,
+        batch_size=2,
+        seed=0,
+        gpus=0,
+    )
+    scored = ScoreCorpus(resources=Resources(cpus=torch.get_num_threads(), gpus=0))
+    packed = PackedCorpus(folder=tmp_path, block_size=BLOCK, blocks_per_shard=6, num_tokens=6 * BLOCK)
+    works: list[Callable[[], object]] = [
+        lambda: FitPartition(fit),
+        lambda: query_worker.SumGradients(other),
+        lambda: query_worker.refine_parts(other, factors, parts, blocks, tmp_path / "state"),
+        lambda: query_worker.judge_queries(other, factors, blocks, 0),
+        lambda: query_worker.judge_held_out(other),
+        lambda: build_nulls(other, factors, 0),
+        lambda: decide(scored, settings.proxy, "of another", Beginning(None), [], packed, "no file"),
+    ]
+    for work in works:
+        with pytest.raises(MismatchError, match=r"the proxy on this node .*the driver's .*: sync it"):
+            work()
 
 
 def test_a_set_of_a_single_query_has_no_reliability(prepared: Any, tmp_path: Path) -> None:

@@ -241,12 +241,23 @@ def test_agreement_is_that_of_hand_made_scores() -> None:
     assert compare(-exact, exact, predicted).correlation == pytest.approx(-1.0)
     assert compare(-exact, exact, predicted).top == 0.0
     swapped = exact.clone()
-    swapped[[100, 199]] = swapped[[199, 100]]  # one of the top two leaves
-    assert compare(swapped, exact, predicted).top == 0.5
+    swapped[[100, 199]] = swapped[[199, 100]]  # one of the top leaves
+    assert compare(swapped, exact, predicted).top == pytest.approx(29 / 30)
     assert compare(exact.square(), exact, predicted).spearman == pytest.approx(1.0)
     assert compare(swapped, exact, predicted & (exact < 100)).least == pytest.approx(1.0)
     with pytest.raises(ValueError, match="not finite"):
         compare(exact / 0, exact, predicted)
+
+
+@pytest.mark.parametrize(("tokens", "top"), [(2, 1), (24, 12), (60, 30), (508, 30), (2990, 30), (8000, 80)])
+def test_the_top_has_tokens_enough_that_one_swap_is_no_disagreement(tokens: int, top: int) -> None:
+    exact, predicted = torch.arange(float(tokens)), torch.ones(tokens, dtype=torch.bool)
+    edge = tokens - top
+    swapped = exact.clone()
+    swapped[[edge - 1, edge]] = swapped[[edge, edge - 1]]
+    found = compare(swapped, exact, predicted)
+    assert found.top_tokens == top
+    assert found.top == pytest.approx(1 - 1 / top)
 
 
 @pytest.mark.parametrize("engine", ["forward", "difference", "backward"])

@@ -18,6 +18,7 @@ from ifguide.influence.query_file import NULLS, QUERIES
 from ifguide.preflight import hub, preflight, sections
 from ifguide.run import Run
 from tests.unit.preflight.conftest import lines
+from tests.unit.test_models import word_tokenizer
 
 
 def test_a_config_without_faults_passes_and_nothing_is_written(tree, tmp_path, faults) -> None:
@@ -154,7 +155,8 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_what_it_was_asked_named(tr
     unchecked = preflight(config_from_mapping(tree), ["build_query"])
     assert asked == ["some/tokenizer", "not/reached"]
     assert [str(finding) for finding in unchecked] == [
-        "proxy.source = not/reached: there is no such folder, and the hub did not answer (OSError: no network)"
+        "proxy.source = not/reached: there is no such folder, and the hub did not answer (OSError: no network)",
+        "proxy.source = not/reached: whether its tokens are those of some/tokenizer: its stage will compare them",
     ]
     tree["tokenizer"] = "not/reached"
     assert len(preflight(config_from_mapping(tree), ["build_query"])) == 2
@@ -173,6 +175,19 @@ def test_a_model_s_folder_has_config_and_weights(tmp_path, faults) -> None:
     (model / "model.safetensors").write_bytes(b"")
     assert faults("build_query") == []
     assert faults("build_query", proxy=str(tmp_path / "run" / "made" / "later")) == []
+
+
+def test_a_proxy_of_other_tokens_than_the_corpus_is_a_fault(tmp_path, faults) -> None:
+    proxy, other = tmp_path / "proxy", tmp_path / "other"
+    word_tokenizer(("<eos>", "a", "b", "<unk>"), eos_token="<eos>").save_pretrained(proxy)
+    word_tokenizer(("<eos>", "b", "a", "<unk>"), eos_token="<eos>").save_pretrained(other)
+    (proxy / "config.json").write_text("{}")
+    (proxy / "model.safetensors").write_bytes(b"")
+    for verb in ("fit_factors", "build_query", "score_corpus"):
+        (found,) = faults(verb, proxy=str(proxy), tokenizer=str(other))
+        assert found.startswith(f"proxy.source = {proxy}: token 1 is 'b' in {other}, and 'a' in {proxy}, ")
+        assert faults(verb, tokenizer=None) == []
+    assert faults("score_corpus", pack_corpus__train_tokenizer=8192) == []  # it may be the very tokenizer
 
 
 def test_a_run_directory_that_cannot_be_is_a_fault(tmp_path, faults) -> None:

@@ -43,6 +43,16 @@ def test_query_sets_that_would_be_empty_are_said_before_anything_is_trained(faul
     assert "none of 2 prompt rows has a continuation that labels can score" in found
 
 
+def test_a_direction_of_positive_queries_alone_needs_no_negative_ones(faults, tmp_path) -> None:
+    rude = lines(tmp_path / "rude.jsonl", *[ROW] * 6)
+    changes = {"build_query__prompts": rude, "build_query__classifier": "labels", "build_query__held_out": 5}
+    (found,) = faults("build_query", **changes)
+    assert "raise build_query.negative_threshold" in found
+    assert faults("build_query", build_query__differential=False) == []
+    calm = {**ROW, "continuation": {"text": " friend.", "toxicity": 0.0}}
+    assert faults("build_query", build_query__prompts=lines(tmp_path / "few.jsonl", *[ROW] * 6, calm)) == []
+
+
 def test_what_an_evaluation_lacks_is_said_before_anything_is_trained(faults, tmp_path) -> None:
     late = lines(tmp_path / "late.jsonl", *[{"text": "x"}] * 30, {"text": None})
     (found,) = faults("evaluate", evaluate__heldout=[late])

@@ -246,6 +246,22 @@ def test_choice_is_seeded_ordered_by_row_and_grows_with_the_maximum() -> None:
     assert chosen[10] == [row.row for row in select(rows[::-1], max_positive=10).positive]
 
 
+def test_a_direction_of_positive_queries_alone_needs_no_negative_ones() -> None:
+    rows = rows_of([0.9] * 12 + [0.5] * 3)
+    with pytest.raises(ValueError, match=r"raise build_query\.negative_threshold"):
+        select(rows)
+    sets = select(rows, differential=False)
+    assert (len(sets.positive), sets.negative, sets.negative_rows, sets.undecided) == (12, [], 0, 3)
+    sets = select(rows_of([0.9] * 12 + [0.1] * 5), differential=False)
+    with pytest.raises(ValueError, match="10 of 5 negative queries leave none"):
+        sets.hold_out(10, 0)
+    used, held_out = sets.hold_out(10, 0, differential=False)
+    assert (len(used.positive), used.negative) == (2, [])
+    assert (len(held_out.positive), held_out.negative) == (10, sets.negative)
+    with pytest.raises(ValueError, match="12 of 12 positive queries leave none"):
+        sets.hold_out(12, 0, differential=False)
+
+
 class LengthClassifier:
     name = "length"
     classes = ("primary", "other")

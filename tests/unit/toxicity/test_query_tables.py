@@ -116,6 +116,17 @@ def test_queries_that_are_held_out_are_further_ones_where_there_are_enough(tmp_p
     assert held_pairs.isdisjoint(each.row for each in (*used.positive, *used.negative))
 
 
+def test_all_negative_completions_may_be_held_out_where_the_direction_has_none(tmp_path: Path) -> None:
+    pairs = ({"prompt": f"p{i}", "chosen": " good" if i < 2 else "", "rejected": f" bad {i}"} for i in range(12))
+    options = BuildQuery(pairs=Pairs(path=write(tmp_path / "p.jsonl", *pairs)), differential=False)
+    sets = choose_queries(options, 3)
+    used, held_out = sets.hold_out(4, 3, differential=False)
+    assert used.negative == []
+    assert held_out.negative == sets.negative
+    assert {each.row for each in used.positive}.isdisjoint({0, 1})
+    assert used.positive
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
