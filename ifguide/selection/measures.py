@@ -47,7 +47,8 @@ def column_of(behaviour: str, smoothed: bool | None, scores: Path, columns: Coll
     of_smoothed = schemas.smoothed_column(behaviour)
     if smoothed and of_smoothed not in columns:
         raise ConfigError(
-            f"build_mask.smoothed: {scores} has no smoothed scores; unset it, or set score_corpus.smooth and score again"
+            f"build_mask.smoothed: {scores} has no smoothed scores; unset it, or set score_corpus.smooth and score the"
+            " corpus again"
         )
     return of_smoothed if of_smoothed in columns and smoothed is not False else schemas.score_column(behaviour)
 

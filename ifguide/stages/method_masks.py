@@ -16,16 +16,14 @@ from ifguide.artifacts import MANIFEST, Manifest, data_files, made_from, require
 from ifguide.config import OWN, BuildMask
 from ifguide.config.compare import INFLUENCE, RANDOM, SCORED, SELECTING, Method
 from ifguide.config.methods import classifier_of
-from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import connect, require_resources
 from ifguide.distributed.shards import LEDGER
-from ifguide.distributed.tasks import run_task, run_tasks
+from ifguide.distributed.tasks import run_tasks
 from ifguide.folders import BASELINE, ENSEMBLE, FACTORS, MODEL, SCORES
-from ifguide.influence.proxy import Beginning, describe_proxy
+from ifguide.influence.proxy import Beginning
 from ifguide.methods.masks import Marking, mark_corpus
 from ifguide.methods.preferences import VERB
 from ifguide.methods.token_scores import FINDER, WITHOUT_PROXY, WITHOUT_QUERY, Scoring, score_tokens
-from ifguide.models import check_vocabulary
 from ifguide.run import Run
 from ifguide.schemas import smoothed_column
 from ifguide.selection.algorithm import token_budget
@@ -34,6 +32,7 @@ from ifguide.selection.top import ScoredCorpus, select_top
 from ifguide.spans.tables import SPANS, PackedCorpus, write_spans
 from ifguide.stages.build_mask import build_mask
 from ifguide.stages.build_query import build_query
+from ifguide.stages.proxy import read_proxy
 from ifguide.stages.score_corpus import score_corpus
 from ifguide.tokenizer import load_tokenizer
 from ifguide.toxicity import classifier_inputs
@@ -218,7 +217,7 @@ def _scoring(run: Run, corpus: Manifest, kind: str) -> tuple[Scoring, dict[str, 
         tokenizer, is_trained=run.proxy_is_trained, of_documents=config.pretrain.document_attention
     )
     if kind in WITHOUT_QUERY and not (run.query / MANIFEST).exists():
-        learnt = {"proxy": _fingerprint(run, beginning, tokenizer), **beginning.inputs()}
+        learnt = {"proxy": _fingerprint(run), **beginning.inputs()}
     else:
         query = require(run.query, "build_query")
         beginning.require_of(run.query, query.inputs)
@@ -227,7 +226,7 @@ def _scoring(run: Run, corpus: Manifest, kind: str) -> tuple[Scoring, dict[str, 
     return replace(scoring, proxy_fingerprint=learnt["proxy"], beginning=beginning.token), learnt
 
 
-def _fingerprint(run: Run, beginning: Beginning, tokenizer: Any) -> str:
+def _fingerprint(run: Run) -> str:
     """Of the proxy of a run that has no query to tell it.
 
     Raises:
@@ -235,10 +234,7 @@ def _fingerprint(run: Run, beginning: Beginning, tokenizer: Any) -> str:
     """
     run.require_proxy()
     connect(run.config.cluster)
-    block_size, min_coverage = run.config.pack_corpus.block_size, run.config.fit_factors.min_coverage
-    proxy = run_task(describe_proxy, run.proxy_source, beginning, block_size, min_coverage, resources=ONE_CPU)
-    check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=run.tokenizer_source)
-    return proxy.fingerprint
+    return read_proxy(run, VERB)[0].fingerprint
 
 
 def _plain_influence(run: Run, child: Run) -> Manifest:

@@ -28,6 +28,6 @@ def read_proxy(run: Run, verb: str) -> tuple[ProxyFacts, Beginning]:
     proxy = run_task(describe_proxy, source, beginning, block_size, min_coverage, resources=ONE_CPU)
     log(verb, str(proxy))
     check_vocabulary(proxy.vocab_size, tokenizer, model_name=proxy.name, tokenizer_name=tokenizer_name)
-    if run.config.proxy.source is not None:  # else it is made for the run's own tokenizer
+    if run.config.proxy.source not in (None, tokenizer_name):  # else its tokenizer is the corpus'
         run_task(require_corpus_tokens, source, tokenizer_name, resources=ONE_CPU)
     return proxy, beginning

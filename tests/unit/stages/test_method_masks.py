@@ -15,7 +15,7 @@ from ifguide.config.compare import Method
 from ifguide.methods.token_scores import ScoredShards, Scoring
 from ifguide.run import Run
 from ifguide.selection.masks import make_mask
-from ifguide.stages import method_masks
+from ifguide.stages import method_masks, proxy
 from ifguide.stages.method_masks import VERB, method_mask, method_scores
 from tests.exported import make_run
 from tests.sharded import in_any_order
@@ -52,7 +52,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Scoring]:
         return function(*arguments)
 
     monkeypatch.setattr(method_masks, "connect", lambda _: None)
-    monkeypatch.setattr(method_masks, "run_task", run_task)
+    monkeypatch.setattr(proxy, "run_task", run_task)
     monkeypatch.setattr(method_masks, "score_tokens", score_tokens)
     return scorings
 
