@@ -163,7 +163,7 @@ def disturbed_run(
 
 def done(run_dir: Path) -> int:
     """Pieces of work in the ledgers; of a verb that is complete, none."""
-    return sum(len(list((run_dir / name / LEDGER).glob("*.json"))) for name in ("student", "scores"))
+    return sum(len(list((run_dir / name / LEDGER).glob("*.json"))) for name in ("student", "scores/sample", "scores"))
 
 
 def compare(reference: Path, run_dir: Path) -> int:

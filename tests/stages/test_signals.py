@@ -18,6 +18,7 @@ import yaml
 from ifguide.artifacts import file_digest
 from ifguide.config import Config, to_mapping
 from ifguide.config.compare import Compare, Method
+from ifguide.distributed.ledger import LEDGER
 from ifguide.interrupts import GRACE
 from ifguide.run import Run
 from ifguide.stages.build_query import build_query
@@ -142,10 +143,10 @@ VERBS: dict[str, tuple[Callable[[Run], Any], tuple[str, ...]]] = {
 def test_a_verb_on_workers_ends_and_goes_on(verb: str, copied: Callable[..., Config], tmp_path: Path) -> None:
     stage, made = VERBS[verb]
     config = copied(drop=made)
-    ledger = Path(config.run_dir) / made[0] / "ledger"
+    folder, attempts = Path(config.run_dir) / made[0], f"**/{LEDGER}/*.attempts"  # some passes have their own ledger
     for number in CODES:
         process = start(verb, to_mapping(config), tmp_path, **{holds.ATTEMPTS: "1"})
-        end(process, number, lambda: bool(list(ledger.glob("*.attempts"))))
-        for leftover in ledger.glob("*.attempts"):
+        end(process, number, lambda: bool(list(folder.glob(attempts))))
+        for leftover in folder.glob(attempts):
             leftover.unlink()  # what the next one starts on is to be its own
     assert stage(Run(config=config)) is not None
