@@ -78,15 +78,26 @@ def check_own_tokens(
     The error names the `key`, and says what to do: `remedy`; None: name the model's own tokenizer."""
     assert model.source is not None
     own_ids = own_vocabulary(model.source, revision=model.revision)
-    if own_ids is None:
-        return
+    if own_ids is not None:
+        own_named = f"set {key}={model.source}, or tokenizer={model.source} where the proxy reads them too"
+        _require_ids(own_ids, model.source, tokenizer, tokenizer_name, key=key, remedy=remedy or own_named)
+
+
+def _require_ids(
+    own_ids: dict[str, int],
+    model: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_name: str,
+    *,
+    key: str,
+    remedy: str,
+) -> None:
     own_tokens = {number: token for token, number in own_ids.items()}
-    own_named = f"set {key}={model.source}, or tokenizer={model.source} where the proxy reads them too"
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if own_ids.get(token, number) != number or own_tokens.get(number, token) != token:
             raise ValueError(
                 f"{key}: token {number} is {token!r} in {tokenizer_name}, and {own_tokens.get(number, 'none')!r} in"
-                f" {model.source}, whose weights know its own tokens alone; {remedy or own_named}"
+                f" {model}, whose weights know its own tokens alone; {remedy}"
             )
 
 
@@ -97,11 +108,15 @@ def require_corpus_tokens(proxy: ModelSource, tokenizer: str) -> None:
     Raises:
         ValueError: a token has another id, or a tokenizer cannot be read; names it.
     """
+    assert proxy.source is not None
+    own_ids = own_vocabulary(proxy.source, revision=proxy.revision)
+    if own_ids is None:
+        return
     remedy = (
         f"set tokenizer={proxy.source} and pack_corpus.train_tokenizer=null; the target alone may have tokens of its"
         " own, by pretrain.tokenizer or pretrain.train_tokenizer"
     )
-    check_own_tokens(proxy, load_tokenizer(tokenizer), tokenizer_name=tokenizer, key="proxy.source", remedy=remedy)
+    _require_ids(own_ids, proxy.source, load_tokenizer(tokenizer), tokenizer, key="proxy.source", remedy=remedy)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -80,6 +80,10 @@ class ScoringSettings:
             beginning=self.beginning.token,
         )
 
+    def apart(self, documents_BT: np.ndarray) -> np.ndarray | None:
+        """The documents (B, T) of blocks, where they do not see each other."""
+        return documents_BT if self.beginning.of_documents else None
+
     def full_scorer(self) -> tuple[TokenScorer, dict[str, int]]:
         """That of the behaviours' directions, and of their nulls after them; and how many nulls a behaviour has that
         has any."""
@@ -168,9 +172,8 @@ class ScoreByProxy:
             if self.smoother is not None:
                 smoothed_SBT.reshape(behaviours, -1)[:, part.places_N] = smoothed_part(part, self.smoother)
         rest = np.flatnonzero(~scored_B)
-        own, apart_BT = blocks.take(rest), None
-        if self.settings.beginning.of_documents:
-            apart_BT = own.documents_BT
+        own = blocks.take(rest)
+        apart_BT = None if own.documents_BT is None else self.settings.apart(own.documents_BT)
         for rows, (batch_KBT, states), times in by_micro_batch(
             self.scorer, self.layers, own.tokens_BT, own.lengths_B, self.settings.decision.micro_batch_blocks, apart_BT
         ):

@@ -42,7 +42,7 @@ class ScoreSample:
 
         Raises ValueError where a score is not finite."""
         assert blocks.documents_BT is not None
-        apart_BT = blocks.documents_BT if self.settings.beginning.of_documents else None
+        apart_BT = self.settings.apart(blocks.documents_BT)
         where_BT = predicted_positions(*tensors(blocks.tokens_BT, blocks.lengths_B, apart_BT, slice(None)))
         row_N, place_N = np.nonzero(where_BT.numpy())
         scores, features_ND, begin, halvings = [], np.zeros((0, 0), np.float32), 0, 0

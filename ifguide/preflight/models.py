@@ -13,7 +13,7 @@ from ifguide.config import ClassifierSource, Evaluate, ModelSource
 from ifguide.preflight.findings import Findings
 from ifguide.preflight.hub import Hub
 from ifguide.storage import is_remote, location
-from ifguide.tokenizer import names_path, own_vocabulary, require_corpus_tokens
+from ifguide.tokenizer import names_path, require_corpus_tokens
 
 # What a folder must have, one of each.
 CONFIG = (("config.json",),)
@@ -68,8 +68,7 @@ class ModelChecks:
             )
             return
         with self.findings.caught(key, source):
-            if own_vocabulary(source, revision=proxy.revision) is not None:
-                require_corpus_tokens(proxy, tokenizer)
+            require_corpus_tokens(proxy, tokenizer)
 
     def architecture(self, key: str, fields: dict[str, Any]) -> None:
         """Fields of a config of transformers: a known `model_type`, no field that it would ignore, and values that go

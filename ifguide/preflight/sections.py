@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from ifguide.artifacts import MANIFEST, standing
@@ -279,7 +279,12 @@ class _Sections:
 
     def _method(self, name: str) -> None:
         with self.findings.caught(f"compare.methods.{name}", self.config.compare.methods[name].describe()):
-            check_method(self.config, name, self.run.absent)
+            check_method(self.config, name, self._absent)
+
+    @cached_property
+    def _absent(self) -> frozenset[str]:
+        """What the run lacks by an import: read from its folders once, for all methods."""
+        return self.run.absent
 
     def _analyse(self) -> dict[str, Check]:
         options, evaluated = self.config.analyse, self.config.evaluate

@@ -23,13 +23,13 @@ AGREEMENT_TOKENS = 4_000_000  # in which words and sentences are looked for: one
 
 
 def agreement_rows(
-    folders: SelectionFolders, options: Evaluate, seed: int, *, run_tasks: RunTasks, run_classifier: RunTasks
+    view: View, options: Evaluate, seed: int, *, run_tasks: RunTasks, run_classifier: RunTasks
 ) -> tuple[AgreementRow, ...]:
     """The mask, `evaluate.word_list` and the sentences that `evaluate.classifier` flags against the annotations.
 
     `run_tasks` counts masked tokens. `run_classifier` runs the task that reads texts, with `evaluate.resources`."""
-    mask = _row("mask (IF-Guide)", mask_agreement(View(folders), run_tasks))
-    (found,) = run_classifier(text_agreement, [(folders, options, seed)])
+    mask = _row("mask (IF-Guide)", mask_agreement(view, run_tasks))
+    (found,) = run_classifier(text_agreement, [(view.folders, options, seed)])
     return mask, *found
 
 

@@ -78,9 +78,8 @@ def report_data(
     views = [View(selected.folders) for selected in behaviours]
     agreement: tuple[contents.AgreementRow, ...] = ()
     if views and views[0].annotated:
-        folders = behaviours[0].folders
         agreement = agreement_rows(
-            folders, sources.options, sources.seed, run_tasks=run_tasks, run_classifier=run_classifier
+            views[0], sources.options, sources.seed, run_tasks=run_tasks, run_classifier=run_classifier
         )
         figures["mask"] = {"precision": agreement[0].precision, "recall": agreement[0].recall}
     shown = [(selected, view) for selected, view in zip(behaviours, views, strict=True) if view.ranked]

@@ -52,6 +52,7 @@ class View:
     they may be removed once there is a mask."""
 
     def __init__(self, folders: SelectionFolders):
+        self.folders = folders
         self.corpus, self.mask, self.ranking = folders.corpus, folders.mask, folders.ranking
         manifest, made = read_manifest(self.mask), read_manifest(self.corpus)
         self.summary = selected(manifest, self.mask)

@@ -70,8 +70,9 @@ def compare(run: Run, *, dry_run: bool = False) -> Manifest | None:
     methods = run.config.compare.methods
     if not methods:
         raise ConfigError("compare.methods: name some, `name: {mask: ..., penalty: ...}`; see configs/demo.yaml")
+    absent = run.absent
     for name in methods:
-        check_method(run.config, name, run.absent)
+        check_method(run.config, name, absent)
     run.require_plain_model()
     check_evaluation(run.config.evaluate)
     if dry_run:

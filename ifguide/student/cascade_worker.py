@@ -52,7 +52,7 @@ class CascadeSettings:
 
     def documents(self, blocks: ShardBlocks) -> np.ndarray | None:
         """Their documents, where these do not see each other."""
-        return blocks.documents_BT if self.scoring.beginning.of_documents else None
+        return self.scoring.apart(blocks.documents_BT)
 
 
 def first_pass(shard: CorpusShard) -> CorpusShard:

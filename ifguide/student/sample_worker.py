@@ -158,7 +158,7 @@ class _Tally:
 
 def label(settings: SampleSettings, scorers: Scorers, blocks: ShardBlocks) -> Iterator[tuple[Labelled, int]]:
     """Blocks with their exact scores, and how often the micro-batch was halved for them."""
-    apart_BT = blocks.documents_BT if settings.scoring.beginning.of_documents else None
+    apart_BT = settings.scoring.apart(blocks.documents_BT)
     layers = layers_of(scorers.exact)
 
     def score(rows: slice, usual_blocks: int) -> Labelled:

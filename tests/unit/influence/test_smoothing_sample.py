@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from ifguide.influence import smoothing_sample
-from ifguide.influence.proxy import Beginning
 from ifguide.influence.scorer import Pass
 from ifguide.influence.scoring_worker import Blocks
 from ifguide.influence.smoothing import Smoother
@@ -96,7 +95,7 @@ class Scorer:
 
 def worker(scorer: Scorer, micro_batch: int) -> ScoreSample:
     made: Any = object.__new__(ScoreSample)
-    made.settings = SimpleNamespace(decision=SimpleNamespace(micro_batch_blocks=micro_batch), beginning=Beginning(None))
+    made.settings = SimpleNamespace(decision=SimpleNamespace(micro_batch_blocks=micro_batch), apart=lambda _: None)
     made.scorer, made.layers = scorer, (1,)
     sample: ScoreSample = made
     return sample

@@ -97,8 +97,8 @@ def test_texts_are_classified_in_a_task_with_the_resources_of_the_evaluation(mon
     monkeypatch.setattr(agreement, "span_agreement", compared)
     monkeypatch.setattr(agreement, "mask_agreement", lambda view, run_tasks: MaskAgreement())
     options = Evaluate(classifier=ClassifierSource(name="hf:some/model"), resources=Resources(gpus=0.5))
-    folders: Any = object()
-    rows = agreement_rows(folders, options, 7, run_tasks=in_any_order(), run_classifier=run_classifier)
+    view: Any = SimpleNamespace(folders=object())
+    rows = agreement_rows(view, options, 7, run_tasks=in_any_order(), run_classifier=run_classifier)
     assert made == [(["text_agreement"], 0.5)]
     assert [(row.method, row.selected) for row in rows] == [("mask (IF-Guide)", 0), ("sentences by hf:some/model", 1)]
     assert rows[1].recall == 7
