@@ -3,7 +3,7 @@
 Order: with `interleave`, document i of an input of n documents lies at (i + 1/2) / n, ties by input; so each
 run of the stream needs one contiguous range per input, and any shard can be packed without the others.
 
-Memory is one chunk, of which a single document may be most (`pieces`).
+Memory is a group of a chunk's documents (GROUP_CHARS), of which a single document may be most (`pieces`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from ifguide.records.choice import RowChoice
 from ifguide.spans.mapping import token_stops
 
 TOKENISE_BATCH = 256  # documents per tokeniser call: enough for its batching, little memory
+GROUP_CHARS = 1 << 25  # of the documents that are in memory at once, with their tokens: some 5 bytes a character
 
 
 class Encoded(NamedTuple):
@@ -86,28 +88,51 @@ def _encoded(document: RawDocument, parts: Iterable[Tokens], eos: int, *, annota
     return Encoded(tokens, places, np.frombuffer(flags, bool) if annotate else None)
 
 
-def token_table(
-    chunk: Chunk, source: Input, tokenizer: Any, *, first_input_row: int, annotate: bool
-) -> tuple[pa.Table, list[dict[str, Any]], int]:
-    """Tokenise a chunk: a table `row, num_chars, tokens, stops, special_texts[, annotated]`
-    (how often the text names a special token), the bad rows with their reasons, and how
-    many rows were read: none behind those of `source.rows`. Rows count from the chunk's first; `first_input_row` is
-    that one's, for `source.rows`.
+@dataclass
+class Read:
+    """What has been read of a chunk: `rows`, none behind those of `source.rows`, and the `bad` ones with their
+    reasons."""
+
+    rows: int = 0
+    bad: list[dict[str, Any]] = field(default_factory=list)
+
+
+def token_tables(
+    chunk: Chunk, source: Input, tokenizer: Any, *, first_input_row: int, annotate: bool, read: Read
+) -> Iterator[pa.Table]:
+    """Tokenise a chunk: tables `row, num_chars, tokens, stops, special_texts[, annotated]` of some documents each
+    (`special_texts`: how often the text names a special token), one at least, of documents in reading order. They hold
+    GROUP_CHARS characters, more where a document has more. `read` is filled as they are taken. Rows count from the
+    chunk's first; `first_input_row` is that one's, for `source.rows`.
     """
-    choice = RowChoice.of(source.rows)
+    names = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     good: list[RawDocument] = []
-    bad: list[dict[str, Any]] = []
-    read = 0
+    characters, tables = 0, 0
+    for document in _chosen(chunk, source, tokenizer, first_input_row, read):
+        if good and characters + document.num_chars > GROUP_CHARS:
+            yield _table(good, tokenizer, names, annotate=annotate)
+            good, characters, tables = [], 0, tables + 1
+        good.append(document)
+        characters += document.num_chars
+    if good or not tables:
+        yield _table(good, tokenizer, names, annotate=annotate)
+
+
+def _chosen(chunk: Chunk, source: Input, tokenizer: Any, first_input_row: int, read: Read) -> Iterator[RawDocument]:
+    """The good documents among the rows that `source.rows` takes."""
+    choice = RowChoice.of(source.rows)
     for document in itertools.islice(read_documents(chunk, source, first_row=0), choice.rows_from(first_input_row)):
-        read += 1
+        read.rows += 1
         if first_input_row + document.row not in choice:
             continue
         reason = document.reason or _unknown_token(document, tokenizer)
         if reason is None:
-            good.append(document)
+            yield document
         else:
-            bad.append({"source": redact(chunk.name), "row": document.row, "reason": reason})
-    names = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+            read.bad.append({"source": redact(chunk.name), "row": document.row, "reason": reason})
+
+
+def _table(good: Sequence[RawDocument], tokenizer: Any, names: re.Pattern[str], *, annotate: bool) -> pa.Table:
     encoded = [_as_given(document.tokens, annotate=annotate) for document in good if document.tokens is not None]
     # none, where there are ids: an input has one kind
     encoded += tokenise([document for document in good if document.tokens is None], tokenizer, annotate=annotate)
@@ -122,7 +147,7 @@ def token_table(
     if annotate:
         flags = [document.annotated for document in encoded if document.annotated is not None]
         columns["annotated"] = _lists(flags, pa.bool_())
-    return pa.table(columns), bad, read
+    return pa.table(columns)
 
 
 def _as_given(tokens: np.ndarray, *, annotate: bool) -> Encoded:

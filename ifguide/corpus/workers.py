@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from ifguide.config import Input
 from ifguide.corpus.bad_rows import write_bad_rows
 from ifguide.corpus.chunks import KeyedChunk
 from ifguide.corpus.inputs import unchanged
-from ifguide.corpus.packing import merge_order, pack, running_total, token_table
+from ifguide.corpus.packing import Read, merge_order, pack, running_total, token_tables
 from ifguide.corpus.reading import count_rows, read_documents
 from ifguide.corpus.stream import TOKENS, PackSettings, StreamShard
 from ifguide.records.choice import RowChoice
@@ -68,27 +69,21 @@ class TokeniseChunk:
         self.tokenizer = load_tokenizer(settings.tokenizer, special_text=settings.special_text)
 
     def process(self, shard: KeyedChunk) -> dict[str, Any]:
-        with unchanged(shard.files):
-            table, bad, rows = token_table(
-                shard.chunk,
-                self.settings.inputs[shard.chunk.input_index],
-                self.tokenizer,
-                first_input_row=shard.first_input_row,
-                annotate=self.settings.annotate,
-            )
-        documents, tokens = _split(table)
-        with publish(self.folder / f"{shard.key}.parquet") as part:
-            pq.write_table(documents, part, row_group_size=1 << 16)
-        with publish(self.folder / _tokens_file(shard.key)) as part:
-            pq.write_table(tokens, part, row_group_size=TOKEN_ROWS)
-        if bad:
-            write_bad_rows(self.folder, shard.key, bad)
-        return {
-            "rows": rows,
-            "documents": table.num_rows,
-            "bad_rows": len(bad),
-            "special_texts": pc.sum(table.column("special_texts")).as_py() or 0,
-        }
+        read = Read()
+        tables = token_tables(
+            shard.chunk,
+            self.settings.inputs[shard.chunk.input_index],
+            self.tokenizer,
+            first_input_row=shard.first_input_row,
+            annotate=self.settings.annotate,
+            read=read,
+        )
+        own, its_tokens = self.folder / f"{shard.key}.parquet", self.folder / _tokens_file(shard.key)
+        with publish(own) as part, publish(its_tokens) as tokens_part, unchanged(shard.files):
+            counts = _write_tables(tables, part, tokens_part)
+        if read.bad:
+            write_bad_rows(self.folder, shard.key, read.bad)
+        return {"rows": read.rows, "bad_rows": len(read.bad), **counts}
 
 
 class Segment(NamedTuple):
@@ -230,9 +225,29 @@ def _tokens_file(key: str) -> str:
     return f"{key}-tokens.parquet"
 
 
-def _split(table: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """A `token_table` as documents, each with the place `token_start` of its first token, and all tokens end to end."""
+def _write_tables(tables: Iterator[pa.Table], documents_file: Path, tokens_file: Path) -> dict[str, int]:
+    """Write `token_tables` one behind the other; returns what they count."""
+    counts = {"documents": 0, "special_texts": 0}
+    num_tokens = 0
+    with ExitStack() as stack:
+        writers: list[pq.ParquetWriter] = []
+        for table in tables:
+            documents, tokens = _split(table, num_tokens)
+            if not writers:
+                files = ((documents_file, documents), (tokens_file, tokens))
+                writers = [stack.enter_context(pq.ParquetWriter(file, part.schema)) for file, part in files]
+            writers[0].write_table(documents, row_group_size=1 << 16)
+            writers[1].write_table(tokens, row_group_size=TOKEN_ROWS)
+            num_tokens += tokens.num_rows
+            counts["documents"] += table.num_rows
+            counts["special_texts"] += pc.sum(table.column("special_texts")).as_py() or 0
+    return counts
+
+
+def _split(table: pa.Table, first_token: int) -> tuple[pa.Table, pa.Table]:
+    """A table of `token_tables` as documents, each with the place `token_start` of its first token, and all tokens end
+    to end, of which the first is number `first_token` of its file."""
     names = [name for name in ("tokens", "stops", "annotated") if name in table.column_names]
     tokens = pa.table({name: table.column(name).chunk(0).flatten() for name in names})
-    starts = pa.array(running_total(table.column("num_tokens").to_numpy()), pa.int64())
+    starts = pa.array(first_token + running_total(table.column("num_tokens").to_numpy()), pa.int64())
     return table.drop_columns(names).append_column("token_start", starts), tokens

@@ -10,10 +10,10 @@ import yaml
 from ifguide.artifacts import open_artifact
 from ifguide.config import ConfigError, config_from_mapping, load_config, redact, result_options, to_mapping, to_yaml
 from ifguide.corpus.inputs import digest_input, input_files, write_inputs
-from ifguide.corpus.packing import token_table
 from ifguide.corpus.reading import list_chunks
 from ifguide.distributed.ledger import Attempts
 from ifguide.telemetry import log
+from tests.unit.corpus.tables import token_table
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """ifguide.corpus.packing: tokens decode to their text, and every shard can be packed alone."""
 
 import dataclasses
+import gzip
 import itertools
 import json
 from fractions import Fraction
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ifguide.config import Input
-from ifguide.corpus.packing import merge_order, pack, stream_order, token_table, tokenise
+from ifguide.corpus import packing
+from ifguide.corpus.packing import Read, merge_order, pack, stream_order, token_tables, tokenise
 from ifguide.corpus.reading import RawDocument, list_chunks, read_documents
 from ifguide.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from tests.unit.corpus.tables import token_table
 from tests.unit.corpus.test_reading import TEXTS, write_jsonl
 
 
@@ -84,6 +87,24 @@ def test_token_table_of_no_good_row_has_no_rows(tmp_path, tokenizer):
     table, bad, read = token_table(chunk, source, tokenizer, first_input_row=0, annotate=True)
     assert (table.num_rows, read) == (0, 2)
     assert [entry["reason"] for entry in bad] == ["a list, not an object"] * 2
+
+
+def test_a_compressed_file_is_not_held_in_memory_whole(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "GROUP_CHARS", 100)
+    texts = [f"text {i} " * (30 if i == 7 else 1) for i in range(50)]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    source = Input(path=str(tmp_path / "a.jsonl.gz"))
+    (chunk,) = list_chunks(source, 0, chunk_bytes=1, dotted_key="k")
+    read = Read()
+    tables = token_tables(chunk, source, tokenizer, first_input_row=0, annotate=False, read=read)
+    first = next(tables)
+    assert read.rows == first.num_rows + 1
+    sizes = [sum(table.column("num_chars").to_pylist()) for table in (first, *tables)]
+    assert max(size for size in sizes if size != len(texts[7])) <= 100
+    assert len(texts[7]) in sizes, "a long document is alone"
+    assert sum(sizes) == sum(map(len, texts))
+    assert read.rows == 50
 
 
 COUNTS = st.lists(st.integers(0, 12), max_size=4)

@@ -11,7 +11,7 @@ import pytest
 
 from ifguide import schemas
 from ifguide.config import ConfigError, Input, PackCorpus
-from ifguide.corpus import workers
+from ifguide.corpus import packing, workers
 from ifguide.corpus.chunks import keyed_chunks, number_rows, placed_chunks, plan_chunks, uncounted_chunks
 from ifguide.corpus.inputs import digest_input
 from ifguide.corpus.packing import stream_order, tokenise
@@ -31,10 +31,14 @@ def write_inputs(folder, texts_of_inputs):
     return tuple(inputs)
 
 
+@pytest.mark.parametrize("group_chars", [packing.GROUP_CHARS, 90])
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize(("block_size", "blocks_per_shard"), [(8, 1), (16, 3), (64, 1000)])
-def test_shards_are_the_stream_of_all_documents(tmp_path, monkeypatch, interleave, block_size, blocks_per_shard):
+def test_shards_are_the_stream_of_all_documents(
+    tmp_path, monkeypatch, interleave, block_size, blocks_per_shard, group_chars
+):
     monkeypatch.setattr(workers, "TOKEN_ROWS", 16)  # a shard's tokens lie in several groups
+    monkeypatch.setattr(packing, "GROUP_CHARS", group_chars)  # and a chunk is tokenised in several
     rng = np.random.default_rng(block_size)
     words = ["the", "cat", "sat", "naïve", "北京", "🤡", "clown"]
     lengths = [rng.integers(0, 12, count) for count in (9, 1, 23)]

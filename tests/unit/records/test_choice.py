@@ -10,11 +10,11 @@ import pytest
 
 from ifguide.config import ConfigError, Input, config_from_mapping
 from ifguide.corpus.chunks import keyed_chunks, placed_chunks
-from ifguide.corpus.packing import token_table
 from ifguide.corpus.reading import list_chunks
 from ifguide.evaluation.texts import read_texts
 from ifguide.records.choice import RowChoice
 from ifguide.tokenizer import train_tokenizer
+from tests.unit.corpus.tables import token_table
 
 
 def write(path: Path, indices: list[int]) -> str:
