@@ -89,7 +89,7 @@ def list_chunks(
         ValueError: a file of a kind that is not read.
     """
     if source.on_hub:
-        count = _open_hub(source).num_shards
+        count = _hub_shards(source)
         return [Chunk(input_index=input_index, kind="hub", path=source.path, start=i, stop=count) for i in range(count)]
     chunks = []
     for path in document_files(source, dotted_key, apart=apart):
@@ -238,6 +238,20 @@ def _open_hub(source: Input) -> Any:
     except Exception as error:  # the library raises many kinds; all mean the same to the user
         advice = "; name one of them as `subset` of the input" if "onfig name is missing" in str(error) else ""
         raise FileNotFoundError(f"{source.path} cannot be opened ({type(error).__name__}: {error}){advice}") from error
+
+
+def _hub_shards(source: Input) -> int:
+    """How many shards a hub dataset has. ValueError where it lacks a column: every row of it would be a bad one."""
+    dataset = _open_hub(source)
+    names = dataset.column_names
+    if names is None:  # then the first row has them
+        row = next(iter(dataset), None)
+        names = None if row is None else list(row)
+    if names is not None:
+        columns = [source.column, *([source.spans_column] if source.spans_column else [])]
+        outer = [column if column in names else column.partition(".")[0] for column in columns]
+        require_names(source.path, names, outer)
+    return int(dataset.num_shards)
 
 
 def _hub_shard(chunk: Chunk, source: Input) -> Iterator[Any]:

@@ -178,7 +178,7 @@ def column_names(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def require_names(path: Path, names: Collection[str], columns: Sequence[str] | None) -> None:
+def require_names(path: Path | str, names: Collection[str], columns: Sequence[str] | None) -> None:
     """Raises ValueError where a table of these column names lacks one of `columns`."""
     missing = [column for column in columns or () if column not in names]
     if missing:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ifguide.config import Input
+from ifguide.corpus import reading
 from ifguide.corpus.reading import RawDocument, count_rows, list_chunks, read_documents
 
 TEXTS = ["the cat sat on the mat", "", "a naïve 日本 cat\r\nsat", "mat mat", "the end"]
@@ -261,6 +262,29 @@ def test_hub_dataset_is_read_by_its_shards(tmp_path, monkeypatch):
         assert [document.text for document in read(source)] == [f"{i} {text}" for i in range(2) for text in TEXTS]
     with pytest.raises(FileNotFoundError, match=r"hf://.*none cannot be opened"):
         list_chunks(Input(path=f"hf://{tmp_path / 'none'}"), 0, chunk_bytes=1, dotted_key="k")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_column_that_a_hub_dataset_lacks_is_said_before_it_is_read(tmp_path, monkeypatch, named):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_rows(tmp_path / "train.parquet", [{"code": "x", "meta": {"spans": [[0, 1]]}}])
+    opened = reading._open_hub
+
+    def unnamed(source):
+        dataset = opened(source)
+        dataset._info.features = None if not named else dataset._info.features
+        assert (dataset.column_names is not None) == named
+        return dataset
+
+    monkeypatch.setattr(reading, "_open_hub", unnamed)
+    name = f"hf://{tmp_path}"
+    for source, column in (
+        (Input(path=name), "text"),
+        (Input(path=name, text_column="code", spans_column="spans"), "spans"),
+    ):
+        with pytest.raises(ValueError, match=f"hf://.* has no column '{column}'; it has code, meta"):
+            list_chunks(source, 0, chunk_bytes=1, dotted_key="k")
+    assert list_chunks(Input(path=name, text_column="code", spans_column="meta.spans"), 0, chunk_bytes=1, dotted_key="")
 
 
 def test_a_configuration_of_a_hub_dataset_is_named_and_a_missing_one_said(tmp_path, monkeypatch):
