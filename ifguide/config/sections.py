@@ -26,7 +26,7 @@ from ifguide.config.compare import Compare, check_compare
 from ifguide.config.evaluate import Evaluate, check_evaluate
 from ifguide.config.fit_student import FitStudent, check_fit_student
 from ifguide.config.names import check_names
-from ifguide.config.packaged import find_config
+from ifguide.config.packaged import find_config, packaged_config
 from ifguide.config.pretrain import Pretrain, check_pretrain
 from ifguide.config.resources import CPU_RESOURCES, RESOURCES, Resources, moved
 from ifguide.config.score_corpus import ScoreCorpus
@@ -237,6 +237,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         FileNotFoundError: no such file.
     """
     tree = _read_tree(Path(path))
+    tree = _apart(tree)
     for override in overrides:
         apply_override(tree, override)
     if (key := redacted_key(tree)) is not None:
@@ -262,8 +263,19 @@ def _read_tree(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str) or path.resolve() in extending:
         raise ConfigError(f"extends: {path} extends {base!r}; name one other file, which does not extend this one")
-    beside = path.parent / base
-    return _merged(_read_tree(beside if beside.is_file() else Path(base), (*extending, path.resolve())), tree)
+    extended = path.parent / base
+    if not extended.is_file():
+        extended = Path(base)
+    elif extended.samefile(path):  # it may be named after the packaged one that it extends
+        extended = packaged_config(base) or extended
+    return _merged(_read_tree(extended, (*extending, path.resolve())), tree)
+
+
+def _apart(tree: Any) -> Any:
+    """A tree without shared parts: YAML builds what aliases name once, and an override of one place is of no other."""
+    if isinstance(tree, dict):
+        return {key: _apart(value) for key, value in tree.items()}
+    return [_apart(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _merged(base: Any, over: Any) -> Any:

@@ -285,6 +285,28 @@ def test_a_file_extends_another_key_by_key(tmp_path):
     assert (config.proxy.source, config.evaluate.word_list) == ("c/d", ("y",))
 
 
+def test_an_override_of_one_place_is_of_no_other_that_an_alias_names(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "fit_factors: {resources: &own {gpus: 0}}\nscore_corpus: {resources: *own}\n"
+        "evaluate: {resources: *own, classifier: &c {name: hatesonar}, classifiers: {x: *c}}"
+    )
+    config = load_config(path, ["evaluate.resources.gpus=1", "evaluate.classifier.name=words:w.txt"])
+    assert [config.fit_factors.resources.gpus, config.score_corpus.resources.gpus] == [0, 0]
+    assert config.evaluate.resources.gpus == 1
+    assert config.evaluate.classifiers["x"].name == "hatesonar"
+
+
+def test_a_file_named_after_the_packaged_one_that_it_extends_is_not_its_own_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = dataclasses.replace(load_config("tiny"), seed=7)
+    Path("tiny.yaml").write_text("extends: tiny.yaml\nseed: 7")
+    assert load_config("tiny.yaml") == wanted
+    Path("mine.yaml").write_text("extends: mine.yaml")
+    with pytest.raises(ConfigError, match=r"mine\.yaml extends 'mine\.yaml'"):
+        load_config("mine.yaml")
+
+
 def test_files_that_extend_each_other_or_nothing_are_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml")
     (tmp_path / "b.yaml").write_text("extends: a.yaml")
