@@ -233,18 +233,20 @@ def _content(path: Path, root: Path) -> tuple[tuple[str, ...], Kind]:
 
 def _role(path: Path, root: Path) -> Role:
     """Of a file of documents, by its name and those of the folders that it lies in below `root`."""
-    names = [name.partition(".")[0] for name in path.relative_to(root).parts]
+    *folders, name = path.relative_to(root).parts
+    names = [*folders, name.removesuffix(_suffix(path))]
     return "held-out documents" if any(map(HELD_OUT.search, names)) else "documents"
 
 
 def _kind(row: Mapping[str, Any]) -> Kind | None:
     """What a row with a prompt is for; None where it is a document."""
-    if "prompt" not in row:
+    names = {name.partition(".")[0] for name in row}  # of a CSV file `prompt.text`, where another has it nested
+    if "prompt" not in names:
         return None
     for role, columns in TABLES.items():
-        if row.keys() >= columns:
+        if names >= columns:
             return Kind(role)
-    return None if row.keys() & set(TEXT_COLUMNS) else Kind("bare prompts")
+    return None if names & set(TEXT_COLUMNS) else Kind("bare prompts")
 
 
 def _documents(path: Path, row: Mapping[str, Any], root: Path) -> Kind:

@@ -87,6 +87,26 @@ def test_files_named_as_held_out_are_for_the_perplexity(folder: Path) -> None:
     assert "# heldout: [...]" in text
 
 
+def test_a_name_of_several_parts_is_read_whole(folder: Path) -> None:
+    for part in ("train", "valid", "test"):
+        lines(folder / "data" / f"webtext.{part}.jsonl.gz", {"text": TEXT})
+    config, _ = drafted()
+    assert [source.path for source in config.pack_corpus.inputs] == ["data/webtext.train.jsonl.gz"]
+    held_out = {f"data/webtext.{part}.jsonl.gz" for part in ("valid", "test")}
+    assert {source.path for source in config.evaluate.heldout} == held_out
+
+
+def test_prompts_in_a_csv_file_are_no_documents(folder: Path) -> None:
+    lines(folder / "data" / "a.jsonl", {"text": TEXT})
+    (folder / "data" / "rtp.csv").write_text(
+        "prompt.text,continuation.text,continuation.toxicity\nYou are, a pig,0.9\n"
+    )
+    config, _ = drafted()
+    assert [source.path for source in config.pack_corpus.inputs] == ["data/a.jsonl"]
+    assert config.build_query.prompts is not None
+    assert config.build_query.prompts.path == "data/rtp.csv"
+
+
 @pytest.mark.parametrize("data", ["test", "test/", "./test/*/*.jsonl"])
 def test_folders_named_as_held_out_are_too_below_the_one_that_is_named(data: str, folder: Path) -> None:
     for name in ("train/part-0", "test/part-0", "contest/part-0"):
