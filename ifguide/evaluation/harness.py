@@ -47,7 +47,8 @@ def benchmarks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    kinds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    seeds = dict.fromkeys(kinds, seed % 2**32)  # NumPy takes no larger one
     plain = {} if special_tokens else {"add_bos_token": False, "prefix_token_id": tokenizer.eos_token_id}
     harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **plain)
     manager = _task_manager(defaults=not all(_stands_alone(task) for task in tasks))

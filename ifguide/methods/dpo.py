@@ -70,7 +70,7 @@ def dpo_trainer(
         logging_steps=1,
         disable_tqdm=True,
         report_to="none",
-        seed=seed,
+        seed=seed % 2**32,  # transformers takes no larger one
     )
     rows = [
         {"prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in pairs
