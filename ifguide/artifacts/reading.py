@@ -56,10 +56,10 @@ def verify_folder(folder: Path, *, leave_out: str = "") -> None:
 
 
 def is_trained(source: str) -> bool:
-    """Whether `pretrain` has made the model of that name, in whatever run: it has read documents joined by EOS, and no
-    other special token of its tokenizer's."""
+    """Whether `pretrain` or `compare` has made the model of that name, in whatever run: it has read documents joined by
+    EOS, and no other special token of its tokenizer's."""
     manifest = _manifest_around(location(source))
-    return manifest is not None and manifest.verb == "pretrain"
+    return manifest is not None and manifest.verb in ("pretrain", "compare")
 
 
 def verify_digest(path: Path, sha256: str, verb: str) -> Path:

@@ -170,10 +170,11 @@ def test_a_model_that_another_run_trained_begins_as_the_runs_own(tmp_path: Path)
     assert found == {"penalised": False, "other": False, "hub": True, "local": True}
 
 
-def test_a_proxy_that_another_run_trained_begins_as_the_runs_own(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("verb", ["pretrain", "compare"])
+def test_a_proxy_that_another_run_trained_begins_as_the_runs_own(tmp_path: Path, monkeypatch, verb: str) -> None:
     """Also one that is named from within the folder that it lies in, as a hub's model is."""
     folder = tmp_path / "other" / "model" / "baseline"
-    artifact = open_artifact(folder, verb="pretrain", options={}, inputs={}, config_yaml="")
+    artifact = open_artifact(folder, verb=verb, options={}, inputs={}, config_yaml="")
     monkeypatch.chdir(folder.parent)
 
     def is_trained(**proxy: Any) -> bool:
