@@ -57,6 +57,11 @@ class Findings:
         if finding not in self.unchecked:
             self.unchecked.append(finding)
 
+    @property
+    def count(self) -> int:
+        """How many there are of both."""
+        return len(self.faults) + len(self.unchecked)
+
     @contextlib.contextmanager
     def caught(self, key: str, value: Any) -> Iterator[None]:
         """Take the errors that users get within as faults of a key; one that names a longer key is of that key."""

@@ -1,4 +1,4 @@
-"""Whether the hub has a repository: one question each, and none after the first that was not answered.
+"""Whether the hub has a repository, and small files of it: one question each, and none after one without an answer.
 
 A machine without a network loses at most `TIMEOUT_SECONDS`, one with HF_HUB_OFFLINE set or the files in its cache
 nothing.
@@ -7,12 +7,15 @@ nothing.
 from __future__ import annotations
 
 import threading
-from typing import Any, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 TIMEOUT_SECONDS = 3.0
+Answer = TypeVar("Answer")
 
 
 class Hub:
@@ -49,20 +52,41 @@ class Hub:
         self.silent = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"the hub did not answer ({self.silent})"
 
+    def file(self, name: str, file: str) -> Path | None:
+        """A small file of a model that the hub has; None where it does not come in time."""
+        path = try_to_load_from_cache(name, file)
+        if not isinstance(path, str):
+            path = None if self.silent else _fetch(name, file)
+        return None if path is None else Path(path)
+
 
 def _ask(name: str, revision: str | None, kind: str) -> Exception | None:
-    """What came of asking; in a thread, as looking up the hub's address cannot be given a time."""
-    answer: list[Exception | None] = [TimeoutError(f"nothing within {TIMEOUT_SECONDS:g} s")]
+    """What came of asking; None: the hub has it."""
 
     def ask() -> None:
         api: Any = HfApi()
-        try:
-            (api.model_info if kind == "model" else api.dataset_info)(name, revision=revision, timeout=TIMEOUT_SECONDS)
-            answer[0] = None
-        except Exception as error:  # of the client's many kinds; the caller tells them apart
-            answer[0] = error
+        (api.model_info if kind == "model" else api.dataset_info)(name, revision=revision, timeout=TIMEOUT_SECONDS)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    return _within_time(ask)[1]
+
+
+def _fetch(name: str, file: str) -> str | None:
+    """Where a file of a model is in the cache, fetched if need be; None where it does not come."""
+    return _within_time(lambda: hf_hub_download(name, file, etag_timeout=TIMEOUT_SECONDS))[0]
+
+
+def _within_time(call: Callable[[], Answer]) -> tuple[Answer | None, Exception | None]:
+    """What a call gives or raises; in a thread, as looking up the hub's address cannot be given a time."""
+    answer: list[tuple[Answer | None, Exception | None]]
+    answer = [(None, TimeoutError(f"nothing within {TIMEOUT_SECONDS:g} s"))]
+
+    def run() -> None:
+        try:
+            answer[0] = call(), None
+        except Exception as error:  # of the client's many kinds; the caller tells them apart
+            answer[0] = None, error
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(TIMEOUT_SECONDS)
     return answer[0]

@@ -97,6 +97,21 @@ class ModelChecks:
                 advice = f"did you mean {near[0]}?" if near else "remove it"
                 self.findings.fault(f"{key}.{name}", fields[name], f"unknown field of {kind}; {advice}")
 
+    def room(self, key: str, target: ModelSource, new_tokens: int) -> None:
+        """That a prompt has room before so many new tokens, where the target's architecture is given."""
+        if target.architecture is None:
+            return
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.for_model(**target.architecture).get_text_config()
+        except Exception:  # of what is amiss in its fields, which `architecture` says
+            return
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions and new_tokens >= positions:
+            what = f"leaves no room for a prompt among the target's {positions} positions; lower it"
+            self.findings.fault(key, new_tokens, what)
+
     def classifier(self, key: str, source: ClassifierSource, *, of_new_text: bool) -> None:
         """A classifier by its name, its options and its files; `of_new_text`: it must score what models write."""
         from ifguide.toxicity.classifiers import classifier_inputs, require_known
@@ -172,7 +187,10 @@ class ModelChecks:
     def _sequence_classifier(self, key: str, source: ClassifierSource, name: str) -> None:
         from ifguide.toxicity.sequence_classifier import outputs_of
 
+        said = self.findings.count
         folder = self.source(f"{key}.name", name, MODEL)
+        if folder is None and self.findings.count == said:  # the hub has it
+            folder = self._hub_config(key, source, name)
         if folder is None or is_remote(folder) or not (folder / "config.json").is_file():
             return
         from transformers import AutoConfig
@@ -184,6 +202,13 @@ class ModelChecks:
             return
         with self.findings.caught(f"{key}.label", source.label):
             outputs_of(config, source.name, label=source.label, head=source.head)
+
+    def _hub_config(self, key: str, source: ClassifierSource, name: str) -> Path | None:
+        """A folder with the config of a model of the hub; None where it does not come, which is said."""
+        config = self.hub.file(name, "config.json")
+        if config is None:
+            self.findings.leave(f"{key}.label", source.label, f"whether {name} has it: its config did not come")
+        return None if config is None else config.parent
 
 
 def require_package(findings: Findings, key: str, value: str, package: str) -> bool:

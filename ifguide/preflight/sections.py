@@ -201,6 +201,8 @@ class _Sections:
         options = self.config.evaluate
         checks = self._evaluated_prompts() | self._classifiers(options)
         checks["evaluate.classifiers"] = partial(self.models.classes_apart, options)
+        room = self.config.target, options.max_new_tokens
+        checks["evaluate.max_new_tokens"] = partial(self.models.room, "evaluate.max_new_tokens", *room)
         texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(options.heldout)}
         inputs = self.config.pack_corpus.inputs
         for key, source in texts.items():

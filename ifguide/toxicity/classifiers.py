@@ -32,6 +32,8 @@ from ifguide.toxicity.sonar import SonarClassifier
 from ifguide.words import read_word_list
 
 DETOXIFY = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
+JIGSAW = ("toxicity", "severe_toxicity", "obscene", "threat", "insult", "identity_attack")
+DETOXIFY_CLASSES = {"original": JIGSAW, "unbiased": (*JIGSAW, "sexual_explicit")}
 CLASSIFIERS = (*(f"detoxify:{variant}" for variant in DETOXIFY), "alt-profanity-check", "hatesonar", "fitted", "labels")
 PREFIXES = ("hf:", "words:")
 
@@ -222,6 +224,8 @@ def known_classes(source: ClassifierSource) -> tuple[str, ...] | None:
     kind = source.name.partition(":")[0]
     if kind in (FittedClassifier.name, LabelClassifier.name):
         return (source.label or "toxicity",)
+    if kind == "detoxify" and source.checkpoint is None:
+        return DETOXIFY_CLASSES.get(source.name.partition(":")[2].removesuffix("-small"))
     classes = {
         "words": WordListClassifier.classes,
         ProfanityClassifier.name: ProfanityClassifier.classes,

@@ -83,6 +83,12 @@ def test_a_verb_checks_only_what_it_uses(faults) -> None:
         ("evaluate", "evaluate__classifier", "words:nowhere.txt", "'nowhere.txt' does not exist: check the path"),
         ("evaluate", "evaluate__models", {"m": "./nowhere"}, "evaluate.models.m = ./nowhere: no such file or folder"),
         ("evaluate", "evaluate__prompt_sets", {"s": "none.json"}, "evaluate.prompt_sets.s.path = none.json: none.json"),
+        (
+            "evaluate",
+            "evaluate__max_new_tokens",
+            10**6,
+            "evaluate.max_new_tokens = 1000000: leaves no room for a prompt",
+        ),
         ("build_query", "build_query__factors", "nowhere", "build_query.factors = nowhere: no such folder; check"),
         ("build_query", "proxy", "./nowhere", "proxy.source = ./nowhere: no such file or folder; a hub id has"),
         ("build_query", "tokenizer", "./nowhere", "tokenizer = ./nowhere: no such file or folder; a hub id has"),
@@ -274,6 +280,33 @@ def test_a_fitted_classifier_s_texts_are_read(tmp_path, faults) -> None:
     (found,) = faults("evaluate", evaluate__classifier={"name": "fitted", "training": [texts]})
     assert found.startswith("evaluate.classifier.training = [")
     assert "2 of 2 texts with a label" in found
+
+
+def test_the_label_of_a_classifier_of_the_hub_is_one_of_its_config_s(
+    tree, tmp_path, faults, asked, monkeypatch
+) -> None:
+    """As far as the config comes."""
+    config = {"model_type": "bert", "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(hub, "_fetch", lambda name, file: str(tmp_path / file) if name == "has/config" else None)
+    (found,) = faults("evaluate", evaluate__classifier="hf:has/config")
+    assert "hf:has/config" not in asked
+    assert found.startswith("evaluate.classifier.label = null: hf:has/config has the labels LABEL_0, LABEL_1")
+    tree["evaluate"]["classifier"] = {"name": "hf:has/config", "label": "LABEL_1"}
+    assert preflight(config_from_mapping(tree), ["evaluate"]) == ()
+    tree["evaluate"]["classifier"] = "hf:has/none"
+    (left,) = preflight(config_from_mapping(tree), ["evaluate"])
+    assert str(left) == "evaluate.classifier.label = null: whether has/none has it: its config did not come"
+
+
+def test_a_further_classifier_is_not_called_as_a_class_of_detoxify(faults) -> None:
+    words = {"name": "hatesonar"}
+    for own, name, wrong in (("original", "threat", True), ("original", "sexual_explicit", False)):
+        found = faults("evaluate", evaluate__classifier=f"detoxify:{own}", evaluate__classifiers={name: words})
+        assert [fault for fault in found if "is a class of evaluate.classifier too" in fault] == found
+        assert bool(found) == wrong
+    (found,) = faults("evaluate", evaluate__classifier="detoxify:unbiased-small")
+    assert found.startswith("evaluate.classifiers.sexual_explicit = hatesonar: ")
 
 
 def test_a_hub_dataset_is_looked_for_by_its_name(tree, tmp_path, faults, asked) -> None:

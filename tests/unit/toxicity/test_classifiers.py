@@ -139,7 +139,11 @@ def test_classes_are_known_without_loading_where_they_are_not_a_model_s(tmp_path
         assert known_classes(source) == make_classifier(source, gpus=0).classes
     assert known_classes(ClassifierSource(name="hatesonar")) == SonarClassifier.classes
     assert known_classes(ClassifierSource(name="hf:owner/name")) is None
-    assert known_classes(ClassifierSource(name="detoxify:unbiased")) is None
+    original = known_classes(ClassifierSource(name="detoxify:original-small"))
+    assert original == ("toxicity", "severe_toxicity", "obscene", "threat", "insult", "identity_attack")
+    assert known_classes(ClassifierSource(name="detoxify:unbiased")) == (*original, "sexual_explicit")
+    assert known_classes(ClassifierSource(name="detoxify:multilingual")) is None
+    assert known_classes(ClassifierSource(name="detoxify:original", checkpoint="own.ckpt")) is None
 
 
 # ---- prompts in groups -----------------------------------------------------------------------------------
