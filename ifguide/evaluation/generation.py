@@ -122,7 +122,8 @@ def sample_tokens(
     (default: 0, 1, 2, ...) name the prompts for the random numbers: the same in every shard. Torch's random state is
     neither used nor changed, and the model's mode is given back.
 
-    Prompts are encoded as documents are packed, and one of no tokens becomes the EOS that precedes a document. With
+    Prompts are encoded without special tokens, as documents are packed, but a special token's name in one is that
+    token. One of no tokens becomes the EOS that precedes a document. With
     `special_tokens` they get those of the tokenizer, and one of no tokens becomes its BOS (else EOS): for a model that
     was trained so. A prompt longer than the model's positions less `max_new_tokens` keeps its end; their count is
     logged. ValueError on settings out of range and on logits that are not finite."""
