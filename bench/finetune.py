@@ -1,9 +1,10 @@
 """What a mask costs a model that has something to lose: SmolLM2-135M, fine-tuned with each mask on real text.
 
-    python bench/finetune.py [--proxy smollm2|configured|SOURCE] [--methods NAME ...] [--set a.b=c]
+    python bench/finetune.py [--behaviour explicit|implicit] [--proxy smollm2|configured|SOURCE] [--methods NAME ...]
+                             [--set a.b=c]
 
-Runs `ifguide compare` on configs/real_text_finetune.yaml, and asks more of each model and of the one that all began
-from. Running it again resumes.
+Runs `ifguide compare` on configs/real_text_finetune.yaml or configs/real_text_finetune_implicit.yaml, and asks more of
+each model and of the one that all began from. Running it again resumes.
 
 - toxicity: EMT by each evaluator over the plain fine-tuned model's on the same prompts, with the bootstrap's interval;
   `held_out` and `other_labels` are evaluators that no method has learned from. TP by the first.
@@ -50,7 +51,10 @@ from ifguide.stages.compare import compare
 from ifguide.telemetry import configure_logging, log
 from ifguide.tokenizer import load_tokenizer
 
-CONFIG = Path("configs/real_text_finetune.yaml")
+CONFIGS = {
+    "explicit": Path("configs/real_text_finetune.yaml"),
+    "implicit": Path("configs/real_text_finetune_implicit.yaml"),
+}
 VERB = "finetune"
 SOURCES = ("proxy.source", "target.source", "pretrain.init_from", "evaluate.models.original")
 ORIGINAL = "original"  # among the config's `evaluate.models`: what all began from
@@ -61,9 +65,10 @@ MAX_TOKENS = 128
 def main() -> None:
     options = _options()
     configure_logging()
-    config = load_config(CONFIG, [*source_overrides(options.proxy, *SOURCES), *options.overrides])
+    file = CONFIGS[options.behaviour]
+    config = load_config(file, [*source_overrides(options.proxy, *SOURCES), *options.overrides])
     if options.methods:
-        config = replace(config, compare=replace(config.compare, methods=_chosen(config, options.methods)))
+        config = replace(config, compare=replace(config.compare, methods=_chosen(config, options.methods, file)))
     run = Run(config=config)
     try:
         run_pipeline(config, dry_run=False)
@@ -95,10 +100,10 @@ def figures_of(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _chosen(config: Config, names: Sequence[str]) -> dict[str, Any]:
+def _chosen(config: Config, names: Sequence[str], file: Path) -> dict[str, Any]:
     unknown = sorted(set(names) - config.compare.methods.keys())
     if unknown:
-        raise SystemExit(f"{CONFIG} has no method {', '.join(unknown)}; it has {', '.join(config.compare.methods)}")
+        raise SystemExit(f"{file} has no method {', '.join(unknown)}; it has {', '.join(config.compare.methods)}")
     return {name: config.compare.methods[name] for name in names}
 
 
@@ -171,6 +176,7 @@ def _interval(ends: Sequence[float] | None) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--behaviour", choices=list(CONFIGS), default="explicit")
     parser.add_argument("--proxy", default="smollm2", help="what is fine-tuned, and scores: smollm2, configured, ...")
     parser.add_argument("--methods", nargs="+", help="those of the config's comparison (default: all)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c")

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from bench.finetune import (
-    CONFIG,
+    CONFIGS,
     ORIGINAL,
     as_markdown,
     continuation_perplexity,
@@ -66,7 +66,7 @@ def test_continuations_are_taken_from_all_files_at_equal_distances(tmp_path: Pat
 
 
 def test_the_continuations_are_of_the_run_or_of_its_comparison_and_never_of_a_methods_samples(tmp_path: Path) -> None:
-    run = Run(config=load_config(ROOT / CONFIG, [f"run_dir={tmp_path}"]))
+    run = Run(config=load_config(ROOT / CONFIGS["explicit"], [f"run_dir={tmp_path}"]))
     samples = run.comparison / "samples" / "generations"
     places = [run.generations("baseline"), run.comparison / "generations" / "rad", samples / "baseline"]
     for place in places:
@@ -88,6 +88,16 @@ def test_continuations_are_judged_by_their_own_tokens_after_their_prompts() -> N
     assert continuation_perplexity(model, tokenizer, pairs) == pytest.approx(math.exp(total / count), rel=1e-9)
 
 
-def test_the_config_goes_on_from_the_model_that_it_evaluates_beside() -> None:
-    config = load_config(ROOT / CONFIG)
+@pytest.mark.parametrize("behaviour", list(CONFIGS))
+def test_the_config_goes_on_from_the_model_that_it_evaluates_beside(behaviour: str) -> None:
+    config = load_config(ROOT / CONFIGS[behaviour])
     assert config.pretrain.init_from == config.evaluate.models[ORIGINAL] == config.proxy.source == config.target.source
+
+
+def test_hate_is_told_and_judged_as_where_models_are_trained_from_scratch() -> None:
+    own, other = (
+        load_config(ROOT / "configs" / name) for name in ("real_text_finetune_implicit.yaml", "real_text_implicit.yaml")
+    )
+    for name in ("prompts", "classifier", "classifiers", "check_data"):
+        assert getattr(own.evaluate, name) == getattr(other.evaluate, name)
+    assert own.build_query == other.build_query
