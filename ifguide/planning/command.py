@@ -111,7 +111,7 @@ def planned_tokens(config: Config, corpora: Sequence[str] = (CORPUS,)) -> tuple[
     size = input_size(config.pack_corpus.inputs, apart=location(config.run_dir))
     if size is None:
         return DEFAULT_TOKENS, [f"corpus size: assumed; {better}"]
-    rows = ", rows that `rows` leaves out too" if any(source.rows for source in config.pack_corpus.inputs) else ""
+    rows = ", rows that `rows` leaves out too" if size.whole else ""
     described = f"{size.bytes:,} bytes in {size.files:,} file{'' if size.files == 1 else 's'}{rows}"
     return max(1.0, size.tokens), [f"corpus size: estimated from {described}; {better}"]
 

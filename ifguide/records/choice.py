@@ -40,6 +40,11 @@ class RowChoice:
             return cls(start=int(indices[0]), stop=stop, wanted=stop, indices=indices)
         return cls(start=rows[0], stop=rows[1], wanted=rows[1])
 
+    @property
+    def count(self) -> int:
+        """How many rows are taken of an input that has them all."""
+        return self.stop - self.start if self.indices is None else len(self.indices)
+
     def rows_from(self, first: int) -> int:
         """How many rows from row `first` on have to be read: none after the last one that is taken."""
         return max(0, self.stop - first)

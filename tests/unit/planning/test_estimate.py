@@ -299,10 +299,33 @@ def test_a_corpus_that_is_not_packed_is_planned_from_the_bytes_of_its_inputs(tmp
     assert input_size(files).files == 4
     config = load_config(PYTHIA, [f"run_dir={tmp_path}/run"])
     config = replace(config, pack_corpus=replace(config.pack_corpus, inputs=tuple(files)))
-    assert "in 4 files, rows that `rows` leaves out too" in planned_tokens(config)[1][0]
+    assert "in 4 files; pack it" in planned_tokens(config)[1][0]
     missing = [f"run_dir={tmp_path}/run", f"pack_corpus.inputs=[{tmp_path}/none.jsonl]"]
     assert planned_tokens(load_config(PYTHIA, missing))[0] == DEFAULT_TOKENS
     assert input_size([]) is None
+
+
+def test_of_an_input_the_rows_that_it_takes_are_planned(tmp_path: Path) -> None:
+    """As far as its files tell how many they have."""
+    rows = [{"text": f"{i} The weather in the city was cold."} for i in range(1000)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.csv").write_text("text\n" + "".join(row["text"] + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "rows.txt").write_text("3\n8\n900\n")
+    for name in ("jsonl", "json", "parquet"):
+        everything = input_size([Input(path=f"{tmp_path}/a.{name}")])
+        for taken, count in (((100, 350), 250), ((0, 4000), 1000), (str(tmp_path / "rows.txt"), 3)):
+            size = input_size([Input(path=f"{tmp_path}/a.{name}", rows=taken)])
+            assert size.tokens == pytest.approx(everything.tokens * count / 1000, rel=0.03), (name, taken)
+            assert not size.whole
+    everything, part = (input_size([Input(path=f"{tmp_path}/a.csv", rows=rows)]) for rows in (None, (0, 9)))
+    assert part == everything._replace(whole=True)
+    config = load_config(PYTHIA, [f"run_dir={tmp_path}/run"])
+    inputs = (Input(path=f"{tmp_path}/a.csv", rows=(0, 9)),)
+    config = replace(config, pack_corpus=replace(config.pack_corpus, inputs=inputs))
+    assert "in 1 file, rows that `rows` leaves out too" in planned_tokens(config)[1][0]
 
 
 def test_a_cascade_costs_its_students_pass_and_the_exact_one_over_what_it_rechecks() -> None:
