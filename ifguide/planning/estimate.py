@@ -200,8 +200,8 @@ def _student_pass(job: Job) -> tuple[float, float, tuple[float, float, str] | No
     )
     if kind != "ngram":
         return _student_flop(job), exact, None
-    cores = job.at_once(config.max_actors, config.resources) * config.resources.cpus
-    seconds = job.tokens / (rates()["lookup"].value * cores)
+    actors = job.at_once(config.max_actors, config.resources)  # each looks up on one core
+    seconds = job.tokens / (rates()["lookup"].value * actors)
     return 0.0, exact, (seconds, seconds, "lookup")
 
 

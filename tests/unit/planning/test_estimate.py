@@ -333,6 +333,17 @@ def test_a_cascade_costs_its_students_pass_and_the_exact_one_over_what_it_rechec
     assert "lookup" in looked_up.basis
 
 
+def test_an_ngram_is_looked_up_on_one_core_an_actor() -> None:
+    keys = ["score_corpus.scorer=cascade", "fit_student.kind=ngram"]
+
+    def seconds(*further: str) -> float:
+        job = make_job(load_config(PYTHIA, [*keys, *further]), corpus_tokens=1e12)
+        return next(stage.seconds for stage in estimate(job) if stage.stage == "score_corpus")
+
+    assert seconds("score_corpus.resources.cpus=1") == seconds("score_corpus.resources.cpus=16")
+    assert seconds("score_corpus.max_actors=4") > seconds("score_corpus.max_actors=8")
+
+
 def test_a_suffix_is_two_thirds_of_a_forward_pass_and_a_third_of_an_exact_one() -> None:
     job, method = make_job(load_config(PYTHIA), corpus_tokens=1e9), PRESETS["fast"]
     layer, attended = job.proxy.tracked / 12, 2 * 768 * 2048  # Pythia-160M has twelve layers of 768
