@@ -22,7 +22,7 @@ from ifguide.planning import flops
 from ifguide.planning.command import DEFAULT_TOKENS, make_job, plan, planned_tokens, worker_settings
 from ifguide.planning.corpus_size import BYTES_PER_TOKEN, input_size
 from ifguide.planning.estimate import estimate
-from ifguide.planning.job import ASSUMED_ROWS, rows
+from ifguide.planning.job import ASSUMED_ROWS, StageEstimate, rows
 from ifguide.planning.measurements import MOST, _tables, efficiency, rates, sources, throughputs
 from ifguide.shapes import published_shapes, shape_of_fields
 from ifguide.student.sampling import audit_share
@@ -233,6 +233,22 @@ def test_partitions_wait_for_the_workers_that_there_are() -> None:
     job = make_job(load_config(PYTHIA, keys), corpus_tokens=1e9)
     assert job.at_once(64, WorkerResources(gpus=0, cpus=2)) == job.cores // 2
     assert job.at_once(3, WorkerResources(gpus=1, cpus=4)) == 3
+
+
+def test_parts_of_the_modules_hold_less_and_read_the_sample_anew() -> None:
+    def fitting(*further: str) -> StageEstimate:
+        job = make_job(load_config(PYTHIA, further), corpus_tokens=1e9)
+        return next(stage for stage in estimate(job) if stage.stage == "fit_factors")
+
+    whole, parts = fitting(), fitting("fit_factors.module_partitions=4")
+    job = make_job(load_config(PYTHIA), corpus_tokens=1e9)
+    tokens = job.config.fit_factors.sample_blocks * job.block
+    assert parts.flop - whole.flop == pytest.approx(tokens * 2 * 3 * flops.traced(job.proxy, job.block))
+    assert parts.seconds > whole.seconds
+    sums = 4 * sum(out**2 + inner**2 for out, inner in job.proxy.linears)  # twelve layers alike, three in a part
+    assert whole.memory - parts.memory == pytest.approx(sums * 3 / 4)
+    one = "fit_factors.data_partitions=1"
+    assert fitting(one, "fit_factors.module_partitions=4").workers == 4 * fitting(one).workers
 
 
 def test_a_model_that_does_not_fit_is_said_to() -> None:
