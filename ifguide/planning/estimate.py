@@ -159,8 +159,8 @@ def _fit_student(job: Job) -> StageEstimate:
     config, proxy = job.config.fit_student, job.proxy
     sample = math.ceil(job.tokens * config.sample_fraction)
     width = float(len(smoothing_layers(proxy.layers)) * proxy.hidden) if config.kind == "head" else 0.0
-    flop = sample * (_scoring_flop(job) + 2.0 * width * (width + proxy.hidden))
-    flop += sample * (_student_flop(job) if config.kind == "suffix" else 0.0)
+    flop = sample * (_scoring_flop(job) + (_student_flop(job) if config.kind == "suffix" else 0.0))
+    besides = {"head": _head_sums, "encoder": _encoder_training}.get(config.kind)
     return computed(
         job,
         "fit_student",
@@ -169,9 +169,17 @@ def _fit_student(job: Job) -> StageEstimate:
         resources=job.config.score_corpus.resources,
         memory=8.0 * proxy.parameters + 6 * 8.0 * width**2 + _shard(job),
         storage=config.partitions * 16.0 * width**2 + (9.0 * sample if config.kind == "encoder" else 0.0) + 64e6,
-        serial=_encoder_training(job, sample) if config.kind == "encoder" else None,
+        serial=besides(job, sample) if besides else None,
         notes=(f"{sample:,} tokens are scored exactly",),
     )
+
+
+def _head_sums(job: Job, sample: float) -> tuple[float, float, str]:
+    """Seconds of the sums in float64 that a `head` is fitted on, at best, and what the former rest on."""
+    resources = job.config.score_corpus.resources
+    units = job.at_once(job.config.fit_student.partitions, resources) * (resources.gpus or resources.cpus)
+    least = sample * flops.head_sums(job.proxy) / (units * job.device(resources.gpus).float64)
+    return least / rates()["head_sums"].value, least, "head_sums"
 
 
 def _encoder_shape(job: Job) -> ModelShape:

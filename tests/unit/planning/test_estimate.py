@@ -334,7 +334,7 @@ def test_a_cascade_costs_its_students_pass_and_the_exact_one_over_what_it_rechec
     student, audited = flops.head_student(job.proxy, job.block), audit_share(0.05, int(1e9 / job.block))
     assert stages["score_corpus"].flop == pytest.approx(1e9 * (student + (0.2 + audited) * per_token))
     assert stages["score_corpus"].flop < 0.8 * exact.flop
-    assert stages["fit_student"].flop > 1e7 * per_token
+    assert stages["fit_student"].flop == pytest.approx(1e7 * per_token)
     for kind, student in (
         ("suffix", flops.suffix_student(job.proxy, job.block, method=chosen_method(config.score_corpus))),
         ("encoder", 2 * 3 * (4 * 256**2 + 3 * 256 * 688) + 2 * 3 * 256 * job.block),
@@ -385,3 +385,23 @@ def test_an_encoder_is_trained_on_one_worker_for_all_its_epochs() -> None:
     assert larger.seconds > once.seconds
     published = fitting("fit_student.encoder.source=EleutherAI/pythia-160m", "fit_student.encoder.epochs=4")
     assert published.seconds > larger.seconds
+
+
+def test_the_sums_of_a_head_are_float64_work_of_all_workers() -> None:
+    keys = ["score_corpus.scorer=student", "fit_student.sample_fraction=0.1"]
+
+    def fitting(tokens: float, kind: str, *further: str) -> StageEstimate:
+        job = make_job(load_config(PYTHIA, [*keys, f"fit_student.kind={kind}", *further]), corpus_tokens=tokens)
+        return next(stage for stage in estimate(job) if stage.stage == "fit_student")
+
+    head, ngram = fitting(1e9, "head"), fitting(1e9, "ngram")
+    assert head.flop == ngram.flop, "those are in the precision of the scores"
+    sums = 1e8 * (16 + 8) * 768**2  # four layers of 768
+    assert head.floor - ngram.floor == pytest.approx(sums / (head.workers * hardware("h100").float64))
+    assert head.seconds - ngram.seconds == pytest.approx((head.floor - ngram.floor) / rates()["head_sums"].value)
+    assert head.low <= head.seconds <= head.high
+    assert "head_sums" in head.basis
+    on_cpus = ["score_corpus.resources.gpus=0", "score_corpus.resources.cpus=2"]
+    more = fitting(1e9, "head", *on_cpus).floor - fitting(1e9, "ngram", *on_cpus).floor
+    cores = fitting(1e9, "head", *on_cpus).workers
+    assert more == pytest.approx(sums / (cores * hardware("cpu").float64))
