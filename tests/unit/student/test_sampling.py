@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ifguide.config import ConfigError, config_from_mapping
+from ifguide.stages.fit_student import _sample
 from ifguide.stages.score_corpus import _drawn_by
 from ifguide.student.recheck import LEAST, block_counts, histogram_of, least_count
 from ifguide.student.sample_worker import Scorers, _Tally, label
@@ -153,3 +154,15 @@ def test_a_score_of_the_sample_that_is_not_finite_is_refused_by_token_and_block(
         ValueError, match=f"scores of {named}: 1 are not finite, the first is nan at token 2 of block 9"
     ):
         next(labelled)
+
+
+def test_ten_of_the_sources_without_a_sampled_block_are_named_and_all_counted() -> None:
+    counts = dict.fromkeys(("blocks", "held", "tokens", "halvings"), 1)
+    names = [f"{i:02d}.txt" for i in range(40)]
+    parts = {
+        "a": {**counts, "sources": names[:30], "sampled_sources": names[:2]},
+        "b": {**counts, "sources": names[20:], "sampled_sources": names[35:]},
+    }
+    sample = _sample(cast("Any", parts))
+    assert (sample["blocks"], sample["sources"], sample["unsampled_sources"]) == (2, 40, 33)
+    assert sample["unsampled"] == names[2:12]
