@@ -19,14 +19,14 @@ from typing import Any, Literal
 
 from ifguide.artifacts import MANIFEST, PLAN, has_ended, read_holder, read_manifest
 from ifguide.distributed.ledger import LEDGER, read_attempts, unfinished_attempts
-from ifguide.folders import ANALYSES, COMPARE, ENSEMBLE, STUDENT, TARGET
+from ifguide.folders import COMPARE, TARGET
 from ifguide.student.said import audit_line
 from ifguide.telemetry import METRICS, PROGRESS, format_seconds, last_line, last_progress, progress_text
 from ifguide.training.choices import read_choices
 
 SHOWN_FAILURES = 20
 # where there are artifacts that not every run has
-FURTHER = (f"{TARGET}/*", *(f"{COMPARE}/{deep}" for deep in ("*", "*/*", "*/*/*")), STUDENT, ENSEMBLE, ANALYSES)
+FURTHER = ("*", f"{TARGET}/*", *(f"{COMPARE}/{deep}" for deep in ("*", "*/*", "*/*/*")))
 State = Literal["complete", "in progress", "not begun"]
 
 

@@ -116,7 +116,7 @@ class FitFactors:
     Attributes:
         sample_blocks: blocks that the factors are fitted on; a smaller corpus is taken whole.
         data_partitions: parts of the sample. A part is one task, and the unit of resuming.
-        module_partitions: parts of the modules. M parts hold 1/M of the sums at a time and cost M forward passes.
+        module_partitions: parts of the modules. M parts hold 1/M of the sums at a time. They read the sample M times.
         batch_size: blocks of one forward pass.
         min_coverage: the share of the blocks' parameters that linear layers must hold, or the proxy is refused.
         resources: of one task.

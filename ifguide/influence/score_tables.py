@@ -42,13 +42,13 @@ def write_scores(
         pq.write_table(pa.Table.from_arrays([block_ids, *columns], schema=schema), part, use_dictionary=False)
 
 
-def require_finite(scores_BT: np.ndarray, block_ids: pa.Array | pa.ChunkedArray, shard: str) -> None:
-    """Raise ValueError where a score is not finite; names shard, token and block."""
+def require_finite(scores_BT: np.ndarray, block_ids: pa.Array | pa.ChunkedArray, of: str) -> None:
+    """Raise ValueError where a score is not finite; names token, block and what it is a score `of`, such as a shard."""
     broken = np.argwhere(~np.isfinite(scores_BT))
     if len(broken):
         block = block_ids[int(broken[0][0])].as_py()
         value = scores_BT[tuple(broken[0])]
         raise ValueError(
-            f"scores of {shard}: {len(broken)} are not finite, the first is {value} at token {broken[0][1]} of"
+            f"scores of {of}: {len(broken)} are not finite, the first is {value} at token {broken[0][1]} of"
             f" block {block}; the proxy or the query overflows, check both for NaN"
         )

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from ifguide.folds import DEALT, require_dealt
 from ifguide.sums import Sums
 
 Floats = NDArray[np.float64]
+Array = TypeVar("Array", Floats, Tensor)
 CUT = 0.001  # share of the scores on either side that are taken for less far out than they are
 SMALL_SPREAD = 1e-6  # a feature that varies less is a constant
 
@@ -57,14 +58,14 @@ class FoldSums(Sums):
            folds: int) -> FoldSums:  # fmt: skip
         """Of N tokens, each with the number of its fold."""
         parts = [np.flatnonzero(folds_N == fold) for fold in range(folds)]
-        x = [features_ND[rows].astype(np.float64) for rows in parts]
-        s = [scores_NS[rows].astype(np.float64) for rows in parts]
+        sums = [token_sums(*(own[rows].astype(np.float64) for own in (features_ND, scores_NS))) for rows in parts]
+        products_KDD, features_KD, moments_KDS, scores_KS, squares_KS = map(np.stack, zip(*sums, strict=True))
         return cls(
-            products_KDD=np.stack([part.T @ part for part in x]),
-            features_KD=np.stack([part.sum(axis=0) for part in x]),
-            moments_KDS=np.stack([part.T @ own for part, own in zip(x, s, strict=True)]),
-            scores_KS=np.stack([own.sum(axis=0) for own in s]),
-            squares_KS=np.stack([(own * own).sum(axis=0) for own in s]),
+            products_KDD=products_KDD,
+            features_KD=features_KD,
+            moments_KDS=moments_KDS,
+            scores_KS=scores_KS,
+            squares_KS=squares_KS,
             tokens_K=np.array([float(len(rows)) for rows in parts]),
         )
 
@@ -81,6 +82,11 @@ class FoldSums(Sums):
             if number != fold:
                 total += part
         return total
+
+
+def token_sums(x_ND: Array, s_NS: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Sums over N tokens of x x^T (D, D), x (D,), x s^T (D, S), s (S,) and s^2 (S,); of tensors on their device."""
+    return x_ND.T @ x_ND, x_ND.sum(0), x_ND.T @ s_NS, s_NS.sum(0), (s_NS * s_NS).sum(0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,10 @@ It does not know of networks, queues for machines or failures (`bench.common.sim
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from ifguide.influence.head_derivatives import CHUNK_VALUES
 from ifguide.influence.memory import USABLE, estimate_memory
@@ -85,12 +88,14 @@ def _shard(job: Job) -> float:
 def _fit_factors(job: Job) -> StageEstimate:
     config, proxy = job.config.fit_factors, job.proxy
     tokens = min(job.tokens, config.sample_blocks * job.block)
-    covariances = 4.0 * sum(out**2 + inner**2 for out, inner in proxy.linears)
-    weights = 4.0 * sum(out * inner for out, inner in proxy.linears)
+    covariances, weights = _sums(proxy.linears)
+    parts = np.array_split(np.array(proxy.linears), config.module_partitions)
+    held = max(max(_sums(part.tolist())) for part in parts)
     largest = max(out * inner for out, inner in proxy.linears)
     batch = config.batch_size * job.block
     activations = 4.0 * batch * (3 * proxy.vocabulary + 8 * proxy.layers * proxy.hidden)
-    flop = tokens * (flops.covariance(proxy, job.block) + flops.lambda_(proxy, job.block))
+    again = 2 * (config.module_partitions - 1) * flops.traced(proxy, job.block)
+    flop = tokens * (flops.covariance(proxy, job.block) + flops.lambda_(proxy, job.block) + again)
     device = job.device(config.resources.gpus)
     eigen = flops.eigendecomposition(proxy)
     if device.device == "gpu":
@@ -101,12 +106,17 @@ def _fit_factors(job: Job) -> StageEstimate:
         job,
         "fit_factors",
         Pass("factors", flop, "float32", proxy.tracked),
-        workers=config.data_partitions,
+        workers=config.data_partitions * config.module_partitions,
         resources=config.resources,
-        memory=4.0 * proxy.parameters + max(covariances, weights) + 8.0 * config.batch_size * largest + activations,
+        memory=4.0 * proxy.parameters + held + 8.0 * config.batch_size * largest + activations,
         storage=covariances + weights,
         serial=(eigen_seconds, eigen / device.float64, name),
     )
+
+
+def _sums(linears: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Bytes of the covariances and of the lambdas of maps of so many outputs and inputs."""
+    return 4.0 * sum(out**2 + inner**2 for out, inner in linears), 4.0 * sum(out * inner for out, inner in linears)
 
 
 def _build_query(job: Job) -> StageEstimate:
@@ -149,8 +159,8 @@ def _fit_student(job: Job) -> StageEstimate:
     config, proxy = job.config.fit_student, job.proxy
     sample = math.ceil(job.tokens * config.sample_fraction)
     width = float(len(smoothing_layers(proxy.layers)) * proxy.hidden) if config.kind == "head" else 0.0
-    flop = sample * (_scoring_flop(job) + 2.0 * width * (width + proxy.hidden))
-    flop += sample * (_student_flop(job) if config.kind == "suffix" else 0.0)
+    flop = sample * (_scoring_flop(job) + (_student_flop(job) if config.kind == "suffix" else 0.0))
+    besides = {"head": _head_sums, "encoder": _encoder_training}.get(config.kind)
     return computed(
         job,
         "fit_student",
@@ -159,9 +169,17 @@ def _fit_student(job: Job) -> StageEstimate:
         resources=job.config.score_corpus.resources,
         memory=8.0 * proxy.parameters + 6 * 8.0 * width**2 + _shard(job),
         storage=config.partitions * 16.0 * width**2 + (9.0 * sample if config.kind == "encoder" else 0.0) + 64e6,
-        serial=_encoder_training(job, sample) if config.kind == "encoder" else None,
+        serial=besides(job, sample) if besides else None,
         notes=(f"{sample:,} tokens are scored exactly",),
     )
+
+
+def _head_sums(job: Job, sample: float) -> tuple[float, float, str]:
+    """Seconds of the sums in float64 that a `head` is fitted on, at best, and what the former rest on."""
+    resources = job.config.score_corpus.resources
+    units = job.at_once(job.config.fit_student.partitions, resources) * (resources.gpus or resources.cpus)
+    least = sample * flops.head_sums(job.proxy) / (units * job.device(resources.gpus).float64)
+    return least / rates()["head_sums"].value, least, "head_sums"
 
 
 def _encoder_shape(job: Job) -> ModelShape:
@@ -200,8 +218,8 @@ def _student_pass(job: Job) -> tuple[float, float, tuple[float, float, str] | No
     )
     if kind != "ngram":
         return _student_flop(job), exact, None
-    cores = job.at_once(config.max_actors, config.resources) * config.resources.cpus
-    seconds = job.tokens / (rates()["lookup"].value * cores)
+    actors = job.at_once(config.max_actors, config.resources)  # each looks up on one core
+    seconds = job.tokens / (rates()["lookup"].value * actors)
     return 0.0, exact, (seconds, seconds, "lookup")
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from ifguide.influence.directions import linear_module
 from ifguide.influence.method import Attribution, Method
 from ifguide.influence.paired_blocks import block_number
+from ifguide.influence.smoothing import smoothing_layers
 from ifguide.models import transformer_blocks
 from ifguide.shapes import ModelShape
 from ifguide.student.suffix import first_of_suffix
@@ -77,6 +78,13 @@ def head_student(shape: ModelShape, block_size: int) -> float:
     """Scores by a `head` student, FLOP per token: a forward pass, the tangent from four layers' hidden states, and its
     logits. An upper bound: one that regresses the score alone needs no logits."""
     return shape.forward_flop(block_size) + 2.0 * shape.head + 8.0 * float(shape.hidden) ** 2
+
+
+def head_sums(shape: ModelShape) -> float:
+    """What a `head` student is fitted on, FLOP in float64 per token: one half of the symmetric product of the features
+    of the layers that are read, and their product with the final hidden tangent."""
+    width = float(len(smoothing_layers(shape.layers)) * shape.hidden)
+    return width * (width + 2.0 * shape.hidden)
 
 
 def suffix_student(shape: ModelShape, block_size: int, *, method: Method) -> float:

@@ -132,7 +132,7 @@ def computed(
     stretch: float = 1.0,
     notes: tuple[str, ...] = (),
 ) -> StageEstimate:
-    """A stage whose time is FLOP over a rate. repeats: how often its workers start anew. serial: seconds on one worker,
+    """A stage whose time is FLOP over a rate. repeats: how often its workers start anew. serial: seconds beside these,
     and at best, and their basis. stretch: how much longer the busiest worker works than the mean."""
     device, running = job.device(resources.gpus), job.at_once(workers, resources)
     units = running * (resources.gpus or resources.cpus)

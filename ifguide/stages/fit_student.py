@@ -21,6 +21,7 @@ from ifguide.models import source_fingerprint
 from ifguide.run import Run
 from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
 from ifguide.student.encoder import require_apart, require_readable
+from ifguide.student.said import NAMED
 from ifguide.student.sample_fit import fit_on_parts
 from ifguide.student.sample_worker import TRANSFORMS, SamplePart, SampleSettings, ScoreSample, fit_transforms
 from ifguide.student.sampling import Sampling
@@ -78,7 +79,8 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     chosen = run_task(fit_on_parts, settings, sample, resources=resources)
     files = [run.student / name for name in (STUDENT, FACTS, METHOD)]
     rows = {name: sample[name] for name in ("blocks", "tokens")}
-    summary = {"kind": config.kind, "chosen": chosen, "unsampled": sample["unsampled"]}
+    unsampled = {name: sample[name] for name in ("unsampled_sources", "unsampled")}
+    summary = {"kind": config.kind, "chosen": chosen, **unsampled}
     scratch = (LEDGER, TRANSFORMS, *(settings.part(part.number).name for part in parts))
     manifest = artifact.finish(files, rows=rows, summary=summary, remove=scratch)
     log(
@@ -90,9 +92,15 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
 
 def _sample(results: ShardResults) -> dict[str, Any]:
-    """What the parts' sample holds, and the sources that it does not."""
+    """What the parts' sample holds, and of the sources that it does not the number and the first names."""
     counts = {name: sum(part[name] for part in results.values()) for name in ("blocks", "held", "tokens", "halvings")}
     named, sampled = (
         {source for part in results.values() for source in part[name]} for name in ("sources", "sampled_sources")
     )
-    return {**counts, "sources": len(named), "unsampled": sorted(named - sampled)}
+    unsampled = sorted(named - sampled)
+    return {
+        **counts,
+        "sources": len(named),
+        "unsampled_sources": len(unsampled),
+        "unsampled": unsampled[:NAMED],
+    }

@@ -47,7 +47,7 @@ from ifguide.student.cascade_worker import (
 )
 from ifguide.student.certificate import Certificate
 from ifguide.student.recheck import least_count
-from ifguide.student.said import SUMMARY
+from ifguide.student.said import SUMMARY, listed
 from ifguide.student.sampling import audit_share, require_audit
 from ifguide.student.scorers import StudentFacts
 from ifguide.telemetry import log
@@ -174,7 +174,8 @@ def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequenc
     log(VERB, f"audit of {said['audited_blocks']:,} blocks: {certificate}")
     if shortfalls := certificate.shortfalls(config.min_recall, cascade=cascade.replaces):
         raise ValueError(
-            f"{VERB}: the student misses too much: {'; '.join(shortfalls)}. Raise fit_student.sample_fraction"
+            f"{VERB}: the student misses too much: {listed(shortfalls, between='; ')}."
+            " Raise fit_student.sample_fraction"
             + (" or score_corpus.recheck_fraction" if cascade.replaces else "")
             + " (in another run_dir, or delete scores/ and student/), audit_fraction where"
             " the interval is wide, take scorer: exact, or accept it by a lower score_corpus.min_recall"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ifguide import schemas
 from ifguide.student.certificate import Audit, Certificate, certify
@@ -26,7 +26,7 @@ def certify_files(paths: Sequence[Path], sources: Sequence[str]) -> Certificate:
         student_N=columns["student"],
         rechecked_N=columns["rechecked"],
         blocks_N=columns["block_id"],
-        sources_N=np.searchsorted(names, table.column("source").to_numpy().astype(str)),
+        sources_N=pc.index_in(table.column("source"), value_set=pa.array(names)).to_numpy(),
         sources=names,
     )
     return certify(audit)

@@ -13,7 +13,8 @@ and of Wilson's (1927) for as many trials as there are blocks that hold an exact
 all tokens found, the bound is .72 and not 1. Where scores tie at the edge of a top, each of the tied tokens is in it
 in part, so that a top has its exact size.
 
-Figures of a source are of its tokens alone, but of the tops of all sources: a mask is cut from the whole corpus.
+Figures of a source are of its tokens alone, but of the tops of all sources: a mask is cut from the whole corpus. The
+sources with the most tokens in the audit have them, `MOST_SOURCES` at most.
 
 Cost: a sort of the audit's tokens, and about ten passes over them for each replicate, twice: whole, and by source.
 """
@@ -31,9 +32,10 @@ from numpy.typing import NDArray
 
 from ifguide.evaluation.bootstrap import Bootstrap, Figure, Replicates
 from ifguide.student.fidelity import TOP_SHARE, PairedScores
-from ifguide.student.said import RECHECK_SHARE, counted, interval
+from ifguide.student.said import NAMED, RECHECK_SHARE, counted, interval, listed
 
 NORMAL_QUANTILE = 1.959964  # of Wilson's interval, 95%
+MOST_SOURCES = 200  # that have figures of their own: each takes a pass over its tokens for every replicate
 MISTAKES = 0.05  # how often a source of many falls short by chance
 FIGURES = ("pearson", "spearman", "overlap", "recall", "rechecked")
 SHARES = FIGURES[2:]  # of the exact top
@@ -84,11 +86,15 @@ class Fidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """Of all tokens and by source. `rechecked_share`: of the audit's tokens. `unaudited`: sources without a token."""
+    """Of all tokens, and by source: those of the `audited_sources` with the most tokens in the audit, `MOST_SOURCES` at
+    most. `rechecked_share`: of the audit's tokens. `unaudited`: the first `NAMED`, by name, of the `unaudited_sources`,
+    which have no token in it."""
 
     whole: Fidelity
     by_source: Mapping[str, Fidelity]
+    audited_sources: int
     unaudited: Sequence[str]
+    unaudited_sources: int
     top_share: float
     rechecked_share: float
 
@@ -128,7 +134,7 @@ class Certificate:
         return (
             f"Spearman {spearman} with the exact scores; of their top {self.top_share:.0%} {recall} in the student's"
             f" top {RECHECK_SHARE:.0%}, {rechecked} in rechecked blocks"
-            + (f"; no block of {', '.join(self.unaudited)}" if self.unaudited else "")
+            + (f"; no block of {listed(self.unaudited, self.unaudited_sources)}" if self.unaudited else "")
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -142,7 +148,9 @@ def certify(audit: Audit, *, bootstrap: Bootstrap | None = None) -> Certificate:
     order = np.lexsort((audit.student_N, audit.exact_N, block_N))
     exact_N, student_N, rechecked_N = audit.exact_N[order], audit.student_N[order], audit.rechecked_N[order]
     block_N, source_N = block_N[order], audit.sources_N[order]
-    sources = np.unique(source_N)
+    audited, tokens_A = np.unique(source_N, return_counts=True)
+    sources = np.sort(audited[np.argsort(-tokens_A, kind="stable")[:MOST_SOURCES]])
+    unaudited = sorted(audit.sources[number] for number in set(range(len(audit.sources))) - set(audited.tolist()))
     parts = [np.arange(len(exact_N)), *(np.flatnonzero(source_N == source) for source in sources)]
     whole = PairedScores(exact_N, student_N)
     groups = [PairedScores(exact_N[rows], student_N[rows]) for rows in parts]
@@ -169,7 +177,9 @@ def certify(audit: Audit, *, bootstrap: Bootstrap | None = None) -> Certificate:
     return Certificate(
         whole=fidelities[0],
         by_source={audit.sources[source]: own for source, own in zip(sources, fidelities[1:], strict=True)},
-        unaudited=[name for number, name in enumerate(audit.sources) if number not in set(sources.tolist())],
+        audited_sources=len(audited),
+        unaudited=unaudited[:NAMED],
+        unaudited_sources=len(unaudited),
         top_share=TOP_SHARE,
         rechecked_share=float(rechecked_N.mean()),
     )

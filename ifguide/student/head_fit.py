@@ -14,22 +14,24 @@ finds most of the highest exact scores is fitted again, on all blocks, and put o
 ones without them. Its own held-out figures are too good, for it was chosen by them: how good it is, only an audit says
 (`certificate`).
 
-Memory: 2 F^2 * 8 bytes, and the features of the held-out blocks. Cost: F^2 multiplications a token of the sample, and
-an eigendecomposition of F for each choice of layers, three times for the chosen one.
+Memory: 3 F^2 * 8 bytes, and the features of the held-out blocks, on the device of the features. Cost: F^2
+multiplications in float64 a token of the sample, there too; and on a CPU an eigendecomposition of F for each choice of
+layers, three times for the chosen one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ifguide.influence.head_derivatives import HeadDerivatives
-from ifguide.influence.smoothing import CUT, FoldSums, fit_others, held_out_error
+from ifguide.influence.smoothing import CUT, FoldSums, fit_others, held_out_error, token_sums
 from ifguide.student.fidelity import TOP_SHARE, fidelity
 from ifguide.student.head import Floats, HeadStudent
 
@@ -42,6 +44,8 @@ NO_BLOCKS = (
     " held_out"
 )
 FITTED, HELD_OUT, NO_FOLD = 0, 1, -1
+FOLDS = 2
+AT_ONCE = 1 << 13  # tokens: float64 features of a GPU's micro-batch would be large
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +90,7 @@ class HeadSample:
     def __init__(self, transforms: Transforms, layers: Sequence[int], *, most_held: int | None = None):
         """most_held: tokens whose features are kept, about; None: of all blocks that are held out."""
         self.transforms, self.layers, self.most_held = transforms, tuple(layers), most_held
-        self.sums: FoldSums | None = None
+        self._sums: dict[str, Tensor] = {}
         self.held: list[HeldBlocks] = []
 
     def add(
@@ -95,16 +99,39 @@ class HeadSample:
     ) -> None:  # fmt: skip
         """Blocks with their exact scores, where `known_BT`, states and tangents of the final ones, all of one pass
         (`TokenScorer.score_and_read`)."""
-        features_NF, tangents_ND = (own[known_BT].double().cpu().numpy() for own in (features_BTF, tangents_BTD))
-        targets_NS = np.concatenate([self.transforms(scores_BT[known_BT].double().cpu().numpy()), tangents_ND], axis=1)
-        folds_N = np.full(len(features_NF), HELD_OUT if held_out else FITTED)
-        part = FoldSums.of(features_NF, targets_NS, folds_N, 2)
-        if self.sums is None:
-            self.sums = part
-        else:
-            self.sums.add(part)
+        transformed = torch.from_numpy(self.transforms(scores_BT[known_BT].double().cpu().numpy()))
+        of_tokens = features_BTF[known_BT], tangents_BTD[known_BT], transformed.to(features_BTF.device)
+        for features_NF, tangents_ND, transformed_N4 in zip(*(own.split(AT_ONCE) for own in of_tokens), strict=True):
+            targets_NS = torch.cat([transformed_N4, tangents_ND.double()], dim=1)
+            self._add_tokens(features_NF.double(), targets_NS, HELD_OUT if held_out else FITTED)
         if held_out and (self.most_held is None or sum(own.known_BT.numel() for own in self.held) < self.most_held):
             self.held.append(HeldBlocks(features_BTF, tokens_BT, scores_BT, known_BT))
+
+    def _add_tokens(self, x_NF: Tensor, s_NS: Tensor, fold: int) -> None:
+        if x_NF.device.type == "cpu":  # by NumPy, which computes half of a symmetric product and mirrors it
+            sums = tuple(map(torch.from_numpy, token_sums(x_NF.numpy(), s_NS.numpy())))
+        else:
+            sums = token_sums(x_NF, s_NS)
+        tokens = torch.tensor(float(len(x_NF)), dtype=torch.float64)
+        for name, own in zip((field.name for field in fields(FoldSums)), (*sums, tokens), strict=True):
+            if name not in self._sums:
+                self._sums[name] = own.new_zeros((FOLDS, *own.shape))
+            self._sums[name][fold] += own
+
+    def add_sums(self, sums: FoldSums) -> None:
+        """Add those of a part, whose arrays may be written to afterwards."""
+        for name, own in vars(sums).items():
+            if name in self._sums:
+                self._sums[name] += torch.from_numpy(own)
+            else:
+                self._sums[name] = torch.from_numpy(own)
+
+    @property
+    def sums(self) -> FoldSums | None:
+        """Over the blocks that are fitted on and over those that are held out; None where there are none of either."""
+        if not self._sums:
+            return None
+        return FoldSums(**{name: own.cpu().numpy() for name, own in self._sums.items()})
 
 
 def layer_choices(layers: Sequence[int]) -> list[tuple[int, ...]]:
@@ -186,15 +213,16 @@ def _try(sample: HeadSample, layers: tuple[int, ...], head: HeadDerivatives) -> 
 def _of_layers(sample: HeadSample, layers: tuple[int, ...]) -> tuple[FoldSums, slice]:
     """The sums of the features of some layers, the last ones, and where these features are. The top one, of which there
     is a tangent, may have another width than the others, as OPT-350M's has."""
-    assert sample.sums is not None
-    width, top = sample.sums.features_KD.shape[1], sample.sums.scores_KS.shape[1] - len(TRANSFORMS)
+    sums = sample.sums
+    assert sums is not None
+    width, top = sums.features_KD.shape[1], sums.scores_KS.shape[1] - len(TRANSFORMS)
     other = (width - top) // max(1, len(sample.layers) - 1)
     columns = slice(width - top - other * (len(layers) - 1), width)
     return replace(
-        sample.sums,
-        products_KDD=sample.sums.products_KDD[:, columns, columns],
-        features_KD=sample.sums.features_KD[:, columns],
-        moments_KDS=sample.sums.moments_KDS[:, columns],
+        sums,
+        products_KDD=sums.products_KDD[:, columns, columns],
+        features_KD=sums.features_KD[:, columns],
+        moments_KDS=sums.moments_KDS[:, columns],
     ), columns
 
 

@@ -78,13 +78,14 @@ class HeadPart:
 
     def save(self, path: Path) -> None:
         """Publish what `fit_head_parts` reads."""
-        sums: dict[str, Any] = {} if self.sample.sums is None else vars(self.sample.sums)
+        sums = self.sample.sums
+        arrays: dict[str, Any] = {} if sums is None else vars(sums)
         held = {
             f"held_{name}": torch.cat([getattr(own, name) for own in self.sample.held]).cpu().numpy()
             for name in (HeldBlocks._fields if self.sample.held else ())
         }
         with publish(path) as part, part.open("wb") as file:
-            np.savez(file, **sums | held)
+            np.savez(file, **arrays | held)
 
 
 class NgramPart:
@@ -222,8 +223,7 @@ def fit_head_parts(
             arrays = {name: saved[name] for name in saved.files}
         held = {name: arrays.pop(f"held_{name}") for name in HeldBlocks._fields if f"held_{name}" in arrays}
         if arrays:
-            part = FoldSums(**arrays)
-            sample.sums = part if sample.sums is None else sample.sums + part
+            sample.add_sums(FoldSums(**arrays))
         if held:
             sample.held.append(HeldBlocks(*(torch.from_numpy(own).to(device) for own in held.values())))
     fit = fit_head(sample, head)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SUMMARY = "student"  # in the summary of scores
 RECHECK_SHARE = 0.1  # of the tokens: what the exact pass may read again
+NAMED = 10  # sources, at most: a folder of texts has as many as it has files
 
 
 def audit_lines(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -17,7 +19,8 @@ def audit_lines(summary: Mapping[str, Any]) -> dict[str, str]:
     whole, top = said["whole"], f"{said['top_share']:.0%}"
     figure, where = counted(cascade=said["scorer"] == "cascade")
     title = f"exact top {top} in {where}"
-    by_source = [f"{name} {interval(own[figure])}" for name, own in said["by_source"].items()]
+    worst = sorted(said["by_source"].items(), key=lambda item: _value(item[1][figure]))
+    by_source = [f"{name} {interval(own[figure])}" for name, own in worst]
     lines = {
         "scores": f"{said['scorer']} with a student of kind {said['kind']}, {said['exact_blocks']:,} blocks exactly",
         "audit of the scores": f"{said['audited_blocks']:,} random blocks: Spearman {interval(whole['spearman'])} with"
@@ -25,9 +28,9 @@ def audit_lines(summary: Mapping[str, Any]) -> dict[str, str]:
         title: interval(whole[figure]),
     }
     if len(by_source) > 1:
-        lines[f"{title}, by source"] = "; ".join(by_source)
+        lines[f"{title}, by source"] = listed(by_source, said.get("audited_sources"), between="; ")
     if said["unaudited"]:
-        lines["sources without an audited block"] = ", ".join(said["unaudited"])
+        lines["sources without an audited block"] = listed(said["unaudited"], said.get("unaudited_sources"))
     return lines
 
 
@@ -43,6 +46,18 @@ def audit_line(summary: Mapping[str, Any]) -> str:
 def counted(*, cascade: bool) -> tuple[str, str]:
     """Which figure of a certificate counts for a cascade or a student alone, and where it looks for the exact top."""
     return ("rechecked", "rechecked blocks") if cascade else ("recall", f"the student's top {RECHECK_SHARE:.0%}")
+
+
+def listed(texts: Sequence[str], count: int | None = None, *, between: str = ", ") -> str:
+    """The first `NAMED` of `count` texts, and how many more there are. None: there are no others than `texts`."""
+    shown = texts[:NAMED]
+    more = (len(texts) if count is None else count) - len(shown)
+    return between.join([*shown, *([f"{more:,} more"] if more else [])])
+
+
+def _value(figure: Mapping[str, Any]) -> float:
+    """What figures are sorted by: undefined ones come last."""
+    return math.inf if figure["value"] is None else float(figure["value"])
 
 
 def interval(figure: Mapping[str, Any]) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ifguide.artifacts import publish
 from ifguide.config import Encoder
 from ifguide.influence.memory import keep_memory
 from ifguide.influence.query_file import read_direction
+from ifguide.influence.score_tables import require_finite
 from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.scoring_worker import ScoringSettings, in_micro_batches, layers_of, tensors
 from ifguide.models import predicted_positions
@@ -157,7 +159,11 @@ class _Tally:
 
 
 def label(settings: SampleSettings, scorers: Scorers, blocks: ShardBlocks) -> Iterator[tuple[Labelled, int]]:
-    """Blocks with their exact scores, and how often the micro-batch was halved for them."""
+    """Blocks with their exact scores, and how often the micro-batch was halved for them.
+
+    Raises:
+        ValueError: a score is not finite; names token and block.
+    """
     apart_BT = settings.scoring.apart(blocks.documents_BT)
     layers = layers_of(scorers.exact)
 
@@ -178,9 +184,13 @@ def label(settings: SampleSettings, scorers: Scorers, blocks: ShardBlocks) -> It
         on = scores.device
         return Labelled(tokens.to(on), predicted.to(on), scores[0], features, tangents[0].float())
 
-    for _, labelled, halvings in in_micro_batches(
+    for rows, labelled, halvings in in_micro_batches(
         len(blocks.ids_B), settings.scoring.decision.micro_batch_blocks, score
     ):
+        ids, known_BT = pa.array(blocks.ids_B[rows]), labelled.known_BT
+        for of, scores_BT in (("the sample", labelled.scores_BT), ("the sample by the suffix", labelled.suffix_BT)):
+            if scores_BT is not None:
+                require_finite(scores_BT.where(known_BT, 0).float().cpu().numpy(), ids, of)
         yield labelled, halvings
 
 

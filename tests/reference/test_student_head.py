@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from ifguide.influence.head_derivatives import HeadDerivatives
 from ifguide.influence.method import Method
 from ifguide.influence.scorer import TokenScorer
+from ifguide.influence.smoothing import FoldSums, token_sums
 from ifguide.models import predicted_positions
+from ifguide.student import head_fit
 from ifguide.student.fidelity import fidelity
 from ifguide.student.head import HeadScorer, HeadStudent, read_features
 from ifguide.student.head_fit import TRANSFORMS, HeadSample, Transforms, _of_layers, fit_head, layer_choices
@@ -235,3 +237,30 @@ def test_the_features_of_a_top_layer_of_another_width_are_known() -> None:
         assert columns == slice(first, 16)
         assert sums.features_KD.shape[1] == sums.products_KDD.shape[1] == 16 - first
         np.testing.assert_allclose(sums.features_KD.sum(axis=0), features_BTF.sum(dim=(0, 1))[first:])
+
+
+def test_sums_are_the_same_bytes_on_a_cpu_and_near_where_tensors_or_fewer_tokens_at_a_time_make_them(
+    labelled: Labelled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = labelled.known_BT
+    x, tangents = labelled.features_BTF[known].numpy(), labelled.tangents_BTD[known].numpy()
+    transforms = Transforms.of(labelled.scores_BT[known].numpy())
+    targets = np.concatenate([transforms(labelled.scores_BT[known].numpy()), tangents], axis=1)
+    expected = vars(FoldSums.of(x, targets, np.zeros(len(x), np.int64), 2))
+
+    def sums() -> dict[str, np.ndarray]:
+        sample = HeadSample(transforms, LAYERS)
+        blocks = labelled.tokens_BT, known, labelled.scores_BT, labelled.features_BTF, labelled.tangents_BTD
+        sample.add(*blocks, held_out=False)
+        assert sample.sums is not None
+        return vars(sample.sums)
+
+    assert {name: own.tobytes() for name, own in sums().items()} == {
+        name: own.tobytes() for name, own in expected.items()
+    }
+    monkeypatch.setattr(head_fit, "AT_ONCE", 100)
+    for name, own in sums().items():
+        np.testing.assert_allclose(own, expected[name], rtol=1e-12, atol=1e-12)
+    by_torch = token_sums(torch.from_numpy(x), torch.from_numpy(targets))
+    for own, array in zip(by_torch, expected.values(), strict=False):
+        np.testing.assert_allclose(own.numpy(), array[0], rtol=1e-12, atol=1e-12)

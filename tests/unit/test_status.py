@@ -122,6 +122,14 @@ def test_a_comparison_and_further_artifacts_are_shown_once_they_are_begun(tmp_pa
     assert names == [*FOLDERS, "compare/random/mask", "compare/random/model/penalised", "target/corpus"]
 
 
+def test_a_report_under_another_name_is_shown(tmp_path):
+    begin(tmp_path / "report-words").finish([], rows={"models": 2}, summary={})
+    (tmp_path / "notes").mkdir()
+    names = [stage.name for stage in run_status(tmp_path, FOLDERS).stages]
+    assert names == [*FOLDERS, "report-words"]
+    assert "complete     2 models" in line_of(tmp_path, "report-words")
+
+
 def test_json_says_what_the_lines_say(tmp_path, capsys):
     begin(tmp_path / "corpus").finish([], rows={"blocks": 3}, summary={})
     progress = Progress("score_corpus", 1000, "tokens", sinks=(ProgressFile(begin(tmp_path / "scores").folder),))

@@ -17,15 +17,14 @@ from ifguide.cli import main
 from ifguide.config import VERBS, Input, Prompts, load_config
 from ifguide.config.resources import WorkerResources
 from ifguide.hardware import hardware
-from ifguide.influence.method import PRESETS, Method, chosen_method
+from ifguide.influence.method import PRESETS, Method
 from ifguide.planning import flops
 from ifguide.planning.command import DEFAULT_TOKENS, make_job, plan, planned_tokens, worker_settings
 from ifguide.planning.corpus_size import BYTES_PER_TOKEN, input_size
 from ifguide.planning.estimate import estimate
-from ifguide.planning.job import ASSUMED_ROWS, rows
+from ifguide.planning.job import ASSUMED_ROWS, StageEstimate, rows
 from ifguide.planning.measurements import MOST, _tables, efficiency, rates, sources, throughputs
 from ifguide.shapes import published_shapes, shape_of_fields
-from ifguide.student.sampling import audit_share
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PYTHIA = CONFIGS / "pythia160m_owt.yaml"
@@ -235,6 +234,22 @@ def test_partitions_wait_for_the_workers_that_there_are() -> None:
     assert job.at_once(3, WorkerResources(gpus=1, cpus=4)) == 3
 
 
+def test_parts_of_the_modules_hold_less_and_read_the_sample_anew() -> None:
+    def fitting(*further: str) -> StageEstimate:
+        job = make_job(load_config(PYTHIA, further), corpus_tokens=1e9)
+        return next(stage for stage in estimate(job) if stage.stage == "fit_factors")
+
+    whole, parts = fitting(), fitting("fit_factors.module_partitions=4")
+    job = make_job(load_config(PYTHIA), corpus_tokens=1e9)
+    tokens = job.config.fit_factors.sample_blocks * job.block
+    assert parts.flop - whole.flop == pytest.approx(tokens * 2 * 3 * flops.traced(job.proxy, job.block))
+    assert parts.seconds > whole.seconds
+    sums = 4 * sum(out**2 + inner**2 for out, inner in job.proxy.linears)  # twelve layers alike, three in a part
+    assert whole.memory - parts.memory == pytest.approx(sums * 3 / 4)
+    one = "fit_factors.data_partitions=1"
+    assert fitting(one, "fit_factors.module_partitions=4").workers == 4 * fitting(one).workers
+
+
 def test_a_model_that_does_not_fit_is_said_to() -> None:
     large = ["target=EleutherAI/pythia-12b", "pretrain.zero_stage=0"]
     stages = {stage["stage"]: stage for stage in plan(PYTHIA, large, corpus_tokens=1e9)["stages"]}
@@ -326,58 +341,3 @@ def test_of_an_input_the_rows_that_it_takes_are_planned(tmp_path: Path) -> None:
     inputs = (Input(path=f"{tmp_path}/a.csv", rows=(0, 9)),)
     config = replace(config, pack_corpus=replace(config.pack_corpus, inputs=inputs))
     assert "in 1 file, rows that `rows` leaves out too" in planned_tokens(config)[1][0]
-
-
-def test_a_cascade_costs_its_students_pass_and_the_exact_one_over_what_it_rechecks() -> None:
-    keys = ["score_corpus.scorer=cascade", "score_corpus.recheck_fraction=0.2", "score_corpus.audit_fraction=0.05"]
-    config = load_config(PYTHIA, keys)
-    exact = {item.stage: item for item in estimate(make_job(load_config(PYTHIA), corpus_tokens=1e9))}["score_corpus"]
-    job = make_job(config, corpus_tokens=1e9)
-    stages = {item.stage: item for item in estimate(job)}
-    assert set(stages) == set(VERBS)
-    per_token = flops.scoring(
-        job.proxy, job.block, attribution="target", method=chosen_method(config.score_corpus), behaviours=1
-    )
-    student, audited = flops.head_student(job.proxy, job.block), audit_share(0.05, int(1e9 / job.block))
-    assert stages["score_corpus"].flop == pytest.approx(1e9 * (student + (0.2 + audited) * per_token))
-    assert stages["score_corpus"].flop < 0.8 * exact.flop
-    assert stages["fit_student"].flop > 1e7 * per_token
-    for kind, student in (
-        ("suffix", flops.suffix_student(job.proxy, job.block, method=chosen_method(config.score_corpus))),
-        ("encoder", 2 * 3 * (4 * 256**2 + 3 * 256 * 688) + 2 * 3 * 256 * job.block),
-    ):
-        other = make_job(load_config(PYTHIA, [*keys, f"fit_student.kind={kind}"]), corpus_tokens=1e9)
-        stages = {item.stage: item for item in estimate(other)}
-        assert stages["score_corpus"].flop == pytest.approx(1e9 * (student + (0.2 + audited) * per_token))
-        assert student < 0.7 * per_token
-    ngram = make_job(load_config(PYTHIA, [*keys, "fit_student.kind=ngram"]), corpus_tokens=1e9)
-    looked_up = {item.stage: item for item in estimate(ngram)}["score_corpus"]
-    assert looked_up.flop == pytest.approx(1e9 * (0.2 + audited) * per_token)
-    assert "lookup" in looked_up.basis
-
-
-def test_a_suffix_is_two_thirds_of_a_forward_pass_and_a_third_of_an_exact_one() -> None:
-    job, method = make_job(load_config(PYTHIA), corpus_tokens=1e9), PRESETS["fast"]
-    layer, attended = job.proxy.tracked / 12, 2 * 768 * 2048  # Pythia-160M has twelve layers of 768
-    expected = 8 * (2 * layer + attended) + 4 * (6 * layer + 2 * attended) + 4 * job.proxy.head
-    assert flops.suffix_student(job.proxy, 2048, method=method) == pytest.approx(expected)
-    low = replace(method, rank=8)
-    assert flops.suffix_student(job.proxy, 2048, method=low) < expected
-
-
-def test_an_encoder_is_trained_on_one_worker_for_all_its_epochs() -> None:
-    keys = ["score_corpus.scorer=student", "fit_student.kind=encoder"]
-
-    def fitting(*further: str) -> Any:
-        job = make_job(load_config(PYTHIA, [*keys, *further]), corpus_tokens=1e9)
-        return next(stage for stage in estimate(job) if stage.stage == "fit_student")
-
-    once, twice = fitting("fit_student.encoder.epochs=4"), fitting("fit_student.encoder.epochs=8")
-    none = fitting("fit_student.kind=ngram")
-    assert twice.seconds - once.seconds == pytest.approx(once.seconds - none.seconds)
-    many = [fitting("fit_student.partitions=8", f"fit_student.encoder.epochs={epochs}") for epochs in (4, 8)]
-    assert many[1].seconds - many[0].seconds == pytest.approx(twice.seconds - once.seconds)
-    larger = fitting("fit_student.encoder.layers=6", "fit_student.encoder.epochs=4")
-    assert larger.seconds > once.seconds
-    published = fitting("fit_student.encoder.source=EleutherAI/pythia-160m", "fit_student.encoder.epochs=4")
-    assert published.seconds > larger.seconds

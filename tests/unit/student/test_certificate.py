@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
+from ifguide import schemas
 from ifguide.evaluation.bootstrap import Bootstrap
+from ifguide.student import certificate as of_certificate
+from ifguide.student.auditing import certify_files
 from ifguide.student.certificate import FIGURES, Audit, certify, wilson
 
 BLOCK, SOURCES = 32, ("forum", "news", "books")
@@ -63,7 +69,8 @@ def test_the_figures_are_those_of_the_tokens() -> None:
     in_tenth = np.isin(top, np.argsort(-given.student_N)[:tenth])
     assert certificate.whole.recall.value == pytest.approx(weight @ in_tenth / count)
     assert certificate.whole.top_tokens == round(count)
-    assert certificate.unaudited == ["books"]
+    assert (certificate.unaudited, certificate.unaudited_sources) == (["books"], 1)
+    assert certificate.audited_sources == 2
     assert certificate.rechecked_share == pytest.approx(0.1, abs=1e-3)
 
 
@@ -155,6 +162,37 @@ def test_what_is_no_audit_is_refused() -> None:
         replace(given, student_N=given.student_N[:-1])
     with pytest.raises(ValueError, match="two tokens"):
         Audit(**{name: getattr(given, name)[:1] if name.endswith("_N") else SOURCES for name in vars(given)})
+
+
+def test_of_many_sources_those_with_the_most_tokens_have_figures_and_ten_that_are_not_audited_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(of_certificate, "MOST_SOURCES", 3)
+    given = audit(40)
+    names = [f"file {i:03d}" for i in range(100)]
+    blocks_N = (given.blocks_N - 1000) // 7
+    found = certify(replace(given, sources_N=np.minimum(blocks_N % 11, 7) + 1, sources=names), bootstrap=QUICK)
+    assert list(found.by_source) == ["file 001", "file 002", "file 008"]  # the last has four times as many as others
+    assert found.audited_sources == 8
+    assert found.unaudited == ["file 000", *names[9:18]]
+    assert found.unaudited_sources == 92
+    assert str(found).endswith("; no block of file 000, " + ", ".join(names[9:18]) + ", 82 more")
+
+
+def test_the_source_of_each_token_is_read_from_files(tmp_path: Path) -> None:
+    given = audit(40)
+    parts = []
+    for number, rows in enumerate(np.array_split(np.arange(len(given.exact_N)), 3)):
+        sources = [SOURCES[place] for place in given.sources_N[rows]]
+        columns = [given.blocks_N[rows], rows, sources, given.exact_N[rows], given.student_N[rows]]
+        columns.append(given.rechecked_N[rows])
+        arrays = [pa.array(own, field.type) for own, field in zip(columns, schemas.AUDIT, strict=True)]
+        parts.append(tmp_path / f"audit-{number}.parquet")
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schemas.AUDIT), parts[-1])
+    found = certify_files(parts, SOURCES)
+    tokens = {name: own.tokens for name, own in found.by_source.items()}
+    assert tokens == {name: int((given.sources_N == place).sum()) for place, name in enumerate(SOURCES[:2])}
+    assert found.unaudited == ["books"]
 
 
 def test_of_many_good_sources_hardly_one_falls_short_by_chance() -> None:

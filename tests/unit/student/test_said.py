@@ -1,9 +1,11 @@
 """What is said of scores that a student made, from the certificate of an audit."""
 
+from typing import Any, cast
+
 import numpy as np
 
 from ifguide.student.certificate import Audit, certify
-from ifguide.student.said import SUMMARY, audit_line, audit_lines
+from ifguide.student.said import SUMMARY, audit_line, audit_lines, listed
 
 
 def summary(scorer: str = "cascade") -> dict[str, object]:
@@ -43,3 +45,17 @@ def test_of_a_student_alone_its_own_top_is_said() -> None:
 def test_of_exact_scores_nothing_is_said() -> None:
     assert audit_lines({"attribution": "target"}) == {}
     assert audit_line({}) == ""
+
+
+def test_of_many_sources_the_worst_are_said_and_how_many_more_there_are() -> None:
+    said = cast("dict[str, Any]", summary()[SUMMARY])
+    one = said["by_source"]["a.jsonl"]
+    own = {f"{i:02d}.txt": {**one, "rechecked": {**one["rechecked"], "value": i / 100}} for i in range(30, 0, -1)}
+    own["none.txt"] = {**one, "rechecked": {**one["rechecked"], "value": None}}
+    many = {"by_source": own, "audited_sources": 5000, "unaudited": list("abcdefghij"), "unaudited_sources": 90_000}
+    lines = audit_lines({SUMMARY: {**said, **many}})
+    by_source = lines["exact top 2% in rechecked blocks, by source"].split("; ")
+    assert [text.split()[0] for text in by_source[:-1]] == [f"{i:02d}.txt" for i in range(1, 11)]
+    assert by_source[-1] == "4,990 more"
+    assert lines["sources without an audited block"] == "a, b, c, d, e, f, g, h, i, j, 89,990 more"
+    assert listed(["a", "b"]) == "a, b"

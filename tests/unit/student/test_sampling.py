@@ -8,12 +8,22 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from ifguide.config import ConfigError, config_from_mapping
+from ifguide.stages.fit_student import _sample
 from ifguide.stages.score_corpus import _drawn_by
 from ifguide.student.recheck import LEAST, block_counts, histogram_of, least_count
-from ifguide.student.sample_worker import _Tally
-from ifguide.student.sampling import AUDITED_BLOCKS, Sampling, audit_share, audited_rows, require_audit
+from ifguide.student.sample_worker import Scorers, _Tally, label
+from ifguide.student.sampling import (
+    AUDITED_BLOCKS,
+    Sampling,
+    ShardBlocks,
+    audit_share,
+    audited_rows,
+    require_audit,
+)
 
 
 def test_the_sample_takes_the_same_share_of_every_source_and_the_audit_none_of_it() -> None:
@@ -110,3 +120,49 @@ def test_padding_of_the_last_block_is_of_no_source() -> None:
     assert tally.result()["sources"] == ["a", "b", "c"]
     assert tally.result()["sampled_sources"] == ["b", "c"]
     assert tally.result()["tokens"] == 6
+
+
+@pytest.mark.parametrize("kind", ["head", "suffix", "ngram"])
+def test_a_score_of_the_sample_that_is_not_finite_is_refused_by_token_and_block(kind: str) -> None:
+    tokens_BT, broken = np.ones((3, 4), np.int32), torch.zeros(1, 4)
+    broken[0, 2] = torch.nan
+
+    def score(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+        return broken[None] if len(tokens) == 1 else torch.zeros(1, *tokens.shape)
+
+    def score_and_read(tokens: Tensor, *_: Any, **__: Any) -> Any:
+        states = torch.zeros(*tokens.shape, 2)
+        return score(tokens), [states], states[None]
+
+    fine = SimpleNamespace(score=lambda tokens, *_, **__: torch.zeros(1, *tokens.shape), blocks=[None])
+    whole = SimpleNamespace(score=score, score_and_read=score_and_read, blocks=[None])
+    suffix = SimpleNamespace(score=lambda *arguments, **options: score(*arguments, **options)[0])
+    scorers = Scorers(*cast("Any", (fine, suffix) if kind == "suffix" else (whole, None)))
+    scoring = SimpleNamespace(apart=lambda _: None, decision=SimpleNamespace(micro_batch_blocks=2))
+    blocks = ShardBlocks(
+        ids_B=np.array([7, 8, 9]),
+        tokens_BT=tokens_BT,
+        lengths_B=np.array([4, 4, 4], np.int32),
+        documents_BT=np.zeros((3, 4), np.int64),
+        sources_BT=np.zeros((3, 4), np.int64),
+        sources=("a",),
+    )
+    labelled = label(cast("Any", SimpleNamespace(kind=kind, scoring=scoring)), scorers, blocks)
+    assert next(labelled)[0].scores_BT.shape == (2, 4)
+    named = "the sample by the suffix" if kind == "suffix" else "the sample"
+    with pytest.raises(
+        ValueError, match=f"scores of {named}: 1 are not finite, the first is nan at token 2 of block 9"
+    ):
+        next(labelled)
+
+
+def test_ten_of_the_sources_without_a_sampled_block_are_named_and_all_counted() -> None:
+    counts = dict.fromkeys(("blocks", "held", "tokens", "halvings"), 1)
+    names = [f"{i:02d}.txt" for i in range(40)]
+    parts = {
+        "a": {**counts, "sources": names[:30], "sampled_sources": names[:2]},
+        "b": {**counts, "sources": names[20:], "sampled_sources": names[35:]},
+    }
+    sample = _sample(cast("Any", parts))
+    assert (sample["blocks"], sample["sources"], sample["unsampled_sources"]) == (2, 40, 33)
+    assert sample["unsampled"] == names[2:12]
