@@ -170,7 +170,11 @@ class _Sections:
     def _fit_student(self) -> dict[str, Check]:
         checks, student = self._proxy(), self.config.fit_student
         if student.kind == "encoder" and student.encoder.source is not None:
-            checks["fit_student.encoder.source"] = self._model("fit_student.encoder.source", student.encoder.source)
+            source, block = student.encoder.source, self.config.pack_corpus.block_size
+            checks["fit_student.encoder.source"] = self._model("fit_student.encoder.source", source)
+            checks["fit_student.encoder tokens"] = partial(
+                self.models.encoder_reads, source, self.run.tokenizer_source, block
+            )
         return checks
 
     def _score_corpus(self) -> dict[str, Check]:

@@ -20,7 +20,8 @@ from ifguide.influence.decision import METHOD
 from ifguide.models import source_fingerprint
 from ifguide.run import Run
 from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
-from ifguide.student.encoder import require_apart, require_readable
+from ifguide.student.encoder import require_apart
+from ifguide.student.pretrained import require_readable
 from ifguide.student.sample_fit import fit_on_parts
 from ifguide.student.sample_worker import TRANSFORMS, SamplePart, SampleSettings, ScoreSample, fit_transforms
 from ifguide.student.sampling import Sampling
