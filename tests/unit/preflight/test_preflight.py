@@ -205,11 +205,25 @@ def test_an_encoder_that_cannot_read_the_corpus_is_a_fault(tree, tmp_path, fault
     assert f"{encoder}: pack_corpus.block_size: 65 tokens are more than the 64 positions of " in found
     assert faults("fit_student", fit_student={**student, "kind": "head"}) == []
     tree |= {"tokenizer": str(tmp_path / "run" / "later"), "fit_student": student}
-    said = [str(finding) for finding in preflight(config_from_mapping(tree), ["fit_student"])]
-    assert (
-        f"fit_student.encoder.source = {encoder}: whether its tokens are those of {tree['tokenizer']}: its stage"
-        in (said[-1])
-    )
+    unknown = f"fit_student.encoder.source = {encoder}: whether its tokens are those of {tree['tokenizer']}: its stage"
+    said = preflight(config_from_mapping(tree), ["fit_student"])
+    assert any(str(finding).startswith(unknown) for finding in said)
+
+
+def test_an_audit_of_hardly_a_block_of_the_packed_corpus_is_a_fault(tree, faults) -> None:
+    run = Run(config=config_from_mapping(tree))
+    student = {"scorer": "cascade", "audit_fraction": 0.01}
+    assert faults("score_corpus", score_corpus=student | {"resources": {"gpus": 0}}) == []
+    (unchecked,) = [
+        finding for finding in preflight(config_from_mapping(tree), ["score_corpus"]) if "audit" in finding.key
+    ]
+    assert unchecked.text == f"whether that is 5 blocks or more: {run.corpus} is not packed yet"
+    run.open(run.corpus, "pack_corpus", inputs={}).finish([], rows={"blocks": 400}, summary={})
+    for verb in ("fit_student", "score_corpus"):
+        (found,) = faults(verb)
+        assert found.startswith("score_corpus.audit_fraction = 0.01: 0.01 of 400 blocks is an audit of 4.0, which ")
+    assert faults("score_corpus", score_corpus__audit_fraction=0.013) == []
+    assert faults("score_corpus", score_corpus={"resources": {"gpus": 0}}) == []
 
 
 def test_a_run_directory_that_cannot_be_is_a_fault(tmp_path, faults) -> None:
