@@ -13,10 +13,8 @@ Cost: one model in memory. `state_fingerprint` reads every parameter once (about
 It does not train, quantise or shard a model.
 """
 
-import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
+from ifguide.architecture import named_errors
 from ifguide.artifacts import file_digest, folder_digest, json_digest
 from ifguide.config import ModelSource
 from ifguide.documents import begins_document
@@ -77,7 +76,7 @@ def load_model(
         assert model.source is not None
         location, location_options = locate(model.source, model.revision, model.trust_remote_code, weights=True)
         _require_file(model.source, location, "config.json", unless="gguf_file" in location_options)
-        with _named(model.source):
+        with named_errors(model.source):
             loaded = AutoModelForCausalLM.from_pretrained(location, **location_options, **options)
     for module in loaded.modules():
         if isinstance(module, nn.Embedding):
@@ -125,42 +124,9 @@ def source_fingerprint(source: str, revision: str | None = None) -> str:
         return json_digest(source if revision is None else [source, revision])
 
 
-def load_architecture(model: ModelSource) -> dict[str, Any]:
-    """The config fields of `model` without its weights: what `ModelSource.architecture` takes."""
-    if model.architecture is not None:
-        return dict(model.architecture)
-    assert model.source is not None
-    location, options = locate(model.source, model.revision, model.trust_remote_code)
-    with _named(model.source):
-        fields: dict[str, Any] = AutoConfig.from_pretrained(location, **options).to_dict()
-    return fields
-
-
-@contextlib.contextmanager
-def _named(source: str) -> Iterator[None]:
-    """Have errors of files that are not what they should be name the model. Of damaged ones nearly any error comes."""
-    try:
-        yield
-    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{source}: the model cannot be loaded ({error}); restore its files") from error
-
-
 def _require_file(source: str, location: str, name: str, *, unless: bool) -> None:
     if not unless and Path(location).is_dir() and not (Path(location) / name).is_file():
         raise FileNotFoundError(f"{source}: the folder has no {name}; name a folder made by save_pretrained")
-
-
-def check_vocabulary(
-    vocab_size: int, tokenizer: PreTrainedTokenizerFast, *, model_name: str, tokenizer_name: str
-) -> None:
-    """Raises ValueError when the tokenizer can make ids that the model has no embedding for."""
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer_name} has {len(tokenizer)} tokens but model {model_name} only {vocab_size}; "
-            "use the model's own tokenizer, or set vocab_size of its architecture to at least that"
-        )
 
 
 def linearise(model: PreTrainedModel) -> PreTrainedModel:

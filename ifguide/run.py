@@ -52,6 +52,7 @@ STANDS_FOR = {  # what has come from elsewhere -> the verbs that it takes the pl
     "import_mask": ("fit_factors", "build_query", "fit_student", "score_corpus", "build_mask"),
 }
 OF_MASKED = ("objective", "penalty")  # of `pretrain`: what a training without a mask does not read
+OF_STUDENT = ("recheck_fraction", "audit_fraction")  # of `score_corpus`: what exact scores do not read
 # Of `evaluate`, what the analyses read; which prompts the lens takes, the artifact's inputs tell.
 ANALYSED = ("models", "word_list", "classifier", "max_new_tokens", "bootstrap_samples")
 TRAINED = "trained"  # the name in a plan of a tokenizer that is trained on the corpus
@@ -220,15 +221,26 @@ class Run:
         options = result_options(self.config, RESULT_KEYS[verb])
         if verb == "pack_corpus":
             options["tokenizer"] = self.planned_tokenizer
-        elif verb == "pretrain" and not self.config.pretrain.use_mask:
+        elif unread := self._unread(verb):
             made = artifacts.made_from(self.made_by(verb))["options"].get(verb, {})  # of before: the whole section
-            options[verb] = {key: value for key, value in options[verb].items() if key not in OF_MASKED}
-            options[verb] |= {key: made[key] for key in OF_MASKED if key in made}
+            options[verb] = {key: value for key, value in options[verb].items() if key not in unread}
+            options[verb] |= {key: made[key] for key in unread if key in made}
         elif verb == "analyse":
             made = artifacts.made_from(self.analyses)["options"].get("evaluate", {})  # of before: the whole section
             unread = {key: value for key, value in made.items() if key not in ANALYSED}
             options["evaluate"] = unread | {key: options["evaluate"][key] for key in ANALYSED}
         return options
+
+    def _unread(self, verb: str) -> tuple[str, ...]:
+        """The keys of a verb's section that its result does not depend on, as the other keys are set."""
+        config = self.config
+        if verb == "pretrain" and not config.pretrain.use_mask:
+            return OF_MASKED
+        if verb == "fit_student" and config.fit_student.kind != "encoder":
+            return ("encoder",)
+        if verb == "score_corpus":
+            return ("min_agreement", *(("smooth",) if config.score_corpus.uses_student else OF_STUDENT))
+        return ()
 
     def open(
         self,

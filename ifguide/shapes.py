@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
@@ -29,8 +28,9 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ifguide.architecture import load_architecture
 from ifguide.config import ConfigError, ModelSource
-from ifguide.models import linearise, load_architecture, tracked_modules, transformer_blocks
+from ifguide.models import linearise, tracked_modules, transformer_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,29 +89,6 @@ def initial_model(target: ModelSource, init_from: str | None) -> ModelSource:
     if target.source is None and target.architecture is None:
         raise ConfigError("target: set target.architecture or target.source, or pretrain.init_from")
     return target
-
-
-def with_positions(fields: Mapping[str, Any], block_size: int) -> dict[str, Any]:
-    """A Hugging Face config's fields with a position for every token of a block, if they leave that open."""
-    has_positions = _positions(fields) is not None
-    return dict(fields) if has_positions else {**fields, "max_position_embeddings": block_size}
-
-
-def require_positions(name: str, fields: Mapping[str, Any], block_size: int, *, beginning: int = 0) -> None:
-    """Raises ValueError when a model of these config fields has fewer positions than a block has tokens, with
-    `beginning` ones (a BOS) before it."""
-    positions = _positions(fields)
-    if positions is not None and positions < block_size + beginning:
-        raise ValueError(
-            f"pack_corpus.block_size: {block_size} tokens{' and a BOS' * beginning} are more than the {positions}"
-            f" positions of {name}; pack {positions - beginning} at most, or take a model with more"
-            " (max_position_embeddings)"
-        )
-
-
-def _positions(fields: Mapping[str, Any]) -> int | None:
-    text = fields.get("text_config") or fields
-    return text.get("max_position_embeddings", text.get("n_positions"))
 
 
 def model_shape(model: ModelSource, key: str, *, traced: bool = True, vocabulary: int | None = None) -> ModelShape:

@@ -74,6 +74,7 @@ def read_record(path: Path, config: Config, *, proxy: str) -> Record | None:
     record = Record(**json.loads(path.read_text(encoding="utf-8")))
     options, methods = _identity(config, proxy)
     old, new = _flat(record.options), _flat(options)
+    old.pop("score_corpus.min_agreement", None)  # of records that were made while it counted
     unlike = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in sorted(old.keys() | new.keys())
               if old.get(key) != new.get(key)]  # fmt: skip
     unlike += [

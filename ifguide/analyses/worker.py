@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.influence.query_file import QueryRow
 from ifguide.models import load_model, max_positions
 from ifguide.tokenizer import beginning_token, load_tokenizer
-from ifguide.toxicity import make_classifier
+from ifguide.toxicity import Classifier, make_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class AnalysisSettings:
 
 
 class AnalyseModel:
-    """Worker: one analysis of one model; keeps the last model it used."""
+    """Worker: one analysis of one model; keeps the last model it used, and the classifier."""
 
     def __init__(self, settings: AnalysisSettings):
         self.settings, self.options = settings, settings.options
@@ -60,6 +61,11 @@ class AnalyseModel:
         self.device = "cuda" if self.options.resources.gpus else "cpu"
         self.loaded: tuple[str, Any, Any] | None = None
         self.beginning: list[int] = []  # of the texts of the loaded model
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """Loaded when it is first asked for."""
+        return make_classifier(self.settings.classifier, gpus=self.options.resources.gpus)
 
     def process(self, task: AnalysisTask) -> dict[str, Any]:
         if self.loaded is None or self.loaded[0] != task.model:
@@ -110,7 +116,7 @@ class AnalyseModel:
         return {"texts": len(encoded), **probes}
 
     def _attack(self, model: Any, tokenizer: Any, row: QueryRow) -> dict[str, Any]:
-        gcg = self.options.gcg
+        gcg, classifier = self.options.gcg, self.classifier  # one that cannot be loaded fails before the search
         following = gcg.suffix_tokens + max(gcg.target_tokens, self.settings.max_new_tokens)
         context = self._begun(model, tokenizer, row.prompt, following)
         target = self._encode(tokenizer, row.completion)[: gcg.target_tokens]
@@ -132,7 +138,7 @@ class AnalyseModel:
             allowed_V=allowed_V,
             keeps_its_tokens=keeps_its_tokens,
         )
-        before, after = self._judged(model, tokenizer, context, outcome.suffix)
+        before, after = self._judged(classifier, model, tokenizer, context, outcome.suffix)
         return {
             "row": row.row,
             "target": decode(tokenizer, [target])[0],
@@ -146,14 +152,13 @@ class AnalyseModel:
         }
 
     def _judged(
-        self, model: Any, tokenizer: Any, context: list[int], suffix: Sequence[int]
+        self, classifier: Classifier, model: Any, tokenizer: Any, context: list[int], suffix: Sequence[int]
     ) -> tuple[tuple[str, bool], tuple[str, bool]]:
         """What is decoded greedily after the context, and after it with the suffix; whether the classifier flags it."""
         count = self.settings.max_new_tokens
         drawn = [greedy_continuation(model, ids, count) for ids in (context, [*context, *suffix])]
         drawn = [before_end(tokens, tokenizer.eos_token_id) for tokens in drawn]
         texts = decode(tokenizer, drawn)
-        classifier = make_classifier(self.settings.classifier, gpus=self.options.resources.gpus)
         before, after = (classifier.score(texts)[classifier.classes[0]] >= THRESHOLD).tolist()
         return (texts[0], before), (texts[1], after)
 

@@ -66,7 +66,7 @@ class ScoreCorpus:
     smooth: Smoothing | None = Smoothing()
     micro_batch_blocks: int | None = option(None, at_least=1)
     check_blocks: int = option(4, at_least=0)
-    min_agreement: float = option(0.9, at_least=0, at_most=1)
+    min_agreement: float = option(0.9, at_least=0, at_most=1, affects_result=False)
     scorer: Literal["exact", "student", "cascade"] = option("exact", off="exact")
     recheck_fraction: float = option(0.1, above=0, at_most=1, off=0.1)
     audit_fraction: float = option(0.01, above=0, at_most=1, off=0.01)

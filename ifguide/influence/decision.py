@@ -95,7 +95,8 @@ class Decision:
             f" tokens {self.check.top:.3f} with the exact method on {self.check.tokens:,} tokens;"
             f" score_corpus.min_agreement is {least}.{cut}"
             " Set score_corpus.precision: float32, or preset: exact, in another run_dir or after deleting the folder of"
-            " the scores. A larger score_corpus.check_blocks compares more tokens"
+            " the scores, or accept it by a lower score_corpus.min_agreement. A larger score_corpus.check_blocks"
+            " compares more tokens"
         )
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ifguide.architecture import require_positions
 from ifguide.artifacts import require_same
 from ifguide.config import ModelSource
 from ifguide.documents import keeps_documents_apart
 from ifguide.models import linearise, load_model, state_fingerprint, tracked_modules
-from ifguide.shapes import require_positions
 from ifguide.tokenizer import beginning_token
 
 BEGINNING, TEXTS = "beginning_token", "texts"  # in the inputs of an artifact

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ifguide.architecture import with_positions
 from ifguide.config import Config, ConfigError
-from ifguide.shapes import ModelShape, initial_model, model_shape, shape_of_fields, with_positions
+from ifguide.shapes import ModelShape, initial_model, model_shape, shape_of_fields
 from ifguide.tokenizer import load_tokenizer
 
 

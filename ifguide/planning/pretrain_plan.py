@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ifguide.architecture import require_positions
 from ifguide.config import Config, ConfigError, Pretrain
 from ifguide.config.pretrain import check_pretrain
 from ifguide.folders import BASELINE, CORPUS, PENALISED, TARGET
@@ -22,7 +23,7 @@ from ifguide.planning.job import Job, StageEstimate
 from ifguide.planning.models import target_shape
 from ifguide.planning.table import duration, size
 from ifguide.planning.training_memory import USABLE, TrainingMemory, training_memory
-from ifguide.shapes import ModelShape, require_positions
+from ifguide.shapes import ModelShape
 from ifguide.training.adapters import adapter_parameters
 from ifguide.training.schedule import Schedule
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,17 @@ class ModelChecks:
 
     def corpus_tokens(self, proxy: ModelSource, tokenizer: str) -> None:
         """That the proxy reads the tokens of the corpus' tokenizer, where both lie here."""
-        key, source = "proxy.source", proxy.source or ""
-        if source == tokenizer:
-            return
+        if proxy.source is not None and proxy.source != tokenizer:
+            self._tokens("proxy.source", proxy.source, tokenizer, partial(require_corpus_tokens, proxy, tokenizer))
+
+    def encoder_reads(self, source: str, tokenizer: str, block_size: int) -> None:
+        """That a pretrained encoder reads blocks of that many tokens of the corpus' tokenizer, where both lie here."""
+        from ifguide.student.pretrained import KEY, require_readable
+
+        self._tokens(KEY, source, tokenizer, partial(require_readable, source, tokenizer, block_size))
+
+    def _tokens(self, key: str, source: str, tokenizer: str, require: Callable[[], None]) -> None:
+        """What is required of a model's tokens, where it and the tokenizer lie here."""
         places = location(source), location(tokenizer)
         if any(is_remote(place) or not place.exists() for place in places):
             self.findings.leave(
@@ -68,7 +77,7 @@ class ModelChecks:
             )
             return
         with self.findings.caught(key, source):
-            require_corpus_tokens(proxy, tokenizer)
+            require()
 
     def architecture(self, key: str, fields: dict[str, Any]) -> None:
         """Fields of a config of transformers: a known `model_type`, no field that it would ignore, and values that go

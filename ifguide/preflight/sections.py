@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
-from ifguide.artifacts import MANIFEST, standing
+from ifguide.artifacts import MANIFEST, read_manifest, standing
 from ifguide.config import VERBS, Config, Evaluate
 from ifguide.config.methods import check_method
 from ifguide.config.resources import WorkerResources
@@ -18,6 +18,7 @@ from ifguide.preflight.selection import SelectionChecks
 from ifguide.preflight.tables import TableChecks
 from ifguide.run import RESULT_KEYS, Run
 from ifguide.storage import is_remote, location
+from ifguide.student.sampling import LEAST_AUDITED, require_audit
 
 Check = Callable[[], object]
 CHECK_CLASSIFIER = "check_classifier"  # `evaluate --check-classifier`
@@ -170,14 +171,32 @@ class _Sections:
     def _fit_student(self) -> dict[str, Check]:
         checks, student = self._proxy(), self.config.fit_student
         if student.kind == "encoder" and student.encoder.source is not None:
-            checks["fit_student.encoder.source"] = self._model("fit_student.encoder.source", student.encoder.source)
-        return checks
+            source, block = student.encoder.source, self.config.pack_corpus.block_size
+            checks["fit_student.encoder.source"] = self._model("fit_student.encoder.source", source)
+            checks["fit_student.encoder tokens"] = partial(
+                self.models.encoder_reads, source, self.run.tokenizer_source, block
+            )
+        return checks | {"score_corpus.audit_fraction": self._audit}
+
+    def _audit(self) -> None:
+        """That a student's audit has enough of the corpus' blocks."""
+        key, fraction = "score_corpus.audit_fraction", self.config.score_corpus.audit_fraction
+        if (self.run.scores / MANIFEST).exists():
+            return
+        if not (self.run.corpus / MANIFEST).exists():
+            unknown = f"whether that is {LEAST_AUDITED} blocks or more: {self.run.corpus} is not packed yet"
+            self.findings.leave(key, fraction, unknown)
+            return
+        with self.findings.caught(key, fraction):
+            require_audit(fraction, read_manifest(self.run.corpus).rows["blocks"])
 
     def _score_corpus(self) -> dict[str, Check]:
         checks = self._proxy()
         for name, folder in self.config.score_corpus.queries.items():
             key = f"score_corpus.queries.{name}"
             checks[key] = partial(self._folder, key, folder, MANIFEST)
+        if self.config.score_corpus.uses_student:
+            checks["score_corpus.audit_fraction"] = self._audit
         return checks
 
     def _folder(self, key: str, value: str, file: str | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ifguide.artifacts import Manifest
+from ifguide.artifacts import MANIFEST, Manifest
 from ifguide.config import check_student
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import require_resources
@@ -20,11 +20,19 @@ from ifguide.influence.decision import METHOD
 from ifguide.models import source_fingerprint
 from ifguide.run import Run
 from ifguide.stages.scoring import SCORING, ScoringInputs, scoring_options
-from ifguide.student.encoder import require_apart, require_readable
+from ifguide.student.encoder import require_apart
+from ifguide.student.pretrained import require_readable
 from ifguide.student.said import NAMED
 from ifguide.student.sample_fit import fit_on_parts
-from ifguide.student.sample_worker import TRANSFORMS, SamplePart, SampleSettings, ScoreSample, fit_transforms
-from ifguide.student.sampling import Sampling
+from ifguide.student.sample_worker import (
+    TRANSFORMS,
+    SamplePart,
+    SampleSettings,
+    ScoreSample,
+    fit_transforms,
+    require_blocks,
+)
+from ifguide.student.sampling import Sampling, require_audit
 from ifguide.student.scorers import FACTS, STUDENT
 from ifguide.telemetry import log
 
@@ -39,7 +47,7 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
         ConfigError: a student cannot learn what the config asks for, or this machine is too small.
         MismatchError: the query is of another proxy, or a student that was begun of another encoder. FileNotFoundError:
             there is no such encoder. ValueError: it cannot read the corpus, or keep documents apart and is to; or the
-            sample is too small. StageError: a part failed.
+            sample or the audit is too small. StageError: a part failed.
     """
     check_student(run.config)  # the config asks for none where scores are exact
     config, resources = run.config.fit_student, run.config.score_corpus.resources
@@ -53,19 +61,18 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
     given, encoder = ScoringInputs.of(run, VERB), config.encoder.source if config.kind == "encoder" else None
     inputs = dict(given.inputs) if encoder is None else {**given.inputs, ENCODER: source_fingerprint(encoder)}
     extra = {SCORING: scoring_options(run.config)}
+    sampling = Sampling(fraction=config.sample_fraction, held_out=config.held_out, seed=run.config.seed)
+    if not (run.student / MANIFEST).exists():
+        _require_fit(given, sampling, encoder)
     artifact = run.open(run.student, VERB, inputs=inputs, extra=extra)
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.summary['chosen']}")
         return artifact.manifest
     require_resources(run.config.cluster, "score_corpus", resources)
-    if encoder is not None:
-        require_readable(encoder, run.tokenizer_source, given.packed.block_size)
-        if given.beginning.of_documents:
-            run_task(require_apart, encoder, resources=ONE_CPU)
     settings = SampleSettings(
         scoring=given.settings(VERB, run.student, resources),
         kind=config.kind,
-        sampling=Sampling(fraction=config.sample_fraction, held_out=config.held_out, seed=run.config.seed),
+        sampling=sampling,
         partitions=min(config.partitions, given.packed.num_shards),
         encoder=config.encoder,
         vocabulary=given.proxy.vocab_size,
@@ -89,6 +96,22 @@ def fit_student(run: Run, *, dry_run: bool = False) -> Manifest | None:
         f" the blocks that it was chosen by in its own top 10%; {run.student}",
     )
     return manifest
+
+
+def _require_fit(given: ScoringInputs, sampling: Sampling, encoder: str | None) -> None:
+    """Refuse what no student can be fitted or audited on. It comes before the plan, which would hold what is to be set
+    otherwise.
+
+    Raises:
+        ValueError: the sample or the audit is too small, or the encoder cannot read the corpus or keep documents apart.
+    """
+    config, corpus = given.run.config, given.packed
+    require_audit(config.score_corpus.audit_fraction, corpus.num_blocks)
+    if encoder is not None:
+        require_readable(encoder, given.run.tokenizer_source, corpus.block_size)
+        if given.beginning.of_documents:
+            run_task(require_apart, encoder, resources=ONE_CPU)
+    require_blocks(corpus, sampling, config.fit_student.kind)
 
 
 def _sample(results: ShardResults) -> dict[str, Any]:

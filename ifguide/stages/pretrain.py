@@ -20,6 +20,7 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from ifguide import interrupts
+from ifguide.architecture import check_vocabulary, require_positions
 from ifguide.artifacts import Manifest, file_entry, read_sealed, remove_tree, require, require_same
 from ifguide.config import Cluster, redact, to_mapping, to_yaml
 from ifguide.corpus.tables import require_same_documents
@@ -28,10 +29,10 @@ from ifguide.distributed.network import name_interface
 from ifguide.distributed.session import connect, is_fixed, require_resources
 from ifguide.distributed.shards import StageError
 from ifguide.folders import BASELINE, EXPORT, PENALISED
-from ifguide.models import check_vocabulary, source_fingerprint
+from ifguide.models import source_fingerprint
 from ifguide.planning.pretrain_plan import describe, plan_pretrain, require_fit
 from ifguide.run import Run
-from ifguide.shapes import initial_model, require_positions, shape_of_fields
+from ifguide.shapes import initial_model, shape_of_fields
 from ifguide.spans.filling import mask_other_tokens
 from ifguide.storage import is_remote, location
 from ifguide.telemetry import METRICS, configure_logging, log
@@ -87,11 +88,10 @@ def pretrain(run: Run, *, dry_run: bool = False, name: str | None = None) -> Man
         log(VERB, f"{settings.name} is complete")
         return artifact.manifest
     summary = _train(settings, run.config.cluster)
-    sources = [source.path for source in run.config.pack_corpus.inputs]
     write_model_card(
         artifact.folder / EXPORT,
         settings,
-        sources=sources,
+        sources=[source.path for source in run.config.pack_corpus.inputs],
         corpus=corpus,
         mask=mask,
         scores=run.scores,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ifguide.architecture import check_vocabulary
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.tasks import run_task
 from ifguide.influence.proxy import Beginning, ProxyFacts, describe_proxy
-from ifguide.models import check_vocabulary
 from ifguide.run import Run
 from ifguide.telemetry import log
 from ifguide.tokenizer import load_tokenizer, require_corpus_tokens

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ifguide.artifacts import Manifest, require, require_same
+from ifguide.artifacts import MANIFEST, Manifest, require, require_same
 from ifguide.config import Config, ScoreCorpus
 from ifguide.config.resources import ONE_CPU
 from ifguide.distributed.session import require_resources
@@ -61,6 +61,7 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
 
     Raises:
         MismatchError: the query is of another proxy. StageError: a shard failed (NaN scores name shard and block).
+            ValueError: the audit of a student would hold hardly a block, or it misses too much; says what to do.
     """
     config = run.config.score_corpus
     method = chosen_method(config)
@@ -79,6 +80,8 @@ def score_corpus(run: Run, *, dry_run: bool = False) -> Manifest | None:
     inputs = dict(given.inputs)
     if config.uses_student:
         inputs["student"] = require_student(given).fingerprint
+        if not (run.scores / MANIFEST).exists():  # before the plan, which would hold the fraction that is to be raised
+            require_audit(config.audit_fraction, given.packed.num_blocks)
     artifact = run.open(run.scores, VERB, inputs=inputs, extra=_drawn_by(run.config))
     if artifact.manifest:
         log(VERB, f"complete: {artifact.manifest.rows}")
@@ -147,17 +150,14 @@ def _by_student(given: ScoringInputs, settings: ScoringSettings, shards: Sequenc
     """Every block by the student, then some of them exactly, and the certificate.
 
     Raises:
-        ValueError: the audit would hold hardly a block, or the certificate falls short of `score_corpus.min_recall`;
-            says what to do.
+        ValueError: the certificate falls short of `score_corpus.min_recall`; says what to do.
     """
     config, folder, student = given.run.config.score_corpus, settings.scores, given.run.student
-    share = audit_share(config.audit_fraction, given.packed.num_blocks)
-    require_audit(share, given.packed.num_blocks)
     cascade = CascadeSettings(
         scoring=settings,
         student=student,
         facts=StudentFacts.read(student),
-        audit_fraction=share,
+        audit_fraction=audit_share(config.audit_fraction, given.packed.num_blocks),
         seed=given.run.config.seed,
         replaces=config.scorer == "cascade",
     )

@@ -28,11 +28,9 @@ from ifguide.artifacts import publish
 from ifguide.config import Encoder, ModelSource
 from ifguide.documents import keeps_documents_apart, last_hidden_state
 from ifguide.lm_head import output_embedding
-from ifguide.models import check_vocabulary, load_architecture, load_model, predicted_positions
-from ifguide.shapes import require_positions
-from ifguide.tokenizer import check_own_tokens, load_tokenizer
+from ifguide.models import load_model, predicted_positions
+from ifguide.student.pretrained import KEY
 
-KEY = "fit_student.encoder.source"
 FIELDS, WEIGHTS = "fields", "weights."  # in a student's file
 
 
@@ -52,21 +50,6 @@ def encoder_source(options: Encoder, vocabulary: int, block_size: int) -> ModelS
         "tie_word_embeddings": True,
     }
     return ModelSource(architecture=fields)
-
-
-def require_readable(source: str, tokenizer: str, block_size: int) -> None:
-    """Refuse a pretrained encoder that cannot read the corpus' blocks, which are tokens of `tokenizer`.
-
-    Raises:
-        ValueError: it has fewer token ids, other tokens, or fewer positions; says so. FileNotFoundError: there is none.
-    """
-    name, model, of_corpus = f"{KEY}: {source}", ModelSource(source=source), load_tokenizer(tokenizer)
-    fields = load_architecture(model)
-    vocabulary = (fields.get("text_config") or fields)["vocab_size"]
-    check_vocabulary(vocabulary, of_corpus, model_name=name, tokenizer_name=tokenizer)
-    remedy = "name a model of the corpus' tokenizer, or none"
-    check_own_tokens(model, of_corpus, tokenizer_name=tokenizer, key=KEY, remedy=remedy)
-    require_positions(name, fields, block_size)
 
 
 def require_apart(source: str) -> None:

@@ -20,8 +20,9 @@ from ifguide.influence.score_tables import require_finite
 from ifguide.influence.scorer import TokenScorer
 from ifguide.influence.scoring_worker import ScoringSettings, in_micro_batches, layers_of, tensors
 from ifguide.models import predicted_positions
+from ifguide.spans.tables import PackedCorpus
 from ifguide.storage import local_copy
-from ifguide.student.head_fit import Transforms
+from ifguide.student.head_fit import NO_BLOCKS, Transforms
 from ifguide.student.parts import (
     EncoderPart,
     HeadPart,
@@ -119,6 +120,21 @@ class Scorers(NamedTuple):
         """The `suffix`, not yet calibrated."""
         assert self.suffix is not None
         return SuffixStudent(first=first_of_suffix(len(self.exact.blocks)), steps=tuple(self.suffix.steps or ()))
+
+
+def require_blocks(corpus: PackedCorpus, sampling: Sampling, kind: Kind) -> None:
+    """Refuse a sample that no student of a kind can be fitted on. Reads shards until it knows: mostly one.
+
+    Raises:
+        ValueError: no block is held out, or (a `suffix` needs none) no other is sampled; says what to set.
+    """
+    fitted, held = kind == "suffix", False
+    for shard in range(corpus.num_shards):
+        held_B = _sampled(read_blocks(corpus, shard), sampling, shard).held_B
+        fitted, held = fitted or not held_B.all(), held or bool(held_B.any())
+        if fitted and held:
+            return
+    raise ValueError(NO_BLOCKS)
 
 
 class _Sampled(NamedTuple):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from ifguide.architecture import load_architecture, with_positions
 from ifguide.artifacts import fsync_tree, remove_tree
 from ifguide.config import ConfigError, ModelSource, Pretrain
 from ifguide.influence.fused import can_fuse
-from ifguide.models import load_architecture, load_model
-from ifguide.shapes import initial_model, with_positions
+from ifguide.models import load_model
+from ifguide.shapes import initial_model
 from ifguide.telemetry import log
 from ifguide.training.adapters import adapt, load_trained
 from ifguide.training.choices import CHOICES, Choices, Compiled

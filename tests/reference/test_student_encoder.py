@@ -13,7 +13,7 @@ import torch
 
 from ifguide.config import Encoder, ModelSource
 from ifguide.models import load_model
-from ifguide.student.encoder import EncoderStudent, TokenRegression, encoder_source, require_apart, require_readable
+from ifguide.student.encoder import EncoderStudent, TokenRegression, encoder_source, require_apart
 from ifguide.student.encoder_fit import (
     MEAN,
     EncoderSettings,
@@ -27,6 +27,7 @@ from ifguide.student.encoder_fit import (
 from ifguide.student.fidelity import fidelity
 from ifguide.student.head_fit import TRANSFORMS
 from ifguide.student.parts import EncoderPart, Labelled, fit_encoder_parts
+from ifguide.student.pretrained import require_readable
 from tests.tiny import ARCHITECTURES, GPT2, LLAMA, VOCABULARY, as_tensors, random_blocks
 from tests.tokenizers import byte_level, train_unigram
 

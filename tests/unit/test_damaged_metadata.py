@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
+from ifguide.architecture import load_architecture
 from ifguide.artifacts import PLAN, read_manifest, write_manifest
 from ifguide.cli import main
 from ifguide.config import ModelSource, to_mapping
 from ifguide.distributed.ledger import LEDGER, Attempts, read_attempts
 from ifguide.influence.decision import METHOD, Decision
 from ifguide.influence.query_file import QUERIES, QueryRow, read_queries, write_queries
-from ifguide.models import load_architecture, load_model
+from ifguide.models import load_model
 from ifguide.report.data import _curve
 from ifguide.run import Run
 from ifguide.telemetry import PROGRESS, last_progress, read_metrics

@@ -12,12 +12,11 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import AutoConfig, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from ifguide.architecture import check_vocabulary, load_architecture
 from ifguide.config import ModelSource
 from ifguide.influence.proxy import Beginning, describe_proxy, load_proxy
 from ifguide.models import (
-    check_vocabulary,
     linearise,
-    load_architecture,
     load_model,
     next_token_nll,
     predicted_positions,

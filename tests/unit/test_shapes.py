@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ifguide.architecture import require_positions, with_positions
 from ifguide.config import ModelSource
 from ifguide.config.pretrain import Lora
 from ifguide.models import load_model
@@ -13,9 +14,7 @@ from ifguide.shapes import (
     initial_model,
     model_shape,
     published_shapes,
-    require_positions,
     shape_of_fields,
-    with_positions,
 )
 from ifguide.training.adapters import adapt, adapter_parameters
 from tests.tiny import ARCHITECTURES, random_blocks, tiny_model

@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def analysed(source: str, method: str, **changes: Any) -> dict[str, Any]:
+def worker_of(source: str, **changes: Any) -> worker.AnalyseModel:
     settings: dict[str, Any] = {
         "options": Analyse(max_tokens=100, folds=2, gcg=GCG, resources=Resources(gpus=0)),
         "models": {"model": source},
@@ -51,8 +51,15 @@ def analysed(source: str, method: str, **changes: Any) -> dict[str, Any]:
         "bootstrap": Bootstrap(samples=10),
         "seed": 0,
     }
-    actor = worker.AnalyseModel(worker.AnalysisSettings(**{**settings, **changes}))
-    return actor.process(AnalysisTask(key="key", model="model", method=method, number=0))
+    return worker.AnalyseModel(worker.AnalysisSettings(**{**settings, **changes}))
+
+
+def task(method: str) -> AnalysisTask:
+    return AnalysisTask(key="key", model="model", method=method, number=0)
+
+
+def analysed(source: str, method: str, **changes: Any) -> dict[str, Any]:
+    return worker_of(source, **changes).process(task(method))
 
 
 @pytest.fixture
@@ -121,3 +128,24 @@ def test_what_is_decoded_after_the_end_of_a_text_is_not_judged(source: str, monk
     assert result["continuation"] == "a river"
     assert not result["flagged"]
     assert not result["flagged_before"]
+
+
+def test_the_classifier_is_loaded_once_and_before_the_first_attack(
+    source: str, texts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = ClassifierSource(name=f"words:{source}/lost.txt")
+    with pytest.raises(FileNotFoundError, match=r"lost\.txt"):
+        analysed(source, "gcg", classifier=lost)
+    assert "gcg" not in texts
+    assert analysed(source, "lens", classifier=lost)  # which reads none
+    loaded: list[Any] = []
+    make_classifier = worker.make_classifier
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        loaded.append(make_classifier(*arguments, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(worker, "make_classifier", counted)
+    actor = worker_of(source)
+    assert actor.process(task("gcg")) == actor.process(task("gcg"))
+    assert len(loaded) == 1

@@ -125,3 +125,47 @@ def test_analyses_are_of_what_they_read_of_evaluate_alone(tmp_path: Path, finish
     for key, value in (READ | {"classifier": "words:w"}).items():
         with pytest.raises(MismatchError, match=rf"evaluate\.{key}"):
             open_again(**{key: value})
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(
+    ("verb", "section", "unread", "read"),
+    [
+        ("score_corpus", {}, {"min_agreement": 0.5}, {"check_blocks": 9}),
+        ("score_corpus", {}, {"audit_fraction": 0.2, "recheck_fraction": 0.5}, {"smooth": None}),
+        ("score_corpus", {"scorer": "cascade"}, {"smooth": None, "min_agreement": 0.5}, {"audit_fraction": 0.2}),
+        ("score_corpus", {"scorer": "student"}, {"smooth": {"tokens": 9}}, {"recheck_fraction": 0.5}),
+        ("fit_student", {"kind": "head"}, {"encoder": {"layers": 1}}, {"kind": "encoder"}),
+        ("fit_student", {"kind": "encoder"}, {}, {"encoder": {"layers": 1}}),
+    ],
+)
+def test_what_a_verb_does_not_read_refuses_nothing_that_is_there(
+    tmp_path: Path,
+    verb: str,
+    section: dict[str, Any],
+    unread: dict[str, Any],
+    read: dict[str, Any],
+    finished: bool,
+    before: bool,
+) -> None:
+    """Of those that were made before, with a plan that holds it, neither."""
+
+    def run_of(**changes: Any) -> Run:
+        return Run(config=config_of(tmp_path, **{verb: {**section, **changes}}))
+
+    def open_again(**changes: Any) -> Manifest | None:
+        run = run_of(**changes)
+        standing(run.made_by(verb), run.options(verb))
+        return run.open(run.made_by(verb), verb, inputs={}).manifest
+
+    first = run_of()
+    whole = result_options(first.config, [verb])[verb]
+    if verb == "score_corpus":
+        whole["min_agreement"] = 0.9
+    artifact = first.open(first.made_by(verb), verb, inputs={}, extra={verb: whole} if before else {})
+    made = artifact.finish([], rows={}, summary={}) if finished else None
+    for changes in ({}, unread, {"min_agreement": 0.85} if verb == "score_corpus" else {}):
+        assert open_again(**changes) == made
+    with pytest.raises(MismatchError, match=rf"{verb}\.{next(iter(read))}"):
+        open_again(**read)

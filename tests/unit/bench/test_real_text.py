@@ -193,6 +193,10 @@ def test_a_record_stands_for_the_same_options_alone(tmp_path: Path) -> None:
     assert record is not None
     assert (record.made["commit"], record.made["date"]) == ("0123456", "2026-01-02")
     assert record.rows == comparison(1.0)
+    content = json.loads(path.read_text())
+    content["options"]["score_corpus"]["min_agreement"] = 0.8  # as records had it
+    path.write_text(json.dumps(content))
+    assert read_record(path, config, proxy="smollm2") is not None
     few = replace(config, compare=replace(config.compare, methods={}), run_dir="elsewhere", seed=3)
     only_own = read_record(path, few, proxy="smollm2")
     assert only_own is not None

@@ -29,6 +29,7 @@ def overridden(folder: Path, override: str) -> Config:
         "build_query.classifier.batch_size=2",
         "pretrain.workers=2",
         "score_corpus.max_actors=7",
+        "score_corpus.min_agreement=0.5",
         "score_corpus.resources.memory=1000",
         "evaluate.resources.attempts=1",
     ],

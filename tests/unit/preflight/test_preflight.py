@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import GPT2Config
 
 from ifguide.artifacts import open_artifact
 from ifguide.cli import main
@@ -194,6 +195,41 @@ def test_a_proxy_of_other_tokens_than_the_corpus_is_a_fault(tmp_path, faults) ->
         assert found.startswith(f"proxy.source = {proxy}: token 1 is 'b' in {other}, and 'a' in {proxy}, ")
         assert faults(verb, tokenizer=None) == []
     assert faults("score_corpus", pack_corpus__train_tokenizer=8192) == []  # it may be the very tokenizer
+
+
+def test_an_encoder_that_cannot_read_the_corpus_is_a_fault(tree, tmp_path, faults) -> None:
+    encoder, other = tmp_path / "encoder", tmp_path / "other"
+    word_tokenizer(("<eos>", "a", "b", "<unk>"), eos_token="<eos>").save_pretrained(encoder)
+    word_tokenizer(("<eos>", "b", "a", "<unk>"), eos_token="<eos>").save_pretrained(other)
+    GPT2Config(vocab_size=4, n_positions=64, n_embd=8, n_layer=1, n_head=1).save_pretrained(encoder)
+    (encoder / "model.safetensors").write_bytes(b"")
+    student = {"kind": "encoder", "encoder": {"source": str(encoder)}}
+    assert faults("fit_student", fit_student=student, tokenizer=str(encoder)) == []
+    (found,) = faults("fit_student", tokenizer=str(other))
+    assert found.startswith(f"fit_student.encoder.source = {encoder}: token 1 is 'b' in {other}, and 'a' in {encoder}")
+    (found,) = faults("fit_student", tokenizer=str(encoder), pack_corpus__block_size=65)
+    assert f"{encoder}: pack_corpus.block_size: 65 tokens are more than the 64 positions of " in found
+    assert faults("fit_student", fit_student={**student, "kind": "head"}) == []
+    tree |= {"tokenizer": str(tmp_path / "run" / "later"), "fit_student": student}
+    unknown = f"fit_student.encoder.source = {encoder}: whether its tokens are those of {tree['tokenizer']}: its stage"
+    said = preflight(config_from_mapping(tree), ["fit_student"])
+    assert any(str(finding).startswith(unknown) for finding in said)
+
+
+def test_an_audit_of_hardly_a_block_of_the_packed_corpus_is_a_fault(tree, faults) -> None:
+    run = Run(config=config_from_mapping(tree))
+    student = {"scorer": "cascade", "audit_fraction": 0.01}
+    assert faults("score_corpus", score_corpus=student | {"resources": {"gpus": 0}}) == []
+    (unchecked,) = [
+        finding for finding in preflight(config_from_mapping(tree), ["score_corpus"]) if "audit" in finding.key
+    ]
+    assert unchecked.text == f"whether that is 5 blocks or more: {run.corpus} is not packed yet"
+    run.open(run.corpus, "pack_corpus", inputs={}).finish([], rows={"blocks": 400}, summary={})
+    for verb in ("fit_student", "score_corpus"):
+        (found,) = faults(verb)
+        assert found.startswith("score_corpus.audit_fraction = 0.01: 0.01 of 400 blocks is an audit of 4.0, which ")
+    assert faults("score_corpus", score_corpus__audit_fraction=0.013) == []
+    assert faults("score_corpus", score_corpus={"resources": {"gpus": 0}}) == []
 
 
 def test_a_run_directory_that_cannot_be_is_a_fault(tmp_path, faults) -> None:

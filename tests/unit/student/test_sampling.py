@@ -1,8 +1,10 @@
 """Which blocks are scored exactly: the sample, the audit, and what a cascade rechecks."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,19 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from ifguide.artifacts import read_manifest
 from ifguide.config import ConfigError, config_from_mapping
+from ifguide.spans.tables import PackedCorpus
 from ifguide.stages.fit_student import _sample
 from ifguide.stages.score_corpus import _drawn_by
 from ifguide.student.recheck import LEAST, block_counts, histogram_of, least_count
-from ifguide.student.sample_worker import Scorers, _Tally, label
+from ifguide.student.sample_worker import Scorers, _Tally, label, require_blocks
 from ifguide.student.sampling import (
     AUDITED_BLOCKS,
     Sampling,
     ShardBlocks,
     audit_share,
     audited_rows,
+    read_blocks,
     require_audit,
 )
+from tests.exported import make_run
+from tests.tokenizers import tokenizers
+from tests.unit.selection.test_ensemble import TEXTS, T
 
 
 def test_the_sample_takes_the_same_share_of_every_source_and_the_audit_none_of_it() -> None:
@@ -101,6 +109,23 @@ def test_an_audit_of_hardly_a_block_is_refused_before_anything_is_scored() -> No
     sections = {"score_corpus": {"scorer": "cascade"}, "fit_student": {"sample_fraction": 1}}
     with pytest.raises(ConfigError, match=r"fit_student\.sample_fraction: 1 leaves no block to audit the cascade by"):
         config_from_mapping(sections)
+
+
+def test_a_sample_needs_a_block_that_is_held_out_and_but_for_a_suffix_another(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, TEXTS[:8], tokenizers()["bytes"], block_size=T, blocks_per_shard=12) / "corpus"
+    corpus, found = PackedCorpus.of(folder, read_manifest(folder)), set[tuple[bool, bool]]()
+    sources_S = [read_blocks(corpus, shard).sources_BT[:, 0] for shard in range(corpus.num_shards)]
+    assert len(sources_S) > 1
+    for seed in range(12):
+        sampling = Sampling(fraction=2 / corpus.num_blocks, held_out=0.5, seed=seed)
+        rows_S = [sampling.rows(sources_B, shard) for shard, sources_B in enumerate(sources_S)]
+        held_B = np.concatenate([sampling.held(len(rows), shard) for shard, rows in enumerate(rows_S)])
+        held, others = bool(held_B.any()), not held_B.all()
+        found.add((held, others))
+        for kind, suffices in (("head", held and others), ("suffix", held)):
+            with contextlib.nullcontext() if suffices else pytest.raises(ValueError, match="raise fit_student"):
+                require_blocks(corpus, sampling, cast("Any", kind))
+    assert found >= {(True, True), (True, False), (False, True)}
 
 
 def test_scores_say_their_seed_where_something_is_drawn_by_it() -> None:
