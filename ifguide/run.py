@@ -227,8 +227,8 @@ class Run:
             options[verb] |= {key: made[key] for key in unread if key in made}
         elif verb == "analyse":
             made = artifacts.made_from(self.analyses)["options"].get("evaluate", {})  # of before: the whole section
-            unread = {key: value for key, value in made.items() if key not in ANALYSED}
-            options["evaluate"] = unread | {key: options["evaluate"][key] for key in ANALYSED}
+            further = {key: value for key, value in made.items() if key not in ANALYSED}
+            options["evaluate"] = further | {key: options["evaluate"][key] for key in ANALYSED}
         return options
 
     def _unread(self, verb: str) -> tuple[str, ...]:
