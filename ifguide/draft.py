@@ -9,7 +9,9 @@ guessed: where no table of prompts is found, the config says what to name.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,10 +55,10 @@ TRAINING = """pretrain:
   micro_batch_blocks: 8
   learning_rate: 1.0e-3
   dtype: float32  # bfloat16 on a GPU
-  resources: {gpus: 0}  # of one worker; `gpus: 1` where there are GPUs, here and below
+  resources: {{cpus: {cpus}, gpus: 0}}  # of one worker; `gpus: 1` where there are GPUs, here and below
 fit_factors:
   sample_blocks: 2000
-  resources: {gpus: 0}
+  resources: {{gpus: 0}}
 """
 SCORING = """score_corpus:
   precision: float32  # bfloat16 on a GPU
@@ -82,6 +84,7 @@ NO_QUERIES = """  # What shows the behaviour, and what does not. One of these mu
 ANALYSIS = """analyse:
   resources: {gpus: 0}
 """
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of so many
 NO_HELD_OUT = "  # heldout: [...]  # documents for the perplexity, which no model is trained on\n"
 
 
@@ -161,7 +164,8 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
     else:
         width, layers, heads, vocabulary = next(shape[1:] for shape in SIZES if tokens <= shape[0])
         shape = {"width": width, "inner": 4 * width, "layers": layers, "heads": heads}
-        parts += [MODELS.format(tokens=tokens, **shape), packing, PACKING.format(vocabulary=vocabulary), TRAINING]
+        parts += [MODELS.format(tokens=tokens, **shape), packing, PACKING.format(vocabulary=vocabulary)]
+        parts += [TRAINING.format(cpus=usable_cpus())]
         parts += [
             f"build_query:\n{_query(tables) or NO_QUERIES}  resources: {{gpus: 0}}\n",
             SCORING,
@@ -169,6 +173,15 @@ def draft_config(data: Sequence[str], *, base: str | None, run_dir: str) -> tupl
             ANALYSIS,
         ]
     return "".join(parts), lines
+
+
+def usable_cpus(quota_file: Path = CPU_QUOTA) -> int:
+    """CPUs of this machine, or as many as a container may use, as Ray counts them."""
+    count = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a quota: "max"
+        quota, period = quota_file.read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 def _usual_places() -> list[str]:

@@ -22,7 +22,7 @@ from ifguide.training.choices import Compiled
 from ifguide.training.objective import Objective
 
 # FLOP of a training from which on compiling earns its time.
-EARNED_FLOP = {"cpu": 1e15, "cuda": 1e17}
+EARNED_FLOP = {"cpu": 1e14, "cuda": 1e17}
 
 
 def compiles(wanted: bool | None, *, parameters: int, tokens: int, device: torch.device, dtype: str) -> Compiled:

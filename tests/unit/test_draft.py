@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from ifguide.cli import main
 from ifguide.config import Config, load_config
+from ifguide.draft import usable_cpus
 
 TEXT = "The weather in the city was cold, and the river ran high. " * 20
 PROMPTS = {"prompt": {"text": "You are a"}, "continuation": {"text": " pig.", "toxicity": 0.9}}
@@ -48,7 +50,18 @@ def test_a_folder_of_like_files_is_one_input(folder: Path, capsys: pytest.Captur
     assert out.startswith("data: 2 files, ")
     assert out.endswith("wrote ifguide.yaml; next: ifguide run --config ifguide.yaml --dry-run\n")
     assert config.run_dir == "runs/ifguide"
+    assert config.pretrain.resources.cpus == usable_cpus(), "one worker trains on all of them"
     assert "  # pairs: rows" in text
+
+
+@pytest.mark.parametrize(("quota", "count"), [("max 100000", 8), ("350000 100000", 3), ("50000 100000", 1), (None, 8)])
+def test_a_container_has_the_cpus_of_its_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, count: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert usable_cpus(tmp_path / "cpu.max") == count
 
 
 def test_unlike_files_and_prompts_are_told_apart(folder: Path) -> None:
