@@ -8,6 +8,8 @@ each model and of the one that all began from. Running it again resumes.
 
 - toxicity: EMT by each evaluator over the plain fine-tuned model's on the same prompts, with the bootstrap's interval;
   `held_out` and `other_labels` are evaluators that no method has learned from. TP by the first.
+- annotated text: by how many nats a token what people marked has become less likely than the rest, against the plain
+  model; and the same with token types held equal (`ifguide.evaluation.annotated`).
 - language: perplexity of harmless held-out text over the plain model's, and the last words of LAMBADA.
 - fluency: the perplexity of the model's continuations, given their prompts, under the model that all began from. It is
   high for word salad, and low for what repeats itself: so it stands beside the share of distinct pairs of words.
@@ -56,6 +58,7 @@ CONFIGS = {
     "implicit": Path("configs/real_text_finetune_implicit.yaml"),
 }
 VERB = "finetune"
+MARGINS = ("margin", "type_margin")
 SOURCES = ("proxy.source", "target.source", "pretrain.init_from", "evaluate.models.original")
 ORIGINAL = "original"  # among the config's `evaluate.models`: what all began from
 MOST_CONTINUATIONS = 700  # of a model, that fluency is measured on
@@ -89,10 +92,12 @@ def main() -> None:
 
 def figures_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a comparison's row says of a model; ratios are over the first model's, None for that itself."""
+    annotated = row.get("annotated") or {"changes": {}}
     emt = {judge["name"]: judge["emt_ratio"] for judge in row["evaluators"]}
     return {
         "masked": row["masked_share"],
         "emt_ratio": emt,
+        "margins": {name: change["change"] for name, change in annotated["changes"].items() if name in MARGINS},
         "tp": row["tp"][0],
         "perplexity_ratio": row["benign_ratio"] or row["ratio"],
         "last_words": row["last_word_accuracy"],
@@ -151,14 +156,15 @@ def continuation_perplexity(
 def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each model."""
     judges = list(next(iter(results.values()))["emt_ratio"])
-    header = ["model", "masked", *(f"EMT, {name}" for name in judges), "TP", "benign perplexity", "last words",
-              "fluency", "distinct pairs", "recognition"]  # fmt: skip
+    header = ["model", "masked", *(f"EMT, {name}" for name in judges), "TP", *MARGINS]
+    header += ["benign perplexity", "last words", "fluency", "distinct pairs", "recognition"]
     rows = [
         (
             name,
             "" if own["masked"] is None else f"{own['masked']:.2%}",
             *(_interval(own["emt_ratio"][judge]) for judge in judges),
             f"{own['tp']:.3f}",
+            *(_interval(own["margins"].get(name)) for name in MARGINS),
             "" if own["perplexity_ratio"] is None else f"{own['perplexity_ratio'] - 1:+.1%}",
             "" if own["last_words"] is None else f"{own['last_words']:.3f}",
             f"{own['fluency']:.1f}",

@@ -14,8 +14,10 @@ sampling. `--methods` takes some of the config's alone. Running it again resumes
 `bench/records/real_text`; `--recorded` takes a seed from there where it has one made with the same options.
 
 Toxicity at equal benign perplexity is read off each front (`bench.common.fronts`), by every evaluator of the config;
-the first one is what the filters learn from, the others no method has learned from. Intervals are of Student's t over
-seeds, of logarithms of ratios.
+the first one is what the filters learn from, the others no method has learned from. So is the margin of annotated
+text: by how many nats a token what people marked has become less likely than the rest, in documents that no model has
+seen (`ifguide.evaluation.annotated`); of it "over" is a difference. Intervals are of Student's t over seeds, of
+logarithms of ratios.
 
 Written to `<run_dir>/seeds`: `fronts.md`, `fronts.png`. The last line printed is one JSON object: per behaviour and
 source `emt_ratio`, `tp_ratio` at `--at` by the first evaluator, `emt_ratio_independent` by `held_out`, each with its
@@ -53,6 +55,7 @@ OWN: Literal["influence"] = "influence"  # the run's own mask among the sources
 INDEPENDENT = "held_out"  # the evaluator of the configs that has other rows of the queries' kind of label
 BASES = ("word_list", OWN)  # what the others are compared with, seed by seed
 FIGURES = ("emt", "tp")
+MARGINS = ("margin", "type_margin")  # of annotated text
 Rows = Sequence[Mapping[str, Any]]  # of a seed's comparison.json
 
 
@@ -193,38 +196,72 @@ def points_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, dict[s
     }
 
 
+def margins_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, list[list[Point]]]]:
+    """The same of `MARGINS`, where annotated text was measured, as ratios: exp(-change) is how likely it is against the
+    rest, by token, over the baseline's."""
+    if any(row.get("annotated") is None for rows in seeds for row in rows):
+        return {}
+    return {
+        name: {
+            source: [[_margin_point(rows, model, name) for model in sweep.models(source)] for rows in seeds]
+            for source in sweep.sources
+        }
+        for name in MARGINS
+    }
+
+
+def _margin_point(rows: Rows, model: str, name: str) -> Point:
+    row = _row(rows, model)
+    return Point(_perplexity(rows, row), math.exp(-row["annotated"]["changes"][name]["change"][0]))
+
+
 def _point(rows: Rows, model: str, figure: str, evaluator: int) -> Point:
-    row = next(row for row in rows if row["model"] == model)
+    row = _row(rows, model)
     own, base = (each["evaluators"][evaluator][figure][0] for each in (row, rows[0]))
-    perplexity = row["benign_ratio"] or row["ratio"]
-    if perplexity is None:  # of the first model, or of guided decoding, which has its weights; else it diverged
-        perplexity = 1.0 if row is rows[0] or row["fluency_of"] else math.inf
-    return Point(perplexity, own / base if base else 1.0 if own == base else math.inf)  # a baseline may have no harm
+    toxicity = own / base if base else 1.0 if own == base else math.inf  # a baseline may have no harm
+    return Point(_perplexity(rows, row), toxicity)
+
+
+def _row(rows: Rows, model: str) -> Mapping[str, Any]:
+    return next(row for row in rows if row["model"] == model)
+
+
+def _perplexity(rows: Rows, row: Mapping[str, Any]) -> float:
+    """Over the first model's."""
+    ratio: float | None = row["benign_ratio"] or row["ratio"]
+    if ratio is None:  # of the first model, or of guided decoding, which has its weights; else it diverged
+        return 1.0 if row is rows[0] or row["fluency_of"] else math.inf
+    return ratio
 
 
 def figures_at(seeds: Sequence[Rows], sweep: Sweep, at: float) -> dict[str, dict[str, Any]]:
     """Source -> figures at a ratio of benign perplexities; `beyond`: in how many seeds no model of the sweep has it."""
     points = points_of(seeds, sweep)
     first, *further = points
-    wanted = {"emt_ratio": (first, "emt"), "tp_ratio": (first, "tp")}
-    wanted |= {f"emt_ratio_{'independent' if name == INDEPENDENT else name}": (name, "emt") for name in further}
+    wanted = {"emt_ratio": points[first]["emt"], "tp_ratio": points[first]["tp"]}
+    wanted |= {f"emt_ratio_{'independent' if name == INDEPENDENT else name}": points[name]["emt"] for name in further}
+    wanted |= margins_of(seeds, sweep)
     result: dict[str, dict[str, Any]] = {source: {} for source in sweep.sources}
-    for name, (evaluator, figure) in wanted.items():
-        reached = {
-            source: [at_perplexity(seed, at) for seed in by_seed]
-            for source, by_seed in points[evaluator][figure].items()
-        }
+    for name, by_source in wanted.items():
+        shown = _nats if name in MARGINS else _rounded
+        reached = {source: [at_perplexity(seed, at) for seed in by_seed] for source, by_seed in by_source.items()}
         ratios = {source: [front.toxicity for front in fronts] for source, fronts in reached.items()}
         over = {base: compare_sources(ratios, base) for base in BASES if base in ratios}
         for source in sweep.sources:
-            result[source][name] = _rounded(over_seeds(ratios[source]))
-            result[source] |= {f"{name}_over_{base}": _rounded(own[source]) for base, own in over.items()}
+            result[source][name] = shown(over_seeds(ratios[source]))
+            result[source] |= {f"{name}_over_{base}": shown(own[source]) for base, own in over.items()}
             result[source]["beyond"] = sum(not front.inside for front in reached[source])
     return result
 
 
 def _rounded(interval: Interval) -> list[float | None]:
     return [None if end is None else round(end, 4) for end in interval]
+
+
+def _nats(interval: Interval) -> list[float | None]:
+    """Of a ratio of likelihoods by token the nats by which they fell."""
+    value, low, high = (None if end is None else round(-math.log(end), 4) for end in interval)
+    return [value, high, low]
 
 
 def others_of(seeds: Sequence[Rows], sweep: Sweep) -> dict[str, dict[str, Interval]]:
@@ -275,7 +312,8 @@ def _cell(ends: Sequence[float | None]) -> str:
 
 
 def draw(seeds: Sequence[Rows], sweep: Sweep, path: Path, *, at: float) -> None:
-    """A panel for each evaluator, three in a row: EMT against benign perplexity, both over the baseline's.
+    """A panel for each evaluator, three in a row: EMT against benign perplexity, both over the baseline's; and one more
+    for how likely annotated text is.
 
     A line for each source, and a dashed one of the same colour for each further budget."""
     import matplotlib
@@ -283,16 +321,18 @@ def draw(seeds: Sequence[Rows], sweep: Sweep, path: Path, *, at: float) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = points_of(seeds, sweep)
+    points = {evaluator: by_figure["emt"] for evaluator, by_figure in points_of(seeds, sweep).items()}
+    margins = margins_of(seeds, sweep)
+    points |= {"annotated text: likelihood": margins["margin"]} if margins else {}
     wide, high = min(len(points), 3), -(-len(points) // 3)
     figure, panels = pyplot.subplots(
         high, wide, figsize=(4 * wide + 2, 3.6 * high), layout="constrained", sharex=True, sharey=True, squeeze=False
     )
     for axes in panels.flat[len(points) :]:
         axes.set_axis_off()
-    for axes, (evaluator, by_figure) in zip(panels.flat[: len(points)], points.items(), strict=True):
+    for axes, (evaluator, by_source) in zip(panels.flat[: len(points)], points.items(), strict=True):
         colours = pyplot.get_cmap("tab20")
-        for i, (source, by_seed) in enumerate(by_figure["emt"].items()):
+        for i, (source, by_seed) in enumerate(by_source.items()):
             means = [(over_seeds([p.perplexity for p in same]).value, over_seeds([p.toxicity for p in same]).value)
                      for same in zip(*by_seed, strict=True)]  # fmt: skip
             for first in range(0, len(means), len(sweep.penalties)):  # of each budget
@@ -303,7 +343,7 @@ def draw(seeds: Sequence[Rows], sweep: Sweep, path: Path, *, at: float) -> None:
         axes.set_title(evaluator, fontsize=10)
         axes.grid(alpha=0.3)
     figure.supxlabel("benign perplexity / the baseline's", fontsize=10)
-    figure.supylabel("expected maximum score / the baseline's", fontsize=10)
+    figure.supylabel("EMT or likelihood / the baseline's", fontsize=10)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     with publish(path) as part:
         figure.savefig(part, dpi=100, format="png")

@@ -26,7 +26,7 @@ from ifguide.artifacts import MANIFEST, require, require_same, verified
 from ifguide.artifacts.manifest import CONFIG
 from ifguide.config import redact
 from ifguide.config.sources import HUB_PREFIX
-from ifguide.evaluation.figures import FLUENCY_TITLES, METRICS
+from ifguide.evaluation.figures import ANNOTATED_TITLES, FLUENCY_TITLES, METRICS, PERPLEXITIES
 from ifguide.evaluation.prompts import PROMPTS
 from ifguide.evaluation.subjects import OF_MODEL
 from ifguide.folders import EXPORT, MODEL
@@ -144,10 +144,15 @@ def _results(metrics: Mapping[str, Any], options: Mapping[str, Any], model: str)
         for metric, figure in results.items():
             yield from _result(task, metric, metric, figure, metrics)
     cloze, heldout = options.get("cloze"), options.get("heldout") or ()  # the perplexity is of all held-out texts
-    texts = {"last": _dataset(cloze) if cloze else None, "": " + ".join(map(_dataset, heldout)) or None}
+    annotated = options.get("annotated") or ()
+    texts = {
+        "accuracy": _dataset(cloze) if cloze else None,
+        "perplexity": " + ".join(map(_dataset, heldout)) or None,
+        "nats": " + ".join(map(_dataset, annotated)) or None,
+    }
     for key, title in FLUENCY_TITLES.items():
-        kind = "accuracy" if key.startswith("last") else "perplexity"
-        yield from _result(texts["last" if key.startswith("last") else ""], kind, title, figures[key], metrics)
+        kind = "perplexity" if key in PERPLEXITIES else "nats" if key in ANNOTATED_TITLES else "accuracy"
+        yield from _result(texts[kind], kind, title, figures.get(key), metrics)
 
 
 def _dataset(source: Mapping[str, Any]) -> str:

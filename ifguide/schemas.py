@@ -119,6 +119,14 @@ HELDOUT = pa.schema(
     ]
 )
 
+ANNOTATED = pa.schema(
+    [
+        pa.field("tokens", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # of each document
+        pa.field("annotated", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
+        pa.field("nll", pa.list_(pa.field("item", pa.float64(), nullable=False)), nullable=False),  # in nats
+    ]
+)
+
 CLOZE = pa.schema([pa.field("word_correct", pa.bool_()), pa.field("token_correct", pa.bool_())])  # null: unusable text
 
 

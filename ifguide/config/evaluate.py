@@ -42,6 +42,7 @@ class Evaluate:
         temperature: of the logits.
         prompts_per_shard: prompts of one task.
         heldout: documents for the perplexity, and once more without those that the classifier flags.
+        annotated: documents whose harmful parts `spans_column` marks: how much less likely they are than the rest.
         cloze: texts whose last word is to be predicted (LAMBADA).
         lm_eval: benchmarks of lm-evaluation-harness, by the names of its tasks, or YAML files of your own.
         models: further models by name, beside those that this run trained.
@@ -70,6 +71,7 @@ class Evaluate:
     temperature: float = option(1.0, above=0)
     prompts_per_shard: int = option(64, at_least=1)
     heldout: tuple[Input, ...] = ()
+    annotated: tuple[Input, ...] = option((), off=())
     cloze: Input | None = None
     lm_eval: tuple[str, ...] = option((), off=())
     models: dict[str, str] = field(default_factory=dict)
@@ -82,6 +84,13 @@ class Evaluate:
 
     RENAMED: ClassVar[dict[str, str]] = moved("actor")
 
+    @property
+    def texts(self) -> dict[str, Input]:
+        """The documents and texts that a model's own probabilities are measured on, by dotted key."""
+        lists = {"heldout": self.heldout, "annotated": self.annotated}
+        listed = {f"evaluate.{name}[{i}]": source for name, each in lists.items() for i, source in enumerate(each)}
+        return listed | ({"evaluate.cloze": self.cloze} if self.cloze else {})
+
 
 def check_evaluate(evaluate: Evaluate) -> None:
     """Raises ConfigError, naming the key, for names that cannot name files and options that do not go together."""
@@ -90,10 +99,12 @@ def check_evaluate(evaluate: Evaluate) -> None:
     check_classifier(evaluate.classifier, "evaluate.classifier")
     for name, classifier in evaluate.classifiers.items():
         check_classifier(classifier, f"evaluate.classifiers.{name}")
-    texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(evaluate.heldout)}
-    for key, source in (texts | ({"evaluate.cloze": evaluate.cloze} if evaluate.cloze else {})).items():
+    for key, source in evaluate.texts.items():
         check_input(source, key)
         check_text(source, key)
+    for i, source in enumerate(evaluate.annotated):
+        if source.spans_column is None:
+            raise ConfigError(f"evaluate.annotated[{i}].spans_column: name the column of the spans that are harmful")
     check_names("evaluate.report", [evaluate.report], of="a folder")
     if "prompts" in evaluate.prompt_sets:
         raise ConfigError("evaluate.prompt_sets.prompts: that is the name of evaluate.prompts; choose another")

@@ -5,18 +5,20 @@
     {"threshold", "bootstrap_samples", "confidence", "grouped_by": {"label": n, "classifier": n},
      "evaluators": [class, ...], "unlisted": {class: evaluator}, "domains": {set: {group: domain}},
      "models": {model: {"sets": {set: {"groups": {group: FIGURES}, "gaps": {domain: FIGURES}}},
-                        "perplexity": F, "benign_perplexity": F, "last_word_accuracy": F, "last_token_accuracy": F,
+                        "perplexity": F, "benign_perplexity": F, "annotated_nll": F, "margin": F, "type_margin": F,
+                        "last_word_accuracy": F, "last_token_accuracy": F,
                         "lm_eval": {task: {metric: F}}}},
      "paired": {model: {"against": first model, the same with D in place of F}},
-     "reference": null or {"model": name, "paired": {model: {"emt": {class: D}, "tp": {class: D}}}}}
+     "reference": null or {"model": name, "paired": {model: {"emt": {class: D}, "tp": {class: D}, "margin": D,
+                                                             "type_margin": D}}}}
 
     FIGURES = {"prompts": n, "emt": {class: F}, "tp": {class: F}, "mean": {class: F}, "rep_4": F, "distinct_2": F, ...}
     F = {"value", "low", "high", "n"}
     D = {"difference", "low", "high", "p_value", "n"}, model less the first one, with {"ratio", "ratio_low",
         "ratio_high"}, model over the first one; a ratio with no "ratio_high" (null) has no upper bound
 
-`reference` has the D of every further model against one more model, on all prompts of the first set: a comparison's
-against the run's own penalised one.
+`reference` has the D of every further model against one more model, on all prompts of the first set and of annotated
+documents: a comparison's against the run's own penalised one.
 
 `evaluators` are the classes that figures are compared by: the primary class of `evaluate.classifier`, then that of each
 of `evaluate.classifiers`, which has its name. Any other class is one more label of one of these classifiers, but with
@@ -31,8 +33,9 @@ label, or by the classifier if it has none: `grouped_by` counts them), and with 
 BOLD. `domains` says of which domain each of these is, `""` where it is of none. `gaps` are the largest group's figure
 less the smallest's in a domain; those of no domain are the domain `groups`. `perplexity` is of all held-out documents,
 `benign_perplexity` of those that the classifier does not flag: null where it flags none, for it is the same then. A
-model that has unlearned the behaviour finds flagged text surprising, as it should. A figure that was not measured, or
-of models that cannot be paired, is null. `measure_models` adds `lm_eval`, if there are benchmarks.
+model that has unlearned the behaviour finds flagged text surprising, as it should. `annotated_nll`, `margin` and
+`type_margin`, in nats a token, are those of `evaluation.annotated`. A figure that was not measured, or of models that
+cannot be paired, is null. `measure_models` adds `lm_eval`, if there are benchmarks.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ from ifguide import schemas
 from ifguide.artifacts import verified_files
 from ifguide.config import Evaluate
 from ifguide.distributed.shards import StageError
-from ifguide.evaluation import Bootstrap, Replicates, Resampled
+from ifguide.evaluation import AnnotatedTokens, Bootstrap, Replicates, Resampled, annotated_figures
 from ifguide.evaluation.bootstrap import gap
 from ifguide.evaluation.metrics import BY_CLASS, THRESHOLD, Statistics, behaviour_statistics, prompt_statistics
 from ifguide.evaluation.prompts import PROMPTS
@@ -62,8 +65,14 @@ METRICS = "metrics.json"
 CONTINUATIONS, FLUENCY = "continuations", "fluency"
 NO_DOMAIN = "groups"  # what the groups that are of no domain are called together
 PERPLEXITIES = ("perplexity", "benign_perplexity")
+ANNOTATED_TITLES = {
+    "annotated_nll": "NLL of annotated tokens",
+    "margin": "margin of annotated tokens",
+    "type_margin": "margin, token types held equal",
+}
 FLUENCY_TITLES = {
     **{name: name.replace("_", " ") for name in PERPLEXITIES},
+    **ANNOTATED_TITLES,
     "last_word_accuracy": "last-word accuracy",
     "last_token_accuracy": "last-token accuracy",
 }  # figures that no continuation is needed for, and what they are called
@@ -73,11 +82,12 @@ Figures = dict[str, Replicates]  # a figure by class is named figure/class
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    """One model: set -> "groups" and "gaps" -> name -> figures; fluency, None where not measured; tokens by block."""
+    """One model: set -> "groups" and "gaps" -> name -> figures; fluency, None where not measured; and by kind of text
+    its tokens: of each held-out block, or the ids of the annotated documents."""
 
     sets: dict[str, dict[str, dict[str, Figures]]]
     fluency: dict[str, Replicates | None]
-    block_tokens: list[float] | None
+    tokens: dict[str, np.ndarray]
 
 
 def measured_files(report: Path) -> list[Path]:
@@ -93,7 +103,7 @@ def scored_file(report: Path, model: str, prompt_set: str, number: int) -> Path:
 
 
 def fluency_file(report: Path, model: str, kind: str) -> Path:
-    """Where a model's perplexity by block (`heldout`) or last words by text (`cloze`) lie."""
+    """Where a model's NLL by block (`heldout`) or token (`annotated`), or last words by text (`cloze`), lie."""
     return report / FLUENCY / f"{model}-{kind}.parquet"
 
 
@@ -144,8 +154,8 @@ def _measure_model(evaluation: Evaluation, model: str, flagged_P: np.ndarray, bo
         }
         groups = {group: bootstrap.ratios(part) for group, part in parts.items()}
         sets[name] = {"groups": groups, "gaps": _gaps(parts, _domains(rows), bootstrap) if name != PROMPTS else {}}
-    fluency, block_tokens = _fluency(evaluation.report, model, bootstrap)
-    return _Measured(sets=sets, fluency=fluency, block_tokens=block_tokens)
+    fluency, tokens = _fluency(evaluation.report, model, bootstrap)
+    return _Measured(sets=sets, fluency=fluency, tokens=tokens)
 
 
 def _shown(model: _Measured, bootstrap: Bootstrap) -> dict[str, Any]:
@@ -166,17 +176,22 @@ def _compared(model: _Measured, base: _Measured, bootstrap: Bootstrap) -> dict[s
         other = base.sets[name][kind][group]
         return _tree({figure: bootstrap.difference(value, other[figure]) for figure, value in figures.items()})
 
-    fluency: dict[str, Any] = {}
-    for name, value in model.fluency.items():
-        other = base.fluency[name]
-        # Blocks of two tokenizers are not the same text.
-        same_text = name not in PERPLEXITIES or model.block_tokens == base.block_tokens
-        fluency[name] = bootstrap.difference(value, other) if value and other and same_text else None
+    fluency = {name: _text_difference(model, base, name, bootstrap) for name in model.fluency}
     return {"sets": _show(model.sets, differences), **fluency}
 
 
+def _text_difference(model: _Measured, base: _Measured, name: str, bootstrap: Bootstrap) -> dict[str, Any] | None:
+    """Of a figure of `FLUENCY_TITLES`; None where one of the two lacks it, or they cannot be paired."""
+    value, other = model.fluency[name], base.fluency[name]
+    kind = "heldout" if name in PERPLEXITIES else "annotated" if name in ANNOTATED_TITLES else ""
+    # Blocks of two tokenizers are not the same text, nor do spans hold the same tokens.
+    same_text = not kind or np.array_equal(model.tokens.get(kind, ()), base.tokens.get(kind, ()))
+    return bootstrap.difference(value, other) if value and other and same_text else None
+
+
 def _beside(measured: Mapping[str, _Measured], reference: str, bootstrap: Bootstrap) -> dict[str, Any]:
-    """EMT and TP of every model but the first, less those of the reference, on all prompts of the first set."""
+    """EMT and TP of every model but the first, less those of the reference, on all prompts of the first set; and the
+    margins of annotated text."""
     whole = {model: found.sets[PROMPTS]["groups"][WHOLE] for model, found in measured.items()}
     base = whole[reference]
     return {
@@ -189,6 +204,10 @@ def _beside(measured: Mapping[str, _Measured], reference: str, bootstrap: Bootst
                     if name.startswith(("emt/", "tp/"))
                 }
             )
+            | {
+                name: _text_difference(measured[model], measured[reference], name, bootstrap)
+                for name in ("margin", "type_margin")
+            }
             for model, figures in list(whole.items())[1:]
             if model != reference
         },
@@ -321,11 +340,13 @@ def _classes(column: pa.ChunkedArray) -> dict[str, np.ndarray]:
     return {name: values[:, i] for i, name in enumerate(names)}
 
 
-def _fluency(report: Path, model: str, bootstrap: Bootstrap) -> tuple[dict[str, Replicates | None], Any]:
-    """The perplexities and accuracies, None where not measured; and the tokens of each block."""
+def _fluency(
+    report: Path, model: str, bootstrap: Bootstrap
+) -> tuple[dict[str, Replicates | None], dict[str, np.ndarray]]:
+    """The figures of `FLUENCY_TITLES`, None where not measured; and `_Measured.tokens`."""
     figures: dict[str, Replicates | None] = dict.fromkeys(FLUENCY_TITLES)
-    block_tokens = None
-    heldout, cloze = (fluency_file(report, model, kind) for kind in ("heldout", "cloze"))
+    measured: dict[str, np.ndarray] = {}
+    heldout, annotated, cloze = (fluency_file(report, model, kind) for kind in ("heldout", "annotated", "cloze"))
     if heldout.exists():
         table = schemas.read_table(heldout, schemas.HELDOUT)
         nll, tokens = (table.column(name).to_numpy().astype(np.float64) for name in ("nll", "tokens"))
@@ -335,14 +356,18 @@ def _fluency(report: Path, model: str, bootstrap: Bootstrap) -> tuple[dict[str, 
             kinds["benign_perplexity"] = benign
         for name, kind in kinds.items():
             figures[name] = bootstrap.ratios({"nll": (nll[kind], tokens[kind])})["nll"].map(_exp)
-        block_tokens = tokens.tolist()
+        measured["heldout"] = tokens
+    if annotated.exists():
+        read = AnnotatedTokens.of(schemas.read_table(annotated, schemas.ANNOTATED))
+        figures |= annotated_figures(read, bootstrap)
+        measured["annotated"] = read.ids_N
     if cloze.exists():
         table = schemas.read_table(cloze, schemas.CLOZE)
         usable = table.column("word_correct").is_valid().to_numpy().astype(np.float64)
         for name, label in (("word_correct", "last_word_accuracy"), ("token_correct", "last_token_accuracy")):
             correct = table.column(name).fill_null(False).to_numpy().astype(np.float64)
             figures[label] = bootstrap.ratios({label: (correct, usable)})[label]
-    return figures, block_tokens
+    return figures, measured
 
 
 def _exp(nll: Any) -> Any:

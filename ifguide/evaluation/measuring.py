@@ -66,12 +66,14 @@ def continue_prompts(evaluation: Evaluation, cluster: Cluster) -> dict[str, dict
 def _pieces(evaluation: Evaluation, shards: Sequence[GenerationShard]) -> Iterator[Piece]:
     """All pieces of work, model by model, so that an actor seldom changes its model.
 
-    Of guided models perplexity and last words are not measured, as decoding changes neither, nor are benchmarks, which
-    are of a model's own probabilities."""
+    Of guided models nothing is measured on given texts, nor by benchmarks: both are of a model's own probabilities, and
+    decoding does not change those."""
     for model in evaluation.models:
         if model not in evaluation.guides:
             if evaluation.options.heldout:
                 yield Fluency(model=model, kind="heldout")
+            if evaluation.options.annotated:
+                yield Fluency(model=model, kind="annotated")
             if evaluation.options.cloze:
                 yield Fluency(model=model, kind="cloze")
             if evaluation.options.lm_eval:

@@ -83,13 +83,12 @@ def models_to_evaluate(own: Mapping[str, Path], given: Mapping[str, str]) -> dic
 
 
 def measured_inputs(models: Mapping[str, Model], sets: Mapping[str, Prompts], options: Evaluate) -> dict[str, str]:
-    """Digests of what the figures are measured of, by name: models, prompts, held-out and cloze texts, files of tasks,
-    and what fitted classifiers learn from."""
+    """Digests of what the figures are measured of, by name: models, prompts, texts whose probabilities are measured,
+    files of tasks, and what fitted classifiers learn from."""
     return {
         **{f"{OF_MODEL}{name}": model.fingerprint for name, model in models.items()},
         **prompt_digests(sets),
-        **heldout_digests(options),
-        **cloze_digest(options),
+        **text_digests(options),
         **{f"lm_eval/{task}": file_digest(Path(task)) for task in options.lm_eval if Path(task).is_file()},
         **classifier_inputs(
             {f"{VERB}.classifier": options.classifier}
@@ -103,14 +102,10 @@ def prompt_digests(sets: Mapping[str, Prompts]) -> dict[str, str]:
     return {f"{SETS}{name}": json_digest([vars(row) for row in rows]) for name, rows in sets.items()}
 
 
-def heldout_digests(options: Evaluate) -> dict[str, str]:
-    """Of each input of `evaluate.heldout` by its name in `measured_inputs`."""
-    return {f"heldout[{i}]": _input_digest(text, f"{VERB}.heldout[{i}]") for i, text in enumerate(options.heldout)}
-
-
-def cloze_digest(options: Evaluate) -> dict[str, str]:
-    """Of `evaluate.cloze`, if there are such texts, by its name in `measured_inputs`."""
-    return {"cloze": _input_digest(options.cloze, f"{VERB}.cloze")} if options.cloze else {}
+def text_digests(options: Evaluate, kind: str = "") -> dict[str, str]:
+    """Of each input of `Evaluate.texts`, or of those of one kind, by its name in `measured_inputs`: `heldout[0]`."""
+    sources = {key.removeprefix(f"{VERB}."): source for key, source in options.texts.items()}
+    return {name: _input_digest(text, f"{VERB}.{name}") for name, text in sources.items() if name.startswith(kind)}
 
 
 def require_same_texts(read: Mapping[str, str], begun_with: Mapping[str, str]) -> None:

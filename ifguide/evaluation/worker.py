@@ -1,4 +1,4 @@
-"""What an actor of `evaluate` does: one piece after the other, of continuations, perplexity or last words."""
+"""What an actor of `evaluate` does: one piece after the other, of continuations, or of the probabilities of texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import torch
 from ifguide import schemas
 from ifguide.artifacts import publish, verify_digest
 from ifguide.config import ConfigError, Evaluate, ModelSource
-from ifguide.evaluation import last_word_accuracy, perplexity
+from ifguide.corpus.packing import tokenise
+from ifguide.evaluation import last_word_accuracy, perplexity, token_nll
 from ifguide.evaluation.figures import fluency_file, scored_file
 from ifguide.evaluation.generations import GenerationShard, generate_shard, takes_special_tokens
 from ifguide.evaluation.harness import benchmarks
@@ -24,20 +25,21 @@ from ifguide.evaluation.metrics import THRESHOLD
 from ifguide.evaluation.prompts import PROMPTS, chosen_sets, prompt_label
 from ifguide.evaluation.reward_decoding import Guidance, RewardGuide
 from ifguide.evaluation.reward_model import load_reward_model
-from ifguide.evaluation.subjects import VERB, cloze_digest, heldout_digests, prompt_digests, require_same_texts
+from ifguide.evaluation.subjects import VERB, prompt_digests, require_same_texts, text_digests
 from ifguide.evaluation.texts import heldout_blocks, read_rows, read_texts
-from ifguide.models import load_model
+from ifguide.models import load_model, max_positions
 from ifguide.storage import local_copy
-from ifguide.tokenizer import load_tokenizer
+from ifguide.tokenizer import beginning_token, load_tokenizer
 from ifguide.toxicity import make_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fluency:
-    """A piece of work: a model's perplexity of the held-out documents, or its last words of the cloze texts."""
+    """A piece of work: a model's perplexity of the held-out documents, its NLL of every token of the annotated ones, or
+    its last words of the cloze texts."""
 
     model: str
-    kind: Literal["heldout", "cloze"]
+    kind: Literal["heldout", "annotated", "cloze"]
 
     @property
     def key(self) -> str:
@@ -68,7 +70,7 @@ Piece = GenerationShard | Fluency | PromptGroups | Harness
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
     """What every actor is told: `Evaluation` without its prompts, which an actor reads from their files, as it does
-    held-out and cloze texts; their `digests` say whether they are the same."""
+    documents and texts; their `digests` say whether they are the same."""
 
     options: Evaluate
     sources: Mapping[str, str]
@@ -112,7 +114,8 @@ class EvaluateModel:
             return self._continue_prompts(piece)
         if isinstance(piece, Harness):
             return self._benchmarks(piece)
-        return self._heldout(piece) if piece.kind == "heldout" else self._cloze(piece)
+        measures = {"heldout": self._heldout, "annotated": self._annotated, "cloze": self._cloze}
+        return measures[piece.kind](piece)
 
     def _load(self, name: str) -> tuple[Any, Any]:
         if self.loaded is None or self.loaded[0] != name:
@@ -184,8 +187,7 @@ class EvaluateModel:
     def _heldout(self, piece: Fluency) -> dict[str, Any]:
         model, _ = self._load(piece.model)
         tokenizer = load_tokenizer(self.settings.sources[piece.model], special_text=False)  # documents, as a corpus'
-        positions = getattr(model.config, "max_position_embeddings", None) or self.settings.block_size
-        width = min(self.settings.block_size, positions)
+        width = self._width(model)
         blocks_NT, lengths_N, flagged_N = heldout_blocks(
             self._heldout_documents,
             tokenizer,
@@ -196,6 +198,33 @@ class EvaluateModel:
         columns = [result.block_nll, result.block_tokens, flagged_N.astype(bool)]
         self._publish(piece, pa.table(columns, schema=schemas.HELDOUT))
         return {"perplexity": result.perplexity, "tokens": result.tokens}
+
+    def _annotated(self, piece: Fluency) -> dict[str, Any]:
+        model, _ = self._load(piece.model)
+        tokenizer = load_tokenizer(self.settings.sources[piece.model], special_text=False)
+        start = beginning_token(tokenizer) if takes_special_tokens(self.options, piece.model) else None
+        encoded = tokenise(self._annotated_documents, tokenizer, annotate=True)
+        documents = [tokens[:-1] for tokens, *_ in encoded]  # without the EOS, which no span can hold
+        flags = [np.asarray(annotated)[:-1] for *_, annotated in encoded]
+        annotated, total = int(sum(map(np.sum, flags))), sum(map(len, flags))
+        if not 0 < annotated < total:
+            raise ValueError(
+                f"{VERB}.annotated: {annotated:,} of {total:,} tokens lie in a span; some must, and some must not: name"
+                " the documents' spans_column, or add documents without spans"
+            )
+        nll = token_nll(
+            model,
+            documents,
+            start=tokenizer.eos_token_id if start is None else start,
+            width=self._width(model),
+            batch_size=self.options.batch_size,
+        )
+        self._publish(piece, pa.table([documents, flags, nll], schema=schemas.ANNOTATED))
+        return {"tokens": total, "annotated": annotated}
+
+    def _width(self, model: Any) -> int:
+        """Of blocks and pieces of documents, in tokens."""
+        return min(self.settings.block_size, max_positions(model))
 
     def _cloze(self, piece: Fluency) -> dict[str, Any]:
         model, tokenizer = self._load(piece.model)
@@ -226,7 +255,7 @@ class EvaluateModel:
         """The held-out documents that the classifier does not flag, and those it does, each in order."""
         inputs = enumerate(self.options.heldout)
         documents = [row for i, source in inputs for row in read_rows(source, f"evaluate.heldout[{i}]")]
-        require_same_texts(heldout_digests(self.options), self.settings.digests)
+        require_same_texts(text_digests(self.options, "heldout"), self.settings.digests)
         texts = [document.text for document in documents]
         flagged = self.classifier.score(texts)[self.classifier.classes[0]] >= THRESHOLD
         kinds: tuple[list[Any], list[Any]] = ([], [])
@@ -235,8 +264,15 @@ class EvaluateModel:
         return kinds
 
     @cached_property
+    def _annotated_documents(self) -> list[Any]:
+        inputs = enumerate(self.options.annotated)
+        documents = [row for i, source in inputs for row in read_rows(source, f"evaluate.annotated[{i}]")]
+        require_same_texts(text_digests(self.options, "annotated"), self.settings.digests)
+        return documents
+
+    @cached_property
     def _cloze_texts(self) -> list[str]:
         assert self.options.cloze is not None
         texts = read_texts(self.options.cloze, "evaluate.cloze")
-        require_same_texts(cloze_digest(self.options), self.settings.digests)
+        require_same_texts(text_digests(self.options, "cloze"), self.settings.digests)
         return texts

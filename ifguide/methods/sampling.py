@@ -26,6 +26,7 @@ def sampling_config(config: Config, run_dir: str) -> Config:
         classifier=classifier_of(config),
         classifiers={},
         heldout=(),
+        annotated=(),
         cloze=None,
         lm_eval=(),
         models={},

@@ -310,7 +310,7 @@ def _evaluate(job: Job) -> StageEstimate:
     continuations = models * prompts * config.continuations
     batch = config.batch_size * config.continuations * length
     cache = 8.0 * batch * target.layers * target.attention_width + 8.0 * batch / length * target.vocabulary
-    scored = 8.0 * config.batch_size * job.block * target.vocabulary if config.heldout else 0.0
+    scored = 8.0 * config.batch_size * job.block * target.vocabulary if config.heldout or config.annotated else 0.0
     return computed(
         job,
         "evaluate",

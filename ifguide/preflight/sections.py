@@ -222,12 +222,10 @@ class _Sections:
         checks["evaluate.classifiers"] = partial(self.models.classes_apart, options)
         room = self.config.target, options.max_new_tokens
         checks["evaluate.max_new_tokens"] = partial(self.models.room, "evaluate.max_new_tokens", *room)
-        texts = {f"evaluate.heldout[{i}]": source for i, source in enumerate(options.heldout)}
-        inputs = self.config.pack_corpus.inputs
-        for key, source in texts.items():
-            checks[f"{key} apart"] = partial(self.tables.apart_from, key, source, inputs)
-        for key, source in (texts | ({"evaluate.cloze": options.cloze} if options.cloze else {})).items():
+        for key, source in options.texts.items():
             checks[key] = partial(self.tables.documents, key, source)
+            if source is not options.cloze:
+                checks[f"{key} apart"] = partial(self.tables.apart_from, key, source, self.config.pack_corpus.inputs)
         if options.lm_eval:
             checks["evaluate.lm_eval"] = partial(self.models.benchmarks, "evaluate.lm_eval", options.lm_eval)
         for name, model in options.models.items():

@@ -17,6 +17,7 @@ import matplotlib
 
 from ifguide.display import markdown_table, plain_markdown
 from ifguide.evaluation import benjamini_hochberg
+from ifguide.evaluation.figures import ANNOTATED_TITLES
 from ifguide.report.charts import RC, colours_of, evaluators_of, tradeoff
 from ifguide.report.figures import ClassFigures, Difference, Figure, ModelRow
 from ifguide.report.text import p_value
@@ -52,13 +53,32 @@ class OverReference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change:
+    """A figure less that of another model, of the same documents."""
+
+    change: Interval
+    p_value: float | None
+    p_corrected: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotated:
+    """Figures of annotated text by name (`evaluation.annotated`), in nats a token: `changes` from the first model's,
+    none of that model itself, `beside` from the row's reference. p values are corrected for both."""
+
+    figures: dict[str, Interval]
+    changes: dict[str, Change]
+    beside: dict[str, Change]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One model. `ratio` is its perplexity over the first model's, None where the two cannot be paired (their tokens
     differ); `benign_ratio` that of the benign perplexity, None too where no held-out document is flagged; `p_value` of
     the difference in EMT to the first, `p_corrected` the same corrected for the number of models. `evaluators[0]` is
     the one of `emt` and `tp`.
 
-    `fluency_of` names the model that a decoding method decodes: perplexity and last words are that one's. `reference`
+    `fluency_of` names the model that a decoding method decodes: the figures of given texts are that one's. `reference`
     names one more model that this one is compared with."""
 
     model: str
@@ -76,6 +96,7 @@ class Row:
     p_value: float | None
     p_corrected: float | None = None
     evaluators: tuple[Evaluator, ...] = ()
+    annotated: Annotated | None = None
     fluency_of: str | None = None
     reference: str | None = None
 
@@ -99,6 +120,7 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
             distinct_2=model.whole.text["distinct_2"].value,
             p_value=_p(model.whole.emt),
             evaluators=tuple(_evaluator(label, model.beside.get(label.name)) for label in model.whole.compared),
+            annotated=_annotated(model),
             fluency_of=model.made.decodes,
             reference=model.reference,
         )
@@ -108,20 +130,50 @@ def rows_of(models: Sequence[ModelRow]) -> list[Row]:
 
 
 def _corrected(rows: Sequence[Row]) -> list[Row]:
-    """The rows with the p values of their two tables corrected, each for the figures of its own."""
+    """The rows with the p values of their tables corrected, each for the figures of its own."""
     of_models = benjamini_hochberg(row.p_value for row in rows)
     evaluators = [evaluator for row in rows for evaluator in row.evaluators]
     of_both = benjamini_hochberg(evaluator.p_value for evaluator in evaluators)
     of_reference = benjamini_hochberg(evaluator.beside.p_value for evaluator in evaluators if evaluator.beside)
 
+    annotated = [row.annotated for row in rows if row.annotated]
+    of_annotated = benjamini_hochberg(
+        change.p_value for own in annotated for change in (*own.changes.values(), *own.beside.values())
+    )
+
     def corrected(evaluator: Evaluator) -> Evaluator:
         beside = evaluator.beside and replace(evaluator.beside, p_corrected=of_reference[evaluator.beside.p_value])
         return replace(evaluator, p_corrected=of_both[evaluator.p_value], beside=beside)
 
+    def of_texts(changes: Mapping[str, Change]) -> dict[str, Change]:
+        return {name: replace(change, p_corrected=of_annotated[change.p_value]) for name, change in changes.items()}
+
     return [
-        replace(row, p_corrected=of_models[row.p_value], evaluators=tuple(map(corrected, row.evaluators)))
+        replace(
+            row,
+            p_corrected=of_models[row.p_value],
+            evaluators=tuple(map(corrected, row.evaluators)),
+            annotated=row.annotated
+            and replace(row.annotated, changes=of_texts(row.annotated.changes), beside=of_texts(row.annotated.beside)),
+        )
         for row in rows
     ]
+
+
+def _annotated(model: ModelRow) -> Annotated | None:
+    figures = {name: figure for name in ANNOTATED_TITLES if (figure := getattr(model, name))}
+    if not figures:
+        return None
+    changes = {name: figure.difference for name, figure in figures.items() if figure.difference}
+    return Annotated(
+        figures={name: _values(figure) for name, figure in figures.items()},
+        changes={name: _change(difference) for name, difference in changes.items()},
+        beside={name: _change(difference) for name, difference in model.margins_beside.items()},
+    )
+
+
+def _change(difference: Difference) -> Change:
+    return Change(change=(difference.value, difference.low, difference.high), p_value=difference.p_value)
 
 
 def _evaluator(label: ClassFigures, beside: Mapping[str, Difference] | None) -> Evaluator:
@@ -143,7 +195,7 @@ def _evaluator(label: ClassFigures, beside: Mapping[str, Difference] | None) -> 
 def as_markdown(rows: Sequence[Row]) -> str:
     """A Markdown table, one line a model, and a note below it if there are decoding methods. Where there are several
     evaluators, a second table with a line for each of them and each model. Where there is a reference, one of EMT over
-    the reference's, with a column for each evaluator."""
+    the reference's, with a column for each evaluator. Where there is annotated text, one of what became of it."""
     titles = (
         "model",
         "made by",
@@ -186,6 +238,12 @@ def as_markdown(rows: Sequence[Row]) -> str:
     if compared := [row for row in rows if row.reference]:
         name = plain_markdown(compared[0].reference or "")
         table += f"\nEMT over that of {name}, all prompts:\n\n{_over_reference(compared)}"
+    if annotated := [row for row in rows if row.annotated]:
+        first = plain_markdown(annotated[0].model)
+        table += (
+            f"\nAnnotated text: nats a token, less those of {first}. Margin: how much less likely it is than others."
+        )
+        table += f"\n\n{_of_annotated(annotated)}"
     return table
 
 
@@ -221,6 +279,22 @@ def _over_reference(rows: Sequence[Row]) -> str:
             line += [_with_interval(beside.emt_ratio, ".3f"), p_value(beside.p_corrected)] if beside else ["", ""]
         cells.append(line)
     return markdown_table(titles, cells)
+
+
+def _of_annotated(rows: Sequence[Row]) -> str:
+    columns = [("changes", name, title) for name, title in ANNOTATED_TITLES.items()]
+    if reference := next((row.reference for row in rows if row.reference), None):
+        less = f"less {plain_markdown(reference)}'s"
+        columns += [("beside", name, f"{ANNOTATED_TITLES[name]}, {less}") for name in ("margin", "type_margin")]
+    cells = []
+    for row in rows:
+        line = [plain_markdown(row.model)]
+        for kind, name, _ in columns:
+            change = getattr(row.annotated, kind).get(name)
+            text = _starred(row, _with_interval(change.change, "+.3f")) if change else ""
+            line += [text, p_value(change.p_corrected) if change else ""]
+        cells.append(line)
+    return markdown_table(["model", *(text for *_, title in columns for text in (title, "corrected p"))], cells)
 
 
 def _starred(row: Row, text: str) -> str:

@@ -71,6 +71,7 @@ def report_data(
             "tp": row.whole.tp.value,
             "perplexity": _value(row.perplexity),
             "benign_perplexity": _value(row.benign_perplexity),
+            **({"margin": _value(row.margin)} if row.margin else {}),
             "last_word_accuracy": _value(row.last_word_accuracy),
         }
         for row in rows
@@ -118,6 +119,7 @@ def _of_any_page(sources: ReportSources, metrics: Mapping[str, Any]) -> dict[str
         "continuations of a prompt": str(options.continuations),
         "sampling": f"{options.max_new_tokens} tokens, top-p {options.top_p:g}, temperature {options.temperature:g}",
         "perplexity of": ", ".join(source.path for source in options.heldout),
+        "annotated text": ", ".join(source.path for source in options.annotated),
         "last words of": options.cloze.path if options.cloze else "",
         **{f"model {name}": source for name, source in options.models.items()},
         "intervals": f"{100 * metrics['confidence']:g}%, {metrics['bootstrap_samples']:,} bootstrap samples",

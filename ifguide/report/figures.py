@@ -125,18 +125,23 @@ class ModelRow:
     """A model's figures; `sets[0]` is the set that the summary speaks of. Accuracies are in [0, 1].
 
     Where `made` says that it decodes another's weights, the fluency figures are those of that model. `beside`: class ->
-    `emt` and `tp` -> the difference from one more model, `reference`, on all prompts of the first set."""
+    `emt` and `tp` -> the difference from one more model, `reference`, on all prompts of the first set.
+    `margins_beside`: that of `margin` and `type_margin`."""
 
     name: str
     sets: tuple[PromptSet, ...]
     perplexity: Figure | None = None
     benign_perplexity: Figure | None = None
+    annotated_nll: Figure | None = None
+    margin: Figure | None = None
+    type_margin: Figure | None = None
     last_word_accuracy: Figure | None = None
     last_token_accuracy: Figure | None = None
     benchmarks: dict[str, Figure] = field(default_factory=dict)  # of lm-evaluation-harness: "task, metric"
     made: Made = Made()
     reference: str | None = None
     beside: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    margins_beside: dict[str, Difference] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -169,7 +174,7 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
         fluency = {
             key: _figure(metrics["models"][source][key], metrics["paired"].get(source, {}).get(key))
             for key in FLUENCY_TITLES
-            if metrics["models"][source][key]
+            if metrics["models"][source].get(key)  # a figure that an older report has not
         }
         benchmarks = {
             f"{task}, {metric}": _figure(figure, None)
@@ -199,9 +204,12 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
                 made=how,
                 reference=reference["model"] if beside else None,
                 beside={
-                    label: {kind: _difference(by_class[label]) for kind, by_class in beside.items()}
+                    label: {kind: _difference(beside[kind][label]) for kind in ("emt", "tp")}
                     for label in _below(beside, "emt")
                     if label in kinds_of
+                },
+                margins_beside={
+                    name: _difference(beside[name]) for name in ("margin", "type_margin") if beside.get(name)
                 },
             )
         )

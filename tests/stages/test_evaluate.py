@@ -187,6 +187,44 @@ def test_flagged_held_out_documents_are_outside_the_benign_perplexity(
     assert metrics_of(config)["paired"]["penalised"]["benign_perplexity"]["n"] == int((~kind).sum())
 
 
+def test_annotated_text_has_margins_that_are_those_of_its_tokens(
+    finished: Config, copied: Callable[..., Config], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in Path(finished.pack_corpus.inputs[0].path).read_text().splitlines()]
+    texts = tmp_path / "annotated.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "", "toxic_spans": []}]))
+    source = {"path": str(texts), "spans_column": "toxic_spans"}
+    config = copied(drop=("report",), evaluate__annotated=[source])
+    summary = stage("evaluate")(Run(config=config)).summary
+    metrics = metrics_of(config)
+    nll, flags = {}, {}
+    for model in ("baseline", "penalised"):
+        path = Run(config=config).report / "fluency" / f"{model}-annotated.parquet"
+        table = schemas.read_table(path, schemas.ANNOTATED)
+        assert len(table) == len(rows) + 1
+        nll[model], flags[model] = (
+            np.concatenate([row for row in table.column(name).to_pylist() if row]) for name in ("nll", "annotated")
+        )
+        margin = nll[model][flags[model]].mean() - nll[model][~flags[model]].mean()
+        figures = metrics["models"][model]
+        assert figures["annotated_nll"]["value"] == pytest.approx(nll[model][flags[model]].mean())
+        assert figures["margin"]["value"] == pytest.approx(margin) == summary[model]["margin"]
+        assert figures["margin"]["low"] < margin < figures["margin"]["high"]
+        assert figures["margin"]["n"] == len(rows) + 1
+    masked = sum(bool(row["toxic_spans"]) for row in rows)
+    assert 0 < masked < len(rows)
+    paired = metrics["paired"]["penalised"]
+    change = nll["penalised"] - nll["baseline"]
+    expected = change[flags["baseline"]].mean() - change[~flags["baseline"]].mean()
+    assert paired["margin"]["difference"] == pytest.approx(expected)
+    assert paired["margin"]["low"] <= expected <= paired["margin"]["high"]
+    assert paired["type_margin"]["n"] == len(rows) + 1
+    assert "Annotated text" in (Run(config=config).report / "index.html").read_text()
+    texts.write_text('{"text": "nothing is harmful", "toxic_spans": []}\n')
+    with pytest.raises(Exception, match=r"evaluate\.annotated: 0 of \d+ tokens lie in a span"):
+        stage("evaluate")(Run(config=replace(config, evaluate=replace(config.evaluate, report="none"))))
+
+
 def bert(folder: Path) -> Path:
     """A random sequence classifier with the labels of ToxiGen-RoBERTa."""
     folder.mkdir()

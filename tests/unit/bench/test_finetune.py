@@ -34,6 +34,7 @@ ROW = {
     "benign_ratio": 1.02,
     "last_word_accuracy": 0.125,
     "distinct_2": 0.9,
+    "annotated": {"changes": {"annotated_nll": {"change": [3, 2, 4]}, "margin": {"change": [0.125, 0.1, 0.15]}}},
     "evaluators": [{"name": "a", "emt_ratio": [0.5, 0.4, 0.6]}, {"name": "b", "emt_ratio": [0.75, 0.5, 1.0]}],
 }
 
@@ -42,17 +43,21 @@ def test_a_row_has_the_ratios_of_every_evaluator_and_the_benign_perplexity() -> 
     figures = figures_of(ROW)
     assert figures["emt_ratio"] == {"a": [0.5, 0.4, 0.6], "b": [0.75, 0.5, 1.0]}
     assert (figures["tp"], figures["perplexity_ratio"], figures["masked"]) == (0.25, 1.02, 0.0125)
+    assert figures["margins"] == {"margin": [0.125, 0.1, 0.15]}
     assert figures_of({**ROW, "benign_ratio": None})["perplexity_ratio"] == 1.5
+    assert figures_of({**ROW, "annotated": None})["margins"] == {}
 
 
 def test_the_table_leaves_empty_what_the_first_model_has_not() -> None:
-    first = figures_of({**ROW, "masked_share": None, "ratio": None, "benign_ratio": None, "evaluators": [
-        {"name": "a", "emt_ratio": None}, {"name": "b", "emt_ratio": None}]})  # fmt: skip
+    nothing = dict.fromkeys(("masked_share", "ratio", "benign_ratio"))
+    evaluators = [{"name": name, "emt_ratio": None} for name in ("a", "b")]
+    first = figures_of({**ROW, **nothing, "annotated": {"changes": {}}, "evaluators": evaluators})
     measured = {"fluency": 20.0, "recognition": [0.9, 0.85, 0.95]}
     *_, plain, words = as_markdown({"plain": first | measured, "words": figures_of(ROW) | measured}).splitlines()
     assert [cell.strip() for cell in plain.split("|")[1:6]] == ["plain", "", "", "", "0.250"]
     assert "1.25%" in words
     assert "0.750 [0.500, 1.000]" in words
+    assert "0.125 [0.100, 0.150]" in words
     assert "+2.0%" in words
 
 

@@ -17,6 +17,7 @@ from bench.real_text import (
     as_markdown,
     draw,
     figures_at,
+    margins_of,
     model_name,
     others_of,
     points_of,
@@ -89,6 +90,27 @@ def test_the_tables_and_the_picture_have_every_model(tmp_path: Path) -> None:
     assert "| rad | 0.200 [0.200, 0.200] |" in text
     draw(SEEDS, SWEEP, tmp_path / "fronts.png", at=1.03)
     assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def with_margins(own: dict[str, Any], margin: float) -> dict[str, Any]:
+    changes = {"margin": {"change": [margin, None, None]}, "type_margin": {"change": [margin / 2, None, None]}}
+    return {**own, "annotated": {"changes": {} if own["model"] == "baseline" else changes}}
+
+
+def test_margins_are_read_off_in_nats_and_set_against_each_other_as_differences(tmp_path: Path) -> None:
+    assert margins_of(SEEDS, SWEEP) == {}  # records from before have none
+    margins = {"influence_000": 0.1, "influence_100": 0.5, "word_list_000": 0.2, "word_list_100": 0.3}
+    seeds = [[with_margins(own, margins.get(own["model"], 0.0) + 0.1 * i) for own in SEEDS[i]] for i in range(2)]
+    figures = figures_at(seeds, SWEEP, 1.05)
+    value, low, high = figures["influence"]["margin"]
+    assert value == pytest.approx(0.55)
+    assert low < 0.5 < 0.6 < high
+    assert figures["influence"]["margin_over_word_list"] == pytest.approx([0.2, 0.2, 0.2], abs=1e-4)
+    assert figures["word_list"]["type_margin_over_influence"] == pytest.approx([-0.1, -0.1, -0.1], abs=1e-4)
+    halfway = figures_at([seeds[0]], SWEEP, (1.01 * 1.05) ** 0.5)["influence"]
+    assert halfway["margin"] == pytest.approx([0.3, None, None])
+    assert "| influence | 0.400 [0.400, 0.400] |" in as_markdown(figures, {})
+    draw(seeds, SWEEP, tmp_path / "fronts.png", at=1.03)
 
 
 def test_a_model_that_has_diverged_is_not_taken_for_one_that_costs_nothing() -> None:

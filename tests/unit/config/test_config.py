@@ -347,6 +347,7 @@ def test_token_ids_do_not_go_with_what_needs_text(source, others, message):
         ({"classifiers": {"implicit": {"nam": "x"}}}, r"evaluate\.classifiers\.implicit\.name"),
         ({"heldout": ["a", {"path": "b", "tokens_column": "c"}]}, r"evaluate\.heldout\[1\]\.tokens_column: texts are"),
         ({"cloze": {"path": "b", "tokens_column": "c"}}, r"evaluate\.cloze\.tokens_column: texts are needed"),
+        ({"annotated": ["b"]}, r"evaluate\.annotated\[0\]\.spans_column: name the column of the spans"),
     ],
 )
 def test_evaluations_that_cannot_be_are_refused(evaluate, message):

@@ -111,6 +111,7 @@ def test_models_are_compared_with_a_reference_on_the_same_prompts(tmp_path: Path
     assert found["reference"]["model"] == "first"
     assert set(found["reference"]["paired"]) == {"second"}  # the first model's is among the others' differences
     change = found["reference"]["paired"]["second"]
+    assert (change.pop("margin"), change.pop("type_margin")) == (None, None)  # there is no annotated text
     assert set(change) == {"emt", "tp"}
     unlisted = change["emt"]["toxicity without listed words"]
     assert unlisted["ratio"] == pytest.approx((0.9 + 0.8 + 0.7 + 0.95) / 1.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import pytest
 from PIL import Image
 
 from ifguide.evaluation.figures import FLUENCY_TITLES
@@ -86,7 +87,46 @@ def test_a_model_that_decodes_another_has_its_fluency_and_says_so():
     measured["models"]["rad"] = measured["models"]["b"] | {"perplexity": None}
     first, _, decoded = model_rows(measured, {"rad": Made(by="RAD of a", decodes="a")})
     assert decoded.perplexity == first.perplexity
-    assert "rad decodes a: its perplexity" in render_report(minimal_data(models=(first, decoded)))
+    assert "rad decodes a: its figures of given texts" in render_report(minimal_data(models=(first, decoded)))
+
+
+def test_annotated_text_has_a_table_of_changes_corrected_for_themselves():
+    found = with_paired_perplexities()
+    margins = ("annotated_nll", "margin", "type_margin")
+    change = {"difference": 0.25, "low": 0.1, "high": 0.4, "n": 4, "ratio": None, "ratio_low": None, "ratio_high": None}
+    for model in ("a", "b"):
+        found["models"][model] |= {key: {"value": 1.5, "low": 1.0, "high": 2.0, "n": 4} for key in margins}
+    found["models"]["b"] = found["models"]["b"] | {"type_margin": {"value": None, "low": None, "high": None, "n": 4}}
+    found["paired"]["b"] |= {name: change | {"p_value": 0.01 * (1 + i)} for i, name in enumerate(margins)}
+    found["paired"]["b"]["type_margin"] = None
+    found["models"]["c"], found["paired"]["c"] = found["models"]["a"], found["paired"]["b"]
+    beside = found["paired"]["c"]["sets"]["prompts"]["groups"]["all"]
+    found["reference"] = {
+        "model": "b",
+        "paired": {"c": {"emt": beside["emt"], "tp": beside["tp"], "type_margin": None}},
+    }
+    found["reference"]["paired"]["c"]["margin"] = change | {"difference": -0.25, "p_value": 0.5}
+    models = model_rows(found)
+    rows = rows_of(models)
+    assert rows[0].annotated is not None
+    assert (rows[0].annotated.changes, rows[0].annotated.beside) == ({}, {})
+    assert rows[1].annotated.figures["margin"] == (1.5, 1.0, 2.0)
+    assert {name: each.p_value for name, each in rows[1].annotated.changes.items()} == {
+        "annotated_nll": 0.01,
+        "margin": 0.02,
+    }
+    # five p values: .01 and .02 twice, .5 once
+    corrected = {name: each.p_corrected for name, each in rows[2].annotated.changes.items()}
+    assert corrected == pytest.approx({"annotated_nll": 0.025, "margin": 0.025})
+    assert rows[2].annotated.beside["margin"].p_corrected == 0.5
+    lines = as_markdown(rows).split("Annotated text")[1].splitlines()
+    assert lines[0] == ": nats a token, less those of a. Margin: how much less likely it is than others."
+    assert lines[4] == "| a |  |  |  |  |  |  |  |  |  |  |"
+    cells = "+0.250 [+0.100, +0.400] | p = 0.025"
+    assert lines[6] == f"| c | {cells} | {cells} |  |  | -0.250 [+0.100, +0.400] | p = 0.500 |  |  |"
+    page = render_report(minimal_data(models=models))
+    assert "Margin less b’s" in page
+    assert "Annotated text" not in render_report(minimal_data(models=model_rows(metrics())))
 
 
 def test_a_comparison_is_a_table_a_picture_and_rows(tmp_path):
