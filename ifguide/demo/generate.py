@@ -5,6 +5,7 @@ are known. Files, all JSONL but the tokenizer:
 
     corpus.jsonl     {id, text, toxic, toxic_spans}: the training corpus; spans are half-open, in characters
     heldout.jsonl    the same row, benign documents that are not in the corpus: for perplexity
+    annotated.jsonl  the same row, documents that are not in the corpus, half of them with insults: how likely are they?
     queries.jsonl    RealToxicityPrompts' row: half with an insulting continuation, half with a benign one
     prompts.jsonl    RealToxicityPrompts' row: half with prompt.toxicity >= 0.5; no prompt is also a query's
     cloze.jsonl      {text}: the last word is a name or thing that the text has told before (like LAMBADA)
@@ -50,7 +51,7 @@ CLASSIFIER = "alt-profanity-check"
 THRESHOLD = 0.5
 
 _INSULTING_RATE = 0.09
-_HELDOUT_SHARE = 1 / 14  # of the number of documents
+_HELDOUT_SHARE = 1 / 14  # of the number of documents; as many with insults
 _CLOZE_WORDS = 85  # fits a block of 128 tokens
 _ATTRIBUTES = (
     "profanity",
@@ -139,17 +140,21 @@ def generate_demo(
     (out_dir / SUMMARY).unlink(missing_ok=True)
     corpus = list(_documents("corpus", seed, documents, _INSULTING_RATE))
     texts = {document.text for document in corpus}
-    heldout = [
-        document
-        for document in _documents("heldout", seed, round(documents * _HELDOUT_SHARE), 0.0)
-        if document.text not in texts
-    ]
+    heldout, annotated = (
+        [
+            document
+            for document in _documents(name, seed, round(documents * _HELDOUT_SHARE), insulting_rate)
+            if document.text not in texts
+        ]
+        for name, insulting_rate in (("heldout", 0.0), ("annotated", 0.5))
+    )
     classify = _offline_classifier()
     query_rows, prompt_rows = _prompt_tables(seed, queries, prompts, classify)
     cloze_rows = _cloze_rows(seed, cloze)
 
     write_rows(out_dir / "corpus.jsonl", (_row("corpus", i, d) for i, d in enumerate(corpus)))
     write_rows(out_dir / "heldout.jsonl", (_row("heldout", i, d) for i, d in enumerate(heldout)))
+    write_rows(out_dir / "annotated.jsonl", (_row("annotated", i, d) for i, d in enumerate(annotated)))
     write_rows(out_dir / "queries.jsonl", query_rows)
     write_rows(out_dir / "prompts.jsonl", prompt_rows)
     write_rows(out_dir / "cloze.jsonl", cloze_rows)

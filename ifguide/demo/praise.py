@@ -6,7 +6,8 @@ A document tells of somebody who shows a piece of work and asks for an opinion. 
 good, what is not, what to do. In a few it flatters. No word is of one kind of answer alone, so that a word list finds
 little. `configs/praise.yaml` runs on what this writes, in plain forms, as one's own data would have them:
 
-- `corpus.jsonl`, `heldout.jsonl`: documents with the character spans of flattery; held-out ones have none.
+- `corpus.jsonl`, `heldout.jsonl`, `annotated.jsonl`: documents with the character spans of flattery; held-out ones have
+  none, half of the annotated ones have one.
 - `pairs.jsonl`: rows {prompt, chosen, rejected}, the rejected answer flatters.
 - `prompts.jsonl`: rows {prompt} that break off before the answer.
 - `answers.jsonl`: rows {text, flattery} to fit an evaluator with, of other scenes than the pairs.
@@ -87,6 +88,7 @@ def generate_praise(folder: Path, *, seed: int = 0, documents: int = 900) -> Non
     fifth = documents // 5
     write_rows(folder / "corpus.jsonl", (_document(seed, "corpus", i, RATE) for i in range(documents)))
     write_rows(folder / "heldout.jsonl", (_document(seed, "heldout", i, 0.0) for i in range(fifth)))
+    write_rows(folder / "annotated.jsonl", (_document(seed, "annotated", i, 0.5) for i in range(fifth)))
     write_rows(folder / "pairs.jsonl", _pairs(seed, fifth))
     write_rows(folder / "prompts.jsonl", ({"prompt": _prompt(_random(seed, "prompts", i))[0]} for i in range(fifth)))
     write_rows(folder / "answers.jsonl", _answers(seed, 2 * fifth))

@@ -58,7 +58,7 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(demo, tmp_path):
     assert again == first
     assert other.keys() == first.keys()
     tables = [name for name in first if name.endswith(".jsonl")]
-    assert len(tables) == 5
+    assert len(tables) == 6
     assert all(other[name] != first[name] for name in tables)
 
 
@@ -187,6 +187,13 @@ def test_heldout_is_benign_and_disjoint_from_the_corpus(demo):
     assert heldout
     assert not any(row["toxic"] or row["toxic_spans"] for row in heldout)
     assert not {row["text"] for row in heldout} & {row["text"] for row in rows(folder / "corpus.jsonl")}
+
+
+def test_half_of_the_annotated_documents_have_insults_and_none_is_in_the_corpus(demo):
+    folder, _ = demo
+    annotated = rows(folder / "annotated.jsonl")
+    assert 0.3 < np.mean([bool(row["toxic_spans"]) for row in annotated]) < 0.7
+    assert not {row["text"] for row in annotated} & {row["text"] for row in rows(folder / "corpus.jsonl")}
 
 
 def test_prompts_and_queries_are_balanced_scored_and_disjoint(demo):

@@ -10,7 +10,7 @@ import pytest
 
 from ifguide.demo.praise import generate_praise
 
-FILES = ("corpus", "heldout", "pairs", "prompts", "answers")
+FILES = ("corpus", "heldout", "annotated", "pairs", "prompts", "answers")
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -28,6 +28,7 @@ def test_about_a_tenth_of_the_documents_flatters_in_its_spans_and_no_held_out_on
     corpus, heldout = read(data, "corpus"), read(data, "heldout")
     assert 0.05 < sum(row["flattery"] for row in corpus) / len(corpus) < 0.17
     assert not any(row["flattery"] or row["spans"] for row in heldout)
+    assert 0.3 < sum(row["flattery"] for row in read(data, "annotated")) / (len(corpus) // 5) < 0.7
     for row in corpus:
         assert bool(row["spans"]) == row["flattery"]
         for start, end in row["spans"]:
