@@ -42,6 +42,7 @@ from ifguide.artifacts import data_files, json_digest, publish, read_manifest, w
 from ifguide.config import Config, ModelSource, load_config
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
+from ifguide.evaluation.figures import MARGINS
 from ifguide.evaluation.prompts import PROMPTS
 from ifguide.folders import GENERATIONS, REPORT
 from ifguide.influence.query import tokenise_queries
@@ -58,7 +59,6 @@ CONFIGS = {
     "implicit": Path("configs/real_text_finetune_implicit.yaml"),
 }
 VERB = "finetune"
-MARGINS = ("margin", "type_margin")
 SOURCES = ("proxy.source", "target.source", "pretrain.init_from", "evaluate.models.original")
 ORIGINAL = "original"  # among the config's `evaluate.models`: what all began from
 MOST_CONTINUATIONS = 700  # of a model, that fluency is measured on

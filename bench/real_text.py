@@ -44,6 +44,7 @@ from ifguide.config import Config, load_config
 from ifguide.config.compare import INFLUENCE, SCORED, Method
 from ifguide.datasets import advice
 from ifguide.display import markdown_table
+from ifguide.evaluation.figures import MARGINS
 from ifguide.folders import CORPUS, FACTORS, REPORT
 from ifguide.pipeline import run_pipeline, stage
 from ifguide.run import Run
@@ -55,7 +56,6 @@ OWN: Literal["influence"] = "influence"  # the run's own mask among the sources
 INDEPENDENT = "held_out"  # the evaluator of the configs that has other rows of the queries' kind of label
 BASES = ("word_list", OWN)  # what the others are compared with, seed by seed
 FIGURES = ("emt", "tp")
-MARGINS = ("margin", "type_margin")  # of annotated text
 Rows = Sequence[Mapping[str, Any]]  # of a seed's comparison.json
 
 

@@ -23,13 +23,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ifguide.evaluation.bootstrap import Bootstrap, Replicates
 from ifguide.evaluation.generation import evaluating
 from ifguide.models import max_positions
 
-CHUNK_FIGURES = 4_000_000  # sums by token type and replicate, or document, that are in memory at once
+CHUNK_FIGURES = 4_000_000  # sums by replicate and token type that are in memory at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,37 +112,38 @@ def annotated_figures(tokens: AnnotatedTokens, bootstrap: Bootstrap) -> dict[str
 
 
 def _type_margin(tokens: AnnotatedTokens, bootstrap: Bootstrap) -> Replicates:
-    types_W = np.intersect1d(tokens.ids_N[tokens.annotated_N], tokens.ids_N[~tokens.annotated_N])
-    draws = chain([np.ones((1, tokens.documents))], bootstrap.counts(tokens.documents))
-    figures = np.concatenate([_of_types(tokens, types_W, count_SD) for count_SD in draws])
+    uses = _uses_by_type(tokens)
+    step = max(1, CHUNK_FIGURES // max(1, len(uses[0])))
+    draws = (
+        chunk_SD[begin : begin + step]
+        for chunk_SD in chain([np.ones((1, tokens.documents))], bootstrap.counts(tokens.documents))
+        for begin in range(0, len(chunk_SD), step)
+    )
+    figures = np.concatenate([_of_types(uses, count_SD) for count_SD in draws])
     return Replicates(value=float(figures[0]), samples=figures[1:], n=tokens.documents)
 
 
-def _of_types(tokens: AnnotatedTokens, types_W: np.ndarray, count_SD: np.ndarray) -> np.ndarray:
+def _uses_by_type(tokens: AnnotatedTokens) -> list[Tensor]:
+    """Of the W types that have both uses, sparse (W, D) by document: annotated tokens, their NLL, other tokens, their
+    NLL."""
+    types_W = np.intersect1d(tokens.ids_N[tokens.annotated_N], tokens.ids_N[~tokens.annotated_N])
+    kept_N = np.isin(tokens.ids_N, types_W)
+    cell_2N = np.stack([np.searchsorted(types_W, tokens.ids_N[kept_N]), tokens.document_N[kept_N]])
+    places, size = torch.from_numpy(cell_2N), (len(types_W), tokens.documents)
+    annotated_N, nll_N = (torch.from_numpy(each_N[kept_N]).double() for each_N in (tokens.annotated_N, tokens.nll_N))
+    return [
+        torch.sparse_coo_tensor(places, weights_N, size, check_invariants=True).coalesce()
+        for chosen_N in (annotated_N, 1 - annotated_N)
+        for weights_N in (chosen_N, chosen_N * nll_N)
+    ]
+
+
+def _of_types(uses: Sequence[Tensor], count_SD: np.ndarray) -> np.ndarray:
     """The type margin of each draw of documents, (S,). Of a draw's types those count that have both uses in it."""
-    total_S, uses_S = np.zeros(len(count_SD)), np.zeros(len(count_SD))
-    step = max(1, CHUNK_FIGURES // max(count_SD.shape))
+    count_DS = torch.from_numpy(count_SD.T)
+    annotated_WS, annotated_nll_WS, others_WS, others_nll_WS = ((table @ count_DS).numpy() for table in uses)
+    both_WS = (annotated_WS > 0) & (others_WS > 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        for begin in range(0, len(types_W), step):
-            chosen_W = types_W[begin : begin + step]
-            annotated_SW, annotated_nll_SW = _sums(tokens, tokens.annotated_N, chosen_W, count_SD)
-            others_SW, others_nll_SW = _sums(tokens, ~tokens.annotated_N, chosen_W, count_SD)
-            both_SW = (annotated_SW > 0) & (others_SW > 0)
-            gap_SW = annotated_nll_SW / annotated_SW - others_nll_SW / others_SW
-            total_S += np.where(both_SW, annotated_SW * gap_SW, 0.0).sum(axis=1)
-            uses_S += np.where(both_SW, annotated_SW, 0.0).sum(axis=1)
-        return total_S / uses_S
-
-
-def _sums(
-    tokens: AnnotatedTokens, which_N: np.ndarray, types_W: np.ndarray, count_SD: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """How many tokens of each type a draw has, and their NLL, (S, W) each; of the tokens `which_N` alone."""
-    kept_N = which_N & np.isin(tokens.ids_N, types_W)
-    shape = tokens.documents, len(types_W)
-    cell_N = np.ravel_multi_index((tokens.document_N[kept_N], np.searchsorted(types_W, tokens.ids_N[kept_N])), shape)
-    counts_DW, nll_DW = (
-        np.bincount(cell_N, weights=weights_N, minlength=shape[0] * shape[1]).reshape(shape)
-        for weights_N in (None, tokens.nll_N[kept_N])
-    )
-    return count_SD @ counts_DW, count_SD @ nll_DW
+        gap_WS = annotated_nll_WS / annotated_WS - others_nll_WS / others_WS
+        total_S = np.where(both_WS, annotated_WS * gap_WS, 0.0).sum(axis=0)
+        return total_S / np.where(both_WS, annotated_WS, 0.0).sum(axis=0)

@@ -65,6 +65,7 @@ METRICS = "metrics.json"
 CONTINUATIONS, FLUENCY = "continuations", "fluency"
 NO_DOMAIN = "groups"  # what the groups that are of no domain are called together
 PERPLEXITIES = ("perplexity", "benign_perplexity")
+MARGINS = ("margin", "type_margin")  # those of the figures of annotated text that are compared with a reference
 ANNOTATED_TITLES = {
     "annotated_nll": "NLL of annotated tokens",
     "margin": "margin of annotated tokens",
@@ -204,10 +205,7 @@ def _beside(measured: Mapping[str, _Measured], reference: str, bootstrap: Bootst
                     if name.startswith(("emt/", "tp/"))
                 }
             )
-            | {
-                name: _text_difference(measured[model], measured[reference], name, bootstrap)
-                for name in ("margin", "type_margin")
-            }
+            | {name: _text_difference(measured[model], measured[reference], name, bootstrap) for name in MARGINS}
             for model, figures in list(whole.items())[1:]
             if model != reference
         },

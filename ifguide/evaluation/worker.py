@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from ifguide import schemas
 from ifguide.artifacts import publish, verify_digest
-from ifguide.config import ConfigError, Evaluate, ModelSource
+from ifguide.config import ConfigError, Evaluate, Input, ModelSource
 from ifguide.corpus.packing import tokenise
 from ifguide.evaluation import last_word_accuracy, perplexity, token_nll
 from ifguide.evaluation.figures import fluency_file, scored_file
@@ -253,9 +253,7 @@ class EvaluateModel:
     @cached_property
     def _heldout_documents(self) -> tuple[list[Any], list[Any]]:
         """The held-out documents that the classifier does not flag, and those it does, each in order."""
-        inputs = enumerate(self.options.heldout)
-        documents = [row for i, source in inputs for row in read_rows(source, f"evaluate.heldout[{i}]")]
-        require_same_texts(text_digests(self.options, "heldout"), self.settings.digests)
+        documents = self._documents("heldout", self.options.heldout)
         texts = [document.text for document in documents]
         flagged = self.classifier.score(texts)[self.classifier.classes[0]] >= THRESHOLD
         kinds: tuple[list[Any], list[Any]] = ([], [])
@@ -265,9 +263,11 @@ class EvaluateModel:
 
     @cached_property
     def _annotated_documents(self) -> list[Any]:
-        inputs = enumerate(self.options.annotated)
-        documents = [row for i, source in inputs for row in read_rows(source, f"evaluate.annotated[{i}]")]
-        require_same_texts(text_digests(self.options, "annotated"), self.settings.digests)
+        return self._documents("annotated", self.options.annotated)
+
+    def _documents(self, kind: str, sources: Sequence[Input]) -> list[Any]:
+        documents = [row for i, source in enumerate(sources) for row in read_rows(source, f"evaluate.{kind}[{i}]")]
+        require_same_texts(text_digests(self.options, kind), self.settings.digests)
         return documents
 
     @cached_property

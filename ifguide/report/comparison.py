@@ -17,7 +17,7 @@ import matplotlib
 
 from ifguide.display import markdown_table, plain_markdown
 from ifguide.evaluation import benjamini_hochberg
-from ifguide.evaluation.figures import ANNOTATED_TITLES
+from ifguide.evaluation.figures import ANNOTATED_TITLES, MARGINS
 from ifguide.report.charts import RC, colours_of, evaluators_of, tradeoff
 from ifguide.report.figures import ClassFigures, Difference, Figure, ModelRow
 from ifguide.report.text import p_value
@@ -285,7 +285,7 @@ def _of_annotated(rows: Sequence[Row]) -> str:
     columns = [("changes", name, title) for name, title in ANNOTATED_TITLES.items()]
     if reference := next((row.reference for row in rows if row.reference), None):
         less = f"less {plain_markdown(reference)}'s"
-        columns += [("beside", name, f"{ANNOTATED_TITLES[name]}, {less}") for name in ("margin", "type_margin")]
+        columns += [("beside", name, f"{ANNOTATED_TITLES[name]}, {less}") for name in MARGINS]
     cells = []
     for row in rows:
         line = [plain_markdown(row.model)]

@@ -71,7 +71,7 @@ def report_data(
             "tp": row.whole.tp.value,
             "perplexity": _value(row.perplexity),
             "benign_perplexity": _value(row.benign_perplexity),
-            **({"margin": _value(row.margin)} if row.margin else {}),
+            "margin": _value(row.margin),
             "last_word_accuracy": _value(row.last_word_accuracy),
         }
         for row in rows

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ifguide.evaluation.figures import FLUENCY_TITLES
+from ifguide.evaluation.figures import FLUENCY_TITLES, MARGINS
 from ifguide.evaluation.metrics import BY_CLASS
 
 
@@ -208,9 +208,7 @@ def model_rows(metrics: Mapping[str, Any], made: Mapping[str, Made] | None = Non
                     for label in _below(beside, "emt")
                     if label in kinds_of
                 },
-                margins_beside={
-                    name: _difference(beside[name]) for name in ("margin", "type_margin") if beside.get(name)
-                },
+                margins_beside={name: _difference(beside[name]) for name in MARGINS if beside.get(name)},
             )
         )
     return tuple(rows)

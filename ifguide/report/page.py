@@ -171,6 +171,7 @@ def corrections(models: Sequence[ModelRow]) -> dict[str, dict[float | None, floa
     tables: dict[str, list[Figure | None]] = {
         "comparison": [*(figure for group in groups for figure in (group.emt, group.tp)), *fluency, *texts],
         "evaluators": [f for group in wholes for label in group.compared for f in (label.emt, label.tp)],
+        "annotated": [f for model in models for f in (model.annotated_nll, model.margin, model.type_margin)],
         "text": [f for model in models for own in model.sets for f in own.groups[0].text.values()],
         "classes": [f for group in groups for label in group.classes for f in (label.emt, label.tp, label.mean)],
     }
@@ -179,8 +180,6 @@ def corrections(models: Sequence[ModelRow]) -> dict[str, dict[float | None, floa
         tables[f"gaps of {name}"] = [f for gap in gaps for f in (gap.emt, gap.tp, gap.classes[0].mean)]
     families = {table: [f.difference for f in figures if f and f.difference] for table, figures in tables.items()}
     families["beside"] = [change for model in models for own in model.beside.values() for change in own.values()]
-    annotated = [figure for model in models for figure in (model.annotated_nll, model.margin, model.type_margin)]
-    families["annotated"] = [figure.difference for figure in annotated if figure and figure.difference]
     families["annotated"] += [change for model in models for change in model.margins_beside.values()]
     families["differences"] = [difference for *_, difference in differences(models)]
     return {table: benjamini_hochberg(change.p_value for change in family) for table, family in families.items()}
