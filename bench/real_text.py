@@ -28,6 +28,7 @@ configs name.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -260,7 +261,7 @@ def _rounded(interval: Interval) -> list[float | None]:
 
 def _nats(interval: Interval) -> list[float | None]:
     """Of a ratio of likelihoods by token the nats by which they fell."""
-    value, low, high = (None if end is None else round(-math.log(end), 4) for end in interval)
+    value, low, high = (None if end is None else round(-math.log(end), 4) + 0.0 for end in interval)  # no -0.0
     return [value, high, low]
 
 
@@ -312,7 +313,7 @@ def _cell(ends: Sequence[float | None]) -> str:
 
 
 def draw(seeds: Sequence[Rows], sweep: Sweep, path: Path, *, at: float) -> None:
-    """A panel for each evaluator, three in a row: EMT against benign perplexity, both over the baseline's; and one more
+    """A panel for each evaluator, three in a row: EMT against benign perplexity, both over the baseline's; and two more
     for how likely annotated text is.
 
     A line for each source, and a dashed one of the same colour for each further budget."""
@@ -320,13 +321,15 @@ def draw(seeds: Sequence[Rows], sweep: Sweep, path: Path, *, at: float) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from PIL import Image
 
     points = {evaluator: by_figure["emt"] for evaluator, by_figure in points_of(seeds, sweep).items()}
     margins = margins_of(seeds, sweep)
-    points |= {"annotated text: likelihood": margins["margin"]} if margins else {}
+    titles = {"margin": "annotated text: likelihood", "type_margin": "the same, types held equal"}
+    points |= {titles[name]: by_source for name, by_source in margins.items()}
     wide, high = min(len(points), 3), -(-len(points) // 3)
     figure, panels = pyplot.subplots(
-        high, wide, figsize=(4 * wide + 2, 3.6 * high), layout="constrained", sharex=True, sharey=True, squeeze=False
+        high, wide, figsize=(4 * wide + 2, 3.4 * high), layout="constrained", sharex=True, sharey=True, squeeze=False
     )
     for axes in panels.flat[len(points) :]:
         axes.set_axis_off()
@@ -345,9 +348,11 @@ def draw(seeds: Sequence[Rows], sweep: Sweep, path: Path, *, at: float) -> None:
     figure.supxlabel("benign perplexity / the baseline's", fontsize=10)
     figure.supylabel("EMT or likelihood / the baseline's", fontsize=10)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    with publish(path) as part:
-        figure.savefig(part, dpi=100, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100, format="png")
     pyplot.close(figure)
+    with publish(path) as part:  # of few colours, a quarter of the bytes
+        Image.open(drawn).convert("RGB").quantize(64).save(part, format="png", optimize=True)
 
 
 def _options() -> argparse.Namespace:
